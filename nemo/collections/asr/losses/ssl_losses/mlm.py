@@ -1,0 +1,144 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Patch of NeMo's ``mlm.py``: masked prediction loss for encoders whose lengths differ from the targets'.
+
+Shapes: B batch, T decoder frames, S target frames, M mask frames (M // combine_time_steps attention frames),
+C classes, H codebooks.
+"""
+
+from typing import Optional
+
+import torch
+
+from nemo.collections.asr.parts.att_context.answerability import MASK_THRESHOLD, masked_share_per_frame
+from nemo.core import typecheck
+from nemo.core.neural_types import NeuralType, SpectrogramType
+from nemo_streaming_ssl import upstream
+
+_up = upstream(globals())
+
+IGNORED_TARGET = -100  # as torch.nn.NLLLoss, which stock uses
+
+
+class MLMLoss(_up.MLMLoss):
+    """Mean negative log-likelihood of the targets at masked frames.
+
+    Decoder outputs, masks and targets are cut to their common length; frames at or beyond ``decoder_lengths`` never
+    count. Without any masked frame the loss is zero and still back-propagates. Needs no host-device sync.
+
+    Args:
+        combine_time_steps: mask frames per target.
+        mask_threshold: share of an attention frame's mask frames above which it counts as masked.
+        decoder_offset: leading decoder frames to drop. With causal downsampling frame i + 1, not i, is the first that
+            has seen all of target i.
+
+    Raises:
+        ValueError: if ``decoder_offset`` is negative.
+    """
+
+    def __init__(
+        self, combine_time_steps: int = 1, mask_threshold: float = MASK_THRESHOLD, decoder_offset: int = 0
+    ):
+        super().__init__(combine_time_steps=combine_time_steps, mask_threshold=mask_threshold)
+        if decoder_offset < 0:
+            raise ValueError(f"loss.decoder_offset is {decoder_offset}; it must be 0 decoder frames or more")
+        self.decoder_offset = decoder_offset
+
+    @typecheck()
+    def forward(
+        self, decoder_outputs, targets, decoder_lengths=None, target_lengths=None, spec_masks=None, masks=None
+    ):
+        """Compute the loss.
+
+        Args:
+            decoder_outputs: log-probabilities [B, T, C], any floating dtype.
+            targets: tokens [B, S] int64; -100 is left out, as in NeMo.
+            decoder_lengths: valid decoder frames [B], before the offset; None counts all.
+            target_lengths: not used, as in NeMo.
+            spec_masks: masks [B, D, M], used where ``masks`` is None.
+            masks: masks [B, D, M], 1 where masked. None counts every frame.
+
+        Returns:
+            The loss, a scalar; float32 for half-precision inputs, else the dtype of ``decoder_outputs``.
+        """
+        masks = spec_masks if masks is None else masks
+        decoder_outputs = decoder_outputs[:, self.decoder_offset :]
+        frames = min(decoder_outputs.shape[1], targets.shape[1])
+        if masks is not None:
+            frames = min(frames, masks.shape[-1] // self.combine_time_steps)
+        targets = targets[:, :frames]
+        counted = self._counted_frames(masks, decoder_lengths, targets)
+        safe_targets = torch.where(counted, targets, 0)
+        log_likelihood = decoder_outputs[:, :frames].gather(2, safe_targets.unsqueeze(-1)).squeeze(-1)
+        if log_likelihood.dtype != torch.float64:
+            log_likelihood = log_likelihood.float()
+        return -torch.where(counted, log_likelihood, 0.0).sum() / counted.sum().clamp(min=1)
+
+    def _counted_frames(
+        self, masks: Optional[torch.Tensor], decoder_lengths: Optional[torch.Tensor], targets: torch.Tensor
+    ) -> torch.Tensor:
+        """Return which of the aligned frames [B, frames] count."""
+        frames = targets.shape[1]
+        counted = targets != IGNORED_TARGET
+        if masks is not None:
+            counted &= masked_share_per_frame(masks, self.combine_time_steps)[:, :frames] > self.mask_threshold
+        if decoder_lengths is not None:
+            index = torch.arange(self.decoder_offset, self.decoder_offset + frames, device=targets.device)
+            counted &= index < decoder_lengths.to(targets.device).unsqueeze(1)
+        return counted
+
+
+class MultiMLMLoss(_up.MultiMLMLoss):
+    """The mean of :class:`MLMLoss` over several codebooks; arguments as there and in NeMo."""
+
+    def __init__(
+        self,
+        combine_time_steps: int = 1,
+        mask_threshold: float = MASK_THRESHOLD,
+        num_decoders: int = 1,
+        squeeze_single: bool = False,
+        decoder_offset: int = 0,
+    ):
+        super().__init__(combine_time_steps, mask_threshold, num_decoders, squeeze_single)
+        self.mlm_loss = MLMLoss(combine_time_steps, mask_threshold, decoder_offset)
+
+    @property
+    def needs_labels(self) -> bool:
+        """SpeechEncDecSelfSupervisedModel asks this of every loss; stock lacks it (NeMo issue 15743)."""
+        return True
+
+    @property
+    def input_types(self):
+        """Returns definitions of module input types"""
+        spectrogram_mask = NeuralType(("B", "D", "T"), SpectrogramType(), optional=True)
+        return {**super().input_types, "masks": spectrogram_mask, "spec_masks": spectrogram_mask}
+
+    @typecheck()
+    def forward(
+        self, masks=None, decoder_outputs=None, targets=None, decoder_lengths=None, target_lengths=None, spec_masks=None
+    ):
+        """Compute the loss.
+
+        Args:
+            masks: masks [B, D, M], 1 where masked.
+            decoder_outputs: log-probabilities [B, T, C, H], or [B, T, C] with ``squeeze_single`` and one codebook.
+            targets: tokens [B, S, H], or [B, S].
+            decoder_lengths: valid decoder frames [B].
+            target_lengths: not used, as in NeMo.
+            spec_masks: masks where ``masks`` is None, as SpeechEncDecSelfSupervisedModel passes them.
+
+        Returns:
+            The loss, a scalar.
+        """
+        if self.squeeze_single and self.num_decoders == 1:
+            decoder_outputs, targets = decoder_outputs.unsqueeze(-1), targets.unsqueeze(-1)
+        losses = [
+            self.mlm_loss(
+                masks=spec_masks if masks is None else masks,
+                decoder_outputs=decoder_outputs[..., book],
+                targets=targets[..., book],
+                decoder_lengths=decoder_lengths,
+                target_lengths=target_lengths,
+            )
+            for book in range(self.num_decoders)
+        ]
+        return sum(losses) / self.num_decoders

@@ -1,0 +1,292 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Patch of NeMo's ``masking.py``: block masking that hides only what the attention context can answer.
+
+Shapes: B batch, D features, T mask frames (frames of the tensor that is masked), A attention frames.
+
+How a bounded context is kept answerable: some attention frames of each utterance, the *guards*, are never masked;
+one lies in every window. The guards are cut out of the time line, blocks are drawn as stock draws them on what is
+left, and the guards are put back. Whatever is drawn, every masked frame then sees a guard.
+"""
+
+import math
+from typing import NamedTuple, Optional, Union
+
+import torch
+
+from nemo.core.neural_types import IntType, LengthsType, NeuralType
+from nemo_streaming_ssl import upstream
+
+_up = upstream(globals())
+
+SHORT_BLOCK = 8  # mask frames that stock 2.5.3 masks in an utterance too short for a block
+
+
+class _TimeLine(NamedTuple):
+    """The mask frames that may be masked, and the lengths that say how many are to be."""
+
+    allowed: torch.Tensor  # [B, T] bool: in the available range, and no guard
+    position: torch.Tensor  # [B, T] int64: index of an allowed frame among the allowed ones
+    length: torch.Tensor  # [B, 1] int64: number of allowed frames
+    available: torch.Tensor  # [B, 1] int64: length of the available range, guards included
+    limit: torch.Tensor  # [B, 1] int64: most frames that may be masked
+
+
+class RandomBlockMasking(_up.RandomBlockMasking):
+    """Mask random blocks of frames, within what an attention context can answer.
+
+    Every masked attention frame (more than 0.8 of its mask frames masked) sees another frame without any masked mask
+    frame in its window, if the left context is limited or ``causal`` is set. Otherwise the distribution is stock's.
+
+    Args:
+        feat_in: number of features D.
+        mask_prob: as in NeMo: with overlap, the probability that a frame starts a block; without, the share to mask.
+        block_size: length of a block in mask frames.
+        mask_value: value of masked frames; None makes a random ``mask_embedding``.
+        freeze: whether ``mask_embedding`` is kept from training.
+        allow_overlap: whether blocks may overlap.
+        max_mask_ratio: largest share of the available range that is ever masked.
+        causal: whether every masked frame must be answerable from the past alone, whatever the left context.
+        left_context_size: left attention context in attention frames, -1 = unlimited.
+        subsampling_factor: mask frames per attention frame; the model sets the encoder's factor where features are
+            masked before its convolutions.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        feat_in: int,
+        mask_prob: float = 0.5,
+        block_size: int = 48,
+        mask_value: Optional[float] = None,
+        freeze: bool = True,
+        allow_overlap: bool = False,
+        max_mask_ratio: float = 0.8,
+        causal: bool = False,
+        left_context_size: int = -1,
+        subsampling_factor: int = 1,
+    ):
+        super().__init__(feat_in, mask_prob, block_size, mask_value, freeze, allow_overlap, max_mask_ratio)
+        _check('mask_prob', mask_prob, 0 <= mask_prob <= 1, 'a probability')
+        _check('block_size', block_size, block_size >= 1, '1 mask frame or more')
+        _check('max_mask_ratio', max_mask_ratio, 0 <= max_mask_ratio <= 1, 'a share from 0 to 1')
+        _check('left_context_size', left_context_size, left_context_size >= -1, '-1 (unlimited) or more')
+        _check('subsampling_factor', subsampling_factor, subsampling_factor >= 1, '1 or more')
+        self.causal = causal
+        self.left_context_size = left_context_size
+        self.subsampling_factor = subsampling_factor
+
+    @property
+    def input_types(self):
+        """Returns definitions of module input types"""
+        return {
+            **super().input_types,
+            "current_frame": NeuralType(tuple('B'), LengthsType(), optional=True),
+            "effective_left_context": NeuralType(elements_type=IntType(), optional=True),
+        }
+
+    def forward(
+        self,
+        input_feats: torch.Tensor,
+        input_lengths: torch.Tensor,
+        current_frame: Optional[Union[int, torch.Tensor]] = None,
+        effective_left_context: Optional[int] = None,
+    ):
+        """Mask a batch of features. Draws from torch's generator of the features' device; never waits for it.
+
+        Args:
+            input_feats: features [B, D, T], any floating dtype, any device (the meta device too).
+            input_lengths: valid mask frames of each utterance [B].
+            current_frame: mask frames received so far, an int or a tensor [B]: only the trailing window of them may be
+                masked. None masks over the whole utterance.
+            effective_left_context: left context in attention frames for this call, -1 = unlimited; overrides
+                ``left_context_size``.
+
+        Returns:
+            masked_feats: [B, D, T], the input with ``mask_embedding`` in the masked frames; dtype of the input.
+            masks: [B, D, T], 1 where masked, else 0, the same for all D (a view, not to be written to); same dtype.
+
+        Raises:
+            ValueError: if ``effective_left_context`` is below -1 or the int ``current_frame`` is negative.
+        """
+        given = {'current_frame': current_frame, 'effective_left_context': effective_left_context}
+        given = {name: value for name, value in given.items() if value is not None}  # stock's overrides take neither
+        if self.allow_overlap:
+            return self.forward_with_overlap(input_feats, input_lengths, **given)
+        return self.forward_without_overlap(input_feats, input_lengths, **given)
+
+    def forward_with_overlap(self, input_feats, input_lengths, current_frame=None, effective_left_context=None):
+        """Mask blocks that may overlap; arguments and results as in :meth:`forward`."""
+        time_line = self._time_line(input_feats, input_lengths, current_frame, effective_left_context, self.causal)
+        return self._fill(input_feats, self._overlapping_blocks(time_line))
+
+    def forward_without_overlap(self, input_feats, input_lengths, current_frame=None, effective_left_context=None):
+        """Mask blocks that do not overlap; arguments and results as in :meth:`forward`."""
+        time_line = self._time_line(input_feats, input_lengths, current_frame, effective_left_context, self.causal)
+        return self._fill(input_feats, self._separate_blocks(time_line))
+
+    def forward_causal(self, input_feats, input_lengths, current_frame=None, effective_left_context=None):
+        """Mask as :meth:`forward` does with ``causal=True``, whatever the module's own setting."""
+        time_line = self._time_line(input_feats, input_lengths, current_frame, effective_left_context, causal=True)
+        blocks = self._overlapping_blocks if self.allow_overlap else self._separate_blocks
+        return self._fill(input_feats, blocks(time_line))
+
+    def _time_line(self, feats, lengths, current_frame, effective_left_context, causal) -> _TimeLine:
+        left = self.left_context_size if effective_left_context is None else effective_left_context
+        _check('effective_left_context', left, left >= -1, '-1 (unlimited) or more')
+        batch, _, max_time = feats.shape
+        frames = torch.arange(max_time, device=feats.device).unsqueeze(0)
+        lengths = lengths.to(feats.device).clamp(max=max_time).view(batch, 1).long()
+
+        first, end = self._available_range(lengths, current_frame, left)
+        allowed = (frames >= first) & (frames < end)
+        guards = self._guards(frames, batch, left, causal)
+        if guards is not None:
+            allowed &= ~guards
+
+        available = (end - first).clamp(min=0)
+        # Of two attention frames or more, one's worth of mask frames stays; of less, the share alone decides.
+        spared = torch.where(lengths > self.subsampling_factor, lengths - self.subsampling_factor, lengths)
+        limit = torch.minimum((available * self.max_mask_ratio).long(), spared)
+        position = allowed.cumsum(dim=1) - 1
+        length = allowed.sum(dim=1, keepdim=True)
+        return _TimeLine(allowed, position, length, available, torch.minimum(limit, length))
+
+    def _available_range(self, lengths, current_frame, left):
+        """Return the first mask frame [B or 1, 1] that may be masked, and the one after the last [B, 1]."""
+        if current_frame is None:
+            return torch.zeros_like(lengths), lengths
+        if isinstance(current_frame, torch.Tensor):
+            current_frame = current_frame.to(lengths.device).view(-1, 1).long()
+        else:
+            _check('current_frame', current_frame, current_frame >= 0, 'the number of mask frames received, 0 or more')
+            current_frame = torch.full_like(lengths, current_frame)
+        if left < 0:
+            return torch.zeros_like(lengths), torch.minimum(current_frame, lengths)
+        first = (current_frame - left * self.subsampling_factor).clamp(min=0)
+        return first, torch.minimum(current_frame, lengths)
+
+    def _guards(self, frames, batch, left, causal):
+        """Return which mask frames [B, T] or [1, T] lie in attention frames that stay unmasked; None for none.
+
+        The first attention frame is one, for it sees no other; with a limited context every (left + 1)-th is, from a
+        random phase, so that each frame's window holds one.
+        """
+        attention_frames = frames // self.subsampling_factor
+        if left >= 0:
+            phase = (torch.rand(batch, 1, device=frames.device) * (left + 1)).long()
+            return (attention_frames == 0) | ((attention_frames - phase) % (left + 1) == 0)
+        return attention_frames == 0 if causal else None
+
+    def _overlapping_blocks(self, line: _TimeLine) -> torch.Tensor:
+        """Let every frame start a block with equal probability; returns the masked frames [B, T] bool."""
+        if self.mask_prob == 0:
+            return torch.zeros_like(line.allowed)
+        block = torch.minimum(torch.full_like(line.length, self.block_size), (line.length // 2).clamp(min=1))
+        starts = torch.rand(line.allowed.shape, device=line.allowed.device) < self._start_probability(line, block)
+        starts &= line.allowed & (line.position < line.length - block)
+        last_start = torch.where(starts, line.position, -self.block_size).cummax(dim=1).values
+        masked = line.allowed & (line.position - last_start < block)
+        return torch.where(self._is_short(line), self._one_short_block(line), self._thin_out(masked, line.limit))
+
+    def _start_probability(self, line: _TimeLine, block: torch.Tensor) -> torch.Tensor:
+        """The probability [B, 1] of a start that masks, beside the guards, as many frames as stock masks without.
+
+        With start probability p, stock masks (T - block_size) (1 - (1 - p)^block_size) frames of T, closely.
+        """
+        covered = 1 - (1 - self.mask_prob) ** self.block_size
+        target = ((line.available - self.block_size).clamp(min=0) * covered).minimum(line.limit.float())
+        return 1 - (1 - target / (line.length - block).clamp(min=1)).clamp(min=0).pow(1 / block)
+
+    def _thin_out(self, masked: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+        """Keep no more than ``limit`` [B, 1] of the masked frames [B, T], from a random one on, around the end."""
+        count = masked.cumsum(dim=1)
+        total = count[:, -1:].clamp(min=1) if count.shape[1] else count.sum(dim=1, keepdim=True).clamp(min=1)
+        first = (torch.rand(total.shape, device=total.device) * total).long()
+        return masked & ((count - 1 - first) % total < limit)
+
+    def _separate_blocks(self, line: _TimeLine) -> torch.Tensor:
+        """Fill random slots of a grid of blocks with a random offset; returns the masked frames [B, T] bool."""
+        max_time = line.allowed.shape[1]
+        most_blocks = math.ceil(max_time * self.mask_prob / self.block_size)
+        if most_blocks == 0:
+            return torch.zeros_like(line.allowed)
+        blocks, block = self._number_and_size(line)
+        slots = line.length // block
+        slots = torch.where(blocks < slots, slots - 1, slots).clamp(min=0)  # stock leaves a slot for the offset
+        room = torch.minimum(block, line.length - slots * block + 1)
+        offset = (torch.rand(room.shape, device=room.device) * room).long()
+
+        score = torch.rand(line.allowed.shape, device=line.allowed.device)
+        slot_index = torch.arange(max_time, device=score.device)
+        score = score.masked_fill(slot_index >= slots, -1.0)
+        best = score.topk(most_blocks, dim=1).indices
+        chosen = torch.zeros_like(line.allowed).scatter(1, best, slot_index[:most_blocks] < blocks)
+
+        slot = ((line.position - offset) // block).clamp(min=0)
+        masked = line.allowed & (line.position >= offset) & chosen.gather(1, slot)
+        return torch.where(self._is_short(line), self._one_short_block(line), masked)
+
+    def _number_and_size(self, line: _TimeLine) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stock's number and size of blocks for the available range, [B, 1] each, shrunk to what may be masked."""
+        blocks = torch.ceil(line.available * self.mask_prob / self.block_size).long()
+        block = torch.where(
+            (blocks + 1) * self.block_size > line.available, line.available // (blocks + 1), self.block_size
+        ).clamp(min=1)
+        blocks = torch.minimum(blocks, (line.available // block - 1).clamp(min=0))
+        block = torch.minimum(block, line.limit // blocks.clamp(min=1)).clamp(min=1)
+        return torch.minimum(blocks, line.limit // block), block
+
+    def _is_short(self, line: _TimeLine) -> torch.Tensor:
+        return self.block_size >= line.available * self.max_mask_ratio
+
+    def _one_short_block(self, line: _TimeLine) -> torch.Tensor:
+        """One block of 8 frames, as stock 2.5.3 masks, anywhere; returns the masked frames [B, T] bool."""
+        block = line.limit.clamp(max=SHORT_BLOCK)
+        start = (torch.rand(block.shape, device=block.device) * (line.length - block + 1)).long()
+        return line.allowed & (line.position >= start) & (line.position < start + block)
+
+    def _fill(self, feats: torch.Tensor, time_mask: torch.Tensor):
+        time_mask = time_mask.unsqueeze(1)
+        masked_feats = torch.where(time_mask, self.mask_embedding.to(feats.dtype).view(1, -1, 1), feats)
+        return masked_feats, time_mask.to(feats.dtype).expand_as(feats)
+
+
+class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
+    """Mask after the encoder's subsampling; takes the arguments of :class:`RandomBlockMasking` beforehand.
+
+    (Stock's spelling is public API.) A mask frame here is an attention frame.
+    """
+
+    def __init__(self, pre_encode_module: torch.nn.Module, masking_module: torch.nn.Module) -> None:
+        super().__init__(pre_encode_module, masking_module)
+        self.masking_arguments = {}
+
+    def set_masking_enabled(
+        self,
+        apply_mask: bool,
+        current_frame: Optional[Union[int, torch.Tensor]] = None,
+        effective_left_context: Optional[int] = None,
+    ):
+        """Say whether, and how, the coming forward passes mask; see :meth:`RandomBlockMasking.forward`."""
+        super().set_masking_enabled(apply_mask=apply_mask)
+        given = {'current_frame': current_frame, 'effective_left_context': effective_left_context}
+        self.masking_arguments = {name: value for name, value in given.items() if value is not None}
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor):
+        """Subsample x [B, T, D], then mask as told; returns [B, A, d_model] and the lengths [B]."""
+        feats, lengths = self.pre_encode(x=x, lengths=lengths)
+        self.curr_feat = feats.detach()
+        if not self.apply_mask:
+            self.curr_mask = torch.zeros_like(feats.transpose(1, 2))
+            return feats, lengths
+        masked_feats, self.curr_mask = self.masking(
+            input_feats=feats.transpose(1, 2), input_lengths=lengths, **self.masking_arguments
+        )
+        return masked_feats.transpose(1, 2).detach(), lengths  # detached as in stock: targets come from this module
+
+
+def _check(name: str, value, valid: bool, allowed: str) -> None:
+    if not valid:
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}")

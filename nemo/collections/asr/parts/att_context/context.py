@@ -1,0 +1,103 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""The attention context as a value. Imports neither NeMo nor Lightning."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Iterator
+
+UNLIMITED = -1
+
+PRESETS = {
+    'very_low': (80, 0),
+    'low': (160, 0),
+    'medium': (240, 0),
+    'high': (320, 0),
+    'unlimited': (UNLIMITED, 0),
+}
+
+
+def _parse_side(side: str, value, field: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < UNLIMITED:
+        raise ValueError(
+            f"{field}: the {side} context is {value!r}; it must be a whole number of attention frames, "
+            "0 or more, or -1 for unlimited"
+        )
+    return int(value)
+
+
+@dataclass(frozen=True)
+class AttContext:
+    """How far an attention frame sees to either side.
+
+    The unit is the attention frame: one encoder frame after subsampling (80 ms at factor 8). -1 is unlimited.
+    """
+
+    left: int
+    """Frames seen before the present one."""
+    right: int
+    """Frames seen after the present one (the look-ahead)."""
+
+    def __post_init__(self):
+        _parse_side('left', self.left, 'AttContext')
+        _parse_side('right', self.right, 'AttContext')
+
+    @classmethod
+    def parse(cls, value, field: str = 'att_context_size') -> 'AttContext':
+        """Read a context from what people write in configs and notebooks.
+
+        Args:
+            value: an ``AttContext``, a pair ``[left, right]`` (list, tuple or ListConfig), an int (the left context,
+                with right 0) or the name of a preset.
+            field: the config key to name in an error.
+
+        Raises:
+            ValueError: if the value is none of these; the message names ``field``, the value and what is allowed.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            if value not in PRESETS:
+                raise ValueError(f"{field}: no preset is called {value!r}; known are {', '.join(PRESETS)}")
+            return cls(*PRESETS[value])
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            return cls(_parse_side('left', value, field), 0)
+        if not isinstance(value, Sequence) or len(value) != 2:
+            raise ValueError(
+                f"{field}: {value!r} is no context; give [left, right] in attention frames, a left context, "
+                f"or a preset ({', '.join(PRESETS)})"
+            )
+        return cls(_parse_side('left', value[0], field), _parse_side('right', value[1], field))
+
+    @property
+    def label(self) -> str:
+        """The context in metric names: ``40_0``, ``-1_0``."""
+        return f'{self.left}_{self.right}'
+
+    def __iter__(self) -> Iterator[int]:
+        yield self.left
+        yield self.right
+
+    def as_list(self) -> list[int]:
+        """NeMo's form, ``[left, right]``."""
+        return [self.left, self.right]
+
+    def intersect(self, other: 'AttContext') -> 'AttContext':
+        """Return what is visible in both contexts."""
+        return AttContext(tightest(self.left, other.left), tightest(self.right, other.right))
+
+
+def tightest(*sides: int) -> int:
+    """Return the smallest limited one of several one-sided contexts in attention frames; -1 if none limits."""
+    limited = [side for side in sides if side != UNLIMITED]
+    return min(limited) if limited else UNLIMITED
+
+
+def draw_index(seed: int, step: int, probabilities: Sequence[float]) -> int:
+    """Draw an index with the given probabilities, as a pure function of (seed, step).
+
+    Every rank, and a resumed run, draws the same without exchanging anything; no global generator is touched.
+    """
+    generator = random.Random(f'{seed}:{step}')  # a text seed is hashed alike on every platform and Python
+    return generator.choices(range(len(probabilities)), weights=probabilities)[0]

@@ -1,0 +1,71 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Packaging: the finder is an ordinary package; one build step adds the patch set and the start-up files."""
+
+import os
+import shutil
+from glob import glob
+
+from setuptools import Command, setup
+from setuptools.command.build import build
+
+FINDER = "nemo_streaming_ssl"
+START_UP = {
+    f"{FINDER}.pth": f"import {FINDER}; {FINDER}.install()\n",  # CPython up to 3.17
+    f"{FINDER}.start": f"{FINDER}:install\n",  # PEP 829, CPython 3.15 and later
+}
+
+
+class BuildPatchSet(Command):
+    """Add the start-up files to every wheel, and a copy of the patch set to a regular one."""
+
+    editable_mode = False  # set by setuptools, see setuptools.command.build.SubCommand
+    user_options = []
+
+    def initialize_options(self):
+        self.build_lib = None
+
+    def finalize_options(self):
+        self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+
+    def run(self):
+        # An editable wheel ignores build_lib; what lies in install_lib (the unpacked wheel) is packed as it is.
+        target = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
+        self.mkpath(target)
+        for name, text in START_UP.items():
+            with open(os.path.join(target, name), "w", encoding="utf-8") as file:
+                file.write(text)
+        if not self.editable_mode:
+            tree = os.path.join(self.build_lib, FINDER, "_tree")
+            shutil.rmtree(tree, ignore_errors=True)  # nothing stale from an earlier build
+            for source in self.get_source_files():
+                self.mkpath(os.path.dirname(os.path.join(tree, source)))
+                self.copy_file(source, os.path.join(tree, source))
+
+    def get_source_files(self):
+        return sorted(glob("nemo/**/*.py", recursive=True))
+
+    def get_outputs(self):
+        if self.editable_mode:
+            return []  # a strict editable install would try to link each of them out of build_lib
+        start_up = [os.path.join(self.build_lib, name) for name in START_UP]
+        return start_up + [os.path.join(self.build_lib, FINDER, "_tree", file) for file in self.get_source_files()]
+
+    def get_output_mapping(self):
+        return {}
+
+
+class BuildWithPatchSet(build):
+    sub_commands = [*build.sub_commands, ("build_patch_set", None)]
+
+
+setup(
+    name="nemo-streaming-ssl",
+    version="0.1.0",
+    description="Streaming self-supervised speech pre-training: a patch set over NVIDIA NeMo",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[FINDER],
+    package_dir={"": "src"},
+    install_requires=["nemo_toolkit[asr]>=2.5.3,<3.1"],
+    cmdclass={"build": BuildWithPatchSet, "build_patch_set": BuildPatchSet},
+)

@@ -1,0 +1,174 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Tell whether the patched modules are the ones in use. Imports nothing of NeMo: it only looks at files."""
+
+import os
+import re
+import site
+import sys
+from importlib import import_module, metadata, util
+from typing import NamedTuple, Optional
+
+from nemo_streaming_ssl import SWITCH, PatchFinder, patch_tree
+from nemo_streaming_ssl.versions import FIRST_UNTESTED, TESTED, in_tested_range, nemo_version
+
+DISTRIBUTION = "nemo-streaming-ssl"
+START_UP_FILE = "nemo_streaming_ssl.pth"
+_UPSTREAM_CALL = re.compile(r"^[^#\n]*\bupstream\(globals\(\)\)", re.MULTILINE)
+
+
+class PatchedModule(NamedTuple):
+    """A module of the patch set.
+
+    Attributes:
+        name: dotted name it is imported by.
+        file: the patch set's file.
+        original: NeMo's file of that name, or None if NeMo has none (or is not there).
+        stands_in: whether the file asks for its original, that is, calls ``upstream(globals())``.
+    """
+
+    name: str
+    file: str
+    original: Optional[str]
+    stands_in: bool
+
+    @property
+    def kind(self):
+        """``patched`` if it stands in for a NeMo module, ``added`` if it is new."""
+        return "patched" if self.stands_in or self.original is not None else "added"
+
+
+def patched_modules():
+    """Return every module of the patch set, patched or added, as a list of ``PatchedModule`` sorted by name."""
+    tree, nemo = patch_tree(), _nemo_folder()
+    found = []
+    for folder, _, files in os.walk(os.path.join(tree, "nemo")):
+        for file in files:
+            if file.endswith(".py"):
+                found.append(_describe(os.path.join(folder, file), tree, nemo))
+    return sorted(found)
+
+
+def report_lines():
+    """Return the report as lines: NeMo's version, active or not and why, each module of the patch set and its file."""
+    problem = _why_inactive()
+    lines = [
+        f"{DISTRIBUTION} {_own_version()}, patch set in {os.path.join(patch_tree(), 'nemo')}",
+        _nemo_line(),
+        "active: yes, patched modules are served in place of NeMo's" if problem is None else f"active: NO, {problem}",
+    ]
+    return lines + [_module_line(module) for module in patched_modules()]
+
+
+def require_active(*names):
+    """Make sure that the patched modules are the ones in use, and say so.
+
+    Args:
+        names: dotted names of modules of the patch set that must be in use; they are imported if they are not yet.
+            Whatever else of the patch set is already imported is checked too.
+
+    Returns:
+        The lines of ``report_lines()``, for a log.
+
+    Raises:
+        RuntimeError: if the patch set is inactive or NeMo's own module is in use in place of a patched one.
+        ValueError: if the patch set has no module of a given name.
+    """
+    unknown = set(names) - {module.name for module in patched_modules()}
+    if unknown:
+        raise ValueError(f"the patch set has no module {', '.join(sorted(unknown))}")
+    problem = _why_inactive()
+    if problem is None:
+        for name in names:
+            import_module(name)
+        problem = _why_inactive()
+    if problem is not None:
+        raise RuntimeError(f"the patched NeMo modules are not in use: {problem}")
+    return report_lines()
+
+
+def _describe(file, tree, nemo):
+    relative = os.path.relpath(file, tree)[: -len(".py")]
+    parts = relative.split(os.sep)
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
+    with open(file, encoding="utf-8") as source:
+        stands_in = _UPSTREAM_CALL.search(source.read()) is not None
+    return PatchedModule(".".join(parts), file, _original_file(nemo, parts[1:]), stands_in)
+
+
+def _original_file(nemo, parts):
+    if nemo is None:
+        return None
+    base = os.path.join(nemo, *parts)
+    candidates = (os.path.join(base, "__init__.py"), base + ".py")
+    return next((file for file in candidates if os.path.isfile(file)), None)
+
+
+def _nemo_folder():
+    try:
+        spec = util.find_spec("nemo")  # a top-level name: nothing is imported
+    except ValueError:  # a stand-in module without a spec
+        return None
+    return os.path.dirname(spec.origin) if spec is not None and spec.origin else None
+
+
+def _why_inactive():
+    """Return why the patched modules are not in use, or None if they are."""
+    if PatchFinder not in sys.meta_path:
+        return _why_not_installed()
+    if _nemo_folder() is None:
+        return "NeMo is not installed (pip install 'nemo_toolkit[asr]')"
+    stock = [module.name for module in patched_modules() if _is_stock(module)]
+    if stock:
+        return (
+            f"NeMo's own {', '.join(stock)} {'was' if len(stock) == 1 else 'were'} imported first: "
+            "import nemo only after the patch set is installed, in a fresh interpreter"
+        )
+    return None
+
+
+def _why_not_installed():
+    if os.environ.get(SWITCH) == "0":
+        return f"switched off by {SWITCH}=0"
+    if sys.flags.no_site:
+        return "this interpreter runs without its start-up files (python -S)"
+    files = [os.path.join(folder, START_UP_FILE) for folder in [*site.getsitepackages(), site.getusersitepackages()]]
+    present = [file for file in files if os.path.isfile(file)]
+    if present:
+        return f"the start-up file {present[0]} did not run to its end"
+    return (
+        f"no site-packages folder of {sys.executable} has the start-up file {START_UP_FILE} (pip install --target, or "
+        "PYTHONPATH alone, does not put it there): pip install the project into this environment"
+    )
+
+
+def _is_stock(module):
+    if module.name not in sys.modules:
+        return False
+    file = getattr(sys.modules[module.name], "__file__", None) or ""
+    return os.path.realpath(file) != os.path.realpath(module.file)
+
+
+def _own_version():
+    try:
+        return metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _nemo_line():
+    folder = _nemo_folder()
+    if folder is None:
+        return "NeMo: not found"
+    version = nemo_version()
+    tested = version is not None and in_tested_range(version)
+    last = ".".join(str(number) for number in FIRST_UNTESTED[:2])
+    return (
+        f"NeMo {version or 'of unknown version'} in {folder}: {'in' if tested else 'NOT in'} the tested range "
+        f"(from {TESTED[0]}, below {last}; tested: {', '.join(TESTED)})"
+    )
+
+
+def _module_line(module):
+    missing = module.kind == "patched" and module.original is None and _nemo_folder() is not None
+    note = "  (this NeMo has no such module: importing it fails)" if missing else ""
+    return f"{module.kind:7}  {module.name}  {module.file}{note}"
