@@ -15,17 +15,19 @@ _COPIED_DUNDERS = ("__all__", "__getattr__", "__dir__")  # the others belong to 
 
 def patch_tree():
     """Return the directory that holds the patch set's ``nemo/``: in the wheel, or the checkout if editable."""
-    import os
+    if PatchFinder.tree is None:
+        import os
 
-    here = os.path.dirname(os.path.realpath(__file__))  # a strict editable install links this file
-    packaged = os.path.join(here, "_tree")
-    return packaged if os.path.isdir(packaged) else os.path.dirname(os.path.dirname(here))
+        here = os.path.dirname(os.path.realpath(__file__))  # a strict editable install links this file
+        packaged = os.path.join(here, "_tree")
+        PatchFinder.tree = packaged if os.path.isdir(packaged) else os.path.dirname(os.path.dirname(here))
+    return PatchFinder.tree
 
 
 class PatchFinder:
     """Meta-path finder that answers for the ``nemo.*`` modules of the patch set and for nothing else."""
 
-    tree = None
+    tree = None  # see patch_tree()
 
     @classmethod
     def find_spec(cls, fullname, path=None, target=None):
@@ -34,14 +36,12 @@ class PatchFinder:
             return None
         from importlib.machinery import PathFinder
 
-        if cls.tree is None:
-            cls.tree = patch_tree()
-        folder = "/".join([cls.tree, *fullname.split(".")[:-1]])
+        folder = "/".join([patch_tree(), *fullname.split(".")[:-1]])
         spec = PathFinder.find_spec(fullname, [folder], target)
         if spec is None or not spec.has_location:  # a mere directory on the way to a patched module
             return None
         if spec.submodule_search_locations is not None:  # a patched package keeps NeMo's other submodules
-            _add_original_folders(spec, path, cls.tree)
+            _add_original_folders(spec, path)
         from nemo_streaming_ssl.versions import warn_if_untested
 
         warn_if_untested()
@@ -90,24 +90,24 @@ def upstream(namespace):
     return original
 
 
-def _add_original_folders(spec, parent_path, tree):
+def _add_original_folders(spec, parent_path):
     import os
 
-    for folder in _outside(tree, parent_path):
+    for folder in _outside_patch_set(parent_path):
         original = os.path.join(folder, spec.name.rpartition(".")[2])
         if os.path.isdir(original):
             spec.submodule_search_locations.append(original)
 
 
-def _outside(tree, folders):
-    return [folder for folder in folders if not folder.startswith(tree + "/")]
+def _outside_patch_set(folders):
+    return [folder for folder in folders if not folder.startswith(patch_tree() + "/")]
 
 
 def _load_original(name):
     import importlib.util
 
     parent = sys.modules.get(name.rpartition(".")[0])
-    search = _outside(PatchFinder.tree or patch_tree(), getattr(parent, "__path__", ()))
+    search = _outside_patch_set(getattr(parent, "__path__", ()))
     for finder in sys.meta_path if search else ():
         spec = finder.find_spec(name, search) if finder is not PatchFinder and hasattr(finder, "find_spec") else None
         if spec is not None and spec.has_location:

@@ -1,0 +1,86 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# `make` lists what there is. Each NeMo version has an environment of its own; an install that was cut short is redone.
+
+NEMO ?= 3.0.0
+TESTED_NEMO := 2.5.3 3.0.0
+ifneq ($(words $(NEMO)) $(filter-out $(TESTED_NEMO),$(NEMO)),1 )
+$(error NEMO=$(NEMO) is not a tested version; use one of: $(TESTED_NEMO))
+endif
+
+# The pins were tested on Python 3.11: take it where there is one.
+PYTHON_BOOTSTRAP ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
+VENV ?= .venv/nemo-$(NEMO)
+PYTHON := $(VENV)/bin/python
+CONSTRAINTS := requirements/constraints-$(NEMO).txt
+TESTS ?= tests
+PYTEST_ARGS ?=
+SOURCES := $(wildcard src nemo examples tests benchmarks setup.py)
+
+# The stamps are named after what they stand for: other pins, another packaging or another place mean another stamp.
+REQUIREMENTS := $(CONSTRAINTS) requirements/runtime.txt requirements/test.txt
+REQUIREMENTS_STAMP := $(VENV)/.requirements-$(shell cat $(REQUIREMENTS) | cksum | cut -d' ' -f1)
+PROJECT_STAMP := $(VENV)/.project-$(shell { cat $(REQUIREMENTS) setup.py; pwd; } | cksum | cut -d' ' -f1)
+UNFINISHED := $(VENV).unfinished
+OWN_VENV := $(filter file,$(origin VENV))
+PIP_QUIET := $(if $(CI),--quiet)
+
+export PYTHONNOUSERSITE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Without its .pyc files NeMo takes half a minute to import, in every process anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv test pretrain lint format clean
+
+help: ## list the targets
+	@echo "Targets, each with NEMO=2.5.3 or NEMO=3.0.0 (now $(NEMO)):"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
+	@echo "The environment is $(VENV) (VENV=... for another), made with $(PYTHON_BOOTSTRAP) (PYTHON_BOOTSTRAP=...)."
+
+venv: $(PROJECT_STAMP) ## make the environment: NeMo, everything for tests and demo, this project (editable)
+
+test: $(PROJECT_STAMP) ## run the tests (TESTS=path, PYTEST_ARGS=... to narrow them)
+	@echo "== Running the tests with NeMo $(NEMO)"
+	$(PYTHON) -m pytest $(TESTS) $(PYTEST_ARGS)
+
+pretrain: $(PROJECT_STAMP) ## pre-train the demo model (MANIFEST=..., VAL_MANIFEST=... for your own speech)
+	@echo "== Pre-training the demo model with NeMo $(NEMO)"
+	$(PYTHON) examples/asr/speech_pretraining/pretrain_demo.py \
+		$(if $(MANIFEST),--manifest "$(MANIFEST)") $(if $(VAL_MANIFEST),--validation-manifest "$(VAL_MANIFEST)")
+
+lint: $(PROJECT_STAMP) ## check the formatting (black, isort)
+	@echo "== Checking the formatting of $(SOURCES)"
+	$(PYTHON) -m black --check --quiet $(SOURCES) || $(PYTHON) -m black --check $(SOURCES)
+	$(PYTHON) -m isort --check-only $(SOURCES)
+
+format: $(PROJECT_STAMP) ## format the sources
+	$(PYTHON) -m isort $(SOURCES)
+	$(PYTHON) -m black $(SOURCES)
+
+clean: ## remove the environments and what builds and tests leave
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A mark stands beside the environment from the first step to the last: a half-made one is cleared, never repaired.
+# An environment that the user names (VENV=...) is never cleared. Modules are compiled when first imported: compiling
+# all of them takes a third of the install, and most are never used.
+$(REQUIREMENTS_STAMP):
+	@echo "== Making $(VENV) with NeMo $(NEMO), $$($(PYTHON_BOOTSTRAP) --version) (one to two minutes)"
+	@$(PYTHON_BOOTSTRAP) -c 'import sys; sys.version_info[:2] == (3, 11) or print("Note: the pins were tested on Python 3.11 only")'
+	@mkdir -p $(dir $(VENV))
+	@rm -f $(VENV)/.requirements-* $(VENV)/.project-*
+	@test ! -e $(UNFINISHED) || echo "== An earlier install did not finish: starting afresh"
+	clear=$$(test ! -e $(UNFINISHED) || echo --clear); $(if $(OWN_VENV),touch $(UNFINISHED);) \
+		$(PYTHON_BOOTSTRAP) -m venv $$clear $(VENV)
+	$(PYTHON) -m pip install $(PIP_QUIET) --no-compile -c $(CONSTRAINTS) "nemo_toolkit[asr]==$(NEMO)" \
+		-r requirements/runtime.txt -r requirements/test.txt
+	@touch $@
+	@rm -f $(UNFINISHED)
+
+$(PROJECT_STAMP): $(REQUIREMENTS_STAMP)
+	@echo "== Installing this project into $(VENV) (editable)"
+	@rm -f $(VENV)/.project-*
+	$(PYTHON) -m pip install $(PIP_QUIET) --no-deps --no-build-isolation --editable .
+	$(PYTHON) -m nemo_streaming_ssl
+	@touch $@

@@ -1,0 +1,63 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""What all tests share: they run on the patched modules, and GPU tests only where there is a GPU."""
+
+import os
+import sys
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# A loaded machine must not fail a property by its clock; CI tries the same examples in every run.
+settings.register_profile(
+    "nemo_streaming_ssl",
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("nemo_streaming_ssl")
+
+
+def pytest_sessionstart(session):
+    """Refuse to test stock NeMo by mistake."""
+    try:
+        from nemo_streaming_ssl.report import require_active
+
+        require_active()
+    except (ImportError, RuntimeError) as error:
+        raise pytest.UsageError(
+            f"{error}\nThe tests need the patch set installed in {sys.prefix} (pip install -e .); "
+            "`python -m nemo_streaming_ssl` tells more."
+        ) from error
+
+
+def pytest_collection_finish(session):
+    """Keep NeMo's INFO lines out of the tests' output; its warnings stay, tests look for some of them."""
+    if "nemo.utils" in sys.modules:
+        from nemo.utils import logging
+
+        logging.setLevel(logging.WARNING)
+
+
+def pytest_runtest_setup(item):
+    """Skip a test marked ``run_only_on('GPU')`` where CUDA is not there."""
+    for marker in item.iter_markers("run_only_on"):
+        device = marker.args[0].upper()
+        if device not in ("CPU", "GPU"):
+            raise pytest.UsageError(f"run_only_on takes 'CPU' or 'GPU', not {marker.args[0]!r}")
+        if device == "GPU" and not _has_cuda():
+            pytest.skip("needs a GPU with CUDA")
+
+
+def _has_cuda():
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def speech_corpus(tmp_path_factory):
+    """A synthetic speech corpus of a minute and a half; the folder with its NeMo manifests."""
+    from corpus import make_small_corpus
+
+    return make_small_corpus(tmp_path_factory.mktemp("speech_corpus"))

@@ -1,0 +1,164 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""The finder and ``upstream()``, over a miniature NeMo (fixture ``stand_in``)."""
+
+import pytest
+
+
+@pytest.mark.unit
+def test_patched_module_is_served_everywhere(stand_in):
+    stand_in.python("""
+        import nemo.tools, nemo.tools.saw, nemo.tools.plane
+        assert nemo.tools.saw.__file__.startswith(PatchFinder.tree)
+        assert nemo.tools.saw.Saw().cut() == 'stock, patched'
+        assert nemo.tools.Saw is nemo.tools.saw.Saw is nemo.tools.plane.Saw
+        """)
+
+
+@pytest.mark.unit
+def test_upstream_keeps_names_and_dotted_path(stand_in):
+    stand_in.python("""
+        import pickle, sys
+        from nemo.tools import saw
+        assert saw._teeth == 12 and saw.NAIL == 'stock nail' and saw.__all__ == ['Saw', 'Kept']
+        assert saw.stock.__name__ == saw.__name__ == 'nemo.tools.saw'
+        assert saw.Kept is saw.stock.Kept and saw.Kept.__module__ == 'nemo.tools.saw'
+        assert issubclass(saw.Saw, saw.stock.Saw) and saw.Saw is not saw.stock.Saw
+        assert sys.modules['nemo.tools.saw'] is saw and not saw.stock.__file__.startswith(PatchFinder.tree)
+        assert type(pickle.loads(pickle.dumps(saw.Kept()))) is saw.Kept
+        assert type(pickle.loads(pickle.dumps(saw.Saw()))) is saw.Saw
+        """)
+
+
+@pytest.mark.unit
+def test_reload_keeps_the_original(stand_in):
+    stand_in.python("""
+        import importlib
+        from nemo.tools import saw
+        original, kept = saw.stock, saw.Kept
+        importlib.reload(saw)
+        assert saw.Saw().cut() == 'stock, patched' and saw.stock is original and saw.Kept is kept
+        """)
+
+
+@pytest.mark.unit
+def test_source_is_the_patched_file(stand_in):
+    stand_in.python("""
+        import importlib.resources, inspect
+        from nemo.tools import saw
+        assert 'patched' in inspect.getsource(saw.Saw)
+        assert saw.__spec__.loader.get_source('nemo.tools.saw') == open(saw.__file__).read()
+        assert importlib.resources.files('nemo.tools').joinpath('nail.py').is_file()
+        """)
+
+
+@pytest.mark.unit
+def test_patched_package_keeps_its_other_submodules(stand_in):
+    stand_in.add_patches(
+        {"tools/__init__.py": "from nemo_streaming_ssl import upstream\nupstream(globals())\nMINE = 1\n"}
+    )
+    stand_in.python("""
+        import nemo.tools, nemo.tools.nail, nemo.tools.plane
+        assert nemo.tools.MINE == 1 and nemo.tools.nail.NAIL == 'stock nail'
+        assert nemo.tools.Saw().cut() == 'stock, patched'
+        """)
+
+
+@pytest.mark.unit
+def test_lazy_names_of_the_original_stay(stand_in):
+    stand_in.add_nemo({"tools/lazy.py": "def __getattr__(name): return name.upper()\n__author__ = 'stock'\n"})
+    stand_in.add_patches({"tools/lazy.py": "import nemo_streaming_ssl\nnemo_streaming_ssl.upstream(globals())\n"})
+    stand_in.python("""
+        from nemo.tools.lazy import whatever
+        assert whatever == 'WHATEVER'
+        """)
+
+
+@pytest.mark.unit
+def test_added_package(stand_in):
+    stand_in.add_patches({"shed/__init__.py": "from .door import DOOR\n", "shed/door.py": "DOOR = 1\n"})
+    stand_in.python("""
+        import nemo.shed
+        assert nemo.shed.DOOR == 1
+        """)
+
+
+@pytest.mark.unit
+def test_threads_share_one_patched_module(stand_in):
+    stand_in.add_nemo(
+        {"tools/__init__.py": ""}
+    )  # a package that imports its own modules deadlocks without patches too
+    stand_in.python("""
+        import importlib, threading
+        from concurrent.futures import ThreadPoolExecutor
+        barrier = threading.Barrier(8)
+        def load(number):
+            barrier.wait()
+            return importlib.import_module(['nemo.tools.saw', 'nemo.tools.plane'][number % 2]).Saw
+        with ThreadPoolExecutor(8) as pool:
+            found = set(pool.map(load, range(8)))
+        assert len(found) == 1 and found.pop()().cut() == 'stock, patched'
+        """)
+
+
+@pytest.mark.unit
+def test_install_is_idempotent_and_first(stand_in):
+    stand_in.python("""
+        install(); install()
+        assert sys.meta_path.count(PatchFinder) == 1 and sys.meta_path[0] is PatchFinder
+        """)
+
+
+@pytest.mark.unit
+def test_switch_leaves_stock_nemo_alone(stand_in):
+    code = """
+        install()
+        from nemo.tools.saw import Saw
+        assert PatchFinder not in sys.meta_path and Saw().cut() == 'stock'
+        """
+    stand_in.python(code, NEMO_STREAMING_SSL="0")
+
+
+@pytest.mark.unit
+def test_finder_answers_for_nothing_else(stand_in):
+    stand_in.add_patches({"__init__.py": "raise AssertionError('nemo itself is never patched')\n"})
+    stand_in.add_patches({"folder/notes.txt": "no module here\n"})
+    stand_in.python("""
+        import nemo, nemo.tools.nail
+        assert not nemo.tools.nail.__file__.startswith(PatchFinder.tree)
+        find = PatchFinder.find_spec
+        assert find('nemo') is None and find('nemo.tools.nail', nemo.tools.__path__) is None
+        assert find('nemo.folder', nemo.__path__) is None and find('nemo.nowhere.deep', nemo.__path__) is None
+        assert find('nemox.tools.saw', ['x']) is None and find('json.tool', ['x']) is None
+        """)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    "nemo, patch, error",
+    [
+        ({}, "upstream(globals())", "ModuleNotFoundError: NeMo has no module 'nemo.tools.drill' to patch"),
+        ({"tools/drill.py": "1 / 0"}, "upstream(globals())", "ZeroDivisionError"),
+        (
+            {"tools/drill.py": "1"},
+            "upstream({'__name__': 'drill'})",
+            "ModuleNotFoundError: NeMo has no module 'drill'",
+        ),
+        (
+            {"tools/drill.py": "from nemo_streaming_ssl import upstream\nupstream(globals())"},
+            "upstream(globals())",
+            "ImportError: the module found in NeMo's place for 'nemo.tools.drill' is a file of the patch set",
+        ),
+    ],
+    ids=["no original", "original fails", "not a NeMo name", "patched twice"],
+)
+def test_upstream_errors_are_clear_and_repeat(stand_in, nemo, patch, error):
+    stand_in.add_nemo(nemo)
+    stand_in.add_patches({"tools/drill.py": f"from nemo_streaming_ssl import upstream\n{patch}\n"})
+    code = """
+        try:
+            import nemo.tools.drill
+        except (ImportError, ZeroDivisionError):
+            import nemo.tools.drill
+        """
+    result = stand_in.python(code, check=False)
+    assert result.returncode == 1 and result.stderr.strip().splitlines()[-1].startswith(error)

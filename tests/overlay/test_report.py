@@ -1,0 +1,116 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""``python -m nemo_streaming_ssl`` and ``require_active()``: active or not, and the reason why not."""
+
+import sys
+
+import pytest
+
+REPORT = """
+    from nemo_streaming_ssl.report import patched_modules, report_lines, require_active
+    """
+
+
+@pytest.mark.unit
+def test_every_module_is_reported_with_its_file(stand_in):
+    result = stand_in.python(REPORT + """
+    for module in patched_modules():
+        print(module.kind, module.name, module.file, module.original)
+    assert 'nemo' not in sys.modules
+    """)
+    saw, plane = stand_in.patches / "nemo/tools/saw.py", stand_in.patches / "nemo/tools/plane.py"
+    assert result.stdout.splitlines() == [
+        f"added nemo.tools.plane {plane} None",
+        f"patched nemo.tools.saw {saw} {stand_in.nemo / 'nemo/tools/saw.py'}",
+    ]
+
+
+@pytest.mark.unit
+def test_patch_without_an_original_is_pointed_out(stand_in):
+    stand_in.add_patches({"gone.py": "import nemo_streaming_ssl as own\n\nstock = own.upstream(globals())\n"})
+    lines = stand_in.python(REPORT + "\n    print(*report_lines(), sep='\\n')").stdout.splitlines()
+    assert [line for line in lines if "nemo.gone" in line][0].endswith(
+        "(this NeMo has no such module: importing it fails)"
+    )
+
+
+@pytest.mark.unit
+def test_require_active_returns_the_report(stand_in):
+    stand_in.python(REPORT + """
+    lines = require_active('nemo.tools.saw', 'nemo.tools.plane')
+    assert lines == report_lines() and 'nemo.tools.saw' in sys.modules
+    assert lines[1].startswith('NeMo 3.0.0 in ') and 'in the tested range' in lines[1], lines[1]
+    assert lines[2].startswith('active: yes')
+    """)
+
+
+@pytest.mark.unit
+def test_require_active_rejects_unknown_names(stand_in):
+    result = stand_in.python(REPORT + "\n    require_active('nemo.tools.saw', 'nemo.tools.nail')", check=False)
+    assert result.stderr.strip().endswith("ValueError: the patch set has no module nemo.tools.nail")
+
+
+@pytest.mark.unit
+def test_stock_module_imported_first_is_an_error(stand_in):
+    code = """
+    import nemo.tools.saw, os
+    del os.environ['NEMO_STREAMING_SSL']
+    install()
+    require_active()
+    """
+    result = stand_in.python(REPORT + code, check=False, NEMO_STREAMING_SSL="0")
+    assert "RuntimeError: the patched NeMo modules are not in use: NeMo's own nemo.tools.saw was" in result.stderr
+
+
+@pytest.mark.unit
+def test_untested_version_is_reported(stand_in):
+    stand_in.add_nemo({"__init__.py": "__version__ = '3.1.0'\n"})
+    result = stand_in.python(REPORT + "\n    import nemo\n    print(report_lines()[1])")
+    assert "NOT in the tested range" in result.stdout
+
+
+@pytest.mark.unit
+def test_command_in_this_environment(run):
+    code = """
+import runpy, sys
+try:
+    runpy.run_module('nemo_streaming_ssl', run_name='__main__', alter_sys=True)
+except SystemExit as end:
+    heavy = {'nemo', 'torch', 'numpy', 'lightning'} & set(sys.modules)
+    sys.exit(end.code or len(heavy))
+"""
+    lines = run(sys.executable, "-c", code).stdout.splitlines()
+    assert lines[2].startswith("active: yes")
+    assert any(line.startswith("patched  nemo.collections.asr.") for line in lines)
+
+
+@pytest.mark.unit
+def test_command_when_switched_off(run):
+    result = run(sys.executable, "-m", "nemo_streaming_ssl", check=False, NEMO_STREAMING_SSL="0")
+    assert result.returncode == 1 and "active: NO, switched off by NEMO_STREAMING_SSL=0" in result.stdout
+
+
+@pytest.mark.unit
+def test_command_without_start_up_files(run, checkout):
+    result = run(sys.executable, "-S", "-m", "nemo_streaming_ssl", check=False, PYTHONPATH=checkout / "src")
+    assert result.returncode == 1 and "python -S" in result.stdout and "NeMo: not found" in result.stdout
+
+
+@pytest.mark.unit
+def test_command_in_an_environment_without_the_start_up_file(fresh_venv, run, checkout):
+    result = run(fresh_venv.python, "-m", "nemo_streaming_ssl", check=False, PYTHONPATH=checkout / "src")
+    assert result.returncode == 1
+    assert "has the start-up file nemo_streaming_ssl.pth (pip install --target, or" in result.stdout
+
+
+@pytest.mark.unit
+def test_without_nemo(run, checkout):
+    code = f"""
+import sys
+sys.path.insert(0, {str(checkout / 'src')!r})
+import nemo_streaming_ssl
+nemo_streaming_ssl.install()
+from nemo_streaming_ssl.report import report_lines
+print(*report_lines(), sep='\\n')
+"""
+    lines = run(sys.executable, "-S", "-c", code).stdout.splitlines()
+    assert lines[1] == "NeMo: not found" and lines[2].startswith("active: NO, NeMo is not installed")

@@ -1,0 +1,64 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""The pins are complete, agree with each other, and are what is installed."""
+
+import os
+import re
+from importlib import metadata
+
+import pytest
+
+from nemo_streaming_ssl.versions import TESTED, nemo_version
+
+PIN = re.compile(r"([a-z0-9-]+)==([A-Za-z0-9.+]+)")
+
+
+def pins(checkout, version):
+    lines = _lines(checkout / "requirements" / f"constraints-{version}.txt")
+    return {PIN.fullmatch(line)[1]: PIN.fullmatch(line)[2] for line in lines}
+
+
+def _lines(file):
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("version", TESTED)
+def test_constraints_pin_the_tests_and_one_nemo(checkout, version):
+    pinned = pins(checkout, version)
+    assert pinned["nemo-toolkit"] == version
+    assert list(pinned) == sorted(pinned)
+    assert set(_lines(checkout / "requirements" / "test.txt")) <= set(pinned)
+
+
+@pytest.mark.unit
+def test_tools_that_judge_the_sources_are_the_same_for_each_nemo(checkout):
+    first, second = (pins(checkout, version) for version in TESTED)
+    for name in ("black", "isort", "pytest", "hypothesis", "torch", "setuptools"):
+        assert first[name] == second[name]
+
+
+@pytest.mark.unit
+def test_runtime_requirements_are_those_of_the_package(checkout):
+    wanted = [requirement.replace(" ", "") for requirement in metadata.requires("nemo-streaming-ssl")]
+    assert [_sorted(line) for line in _lines(checkout / "requirements" / "runtime.txt")] == [
+        _sorted(w) for w in wanted
+    ]
+
+
+def _sorted(requirement):
+    """Return a requirement with its version bounds in one order; build tools sort them in theirs."""
+    name, bounds = re.fullmatch(r"([\w.-]+(?:\[\w+\])?)(.*)", requirement).groups()
+    return re.sub(r"[-_.]", "-", name), sorted(bounds.split(","))
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(not os.environ.get("CI"), reason="an environment made by hand may hold more than the pins")
+def test_installed_packages_are_the_pinned_ones(checkout):
+    pinned = pins(checkout, nemo_version())
+    installed = {
+        re.sub(r"[-_.]+", "-", distribution.name).lower(): distribution.version.split("+")[0]
+        for distribution in metadata.distributions()
+    }
+    own = {"pip", "nemo-streaming-ssl"}
+    assert {name: version for name, version in installed.items() if name not in own} == pinned
