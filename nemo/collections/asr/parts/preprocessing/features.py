@@ -1,0 +1,178 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Feature normalisation that can stream, and normalisation for the targets of self-supervised training.
+
+Fixed corpus statistics need no look at the utterance, so a live stream can use them from its first frame on. NeMo takes
+them as ``preprocessor.normalize: {fixed_mean: [...], fixed_std: [...]}``, but only for batches of one utterance; here
+any batch size works. ``standardize_per_feature`` is the other half: per-utterance statistics, for the quantizer's
+input, which exists only in training.
+
+Shapes: B utterances, D features, T feature frames.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from omegaconf import OmegaConf
+
+from nemo_streaming_ssl import upstream
+
+_up = upstream(globals())
+
+_STATISTICS = ("fixed_mean", "fixed_std")
+_SETTING = "preprocessor.normalize"
+_SMALLEST_STD = 1e-5  # added to every standard deviation, as NeMo does, so that constant features stay finite
+# unwrapped, because a reloaded patch finds its own function there (see the end of this file)
+_stock_normalize_batch = inspect.unwrap(_up.normalize_batch)
+
+
+def normalize_batch(x, seq_len, normalize_type):
+    """Normalise a batch of features; fixed statistics work for any batch size.
+
+    Args:
+        x: features, [B, D, T], any floating dtype.
+        seq_len: valid frames per utterance, [B]. Fixed statistics do not use it.
+        normalize_type: a mapping with ``fixed_mean`` and ``fixed_std``, D numbers each (lists, tuples, arrays, or
+            OmegaConf's lists), or one of NeMo's strings, which get NeMo's own result.
+
+    Returns:
+        The normalised features ([B, D, T], dtype and device of ``x``), the mean and the standard deviation used
+        (None where nothing was normalised).
+
+    Raises:
+        ValueError: if the mapping lacks a key, has not one number per feature, a number that is not finite, or a
+            standard deviation that is not positive.
+    """
+    if not isinstance(normalize_type, Mapping):
+        return _stock_normalize_batch(x, seq_len, normalize_type)
+    statistics = check_fixed_statistics(normalize_type, features=x.shape[1])
+    # low precision would round a mean of -12 by up to 0.03, so the sums are at least float32
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    mean, std = _statistics_tensors(*statistics.values(), dtype=dtype, device=x.device)
+    return ((x.to(dtype) - mean[:, None]) / std[:, None]).to(x.dtype), mean, std
+
+
+normalize_batch.__wrapped__ = _stock_normalize_batch
+
+
+@functools.lru_cache(maxsize=32)
+def _statistics_tensors(mean, std, dtype, device):
+    """Return the two tuples as [D] tensors, made once per device: a copy for each batch would make the GPU wait."""
+    with torch.inference_mode(False):  # a tensor made under inference mode could not be used in training later
+        return torch.tensor(mean, dtype=dtype, device=device), torch.tensor(std, dtype=dtype, device=device)
+
+
+def check_fixed_statistics(statistics, features=None, name=_SETTING):
+    """Return ``statistics`` as a plain dict of tuples of floats.
+
+    Args:
+        statistics: a mapping with ``fixed_mean`` and ``fixed_std``; further keys are ignored.
+        features: how many numbers each must have; None: as many as the other.
+        name: what the errors call the mapping.
+
+    Returns:
+        ``{"fixed_mean": (float, ...), "fixed_std": (float, ...)}``.
+
+    Raises:
+        ValueError: naming the mapping, the key and the value that is wrong, and what is allowed.
+    """
+    missing = [key for key in _STATISTICS if key not in statistics]
+    if missing:
+        raise ValueError(f"{name} has no {' and no '.join(missing)}; it needs both fixed_mean and fixed_std")
+    checked = {key: _as_floats(statistics[key], f"{name}.{key}") for key in _STATISTICS}
+    mean, std = checked.values()
+    expected = features or max(len(mean), 1)
+    for key, values in checked.items():
+        if len(values) != expected:
+            raise ValueError(f"{name}.{key} has {len(values)} numbers; it needs {expected}, one per feature")
+    _refuse(mean, math.isfinite, f"{name}.fixed_mean", "finite")
+    _refuse(std, lambda value: math.isfinite(value) and value > 0, f"{name}.fixed_std", "finite and above 0")
+    return checked
+
+
+def _as_floats(values, name):
+    """Return the numbers of a list, tuple, array, tensor or ListConfig as a tuple of floats."""
+    if isinstance(values, tuple) and all(type(value) is float for value in values):
+        return values  # already checked: the usual case, once per batch
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, Sequence) and len(values) == 1 and isinstance(values[0], Sequence):
+        values = values[0]  # NeMo also took [1, D]
+    try:
+        if isinstance(values, str):
+            raise TypeError
+        return tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {values!r}; it needs a list of numbers, one per feature") from None
+
+
+def _refuse(values, allowed, name, rule):
+    """Raise the error for the first value that is not ``allowed``."""
+    for index, value in enumerate(values):
+        if not allowed(value):
+            raise ValueError(f"{name}[{index}] is {value}; every value must be {rule}")
+
+
+def load_fixed_statistics(path):
+    """Read the corpus statistics that ``compute_feature_stats.py`` wrote.
+
+    Args:
+        path: a yaml file with ``fixed_mean`` and ``fixed_std``.
+
+    Returns:
+        ``{"fixed_mean": [float, ...], "fixed_std": [float, ...]}``, to be used as ``preprocessor.normalize``.
+
+    Raises:
+        ValueError: naming the file, if it is missing, is no yaml mapping, or its numbers cannot be used.
+    """
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        raise ValueError(f"feature statistics {path}: there is no such file") from None
+    except Exception as error:  # yaml, OmegaConf and decoding each have errors of their own
+        raise ValueError(f"feature statistics {path} cannot be read: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"feature statistics {path}: it needs the two keys fixed_mean and fixed_std")
+    checked = check_fixed_statistics(content, name=f"feature statistics {path}:")
+    return {key: list(values) for key, values in checked.items()}
+
+
+def standardize_per_feature(features, lengths):
+    """Give every feature of every utterance zero mean and unit variance over the valid frames.
+
+    The values are those of NeMo's ``per_feature`` normalisation, without its host-device sync, in float32 for half
+    precision, and finite for utterances of one frame or none.
+
+    Args:
+        features: [B, D, T], any floating dtype.
+        lengths: valid frames per utterance, [B].
+
+    Returns:
+        Tensor [B, D, T] of the same dtype; 0 at and beyond each length.
+    """
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    valid = torch.arange(features.shape[-1], device=features.device) < lengths.to(features.device)[:, None]
+    valid, lengths = valid[:, None], valid.sum(dim=1).view(-1, 1, 1)
+    mean = torch.where(valid, wide, 0.0).sum(dim=2, keepdim=True) / lengths.clamp(min=1)
+    centred = torch.where(valid, wide - mean, 0.0)
+    # one frame has no variance: stock's 0 / 0, which it replaces by 0 too
+    std = (centred.square().sum(dim=2, keepdim=True) / (lengths - 1).clamp(min=1)).sqrt()
+    return (centred / (std + _SMALLEST_STD)).to(features.dtype)
+
+
+class FilterbankFeatures(_up.FilterbankFeatures):
+    """NeMo's mel features; fixed statistics are checked when the model is made, not in its first batch.
+
+    Raises:
+        ValueError: if ``normalize`` is a mapping whose numbers do not fit the features.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if isinstance(self.normalize, Mapping):
+            self.normalize = check_fixed_statistics(self.normalize, features=self.nfilt * self.frame_splicing)
+
+
+# stock's FilterbankFeatures.forward looks its function up in its own module
+_up.normalize_batch = normalize_batch
