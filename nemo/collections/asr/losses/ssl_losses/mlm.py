@@ -35,9 +35,7 @@ class MLMLoss(_up.MLMLoss):
         ValueError: if ``decoder_offset`` is negative.
     """
 
-    def __init__(
-        self, combine_time_steps: int = 1, mask_threshold: float = MASK_THRESHOLD, decoder_offset: int = 0
-    ):
+    def __init__(self, combine_time_steps: int = 1, mask_threshold: float = MASK_THRESHOLD, decoder_offset: int = 0):
         super().__init__(combine_time_steps=combine_time_steps, mask_threshold=mask_threshold)
         if decoder_offset < 0:
             raise ValueError(f"loss.decoder_offset is {decoder_offset}; it must be 0 decoder frames or more")
@@ -61,30 +59,40 @@ class MLMLoss(_up.MLMLoss):
             The loss, a scalar; float32 for half-precision inputs, else the dtype of ``decoder_outputs``.
         """
         masks = spec_masks if masks is None else masks
-        decoder_outputs = decoder_outputs[:, self.decoder_offset :]
-        frames = min(decoder_outputs.shape[1], targets.shape[1])
-        if masks is not None:
-            frames = min(frames, masks.shape[-1] // self.combine_time_steps)
-        targets = targets[:, :frames]
-        counted = self._counted_frames(masks, decoder_lengths, targets)
+        decoder_outputs, targets, counted = self.align(decoder_outputs, targets, masks, decoder_lengths)
         safe_targets = torch.where(counted, targets, 0)
-        log_likelihood = decoder_outputs[:, :frames].gather(2, safe_targets.unsqueeze(-1)).squeeze(-1)
+        log_likelihood = decoder_outputs.gather(2, safe_targets.unsqueeze(-1)).squeeze(-1)
         if log_likelihood.dtype != torch.float64:
             log_likelihood = log_likelihood.float()
         return -torch.where(counted, log_likelihood, 0.0).sum() / counted.sum().clamp(min=1)
 
-    def _counted_frames(
-        self, masks: Optional[torch.Tensor], decoder_lengths: Optional[torch.Tensor], targets: torch.Tensor
-    ) -> torch.Tensor:
-        """Return which of the aligned frames [B, frames] count."""
-        frames = targets.shape[1]
+    def align(
+        self,
+        decoder_outputs: torch.Tensor,
+        targets: torch.Tensor,
+        masks: Optional[torch.Tensor] = None,
+        decoder_lengths: Optional[torch.Tensor] = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Cut outputs and targets to their common frames, and tell which of these count.
+
+        Args:
+            decoder_outputs, targets, masks, decoder_lengths: as in :meth:`forward`.
+
+        Returns:
+            decoder outputs [B, F, C] and targets [B, F], both views, and the frames that count [B, F] bool.
+        """
+        decoder_outputs = decoder_outputs[:, self.decoder_offset :]
+        frames = min(decoder_outputs.shape[1], targets.shape[1])
+        if masks is not None:
+            frames = min(frames, masks.shape[-1] // self.combine_time_steps)
+        decoder_outputs, targets = decoder_outputs[:, :frames], targets[:, :frames]
         counted = targets != IGNORED_TARGET
         if masks is not None:
             counted &= masked_share_per_frame(masks, self.combine_time_steps)[:, :frames] > self.mask_threshold
         if decoder_lengths is not None:
             index = torch.arange(self.decoder_offset, self.decoder_offset + frames, device=targets.device)
             counted &= index < decoder_lengths.to(targets.device).unsqueeze(1)
-        return counted
+        return decoder_outputs, targets, counted
 
 
 class MultiMLMLoss(_up.MultiMLMLoss):
@@ -114,7 +122,13 @@ class MultiMLMLoss(_up.MultiMLMLoss):
 
     @typecheck()
     def forward(
-        self, masks=None, decoder_outputs=None, targets=None, decoder_lengths=None, target_lengths=None, spec_masks=None
+        self,
+        masks=None,
+        decoder_outputs=None,
+        targets=None,
+        decoder_lengths=None,
+        target_lengths=None,
+        spec_masks=None,
     ):
         """Compute the loss.
 

@@ -90,7 +90,7 @@ class CodebookUse:
         found = f'{used:.0f} of {self.num_classes} codes, perplexity {perplexity:.1f}, in {frames:.0f} frames'
         if frames and top_share > COLLAPSED_TOP_SHARE:
             return f'one code stands for {top_share:.0%} of the frames ({found})'
-        enough = frames >= self.num_classes  # fewer frames cannot fill the codebook, whatever they are
-        if enough and perplexity < COLLAPSED_PERPLEXITY * self.num_classes:
+        floor = COLLAPSED_PERPLEXITY * self.num_classes
+        if frames >= 10 * floor and perplexity < floor:  # a handful of frames cannot reach the floor, whatever they are
             return f'their perplexity is under {COLLAPSED_PERPLEXITY:.0%} of the classes ({found})'
         return None

@@ -1,0 +1,107 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Pre-train a streaming encoder by denoising masked token prediction (NEST) on one attention context per batch.
+
+    python hierarchical_streaming_nest.py \
+        --config-path=../conf/ssl/nest --config-name=nest_fast-conformer_streaming \
+        model.train_ds.manifest_filepath=train.json \
+        model.validation_ds.manifest_filepath=validation.json \
+        model.train_ds.noise_manifest=noise.json \
+        model.preprocessor.normalize=stats.yaml \
+        exp_manager.exp_dir=experiments
+
+``model.preprocessor.normalize`` takes the file that ``compute_feature_stats.py`` writes. A run that was interrupted
+goes on where it was if it is started again with the same ``exp_manager`` settings (``exp_manager.version=...`` or
+``exp_manager.use_datetime_version=false``).
+"""
+
+import lightning.pytorch as pl
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
+from nemo.core.config import hydra_runner
+from nemo.utils import logging
+from nemo.utils.exp_manager import exp_manager
+from nemo.utils.trainer_utils import resolve_trainer_cfg
+
+try:
+    from nemo_streaming_ssl.report import require_active
+except ImportError as error:
+    raise SystemExit(
+        "hierarchical_streaming_nest: nemo-streaming-ssl is not installed; stock NeMo won't do"
+    ) from error
+
+REQUIRED_PATCHES = (
+    'nemo.collections.asr.losses.ssl_losses.mlm',
+    'nemo.collections.asr.models.ssl_models',
+    'nemo.collections.asr.modules.conformer_encoder',
+    'nemo.collections.asr.modules.ssl_modules.masking',
+)
+
+
+def prepare(cfg: DictConfig) -> DictConfig:
+    """Check the config, and replace the name of a statistics file by the statistics.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+    from nemo.collections.asr.parts.preprocessing.features import load_fixed_statistics
+    from nemo.collections.asr.parts.utils.pretraining_checks import check_pretraining_config
+
+    check_pretraining_config(cfg)
+    normalize = cfg.model.preprocessor.get('normalize')
+    if isinstance(normalize, str) and normalize.endswith(('.yaml', '.yml')):
+        with open_dict(cfg):
+            cfg.model.preprocessor.normalize = load_fixed_statistics(normalize)
+    return cfg
+
+
+def curriculum_of(cfg: DictConfig):
+    """Return the callback that the config's ``curriculum`` section describes, None without one.
+
+    Raises:
+        ValueError: naming what is wrong with it.
+    """
+    from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
+
+    if cfg.get('curriculum') is None:
+        return None
+    try:
+        return AttContextCurriculum(**cfg.curriculum)
+    except TypeError as error:
+        raise ValueError(f"curriculum: {error}") from error
+
+
+def log_contexts(cfg: DictConfig, model) -> None:
+    """Log what each layer attends to, and the encoder's look-ahead and receptive field."""
+    from nemo.collections.asr.parts.att_context.receptive_field import context_table
+
+    hop_ms = 1000 * cfg.model.preprocessor.window_stride
+    logging.info(context_table(model.encoder, hop_ms * cfg.model.encoder.subsampling_factor))
+
+
+@hydra_runner(config_path="../conf/ssl/nest", config_name="nest_fast-conformer_streaming")
+def main(cfg: DictConfig) -> None:
+    """Train as configured; ends with a message, before anything is written, if the config cannot work."""
+    try:
+        for line in require_active(*REQUIRED_PATCHES):
+            logging.info(line)
+        cfg = prepare(cfg)
+        curriculum = curriculum_of(cfg)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise SystemExit(f"hierarchical_streaming_nest: {error}") from error
+    logging.info(f"Hydra config:\n{OmegaConf.to_yaml(cfg)}")
+
+    if cfg.get('seed') is not None:
+        pl.seed_everything(cfg.seed, workers=True)
+    trainer = pl.Trainer(**resolve_trainer_cfg(cfg.trainer))
+    exp_manager(trainer, cfg.get("exp_manager", None))
+    model = EncDecDenoiseMaskedTokenPredModel(cfg=cfg.model, trainer=trainer)
+    model.maybe_init_from_pretrained_checkpoint(cfg)
+    log_contexts(cfg, model)
+    if curriculum is not None:
+        trainer.callbacks.insert(0, curriculum)  # Lightning wants those that write checkpoints last
+    trainer.fit(model)
+
+
+if __name__ == "__main__":
+    main()  # noqa: Hydra supplies the config

@@ -1,0 +1,184 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Check a pre-training config before any work is done, so that a mistake ends in one clear error. New in this project."""
+
+import difflib
+import inspect
+import json
+from pathlib import Path
+from typing import Iterator, Optional
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.common.parts.preprocessing.manifest import get_full_path
+from nemo.utils.model_utils import import_class_by_path
+
+AUDIO_FILES_LOOKED_FOR = 100  # of each manifest: enough to find a wrong folder, few enough for a million lines
+OWN_MODEL_KEYS = ('target_normalize', 'mask_position', 'num_classes', 'num_books', 'code_dim', 'squeeze_single')
+
+
+def check_pretraining_config(cfg: DictConfig) -> None:
+    """Check a whole config: missing values, unknown keys, contexts, manifests.
+
+    Args:
+        cfg: config with a ``model`` section, as the scripts of ``examples/asr/speech_pretraining`` take it.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+    missing = OmegaConf.missing_keys(cfg)
+    if missing:
+        raise ValueError(f"the config gives no value for {', '.join(sorted(missing))}")
+    check_known_keys(cfg.model)
+    check_contexts(cfg.model.encoder)
+    check_data('model.train_ds', cfg.model.train_ds)
+    if cfg.model.get('validation_ds'):
+        check_data('model.validation_ds', cfg.model.validation_ds)
+
+
+def check_known_keys(model_cfg: DictConfig) -> None:
+    """Check that every section with a ``_target_`` has only keys that its class takes, and no own key is misspelt.
+
+    Raises:
+        ValueError: naming the unknown key and the nearest known one.
+    """
+    known = [*OWN_MODEL_KEYS, *(name for name, value in model_cfg.items() if isinstance(value, DictConfig))]
+    for key, value in model_cfg.items():
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+        if key not in known and nearest:
+            raise ValueError(f"model.{key} is not known; did you mean model.{nearest[0]}?")
+        if isinstance(value, DictConfig) and '_target_' in value:
+            _check_arguments(f'model.{key}', value)
+
+
+def _check_arguments(name: str, section: DictConfig) -> None:
+    try:
+        target = import_class_by_path(section._target_)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name}._target_ is {section._target_!r}, which cannot be imported: {error}") from error
+    taken = _constructor_arguments(target)
+    for key in section:
+        if taken is not None and not key.startswith('_') and key not in taken:
+            nearest = difflib.get_close_matches(key, taken, n=1, cutoff=0.6)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"it takes {', '.join(sorted(taken))}"
+            raise ValueError(f"{name}.{key} is not an argument of {target.__name__}; {hint}")
+
+
+def _constructor_arguments(target) -> Optional[set[str]]:
+    """Names that a class's constructor takes, through its parents where it passes ``**kwargs`` on; None for any."""
+    names = set()
+    for cls in inspect.getmro(target) if inspect.isclass(target) else [target]:
+        own = cls.__dict__.get('__init__') if inspect.isclass(cls) else cls
+        if own is None:
+            continue
+        parameters = inspect.signature(own).parameters.values()
+        names |= {
+            parameter.name for parameter in parameters if parameter.kind.name not in ('VAR_KEYWORD', 'VAR_POSITIONAL')
+        }
+        if not any(parameter.kind.name == 'VAR_KEYWORD' for parameter in parameters):
+            return names - {'self'}
+    return None
+
+
+def check_contexts(encoder_cfg: DictConfig) -> None:
+    """Check the attention contexts and their probabilities.
+
+    Raises:
+        ValueError: naming the entry and its value.
+    """
+    sizes = encoder_cfg.get('att_context_size')
+    if not sizes or encoder_cfg.get('att_context_style') == 'chunked_limited_with_rc':
+        return
+    entries = sizes if isinstance(sizes[0], (list, ListConfig)) else [sizes]
+    for index, entry in enumerate(entries):
+        AttContext.parse(entry, field=f'model.encoder.att_context_size[{index}]')
+    probabilities = encoder_cfg.get('att_context_probs')
+    if probabilities is None:
+        return
+    name = f'model.encoder.att_context_probs is {list(probabilities)}'
+    if len(probabilities) != len(entries):
+        raise ValueError(f"{name}; it needs one probability for each of the {len(entries)} contexts")
+    if min(probabilities) < 0 or abs(sum(probabilities) - 1) > 1e-6:
+        raise ValueError(f"{name}; probabilities are 0 or more and sum to 1")
+
+
+def check_data(name: str, data_cfg: DictConfig) -> None:
+    """Check the manifests of a data section; those of tarred, sharded and lhotse data are left to their readers.
+
+    Raises:
+        ValueError: naming the manifest, and what is wrong with it.
+    """
+    if data_cfg.get('noise_manifest'):
+        for path in _paths(data_cfg.noise_manifest):
+            check_manifest(path, f'{name}.noise_manifest')
+    if data_cfg.get('is_tarred') or data_cfg.get('input_cfg') or data_cfg.get('shar_path'):
+        return
+    if not data_cfg.get('manifest_filepath'):
+        raise ValueError(f"{name}.manifest_filepath is {data_cfg.get('manifest_filepath')!r}; it must name a manifest")
+    limits = data_cfg.get('min_duration'), data_cfg.get('max_duration')
+    for path in _paths(data_cfg.manifest_filepath):
+        check_manifest(path, f'{name}.manifest_filepath', *limits)
+
+
+def _paths(manifests) -> list[str]:
+    names = manifests.split(',') if isinstance(manifests, str) else manifests
+    return [name for entry in names for name in ([entry] if isinstance(entry, str) else entry)]
+
+
+def check_manifest(
+    path: str, name: str, min_duration: Optional[float] = None, max_duration: Optional[float] = None
+) -> int:
+    """Check that a manifest can be read and leaves something to train on.
+
+    Args:
+        path: a NeMo manifest, one JSON object a line.
+        name: the config key that gives it.
+        min_duration: utterances shorter than this many seconds are dropped in training; None drops none.
+        max_duration: the same for longer ones.
+
+    Returns:
+        The number of utterances that are kept.
+
+    Raises:
+        ValueError: if it is missing, malformed, empty, wholly dropped, or names audio that is not there.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{name}: no file {path}")
+    entries = kept = 0
+    for number, entry in _entries(path, name):
+        if entries < AUDIO_FILES_LOOKED_FOR:
+            _check_audio(entry, path, f'{name}: {path}, line {number}')
+        duration = entry.get('duration')
+        too_short = duration is not None and min_duration is not None and duration < min_duration
+        too_long = duration is not None and max_duration is not None and duration > max_duration
+        entries, kept = entries + 1, kept + (not too_short and not too_long)
+    if not entries:
+        raise ValueError(f"{name}: {path} has no entries")
+    if not kept:
+        raise ValueError(
+            f"{name}: none of the {entries} entries of {path} lasts from min_duration = {min_duration} to "
+            f"max_duration = {max_duration} seconds"
+        )
+    return kept
+
+
+def _entries(path: str, name: str) -> Iterator[tuple[int, dict]]:
+    with open(path, encoding='utf-8') as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name}: {path}, line {number} is no JSON: {error}") from error
+            if not isinstance(entry, dict):
+                raise ValueError(f"{name}: {path}, line {number} is no JSON object")
+            yield number, entry
+
+
+def _check_audio(entry: dict, path: str, where: str) -> None:
+    audio = entry.get('audio_filepath', entry.get('audio_filename'))
+    if not isinstance(audio, str):
+        raise ValueError(f"{where} has no audio_filepath")
+    if not Path(get_full_path(audio, manifest_file=path)).is_file():
+        raise ValueError(f"{where}: no audio file {audio}")

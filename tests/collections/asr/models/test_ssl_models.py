@@ -1,0 +1,382 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from tiny_nest import batches, fit, noise_batch, tiny_config, tiny_model, trainer
+
+from nemo.collections.asr.models import ssl_models
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
+from nemo.collections.asr.modules import conformer_encoder
+
+POST_CONV = ('model.mask_position=post_conv', 'model.quantizer.combine_time_steps=1')
+POSITIONS = pytest.mark.parametrize('position', [(), POST_CONV], ids=['pre_conv', 'post_conv'])
+MODELS = pytest.mark.parametrize('cls', [EncDecMaskedTokenPredModel, EncDecDenoiseMaskedTokenPredModel])
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+class Spy:
+    """Records the context that the masking is called with and the one that the attention mask is made for."""
+
+    def __init__(self, model, monkeypatch):
+        self.masking, self.attention = [], []
+        masking, create_masks = model.mask_processor.forward, conformer_encoder._up.ConformerEncoder._create_masks
+
+        def spying_masking(*args, **kwargs):
+            self.masking.append(kwargs.get('effective_left_context'))
+            return masking(*args, **kwargs)
+
+        def spying_create_masks(encoder, att_context_size, *args, **kwargs):
+            self.attention.append(list(att_context_size))
+            return create_masks(encoder, att_context_size, *args, **kwargs)
+
+        model.mask_processor.forward = spying_masking
+        monkeypatch.setattr(conformer_encoder._up.ConformerEncoder, '_create_masks', spying_create_masks)
+
+
+def forward_arguments(model, batch):
+    arguments = {'input_signal': batch.audio, 'input_signal_length': batch.audio_len}
+    if isinstance(model, EncDecDenoiseMaskedTokenPredModel):
+        arguments.update(noisy_input_signal=batch.noisy_audio, noisy_input_signal_length=batch.noisy_audio_len)
+    return arguments
+
+
+@pytest.mark.integration
+@POSITIONS
+def test_masking_attention_and_log_share_one_context_in_each_of_200_batches(position, monkeypatch):
+    model = tiny_model('model.encoder.att_context_probs=[0.1,0.2,0.3,0.4]', *position)
+    spy = Spy(model, monkeypatch)
+
+    logged = fit(model, batches(10), max_steps=200, max_epochs=-1).logger
+
+    lefts = [int(left) for left in logged.column('att_context_left')]
+    assert len(lefts) == len(spy.masking) == 200
+    assert [-1 if left is None else left for left in spy.masking] == lefts
+    assert spy.attention == [[left, 0] for left in lefts]
+    expected = {10: 20, 20: 40, 40: 60, -1: 80}  # of 200
+    counts = Counter(lefts)
+    assert all(abs(counts[left] - number) < 4 * number**0.5 for left, number in expected.items())
+
+
+@pytest.mark.integration
+def test_a_step_logs_what_was_masked_aimed_at_and_lost():
+    logged = fit(tiny_model(), batches(4, seconds=(3.0, 2.0)), max_steps=12, max_epochs=-1).logger
+
+    for step in logged.steps.values():
+        label = f"{step['att_context_left']:.0f}_{step['att_context_right']:.0f}"
+        assert step[f'train_loss/ctx_{label}'] == step['train_loss']
+        assert 0 < step['codebook/codes_used'] <= 32
+        assert 1 <= step['codebook/perplexity'] <= 32
+        assert step['unanswerable_share'] == 0
+    assert 0.1 < sum(logged.column('masked_share')) / 12 < 0.6
+
+
+@pytest.mark.integration
+def test_the_contexts_go_on_after_a_resume_as_if_nothing_had_happened(tmp_path):
+    uninterrupted = fit(tiny_model(), batches(4), max_steps=12, max_epochs=-1).logger.column('att_context_left')
+
+    first = fit(tiny_model(), batches(4), max_steps=6, max_epochs=-1)
+    first.save_checkpoint(tmp_path / 'six.ckpt')
+    second = fit(tiny_model(), batches(4), max_steps=12, max_epochs=-1, ckpt_path=tmp_path / 'six.ckpt')
+
+    resumed = first.logger.column('att_context_left') + second.logger.column('att_context_left')
+    assert resumed == uninterrupted
+    assert len(set(uninterrupted)) > 1
+
+
+@pytest.mark.integration
+def test_another_process_with_other_batch_lengths_draws_the_same_contexts():
+    here = fit(tiny_model(), batches(3, seconds=(1.0, 0.6)), max_steps=9, max_epochs=-1)
+    script = (
+        "from tiny_nest import *; import json\n"
+        "run = fit(tiny_model(seed=7), batches(5, seconds=(0.5, 1.7, 0.9)), max_steps=9, max_epochs=-1)\n"
+        "print('CONTEXTS', json.dumps(run.logger.column('att_context_left')))"
+    )
+    assert json.loads(run_python(script, marker='CONTEXTS')) == here.logger.column('att_context_left')
+
+
+def run_python(script, marker, **environment):
+    """Run a script in a fresh interpreter beside the tests; returns what it prints after the marker."""
+    tests = os.path.dirname(os.path.abspath(sys.modules['tiny_nest'].__file__))
+    environment = {**os.environ, 'PYTHONPATH': tests, **environment}
+    result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return next(line for line in result.stdout.splitlines() if line.startswith(marker))[len(marker) :]
+
+
+@pytest.mark.unit
+@MODELS
+@POSITIONS
+def test_forward_outside_a_step_pins_one_context_and_leaves_nothing_behind(cls, position, monkeypatch):
+    model = tiny_model(*position, cls=cls).train()
+    spy = Spy(model, monkeypatch)
+    before = model.encoder.att_context_size
+
+    for _ in range(8):
+        model(**forward_arguments(model, noise_batch()), apply_mask=True)
+
+    assert [-1 if left is None else left for left in spy.masking] == [context[0] for context in spy.attention]
+    assert len(set(spy.masking)) > 1
+    assert model.encoder.att_context_size == before
+
+
+@pytest.mark.unit
+@POSITIONS
+def test_a_pinned_context_is_not_drawn_again(position, monkeypatch):
+    model = tiny_model(*position).train()
+    spy = Spy(model, monkeypatch)
+    with model.encoder.using_att_context_size([20, 0]):
+        for _ in range(5):
+            model(**forward_arguments(model, noise_batch()), apply_mask=True)
+    assert spy.masking == [20] * 5 and spy.attention == [[20, 0]] * 5
+
+
+@pytest.mark.unit
+@MODELS
+@POSITIONS
+@pytest.mark.parametrize('as_tensor', [False, True])
+def test_current_frame_bounds_the_mask(cls, position, as_tensor):
+    model = tiny_model(*position, cls=cls).eval()
+    factor = 1 if position else 8
+    current = 20 * factor
+    given = torch.tensor([current, current]) if as_tensor else current
+    with model.encoder.using_att_context_size([10, 0]):
+        for seed in range(10):
+            arguments = forward_arguments(model, noise_batch((3.0, 2.0), seed))
+            masks = model(**arguments, apply_mask=True, current_frame=given)[2][:, 0]
+            assert not masks[:, current:].any() and not masks[:, : current - 10 * factor].any()
+
+
+@pytest.mark.unit
+@MODELS
+def test_per_feature_targets_are_those_of_a_model_that_normalises_its_features(cls):
+    raw = tiny_model(cls=cls).eval()
+    normalised = tiny_model('model.preprocessor.normalize=per_feature', 'model.target_normalize=NA', cls=cls).eval()
+    batch = noise_batch((3.0, 2.0))
+    with torch.no_grad():
+        raw_tokens = raw(**forward_arguments(raw, batch))[3]
+        normalised_tokens = normalised(**forward_arguments(normalised, batch))[3]
+    # Past an utterance's end the features differ; whole target frames before it must not.
+    for row, frames in enumerate((300 // 8, 200 // 8)):
+        assert torch.equal(raw_tokens[row, :frames], normalised_tokens[row, :frames])
+
+
+@pytest.mark.unit
+@POSITIONS
+def test_per_feature_targets_do_not_change_with_the_level_of_the_signal(position):
+    model = tiny_model(*position, '+model.preprocessor.log_zero_guard_value=1e-20').eval()
+    if position:  # after a convolution with biases only the normalised features themselves are free of the level
+        features = torch.randn(2, 16, 30)
+        lengths = torch.tensor([30, 20])
+        quiet, loud = model._tokens(features, lengths)[0], model._tokens(features * 7 + 3, lengths)[0]
+    else:
+        batch = noise_batch((3.0,))
+        arguments = forward_arguments(model, batch)
+        quiet = model(**arguments)[3]
+        loud = model(**{**arguments, 'input_signal': batch.audio * 10})[3]
+    assert torch.equal(quiet[0, :20], loud[0, :20])
+
+
+@pytest.mark.unit
+def test_an_unknown_target_normalisation_is_refused():
+    with pytest.raises(ValueError, match=r"target_normalize is 'per_utterance'.*per_feature"):
+        tiny_model('model.target_normalize=per_utterance')
+
+
+@pytest.mark.unit
+def test_features_and_samples_exclude_each_other():
+    model = tiny_model().eval()
+    batch = noise_batch()
+    with pytest.raises(ValueError, match='either input_signal'):
+        model(noisy_input_signal=batch.noisy_audio, noisy_input_signal_length=batch.noisy_audio_len)
+    features, lengths = model.preprocessor(input_signal=batch.audio, length=batch.audio_len)
+    of_features = model(
+        processed_signal=features,
+        processed_signal_length=lengths,
+        processed_noisy_input_signal=features,
+        processed_noisy_input_signal_length=lengths,
+    )
+    arguments = {**forward_arguments(model, batch), 'noisy_input_signal': batch.audio}
+    torch.testing.assert_close(of_features[0], model(**arguments)[0])
+
+
+@pytest.mark.unit
+def test_a_masking_module_without_contexts_still_masks(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(ssl_models.logging, 'warning', lambda message, *_: warnings.append(message))
+
+    class OwnMasking(torch.nn.Module):
+        def __init__(self, feat_in):
+            super().__init__()
+
+        def forward(self, input_feats, input_lengths):
+            masks = torch.zeros_like(input_feats)
+            masks[:, :, 8:24] = 1
+            return input_feats * (1 - masks), masks
+
+    # NeMo 3.0 instantiates nothing from outside known packages.
+    monkeypatch.setattr(sys.modules['nemo.collections.asr.modules'], 'OwnMasking', OwnMasking, raising=False)
+    cfg = tiny_config().model
+    cfg.masking = {'_target_': 'nemo.collections.asr.modules.OwnMasking', 'feat_in': 80}
+    model = EncDecDenoiseMaskedTokenPredModel(cfg)
+
+    assert any('OwnMasking takes no attention context' in message for message in warnings)
+    assert model(**forward_arguments(model, noise_batch()), apply_mask=True)[2].sum() == 2 * 80 * 16
+    with pytest.raises(ValueError, match='current_frame'):
+        model(**forward_arguments(model, noise_batch()), apply_mask=True, current_frame=8)
+
+
+@pytest.mark.unit
+def test_a_post_conv_model_keeps_its_block_size_through_saving_and_restoring(tmp_path):
+    model = tiny_model(*POST_CONV)
+    assert model.mask_processor.block_size == 40 // 8
+    for generation in range(3):
+        model.save_to(str(tmp_path / f'{generation}.nemo'))
+        model = type(model).restore_from(str(tmp_path / f'{generation}.nemo'))
+        assert model.mask_processor.block_size == 40 // 8
+
+
+@pytest.mark.unit
+def test_training_refuses_targets_that_cannot_align():
+    model = tiny_model('model.mask_position=post_conv')
+    with pytest.raises(ValueError, match='combine_time_steps is 8 with mask_position post_conv'):
+        fit(model, batches(1), max_steps=1)
+
+
+@pytest.mark.integration
+@MODELS
+def test_validation_and_test_run_in_the_default_context_and_report_it(cls, monkeypatch):
+    model = tiny_model(cls=cls)
+    spy = Spy(model, monkeypatch)
+    loader = batches(2, seconds=(3.0, 2.0), as_tuples=cls is EncDecMaskedTokenPredModel)
+    run = trainer(1)
+    model.set_trainer(run)
+    validated = run.validate(model, dataloaders=loader, verbose=False)[0]
+    tested = run.test(model, dataloaders=loader, verbose=False)[0]
+    for mode, metrics in (('val', validated), ('test', tested)):
+        assert metrics[f'{mode}_loss'] > 0
+        assert 0 < metrics[f'{mode}_masked_share'] < 0.8
+        assert metrics[f'{mode}_att_context_left'] == 10
+    assert spy.attention == [[10, 0]] * 4 and spy.masking == [10] * 4
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize('normalize, collapses', [('NA', True), ('per_feature', False)])
+def test_collapsed_targets_are_called_out(normalize, collapses, speech_corpus, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(ssl_models.logging, 'warning', lambda message, *_: warnings.append(message))
+    model = speech_model(f'model.target_normalize={normalize}')
+    for features, lengths in speech_features(model, speech_corpus):
+        model.codebook_use.update(*model._tokens(features, lengths))
+    model._warn_if_targets_collapsed()
+    assert any('targets have collapsed' in message for message in warnings) == collapses
+
+
+@pytest.mark.integration
+def test_the_streaming_targets_use_the_codebook_as_well_as_stocks_normalised_ones(speech_corpus):
+    streaming = speech_model()
+    stock = speech_model('model.preprocessor.normalize=per_feature', 'model.target_normalize=null')
+    for model in (streaming, stock):
+        for features, lengths in speech_features(model, speech_corpus):
+            model.codebook_use.update(*model._tokens(features, lengths))
+    perplexities = [model.codebook_use.statistics().perplexity.item() for model in (streaming, stock)]
+    assert perplexities[0] >= perplexities[1] * (1 - 1e-3)
+    assert perplexities[0] > 100
+
+
+def speech_model(*overrides):
+    return tiny_model('model.num_classes=8192', *overrides, cls=EncDecMaskedTokenPredModel).eval()
+
+
+def speech_features(model, corpus):
+    """Features of the corpus's train speech, utterance by utterance."""
+    from nemo.collections.asr.parts.preprocessing.segment import AudioSegment
+
+    manifest = corpus / 'train_manifest.json'
+    for line in manifest.read_text().splitlines():
+        segment = AudioSegment.from_file(str(corpus / json.loads(line)['audio_filepath']), target_sr=16000)
+        audio = torch.tensor(segment.samples, dtype=torch.float32).unsqueeze(0)
+        with torch.no_grad():
+            yield model.preprocessor(input_signal=audio, length=torch.tensor([audio.shape[1]]))
+
+
+# What stock NeMo and the patched modules compute from the same weights, masks and audio. Runs in either.
+COMPUTE = """
+import sys, json, torch
+from omegaconf import OmegaConf
+import lightning.pytorch as pl
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel as Model
+nemo_file, config_file, batch_file = sys.argv[1:]
+batch = torch.load(batch_file)
+if config_file != '-':
+    torch.manual_seed(0)
+    Model(OmegaConf.load(config_file)).save_to(nemo_file)
+model = Model.restore_from(nemo_file)
+masks = torch.zeros(2, 80, batch['masks'].shape[-1]) + batch['masks']
+def masking(input_feats, input_lengths, **context):
+    fixed = masks[..., : input_feats.shape[-1]]
+    return input_feats * (1 - fixed), fixed
+model.mask_processor.forward = masking
+model.train()
+for module in model.modules():
+    if isinstance(module, torch.nn.Dropout):
+        module.p = 0.0
+model.preprocessor.featurizer.dither = 0.0
+lp, lengths, m, tokens = model(input_signal=batch['audio'], input_signal_length=batch['lengths'],
+    noisy_input_signal=batch['noisy'], noisy_input_signal_length=batch['lengths'], apply_mask=True)
+loss = model.loss(masks=m, decoder_outputs=lp, targets=tokens, decoder_lengths=lengths)
+loss.backward()
+gradient = sum(p.grad.double().pow(2).sum() for p in model.parameters() if p.grad is not None).sqrt()
+print('RESULT' + json.dumps(dict(loss=loss.item(), gradient=gradient.item(), tokens=tokens.flatten().tolist(),
+    lengths=lengths.tolist(), log_probs=lp.double().sum().item(), file=sys.modules[Model.__module__].__file__)))
+"""
+
+
+@pytest.mark.integration
+def test_a_stock_checkpoint_and_a_stock_config_give_stocks_results(tmp_path):
+    from omegaconf import OmegaConf
+
+    offline = [
+        'model.encoder.causal_downsampling=false',
+        'model.encoder.conv_context_size=null',
+        'model.encoder.conv_norm_type=batch_norm',
+        'model.encoder.att_context_size=[-1,-1]',
+        'model.preprocessor.normalize=per_feature',
+        '~model.target_normalize',
+        '~model.encoder.att_context_seed',
+        '~model.loss.decoder_offset',
+        '~model.masking.causal',
+    ]
+    OmegaConf.save(tiny_config(*offline).model, tmp_path / 'stock.yaml')
+    batch = noise_batch((3.2, 2.0))
+    masks = torch.zeros(2, 1, 336)
+    masks[0, :, 40:120] = masks[1, :, 100:160] = 1
+    saved = {'audio': batch.audio, 'noisy': batch.noisy_audio, 'lengths': batch.audio_len, 'masks': masks}
+    torch.save(saved, tmp_path / 'batch.pt')
+
+    def compute(config, switch):
+        command = [sys.executable, '-c', COMPUTE, str(tmp_path / 'stock.nemo'), config, str(tmp_path / 'batch.pt')]
+        environment = {**os.environ, 'NEMO_STREAMING_SSL': switch}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('RESULT'))[6:])
+
+    stock = compute(str(tmp_path / 'stock.yaml'), switch='0')
+    patched = compute('-', switch='1')
+    assert 'site-packages' in stock.pop('file') and stock != patched.pop('file')
+    assert patched['tokens'] == stock['tokens'] and patched['lengths'] == stock['lengths']
+    for name in ('loss', 'gradient', 'log_probs'):
+        assert patched[name] == pytest.approx(stock[name], rel=1e-6)
+
+    model = EncDecDenoiseMaskedTokenPredModel.restore_from(str(tmp_path / 'stock.nemo'))
+    model.setup_optimization(OmegaConf.create({'name': 'adamw', 'lr': 1e-3}))
+    losses = fit(model, batches(2, seconds=(3.0, 2.0)), max_steps=30, max_epochs=-1).logger.column('train_loss')
+    assert all(torch.isfinite(torch.tensor(losses))) and sum(losses[-5:]) < sum(losses[:5])

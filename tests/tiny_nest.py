@@ -1,0 +1,106 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""A denoising model of the shipped streaming config in a size for tests, data for it, and a training run."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from hydra import compose, initialize_config_dir
+from lightning.pytorch.loggers.logger import DummyLogger
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader
+
+from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'examples/asr/conf/ssl/nest'
+SAMPLE_RATE = 16000
+SMALL = [
+    'model.encoder.n_layers=1',
+    'model.encoder.d_model=16',
+    'model.encoder.n_heads=2',
+    'model.encoder.subsampling_conv_channels=8',
+    'model.num_classes=32',
+    'model.train_ds.manifest_filepath=null',
+    'model.validation_ds.manifest_filepath=null',
+]
+
+
+def tiny_config(*overrides: str, name: str = 'nest_fast-conformer_streaming_tiny') -> DictConfig:
+    """Compose a shipped config with Hydra, shrink it, and take its data away."""
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        cfg = compose(name, overrides=[*SMALL, *overrides])
+    OmegaConf.resolve(cfg)
+    del cfg.model.train_ds, cfg.model.validation_ds
+    return cfg
+
+
+def tiny_model(*overrides: str, cls=EncDecDenoiseMaskedTokenPredModel, seed: int = 0, **kwargs):
+    """Build a model from :func:`tiny_config`, with the same weights for the same seed."""
+    torch.manual_seed(seed)
+    return cls(tiny_config(*overrides).model, **kwargs)
+
+
+def noise_batch(seconds=(1.0, 0.6), seed: int = 0) -> AudioNoiseBatch:
+    """A batch of coloured noise, one utterance for each length in seconds; clean and noisy signals differ."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([int(length * SAMPLE_RATE) for length in seconds])
+    audio = torch.randn(len(seconds), int(lengths.max()), generator=generator).cumsum(dim=1) * 0.01
+    audio = audio * (torch.arange(audio.shape[1]) < lengths.unsqueeze(1))
+    noise = torch.randn(audio.shape, generator=generator) * 0.001
+    return AudioNoiseBatch(
+        sample_id=[str(index) for index in range(len(seconds))],
+        audio=audio,
+        audio_len=lengths,
+        noise=noise,
+        noise_len=lengths,
+        noisy_audio=audio + noise,
+        noisy_audio_len=lengths,
+    )
+
+
+def batches(count: int, seconds=(1.0, 0.6), as_tuples: bool = False) -> DataLoader:
+    """A data loader of :func:`noise_batch`, each with other content."""
+    made = [noise_batch(seconds, seed) for seed in range(count)]
+    made = [(batch.audio, batch.audio_len) for batch in made] if as_tuples else made
+    return DataLoader(made, batch_size=None)
+
+
+class RecordingLogger(DummyLogger):
+    """Keeps what is logged, by step."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps: dict[int, dict[str, float]] = {}
+
+    def log_metrics(self, metrics, step=None, **kwargs):
+        self.steps.setdefault(step, {}).update(metrics)
+
+    def column(self, name: str) -> list[float]:
+        """The values of a metric, in the order of the steps that have it."""
+        return [metrics[name] for _, metrics in sorted(self.steps.items()) if name in metrics]
+
+
+def trainer(max_steps: int, **kwargs) -> pl.Trainer:
+    """A quiet CPU trainer that logs every step to a :class:`RecordingLogger`."""
+    settings = dict(
+        max_steps=max_steps,
+        accelerator='cpu',
+        devices=1,
+        logger=RecordingLogger(),
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    return pl.Trainer(**{**settings, **kwargs})
+
+
+def fit(model, loader, max_steps: int, ckpt_path=None, **kwargs) -> pl.Trainer:
+    """Train for a number of steps and return the trainer, whose ``logger`` has the record."""
+    run = trainer(max_steps, **kwargs)
+    model.set_trainer(run)
+    run.fit(model, train_dataloaders=loader, ckpt_path=ckpt_path)
+    return run
