@@ -13,12 +13,14 @@ from typing import NamedTuple, Optional, Union
 
 import torch
 
+from nemo.collections.asr.parts.att_context.answerability import MASK_THRESHOLD
 from nemo.core.neural_types import IntType, LengthsType, NeuralType
 from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
 
 SHORT_BLOCK = 8  # mask frames that stock 2.5.3 masks in an utterance too short for a block
+START_PROBABILITIES = 512  # tried to find one that makes up for the guards: to 1 % at 0.01, 3 % at 1e-6
 
 
 class _TimeLine(NamedTuple):
@@ -28,7 +30,9 @@ class _TimeLine(NamedTuple):
     position: torch.Tensor  # [B, T] int64: index of an allowed frame among the allowed ones
     length: torch.Tensor  # [B, 1] int64: number of allowed frames
     available: torch.Tensor  # [B, 1] int64: length of the available range, guards included
+    end: torch.Tensor  # [B, 1] int64: the frame after the last of the available range
     limit: torch.Tensor  # [B, 1] int64: most frames that may be masked
+    guarded: bool  # whether there are guards
 
 
 class RandomBlockMasking(_up.RandomBlockMasking):
@@ -44,7 +48,8 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         mask_value: value of masked frames; None makes a random ``mask_embedding``.
         freeze: whether ``mask_embedding`` is kept from training.
         allow_overlap: whether blocks may overlap.
-        max_mask_ratio: largest share of the available range that is ever masked.
+        max_mask_ratio: share of the available range that is never exceeded by more than one block; where a block alone
+            exceeds it, 8 frames are masked, as in NeMo 2.5.3.
         causal: whether every masked frame must be answerable from the past alone, whatever the left context.
         left_context_size: left attention context in attention frames, -1 = unlimited.
         subsampling_factor: mask frames per attention frame; the model sets the encoder's factor where features are
@@ -146,12 +151,11 @@ class RandomBlockMasking(_up.RandomBlockMasking):
             allowed &= ~guards
 
         available = (end - first).clamp(min=0)
-        # Of two attention frames or more, one's worth of mask frames stays; of less, the share alone decides.
-        spared = torch.where(lengths > self.subsampling_factor, lengths - self.subsampling_factor, lengths)
-        limit = torch.minimum((available * self.max_mask_ratio).long(), spared)
+        limit = (available.float() * self.max_mask_ratio).long() + self.block_size
         position = allowed.cumsum(dim=1) - 1
         length = allowed.sum(dim=1, keepdim=True)
-        return _TimeLine(allowed, position, length, available, torch.minimum(limit, length))
+        limit = torch.minimum(limit, length)
+        return _TimeLine(allowed, position, length, available, end, limit, guards is not None)
 
     def _available_range(self, lengths, current_frame, left):
         """Return the first mask frame [B or 1, 1] that may be masked, and the one after the last [B, 1]."""
@@ -175,7 +179,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         """
         attention_frames = frames // self.subsampling_factor
         if left >= 0:
-            phase = (torch.rand(batch, 1, device=frames.device) * (left + 1)).long()
+            phase = (_uniform((batch, 1), frames.device) * (left + 1)).long()
             return (attention_frames == 0) | ((attention_frames - phase) % (left + 1) == 0)
         return attention_frames == 0 if causal else None
 
@@ -183,27 +187,31 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         """Let every frame start a block with equal probability; returns the masked frames [B, T] bool."""
         if self.mask_prob == 0:
             return torch.zeros_like(line.allowed)
-        block = torch.minimum(torch.full_like(line.length, self.block_size), (line.length // 2).clamp(min=1))
-        starts = torch.rand(line.allowed.shape, device=line.allowed.device) < self._start_probability(line, block)
-        starts &= line.allowed & (line.position < line.length - block)
+        block = (line.length - 1).clamp(min=1, max=self.block_size)
+        last = line.length - block  # a block does not start here or later, as in stock
+        starts = _uniform(line.allowed.shape, line.allowed.device) < self._start_probability(line, last, block)
+        starts &= line.allowed & (line.position < last)
         last_start = torch.where(starts, line.position, -self.block_size).cummax(dim=1).values
-        masked = line.allowed & (line.position - last_start < block)
-        return torch.where(self._is_short(line), self._one_short_block(line), self._thin_out(masked, line.limit))
+        masked = self._thin_out(line.allowed & (line.position - last_start < block), line.limit)
+        return self._leave_a_frame(torch.where(self._is_short(line), self._one_short_block(line), masked), line)
 
-    def _start_probability(self, line: _TimeLine, block: torch.Tensor) -> torch.Tensor:
-        """The probability [B, 1] of a start that masks, beside the guards, as many frames as stock masks without.
-
-        With start probability p, stock masks (T - block_size) (1 - (1 - p)^block_size) frames of T, closely.
-        """
-        covered = 1 - (1 - self.mask_prob) ** self.block_size
-        target = ((line.available - self.block_size).clamp(min=0) * covered).minimum(line.limit.float())
-        return 1 - (1 - target / (line.length - block).clamp(min=1)).clamp(min=0).pow(1 / block)
+    def _start_probability(self, line: _TimeLine, starts: torch.Tensor, block: torch.Tensor):
+        """The probability [B, 1] of a start that masks, beside the guards, as many frames as stock masks without."""
+        if not line.guarded:
+            return self.mask_prob
+        stock_starts = (line.available - self.block_size).clamp(min=0)
+        target = _expected_cover(stock_starts, torch.full_like(block, self.block_size), self.mask_prob)
+        candidates = torch.logspace(
+            math.log10(self.mask_prob), 0, START_PROBABILITIES, dtype=torch.float64, device=block.device
+        )
+        too_low = _expected_cover(starts, block, candidates) < target
+        return candidates[too_low.sum(dim=1, keepdim=True).clamp(max=START_PROBABILITIES - 1)]
 
     def _thin_out(self, masked: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
         """Keep no more than ``limit`` [B, 1] of the masked frames [B, T], from a random one on, around the end."""
         count = masked.cumsum(dim=1)
         total = count[:, -1:].clamp(min=1) if count.shape[1] else count.sum(dim=1, keepdim=True).clamp(min=1)
-        first = (torch.rand(total.shape, device=total.device) * total).long()
+        first = (_uniform(total.shape, total.device) * total).long()
         return masked & ((count - 1 - first) % total < limit)
 
     def _separate_blocks(self, line: _TimeLine) -> torch.Tensor:
@@ -216,9 +224,9 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         slots = line.length // block
         slots = torch.where(blocks < slots, slots - 1, slots).clamp(min=0)  # stock leaves a slot for the offset
         room = torch.minimum(block, line.length - slots * block + 1)
-        offset = (torch.rand(room.shape, device=room.device) * room).long()
+        offset = (_uniform(room.shape, room.device) * room).long()
 
-        score = torch.rand(line.allowed.shape, device=line.allowed.device)
+        score = _uniform(line.allowed.shape, line.allowed.device)
         slot_index = torch.arange(max_time, device=score.device)
         score = score.masked_fill(slot_index >= slots, -1.0)
         best = score.topk(most_blocks, dim=1).indices
@@ -226,26 +234,42 @@ class RandomBlockMasking(_up.RandomBlockMasking):
 
         slot = ((line.position - offset) // block).clamp(min=0)
         masked = line.allowed & (line.position >= offset) & chosen.gather(1, slot)
-        return torch.where(self._is_short(line), self._one_short_block(line), masked)
+        return self._leave_a_frame(torch.where(self._is_short(line), self._one_short_block(line), masked), line)
 
     def _number_and_size(self, line: _TimeLine) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stock's number and size of blocks for the available range, [B, 1] each, shrunk to what may be masked."""
-        blocks = torch.ceil(line.available * self.mask_prob / self.block_size).long()
+        """Stock's number and size of blocks for the available range, [B, 1] each, cut to what may be masked."""
+        blocks = torch.ceil(line.available.float() * self.mask_prob / self.block_size).long()
         block = torch.where(
             (blocks + 1) * self.block_size > line.available, line.available // (blocks + 1), self.block_size
         ).clamp(min=1)
         blocks = torch.minimum(blocks, (line.available // block - 1).clamp(min=0))
-        block = torch.minimum(block, line.limit // blocks.clamp(min=1)).clamp(min=1)
+        all_but_guards = (blocks * block >= line.length) & (line.limit == line.length)
+        block = torch.where(all_but_guards, line.length.clamp(min=1), block)
         return torch.minimum(blocks, line.limit // block), block
 
     def _is_short(self, line: _TimeLine) -> torch.Tensor:
-        return self.block_size >= line.available * self.max_mask_ratio
+        return self.block_size >= line.available.float() * self.max_mask_ratio
 
     def _one_short_block(self, line: _TimeLine) -> torch.Tensor:
         """One block of 8 frames, as stock 2.5.3 masks, anywhere; returns the masked frames [B, T] bool."""
         block = line.limit.clamp(max=SHORT_BLOCK)
-        start = (torch.rand(block.shape, device=block.device) * (line.length - block + 1)).long()
+        start = (_uniform(block.shape, block.device) * (line.length - block + 1)).long()
         return line.allowed & (line.position >= start) & (line.position < start + block)
+
+    def _leave_a_frame(self, masked: torch.Tensor, line: _TimeLine) -> torch.Tensor:
+        """Unmask a random attention frame where two or more are all there is and all are masked; [B, T] bool."""
+        if line.guarded:
+            return masked  # the first attention frame is a guard
+        factor, max_time = self.subsampling_factor, masked.shape[1]
+        start = torch.arange(0, max_time, factor, device=masked.device)
+        padded = torch.nn.functional.pad(masked, (0, -max_time % factor)).unflatten(1, (start.shape[0], factor))
+        complete = start + factor <= line.end
+        counts = torch.where(line.end < 2 * factor, start < line.end, complete)
+        hidden = ((padded.sum(dim=2) > MASK_THRESHOLD * factor) | ~counts).all(dim=1, keepdim=True)
+        hidden = (hidden | (masked.sum(dim=1, keepdim=True) == line.end)) & (line.end > factor)
+        spared = (_uniform(line.end.shape, masked.device) * (line.end // factor)).long()
+        attention_frame = torch.arange(max_time, device=masked.device) // factor
+        return masked & ~(hidden & (attention_frame == spared))
 
     def _fill(self, feats: torch.Tensor, time_mask: torch.Tensor):
         time_mask = time_mask.unsqueeze(1)
@@ -285,6 +309,31 @@ class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
             input_feats=feats.transpose(1, 2), input_lengths=lengths, **self.masking_arguments
         )
         return masked_feats.transpose(1, 2).detach(), lengths  # detached as in stock: targets come from this module
+
+
+def _uniform(shape, device) -> torch.Tensor:
+    """Random numbers in [0, 1) that are fine enough also where the default dtype is a half-precision one."""
+    return torch.rand(shape, dtype=torch.float32, device=device)
+
+
+def _expected_cover(starts: torch.Tensor, block: torch.Tensor, probability) -> torch.Tensor:
+    """How many frames are masked on average if each of so many adjacent frames starts a block with a probability.
+
+    A frame that k of the starts can reach is masked with probability 1 - (1 - p)^k; k rises to the smaller of
+    ``starts`` and ``block``, stays, and falls.
+
+    Args:
+        starts, block: [B, 1] int64.
+        probability: p, above 0, a number or a tensor [P].
+
+    Returns:
+        [B, 1] or [B, P] float64.
+    """
+    top, length = torch.minimum(starts, block).double(), torch.maximum(starts, block) + 1 - starts.minimum(block)
+    missed = 1 - probability
+    plateau = length * (1 - missed**top)
+    slopes = 2 * (top - 1 - (missed - missed**top) / probability)
+    return torch.where(starts > 0, plateau + slopes, 0.0)
 
 
 def _check(name: str, value, valid: bool, allowed: str) -> None:

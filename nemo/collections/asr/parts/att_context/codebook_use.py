@@ -35,7 +35,8 @@ class CodebookUse:
 
     def __init__(self, num_classes: int, num_books: int = 1, window: int = 1000, blocks: int = 10):
         self.num_classes, self.num_books = num_classes, num_books
-        self.batches_per_block = max(window // blocks, 1)
+        blocks = min(blocks, window)
+        self.batches_per_block = window // blocks
         self.batches = 0
         self._most_blocks = blocks
         self._blocks: list[torch.Tensor] = []  # counts [H, C] each, the oldest first
@@ -50,6 +51,7 @@ class CodebookUse:
         """
         tokens = tokens.unsqueeze(-1) if tokens.dim() == 2 else tokens
         valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths.to(tokens.device).unsqueeze(1)
+        tokens = torch.where(valid.unsqueeze(-1), tokens, 0)  # whatever padding holds is no index
         books = torch.arange(self.num_books, device=tokens.device) * self.num_classes
         counts = torch.zeros(self.num_books * self.num_classes, dtype=torch.int64, device=tokens.device)
         counts.scatter_add_(0, (tokens + books).flatten(), valid.unsqueeze(-1).expand_as(tokens).flatten().long())
@@ -79,7 +81,7 @@ class CodebookUse:
         if self._total is None:
             return CodebookStatistics(*torch.zeros(4))
         frames = self._total.sum(dim=1, keepdim=True)
-        shares = self._total / frames.clamp(min=1)
+        shares = self._total.float() / frames.clamp(min=1)
         perplexity = torch.special.entr(shares).sum(dim=1).exp()
         used = (self._total > 0).sum(dim=1)
         return CodebookStatistics(used.min(), perplexity.min(), shares.max(), frames.min())
@@ -91,6 +93,8 @@ class CodebookUse:
         if frames and top_share > COLLAPSED_TOP_SHARE:
             return f'one code stands for {top_share:.0%} of the frames ({found})'
         floor = COLLAPSED_PERPLEXITY * self.num_classes
-        if frames >= 10 * floor and perplexity < floor:  # a handful of frames cannot reach the floor, whatever they are
+        if (
+            frames >= 10 * floor and perplexity < floor
+        ):  # a handful of frames cannot reach the floor, whatever they are
             return f'their perplexity is under {COLLAPSED_PERPLEXITY:.0%} of the classes ({found})'
         return None

@@ -5,15 +5,28 @@ import difflib
 import inspect
 import json
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Iterator, Optional, Sequence
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
+from nemo.utils.data_utils import is_datastore_path
 from nemo.utils.model_utils import import_class_by_path
 
 AUDIO_FILES_LOOKED_FOR = 100  # of each manifest: enough to find a wrong folder, few enough for a million lines
+SECTIONS = ('train_ds', 'preprocessor', 'masking', 'quantizer', 'encoder', 'decoder', 'loss')
+OPTIONAL_SECTIONS = ('validation_ds', 'test_ds', 'spec_augment', 'optim')
+DATA_SECTIONS = ('train_ds', 'validation_ds', 'test_ds')
+DATA_KEYS = (
+    'manifest_filepath',
+    'noise_manifest',
+    'batch_size',
+    'num_workers',
+    'min_duration',
+    'max_duration',
+    'shuffle',
+)
 OWN_MODEL_KEYS = ('target_normalize', 'mask_position', 'num_classes', 'num_books', 'code_dim', 'squeeze_single')
 
 
@@ -29,7 +42,12 @@ def check_pretraining_config(cfg: DictConfig) -> None:
     missing = OmegaConf.missing_keys(cfg)
     if missing:
         raise ValueError(f"the config gives no value for {', '.join(sorted(missing))}")
+    if not isinstance(cfg.get('model'), DictConfig):
+        raise ValueError("the config has no section model")
     check_known_keys(cfg.model)
+    for section in SECTIONS:
+        if not isinstance(cfg.model.get(section), DictConfig):
+            raise ValueError(f"the config has no section model.{section}")
     check_contexts(cfg.model.encoder)
     check_data('model.train_ds', cfg.model.train_ds)
     if cfg.model.get('validation_ds'):
@@ -37,18 +55,31 @@ def check_pretraining_config(cfg: DictConfig) -> None:
 
 
 def check_known_keys(model_cfg: DictConfig) -> None:
-    """Check that every section with a ``_target_`` has only keys that its class takes, and no own key is misspelt.
+    """Check that every part with a ``_target_`` has only keys that its class takes, and no own key is misspelt.
 
     Raises:
         ValueError: naming the unknown key and the nearest known one.
     """
-    known = [*OWN_MODEL_KEYS, *(name for name, value in model_cfg.items() if isinstance(value, DictConfig))]
-    for key, value in model_cfg.items():
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+    _check_spelling('model', model_cfg, [*OWN_MODEL_KEYS, *SECTIONS, *OPTIONAL_SECTIONS], cutoff=0.85)
+    for name in DATA_SECTIONS:
+        if isinstance(model_cfg.get(name), DictConfig):  # NeMo knows many more keys here, some of them much alike
+            _check_spelling(f'model.{name}', model_cfg[name], DATA_KEYS, cutoff=0.9)
+    _check_parts('model', model_cfg)
+
+
+def _check_spelling(name: str, section: DictConfig, known: Sequence[str], cutoff: float) -> None:
+    for key in section:
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=cutoff)
         if key not in known and nearest:
-            raise ValueError(f"model.{key} is not known; did you mean model.{nearest[0]}?")
-        if isinstance(value, DictConfig) and '_target_' in value:
-            _check_arguments(f'model.{key}', value)
+            raise ValueError(f"{name}.{key} is not known; did you mean {name}.{nearest[0]}?")
+
+
+def _check_parts(name: str, section: DictConfig) -> None:
+    if '_target_' in section:
+        _check_arguments(name, section)
+    for key, value in section.items():
+        if isinstance(value, DictConfig):
+            _check_parts(f'{name}.{key}', value)
 
 
 def _check_arguments(name: str, section: DictConfig) -> None:
@@ -87,19 +118,27 @@ def check_contexts(encoder_cfg: DictConfig) -> None:
         ValueError: naming the entry and its value.
     """
     sizes = encoder_cfg.get('att_context_size')
-    if not sizes or encoder_cfg.get('att_context_style') == 'chunked_limited_with_rc':
+    if sizes is None or encoder_cfg.get('att_context_style') == 'chunked_limited_with_rc':
         return
-    entries = sizes if isinstance(sizes[0], (list, ListConfig)) else [sizes]
+    several = isinstance(sizes, ListConfig) and len(sizes) > 0 and isinstance(sizes[0], ListConfig)
+    entries = sizes if several else [sizes]
     for index, entry in enumerate(entries):
-        AttContext.parse(entry, field=f'model.encoder.att_context_size[{index}]')
+        _check_context(entry, 'model.encoder.att_context_size' + (f'[{index}]' if several else ''))
     probabilities = encoder_cfg.get('att_context_probs')
     if probabilities is None:
         return
     name = f'model.encoder.att_context_probs is {list(probabilities)}'
     if len(probabilities) != len(entries):
         raise ValueError(f"{name}; it needs one probability for each of the {len(entries)} contexts")
-    if min(probabilities) < 0 or abs(sum(probabilities) - 1) > 1e-6:
+    numbers = all(isinstance(probability, (int, float)) for probability in probabilities)
+    if not numbers or min(probabilities) < 0 or abs(sum(probabilities) - 1) > 1e-6:
         raise ValueError(f"{name}; probabilities are 0 or more and sum to 1")
+
+
+def _check_context(entry, field: str) -> None:
+    AttContext.parse(entry, field=field)
+    if not isinstance(entry, ListConfig):
+        raise ValueError(f"{field} is {entry!r}; NeMo's encoder takes a pair [left, right], or several pairs")
 
 
 def check_data(name: str, data_cfg: DictConfig) -> None:
@@ -137,11 +176,13 @@ def check_manifest(
         max_duration: the same for longer ones.
 
     Returns:
-        The number of utterances that are kept.
+        The number of utterances that are kept; 0 for a manifest in a data store, which is left to its reader.
 
     Raises:
         ValueError: if it is missing, malformed, empty, wholly dropped, or names audio that is not there.
     """
+    if is_datastore_path(path):
+        return 0
     if not Path(path).is_file():
         raise ValueError(f"{name}: no file {path}")
     entries = kept = 0
@@ -149,6 +190,10 @@ def check_manifest(
         if entries < AUDIO_FILES_LOOKED_FOR:
             _check_audio(entry, path, f'{name}: {path}, line {number}')
         duration = entry.get('duration')
+        if not isinstance(duration, (int, float, type(None))):
+            raise ValueError(
+                f"{name}: {path}, line {number}: duration is {duration!r}; it must be a number of seconds"
+            )
         too_short = duration is not None and min_duration is not None and duration < min_duration
         too_long = duration is not None and max_duration is not None and duration > max_duration
         entries, kept = entries + 1, kept + (not too_short and not too_long)
@@ -163,13 +208,13 @@ def check_manifest(
 
 
 def _entries(path: str, name: str) -> Iterator[tuple[int, dict]]:
-    with open(path, encoding='utf-8') as lines:
+    with open(path, 'rb') as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise ValueError(f"{name}: {path}, line {number} is no JSON: {error}") from error
             if not isinstance(entry, dict):
                 raise ValueError(f"{name}: {path}, line {number} is no JSON object")
@@ -180,5 +225,5 @@ def _check_audio(entry: dict, path: str, where: str) -> None:
     audio = entry.get('audio_filepath', entry.get('audio_filename'))
     if not isinstance(audio, str):
         raise ValueError(f"{where} has no audio_filepath")
-    if not Path(get_full_path(audio, manifest_file=path)).is_file():
+    if not is_datastore_path(audio) and not Path(get_full_path(audio, manifest_file=path)).is_file():
         raise ValueError(f"{where}: no audio file {audio}")

@@ -1,0 +1,535 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Which frames are hidden: the invariants of block masking, and stock's distribution where they leave room.
+
+Shapes: B batch, D features, T mask frames, A attention frames (T / factor, rounded up).
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import nemo.collections.asr.modules.ssl_modules.masking as patched
+from nemo.collections.asr.modules.ssl_modules.masking import ConvFeatureMaksingWrapper, RandomBlockMasking
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+MASKED = 0.8  # an attention frame counts as masked above this share of its mask frames
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on what makes the host wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in ('_local_scalar_dense', 'nonzero', 'masked_select', 'equal'), func
+        return func(*args, **(kwargs or {}))
+
+
+def features(batch, dimension, frames, dtype=torch.float32):
+    return torch.randn(batch, dimension, frames, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def time_mask(module, lengths, frames=None, **arguments):
+    """Mask zeros; returns which frames are masked, [B, T] bool."""
+    lengths = torch.as_tensor(lengths)
+    frames = int(lengths.max()) if frames is None else frames
+    return module(torch.zeros(len(lengths), 1, frames), lengths, **arguments)[1][:, 0].bool()
+
+
+def attention_frames(mask, factor):
+    """Split one utterance's mask [T] into lists of mask frames, the last one perhaps shorter."""
+    return [mask[start : start + factor] for start in range(0, len(mask), factor)]
+
+
+def count_unanswerable(mask, factor, left):
+    """Count, frame by frame, the masked attention frames without another, wholly unmasked one in their window."""
+    frames = attention_frames(mask, factor)
+    count = 0
+    for index, frame in enumerate(frames):
+        if sum(frame) / factor > MASKED:
+            start = 0 if left < 0 else max(0, index - left)
+            count += not any(sum(frames[other]) == 0 for other in range(start, index))
+    return count
+
+
+def stock_count(frames, mask_prob, block_size, allow_overlap, max_mask_ratio):
+    """Draw as NeMo 2.5.3 does, from its description; returns how many frames of an utterance it masks."""
+    if block_size >= frames * max_mask_ratio:
+        return min(8, frames)
+    if allow_overlap:
+        reach = torch.full((frames,), -1)
+        starts = torch.arange(frames - block_size)
+        starts = starts[torch.rand(len(starts)) < mask_prob]
+        reach[starts] = starts + block_size
+        return int((reach.cummax(dim=0).values > torch.arange(frames)).sum())
+    blocks = math.ceil(frames * mask_prob / block_size)
+    if (blocks + 1) * block_size > frames:
+        block_size = frames // (blocks + 1)
+    return min(blocks, frames // block_size - 1) * block_size
+
+
+def stock_share(frames, *arguments, repeats=200):
+    return sum(stock_count(frames, *arguments) for _ in range(repeats)) / repeats / frames
+
+
+settings_of_masking = st.fixed_dictionaries(
+    dict(
+        mask_prob=st.sampled_from([0.0, 1e-6, 0.01, 0.05, 0.3, 0.5, 0.9, 1.0]),
+        block_size=st.sampled_from([1, 2, 3, 6, 8, 10, 40, 48, 200]),
+        allow_overlap=st.booleans(),
+        max_mask_ratio=st.sampled_from([0.0, 0.1, 0.5, 0.8, 1.0]),
+        causal=st.booleans(),
+        left_context_size=st.one_of(st.sampled_from([-1, 0, 1, 2, 3, 5]), st.integers(1, 400)),
+        subsampling_factor=st.sampled_from([1, 4, 8]),
+    )
+)
+lengths_of_batch = st.lists(st.one_of(st.integers(1, 40), st.integers(1, 300)), min_size=1, max_size=5)
+
+
+class TestInvariants:
+    @pytest.mark.unit
+    @settings(max_examples=120)
+    @given(
+        settings_of_masking,
+        lengths_of_batch,
+        st.integers(0, 20),
+        st.sampled_from([1, 3]),
+        st.sampled_from(DTYPES),
+        st.booleans(),
+        st.integers(0, 1000),
+    )
+    def test_tensors(self, arguments, lengths, padding, dimension, dtype, forward_causal, seed):
+        torch.manual_seed(seed)
+        module = RandomBlockMasking(dimension, **arguments)
+        x = features(len(lengths), dimension, max(lengths) + padding, dtype)
+        before = x.clone()
+        masked, masks = (module.forward_causal if forward_causal else module)(x, torch.tensor(lengths))
+        assert masked.dtype == masks.dtype == dtype and masked.shape == masks.shape == x.shape
+        assert torch.equal(x, before)
+        hidden = masks.bool()
+        assert torch.equal(hidden.to(dtype), masks) and torch.equal(masks, masks[:, :1].expand_as(masks))
+        embedding = module.mask_embedding.to(dtype).view(1, -1, 1).expand_as(x)
+        assert torch.equal(masked[hidden], embedding[hidden]) and torch.equal(masked[~hidden], x[~hidden])
+        for mask, length in zip(hidden[:, 0], lengths):
+            assert not mask[length:].any()
+
+    @pytest.mark.unit
+    @settings(max_examples=400)
+    @given(settings_of_masking, lengths_of_batch, st.integers(0, 20), st.booleans(), st.integers(0, 1000))
+    def test_whole_utterance(self, arguments, lengths, padding, forward_causal, seed):
+        """Answerable, never a whole utterance, never much beyond max_mask_ratio."""
+        torch.manual_seed(seed)
+        module = RandomBlockMasking(1, **arguments)
+        factor, left = module.subsampling_factor, module.left_context_size
+        frames = max(lengths) + padding
+        x = torch.zeros(len(lengths), 1, frames)
+        masks = (module.forward_causal if forward_causal else module)(x, torch.tensor(lengths))[1][:, 0].tolist()
+        for mask, length in zip(masks, lengths):
+            assert sum(mask) <= module.max_mask_ratio * length + module.block_size
+            assert sum(mask) < length or length <= factor
+            shares = [sum(frame) / factor for frame in attention_frames(mask[:length], factor)]
+            if len(shares) >= 2:
+                assert min(shares) <= MASKED
+            if length >= 2 * factor:  # also where the encoder drops the remainder
+                assert min(shares[: length // factor]) <= MASKED
+            if module.causal or forward_causal or left >= 0:
+                assert count_unanswerable(mask[:length], factor, left) == 0
+
+    @pytest.mark.unit
+    @settings(max_examples=200)
+    @given(settings_of_masking, lengths_of_batch, st.data())
+    def test_current_frame(self, arguments, lengths, data):
+        """Only the window's mask frames, [c - L * factor, c), may be masked, and of these not much too many."""
+        received = data.draw(
+            st.one_of(
+                st.integers(0, 350),
+                st.lists(st.integers(0, 350), min_size=len(lengths), max_size=len(lengths)),
+            )
+        )
+        override = data.draw(st.sampled_from([None, -1, 0, 1, 2, 5, 30]))
+        torch.manual_seed(data.draw(st.integers(0, 1000)))
+        module = RandomBlockMasking(1, **arguments)
+        left = module.left_context_size if override is None else override
+        each = [received] * len(lengths) if isinstance(received, int) else received
+        received = received if isinstance(received, int) else torch.tensor(received)
+        call = module.forward_causal if data.draw(st.booleans()) else module
+        _, masks = call(torch.zeros(len(lengths), 1, max(lengths)), torch.tensor(lengths), received, override)
+        for mask, length, current in zip(masks[:, 0].tolist(), lengths, each):
+            first = 0 if left < 0 else max(0, current - left * module.subsampling_factor)
+            last = min(current, length)
+            assert not any(mask[:first]) and not any(mask[last:])
+            available = max(0, last - first)
+            assert sum(mask) <= module.max_mask_ratio * available + module.block_size
+            assert sum(mask) < length or length <= module.subsampling_factor
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('allow_overlap', [True, False])
+    def test_current_frame_at_the_length_masks_the_trailing_window(self, allow_overlap):
+        module = RandomBlockMasking(1, 0.3, 2, allow_overlap=allow_overlap, left_context_size=10)
+        lengths = torch.tensor([100, 60] * 40)
+        torch.manual_seed(0)
+        masks = time_mask(module, lengths, current_frame=lengths)
+        for mask, length in zip(masks, lengths):
+            assert not mask[: length - 10].any() and not mask[length:].any()
+        assert masks[::2].any(dim=0).sum() >= 7  # stock does not reach the last frames either
+        assert masks[1::2].any(dim=0).sum() >= 7
+        torch.manual_seed(0)
+        assert torch.equal(masks, time_mask(module, lengths, current_frame=lengths, effective_left_context=10))
+
+    @pytest.mark.unit
+    def test_effective_left_context_overrides(self):
+        module = RandomBlockMasking(1, 0.05, 10, allow_overlap=True, left_context_size=2)
+        given_by_call = RandomBlockMasking(1, 0.05, 10, allow_overlap=True, left_context_size=-1)
+        torch.manual_seed(0)
+        expected = time_mask(module, [200] * 8)
+        torch.manual_seed(0)
+        assert torch.equal(time_mask(given_by_call, [200] * 8, effective_left_context=2), expected)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('batch, frames', [(0, 5), (2, 0), (1, 1)])
+    @pytest.mark.parametrize('allow_overlap', [True, False])
+    def test_empty(self, batch, frames, allow_overlap):
+        for left in (-1, 2):
+            module = RandomBlockMasking(3, 0.5, 2, allow_overlap=allow_overlap, left_context_size=left)
+            _, masks = module(torch.zeros(batch, 3, frames), torch.full((batch,), frames))
+            assert masks.shape == (batch, 3, frames)
+
+    @pytest.mark.unit
+    def test_context_of_nothing_masks_nothing(self):
+        assert not time_mask(RandomBlockMasking(1, 0.5, 4, left_context_size=0), [100] * 8).any()
+
+
+class TestAcceptance:
+    """480 utterances of 16 s, at contexts that bite."""
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'mask_prob, block_size, allow_overlap, stock', [(0.01, 40, True, 0.33), (0.5, 48, False, 0.51)]
+    )
+    @pytest.mark.parametrize('left', [5, 10, 20, 40, 80])
+    def test_streaming_contexts(self, left, mask_prob, block_size, allow_overlap, stock):
+        torch.manual_seed(left)
+        module = RandomBlockMasking(
+            1, mask_prob, block_size, allow_overlap=allow_overlap, left_context_size=left, subsampling_factor=8
+        )
+        masks = time_mask(module, [1600] * 480)
+        counts = masks.unflatten(1, (200, 8)).sum(dim=2)
+        unmasked = torch.nn.functional.pad(counts == 0, (left, 0)).unfold(1, left + 1, 1).any(dim=2)  # in [t - L, t]
+        assert (counts > 0.8 * 8).sum() > 1000
+        assert ((counts > 0.8 * 8) & ~unmasked).sum() == 0
+        assert masks.float().mean() == pytest.approx(stock, rel=0.1)
+        drawn_by_stock = stock_share(1600, mask_prob, block_size, allow_overlap, 0.8, repeats=300)
+        assert drawn_by_stock == pytest.approx(stock, rel=0.05)
+
+    @pytest.mark.unit
+    def test_stock_leaves_frames_that_cannot_be_answered(self):
+        torch.manual_seed(0)
+        stock = patched._up.RandomBlockMasking(1, 0.5, 48, allow_overlap=False)
+        _, masks = stock(torch.zeros(8, 1, 1600), torch.full((8,), 1600))
+        assert sum(count_unanswerable(mask, 8, 5) for mask in masks[:, 0].tolist()) > 100
+
+
+STOCK_SETTINGS = [  # mask_prob, block_size, allow_overlap
+    (0.01, 40, True),
+    (0.05, 40, True),
+    (0.02, 4, True),
+    (0.2, 6, True),
+    (0.5, 48, False),
+    (0.2, 10, False),
+    (0.8, 48, False),
+    (0.1, 1, False),
+]
+
+
+class TestStock:
+    @pytest.mark.unit
+    @pytest.mark.parametrize('mask_prob, block_size, allow_overlap', STOCK_SETTINGS)
+    @pytest.mark.parametrize('frames', [9, 16, 40, 55, 79, 150, 1000])
+    def test_share(self, frames, mask_prob, block_size, allow_overlap):
+        """Within 10 % of stock 2.5.3, but for what the invariants take: guards, max_mask_ratio, whole utterances."""
+        torch.manual_seed(frames)
+        stock = stock_share(frames, mask_prob, block_size, allow_overlap, 0.8)
+        most = 0.8 + block_size / frames
+        for left, causal, factor in [(-1, False, 1), (-1, True, 8), (3, False, 1), (5, True, 8), (40, False, 8)]:
+            module = RandomBlockMasking(1, mask_prob, block_size, None, True, allow_overlap, 0.8, causal, left, factor)
+            share = time_mask(module, [frames] * 200, frames + 7).float().mean().item() * (frames + 7) / frames
+            guarded = 0.0
+            if left >= 0:
+                guarded = (1 + (math.ceil(frames / factor) - 1) / (left + 1)) * factor / frames
+            elif causal:
+                guarded = factor / frames
+            room = min(most, 1 - guarded)
+            unsteady = 3 * (block_size / frames * stock / 200) ** 0.5  # of two means over 200 utterances
+            near_the_edge = 0.9 if stock > 0.85 * room else 1.0  # blocks of whole frames do not fill any room
+            lowest = min(0.9 * stock, max(0.0, 0.9 * room * near_the_edge))
+            assert lowest - unsteady - 0.5 / frames <= share <= 1.1 * stock + unsteady, (left, causal, factor)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('allow_overlap', [True, False])
+    @pytest.mark.parametrize('mask_prob, block_size', [(0.02, 20), (0.3, 12)])
+    def test_ragged_batch_masks_each_utterance_by_its_own_length(self, allow_overlap, mask_prob, block_size):
+        torch.manual_seed(0)
+        lengths = [300, 30, 100, 14] * 150
+        module = RandomBlockMasking(1, mask_prob, block_size, allow_overlap=allow_overlap)
+        masks = time_mask(module, lengths)
+        for index, length in enumerate(lengths[:4]):
+            stock = stock_share(length, mask_prob, block_size, allow_overlap, 0.8, repeats=150)
+            most = 0.8 + block_size / length
+            share = masks[index::4].sum().item() / 150 / length
+            assert share == pytest.approx(min(stock, most), rel=0.1, abs=0.03)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize('left', [-1, 80])
+    def test_share_where_the_default_dtype_is_half(self, dtype, left):
+        """Lightning's true half precision sets the default dtype, which torch.rand follows."""
+        torch.manual_seed(0)
+        module = RandomBlockMasking(1, 0.01, 40, allow_overlap=True, left_context_size=left)
+        grid = RandomBlockMasking(1, 0.5, 48, left_context_size=left)
+        torch.set_default_dtype(dtype)
+        try:
+            overlapping, separate = (time_mask(each, [1600] * 100).sum().item() / 160000 for each in (module, grid))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert overlapping == pytest.approx(0.33, rel=0.07)
+        assert separate == pytest.approx(0.51, rel=0.03)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('mask_prob, block_size, allow_overlap', STOCK_SETTINGS)
+    def test_lengths_of_runs(self, mask_prob, block_size, allow_overlap):
+        """Without a context, runs of masked frames are as long as stock's (Kolmogorov-Smirnov distance)."""
+        torch.manual_seed(1)
+        arguments = 1, mask_prob, block_size, None, True, allow_overlap
+        ours, stock = (
+            runs(time_mask(module, [600] * 300))
+            for module in (RandomBlockMasking(*arguments), patched._up.RandomBlockMasking(*arguments))
+        )
+        assert len(ours) == pytest.approx(len(stock), rel=0.15)
+        assert ours.mean().item() == pytest.approx(stock.mean().item(), rel=0.12)
+        length = torch.arange(600.0)
+        shares = [(each.unsqueeze(1) <= length).float().mean(dim=0) for each in (ours, stock)]
+        assert (shares[0] - shares[1]).abs().max() < 0.12
+
+    @pytest.mark.unit
+    def test_blocks_of_a_short_utterance_keep_their_length(self):
+        """60 frames, blocks of 40: stock starts them in the first 20, and never makes shorter ones."""
+        torch.manual_seed(0)
+        lengths = runs(time_mask(RandomBlockMasking(1, 0.02, 40, allow_overlap=True), [60] * 100))
+        assert lengths.min() == 40 and lengths.max() <= 59
+
+    @pytest.mark.unit
+    def test_constructor_positions_and_state_dict(self):
+        arguments = (5, 0.4, 7, 0.25, False, True, 0.6)
+        module, stock = RandomBlockMasking(*arguments), patched._up.RandomBlockMasking(*arguments)
+        assert isinstance(module, patched._up.RandomBlockMasking)
+        assert module.state_dict().keys() == stock.state_dict().keys() == {'mask_embedding'}
+        for name in ('mask_prob', 'block_size', 'allow_overlap', 'max_mask_ratio'):
+            assert getattr(module, name) == getattr(stock, name)
+        assert torch.equal(module.mask_embedding, torch.full((5,), 0.25))
+        module.load_state_dict(stock.state_dict())
+
+    @pytest.mark.unit
+    def test_subclass_of_stock_style(self):
+        class First(RandomBlockMasking):
+            def forward_with_overlap(self, feats, lengths):
+                return feats, torch.ones_like(feats)
+
+        module = First(2, allow_overlap=True)
+        assert module(torch.zeros(1, 2, 4), torch.tensor([4]))[1].all()
+
+
+def runs(masks):
+    """Return the lengths of all runs of masked frames in masks [B, T], as floats."""
+    padded = torch.nn.functional.pad(masks.int(), (1, 1))
+    steps = padded.diff(dim=1)
+    return ((steps == -1).nonzero()[:, 1] - (steps == 1).nonzero()[:, 1]).float()
+
+
+class TestModule:
+    @pytest.mark.unit
+    @pytest.mark.parametrize('allow_overlap', [True, False])
+    def test_seed(self, allow_overlap):
+        module = RandomBlockMasking(1, 0.1, 5, allow_overlap=allow_overlap, left_context_size=7)
+        torch.manual_seed(3)
+        first, other = time_mask(module, [200] * 4), time_mask(module, [200] * 4)
+        torch.manual_seed(3)
+        assert torch.equal(time_mask(module, [200] * 4), first) and not torch.equal(first, other)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
+    def test_mask_embedding_learns(self, dtype):
+        module = RandomBlockMasking(2, 0.3, 4, freeze=False)
+        masked, masks = module(features(3, 2, 50, dtype), torch.tensor([50, 40, 30]))
+        masked.float().sum().backward()
+        assert module.mask_embedding.grad.tolist() == masks.float().sum(dim=(0, 2)).tolist()
+        assert not RandomBlockMasking(2, 0.3, 4).mask_embedding.requires_grad
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'arguments, named',
+        [
+            (dict(mask_prob=1.5), 'mask_prob is 1.5'),
+            (dict(mask_prob=-0.1), 'mask_prob is -0.1'),
+            (dict(block_size=0), 'block_size is 0'),
+            (dict(max_mask_ratio=1.1), 'max_mask_ratio is 1.1'),
+            (dict(left_context_size=-2), 'left_context_size is -2'),
+            (dict(subsampling_factor=0), 'subsampling_factor is 0'),
+        ],
+    )
+    def test_bad_arguments(self, arguments, named):
+        with pytest.raises(ValueError, match=named):
+            RandomBlockMasking(1, **arguments)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'arguments, named',
+        [
+            (dict(effective_left_context=-2), 'effective_left_context is -2'),
+            (dict(current_frame=-1), 'current_frame is -1'),
+        ],
+    )
+    def test_bad_call(self, arguments, named):
+        for call in (RandomBlockMasking(1), RandomBlockMasking(1).forward_causal):
+            with pytest.raises(ValueError, match=named):
+                call(torch.zeros(1, 1, 9), torch.tensor([9]), **arguments)
+
+
+CALLS = [
+    dict(),
+    dict(effective_left_context=5),
+    dict(current_frame=30, effective_left_context=2),
+    dict(current_frame=torch.tensor([20, 10]), effective_left_context=2),
+    dict(current_frame=20),
+]
+CALL_NAMES = ['whole', 'context', 'frame', 'frames', 'unlimited']
+
+
+class TestDevices:
+    @pytest.mark.unit
+    @pytest.mark.parametrize('call', CALLS, ids=CALL_NAMES)
+    @pytest.mark.parametrize('allow_overlap', [True, False])
+    def test_meta(self, call, allow_overlap):
+        module = RandomBlockMasking(3, 0.1, 4, allow_overlap=allow_overlap).to('meta')
+        x = torch.zeros(2, 3, 40, device='meta', dtype=torch.float16)
+        for run in (module, module.forward_causal):
+            for out in run(x, torch.tensor([40, 20], device='meta'), **call):
+                assert (out.device.type, out.dtype, out.shape) == ('meta', torch.float16, x.shape)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('call', CALLS, ids=CALL_NAMES)
+    @pytest.mark.parametrize('allow_overlap', [True, False])
+    def test_no_sync(self, call, allow_overlap):
+        module = RandomBlockMasking(3, 0.1, 4, allow_overlap=allow_overlap, causal=True, subsampling_factor=4)
+        with NoSync():
+            module(features(2, 3, 40), torch.tensor([40, 20]), **call)
+            module.forward_causal(features(2, 3, 40), torch.tensor([40, 20]), **call)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('call', CALLS, ids=CALL_NAMES)
+    @pytest.mark.parametrize('allow_overlap', [True, False])
+    def test_compile(self, call, allow_overlap):
+        torch._dynamo.reset()
+        module = RandomBlockMasking(3, 0.1, 4, allow_overlap=allow_overlap, subsampling_factor=4)
+        compiled = torch.compile(module, fullgraph=True, backend='eager')
+        for frames in (40, 57, 64):  # the second makes the shape dynamic
+            x, lengths = features(2, 3, frames), torch.tensor([frames, 20])
+            torch.manual_seed(0)
+            expected = module(x, lengths, **call)
+            torch.manual_seed(0)
+            for out, same in zip(compiled(x, lengths, **call), expected):
+                assert torch.equal(out, same)
+
+    @pytest.mark.unit
+    def test_compile_with_a_frame_count_that_moves(self):
+        torch._dynamo.reset()
+        module = RandomBlockMasking(1, 0.5, 2, left_context_size=3)
+        compiled = torch.compile(module, fullgraph=True, backend='eager')
+        for frame in (5, 10, 20):
+            _, masks = compiled(torch.zeros(2, 1, 30), torch.tensor([30, 12]), frame, None)
+            assert not masks[..., frame:].any() and not masks[..., : frame - 3].any()
+
+    @pytest.mark.unit
+    @pytest.mark.run_only_on('GPU')
+    @pytest.mark.parametrize('allow_overlap', [True, False])
+    def test_no_sync_on_gpu(self, allow_overlap):
+        module = RandomBlockMasking(3, 0.1, 4, allow_overlap=allow_overlap, subsampling_factor=4).cuda()
+        x, lengths = features(2, 3, 400).cuda(), torch.tensor([400, 200]).cuda()
+        module(x, lengths)  # what CUDA sets up once may wait
+        received = torch.tensor([300, 100]).cuda()
+        torch.cuda.set_sync_debug_mode('error')
+        try:
+            for left in (None, 5):
+                module(x, lengths, effective_left_context=left)
+                masked, masks = module.forward_causal(x, lengths, received, left)
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+        assert masked.is_cuda and masks.is_cuda
+
+
+class EveryFourth(torch.nn.Module):
+    """A pre_encode: [B, T, 2] -> [B, ceil(T / 4), 6]."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv1d(2, 6, kernel_size=4, stride=4, padding=3)
+
+    def forward(self, x, lengths):
+        frames = (x.shape[1] + 3) // 4
+        return self.conv(x.transpose(1, 2)).transpose(1, 2)[:, :frames], torch.div(
+            lengths + 3, 4, rounding_mode='floor'
+        )
+
+
+@pytest.fixture
+def wrapper():
+    torch.manual_seed(0)
+    return ConvFeatureMaksingWrapper(EveryFourth(), RandomBlockMasking(6, 0.4, 3, left_context_size=20))
+
+
+class TestConvFeatureMaksingWrapper:
+    x, lengths = features(16, 200, 2), torch.tensor([200, 120] * 8)
+
+    @pytest.mark.unit
+    def test_disabled(self, wrapper):
+        wrapper.set_masking_enabled(apply_mask=False)
+        feats, lengths = wrapper(self.x, self.lengths)
+        assert torch.equal(feats, wrapper.pre_encode(self.x, self.lengths)[0]) and feats.requires_grad
+        assert wrapper.get_current_mask().shape == (16, 6, 50) and not wrapper.get_current_mask().any()
+        assert lengths.tolist() == [50, 30] * 8
+
+    @pytest.mark.unit
+    def test_masks_attention_frames(self, wrapper):
+        wrapper.set_masking_enabled(apply_mask=True)
+        masked, lengths = wrapper(x=self.x, lengths=self.lengths)
+        masks, feats = wrapper.get_current_mask().transpose(1, 2).bool(), wrapper.get_current_feat()
+        assert masked.shape == masks.shape == feats.shape == (16, 50, 6)
+        assert torch.equal(masked[~masks], feats[~masks])
+        assert torch.equal(masked[masks].view(-1, 6)[0], wrapper.masking.mask_embedding)
+        assert 0.3 < masks.float().mean() < 0.5 and not masks[1::2, 30:].any()
+        assert not masked.requires_grad and not feats.requires_grad  # as in stock
+
+    @pytest.mark.unit
+    def test_context_and_position(self, wrapper):
+        wrapper.set_masking_enabled(apply_mask=True, current_frame=40, effective_left_context=10)
+        wrapper(self.x, self.lengths)
+        masked_frames = wrapper.get_current_mask()[:, 0].any(dim=0).nonzero().flatten()
+        assert masked_frames.min() >= 30 and masked_frames.max() < 40
+        wrapper.set_masking_enabled(apply_mask=True, effective_left_context=2)
+        wrapper(self.x, self.lengths)
+        assert wrapper.get_current_mask()[..., :30].any()  # the position is forgotten
+        for mask in wrapper.get_current_mask()[:, 0].tolist():
+            assert count_unanswerable(mask, 1, 2) == 0
+
+    @pytest.mark.unit
+    def test_masking_module_of_stock(self):
+        wrapper = ConvFeatureMaksingWrapper(EveryFourth(), patched._up.RandomBlockMasking(6, 0.4, 3))
+        wrapper.set_masking_enabled(True)
+        assert wrapper(self.x, self.lengths)[0].shape == (16, 50, 6)
+
+    @pytest.mark.unit
+    def test_no_sync(self, wrapper):
+        wrapper.set_masking_enabled(True, current_frame=self.lengths // 4, effective_left_context=5)
+        with NoSync():
+            wrapper(self.x, self.lengths)

@@ -1,0 +1,129 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+import ast
+from collections import Counter
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+import nemo.collections.asr.parts.att_context.context as context_module
+from nemo.collections.asr.parts.att_context import PRESETS, UNLIMITED, AttContext, draw_index, tightest
+
+sides = st.integers(-1, 400)
+contexts = st.builds(AttContext, sides, sides)
+EXPECTED_DRAWS = [2, 0, 1, 1, 2, 1, 1, 1, 3, 1, 3, 3]
+
+
+class TestAttContext:
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'written, expected',
+        [
+            ([80, 0], (80, 0)),
+            ((70, 13), (70, 13)),
+            (OmegaConf.create([-1, 4]), (-1, 4)),
+            (40, (40, 0)),
+            (-1, (-1, 0)),
+            (AttContext(5, 1), (5, 1)),
+            ('very_low', (80, 0)),
+            ('low', (160, 0)),
+            ('medium', (240, 0)),
+            ('high', (320, 0)),
+            ('unlimited', (-1, 0)),
+        ],
+    )
+    def test_parse(self, written, expected):
+        parsed = AttContext.parse(written)
+        assert (parsed.left, parsed.right) == tuple(parsed) == expected
+        assert parsed.as_list() == list(expected)
+        assert parsed == AttContext(*expected) and hash(parsed) == hash(AttContext(*expected))
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'written',
+        [[-2, 0], [0, -2], [80], [80, 0, 0], [], [80.0, 0], ['80', 0], [True, 0], True, None, 1.5, -2, 'lowest', {}],
+    )
+    def test_a_bad_value_is_named_with_its_field(self, written):
+        with pytest.raises(ValueError) as error:
+            AttContext.parse(written, field='model.encoder.att_context_size[2]')
+        assert str(error.value).startswith('model.encoder.att_context_size[2]: ')
+        bad = (
+            written[1]
+            if written == [0, -2]
+            else written[0] if isinstance(written, list) and len(written) == 2 else written
+        )
+        assert repr(bad) in str(error.value)
+
+    @pytest.mark.unit
+    def test_an_unknown_preset_is_answered_with_the_known_ones(self):
+        with pytest.raises(ValueError, match='very_low, low, medium, high, unlimited'):
+            AttContext.parse('lowest')
+        assert all(AttContext.parse(name) == AttContext(*sizes) for name, sizes in PRESETS.items())
+
+    @pytest.mark.unit
+    def test_value_type(self):
+        with pytest.raises(FrozenInstanceError):
+            AttContext(1, 2).left = 3
+        with pytest.raises(ValueError, match='-5'):
+            AttContext(-5, 0)
+        assert AttContext(40, 0).label == '40_0' and AttContext(-1, 0).label == '-1_0'
+
+    @pytest.mark.unit
+    @given(contexts, contexts, contexts)
+    def test_intersection_is_what_both_see(self, first, second, third):
+        both = first.intersect(second)
+        for frame in range(-410, 411, 3):
+            assert sees(both, frame) == (sees(first, frame) and sees(second, frame))
+        assert both == second.intersect(first) and first.intersect(first) == first
+        assert both.intersect(third) == first.intersect(second.intersect(third))
+
+
+def sees(context, distance):
+    """Whether a frame at this distance, negative in the past, is visible."""
+    limit = context.left if distance < 0 else context.right
+    return limit == UNLIMITED or abs(distance) <= limit
+
+
+class TestTightest:
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'values, expected', [((), -1), ((-1,), -1), ((-1, -1), -1), ((-1, 80), 80), ((80, 40, -1), 40), ((0, -1), 0)]
+    )
+    def test_smallest_limited(self, values, expected):
+        assert tightest(*values) == expected
+
+
+class TestDrawIndex:
+    @pytest.mark.unit
+    def test_is_a_pure_function(self):
+        drawn = [draw_index(0, step, [0.25] * 4) for step in range(12)]
+        assert drawn == [draw_index(0, step, [0.25] * 4) for step in range(12)]
+        # written down once: another platform, Python or release must draw the same, or a resumed run differs
+        assert drawn == EXPECTED_DRAWS
+        assert drawn != [draw_index(1, step, [0.25] * 4) for step in range(12)]
+
+    @pytest.mark.unit
+    def test_leaves_the_global_generator_alone(self):
+        import random
+
+        before = random.getstate()
+        draw_index(0, 5, [0.5, 0.5])
+        assert random.getstate() == before
+
+    @pytest.mark.unit
+    def test_probabilities(self):
+        counts = Counter(draw_index(7, step, [0.5, 0.3, 0.2, 0.0]) for step in range(4000))
+        assert counts[3] == 0
+        for index, probability in enumerate([0.5, 0.3, 0.2]):
+            assert counts[index] / 4000 == pytest.approx(probability, abs=0.03)
+
+
+@pytest.mark.unit
+def test_imports_neither_nemo_nor_lightning():
+    tree = ast.parse(Path(context_module.__file__).read_text(encoding='utf-8'))
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert not any(name.split('.')[0] in ('nemo', 'lightning', 'pytorch_lightning') for name in imported)

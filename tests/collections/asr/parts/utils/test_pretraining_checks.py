@@ -1,0 +1,250 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Every mistake in a config or a manifest ends in one error that names it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from nemo.collections.asr.parts.utils.pretraining_checks import check_manifest, check_pretraining_config
+
+CONFIGS = Path(__file__).parents[5] / 'examples' / 'asr' / 'conf' / 'ssl' / 'nest'
+CONFIG_NAMES = sorted(path.stem for path in CONFIGS.glob('*.yaml'))
+
+
+def entry(path, duration=2.0, **more):
+    return {'audio_filepath': str(path), 'duration': duration, **more}
+
+
+def write(path, entries):
+    path.write_text(''.join(json.dumps(each) + '\n' for each in entries), encoding='utf-8')
+    return str(path)
+
+
+@pytest.fixture(scope='session')
+def speech(tmp_path_factory):
+    """A folder with a manifest of two utterances that are files, which is all that is looked at."""
+    folder = tmp_path_factory.mktemp('speech')
+    for name in ('a.wav', 'b.wav'):
+        (folder / name).touch()
+    write(folder / 'train.json', [entry('a.wav'), entry(folder / 'b.wav', 9.5)])
+    return folder
+
+
+@pytest.fixture(scope='session')
+def composed(speech):
+    """Each shipped config, with manifests; not to be written to."""
+    manifest = speech / 'train.json'
+    overrides = [f'model.{name}.manifest_filepath={manifest}' for name in ('train_ds', 'validation_ds')]
+    with initialize_config_dir(str(CONFIGS.resolve()), version_base=None):
+        return {name: compose(name, overrides=overrides) for name in CONFIG_NAMES}
+
+
+@pytest.fixture
+def cfg(composed):
+    """A copy of the streaming config, open to new keys."""
+    copy = composed['nest_fast-conformer_streaming'].copy()
+    OmegaConf.set_struct(copy, False)
+    return copy
+
+
+def assert_error(cfg, *words):
+    with pytest.raises(ValueError) as error:
+        check_pretraining_config(cfg)
+    for word in words:
+        assert word in str(error.value)
+
+
+class TestShippedConfigs:
+    @pytest.mark.unit
+    def test_there_are_some(self):
+        assert {'nest_fast-conformer_streaming', 'nest_fast-conformer_streaming_tiny'} <= set(CONFIG_NAMES)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('name', CONFIG_NAMES)
+    def test_pass(self, composed, name):
+        check_pretraining_config(composed[name])
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('name', CONFIG_NAMES)
+    def test_ask_for_the_manifests(self, name):
+        with initialize_config_dir(str(CONFIGS.resolve()), version_base=None):
+            assert_error(compose(name), 'model.train_ds.manifest_filepath', 'model.validation_ds.manifest_filepath')
+
+    @pytest.mark.unit
+    def test_validation_may_be_left_out(self, cfg):
+        cfg.model.validation_ds = None
+        check_pretraining_config(cfg)
+
+
+class TestKeys:
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'key, hint',
+        [
+            ('model.target_normalise', 'did you mean model.target_normalize?'),
+            ('model.mask_positon', 'did you mean model.mask_position?'),
+            ('model.encodr', 'did you mean model.encoder?'),
+            ('model.encoder.att_context_sizes', 'did you mean att_context_size?'),
+            ('model.encoder.n_layer', 'did you mean n_layers?'),
+            ('model.encoder.layer_att_context_sizes', 'did you mean layer_att_context_size?'),
+            ('model.masking.mask_probability', 'did you mean mask_prob?'),
+            ('model.masking.left_context', 'did you mean left_context_size?'),
+            ('model.loss.decoder_offsets', 'did you mean decoder_offset?'),
+            ('model.quantizer.numclasses', 'did you mean num_classes?'),
+            ('model.preprocessor.normalise', 'did you mean normalize?'),
+            ('model.loss.zzz', 'it takes combine_time_steps, decoder_offset'),
+            ('model.train_ds.max_duraton', 'did you mean model.train_ds.max_duration?'),
+            ('model.validation_ds.batchsize', 'did you mean model.validation_ds.batch_size?'),
+            ('model.train_ds.batch_augmentor.noise_ration', 'did you mean noise_ratio?'),
+        ],
+    )
+    def test_a_misspelt_key_is_answered_with_the_nearest(self, cfg, key, hint):
+        OmegaConf.update(cfg, key, 1, force_add=True)
+        assert_error(cfg, key, hint)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'section', ['train_ds', 'preprocessor', 'masking', 'quantizer', 'encoder', 'decoder', 'loss']
+    )
+    def test_a_missing_section(self, cfg, section):
+        cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+        del cfg.model[section]
+        assert_error(cfg, f'model.{section}')
+
+    @pytest.mark.unit
+    def test_no_model(self):
+        assert_error(OmegaConf.create({'trainer': {}}), 'no section model')
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('target', ['nemo.collections.asr.modules.ConformerEncodr', 'no.such.Module', 'Encoder'])
+    def test_a_target_that_cannot_be_imported(self, cfg, target):
+        cfg.model.encoder._target_ = target
+        assert_error(cfg, 'model.encoder._target_', target)
+
+    @pytest.mark.unit
+    def test_other_keys_of_nemo_and_of_the_user_pass(self, cfg):
+        cfg.model.train_ds.update(shuffle_n=2048, bucketing_batch_size=None, tarred_shard_strategy='scatter')
+        cfg.model.my_notes = 'mine'
+        check_pretraining_config(cfg)
+
+
+class TestContexts:
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'sizes, named',
+        [
+            ([[80, 0], [-2, 0]], ['att_context_size[1]', '-2']),
+            ([[80, 0], [160]], ['att_context_size[1]', '160']),
+            ([[80, 0], [160, 'none']], ['att_context_size[1]', "'none'"]),
+            ([[80, 0], [1.5, 0]], ['att_context_size[1]', '1.5']),
+            ([80.5, 0], ['att_context_size', '80.5']),
+            ([], ['att_context_size']),
+            ('lowest', ['att_context_size', 'lowest', 'very_low']),
+            (80, ['att_context_size', '80']),
+            ('low', ['att_context_size', 'low']),
+        ],
+    )
+    def test_bad_sizes(self, cfg, sizes, named):
+        cfg.model.encoder.att_context_size = sizes
+        assert_error(cfg, 'model.encoder.', *named)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('sizes', [[[80, 0], [-1, 0]], [80, 0], [-1, -1], None])
+    def test_good_sizes(self, cfg, sizes):
+        cfg.model.encoder.att_context_size = sizes
+        check_pretraining_config(cfg)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'probabilities', [[0.5, 0.5], [0.5, 0.5, 0.5, 0.5], [1.5, -0.5, 0, 0], [0.2, 0.2, 0.2, 'x'], []]
+    )
+    def test_bad_probabilities(self, cfg, probabilities):
+        cfg.model.encoder.att_context_probs = probabilities
+        assert_error(cfg, f'model.encoder.att_context_probs is {probabilities}')
+
+    @pytest.mark.unit
+    def test_good_probabilities(self, cfg):
+        cfg.model.encoder.att_context_probs = [0.1, 0.2, 0.3, 0.4]
+        check_pretraining_config(cfg)
+
+
+class TestManifests:
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'text, words',
+        [
+            ('', ['has no entries']),
+            ('\n  \n', ['has no entries']),
+            ('{"audio_filepath": "a.wav", "duration": 2}\n{"audio_filepath": \n', ['line 2 is no JSON']),
+            ('["a.wav", 2]\n', ['line 1 is no JSON object']),
+            ('{"duration": 2}\n', ['line 1 has no audio_filepath']),
+            ('{"audio_filepath": 7, "duration": 2}\n', ['line 1 has no audio_filepath']),
+            ('{"audio_filepath": "a.wav", "duration": "2"}\n', ["line 1: duration is '2'"]),
+            ('{"audio_filepath": "gone.wav", "duration": 2}\n', ['line 1: no audio file gone.wav']),
+            ('{"audio_filepath": "a.wav", "duration": 0.5}\n', ['none of the 1 entries', '1.0', '16.0']),
+            ('{"audio_filepath": "a.wav", "duration": 16.5}\n' * 3, ['none of the 3 entries', '1.0', '16.0']),
+        ],
+    )
+    def test_bad(self, cfg, speech, text, words):
+        path = speech / 'bad.json'
+        path.write_text(text, encoding='utf-8')
+        cfg.model.train_ds.manifest_filepath = str(path)
+        assert_error(cfg, 'model.train_ds.manifest_filepath', str(path), *words)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('content', [b'\xff\xfe\x00\x01', b'RIFF\x24\x80\x00\x00WAVE'])
+    def test_no_text(self, cfg, speech, content):
+        (speech / 'binary.json').write_bytes(content)
+        cfg.model.train_ds.manifest_filepath = str(speech / 'binary.json')
+        assert_error(cfg, 'model.train_ds.manifest_filepath', 'binary.json, line 1 is no JSON')
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'key', ['train_ds.manifest_filepath', 'validation_ds.manifest_filepath', 'train_ds.noise_manifest']
+    )
+    def test_missing(self, cfg, speech, key):
+        OmegaConf.update(cfg.model, key, str(speech / 'none.json'))
+        assert_error(cfg, f'model.{key}: no file', 'none.json')
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('nothing', [None, '', []])
+    def test_none_given(self, cfg, nothing):
+        cfg.model.train_ds.manifest_filepath = nothing
+        assert_error(cfg, f'model.train_ds.manifest_filepath is {nothing!r}')
+
+    @pytest.mark.unit
+    def test_each_of_several(self, cfg, speech):
+        good, gone = str(speech / 'train.json'), str(speech / 'none.json')
+        for several in (f'{good},{gone}', [good, gone], [[good], [gone]]):
+            cfg.model.train_ds.manifest_filepath = several
+            assert_error(cfg, 'no file', 'none.json')
+        cfg.model.train_ds.manifest_filepath = [good, good]
+        check_pretraining_config(cfg)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('reader', [dict(is_tarred=True), dict(input_cfg='data.yaml'), dict(shar_path='shar')])
+    def test_other_readers_are_left_alone(self, cfg, reader):
+        cfg.model.train_ds.update(reader, manifest_filepath='shard__OP_0..9_CL_.json')
+        check_pretraining_config(cfg)
+
+    @pytest.mark.unit
+    def test_counts_what_is_kept(self, speech):
+        path = write(
+            speech / 'some.json', [entry('a.wav', 0.5), entry('a.wav', 2), entry('b.wav', 20), entry('b.wav', None)]
+        )
+        assert check_manifest(path, 'x') == 4
+        assert check_manifest(path, 'x', min_duration=1.0) == 3
+        assert check_manifest(path, 'x', min_duration=1.0, max_duration=16.0) == 2
+
+    @pytest.mark.unit
+    def test_noise_is_not_filtered_by_duration(self, cfg, speech):
+        cfg.model.train_ds.noise_manifest = write(speech / 'noise.json', [entry('a.wav', 300.0)])
+        check_pretraining_config(cfg)
+
+    @pytest.mark.unit
+    def test_a_data_store_is_left_to_its_reader(self, cfg):
+        cfg.model.train_ds.manifest_filepath = 'ais://speech/train.json'
+        check_pretraining_config(cfg)
