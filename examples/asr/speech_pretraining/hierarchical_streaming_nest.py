@@ -14,28 +14,31 @@ goes on where it was if it is started again with the same ``exp_manager`` settin
 ``exp_manager.use_datetime_version=false``).
 """
 
-import lightning.pytorch as pl
-from omegaconf import DictConfig, OmegaConf, open_dict
-
-from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-from nemo.core.config import hydra_runner
-from nemo.utils import logging
-from nemo.utils.exp_manager import exp_manager
-from nemo.utils.trainer_utils import resolve_trainer_cfg
-
-try:
-    from nemo_streaming_ssl.report import require_active
-except ImportError as error:
-    raise SystemExit(
-        "hierarchical_streaming_nest: nemo-streaming-ssl is not installed; stock NeMo won't do"
-    ) from error
-
 REQUIRED_PATCHES = (
     'nemo.collections.asr.losses.ssl_losses.mlm',
     'nemo.collections.asr.models.ssl_models',
     'nemo.collections.asr.modules.conformer_encoder',
     'nemo.collections.asr.modules.ssl_modules.masking',
 )
+try:  # first of all: on stock NeMo the imports below would fail with less to say
+    from nemo_streaming_ssl.report import require_active
+
+    PATCHES_IN_USE = require_active(*REQUIRED_PATCHES)
+except (ImportError, RuntimeError) as error:
+    raise SystemExit(f"hierarchical_streaming_nest needs the patches of nemo-streaming-ssl: {error}") from error
+
+import lightning.pytorch as pl
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
+from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
+from nemo.collections.asr.parts.att_context.receptive_field import context_table
+from nemo.collections.asr.parts.preprocessing.features import load_fixed_statistics
+from nemo.collections.asr.parts.utils.pretraining_checks import check_pretraining_config
+from nemo.core.config import hydra_runner
+from nemo.utils import logging
+from nemo.utils.exp_manager import exp_manager
+from nemo.utils.trainer_utils import resolve_trainer_cfg
 
 
 def prepare(cfg: DictConfig) -> DictConfig:
@@ -44,9 +47,6 @@ def prepare(cfg: DictConfig) -> DictConfig:
     Raises:
         ValueError: naming the key, its value and what is allowed.
     """
-    from nemo.collections.asr.parts.preprocessing.features import load_fixed_statistics
-    from nemo.collections.asr.parts.utils.pretraining_checks import check_pretraining_config
-
     check_pretraining_config(cfg)
     normalize = cfg.model.preprocessor.get('normalize')
     if isinstance(normalize, str) and normalize.endswith(('.yaml', '.yml')):
@@ -79,27 +79,34 @@ def log_contexts(cfg: DictConfig, model) -> None:
     logging.info(context_table(model.encoder, hop_ms * cfg.model.encoder.subsampling_factor))
 
 
-@hydra_runner(config_path="../conf/ssl/nest", config_name="nest_fast-conformer_streaming")
-def main(cfg: DictConfig) -> None:
-    """Train as configured; ends with a message, before anything is written, if the config cannot work."""
-    try:
-        for line in require_active(*REQUIRED_PATCHES):
-            logging.info(line)
-        cfg = prepare(cfg)
-        curriculum = curriculum_of(cfg)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise SystemExit(f"hierarchical_streaming_nest: {error}") from error
-    logging.info(f"Hydra config:\n{OmegaConf.to_yaml(cfg)}")
+def build(cfg: DictConfig) -> tuple[pl.Trainer, EncDecDenoiseMaskedTokenPredModel]:
+    """Make the trainer and the model that the config asks for, in the experiment's folder.
 
-    if cfg.get('seed') is not None:
-        pl.seed_everything(cfg.seed, workers=True)
-    trainer = pl.Trainer(**resolve_trainer_cfg(cfg.trainer))
+    Raises:
+        ValueError: from any of them, naming what cannot work.
+    """
+    callbacks = [AttContextCurriculum(**cfg.curriculum)] if cfg.get('curriculum') else []
+    trainer = pl.Trainer(**resolve_trainer_cfg(cfg.trainer), callbacks=callbacks)
     exp_manager(trainer, cfg.get("exp_manager", None))
     model = EncDecDenoiseMaskedTokenPredModel(cfg=cfg.model, trainer=trainer)
     model.maybe_init_from_pretrained_checkpoint(cfg)
-    log_contexts(cfg, model)
-    if curriculum is not None:
-        trainer.callbacks.insert(0, curriculum)  # Lightning wants those that write checkpoints last
+    return trainer, model
+
+
+@hydra_runner(config_path="../conf/ssl/nest", config_name="nest_hierarchical_streaming")
+def main(cfg: DictConfig) -> None:
+    """Train as configured; ends with one message, before any training, if the config cannot work."""
+    logging.info("\n".join(PATCHES_IN_USE))
+    try:
+        cfg = prepare(cfg)
+        logging.info(f"Hydra config:\n{OmegaConf.to_yaml(cfg)}")
+        if cfg.get('seed') is not None:
+            pl.seed_everything(cfg.seed, workers=True)
+        trainer, model = build(cfg)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"hierarchical_streaming_nest: {error}") from error
+    frame = model.encoder.subsampling_factor * cfg.model.preprocessor.get('window_stride', 0.01) * 1000
+    logging.info(f"Attention contexts:\n{context_table(model.encoder, frame)}")
     trainer.fit(model)
 
 

@@ -44,7 +44,7 @@ def _evaluate_context(model, use) -> dict:
             apply_mask=True,
         )
         if use is not None:
-            use.update(tokens, lengths)
+            use.update(tokens, model.last_batch.token_lengths)
         log_probs, tokens = (x.squeeze(-1) if x.dim() > y else x for x, y in ((log_probs, 3), (tokens, 2)))
         log_probs, tokens, counted = getattr(model.loss, 'mlm_loss', model.loss).align(
             log_probs, tokens, masks, lengths

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CONFIG = 'nest_fast-conformer_streaming_tiny'
+CONFIG = 'nest_hierarchical_streaming_tiny'
 SEED = 0
 
 

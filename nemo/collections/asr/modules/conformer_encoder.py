@@ -1,18 +1,31 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Patch of NeMo's ``conformer_encoder.py``: one attention context per batch, known before the encoder runs."""
+"""Patch of NeMo's ``conformer_encoder.py``: who attends to whom, per batch and per layer.
 
+One attention context per batch, known before the encoder runs; each layer attends within it and a context of its own.
+"""
+
+import math
 from contextlib import contextmanager
 from typing import Iterator, Optional
 
 import torch
+from omegaconf import OmegaConf, open_dict
 
-from nemo.collections.asr.parts.att_context.context import AttContext, draw_index, tightest
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, draw_index, tightest
+from nemo.collections.asr.parts.att_context.layer_masks import STYLES, LayerAttentionMasks, intersect_in_style
+from nemo.collections.asr.parts.att_context.layer_schedule import parse_layer_contexts
 from nemo.core.classes.mixins import adapter_mixins
+from nemo.utils import logging
 from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
 
 PROBABILITY_TOLERANCE = 1e-6
+LAYER_CONTEXTS = 'layer_att_context_size'  # the argument, the config key, and the entry among the weights
+
+
+class CannotStreamError(ValueError):
+    """The encoder's contexts do not allow streaming, or not in chunks like these."""
 
 
 class ConformerEncoder(_up.ConformerEncoder):
@@ -23,32 +36,73 @@ class ConformerEncoder(_up.ConformerEncoder):
     Args:
         att_context_seed: seed of the draw among several ``att_context_size`` entries. The draw is a pure function of
             the seed and the step, hence the same on every rank and after a resume.
+        layer_att_context_size: contexts of the layers' own, see :meth:`set_layer_att_context_size`.
+
+    Raises:
+        ValueError: if a layer's context is none, or the encoder's attention cannot follow it.
     """
 
     att_context_seed = 0
     _att_context_is_pinned = False
     _draws = 0  # steps counted by the encoder itself, where nobody passes one
+    _att_context_ceiling: Optional[AttContext] = None
+    _configured_layer_contexts: tuple[Optional[AttContext], ...] = ()  # those of the constructor
+    _layer_contexts_came_with_weights = False
+    _streaming_arguments: dict = {}  # of the last setup_streaming_params
 
-    def __init__(self, *args, att_context_seed: int = 0, **kwargs):
+    def __init__(self, *args, att_context_seed: int = 0, layer_att_context_size=None, **kwargs):
         super().__init__(*args, **kwargs)
         self.att_context_seed = att_context_seed
+        self._watch_layer_contexts()
+        self._set_layer_contexts(self._parse_layer_contexts(layer_att_context_size))
+        self._configured_layer_contexts = self.layer_att_contexts()
 
     def draw_att_context_size(self, step: Optional[int] = None) -> AttContext:
         """Return the context for a batch, without setting it.
 
         In training with several contexts it is one of ``att_context_size_all``, drawn by ``att_context_probs``;
-        otherwise the default, ``att_context_size``.
+        otherwise the default, ``att_context_size``. In training ``att_context_ceiling`` narrows it; validation and
+        inference keep the default, so that a curriculum does not change what they measure.
 
         Args:
             step: the training step; the draw is a pure function of ``att_context_seed`` and it. None takes the
                 encoder's own count of such draws, which starts at 0 in each process.
         """
-        if not (self.training and len(self.att_context_size_all) > 1):
+        if not self.training:
             return self._as_context(self.att_context_size)
-        if step is None:
-            step, self._draws = self._draws, self._draws + 1
-        index = draw_index(self.att_context_seed, step, self.att_context_probs)
-        return self._as_context(self.att_context_size_all[index])
+        context = self._as_context(self.att_context_size)
+        if len(self.att_context_size_all) > 1:
+            if step is None:
+                step, self._draws = self._draws, self._draws + 1
+            index = draw_index(self.att_context_seed, step, self.att_context_probs)
+            context = self._as_context(self.att_context_size_all[index])
+        if self.att_context_ceiling is None:
+            return context
+        return intersect_in_style(
+            context, self.att_context_ceiling, self.att_context_style, 'encoder.att_context_ceiling'
+        )
+
+    @property
+    def att_context_ceiling(self) -> Optional[AttContext]:
+        """What narrows every context drawn in training; None: nothing. A curriculum sets it.
+
+        Raises:
+            ValueError: when set to what is no context, or one that the encoder's attention cannot follow.
+        """
+        return self._att_context_ceiling
+
+    @att_context_ceiling.setter
+    def att_context_ceiling(self, value) -> None:
+        if value is not None:
+            value = AttContext.parse(value, field='encoder.att_context_ceiling')
+            self.check_att_context_ceiling(value, f'encoder.att_context_ceiling is {value.as_list()}')
+        self._att_context_ceiling = value
+
+    def check_att_context_ceiling(self, ceiling: AttContext, where: str) -> None:
+        """Raise ValueError, beginning with ``where``, if the encoder's attention cannot follow this ceiling."""
+        self._check_can_narrow(where)
+        for batch in self._batch_contexts():
+            intersect_in_style(batch, ceiling, self.att_context_style, where)
 
     @contextmanager
     def using_att_context_size(self, att_context_size) -> Iterator[AttContext]:
@@ -79,19 +133,144 @@ class ConformerEncoder(_up.ConformerEncoder):
             yield context
 
     def tightest_left_context(self) -> int:
-        """The smallest limited left context, in attention frames, of the present context; -1 if unlimited."""
-        return tightest(self.att_context_size[0])
+        """The smallest limited left context, in attention frames; -1 if nothing limits it.
 
-    def forward_internal(self, *args, **kwargs):
+        Of the present context, of every layer's own, and in training of the ceiling.
+        """
+        ceiling = self.att_context_ceiling if self.training else None
+        narrowing = [context.left for context in (*self.layer_att_contexts(), ceiling) if context is not None]
+        return tightest(self.att_context_size[0], *narrowing)
+
+    def layer_att_contexts(self) -> tuple[Optional[AttContext], ...]:
+        """Each layer's own context, None for a layer without one."""
+        return tuple(layer.self_attn.att_context for layer in self.layers)
+
+    def effective_att_contexts(self, att_context_size=None) -> tuple[AttContext, ...]:
+        """What each layer attends to when the batch's context is this one: the intersection with its own.
+
+        Args:
+            att_context_size: the batch's context; None takes the present one.
+
+        Raises:
+            ValueError: if no context of the encoder's style is that intersection.
+        """
+        batch = self._as_context(self.att_context_size if att_context_size is None else att_context_size)
+        return tuple(
+            batch if own is None else self._effective_context(batch, own, f'encoder.layers[{index}]')
+            for index, own in enumerate(self.layer_att_contexts())
+        )
+
+    def set_layer_att_context_size(self, contexts) -> None:
+        """Give the layers contexts of their own; each attends within the intersection of the batch's and its own.
+
+        ``encoder.layers[i].self_attention.att_context_size = [40, 0]`` does it for one layer. The contexts are written
+        to the encoder's config, and beside its weights.
+
+        Args:
+            contexts: one per layer, in attention frames; a schedule ``[[0, [40, 0]], [6, [120, 0]]]``, of which each
+                layer takes the last at or below it; ``{'anchors': [...], 'interpolate': 'linear'}``; or None, which
+                restores the batch's context in every layer. -1 narrows nothing on its side.
+
+        Raises:
+            ValueError: naming the item and its value, if it is no context, or the attention cannot follow it.
+        """
+        parsed = self._parse_layer_contexts(contexts)
+        if OmegaConf.is_config(contexts):
+            contexts = OmegaConf.to_container(contexts, resolve=True)
+        self._set_layer_contexts(parsed)
+        self._write_layer_contexts_to_config(contexts)
+
+    def setup_streaming_params(
+        self, chunk_size=None, shift_size=None, left_chunks=None, att_context_size=None, max_context: int = 10000
+    ):
+        """Set ``streaming_cfg``; arguments are NeMo's. It follows the layers' own contexts.
+
+        The cache is as long as the largest left context that any layer can use. With ``regular`` style the
+        look-ahead of a chunk is the sum of the layers' right contexts. A later change of the layers' contexts repeats
+        this with the same arguments.
+
+        Raises:
+            ValueError: if the layers have contexts of their own, and cannot be streamed so.
+        """
+        given = dict(chunk_size=chunk_size, shift_size=shift_size, left_chunks=left_chunks)
+        self._streaming_arguments = dict(given, att_context_size=att_context_size, max_context=max_context)
+        if not self._has_layer_contexts():
+            return super().setup_streaming_params(**self._streaming_arguments)
+        batch = self._as_context(self.att_context_size if att_context_size is None else att_context_size)
+        look_ahead = self._streaming_look_ahead(batch)
+        if chunk_size is not None:
+            self._check_streaming_chunk(chunk_size, shift_size, batch, look_ahead)
+        elif self.att_context_style == 'regular':
+            given.update(chunk_size=look_ahead + 1, shift_size=1)
+        # Stock knows one left context only; with left_chunks it asks for none, and does not warn.
+        given['left_chunks'] = left_chunks or 0
+        super().setup_streaming_params(**given, att_context_size=batch.as_list(), max_context=max_context)
+        if left_chunks is None or chunk_size is None:
+            self.streaming_cfg.last_channel_cache_size = self._largest_left_context(batch, max_context)
+
+    def set_default_att_context_size(self, att_context_size):
+        """Set the default context; arguments are NeMo's. An encoder that cannot be streamed in it is not refused."""
+        try:
+            super().set_default_att_context_size(att_context_size)
+        except CannotStreamError:
+            self._refresh_streaming_params()
+
+    def get_initial_cache_state(self, *args, **kwargs):
+        """Return NeMo's empty caches.
+
+        Raises:
+            ValueError: if the layers have contexts of their own that cannot be streamed.
+        """
+        if self._has_layer_contexts():
+            self._streaming_look_ahead(self._as_context(self._streaming_context()))
+        return super().get_initial_cache_state(*args, **kwargs)
+
+    def streaming_post_process(self, rets, keep_all_outputs=True):
+        """Trim outputs and caches; arguments and results are NeMo's, which leaves a cache of no frames growing."""
+        rets = super().streaming_post_process(rets, keep_all_outputs)
+        if rets[2] is not None and self.streaming_cfg.last_channel_cache_size == 0:
+            return (*rets[:2], rets[2][:, :, :0], *rets[3:])
+        return rets
+
+    def change_attention_model(self, self_attention_model=None, *args, **kwargs):
+        """Exchange the attention modules; arguments are NeMo's. The layers keep contexts of their own.
+
+        Raises:
+            ValueError: if they have any and the new attention cannot follow them.
+        """
+        contexts = self.layer_att_contexts()
+        if self._has_layer_contexts() and self_attention_model == 'rel_pos_local_attn':
+            raise ValueError(
+                "change_attention_model: rel_pos_local_attn cannot follow the layers' own contexts, "
+                f"{_as_lists(contexts)}; drop them first with set_layer_att_context_size(None)"
+            )
+        super().change_attention_model(self_attention_model, *args, **kwargs)
+        self._watch_layer_contexts()
+        for layer, context in zip(self.layers, contexts):
+            layer.self_attn._att_context = context
+        if self._has_layer_contexts():
+            self._refresh_streaming_params()  # it also tells the new modules what they are to drop from their cache
+
+    def forward_internal(self, audio_signal, length, cache_last_channel=None, *args, **kwargs):
         """Run the encoder within one context; arguments and results are NeMo's."""
+        self._check_all_ranks_have_layer_contexts()
+        if cache_last_channel is not None:  # stock counts the chunk only, and fails with an unlimited left context
+            positions = max(audio_signal.shape[1:]) + cache_last_channel.shape[2]
+            self.set_max_audio_length(max(positions, self.max_audio_length))
         with self.using_one_att_context_size():
-            return super().forward_internal(*args, **kwargs)
+            return super().forward_internal(audio_signal, length, cache_last_channel, *args, **kwargs)
 
     def _create_masks(self, att_context_size, *args, **kwargs):
         # Stock's forward draws a context into a local variable and uses it for nothing but this call.
         if self._att_context_is_pinned:
             att_context_size = self.att_context_size
-        return super()._create_masks(att_context_size, *args, **kwargs)
+        if not self._has_layer_contexts():
+            return super()._create_masks(att_context_size, *args, **kwargs)
+        effective = dict(zip(self.layer_att_contexts(), self.effective_att_contexts(att_context_size)))
+        masks = {}
+        for context in set(effective.values()):
+            pad_mask, masks[context] = super()._create_masks(context.as_list(), *args, **kwargs)
+        return pad_mask, LayerAttentionMasks(masks, effective) if len(masks) > 1 else masks[context]
 
     def _calc_context_sizes(self, att_context_size, att_context_probs, **kwargs):
         if att_context_probs and abs(sum(att_context_probs) - 1) <= PROBABILITY_TOLERANCE:
@@ -101,6 +280,184 @@ class ConformerEncoder(_up.ConformerEncoder):
         return super()._calc_context_sizes(
             att_context_size=att_context_size, att_context_probs=att_context_probs, **kwargs
         )
+
+    def _has_layer_contexts(self) -> bool:
+        return any(context is not None for context in self.layer_att_contexts())
+
+    def _effective_context(self, batch: AttContext, own: AttContext, layer: str) -> AttContext:
+        where = f'{layer}.self_attention.att_context_size is {own.as_list()}'
+        return intersect_in_style(batch, own, self.att_context_style, where)
+
+    def _batch_contexts(self) -> list[AttContext]:
+        """Every context that a batch can have by the configuration."""
+        return [self._as_context(context) for context in (*self.att_context_size_all, self.att_context_size)]
+
+    def _parse_layer_contexts(self, contexts) -> tuple[Optional[AttContext], ...]:
+        field = f'encoder.{LAYER_CONTEXTS}'
+        if contexts is None:
+            return (None,) * len(self.layers)
+        self._check_can_narrow(field)
+        chunks = [batch.right + 1 for batch in self._batch_contexts()] if self.att_context_style != 'regular' else []
+        multiple = math.lcm(*(chunk for chunk in chunks if chunk))
+        return parse_layer_contexts(contexts, len(self.layers), field, multiple, self._check_layer_context)
+
+    def _check_can_narrow(self, where: str) -> None:
+        if self.self_attention_model == 'rel_pos_local_attn':
+            raise ValueError(
+                f"{where}: self_attention_model rel_pos_local_attn has one context, built into all its layers; "
+                "use rel_pos or abs_pos"
+            )
+        if self.att_context_style not in STYLES:
+            raise ValueError(
+                f"{where}: att_context_style {self.att_context_style} cannot follow it; use one of {STYLES}"
+            )
+
+    def _check_layer_context(self, own: AttContext, where: str) -> None:
+        self._check_can_narrow(where)
+        rights = [batch.right for batch in self._batch_contexts()]
+        if UNLIMITED not in rights and own.right > max(rights):
+            raise ValueError(
+                f"{where}: the right context is {own.right}, beyond the batch's; it must be at most {max(rights)}, "
+                f"that of att_context_size {[list(context) for context in self.att_context_size_all]}, or -1 for it"
+            )
+        for batch in self._batch_contexts():
+            intersect_in_style(batch, own, self.att_context_style, where)
+
+    def _watch_layer_contexts(self) -> None:
+        for layer in self.layers:
+            layer.self_attn._take_att_context = self._take_layer_context
+
+    def _take_layer_context(self, attention, context: Optional[AttContext]) -> None:
+        """Check and store the context that somebody sets on one layer's attention."""
+        if context is not None:
+            index = [layer.self_attn is attention for layer in self.layers].index(True)
+            where = f'encoder.layers[{index}].self_attention.att_context_size is {context.as_list()}'
+            self._check_layer_context(context, where)
+            if context.left == 0:
+                logging.warning(f"{where}: it shows a frame nothing of its past. Is that what you want?")
+        attention._att_context = context
+        self._refresh_streaming_params()
+        self._write_layer_contexts_to_config(_as_lists(self.layer_att_contexts()))
+
+    def _set_layer_contexts(self, contexts) -> None:
+        before = self.layer_att_contexts()
+        for layer, context in zip(self.layers, contexts):
+            layer.self_attn._att_context = context
+        self._layer_contexts_came_with_weights = False
+        if self.layer_att_contexts() != before:
+            self._refresh_streaming_params()
+
+    def _write_layer_contexts_to_config(self, contexts) -> None:
+        if not hasattr(self, '_cfg'):  # built without one
+            return
+        with open_dict(self._cfg):
+            if self._has_layer_contexts():
+                self._cfg[LAYER_CONTEXTS] = _plain(contexts)
+            else:
+                self._cfg.pop(LAYER_CONTEXTS, None)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        configured, present = self._configured_layer_contexts, self.layer_att_contexts()
+        if self._has_layer_contexts() or configured != present:
+            destination[prefix + LAYER_CONTEXTS] = _as_tensor(configured, present)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        with_weights = state_dict.pop(prefix + LAYER_CONTEXTS, None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if with_weights is not None and with_weights.shape[1] == len(self.layers):
+            self._take_layer_contexts_with_weights(*(_from_pairs(pairs) for pairs in with_weights.tolist()))
+
+    def _take_layer_contexts_with_weights(self, configured, trained_with) -> None:
+        """Attend as the weights have learned to, unless this encoder's config says otherwise.
+
+        It does not where it says nothing, or what the config of the saved encoder said before its contexts were
+        changed at run time.
+        """
+        own = _from_pairs(_as_tensor(self.layer_att_contexts())[0].tolist())
+        if own == trained_with:
+            return
+        if self._has_layer_contexts() and own != configured:
+            logging.warning(
+                f"The weights were trained with encoder.{LAYER_CONTEXTS} {_as_lists(trained_with)}; the config's "
+                f"{_as_lists(self.layer_att_contexts())} is kept."
+            )
+            return
+        logging.info(f"encoder.{LAYER_CONTEXTS} comes with the weights: {_as_lists(trained_with)}")
+        was_configured = self._has_layer_contexts()
+        self.set_layer_att_context_size(trained_with if any(trained_with) else None)
+        self._layer_contexts_came_with_weights = not was_configured
+
+    def _check_all_ranks_have_layer_contexts(self) -> None:
+        """Refuse to train on several processes with contexts that this one alone may have.
+
+        ``init_from_nemo_model`` loads weights on the first process only; NeMo sends the others the weights, no more.
+        """
+        if not (self._layer_contexts_came_with_weights and self.training and torch.distributed.is_initialized()):
+            return
+        if torch.distributed.get_world_size() > 1:
+            raise ValueError(
+                f"encoder.{LAYER_CONTEXTS} came with the weights, which NeMo loads on one process only; to train on "
+                f"several set model.encoder.{LAYER_CONTEXTS}={_as_lists(self.layer_att_contexts())}"
+            )
+
+    def _streaming_context(self):
+        context = self._streaming_arguments.get('att_context_size')
+        return self.att_context_size if context is None else context
+
+    def _refresh_streaming_params(self) -> None:
+        """Set up streaming as it was, for new contexts; for those that cannot be streamed, as stock does."""
+        arguments = dict(self._streaming_arguments)
+        try:
+            self.setup_streaming_params(**arguments)
+        except CannotStreamError:
+            super().setup_streaming_params(**arguments)
+            batch = self._as_context(self._streaming_context())
+            self.streaming_cfg.last_channel_cache_size = self._largest_left_context(batch, arguments['max_context'])
+
+    def _streaming_look_ahead(self, batch: AttContext) -> int:
+        """Frames after a frame that its output depends on, if that is known and the same for all chunks.
+
+        Raises:
+            CannotStreamError: if it is not.
+        """
+        if self.self_attention_model == 'abs_pos':
+            raise CannotStreamError(
+                "self_attention_model abs_pos cannot be streamed: a frame's position in the whole utterance is not "
+                "known to a chunk; use rel_pos"
+            )
+        effective = self.effective_att_contexts(batch)
+        if self.att_context_style == 'chunked_limited':
+            if batch.right == UNLIMITED:
+                raise CannotStreamError(f"att_context_size {batch.as_list()} cannot be streamed: it has no chunks")
+            return batch.right
+        unlimited = [index for index, context in enumerate(effective) if context.right == UNLIMITED]
+        if unlimited:
+            raise CannotStreamError(
+                f"att_context_size {batch.as_list()} cannot be streamed: the right context of layer {unlimited[0]} is "
+                "unlimited"
+            )
+        return sum(context.right + self.conv_context_size[1] for context in effective)
+
+    def _check_streaming_chunk(self, chunk_size: int, shift_size: int, batch: AttContext, look_ahead: int) -> None:
+        if self.att_context_style == 'chunked_limited':
+            if chunk_size % (batch.right + 1):
+                raise CannotStreamError(
+                    f"chunk_size is {chunk_size}; with att_context_size {batch.as_list()} it must be a multiple of "
+                    f"{batch.right + 1}"
+                )
+        elif chunk_size - shift_size < look_ahead:
+            raise CannotStreamError(
+                f"chunk_size {chunk_size} with shift_size {shift_size} leaves a look-ahead of "
+                f"{chunk_size - shift_size} frames; the layers' right contexts add up to {look_ahead}"
+            )
+
+    def _largest_left_context(self, batch: AttContext, max_context: int) -> int:
+        lefts = [context.left for context in self.effective_att_contexts(batch)]
+        if UNLIMITED not in lefts:
+            return max(lefts)
+        chunk = batch.right + 1 if self.att_context_style == 'chunked_limited' else 1
+        return -(-max_context // chunk) * chunk  # chunks of cache and input must meet
 
     def _as_context(self, att_context_size):
         """Parse a context; the three numbers of ``chunked_limited_with_rc`` (NeMo 3.0) stay NeMo's list."""
@@ -121,6 +478,28 @@ class ConformerEncoder(_up.ConformerEncoder):
                     f"encoder.att_context_size is {context.as_list()}: with att_context_style chunked_limited the "
                     f"left context must be a multiple of the chunk, {chunk} frames (right context + 1)"
                 )
+
+
+def _plain(contexts):
+    """Return contexts, or a schedule of them, as a config holds them."""
+    if isinstance(contexts, AttContext):
+        return contexts.as_list()
+    if isinstance(contexts, dict):
+        return {key: _plain(value) for key, value in contexts.items()}
+    return [_plain(item) for item in contexts] if isinstance(contexts, (list, tuple)) else contexts
+
+
+def _as_lists(contexts) -> list:
+    return [context if context is None else context.as_list() for context in contexts]
+
+
+def _as_tensor(*contexts) -> torch.Tensor:
+    """Return contexts of all layers as int64 [N, layers, 2]; a layer without one gets -1, -1, which narrows nothing."""
+    return torch.tensor([[list(context or (UNLIMITED, UNLIMITED)) for context in layers] for layers in contexts])
+
+
+def _from_pairs(pairs) -> tuple[Optional[AttContext], ...]:
+    return tuple(None if max(pair) == UNLIMITED else AttContext(*pair) for pair in pairs)
 
 
 class ConformerEncoderAdapter(ConformerEncoder, _up.ConformerEncoderAdapter):

@@ -2,5 +2,30 @@
 """Attention contexts as values, and what follows from them. NeMo has no such package."""
 
 from nemo.collections.asr.parts.att_context.context import PRESETS, UNLIMITED, AttContext, draw_index, tightest
+from nemo.collections.asr.parts.att_context.layer_masks import LayerAttentionMasks, intersect_in_style
+from nemo.collections.asr.parts.att_context.layer_schedule import ContextSchedule, parse_layer_contexts
+from nemo.collections.asr.parts.att_context.receptive_field import ReceptiveField, context_table, receptive_field
 
-__all__ = ['AttContext', 'PRESETS', 'UNLIMITED', 'draw_index', 'tightest']
+__all__ = [
+    'AttContext',
+    'AttContextCurriculum',
+    'ContextSchedule',
+    'LayerAttentionMasks',
+    'PRESETS',
+    'ReceptiveField',
+    'UNLIMITED',
+    'context_table',
+    'draw_index',
+    'intersect_in_style',
+    'parse_layer_contexts',
+    'receptive_field',
+    'tightest',
+]
+
+
+def __getattr__(name):
+    if name == 'AttContextCurriculum':  # needs Lightning, which nothing else here does
+        from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
+
+        return AttContextCurriculum
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

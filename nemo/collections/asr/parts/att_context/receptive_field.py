@@ -1,0 +1,96 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""How far an encoder of several layers sees, and a table of it. Counts attention frames, after subsampling."""
+
+from dataclasses import dataclass
+
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
+from nemo.collections.asr.parts.att_context.layer_masks import STYLES
+
+
+@dataclass(frozen=True)
+class ReceptiveField:
+    """What an output of the whole stack of layers depends on, in attention frames; -1 = unlimited."""
+
+    left: int
+    """Frames before the present one, at most."""
+    right: int
+    """Frames after the present one, at most: the look-ahead."""
+
+    @property
+    def frames(self) -> int:
+        """All frames, the present one included; -1 = unlimited."""
+        return UNLIMITED if UNLIMITED in (self.left, self.right) else self.left + 1 + self.right
+
+
+def receptive_field(encoder, att_context_size=None) -> ReceptiveField:
+    """Return what the encoder's outputs depend on, by attention and convolution through all layers.
+
+    Args:
+        encoder: a ``ConformerEncoder``.
+        att_context_size: the batch's context; None takes the encoder's present one.
+    """
+    contexts = encoder.effective_att_contexts(att_context_size)
+    chunked = encoder.att_context_style == 'chunked_limited'
+    before, after = encoder.conv_context_size
+    offsets = range(max(context.right for context in contexts) + 1 or 1) if chunked else range(1)
+    left = right = UNLIMITED
+    if all(context.left != UNLIMITED for context in contexts):
+        left = max(offset - _first_seen(offset, contexts, before, chunked) for offset in offsets)
+    if all(context.right != UNLIMITED for context in contexts):
+        right = max(_last_seen(offset, contexts, after, chunked) - offset for offset in offsets)
+    return ReceptiveField(left, right)
+
+
+def _first_seen(frame: int, contexts, before: int, chunked: bool) -> int:
+    """Go from an output frame down the layers (in each convolution, then attention) to the first input it sees."""
+    for context in reversed(contexts):
+        frame -= before
+        if chunked and context.right != UNLIMITED:
+            frame -= frame % (context.right + 1)  # the chunk's first frame
+        frame -= context.left
+    return frame
+
+
+def _last_seen(frame: int, contexts, after: int, chunked: bool) -> int:
+    for context in reversed(contexts):
+        frame += after
+        frame += context.right - frame % (context.right + 1) if chunked else context.right
+    return frame
+
+
+def context_table(encoder, frame_ms: float) -> str:
+    """Return a table, as text, of what each layer attends to in each of the encoder's contexts, and of the whole.
+
+    Args:
+        encoder: a ``ConformerEncoder``.
+        frame_ms: milliseconds of an attention frame (hop of the features times the subsampling factor).
+    """
+    if encoder.att_context_style not in STYLES:
+        return f'Attention contexts: {encoder.att_context_size_all}, att_context_style {encoder.att_context_style}'
+    batches = [AttContext.parse(context) for context in encoder.att_context_size_all]
+    rows = [['layer', 'own context'] + [f'in {_in_frames_and_ms(batch, frame_ms)}' for batch in batches]]
+    in_batches = [encoder.effective_att_contexts(batch) for batch in batches]
+    for index, own in enumerate(encoder.layer_att_contexts()):
+        seen = [_in_frames_and_ms(contexts[index], frame_ms) for contexts in in_batches]
+        rows.append([str(index), '-' if own is None else _in_frames_and_ms(own, frame_ms)] + seen)
+    fields = [receptive_field(encoder, batch) for batch in batches]
+    rows.append(['', 'total look-ahead'] + [_length(field.right, frame_ms) for field in fields])
+    rows.append(['', 'receptive field'] + [_length(field.frames, frame_ms) for field in fields])
+    title = (
+        f'Attention contexts [left, right] in frames of {frame_ms:g} ms (-1 = unlimited), convolutions in the totals:'
+    )
+    return '\n'.join([title] + _aligned(rows))
+
+
+def _in_frames_and_ms(context: AttContext, frame_ms: float) -> str:
+    milliseconds = ', '.join('-1' if side == UNLIMITED else f'{side * frame_ms:g}' for side in context)
+    return f'{context.as_list()} ([{milliseconds}] ms)'
+
+
+def _length(frames: int, frame_ms: float) -> str:
+    return 'unlimited' if frames == UNLIMITED else f'{frames} frames ({frames * frame_ms:g} ms)'
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    return ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

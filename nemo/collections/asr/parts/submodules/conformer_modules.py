@@ -1,0 +1,27 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Patch of NeMo's ``conformer_modules.py``: a layer attends within its own context."""
+
+from nemo.collections.asr.parts.att_context.layer_masks import LayerAttentionMasks
+from nemo_streaming_ssl import upstream
+
+_up = upstream(globals())
+
+
+class ConformerLayer(_up.ConformerLayer):
+    """NeMo's Conformer layer; its attention, and attention adapters, see what the layer's own context leaves."""
+
+    @property
+    def self_attention(self):
+        """The attention module, ``self_attn``."""
+        return self.self_attn
+
+    def forward(self, x, att_mask=None, *args, **kwargs):
+        """Run the layer; arguments and results are NeMo's.
+
+        Args:
+            x: [B, Q, d_model].
+            att_mask: [B, Q, A] bool, True = hidden, or :class:`LayerAttentionMasks`, of which the layer picks its own.
+        """
+        if isinstance(att_mask, LayerAttentionMasks):
+            att_mask = att_mask.of(self.self_attn.att_context)
+        return super().forward(x, att_mask, *args, **kwargs)

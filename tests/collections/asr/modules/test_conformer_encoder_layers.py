@@ -1,0 +1,657 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Contexts of the layers' own: what each layer sees, how it is streamed, and that nothing else changes.
+
+Shapes: B batch, A attention frames.
+"""
+
+import copy
+import inspect
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nemo.collections.asr.modules import conformer_encoder as under_test
+from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
+from nemo.collections.asr.parts.att_context import AttContext, context_table, receptive_field
+
+FRAMES = 24
+KERNEL = 3
+ATTENTIONS = list(itertools.product(['rel_pos', 'abs_pos'], [False, True]))
+REGULAR, CHUNKED = dict(att_context_style='regular'), dict(att_context_style='chunked_limited')
+
+# style, contexts of the batch, contexts of the layers
+HIERARCHIES = [
+    (REGULAR, [[8, 0], [4, 0], [-1, 0]], [[0, [2, 0]], [1, [4, 0]], [3, [8, 0]]]),
+    (REGULAR, [[-1, -1]], [[2, 1], [-1, 0], None, [3, -1]]),
+    (REGULAR, [[6, 2]], [[2, 1], [6, 2], [0, 0], [4, 0]]),
+    (CHUNKED, [[8, 3], [4, 1]], [[0, [4, 3]], [2, [8, -1]]]),
+    (CHUNKED, [[8, 3]], [[4, 1], [8, 0], [0, 3], None]),
+]
+
+
+def make_encoder(seed=0, std=0.4, **changes):
+    torch.manual_seed(seed)
+    arguments = dict(
+        feat_in=8,
+        n_layers=4,
+        d_model=16,
+        n_heads=2,
+        ff_expansion_factor=2,
+        subsampling='dw_striding',
+        subsampling_factor=8,
+        subsampling_conv_channels=4,
+        causal_downsampling=True,
+        conv_kernel_size=KERNEL,
+        conv_norm_type='layer_norm',
+        conv_context_size='causal',
+        pos_emb_max_len=64,
+    )
+    encoder = ConformerEncoder(**{**arguments, **changes}).eval()
+    for parameter in encoder.parameters():  # biases of 0 and small weights hide dependences
+        if parameter.dim() >= 2:
+            torch.nn.init.normal_(parameter, std=std)
+    return encoder
+
+
+def encode(encoder, frames, lengths=None):
+    """Run the layers alone on [B, A, d_model]; returns [B, A, d_model]."""
+    lengths = torch.full(frames.shape[:1], frames.shape[1]) if lengths is None else lengths
+    with torch.no_grad():
+        return encoder(audio_signal=frames, length=lengths, bypass_pre_encode=True)[0].transpose(1, 2)
+
+
+def attended(context, style, frames=FRAMES):
+    """Which key each query sees, [A, A] bool, from the definition."""
+    left, right = context
+    query, key = torch.arange(frames).unsqueeze(1), torch.arange(frames).unsqueeze(0)
+    if style == 'regular' or right < 0:
+        return ((key >= query - left) | (left < 0)) & ((key <= query + right) | (right < 0))
+    chunks = query // (right + 1) - key // (right + 1)
+    return (chunks >= 0) & ((chunks <= left // (right + 1)) | (left < 0))
+
+
+def intersection(batch, own):
+    sides = [[side for side in pair if side >= 0] for pair in zip(batch, own or [-1, -1])]
+    return [min(side) if side else -1 for side in sides]
+
+
+def expected_dependences(batch, layers, style):
+    """Which input frame each layer's output may depend on, [A, A] bool for each layer."""
+    depends, dependences = torch.eye(FRAMES), []
+    convolved = sum(torch.ones(FRAMES - back).diag(-back) for back in range(KERNEL))
+    for own in layers:
+        depends = (attended(intersection(batch, own), style).float() @ depends + depends).clamp(max=1)
+        depends = (convolved @ depends).clamp(max=1)
+        dependences.append(depends.bool())
+    return dependences
+
+
+def found_dependences(encoder):
+    """The same, found by changing one input frame of the first layer at a time."""
+    outputs = []
+    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(output)) for layer in encoder.layers]
+    frames = torch.randn(1, FRAMES, encoder.d_model).expand(FRAMES, -1, -1)
+    changed = frames + 3 * torch.eye(FRAMES).unsqueeze(-1) * torch.randn(encoder.d_model)
+    encode(encoder, frames)
+    encode(encoder, changed)
+    for hook in hooks:
+        hook.remove()
+    before, after = outputs[: len(encoder.layers)], outputs[len(encoder.layers) :]
+    return [(first != second).any(dim=-1).T for first, second in zip(before, after)]  # query, key
+
+
+class TestWhatEachLayerSees:
+    @pytest.mark.unit
+    @pytest.mark.parametrize('model, sdpa', ATTENTIONS)
+    @pytest.mark.parametrize('style, batches, layers', HIERARCHIES)
+    def test_a_changed_frame_changes_exactly_what_may_see_it(self, model, sdpa, style, batches, layers):
+        encoder = make_encoder(
+            self_attention_model=model,
+            use_pytorch_sdpa=sdpa,
+            att_context_size=batches,
+            layer_att_context_size=layers,
+            xscaling=False,
+            **style,
+        )
+        owns = [None if own is None else own.as_list() for own in encoder.layer_att_contexts()]
+        for batch in batches:
+            with encoder.using_att_context_size(batch):
+                found = found_dependences(encoder)
+            expected = expected_dependences(batch, owns, style['att_context_style'])
+            for index, (seen, may_see) in enumerate(zip(found, expected)):
+                assert torch.equal(seen, may_see), f'layer {index} in {batch}'
+            field = receptive_field(encoder, batch)
+            if field.left >= 0:
+                self.check_receptive_field(field, expected[-1])
+
+    def check_receptive_field(self, field, depends):
+        query, key = depends.nonzero().T
+        assert (query - key).max() <= field.left and (key - query).max() <= field.right
+        if field.left < FRAMES // 2 and field.right < FRAMES // 2:
+            assert (query - key).max() == field.left and (key - query).max() == field.right
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('model, sdpa', ATTENTIONS)
+    def test_an_attribute_binds_one_layer_and_unset_leaves_no_trace(self, model, sdpa):
+        encoder = make_encoder(self_attention_model=model, use_pytorch_sdpa=sdpa, att_context_size=[8, 2])
+        frames, lengths = torch.randn(3, FRAMES, 16), torch.tensor([FRAMES, 17, 5])
+        before = encode(encoder, frames, lengths)
+        encoder.layers[2].self_attention.att_context_size = [2, 0]
+        assert [context and context.as_list() for context in encoder.layer_att_contexts()] == [
+            None,
+            None,
+            [2, 0],
+            None,
+        ]
+        narrowed = encode(encoder, frames, lengths)
+        assert not torch.equal(narrowed, before)
+        by_method = make_encoder(self_attention_model=model, use_pytorch_sdpa=sdpa, att_context_size=[8, 2])
+        by_method.set_layer_att_context_size([None, None, [2, 0], None])
+        assert torch.equal(encode(by_method, frames, lengths), narrowed)
+        encoder.layers[2].self_attention.att_context_size = None
+        by_method.set_layer_att_context_size(None)
+        assert torch.equal(encode(encoder, frames, lengths), before)
+        assert torch.equal(encode(by_method, frames, lengths), before)
+
+    @pytest.mark.unit
+    def test_a_copy_follows_its_own_contexts(self):
+        encoder = make_encoder(att_context_size=[8, 0], layer_att_context_size=[[0, [4, 0]]])
+        for twin in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+            twin.layers[1].self_attention.att_context_size = [2, 0]
+            assert twin.tightest_left_context() == 2 and encoder.tightest_left_context() == 4
+            assert twin.layers[1].self_attention._take_att_context.__self__ is twin
+
+    @pytest.mark.unit
+    def test_no_mask_is_built_twice_for_a_context(self, monkeypatch):
+        built = []
+        stock = under_test._up.ConformerEncoder._create_masks
+
+        def count(self, att_context_size, **kwargs):
+            built.append(att_context_size)
+            return stock(self, att_context_size=att_context_size, **kwargs)
+
+        encoder = make_encoder(att_context_size=[8, 0], layer_att_context_size=[[2, 0], [4, 0], [2, 0], [-1, -1]])
+        monkeypatch.setattr(
+            under_test._up.ConformerEncoder, '_create_masks', lambda self, *a, **k: count(self, *a, **k)
+        )
+        encode(encoder, torch.randn(1, FRAMES, 16))
+        assert sorted(built) == [[2, 0], [4, 0], [8, 0]]
+        built.clear()
+        with encoder.using_att_context_size([2, 0]):
+            encode(encoder, torch.randn(1, FRAMES, 16))
+        assert built == [[2, 0]]
+
+    @pytest.mark.unit
+    def test_attention_adapters_see_what_the_layer_sees(self):
+        from nemo.collections.asr.parts.submodules.adapters.multi_head_attention_adapter_module import (
+            RelPositionMultiHeadAttentionAdapterConfig,
+        )
+
+        torch.manual_seed(0)
+        arguments = dict(
+            feat_in=8, n_layers=4, d_model=16, n_heads=2, conv_kernel_size=KERNEL, conv_context_size='causal'
+        )
+        encoder = under_test.ConformerEncoderAdapter(
+            **arguments, conv_norm_type='layer_norm', att_context_size=[8, 0], layer_att_context_size=[[0, [2, 0]]]
+        ).eval()
+        encoder.add_adapter('attends', RelPositionMultiHeadAttentionAdapterConfig(n_head=2, n_feat=16))
+        encoder.set_enabled_adapters('attends', enabled=True)
+        for name, parameter in encoder.named_parameters():
+            if 'linear_out' in name and parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.4)
+        for found, layer in zip(found_dependences(encoder), range(1, 5)):
+            query, key = found.nonzero().T
+            assert (query - key).max() == min((2 + 2 + KERNEL - 1) * layer, FRAMES - 1) and (key - query).max() == 0
+
+
+class TestWhatIsRefused:
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'batches, style, layers, message',
+        [
+            ([8, 0], REGULAR, [[0, [4, 0]], [2, [8, 1]]], r'item 1, \[2, \[8, 1\]\]: the right context is 1, beyond'),
+            ([[8, 0], [8, 2]], REGULAR, [[0, [4, 3]]], r'item 0, .*: the right context is 3, .* at most 2'),
+            ([8, 3], CHUNKED, [[0, [4, 3]], [2, [6, 3]]], r'item 1, .*: the left context is 6; .* chunk, 4 frames'),
+            ([[8, 3], [8, 7]], CHUNKED, [[0, [4, 3]]], r'item 0, .*: the left context is 4; .* chunk, 8 frames'),
+            ([8, 3], CHUNKED, [[0, [4, 2]]], r'item 0, .*: the right context is 2; .* divisor'),
+            ([8, 3], CHUNKED, [[0, [4, 7]]], r'item 0, .*: the right context is 7, beyond'),
+            ([8, 0], REGULAR, [[4, [4, 0]]], r'item 0, .*: the layer is 4; .* from 0 to 3'),
+        ],
+    )
+    def test_a_bad_item_is_named(self, batches, style, layers, message):
+        with pytest.raises(ValueError, match=r'^encoder.layer_att_context_size: ' + message):
+            make_encoder(att_context_size=batches, layer_att_context_size=layers, **style)
+        encoder = make_encoder(att_context_size=batches, **style)
+        with pytest.raises(ValueError, match=message):
+            encoder.set_layer_att_context_size(layers)
+        assert encoder.layer_att_contexts() == (None,) * 4
+
+    @pytest.mark.unit
+    def test_an_attribute_is_refused_in_the_same_way(self):
+        encoder = make_encoder(att_context_size=[8, 3], **CHUNKED)
+        for bad in ([6, 3], [4, 7], [-2, 0], [4]):
+            with pytest.raises(ValueError, match='self_attention.att_context_size'):
+                encoder.layers[1].self_attention.att_context_size = bad
+        assert encoder.layers[1].self_attention.att_context_size is None
+
+    @pytest.mark.unit
+    def test_zero_left_context_warns(self, monkeypatch):
+        warnings = []
+        monkeypatch.setattr(under_test.logging, 'warning', warnings.append)
+        encoder = make_encoder(att_context_size=[8, 0], layer_att_context_size=[[0, [0, 0]]])
+        encoder.layers[3].self_attention.att_context_size = [0, 0]
+        assert len(warnings) == 2 and 'item 0' in warnings[0] and 'layers[3]' in warnings[1]
+
+    @pytest.mark.unit
+    def test_local_attention_cannot_follow(self):
+        local = dict(self_attention_model='rel_pos_local_attn', att_context_size=[4, 4])
+        with pytest.raises(ValueError, match='rel_pos_local_attn'):
+            make_encoder(layer_att_context_size=[[0, [4, 0]]], **local)
+        encoder = make_encoder(**local)
+        with pytest.raises(ValueError, match='rel_pos_local_attn'):
+            encoder.set_layer_att_context_size([[0, [4, 0]]])
+        with pytest.raises(ValueError, match='rel_pos_local_attn'):
+            encoder.layers[0].self_attention.att_context_size = [2, 0]
+        with pytest.raises(ValueError, match='rel_pos_local_attn'):
+            encoder.att_context_ceiling = [2, 0]
+
+    @pytest.mark.unit
+    def test_chunks_with_right_context_cannot_follow(self):
+        if 'att_chunk_context_size' not in inspect.signature(under_test._up.ConformerEncoder).parameters:
+            pytest.skip('NeMo 2.5.3 has no such style')
+        style = dict(att_context_style='chunked_limited_with_rc')
+        with pytest.raises(ValueError, match='chunked_limited_with_rc'):
+            make_encoder(layer_att_context_size=[[0, [4, 0]]], **style)
+
+    @pytest.mark.unit
+    def test_another_attention_model_keeps_the_contexts_or_is_refused(self):
+        from omegaconf import OmegaConf
+
+        encoder = make_encoder(att_context_size=[8, 0], layer_att_context_size=[[0, [4, 0]]])
+        encoder._cfg = OmegaConf.create(
+            dict(d_model=16, dropout=0.0, pos_emb_max_len=64, dropout_emb=0.0, dropout_att=0.0, n_heads=2)
+        )
+        with pytest.raises(ValueError, match='rel_pos_local_attn'):
+            encoder.change_attention_model('rel_pos_local_attn', [8, 8])
+        encoder.change_attention_model('abs_pos')
+        encoder.layers[0].self_attention.att_context_size = [2, 0]
+        assert [context.left for context in encoder.layer_att_contexts()] == [2, 4, 4, 4]
+        found = found_dependences(encoder.eval())[0]
+        assert torch.equal(found, expected_dependences([8, 0], [[2, 0]], 'regular')[0])
+
+
+class TestCeiling:
+    @pytest.mark.unit
+    def test_it_narrows_what_is_drawn_in_training_only(self):
+        encoder = make_encoder(att_context_size=[[8, 0], [4, 0], [-1, 0]])
+        encoder.train()
+        drawn = [encoder.draw_att_context_size(step).left for step in range(40)]
+        encoder.att_context_ceiling = [6, 0]
+        assert [encoder.draw_att_context_size(step).left for step in range(40)] == [
+            6 if left in (-1, 8) else 4 for left in drawn
+        ]
+        assert encoder.tightest_left_context() == 6
+        encoder.eval()
+        assert encoder.draw_att_context_size(0) == AttContext(8, 0) and encoder.tightest_left_context() == 8
+
+    @pytest.mark.unit
+    def test_tightest_covers_batch_layers_and_ceiling(self):
+        encoder = make_encoder(att_context_size=[[-1, 0], [3, 0]], layer_att_context_size=[[1, [4, 0]], [2, [8, 0]]])
+        encoder.train()
+        assert encoder.tightest_left_context() == 4
+        with encoder.using_att_context_size([3, 0]):
+            assert encoder.tightest_left_context() == 3
+        encoder.att_context_ceiling = AttContext(2, 0)
+        assert encoder.tightest_left_context() == 2
+
+    @pytest.mark.unit
+    def test_a_ceiling_of_broken_chunks_is_refused(self):
+        encoder = make_encoder(att_context_size=[8, 3], **CHUNKED)
+        with pytest.raises(ValueError, match='encoder.att_context_ceiling is .6, 3.: the left context is 6'):
+            encoder.att_context_ceiling = [6, 3]
+        encoder.att_context_ceiling = [4, -1]
+        assert encoder.train().draw_att_context_size() == AttContext(4, 3)
+
+
+def stream(encoder, frames, lengths, chunk, shift):
+    """Run the layers chunk by chunk with caches, on [B, A, d_model]; returns [B, A, d_model]."""
+    caches, outputs = encoder.get_initial_cache_state(batch_size=frames.shape[0]), []
+    for start in range(0, frames.shape[1], shift):
+        piece = frames[:, start : start + chunk]
+        piece = torch.nn.functional.pad(piece, (0, 0, 0, chunk - piece.shape[1]))
+        with torch.no_grad():
+            encoded = encoder(
+                audio_signal=piece,
+                length=(lengths - start).clamp(0, chunk),
+                cache_last_channel=caches[0],
+                cache_last_time=caches[1],
+                cache_last_channel_len=caches[2],
+                bypass_pre_encode=True,
+            )
+        output, _, *caches = encoder.streaming_post_process(encoded)
+        outputs.append(output[:, :, :shift])
+    return torch.cat(outputs, dim=-1).transpose(1, 2)[:, : frames.shape[1]]
+
+
+class TestStreaming:
+    @pytest.mark.unit
+    @pytest.mark.parametrize('sdpa', [False, True])
+    @pytest.mark.parametrize(
+        'style, batches, layers, chunks',
+        [
+            (REGULAR, [[8, 0], [4, 0], [-1, 0]], [[0, [2, 0]], [1, [4, 0]], [3, [8, 0]]], [None, 1, 3, 4]),
+            (REGULAR, [[8, 0], [-1, 0]], [[0, [2, 0]], [3, [-1, 0]]], [None, 5]),
+            (REGULAR, [[6, 2]], [[2, 1], [6, 2], [0, 0], [4, 0]], [None]),
+            (REGULAR, [[6, 0]], [[0, [0, 0]]], [None, 4]),
+            (CHUNKED, [[8, 3], [4, 1], [-1, 3]], [[0, [4, 3]], [2, [8, -1]]], [None, 8]),
+            (CHUNKED, [[12, 2], [-1, 5]], [[0, [6, 2]], [2, [6, 0]], [3, [-1, -1]]], [None]),
+        ],
+    )
+    def test_it_equals_the_offline_forward(self, sdpa, style, batches, layers, chunks):
+        contexts = dict(att_context_size=batches, layer_att_context_size=layers)
+        encoder = make_encoder(std=0.2, use_pytorch_sdpa=sdpa, **contexts, **style)
+        frames, lengths = torch.randn(3, 31, 16), torch.tensor([31, 18, 5])
+        for batch, chunk in itertools.product(batches, chunks):
+            encoder.set_default_att_context_size(batch)
+            encoder.setup_streaming_params(chunk_size=chunk, shift_size=chunk, max_context=31)
+            shift = chunk or (1 + batch[1] if style is CHUNKED else 1)
+            chunk = shift + encoder.streaming_cfg.cache_drop_size
+            offline = encode(encoder, frames, lengths)
+            streamed = stream(encoder, frames, lengths, chunk, shift)
+            for index, length in enumerate(lengths):
+                error = (offline[index, :length] - streamed[index, :length]).abs().max()
+                assert error < 1e-5, (batch, chunk, index)
+
+    @pytest.mark.unit
+    def test_an_unlimited_left_context_in_one_layer(self):
+        encoder = make_encoder(std=0.2, att_context_size=[-1, 0], layer_att_context_size=[[0, [2, 0]], [3, [-1, 0]]])
+        frames = torch.randn(1, 8, 16)
+        encoder.setup_streaming_params(chunk_size=4, shift_size=4)
+        assert encoder.streaming_cfg.last_channel_cache_size == 10000 > encoder.pos_emb_max_len
+        assert (stream(encoder, frames, torch.tensor([8]), 4, 4) - encode(encoder, frames)).abs().max() < 1e-5
+
+    @pytest.mark.unit
+    def test_through_the_subsampling(self):
+        encoder = make_encoder(att_context_size=[8, 3], layer_att_context_size=[[0, [4, 3]], [2, [8, 3]]], **CHUNKED)
+        features, lengths = torch.randn(2, 8, 1 + 8 * 23), torch.tensor([1 + 8 * 23, 1 + 8 * 13])
+        with torch.no_grad():
+            offline, offline_lengths = encoder(audio_signal=features, length=lengths)
+        config, outputs, position = encoder.streaming_cfg, [], 0
+        caches = encoder.get_initial_cache_state(batch_size=2)
+        while position < features.shape[-1]:
+            later = int(position > 0)
+            start = position - config.pre_encode_cache_size[later]
+            end = position + config.chunk_size[later]
+            with torch.no_grad():
+                output, _, *caches = encoder.cache_aware_stream_step(
+                    processed_signal=features[:, :, start:end],
+                    processed_signal_length=(lengths - start).clamp(0, end - start),
+                    cache_last_channel=caches[0],
+                    cache_last_time=caches[1],
+                    cache_last_channel_len=caches[2],
+                    keep_all_outputs=True,
+                    drop_extra_pre_encoded=config.drop_extra_pre_encoded if later else 0,
+                )
+            outputs.append(output)
+            position = end
+        streamed = torch.cat(outputs, dim=-1)
+        for index, length in enumerate(offline_lengths):
+            assert (offline[index, :, :length] - streamed[index, :, :length]).abs().max() < 1e-5
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'batch, layers, cache',
+        [
+            ([-1, 0], [[0, [4, 0]], [2, [12, 0]]], 12),
+            ([8, 0], [[0, [4, 0]], [2, [12, 0]]], 8),
+            ([-1, 0], [[0, [4, 0]], [3, [-1, 0]]], 10000),
+            ([-1, 0], [[1, [4, 0]]], 10000),
+            ([8, 0], [[0, [4, 0]]], 4),
+        ],
+    )
+    def test_the_cache_is_as_long_as_the_largest_left_context(self, batch, layers, cache):
+        encoder = make_encoder(att_context_size=batch, layer_att_context_size=layers)
+        assert encoder.streaming_cfg.last_channel_cache_size == cache
+        assert encoder.get_initial_cache_state(batch_size=2)[0].shape == (4, 2, cache, 16)
+        encoder.set_layer_att_context_size(None)
+        assert encoder.streaming_cfg.last_channel_cache_size == (batch[0] if batch[0] >= 0 else 10000)
+
+    @pytest.mark.unit
+    def test_it_follows_later_changes_with_the_same_arguments(self):
+        encoder = make_encoder(att_context_size=[[8, 0], [6, 0]], layer_att_context_size=[[0, [4, 0]]])
+        encoder.setup_streaming_params(chunk_size=4, shift_size=4)
+        encoder.layers[0].self_attention.att_context_size = [8, 0]
+        assert encoder.streaming_cfg.last_channel_cache_size == 8 and encoder.streaming_cfg.valid_out_len == 4
+        encoder.set_default_att_context_size([6, 0])
+        assert encoder.streaming_cfg.last_channel_cache_size == 6 and encoder.streaming_cfg.valid_out_len == 1
+
+    @pytest.mark.unit
+    def test_look_ahead_adds_up_over_layers(self):
+        encoder = make_encoder(att_context_size=[6, 2], layer_att_context_size=[[2, 1], [6, 2], [0, 0], [4, -1]])
+        assert encoder.streaming_cfg.cache_drop_size == 1 + 2 + 0 + 2
+        assert encoder.streaming_cfg.chunk_size == [1 + 8 * 5, 8 + 8 * 5]
+        assert encoder.streaming_cfg.shift_size == [1, 8] and encoder.streaming_cfg.valid_out_len == 1
+        with pytest.raises(ValueError, match='add up to 5'):
+            encoder.setup_streaming_params(chunk_size=8, shift_size=4)
+
+    @pytest.mark.unit
+    def test_what_cannot_be_streamed_is_refused_when_asked_for(self):
+        encoder = make_encoder(att_context_size=[-1, -1], layer_att_context_size=[[0, [4, 1]], [2, [8, -1]]])
+        encode(encoder, torch.randn(1, FRAMES, 16))
+        for ask in (encoder.setup_streaming_params, encoder.get_initial_cache_state):
+            with pytest.raises(ValueError, match='cannot be streamed: the right context of layer 2 is unlimited'):
+                ask()
+        encoder.set_default_att_context_size([8, 1])
+        assert encoder.streaming_cfg.cache_drop_size == 4
+        absolute = make_encoder(
+            self_attention_model='abs_pos', att_context_size=[8, 0], layer_att_context_size=[[0, [4, 0]]]
+        )
+        with pytest.raises(ValueError, match='abs_pos cannot be streamed'):
+            absolute.get_initial_cache_state()
+        chunked = make_encoder(att_context_size=[8, 3], layer_att_context_size=[[0, [4, 3]]], **CHUNKED)
+        with pytest.raises(ValueError, match='must be a multiple of 4'):
+            chunked.setup_streaming_params(chunk_size=6, shift_size=6)
+
+
+class TestTable:
+    @pytest.mark.unit
+    def test_it_tells_contexts_look_ahead_and_receptive_field(self):
+        encoder = make_encoder(att_context_size=[[8, 1], [-1, 1]], layer_att_context_size=[[1, [4, 0]], [2, [12, 1]]])
+        table = context_table(encoder, 80)
+        lines = [line.split('  ') for line in table.splitlines()]
+        rows = {line[0]: [cell.strip() for cell in line[1:] if cell.strip()] for line in lines if line[0].isdigit()}
+        assert rows['0'] == ['-', '[8, 1] ([640, 80] ms)', '[-1, 1] ([-1, 80] ms)']
+        assert rows['1'] == ['[4, 0] ([320, 0] ms)'] * 3
+        assert rows['2'][1:] == ['[8, 1] ([640, 80] ms)', '[12, 1] ([960, 80] ms)']
+        assert 'total look-ahead' in table and '3 frames (240 ms)' in table and 'unlimited' in table
+        # 8 + 4 + 8 + 8 by attention, 4 x 2 by convolution, the frame itself, 3 to come
+        assert '40 frames (3200 ms)' in table
+
+
+ENCODER = dict(
+    _target_='nemo.collections.asr.modules.ConformerEncoder',
+    feat_in=8,
+    n_layers=4,
+    d_model=16,
+    n_heads=2,
+    subsampling='dw_striding',
+    subsampling_factor=8,
+    subsampling_conv_channels=4,
+    causal_downsampling=True,
+    conv_kernel_size=KERNEL,
+    conv_norm_type='layer_norm',
+    conv_context_size='causal',
+    pos_emb_max_len=64,
+    att_context_size=[[8, 0], [-1, 0]],
+    layer_att_context_size=[[0, [4, 0]], [2, [8, 0]]],
+)
+FEATURES = dict(_target_='nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor', features=8, dither=0.0)
+
+
+def make_ctc(encoder):
+    from omegaconf import OmegaConf
+
+    from nemo.collections.asr.models import EncDecCTCModel
+
+    labels = ['a', 'b']
+    decoder = dict(
+        _target_='nemo.collections.asr.modules.ConvASRDecoder', feat_in=16, num_classes=2, vocabulary=labels
+    )
+    return EncDecCTCModel(
+        OmegaConf.create(dict(preprocessor=FEATURES, encoder=encoder, decoder=decoder, labels=labels))
+    )
+
+
+def make_ssl(encoder):
+    from omegaconf import OmegaConf
+
+    from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
+
+    modules = 'nemo.collections.asr.modules.'
+    return EncDecDenoiseMaskedTokenPredModel(
+        OmegaConf.create(
+            dict(
+                num_classes=8,
+                num_books=1,
+                preprocessor=FEATURES,
+                spec_augment=dict(_target_=modules + 'SpectrogramAugmentation', freq_masks=0, time_masks=0),
+                masking=dict(_target_=modules + 'RandomBlockMasking', feat_in=8, block_size=8, allow_overlap=True),
+                quantizer=dict(
+                    _target_=modules + 'RandomProjectionVectorQuantizer',
+                    feat_in=8,
+                    code_dim=4,
+                    num_books=1,
+                    num_classes=8,
+                    dist_fn='l2',
+                    combine_time_steps=8,
+                ),
+                encoder=encoder,
+                decoder=dict(_target_=modules + 'MultiSoftmaxDecoder', feat_in=16, num_classes=8, num_decoders=1),
+                loss=dict(_target_='nemo.collections.asr.losses.MultiMLMLoss', num_decoders=1, combine_time_steps=8),
+            )
+        )
+    )
+
+
+def lefts(model):
+    return [context and context.left for context in model.encoder.layer_att_contexts()]
+
+
+@pytest.fixture(scope='class')
+def saved(tmp_path_factory):
+    """A hierarchical SSL model and the ``.nemo`` file it was saved to."""
+    model = make_ssl(ENCODER)
+    path = tmp_path_factory.mktemp('saved') / 'ssl.nemo'
+    model.save_to(str(path))
+    return model, path
+
+
+class TestSavedModels:
+    @pytest.mark.integration
+    def test_a_restored_model_has_them(self, saved):
+        model, path = saved
+        restored = type(model).restore_from(str(path), map_location='cpu')
+        assert lefts(restored) == lefts(model) == [4, 4, 8, 8]
+        assert restored.cfg.encoder.layer_att_context_size == ENCODER['layer_att_context_size']
+        frames = torch.randn(1, FRAMES, 16)
+        assert torch.equal(encode(restored.encoder.eval(), frames), encode(model.encoder.eval(), frames))
+
+    @pytest.mark.integration
+    @pytest.mark.parametrize('later, expected', [([[1, [2, 0]]], [None, 2, 2, 2]), (None, [None] * 4)])
+    def test_those_set_at_run_time_are_saved_too(self, later, expected, tmp_path):
+        model = make_ctc(ENCODER)
+        model.encoder.set_layer_att_context_size(later)
+        model.save_to(str(tmp_path / 'ctc.nemo'))
+        assert lefts(type(model).restore_from(str(tmp_path / 'ctc.nemo'), map_location='cpu')) == expected
+
+    @pytest.mark.integration
+    def test_an_attribute_set_at_run_time_is_saved_too(self, tmp_path):
+        without = {key: value for key, value in ENCODER.items() if key != 'layer_att_context_size'}
+        model = make_ctc(without)
+        assert 'encoder.layer_att_context_size' not in model.state_dict()
+        model.encoder.layers[1].self_attention.att_context_size = [2, 0]
+        assert model.encoder._cfg.layer_att_context_size == [None, [2, 0], None, None]
+        model.save_to(str(tmp_path / 'ctc.nemo'))
+        assert lefts(type(model).restore_from(str(tmp_path / 'ctc.nemo'), map_location='cpu')) == [None, 2, None, None]
+        model.encoder.layers[1].self_attention.att_context_size = None
+        assert 'layer_att_context_size' not in model.encoder._cfg
+        assert 'encoder.layer_att_context_size' not in model.state_dict()
+
+    @pytest.mark.integration
+    def test_a_ctc_model_made_from_the_encoders_config_has_them(self, saved):
+        model, _ = saved
+        assert lefts(make_ctc(model.cfg.encoder)) == [4, 4, 8, 8]
+
+    @pytest.mark.integration
+    @pytest.mark.parametrize(
+        'own, expected', [(None, [4, 4, 8, 8]), ([[0, [2, 0]]], [2] * 4), ([[0, [-1, -1]]], [-1] * 4)]
+    )
+    def test_a_ctc_model_initialised_from_the_file_has_them_unless_its_config_says_otherwise(
+        self, saved, own, expected
+    ):
+        from omegaconf import OmegaConf
+
+        model, path = saved
+        without = {key: value for key, value in ENCODER.items() if key != 'layer_att_context_size'}
+        ctc = make_ctc(without if own is None else {**without, 'layer_att_context_size': own})
+        init_from = dict(init_from_nemo_model=dict(ssl=dict(path=str(path), include=['encoder'])))
+        ctc.maybe_init_from_pretrained_checkpoint(OmegaConf.create(init_from))
+        assert lefts(ctc) == expected
+        ours, theirs = (encoder.layers[3].conv.pointwise_conv1.weight for encoder in (ctc.encoder, model.encoder))
+        assert torch.equal(ours, theirs)
+
+    @pytest.mark.integration
+    def test_contexts_that_only_one_process_may_have_are_refused_in_training(self, saved, monkeypatch):
+        _, path = saved
+        encoder = make_encoder(att_context_size=[[8, 0], [-1, 0]])
+        encoder.load_state_dict(make_encoder(layer_att_context_size=[[0, [4, 0]]]).state_dict())
+        monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+        monkeypatch.setattr(torch.distributed, 'get_world_size', lambda: 2)
+        encoder.sync_max_audio_length = False
+        encode(encoder, torch.randn(1, FRAMES, 16))
+        with pytest.raises(ValueError, match=r'set model.encoder.layer_att_context_size=\[\[4, 0\]'):
+            encode(encoder.train(), torch.randn(1, FRAMES, 16))
+
+    @pytest.mark.integration
+    def test_stock_nemo(self, saved, tmp_path):
+        """Without contexts the encoder's output is stock's, bit for bit; a file with them is refused by stock."""
+        _, path = saved
+        encoder = make_encoder(att_context_size=[8, 2], use_pytorch_sdpa=True)
+        frames = torch.randn(2, FRAMES, 16)
+        encoder.layers[1].self_attention.att_context_size = [2, 0]
+        encoder.layers[1].self_attention.att_context_size = None
+        torch.save(
+            dict(frames=frames, weights=encoder.state_dict(), output=encode(encoder, frames)), tmp_path / 'ours'
+        )
+        arguments = {key: value for key, value in ENCODER.items() if key not in ('_target_', 'layer_att_context_size')}
+        arguments.update(att_context_size=[8, 2], use_pytorch_sdpa=True, ff_expansion_factor=2)
+        script = f"""
+import torch
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
+from nemo.collections.asr.modules import ConformerEncoder
+ours = torch.load({str(tmp_path / 'ours')!r})
+encoder = ConformerEncoder(**{arguments!r}).eval()
+encoder.load_state_dict(ours['weights'])
+with torch.no_grad():
+    output = encoder(audio_signal=ours['frames'], length=torch.tensor([{FRAMES}] * 2), bypass_pre_encode=True)[0]
+assert not hasattr(encoder, 'using_att_context_size')
+assert torch.equal(output.transpose(1, 2), ours['output'])
+print('SAME OUTPUT')
+EncDecDenoiseMaskedTokenPredModel.restore_from({str(path)!r}, map_location='cpu')
+print('RESTORED')
+"""
+        done = subprocess.run(
+            [sys.executable, '-c', script],
+            env={**os.environ, 'NEMO_STREAMING_SSL': '0'},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert 'SAME OUTPUT' in done.stdout, done.stderr[-2000:]
+        assert done.returncode != 0 and 'RESTORED' not in done.stdout
+        assert 'layer_att_context_size' in done.stderr

@@ -1,0 +1,208 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""The curriculum alone, and in runs of a tiny model on random features, interrupted or not."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf, open_dict
+
+from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
+from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
+from nemo.collections.asr.parts.att_context import AttContextCurriculum
+
+CONFIGS = Path(__file__).parents[5] / 'examples/asr/conf/ssl/nest'
+MILESTONES = [[0, [5, 0]], [3, [20, 0]], [6, [40, 0]]]
+LAYERS = [[0, [10, 0]], [1, [40, 0]]]
+CONTEXTS = [[40, 0], [20, 0], [-1, 0]]
+
+
+def make_model(*overrides):
+    torch.manual_seed(0)
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        cfg = compose('nest_hierarchical_streaming_tiny', overrides=list(overrides))
+    with open_dict(cfg):
+        del cfg.model.train_ds, cfg.model.validation_ds
+    cfg.model.encoder.update(n_layers=2, d_model=16, n_heads=2, subsampling_conv_channels=4)
+    cfg.model.encoder.update(layer_att_context_size=LAYERS, att_context_size=CONTEXTS)
+    OmegaConf.resolve(cfg)
+    return EncDecDenoiseMaskedTokenPredModel(cfg.model)
+
+
+def loader(batches=4):
+    lengths = torch.tensor([32000, 20000])
+    batch = AudioNoiseBatch(
+        audio=torch.randn(2, 32000, generator=torch.Generator().manual_seed(0)),
+        audio_len=lengths,
+        noise=torch.zeros(2, 32000),
+        noise_len=lengths,
+        noisy_audio=torch.randn(2, 32000, generator=torch.Generator().manual_seed(1)),
+        noisy_audio_len=lengths,
+    )
+    return torch.utils.data.DataLoader([batch] * batches, batch_size=None)
+
+
+class Recorder(pl.Callback):
+    """Notes, for each training batch, what attention and masking were given."""
+
+    def __init__(self, model):
+        self.batches, self.ceilings, self.validation_masking = [], {}, []
+        model.mask_processor.register_forward_pre_hook(self.note, with_kwargs=True)
+        self.model = model
+
+    def note(self, masking, args, kwargs):
+        encoder = self.model.encoder
+        if not self.model.training:
+            self.validation_masking.append((masking.left_context_size, kwargs['effective_left_context']))
+            return
+        self.batches.append(
+            dict(
+                step=self.model.trainer.global_step,
+                context=list(encoder.att_context_size),
+                ceiling=encoder.att_context_ceiling,
+                layers=encoder.layer_att_contexts(),
+                effective=encoder.effective_att_contexts(),
+                window=kwargs['effective_left_context'],
+                module=masking.left_context_size,
+            )
+        )
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.ceilings[trainer.global_step] = trainer.callback_metrics['att_context_ceiling_left'].item()
+
+
+def train(model, max_steps, folder=None, ckpt_path=None, curriculum=None, **settings):
+    recorder = Recorder(model)
+    callbacks = [curriculum or AttContextCurriculum(milestones=MILESTONES), recorder]
+    trainer = pl.Trainer(
+        max_steps=max_steps,
+        accelerator='cpu',
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=callbacks,
+        **settings,
+    )
+    model.set_trainer(trainer)
+    trainer.fit(model, train_dataloaders=loader(), val_dataloaders=loader(1), ckpt_path=ckpt_path)
+    if folder is not None:
+        trainer.save_checkpoint(folder / 'stopped.ckpt')
+    return recorder
+
+
+class TestRuns:
+    @pytest.mark.integration
+    def test_masking_keeps_to_the_tightest_layer_in_every_batch(self):
+        model = make_model('model.masking.causal=true')
+        recorder = train(model, 9)
+        assert [batch['step'] for batch in recorder.batches] == list(range(9))
+        for batch in recorder.batches:
+            ceiling = {0: 5, 3: 20, 6: 40}[batch['step'] // 3 * 3]
+            assert batch['ceiling'].left == ceiling
+            tightest = min(context.left for context in batch['effective'] if context.left >= 0)
+            assert batch['window'] == tightest == min(10, ceiling)
+            assert batch['module'] == min(10, ceiling)
+        assert len({tuple(batch['context']) for batch in recorder.batches}) > 2
+        assert recorder.ceilings == {step: {1: 5, 4: 20, 7: 40}[(step - 1) // 3 * 3 + 1] for step in range(1, 10)}
+        assert set(recorder.validation_masking) == {(-1, 10)}  # the default context; the configured masking
+        assert model.encoder.att_context_ceiling is None and model.mask_processor.left_context_size == -1
+
+    @pytest.mark.integration
+    def test_layers_and_ceiling_bound_the_masking_module(self):
+        model = make_model()
+        model.encoder.set_layer_att_context_size([[0, [40, 0]], [1, [120, 0]]])
+        recorder = train(model, 1, curriculum=AttContextCurriculum(milestones=[[0, [320, 0]]]))
+        assert recorder.batches[0]['module'] == 40
+
+    @pytest.mark.integration
+    def test_a_resumed_run_continues_the_sequence(self, tmp_path):
+        whole = train(make_model(), 8)
+        first = train(make_model(), 5, tmp_path)  # stops within the second milestone
+        second = train(make_model(), 8, ckpt_path=tmp_path / 'stopped.ckpt')
+        assert first.batches + second.batches == whole.batches
+        assert [batch['step'] for batch in second.batches] == [5, 6, 7]
+
+    @pytest.mark.integration
+    def test_batches_of_one_accumulation_share_the_ceiling(self):
+        recorder = train(make_model(), 4, accumulate_grad_batches=2)
+        assert [batch['ceiling'].left for batch in recorder.batches] == [5] * 6 + [20] * 2
+        assert [batch['step'] for batch in recorder.batches] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+class TestConfigs:
+    @pytest.mark.unit
+    @pytest.mark.parametrize('name', ['nest_hierarchical_streaming', 'nest_hierarchical_streaming_tiny'])
+    def test_layers_and_curriculum_fit_each_other(self, name):
+        with initialize_config_dir(str(CONFIGS), version_base=None):
+            cfg = compose(name)
+        cfg.model.encoder.update(d_model=16, n_heads=2, subsampling_conv_channels=4)
+        encoder = ConformerEncoder(**{key: value for key, value in cfg.model.encoder.items() if key != '_target_'})
+        curriculum = AttContextCurriculum(**cfg.curriculum)
+        curriculum.on_fit_start(None, SimpleNamespace(encoder=encoder))
+        assert len(set(encoder.layer_att_contexts())) == 3
+        ceilings = [ceiling.left for _, ceiling in curriculum.schedule.anchors]
+        assert ceilings == sorted(ceilings) and ceilings[-1] == encoder.streaming_cfg.last_channel_cache_size
+
+
+class TestCallback:
+    def make_encoder(self, **arguments):
+        return ConformerEncoder(feat_in=8, n_layers=2, d_model=8, n_heads=2, conv_context_size='causal', **arguments)
+
+    @pytest.mark.unit
+    def test_a_linear_path(self):
+        curriculum = AttContextCurriculum(start=[40, 0], end=[320, 0], warmup_steps=100)
+        encoder = self.make_encoder(att_context_size=[-1, 0])
+        assert [curriculum.ceiling_at(step, encoder).left for step in (0, 1, 50, 99, 100, 1000)] == [
+            40,
+            42,
+            180,
+            317,
+            320,
+            320,
+        ]
+
+    @pytest.mark.unit
+    def test_a_linear_path_of_whole_chunks(self):
+        curriculum = AttContextCurriculum(start=[4, 3], end=[16, 3], warmup_steps=8)
+        encoder = self.make_encoder(att_context_size=[16, 3], att_context_style='chunked_limited')
+        assert [curriculum.ceiling_at(step, encoder).left for step in range(9)] == [4, 4, 4, 8, 8, 8, 12, 12, 16]
+        for step in range(9):
+            encoder.att_context_ceiling = curriculum.ceiling_at(step, encoder)
+
+    @pytest.mark.unit
+    def test_no_ceiling_before_the_first_milestone(self):
+        curriculum = AttContextCurriculum(milestones=OmegaConf.create([[10, [40, 0]]]))
+        assert curriculum.ceiling_at(9, self.make_encoder()) is None
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'arguments, message',
+        [
+            ({}, 'either milestones or all of start, end, warmup_steps'),
+            (dict(start=[4, 0], end=[8, 0]), 'warmup_steps is None'),
+            (dict(milestones=MILESTONES, start=[4, 0]), 'either milestones or'),
+            (dict(milestones=[[5, [4, 0]], [3, [8, 0]]]), r'curriculum.milestones: item 1, .*step 3 follows step 5'),
+            (dict(milestones=[[0, [4, 0]], [-3, [8, 0]]]), 'item 1, .*the step is -3'),
+            (dict(start=[4, 0], end=[-1, 0], warmup_steps=9), 'linear interpolation needs limits on both ends'),
+            (dict(start=[4, 0], end=[8, 0], warmup_steps=0), 'step 0 follows step 0'),
+        ],
+    )
+    def test_bad_arguments_are_named(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            AttContextCurriculum(**arguments)
+
+    @pytest.mark.unit
+    def test_a_ceiling_the_encoder_cannot_follow_is_named_before_training(self):
+        curriculum = AttContextCurriculum(milestones=[[0, [4, 3]], [5, [6, 3]]])
+        encoder = self.make_encoder(att_context_size=[8, 3], att_context_style='chunked_limited')
+        with pytest.raises(ValueError, match=r'curriculum.milestones: item 1, .6, 3.: the left context is 6'):
+            curriculum.on_fit_start(None, SimpleNamespace(encoder=encoder))
+        with pytest.raises(ValueError, match='has no encoder with a context ceiling'):
+            curriculum.on_fit_start(None, SimpleNamespace())

@@ -1,0 +1,30 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+import pytest
+import torch
+
+from nemo.collections.asr.parts.att_context import AttContext, LayerAttentionMasks
+from nemo.collections.asr.parts.submodules.conformer_modules import ConformerLayer
+
+
+class TestConformerLayer:
+    @pytest.mark.unit
+    def test_it_picks_the_mask_of_its_own_context(self):
+        torch.manual_seed(0)
+        layer = ConformerLayer(
+            d_model=8,
+            d_ff=16,
+            self_attention_model='abs_pos',
+            n_heads=2,
+            conv_kernel_size=3,
+            conv_norm_type='layer_norm',
+        ).eval()
+        signal = torch.randn(1, 6, 8)
+        frame, key = torch.arange(6).unsqueeze(1), torch.arange(6)
+        wide, narrow = AttContext(2, 0), AttContext(1, 0)
+        hidden = {context: ((key > frame) | (key < frame - context.left)).unsqueeze(0) for context in (wide, narrow)}
+        masks = LayerAttentionMasks(hidden, {None: wide, narrow: narrow})
+        assert torch.equal(layer(signal, masks), layer(signal, att_mask=hidden[wide]))
+        layer.self_attention.att_context_size = [1, 0]
+        assert layer.self_attention is layer.self_attn
+        assert torch.equal(layer(signal, att_mask=masks), layer(signal, hidden[narrow]))
+        assert not torch.equal(layer(signal, hidden[narrow]), layer(signal, hidden[wide]))

@@ -1,0 +1,50 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_nest import SMALL
+
+SCRIPT = Path(__file__).resolve().parents[4] / 'examples/asr/speech_pretraining/pretrain_demo.py'
+
+
+@pytest.mark.integration
+def test_trains_restores_and_reports_and_does_not_train_twice(tmp_path, speech_corpus):
+    manifests = [f'{option}={speech_corpus}/{name}_manifest.json' for option, name in DATA]
+    command = [sys.executable, str(SCRIPT), '--output', str(tmp_path), *manifests]
+    small = [override for override in SMALL if not override.endswith('=null')]
+    small += ['trainer.max_steps=2', 'model.encoder.layer_att_context_size=null', '~curriculum']
+    for said in ('Training; TensorBoard logs are in', 'is there already: no training'):
+        done = subprocess.run([*command, *small], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert said in done.stdout and 'What was learned' in done.stdout
+        (folder,) = tmp_path.glob('pretrain-*')
+        assert (folder / 'model.nemo').exists() and list(folder.glob('run/**/events.out.tfevents.*'))
+    learned = json.loads((folder / 'learned.json').read_text())
+    for label, end in learned['end']['contexts'].items():
+        start = learned['start']['contexts'][label]
+        assert start['masked_frames'] == end['masked_frames'] > 0
+        assert start['commonest'] == end['commonest'] and start['loss'] != end['loss']
+
+
+DATA = (('--manifest', 'train'), ('--validation-manifest', 'validation'), ('--noise-manifest', 'noise'))
+
+
+@pytest.mark.unit
+def test_a_train_manifest_needs_a_validation_manifest():
+    done = subprocess.run([sys.executable, str(SCRIPT), '--manifest', 'a.json'], capture_output=True, text=True)
+    assert done.returncode == 2 and 'go together' in done.stderr
+
+
+@pytest.mark.unit
+def test_each_choice_of_settings_has_its_own_folder(load_example, tmp_path, speech_corpus, monkeypatch):
+    demo = load_example('pretrain_demo')
+    data = {role: f'{speech_corpus}/{role}_manifest.json' for role in ('train', 'validation', 'noise')}
+    folders = {
+        demo.run_folder(demo.arguments([*arguments, '--output', str(tmp_path)]), data)
+        for arguments in ([], [], ['trainer.max_steps=7'], ['--config', 'nest_fast-conformer_streaming_tiny'])
+    }
+    assert len(folders) == 3 and all(os.path.isfile(folder / 'settings.json') for folder in folders)
