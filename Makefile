@@ -13,6 +13,8 @@ VENV ?= .venv/nemo-$(NEMO)
 PYTHON := $(VENV)/bin/python
 CONSTRAINTS := requirements/constraints-$(NEMO).txt
 TESTS ?= tests
+# One thread for each of several test processes: the tests' tensors are too small to share among threads.
+JOBS ?= $(shell nproc)
 PYTEST_ARGS ?=
 SOURCES := $(wildcard src nemo examples tests benchmarks setup.py)
 
@@ -42,7 +44,7 @@ venv: $(PROJECT_STAMP) ## make the environment: NeMo, everything for tests and d
 
 test: $(PROJECT_STAMP) ## run the tests (TESTS=path, PYTEST_ARGS=... to narrow them)
 	@echo "== Running the tests with NeMo $(NEMO)"
-	$(PYTHON) -m pytest $(TESTS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) --dist worksteal $(TESTS) $(PYTEST_ARGS)
 
 pretrain: $(PROJECT_STAMP) ## pre-train the demo model (MANIFEST=..., VAL_MANIFEST=... for your own speech)
 	@echo "== Pre-training the demo model with NeMo $(NEMO)"

@@ -28,6 +28,7 @@ except (ImportError, RuntimeError) as error:
     raise SystemExit(f"hierarchical_streaming_nest needs the patches of nemo-streaming-ssl: {error}") from error
 
 import lightning.pytorch as pl
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
@@ -103,7 +104,7 @@ def main(cfg: DictConfig) -> None:
         if cfg.get('seed') is not None:
             pl.seed_everything(cfg.seed, workers=True)
         trainer, model = build(cfg)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, InstantiationException) as error:
         raise SystemExit(f"hierarchical_streaming_nest: {error}") from error
     frame = model.encoder.subsampling_factor * cfg.model.preprocessor.get('window_stride', 0.01) * 1000
     logging.info(f"Attention contexts:\n{context_table(model.encoder, frame)}")

@@ -237,11 +237,11 @@ def test_a_masking_module_without_contexts_still_masks(monkeypatch):
 @pytest.mark.unit
 def test_a_post_conv_model_keeps_its_block_size_through_saving_and_restoring(tmp_path):
     model = tiny_model(*POST_CONV)
-    assert model.mask_processor.block_size == 40 // 8
+    assert model.mask_processor.block_size == 16 // 8
     for generation in range(3):
         model.save_to(str(tmp_path / f'{generation}.nemo'))
         model = type(model).restore_from(str(tmp_path / f'{generation}.nemo'))
-        assert model.mask_processor.block_size == 40 // 8
+        assert model.mask_processor.block_size == 16 // 8
 
 
 @pytest.mark.unit
