@@ -5,16 +5,21 @@ Shapes: B batch, D features, T feature frames, A attention frames, M mask frames
 S target frames, C classes, H codebooks.
 """
 
+import copy
 import inspect
-from contextlib import nullcontext
-from typing import Dict, NamedTuple, Optional
+from contextlib import contextmanager, nullcontext
+from typing import Dict, Iterator, NamedTuple, Optional
 
 import torch
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
+from nemo.collections.asr.modules.conformer_encoder import CannotStreamError, ConformerEncoder
 from nemo.collections.asr.parts.att_context.answerability import masked_share_per_frame, unanswerable_frames
 from nemo.collections.asr.parts.att_context.codebook_use import CodebookUse
+from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.dynamic_context import sync_masking_to_attention
+from nemo.collections.asr.parts.att_context.layer_masks import intersect_in_style
+from nemo.collections.asr.parts.att_context.synced_collate import create_synced_context_collate
 from nemo.collections.asr.parts.preprocessing.features import standardize_per_feature
 from nemo.core.classes.common import typecheck
 from nemo.core.neural_types import LengthsType, NeuralType, SpectrogramType
@@ -26,7 +31,7 @@ _up = upstream(globals())
 TARGET_NORMALIZATIONS = (None, 'NA', 'per_feature')
 
 
-class _Batch(NamedTuple):
+class BatchRecord(NamedTuple):
     """What the last forward masked and aimed at; kept for the step's reports."""
 
     masks: torch.Tensor  # [B, D, M]
@@ -35,18 +40,178 @@ class _Batch(NamedTuple):
     token_lengths: torch.Tensor  # [B]
 
 
-class EncDecMaskedTokenPredModel(_up.EncDecMaskedTokenPredModel):
+class ContextState(NamedTuple):
+    """All that setting a context by hand changes, to go back to."""
+
+    att_context_size: list  # the encoder's default
+    pinned: bool  # whether the encoder keeps it in training, too
+    masking_left: Optional[int]  # None for a masking that takes no context
+    configured: Optional['ContextState']  # what to go back to, where it is set by hand
+
+
+class SpeechEncDecSelfSupervisedModel(_up.SpeechEncDecSelfSupervisedModel):
+    """NeMo's base class of SSL models, with a context that can be set by hand or come with a batch.
+
+    Takes NeMo's config, and ``train_ds.synced_contexts`` with the arguments ``context_options``, ``context_probs`` and
+    ``seed`` of ``create_synced_context_collate``, which the data loader then uses.
+    """
+
+    _configured_contexts: Optional[ContextState] = None  # where a context is set by hand: what was before
+
+    def set_att_context_size(self, context) -> None:
+        """Attend and mask within this context until told otherwise.
+
+        It becomes the encoder's default, which the streaming parameters follow, and it holds in training: nothing is
+        drawn, a synced batch's context is passed over; only a curriculum's ceiling still narrows it. Configs and
+        checkpoints do not know of it.
+
+        Args:
+            context: a pair [left, right] in attention frames (list, tuple or ListConfig; -1 = unlimited), an int (the
+                left context, with right 0), the name of a preset, an ``AttContext``; or None: back to the contexts of
+                the config, in training drawn for each batch where there are several.
+
+        Raises:
+            ValueError: if it is no context, or the encoder cannot follow it.
+        """
+        if context is None:
+            if self._configured_contexts is not None:
+                self._restore_contexts(self._configured_contexts)
+            return
+        context = self._checked_context(context)
+        trained = [list(known) for known in self.encoder.att_context_size_all]
+        if context not in trained:
+            logging.warning(
+                f"The attention context is set to {context}, which the model was not trained on; it was on "
+                + ', '.join(str(known) for known in trained)
+            )
+        if self._configured_contexts is None:
+            self._configured_contexts = self._context_state()
+        self._set_default_context(context, pinned=True)
+        if hasattr(self._masking(), 'left_context_size'):
+            sync_masking_to_attention(self)
+            logging.info(f"Attention context {context}, masking context {self._masking().left_context_size}")
+        else:
+            logging.warning(f"Attention context {context}; the masking takes none, it masks regardless.")
+
+    @contextmanager
+    def using_att_context_size(self, context) -> Iterator[None]:
+        """Set the context as :meth:`set_att_context_size` does, and afterwards go back to what was before."""
+        before = self._context_state()
+        self.set_att_context_size(context)
+        try:
+            yield
+        finally:
+            self._restore_contexts(before)
+
+    def _checked_context(self, context) -> list:
+        if not isinstance(self.encoder, ConformerEncoder):
+            raise ValueError(f"{type(self.encoder).__name__} has no attention context to set")
+        if self.encoder.att_context_style != 'chunked_limited_with_rc':  # of three numbers, which the encoder reads
+            context = AttContext.parse(context)
+        with self.encoder.using_att_context_size(context) as parsed:
+            self.encoder.effective_att_contexts()
+        return list(parsed)
+
+    def _masking(self):
+        return getattr(self, 'mask_processor', None)
+
+    def _context_state(self) -> ContextState:
+        encoder = self.encoder
+        masking_left = getattr(self._masking(), 'left_context_size', None)
+        default = list(encoder.att_context_size)
+        return ContextState(default, encoder._att_context_is_pinned, masking_left, self._configured_contexts)
+
+    def _restore_contexts(self, state: ContextState) -> None:
+        self._set_default_context(state.att_context_size, state.pinned)
+        if state.masking_left is not None:
+            self._masking().left_context_size = state.masking_left
+        self._configured_contexts = state.configured
+
+    def _set_default_context(self, context: list, pinned: bool) -> None:
+        encoder = self.encoder
+        encoder.att_context_size, encoder._att_context_is_pinned = context, pinned
+        try:
+            encoder.setup_streaming_params()
+        except CannotStreamError:
+            encoder.set_default_att_context_size(context)
+
+    def _context_of_step(self, batch):
+        """Pin the context of a training step: set by hand, or come with the batch, or drawn for the global step.
+
+        Draws are a pure function of the step, so the ranks agree without a word, and the batches of one gradient
+        accumulation share a context.
+        """
+        encoder = self.encoder
+        if not isinstance(encoder, ConformerEncoder):
+            return nullcontext()
+        if self._configured_contexts is not None:
+            context = encoder.att_context_size
+        else:
+            context = getattr(batch, 'att_context', None)
+        if context is None:
+            return encoder.using_att_context_size(encoder.draw_att_context_size(self.trainer.global_step))
+        if encoder.att_context_ceiling is not None:
+            ceiling, where = encoder.att_context_ceiling, 'encoder.att_context_ceiling'
+            context = intersect_in_style(AttContext.parse(context), ceiling, encoder.att_context_style, where)
+        return encoder.using_att_context_size(context)
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        """Move a batch; the draw of its context is numbered by the global step, which only the trainer knows."""
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        draw = getattr(batch, 'context_draw', None)
+        if draw is None:
+            return moved
+        return draw.attach(moved, batch.att_context if self._trainer is None else draw.at(self._trainer.global_step))
+
+    def _setup_dataloader_from_config(self, config):
+        synced = config.get('synced_contexts') if config is not None else None
+        if synced is None:
+            return super()._setup_dataloader_from_config(config)
+        loader = super()._setup_dataloader_from_config(_without_synced_contexts(config))
+        return loader if loader is None else _with_synced_contexts(loader, synced)
+
+    def training_step(self, batch, batch_idx=0):
+        """Run NeMo's training step within one context, and log it."""
+        with self._context_of_step(batch) as context:
+            output = super().training_step(batch, batch_idx)
+            output['log'].update(self._step_logs(context, output['loss']))
+        return output
+
+    def _step_logs(self, context, loss) -> Dict[str, torch.Tensor]:
+        return {} if context is None else {f'train_loss/ctx_{_label(context)}': loss.detach()}
+
+    def decoder_loss_step(self, spectrograms, spec_masks, encoded, encoded_len, targets=None, target_lengths=None):
+        """Decode and compute the loss; arguments and results are NeMo's.
+
+        NeMo tells the lengths to each loss of a ``loss_list``, but not to a single one.
+        """
+        takes_lengths = self.decoder_losses is None and 'decoder_lengths' in (self.loss.input_types or {})
+        if not takes_lengths or self.loss.needs_labels:
+            return super().decoder_loss_step(spectrograms, spec_masks, encoded, encoded_len, targets, target_lengths)
+        labels = {}
+        if getattr(self.decoder_ssl, 'needs_labels', False):
+            labels = {'targets': targets, 'target_lengths': target_lengths}
+        outputs = self.decoder_ssl(encoder_output=encoded, **labels)
+        loss = self.loss(
+            spectrograms=spectrograms, spec_masks=spec_masks, decoder_outputs=outputs, decoder_lengths=encoded_len
+        )
+        return loss, {}
+
+
+class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMaskedTokenPredModel):
     """NeMo's masked token prediction, with attention, masking and loss on one context per batch.
 
     Takes NeMo's config, and ``target_normalize``: ``per_feature`` makes the targets from clean features with zero
     mean and unit variance per utterance; absent or ``NA`` takes them as the preprocessor gives them, as stock does.
     """
 
-    _last_batch: Optional[_Batch] = None
+    last_batch: Optional[BatchRecord] = None
 
     def __init__(self, cfg: DictConfig, trainer=None):
         _undo_earlier_post_conv_adjustment(cfg)
         super().__init__(cfg, trainer)
+        if isinstance(self.encoder, ConformerEncoder):
+            self.encoder._cfg = self.cfg.encoder  # contexts that layers get at run time belong into the model's config
         self.target_normalize = self.cfg.get('target_normalize', None)
         if self.target_normalize not in TARGET_NORMALIZATIONS:
             raise ValueError(
@@ -142,7 +307,7 @@ class EncDecMaskedTokenPredModel(_up.EncDecMaskedTokenPredModel):
                 masks, mask_lengths = self.pre_encoder.get_current_mask(), encoded_len
                 targets = self._subsampled(clean, seen, encoded_len)
         tokens, token_lengths = self._tokens(*targets)
-        self._last_batch = _Batch(masks, mask_lengths, tokens, token_lengths)
+        self.last_batch = BatchRecord(masks, mask_lengths, tokens, token_lengths)
         return self.decoder(encoder_output=encoded), encoded_len, masks, tokens
 
     def _mask(self, features, apply_mask, current_frame):
@@ -183,27 +348,13 @@ class EncDecMaskedTokenPredModel(_up.EncDecMaskedTokenPredModel):
             return self.encoder.using_one_att_context_size()
         return nullcontext()
 
-    def _context_of_step(self, step: int):
-        """Pin the context of a training step: a pure function of the step, so the ranks agree without a word."""
-        if isinstance(self.encoder, ConformerEncoder):
-            return self.encoder.using_att_context_size(self.encoder.draw_att_context_size(step))
-        return nullcontext()
-
-    def training_step(self, batch, batch_idx=0):
-        """Run NeMo's training step within one context, and log what was masked, aimed at and lost in it.
-
-        The context is drawn for ``trainer.global_step``: the batches of one gradient accumulation share it.
-        """
-        with self._context_of_step(self.trainer.global_step) as context:
-            output = super().training_step(batch, batch_idx)
-            output['log'].update(self._context_logs(), **self._codebook_logs())
-            if context is not None:
-                output['log'][f'train_loss/ctx_{_label(context)}'] = output['loss'].detach()
-        return output
+    def _step_logs(self, context, loss) -> Dict[str, torch.Tensor]:
+        """What a training step masked, aimed at and lost in its context."""
+        return {**super()._step_logs(context, loss), **self._context_logs(), **self._codebook_logs()}
 
     def _context_logs(self, prefix: str = '') -> Dict[str, torch.Tensor]:
         """The context and what it left to answer, for the last batch; scalars on its device."""
-        masks, lengths, _, _ = self._last_batch
+        masks, lengths, _, _ = self.last_batch
         share = masked_share_per_frame(masks, self._mask_frames_per_attention_frame())
         masked_frames = masks[:, 0].sum(dtype=torch.float32)
         logs = {f'{prefix}masked_share': masked_frames / lengths.sum().clamp(min=1)}
@@ -219,7 +370,7 @@ class EncDecMaskedTokenPredModel(_up.EncDecMaskedTokenPredModel):
         """Codebook use over the last thousand batches; warns, now and then, if the targets have collapsed."""
         if self.codebook_use is None:
             return {}
-        self.codebook_use.update(self._last_batch.tokens, self._last_batch.token_lengths)
+        self.codebook_use.update(self.last_batch.tokens, self.last_batch.token_lengths)
         if self.codebook_use.block_is_complete:
             self._warn_if_targets_collapsed()
         statistics = self.codebook_use.statistics()
@@ -325,6 +476,27 @@ class EncDecDenoiseMaskedTokenPredModel(EncDecMaskedTokenPredModel, _up.EncDecDe
 
 def _label(context) -> str:
     return '_'.join(str(side) for side in context)
+
+
+def _without_synced_contexts(config):
+    """Return a copy of a data loader's config without what NeMo's loaders do not know."""
+    config = copy.deepcopy(config)
+    with open_dict(config) if OmegaConf.is_config(config) else nullcontext():
+        del config['synced_contexts']
+    return config
+
+
+def _with_synced_contexts(loader, synced):
+    """Let a data loader's batches carry contexts; lhotse's, too, passes its ready batches through ``collate_fn``."""
+    unknown = set(synced) - {'context_options', 'context_probs', 'seed'}
+    if unknown or 'context_options' not in synced:
+        raise ValueError(
+            f"synced_contexts is {synced}; it takes context_options and, if you like, context_probs, seed"
+        )
+    if not isinstance(loader, torch.utils.data.DataLoader):
+        raise ValueError(f"synced_contexts needs a torch data loader; {type(loader).__name__} collates nothing")
+    loader.collate_fn = create_synced_context_collate(loader.collate_fn, **synced)
+    return loader
 
 
 def _add_means(averaged: Optional[Dict], outputs: list) -> Optional[Dict]:

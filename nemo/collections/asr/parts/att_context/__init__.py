@@ -2,23 +2,35 @@
 """Attention contexts as values, and what follows from them. NeMo has no such package."""
 
 from nemo.collections.asr.parts.att_context.context import PRESETS, UNLIMITED, AttContext, draw_index, tightest
+from nemo.collections.asr.parts.att_context.dynamic_context import (
+    DynamicContextModel,
+    EnhancedDynamicContextModel,
+    set_dynamic_context,
+    sync_masking_to_attention,
+)
 from nemo.collections.asr.parts.att_context.layer_masks import LayerAttentionMasks, intersect_in_style
 from nemo.collections.asr.parts.att_context.layer_schedule import ContextSchedule, parse_layer_contexts
 from nemo.collections.asr.parts.att_context.receptive_field import ReceptiveField, context_table, receptive_field
+from nemo.collections.asr.parts.att_context.synced_collate import create_synced_context_collate
 
 __all__ = [
     'AttContext',
     'AttContextCurriculum',
     'ContextSchedule',
+    'DynamicContextModel',
+    'EnhancedDynamicContextModel',
     'LayerAttentionMasks',
     'PRESETS',
     'ReceptiveField',
     'UNLIMITED',
     'context_table',
+    'create_synced_context_collate',
     'draw_index',
     'intersect_in_style',
     'parse_layer_contexts',
     'receptive_field',
+    'set_dynamic_context',
+    'sync_masking_to_attention',
     'tightest',
 ]
 

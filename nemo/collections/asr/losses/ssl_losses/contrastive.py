@@ -1,0 +1,137 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Patch of NeMo's ``contrastive.py``: negatives are real frames, whatever the utterances' lengths and masks.
+
+Shapes: B batch, D features, T feature frames, A attention frames, C channels, M masked frames of the batch,
+N negatives, G groups of the quantizer.
+"""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+
+from nemo.core import typecheck
+from nemo_streaming_ssl import upstream
+
+_up = upstream(globals())
+
+
+class ContrastiveLoss(_up.ContrastiveLoss):
+    """NeMo's contrastive loss (wav2vec 2.0), for batches with padding and any number of masked frames.
+
+    Takes NeMo's arguments. Frames at or beyond ``decoder_lengths`` are neither predicted nor drawn as negatives. An
+    utterance with fewer candidates than ``num_negatives`` draws them with replacement. Where nothing is masked, the
+    loss is zero and back-propagates.
+    """
+
+    @typecheck()
+    def forward(self, spectrograms, spec_masks, decoder_outputs, decoder_lengths=None):
+        """Compute the loss.
+
+        Args:
+            spectrograms: features [B, D, T].
+            spec_masks: 1 where masked [B, D, T].
+            decoder_outputs: predictions [B, A, C].
+            decoder_lengths: attention frames that are real [B]; None: all.
+
+        Returns:
+            scalar, ``multiplier`` / B times the reduced cross entropy.
+        """
+        targets, perplexity_loss = self._project(_per_output_frame(spectrograms, decoder_outputs))
+        masked = _per_output_frame(spec_masks, decoder_outputs).mean(-1) > self.mask_threshold  # [B, A]
+        real = _real_frames(decoder_outputs, decoder_lengths)
+        masked &= real
+        outputs, positives = decoder_outputs[masked], targets[masked]  # [M, C]
+        if len(outputs):
+            loss = self._cross_entropy(outputs, positives, targets, masked, real)
+        else:
+            loss = outputs.sum() + positives.sum()  # of nothing: zero, and it back-propagates to every weight
+        if perplexity_loss is not None and self.prob_ppl_weight != 0:
+            loss = loss + self.prob_ppl_weight * perplexity_loss * self._number_of_predictions(masked)
+        return loss * self.multiplier / spectrograms.shape[0]
+
+    def _project(self, targets):
+        """Return target vectors [B, A, C] of features [B, A, F], and the quantizer's own loss, None without one."""
+        if not self.quantized_targets:
+            return self.target_proj(targets), None
+        if not self.store_ids:
+            return self.quantizer(targets)[:2]
+        targets, perplexity_loss, _, self.target_ids = self.quantizer(targets, return_ids=True)
+        self.target_lengths = None
+        if self.reduce_ids:
+            self.target_ids, self.target_lengths = _without_repetitions(self.target_ids)
+        return targets, perplexity_loss
+
+    def _cross_entropy(self, outputs, positives, targets, masked, real):
+        """Cross entropy of finding the positives [M, C] among the negatives; reduced as ``reduce`` says."""
+        if self.group_loss and not self.sample_from_same_utterance_only:
+            groups = self.quantizer.groups
+            outputs, positives = (x.reshape(-1, x.shape[-1] // groups) for x in (outputs, positives))
+        negatives = self._negatives(positives, targets, masked, real)
+        scores = self._calculate_similarity(outputs, negatives, positives).transpose(0, 1)  # [M, 1 + N]
+        first = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
+        return F.cross_entropy(scores, first, reduction=self.reduce)
+
+    def _negatives(self, positives, targets, masked, real):
+        """Draw the negatives [N, M, C] (of groups: [classes, M G, C / G]) of the positives [M, C]."""
+        candidates = real if self.sample_from_non_masked else masked
+        if self.sample_from_same_utterance_only:
+            return self._negatives_of_each_utterance(targets, masked, candidates)
+        if self.group_loss:
+            return self._whole_codebook(len(positives))
+        if self.sample_from_codebook:
+            return self.quantizer.sample_from_codebook(self.num_negatives, len(positives))
+        return self.sample_negatives(targets[candidates], len(positives))[0]
+
+    def _negatives_of_each_utterance(self, targets, masked, candidates):
+        """Draw the negatives [N, M, C] of each masked frame among the candidates [B, A] of its utterance."""
+        wanted, available = torch.stack([masked.sum(1), candidates.sum(1)]).tolist()
+        frames = targets[candidates].split(available)
+        drawn = [self.sample_negatives(own, number)[0] for own, number in zip(frames, wanted) if number]
+        return torch.cat(drawn, dim=1)
+
+    def _whole_codebook(self, rows: int):
+        """Return, for each of M G rows, its group's classes [classes, M G, C / G] (rows is M G)."""
+        groups, classes = self.quantizer.groups, self.quantizer.num_vars
+        of_group = self.quantizer.vars.reshape(groups, classes, -1).transpose(0, 1)
+        return of_group.repeat(1, rows // groups, 1)
+
+    def sample_negatives(self, y, num):
+        """Draw ``num_negatives`` of the candidates y [K, C] for each of ``num`` targets.
+
+        Returns:
+            negatives [N, num, C] and their indices [num, N]; without replacement if there are enough candidates.
+        """
+        replacement = len(y) < self.num_negatives
+        weights = torch.ones((num, len(y)), device=y.device)
+        indices = torch.multinomial(weights, self.num_negatives, replacement=replacement)
+        return y[indices].transpose(0, 1), indices
+
+    def _number_of_predictions(self, masked):
+        in_groups = self.group_loss and not self.sample_from_same_utterance_only
+        return masked.sum() * (self.quantizer.groups if in_groups else 1)
+
+
+def _per_output_frame(features, outputs):
+    """Join the feature frames [B, D, T] that make one output frame: [B, A, F]; the last may be filled with zeros."""
+    (batch, _, frames), wanted = features.shape, outputs.shape[1]
+    missing = -(-frames // wanted) * wanted - frames
+    return F.pad(features, (0, missing)).transpose(1, 2).reshape(batch, wanted, -1)
+
+
+def _real_frames(outputs, lengths: Optional[torch.Tensor]):
+    """Return which of the output frames [B, A] lie before the lengths [B]; without lengths, all."""
+    frames = torch.arange(outputs.shape[1], device=outputs.device)
+    if lengths is None:
+        return torch.ones(outputs.shape[:2], dtype=torch.bool, device=outputs.device)
+    return frames < lengths.to(outputs.device).unsqueeze(1)
+
+
+def _without_repetitions(ids):
+    """Keep one of each run of equal ids [B, A]; returns them [B, longest], filled with zeros, and lengths [B]."""
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    index = starts.cumsum(dim=1) - 1
+    lengths = index[:, -1] + 1
+    kept = torch.zeros_like(ids).scatter(1, index, ids)
+    return kept[:, : int(lengths.max())], lengths

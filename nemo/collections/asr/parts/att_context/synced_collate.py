@@ -1,0 +1,155 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Batches that carry their attention context from the data loader to the training step.
+
+A worker process can set nothing on the model, so the context travels in the batch: ``batch.att_context``, and beside
+it ``batch.context_draw``, the rule it was drawn by. The draw is a pure function of a seed and a number. A collate
+function numbers batches as well as it can, by counting; only the trainer knows the number that all ranks share and
+that a resumed run goes on with, its global step. So the model numbers the draw anew when a trainer hands it a batch.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any, Callable, Optional
+
+from torch.utils.data import get_worker_info
+from torch.utils.data._utils.pin_memory import pin_memory
+
+from nemo.collections.asr.parts.att_context.context import AttContext, draw_index
+
+PROBABILITY_TOLERANCE = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextDraw:
+    """How contexts are drawn: a pure function of a number."""
+
+    options: tuple[AttContext, ...]
+    """Contexts in attention frames."""
+    probabilities: tuple[float, ...]
+    """One for each option; they sum to 1."""
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, context_options, context_probs=None, seed: int = 0) -> 'ContextDraw':
+        """Read and check what people write; see :func:`create_synced_context_collate`.
+
+        Raises:
+            ValueError: naming the argument, the item and its value.
+        """
+        if not _is_sequence(context_options) or not len(context_options):
+            raise ValueError(f"context_options is {context_options!r}; it must be a list of contexts, and not empty")
+        options = tuple(_parse_option(option, index) for index, option in enumerate(context_options))
+        if context_probs is None:
+            context_probs = [1 / len(options)] * len(options)
+        if isinstance(seed, bool) or not isinstance(seed, Integral):
+            raise ValueError(f"seed is {seed!r}; it must be a whole number")
+        return cls(options, _parse_probabilities(context_probs, len(options)), int(seed))
+
+    def at(self, number: int) -> AttContext:
+        """Return the context that this number draws."""
+        return self.options[draw_index(self.seed, number, self.probabilities)]
+
+    def attach(self, batch, context: AttContext):
+        """Return the batch with the context that it is to have, and with this rule.
+
+        Args:
+            batch: a dataclass such as ``AudioNoiseBatch``, a tuple or a list (which become a :class:`SyncedBatch`).
+            context: the drawn one.
+
+        Raises:
+            ValueError: if the batch is something else.
+        """
+        if type(batch) in (tuple, list):
+            batch = SyncedBatch(batch)
+        if not isinstance(batch, SyncedBatch) and not dataclasses.is_dataclass(batch):
+            raise ValueError(
+                f"a batch of type {type(batch).__name__} cannot carry a context; collate to a dataclass such as "
+                "AudioNoiseBatch, a tuple or a list"
+            )
+        batch.att_context, batch.context_draw = context, self
+        return batch
+
+
+class SyncedBatch(tuple):
+    """A batch that was a plain tuple or list, with ``att_context`` and ``context_draw``."""
+
+    att_context: Optional[AttContext] = None
+    context_draw: Optional[ContextDraw] = None
+
+    def pin_memory(self) -> 'SyncedBatch':
+        """Return the batch in pinned memory; the data loader's own way would lose the context."""
+        pinned = SyncedBatch(pin_memory(item) for item in self)
+        pinned.__dict__.update(self.__dict__)
+        return pinned
+
+
+class SyncedContextCollate:
+    """Collates, draws a context, and sends it along; made by :func:`create_synced_context_collate`."""
+
+    def __init__(self, base_collate_fn: Callable[[Any], Any], draw: ContextDraw):
+        if not callable(base_collate_fn):
+            raise ValueError(f"base_collate_fn is {base_collate_fn!r}; it must be callable")
+        self.base_collate_fn = base_collate_fn
+        self.draw = draw
+        self.start_at(0)
+
+    def start_at(self, number: int) -> None:
+        """Say which batch comes first when the loader is iterated next; for loops without a Lightning trainer.
+
+        Workers take it when they start: those that persist count on.
+        """
+        self._first, self._collated = number, 0
+
+    def __call__(self, samples):
+        batch = self.base_collate_fn(samples)
+        worker = get_worker_info()
+        workers, index = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        number = self._first + self._collated * workers + index  # the loader deals batches to its workers in turn
+        self._collated += 1
+        return self.draw.attach(batch, self.draw.at(number))
+
+
+def create_synced_context_collate(
+    base_collate_fn: Callable[[Any], Any], context_options, context_probs=None, seed: int = 0
+) -> SyncedContextCollate:
+    """Return a collate function that draws an attention context for each batch and sends it along.
+
+    The SSL models' training step attends and masks within ``batch.att_context``. Under a trainer the draw is a pure
+    function of (seed, global step): the same on all ranks, in all batches of one gradient accumulation, and after a
+    resume. It takes the place of the encoder's own draw; a curriculum's ceiling narrows it all the same.
+
+    Args:
+        base_collate_fn: makes a dataclass such as ``AudioNoiseBatch``, a tuple or a list of the samples. For a lhotse
+            data loader, which hands over ready batches, it is the loader's own ``collate_fn``.
+        context_options: contexts, each a pair [left, right] in attention frames, or the name of a preset.
+        context_probs: a probability for each option; None draws all with the same.
+        seed: of the draw.
+
+    Raises:
+        ValueError: naming the argument, the item and its value.
+    """
+    return SyncedContextCollate(base_collate_fn, ContextDraw.parse(context_options, context_probs, seed))
+
+
+def _parse_option(option, index: int) -> AttContext:
+    field = f'context_options: item {index}'
+    if isinstance(option, Integral):  # [160, 0] for [[160, 0]] is a likely slip
+        raise ValueError(f"{field} is {option!r}; it must be a pair [left, right] or a preset, one for each option")
+    return AttContext.parse(option, field)
+
+
+def _parse_probabilities(probabilities, number: int) -> tuple[float, ...]:
+    if not _is_sequence(probabilities) or len(probabilities) != number:
+        raise ValueError(f"context_probs is {probabilities!r}; it must have one number for each of {number} options")
+    for index, value in enumerate(probabilities):
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+            raise ValueError(f"context_probs: item {index} is {value!r}; it must be a number from 0 to 1")
+    if not math.isclose(sum(probabilities), 1, rel_tol=0, abs_tol=PROBABILITY_TOLERANCE):
+        raise ValueError(f"context_probs is {list(probabilities)}; it must sum to 1, not {sum(probabilities)}")
+    return tuple(float(value) for value in probabilities)
+
+
+def _is_sequence(value) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)

@@ -1,0 +1,298 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+from collections import Counter
+
+import pytest
+import torch
+from tiny_nest import fit, noise_batch, tiny_config
+from torch.utils.data import DataLoader
+
+from nemo.collections.asr.losses.ssl_losses import contrastive
+from nemo.collections.asr.losses.ssl_losses.contrastive import ContrastiveLoss
+from nemo.collections.asr.models.ssl_models import EncDecMaskedTokenPredModel, SpeechEncDecSelfSupervisedModel
+
+StockLoss = contrastive._up.ContrastiveLoss
+CHANNELS = 4
+MARK = 777.0  # in padded frames only
+SAME = pytest.mark.parametrize('same_utterance', [True, False], ids=['same_utterance', 'batch'])
+NON_MASKED = pytest.mark.parametrize('non_masked', [False, True], ids=['masked', 'non_masked'])
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def make_loss(cls=ContrastiveLoss, same_utterance=True, non_masked=False, num_negatives=5, project=False, **kwargs):
+    """A loss whose targets are the features themselves, and that keeps the negatives of each call."""
+    loss = cls(
+        in_dim=CHANNELS,
+        proj_dim=CHANNELS,
+        num_negatives=num_negatives,
+        sample_from_same_utterance_only=same_utterance,
+        sample_from_non_masked=non_masked,
+        **kwargs,
+    )
+    if not project and not loss.quantized_targets:
+        loss.target_proj = torch.nn.Identity()
+    similarity, loss.drawn = loss._calculate_similarity, []
+
+    def keeping(logits, negatives, targets):
+        loss.drawn.append(negatives.detach())
+        return similarity(logits, negatives, targets)
+
+    loss._calculate_similarity = keeping
+    return loss
+
+
+def make_batch(masked, frames=20, lengths=None):
+    """Arguments for the loss; ``masked`` names each utterance's masked frames. Padding is marked, and masked too."""
+    spectrograms = torch.randn(len(masked), CHANNELS, frames)
+    masks = torch.zeros_like(spectrograms)
+    for row, own in enumerate(masked):
+        masks[row][:, own] = 1
+    arguments = dict(
+        spectrograms=spectrograms,
+        spec_masks=masks,
+        decoder_outputs=torch.randn(len(masked), frames, CHANNELS, requires_grad=True),
+    )
+    if lengths is not None:
+        arguments['decoder_lengths'] = torch.tensor(lengths)
+        for row, length in enumerate(lengths):
+            spectrograms[row, :, length:] = MARK
+            masks[row, :, length:] = 1
+    return arguments
+
+
+@pytest.mark.unit
+@SAME
+@NON_MASKED
+def test_no_negative_is_padding_in_1000_draws(same_utterance, non_masked):
+    # As many masked frames in each row as stock asks for, padding included: 4 + 8 and 10 + 2.
+    batch = make_batch([range(4), range(10)], lengths=[12, 18])
+    loss = make_loss(same_utterance=same_utterance, non_masked=non_masked)
+    for _ in range(1000):
+        loss(**batch)
+    assert not any((negatives == MARK).any() for negatives in loss.drawn)
+    assert len(loss.drawn) == 1000 and loss.drawn[0].shape == (5, 14, CHANNELS)
+
+    stock = make_loss(StockLoss, same_utterance=same_utterance, non_masked=non_masked)
+    for _ in range(20):
+        stock(**batch)
+    assert any((negatives == MARK).any() for negatives in stock.drawn)
+
+
+@pytest.mark.unit
+@NON_MASKED
+def test_utterances_with_different_numbers_of_masked_frames(non_masked):
+    batch = make_batch([[2, 3], range(5, 14), []])
+    loss = make_loss(non_masked=non_masked, num_negatives=2)
+    value = loss(**batch)
+    value.backward()
+    assert value > 0 and torch.isfinite(batch['decoder_outputs'].grad).all()
+    negatives, features = loss.drawn[0], batch['spectrograms'].transpose(1, 2)
+    assert negatives.shape == (2, 11, CHANNELS)
+    for column, row in enumerate([0] * 2 + [1] * 9):  # each from its own utterance
+        candidates = features[row] if non_masked else features[row][[[2, 3], range(5, 14)][row]]
+        assert all(any(torch.equal(drawn, frame) for frame in candidates) for drawn in negatives[:, column])
+
+    with pytest.raises(RuntimeError):  # where the sum happens to divide, it mixes the utterances
+        make_loss(StockLoss, non_masked=non_masked, num_negatives=2)(**batch)
+
+
+@pytest.mark.unit
+@SAME
+def test_fewer_candidates_than_negatives_are_drawn_with_replacement(same_utterance):
+    batch = make_batch([[1, 2], [4, 5, 6]])
+    loss = make_loss(same_utterance=same_utterance, num_negatives=12)
+    value = loss(**batch)
+    value.backward()
+    assert torch.isfinite(value) and loss.drawn[0].shape == (12, 5, CHANNELS)
+
+    def stock():
+        make_loss(StockLoss, same_utterance=same_utterance, num_negatives=12)(**batch)
+
+    if same_utterance or _stock_never_replaces():
+        with pytest.raises(RuntimeError):
+            stock()
+    else:
+        stock()
+
+
+def _stock_never_replaces():
+    try:
+        make_loss(StockLoss, num_negatives=3).sample_negatives(torch.zeros(2, CHANNELS), 1)
+    except RuntimeError:
+        return True
+    return False
+
+
+@pytest.mark.unit
+def test_a_frame_that_is_its_utterances_only_candidate_costs_nothing():
+    batch = make_batch([[7]])
+    value = make_loss()(**batch)
+    value.backward()
+    assert value == 0 and torch.isfinite(batch['decoder_outputs'].grad).all()
+
+
+@pytest.mark.unit
+@SAME
+@NON_MASKED
+@pytest.mark.parametrize('reduce', ['sum', 'mean'])
+@pytest.mark.parametrize('quantized', [False, True])
+def test_nothing_masked_gives_a_zero_loss_that_back_propagates(same_utterance, non_masked, quantized, reduce):
+    options = dict(same_utterance=same_utterance, non_masked=non_masked, project=True, quantized_targets=quantized)
+    options.update(codebook_size=8, reduce=reduce)
+    loss = make_loss(**options)
+    batch = make_batch([[], []])
+    value = loss(**batch)
+    value.backward()
+    assert value == 0 and value.shape == ()
+    assert not batch['decoder_outputs'].grad.any()
+    assert all(weight.grad is not None and not weight.grad.any() for weight in loss.parameters())
+
+    if reduce == 'mean':  # the sum of nothing is no trouble to NeMo 3.0
+        try:
+            assert torch.isnan(make_loss(StockLoss, **options)(**batch))
+        except RuntimeError as error:
+            assert 'cannot sample' in str(error)
+
+
+@pytest.mark.unit
+def test_only_padding_masked_is_nothing_masked():
+    batch = make_batch([[], []], lengths=[12, 12])
+    loss, stock = make_loss(), make_loss(StockLoss)
+    assert loss(**batch) == 0 and not loss.drawn
+    stock(**batch)
+    assert (stock.drawn[0] == MARK).all()
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(),
+        dict(non_masked=True, num_negatives=20),
+        dict(same_utterance=False, num_negatives=16),
+        dict(same_utterance=False, non_masked=True, num_negatives=40),
+        dict(reduce='mean', logit_temp=0.3, multiplier=2.0),
+        dict(quantized_targets=True, reduce_ids=True),
+        dict(quantized_targets=True, store_ids=False, prob_ppl_weight=0.0),
+        dict(quantized_targets=True, same_utterance=False, group_loss=True, num_groups=1),  # stock's fails with more
+    ],
+)
+@pytest.mark.parametrize('feature_frames', [20, 38])  # 38: two for each output, and two are missing
+def test_where_all_candidates_are_drawn_the_loss_is_stocks(options, feature_frames):
+    options = {'num_negatives': 8, 'codebook_size': 16, 'project': True, **options}
+    batch = make_batch([range(8), range(6, 14)])
+    if feature_frames == 38:
+        batch['spectrograms'], batch['spec_masks'] = (
+            batch[name].repeat_interleave(2, dim=2)[..., :38] for name in ('spectrograms', 'spec_masks')
+        )
+        options['combine_time_steps'] = 2
+    losses = [make_loss(cls, **options).eval() for cls in (ContrastiveLoss, StockLoss)]
+    losses[0].load_state_dict(losses[1].state_dict())
+    ours, stocks = (loss(**batch) for loss in losses)
+    torch.testing.assert_close(ours, stocks)
+    with_lengths = losses[0](**batch, decoder_lengths=torch.tensor([20, 20]))
+    torch.testing.assert_close(with_lengths, stocks)
+    if options.get('quantized_targets') and options.get('store_ids', True):
+        assert torch.equal(losses[0].target_ids, losses[1].target_ids)
+        lengths = [loss.target_lengths for loss in losses]
+        assert lengths[0] is lengths[1] is None or torch.equal(*lengths)
+
+
+@pytest.mark.unit
+@SAME
+@NON_MASKED
+def test_without_padding_the_distribution_is_stocks(same_utterance, non_masked):
+    batch = make_batch([[1, 2, 3, 4], [5, 6, 7, 8]], frames=10)
+    batch['spectrograms'][:, 0] = torch.arange(20.0).view(2, 10)  # the first channel names the frame
+    shares, doubles = [], []
+    for cls in (ContrastiveLoss, StockLoss):
+        loss = make_loss(cls, same_utterance=same_utterance, non_masked=non_masked, num_negatives=3)
+        for _ in range(600):
+            loss(**batch)
+        names = torch.stack(loss.drawn)[..., 0]  # [draws, negatives, targets]
+        targets = [1, 2, 3, 4, 15, 16, 17, 18]
+        # Stock lists the targets of equal numbers time first, and so does its draw.
+        if cls is StockLoss and same_utterance:
+            targets = [1, 15, 2, 16, 3, 17, 4, 18]
+        columns = [targets.index(name) for name in (1, 16)]
+        shares.append([Counter(names[..., column].flatten().tolist()) for column in columns])
+        doubles.append(sum(len(set(draw)) < 3 for draw in names[..., columns[0]].tolist()))
+    assert doubles == [0, 0]
+    for ours, stocks in zip(*shares):
+        assert ours.keys() == stocks.keys()
+        assert all(abs(ours[name] - stocks[name]) < 5 * (2 * stocks[name]) ** 0.5 for name in stocks)
+
+
+def speech_model(cls=SpeechEncDecSelfSupervisedModel, **loss):
+    """A model of NeMo's contrastive pre-training, tiny."""
+    cfg = tiny_config().model
+    cfg.spec_augment = {
+        '_target_': 'nemo.collections.asr.modules.MaskedPatchAugmentation',
+        'freq_masks': 0,
+        'freq_width': 1,
+        'patch_size': 16,
+        'mask_patches': 0.5,
+    }
+    cfg.decoder = {
+        '_target_': 'nemo.collections.asr.modules.ConvASRDecoderReconstruction',
+        'feat_in': cfg.encoder.d_model,
+        'feat_hidden': 8,
+        'feat_out': 8,
+        'stride_layers': 0,
+        'non_stride_layers': 0,
+    }
+    cfg.loss = {
+        '_target_': 'nemo.collections.asr.losses.ContrastiveLoss',
+        'in_dim': 80,
+        'proj_dim': 8,
+        'combine_time_steps': 8,
+        'num_negatives': 4,
+        **loss,
+    }
+    torch.manual_seed(0)
+    return cls(cfg)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('in_list', [False, True], ids=['loss', 'loss_list'])
+def test_the_model_tells_the_loss_the_lengths(in_list):
+    model = speech_model()
+    given = []
+    loss, decoder = model.loss, model.decoder_ssl
+
+    class Spy(torch.nn.Module):
+        needs_labels, input_types = False, loss.input_types
+
+        def forward(self, **kwargs):
+            given.append(kwargs['decoder_lengths'])
+            return loss(**kwargs)
+
+    model.loss = Spy()
+    if in_list:
+        model.decoder_losses = torch.nn.ModuleDict(
+            {'contrastive': torch.nn.ModuleDict({'decoder': decoder, 'loss': model.loss})}
+        )
+        for name, value in dict(
+            loss_alphas=1.0, decoder_losses_active=True, output_from_layer=None, transpose_encoded=False
+        ).items():
+            setattr(model, name, {'contrastive': value})
+        model.targets_from_loss = {'contrastive': None}
+    batch = noise_batch((2.0, 1.2))
+    spectrograms, masks, encoded, lengths = model(input_signal=batch.audio, input_signal_length=batch.audio_len)
+    value, _ = model.decoder_loss_step(spectrograms, masks, encoded, lengths)
+    assert given == [lengths] and lengths[0] > lengths[1]
+    assert torch.isfinite(value)
+
+
+@pytest.mark.integration
+def test_a_contrastive_model_trains_on_utterances_of_any_length():
+    made = [noise_batch((2.0, 1.2, 0.5), seed) for seed in range(4)]
+    empty = torch.zeros(3, 0, dtype=torch.long)
+    batches = [(batch.audio, batch.audio_len, empty, torch.zeros(3, dtype=torch.long)) for batch in made]
+    logger = fit(speech_model(), DataLoader(batches, batch_size=None), max_steps=8, max_epochs=-1).logger
+    losses = [step[name] for step in logger.steps.values() for name in step if name.startswith('train_loss/ctx')]
+    assert len(logger.steps) == 8 and len(losses) >= 8 and all(torch.isfinite(torch.tensor(losses)))
+    assert issubclass(EncDecMaskedTokenPredModel, SpeechEncDecSelfSupervisedModel)

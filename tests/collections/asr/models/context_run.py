@@ -1,0 +1,82 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""A distributed training on two CPU processes; run by test_ssl_models_contexts.py.
+
+Usage: context_run.py FOLDER, with MASTER_ADDR and MASTER_PORT set. Each case trains 50 steps, then once more from the
+checkpoint of step 25. Leaves FOLDER/RANK.json: the context and the step of each batch, and what the weights add up to.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from tiny_nest import StepOfBatch, fit, noise_batch, recording_contexts, tiny_model
+from torch.utils.data import DataLoader
+
+from nemo.collections.asr.parts.att_context import create_synced_context_collate
+from nemo.utils import logging
+
+STEPS = 50
+SECONDS = [(0.4, 0.3), (0.6, 0.5, 0.3)]  # another batch size and length on each rank
+
+
+class Utterances(torch.utils.data.Dataset):
+    """Noise batches, as a dataset that lets workers make them."""
+
+    def __len__(self):
+        return 14
+
+    def __getitem__(self, index):
+        return noise_batch(SECONDS[int(os.environ['LOCAL_RANK'])], index)
+
+
+def only(samples):
+    """Collate the one ready batch."""
+    return samples[0]
+
+
+def native_loader():
+    return DataLoader(Utterances(), batch_size=1, collate_fn=only)
+
+
+def synced_loader():
+    collate = create_synced_context_collate(only, [[10, 0], [20, 0], 'unlimited'], [0.3, 0.3, 0.4], seed=3)
+    return DataLoader(Utterances(), batch_size=1, collate_fn=collate, num_workers=2, persistent_workers=True)
+
+
+def train(loader, accumulate, ckpt_path=None, callbacks=(), **kwargs):
+    """Train to step 50; returns what the ranks, and a resumed run, must agree in."""
+    model, batches = tiny_model(), StepOfBatch()
+    strategy = DDPStrategy(process_group_backend='gloo', cluster_environment=LightningEnvironment())
+    settings = dict(max_epochs=-1, devices=2, strategy=strategy, accumulate_grad_batches=accumulate)
+    with recording_contexts(model) as record:
+        fit(model, loader, STEPS, ckpt_path, callbacks=[batches, *callbacks], **settings, **kwargs)
+    weights = sum(weight.double().abs().sum() for weight in model.parameters())
+    contexts = {'attention': record.attention, 'masking': record.masking}
+    return {**contexts, 'steps': batches.steps, 'weights': weights.item()}
+
+
+def train_and_resume(name, folder, make_loader, accumulate):
+    at_half = ModelCheckpoint(folder / name, filename='{step}', every_n_train_steps=STEPS // 2, save_top_k=-1)
+    whole = train(make_loader(), accumulate, callbacks=[at_half], enable_checkpointing=True)
+    resumed = train(make_loader(), accumulate, ckpt_path=folder / name / f'step={STEPS // 2}.ckpt')
+    return {'whole': whole, 'resumed': resumed}
+
+
+def run_rank(rank, folder):
+    os.environ['LOCAL_RANK'] = str(rank)
+    results = {
+        'native': train_and_resume('native', folder, native_loader, accumulate=1),
+        'synced': train_and_resume('synced', folder, synced_loader, accumulate=2),
+    }
+    (folder / f'{rank}.json').write_text(json.dumps(results))
+
+
+if __name__ == '__main__':
+    logging.setLevel(logging.WARNING)
+    # Forked, for one import of NeMo instead of two.
+    torch.multiprocessing.start_processes(run_rank, (Path(sys.argv[1]),), nprocs=2, start_method='fork')

@@ -1,0 +1,358 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Contexts that are set by hand, come with the batches, or are to be the same on several processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import ListConfig, OmegaConf
+from tiny_nest import StepOfBatch, batches, fit, noise_batch, recording_contexts, tiny_model
+from torch.utils.data import DataLoader
+
+from nemo.collections.asr.models import ssl_models
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
+from nemo.collections.asr.parts.att_context import AttContext, create_synced_context_collate
+from nemo.collections.asr.parts.att_context.synced_collate import ContextDraw
+
+POST_CONV = ('model.mask_position=post_conv', 'model.quantizer.combine_time_steps=1')
+POSITIONS = pytest.mark.parametrize('position', [(), POST_CONV], ids=['pre_conv', 'post_conv'])
+PRESETS = 'model.encoder.att_context_size=[[80,0],[160,0],[240,0],[320,0],[-1,0]]'
+INPUTS = [[160, 0], (160, 0), ListConfig([160, 0]), 160, 'low', AttContext(160, 0)]
+OPTIONS, PROBABILITIES = [[10, 0], [20, 0], [-1, 0]], [0.3, 0.3, 0.4]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    messages = []
+    monkeypatch.setattr(ssl_models.logging, 'warning', lambda message, *_, **__: messages.append(message))
+    return messages
+
+
+def step(model, batch=None):
+    """Run a forward pass as a denoising training step does."""
+    batch = batch or noise_batch()
+    audio, noisy = (batch.audio, batch.audio_len), (batch.noisy_audio, batch.noisy_audio_len)
+    return model(
+        input_signal=audio[0],
+        input_signal_length=audio[1],
+        noisy_input_signal=noisy[0],
+        noisy_input_signal_length=noisy[1],
+        apply_mask=True,
+    )
+
+
+class TestSetByHand:
+    @pytest.mark.unit
+    @POSITIONS
+    def test_attention_and_masking_follow_every_form_of_input(self, position, warnings):
+        model = tiny_model(PRESETS, *position).train()
+        for context in INPUTS:
+            model.set_att_context_size(context)
+            with recording_contexts(model) as record:
+                step(model)
+            assert record.attention == [[160, 0]] and record.masking == [160]
+            assert model.encoder.att_context_size == [160, 0] and model.mask_processor.left_context_size == 160
+            assert model.encoder.streaming_cfg.last_channel_cache_size == 160
+            model.set_att_context_size('unlimited')
+            with recording_contexts(model) as record:
+                step(model)
+            assert record.attention == [[-1, 0]] and record.masking == [-1]
+            assert model.mask_processor.left_context_size == -1
+        assert not warnings
+
+    @pytest.mark.unit
+    @POSITIONS
+    def test_a_hierarchical_encoder_masks_for_its_tightest_layer(self, position):
+        model = tiny_model(
+            PRESETS, '+model.encoder.layer_att_context_size=[[40,0],[-1,0]]', 'model.encoder.n_layers=2', *position
+        )
+        for context, attention, masking in (
+            ([160, 0], [[40, 0], [160, 0]], 40),
+            ([80, 0], [[40, 0], [80, 0]], 40),
+            ([-1, 0], [[40, 0], [-1, 0]], 40),
+        ):
+            model.set_att_context_size(context)
+            with recording_contexts(model) as record:
+                step(model)
+            assert sorted(record.attention) == sorted(attention) and record.masking == [masking]
+            assert model.mask_processor.left_context_size == masking
+
+    @pytest.mark.integration
+    def test_it_holds_in_training_until_it_is_taken_back(self):
+        model = tiny_model()
+        model.set_att_context_size([20, 0])
+        with recording_contexts(model) as record:
+            fit(model, batches(3), max_steps=6, max_epochs=-1)
+        assert record.masking == [20] * 6 and record.attention == [[20, 0]] * 6
+
+        model.set_att_context_size(None)
+        assert model.encoder.att_context_size == [10, 0] and model.mask_processor.left_context_size == -1
+        with recording_contexts(model) as record:
+            logged = fit(model, batches(3), max_steps=12, max_epochs=-1).logger.column('att_context_left')
+        assert record.masking == logged and len(set(logged)) > 1
+        model.set_att_context_size(None)  # nothing to take back, nothing done
+        assert model.encoder.att_context_size == [10, 0]
+
+    @pytest.mark.unit
+    def test_a_ceiling_narrows_it(self):
+        model = tiny_model(PRESETS)
+        model.set_att_context_size('low')
+        model.encoder.att_context_ceiling = [30, 0]
+        with recording_contexts(model) as record:
+            fit(model, batches(1), max_steps=1)
+        assert record.attention == [[30, 0]] and record.masking == [30]
+
+    @pytest.mark.unit
+    def test_an_untrained_context_warns_once_and_names_the_trained(self, warnings):
+        model = tiny_model()
+        model.set_att_context_size([33, 0])
+        assert [message for message in warnings if '[33, 0]' in message] == warnings and len(warnings) == 1
+        assert 'not trained on; it was on [10, 0], [20, 0], [40, 0], [-1, 0]' in warnings[0]
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'bad, message',
+        [
+            ('lowest', "no preset is called 'lowest'; known are very_low, low, medium, high, unlimited"),
+            ([80], r'\[80\] is no context'),
+            ([-2, 0], 'left context is -2'),
+            (3.5, '3.5 is no context'),
+            (True, 'True is no context'),
+        ],
+    )
+    def test_what_is_no_context_is_refused_and_changes_nothing(self, bad, message):
+        model = tiny_model()
+        with pytest.raises(ValueError, match=message):
+            model.set_att_context_size(bad)
+        assert model.encoder.att_context_size == [10, 0] and model._configured_contexts is None
+
+    @pytest.mark.unit
+    def test_a_context_that_the_attention_cannot_follow_is_refused(self):
+        model = tiny_model('model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[[8,3]]')
+        with pytest.raises(ValueError, match='multiple of the chunk, 4'):
+            model.set_att_context_size([10, 3])
+        assert model.encoder.att_context_size == [8, 3]
+
+    @pytest.mark.unit
+    def test_a_block_of_code_leaves_everything_as_it_was(self):
+        model = tiny_model(PRESETS, '+model.masking.left_context_size=7')
+        with pytest.raises(KeyError):
+            with model.using_att_context_size('medium'):
+                assert model.mask_processor.left_context_size == 240
+                raise KeyError
+        assert model.encoder.att_context_size == [80, 0] and model.mask_processor.left_context_size == 7
+        assert model.encoder.streaming_cfg.last_channel_cache_size == 80
+        model.set_att_context_size('high')
+        with model.using_att_context_size('medium'):
+            model.set_att_context_size(None)
+            assert model.encoder.att_context_size == [80, 0] and model.mask_processor.left_context_size == 7
+        assert model.encoder.att_context_size == [320, 0] and model.mask_processor.left_context_size == 320
+        model.set_att_context_size(None)
+        assert model.mask_processor.left_context_size == 7
+
+    @pytest.mark.unit
+    def test_configs_and_checkpoints_know_nothing_of_it(self, tmp_path):
+        model = tiny_model(PRESETS)
+        config, weights = OmegaConf.to_yaml(model.cfg), list(model.state_dict())
+        model.set_att_context_size('high')
+        assert OmegaConf.to_yaml(model.cfg) == config and list(model.state_dict()) == weights
+        model.save_to(str(tmp_path / 'model.nemo'))
+        restored = EncDecDenoiseMaskedTokenPredModel.restore_from(str(tmp_path / 'model.nemo'))
+        assert restored.encoder.att_context_size == [80, 0] and restored.mask_processor.left_context_size == -1
+
+
+class Noise(torch.utils.data.Dataset):
+    """Noise that workers make."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        return noise_batch((0.5, 0.3), index)
+
+
+def as_it_is(samples):
+    return samples[0]
+
+
+def as_tuple(samples):
+    return samples[0].audio, samples[0].audio_len
+
+
+def synced_loader(base=as_it_is, **kwargs):
+    collate = create_synced_context_collate(base, OPTIONS, PROBABILITIES, seed=5)
+    return DataLoader(Noise(), batch_size=1, collate_fn=collate, **kwargs)
+
+
+def expected_contexts(steps):
+    draw = ContextDraw.parse(OPTIONS, PROBABILITIES, 5)
+    return [draw.at(number).as_list() for number in range(steps)]
+
+
+class TestSyncedBatches:
+    @pytest.mark.integration
+    @pytest.mark.parametrize(
+        'cls, base', [(EncDecDenoiseMaskedTokenPredModel, as_it_is), (EncDecMaskedTokenPredModel, as_tuple)]
+    )
+    @pytest.mark.parametrize(
+        'position, loading',
+        [
+            ((), dict()),
+            (POST_CONV, dict()),
+            ((), dict(num_workers=2, persistent_workers=True)),
+            (POST_CONV, dict(num_workers=2)),
+        ],
+        ids=['pre_conv', 'post_conv', 'persistent_workers', 'workers'],
+    )
+    def test_a_step_attends_and_masks_within_its_batchs_context(self, cls, base, position, loading):
+        model = tiny_model(*position, cls=cls)
+        with recording_contexts(model) as record:
+            run = fit(model, synced_loader(base, **loading), max_steps=8, max_epochs=-1)
+        assert record.attention == expected_contexts(8)  # across epochs of 5
+        assert record.masking == [context[0] for context in record.attention] == run.logger.column('att_context_left')
+
+    @pytest.mark.unit
+    @POSITIONS
+    def test_a_hierarchical_encoder_follows_its_batches(self, position):
+        model = tiny_model(
+            '+model.encoder.layer_att_context_size=[[15,0],null]', 'model.encoder.n_layers=2', *position
+        )
+        with recording_contexts(model) as record:
+            fit(model, synced_loader(), max_steps=5, max_epochs=-1)
+        lefts = [left for left, _ in expected_contexts(5)]
+        assert record.masking == [15 if left < 0 else min(left, 15) for left in lefts]
+        assert {15, 10} <= {left for left, _ in record.attention} and len(set(lefts)) > 1
+
+    @pytest.mark.integration
+    def test_a_gradient_accumulation_has_one_context_and_a_resume_goes_on(self, tmp_path):
+        model, batches_of = tiny_model(), StepOfBatch()
+        settings = dict(max_epochs=-1, accumulate_grad_batches=2, callbacks=[batches_of])
+        with recording_contexts(model) as record:
+            fit(model, synced_loader(), max_steps=4, **settings).save_checkpoint(tmp_path / 'four.ckpt')
+            fit(model, synced_loader(), max_steps=8, ckpt_path=tmp_path / 'four.ckpt', **settings)
+        contexts = context_of_each_step(batches_of.steps, record.attention)
+        assert len(record.attention) > 8 and contexts == dict(enumerate(expected_contexts(8)))
+
+    @pytest.mark.unit
+    def test_a_context_set_by_hand_comes_first_and_a_ceiling_narrows(self):
+        model = tiny_model()
+        model.set_att_context_size([40, 0])
+        with recording_contexts(model) as record:
+            fit(model, synced_loader(), max_steps=2)
+        assert record.masking == [40, 40]
+        model.set_att_context_size(None)
+        model.encoder.att_context_ceiling = [5, 0]
+        with recording_contexts(model) as record:
+            fit(model, synced_loader(), max_steps=2)
+        assert record.masking == [5, 5]
+
+    @pytest.mark.unit
+    def test_a_batch_without_a_trainer_keeps_its_context(self):
+        model = tiny_model(cls=EncDecMaskedTokenPredModel)
+        for batch in synced_loader(as_tuple):
+            moved = model.transfer_batch_to_device(batch, torch.device('cpu'), 0)
+            assert moved.att_context == batch.att_context and moved.context_draw == batch.context_draw
+
+
+def data_config(corpus, **kwargs):
+    synced = {'context_options': OPTIONS, 'context_probs': PROBABILITIES, 'seed': 5}
+    return OmegaConf.create(
+        {
+            'manifest_filepath': str(corpus / 'train_manifest.json'),
+            'noise_manifest': str(corpus / 'noise_manifest.json'),
+            'sample_rate': 16000,
+            'batch_size': 2,
+            'shuffle': True,
+            'num_workers': 1,
+            'synced_contexts': synced,
+            **kwargs,
+        }
+    )
+
+
+class TestSyncedContextsInTheConfig:
+    @pytest.mark.integration
+    @pytest.mark.parametrize('lhotse', [True, False])
+    def test_training_on_speech_files(self, lhotse, speech_corpus, warnings):
+        model = tiny_model()
+        extra = dict(use_lhotse=True, num_workers=2, use_bucketing=False, seed=0) if lhotse else {}
+        model.setup_training_data(data_config(speech_corpus, **extra))
+        assert isinstance(model._train_dl, DataLoader)
+        with recording_contexts(model) as record:
+            run = fit(model, model._train_dl, max_steps=6, max_epochs=-1)
+        assert record.attention == expected_contexts(6) and run.global_step == 6
+        assert all(torch.isfinite(torch.tensor(run.logger.column('train_loss'))))
+        assert not any('ignored' in message and 'synced_contexts' in message for message in warnings)
+        assert model.cfg.train_ds.synced_contexts.seed == 5
+
+    @pytest.mark.integration
+    def test_lhotse_shards(self, speech_corpus, tmp_path):
+        from lhotse import CutSet, Recording
+
+        lines = [json.loads(line) for line in (speech_corpus / 'train_manifest.json').read_text().splitlines()]
+        files = [str(speech_corpus / line['audio_filepath']) for line in lines[:6]]
+        cuts = CutSet.from_cuts(Recording.from_file(file).to_cut() for file in files)
+        cuts.to_shar(tmp_path, fields={'recording': 'wav'}, shard_size=3)
+        model = tiny_model(cls=EncDecDenoiseMaskedTokenPredModel)
+        config = data_config(speech_corpus, use_lhotse=True, shar_path=str(tmp_path), seed=0, shuffle_buffer_size=6)
+        config.pop('manifest_filepath')
+        model.setup_training_data(config)
+        with recording_contexts(model) as record:
+            fit(model, model._train_dl, max_steps=4, max_epochs=-1)
+        assert record.attention == expected_contexts(4)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'synced, message',
+        [
+            ({'context_probs': [1.0]}, 'it takes context_options'),
+            ({'context_options': OPTIONS, 'probs': [1.0]}, 'it takes context_options'),
+            ({'context_options': OPTIONS, 'context_probs': [1.0]}, 'one number for each of 3 options'),
+        ],
+    )
+    def test_errors(self, synced, message, speech_corpus):
+        with pytest.raises(ValueError, match=message):
+            tiny_model().setup_training_data(data_config(speech_corpus, synced_contexts=synced))
+
+
+def context_of_each_step(steps, contexts):
+    """Return the one context of each global step."""
+    found = {}
+    for step, context in zip(steps, contexts, strict=True):
+        assert found.setdefault(step, context) == context
+    return found
+
+
+@pytest.mark.integration
+def test_two_processes_train_in_the_same_contexts_before_and_after_a_resume(tmp_path):
+    """Batches of other sizes and lengths on each; without and with synced batches from two workers per process."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    tests = os.path.dirname(os.path.abspath(sys.modules['tiny_nest'].__file__))
+    environment = {**os.environ, 'PYTHONPATH': tests, 'OMP_NUM_THREADS': '1'}
+    environment.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    command = [sys.executable, str(Path(__file__).with_name('context_run.py')), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    first, second = (json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2))
+    assert first == second  # contexts of each batch, and the weights afterwards
+    for name, accumulate in (('native', 1), ('synced', 2)):
+        whole, resumed = first[name]['whole'], first[name]['resumed']
+        assert len(whole['steps']) == 50 * accumulate and len(set(whole['masking'])) >= 3
+        assert [context[0] for context in whole['attention']] == whole['masking']
+        contexts = context_of_each_step(whole['steps'], whole['attention'])
+        assert list(contexts) == list(range(50))
+        again = context_of_each_step(resumed['steps'], resumed['attention'])
+        assert again == {step: contexts[step] for step in range(25, 50)}

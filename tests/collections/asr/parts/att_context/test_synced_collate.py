@@ -1,0 +1,135 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+import pickle
+from collections import Counter, namedtuple
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tiny_nest import noise_batch
+from torch.utils.data import DataLoader
+
+from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch
+from nemo.collections.asr.parts.att_context import AttContext, create_synced_context_collate
+from nemo.collections.asr.parts.att_context.synced_collate import ContextDraw, SyncedBatch
+
+OPTIONS, PROBABILITIES = [[10, 0], [20, 0], 'unlimited'], [0.2, 0.3, 0.5]
+
+
+def one_noise_batch(samples):
+    return noise_batch((0.1,), int(samples[0]))
+
+
+def as_tuple(samples):
+    return torch.tensor(samples), torch.tensor([1])
+
+
+def loader(base, length=7, **kwargs):
+    collate = create_synced_context_collate(base, OPTIONS, PROBABILITIES, seed=2)
+    return DataLoader(range(length), batch_size=1, collate_fn=collate, **kwargs)
+
+
+def expected(numbers):
+    draw = ContextDraw.parse(OPTIONS, PROBABILITIES, 2)
+    return [draw.at(number) for number in numbers]
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('base', [one_noise_batch, as_tuple])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_each_batch_carries_its_context(base, workers):
+    made = list(loader(base, num_workers=workers))
+    assert [batch.att_context for batch in made] == expected(range(7))
+    assert len({batch.att_context for batch in made}) > 1
+    for batch in made:
+        assert isinstance(batch, AudioNoiseBatch if base is one_noise_batch else SyncedBatch)
+        assert batch.context_draw == ContextDraw.parse(OPTIONS, PROBABILITIES, 2)
+
+
+@pytest.mark.unit
+def test_persistent_workers_count_on():
+    data = loader(as_tuple, length=4, num_workers=2, persistent_workers=True)
+    contexts = [batch.att_context for _ in range(3) for batch in data]
+    assert contexts == expected(range(12))
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_loop_of_ones_own_says_where_an_epoch_starts(workers):
+    data = loader(as_tuple, length=4, num_workers=workers)
+    contexts = []
+    for epoch in range(3):
+        data.collate_fn.start_at(4 * epoch)
+        contexts += [batch.att_context for batch in data]
+    assert contexts == expected(range(12))
+
+
+@pytest.mark.unit
+def test_the_share_of_each_option():
+    draw = ContextDraw.parse(OPTIONS, PROBABILITIES, 0)
+    counts = Counter(draw.at(number).left for number in range(4000))
+    assert all(abs(counts[left] - 4000 * share) < 150 for left, share in zip((10, 20, -1), PROBABILITIES))
+    assert ContextDraw.parse(OPTIONS).probabilities == pytest.approx((1 / 3,) * 3)
+
+
+@pytest.mark.unit
+def test_configs_are_read_as_lists():
+    config = OmegaConf.create({'options': OPTIONS, 'probabilities': PROBABILITIES})
+    assert ContextDraw.parse(config.options, config.probabilities) == ContextDraw.parse(OPTIONS, PROBABILITIES)
+    assert ContextDraw.parse(['low']).options == (AttContext(160, 0),)
+
+
+@pytest.mark.unit
+def test_a_list_becomes_a_batch_that_pickles_and_pins_with_its_context(monkeypatch):
+    collate = create_synced_context_collate(list, OPTIONS)
+    batch = collate([torch.zeros(2), 5])
+    assert batch[1] == 5 and len(batch) == 2
+    again = pickle.loads(pickle.dumps(batch))
+    assert isinstance(again, SyncedBatch) and again.att_context == batch.att_context
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor + 1)  # needs a GPU
+    pinned = batch.pin_memory()
+    assert pinned[0].tolist() == [1, 1] and pinned.att_context == batch.att_context
+    assert pinned.context_draw == batch.context_draw
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('batch', [{'audio': 1}, torch.zeros(2), namedtuple('Named', 'audio')(1), 'text'])
+def test_a_batch_that_cannot_carry_a_context_is_refused(batch):
+    with pytest.raises(ValueError, match=f'type {type(batch).__name__} cannot carry'):
+        create_synced_context_collate(lambda samples: batch, OPTIONS)([])
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'options, probabilities, seed, message',
+    [
+        ([], None, 0, r'context_options is \[\]; it must be a list of contexts, and not empty'),
+        ('low', None, 0, "context_options is 'low'; it must be a list"),
+        ([80, 0], None, 0, 'context_options: item 0 is 80; it must be a pair'),
+        ([[80, 0], [-5, 0]], None, 0, 'context_options: item 1: the left context is -5'),
+        ([[80, 0], 'lowest'], None, 0, "context_options: item 1: no preset is called 'lowest'"),
+        ([[80, 0]], [0.5, 0.5], 0, 'must have one number for each of 1 options'),
+        ([[80, 0]], 1.0, 0, 'context_probs is 1.0; it must have'),
+        ([[80, 0], [40, 0]], [1.5, -0.5], 0, 'context_probs: item 0 is 1.5'),
+        ([[80, 0], [40, 0]], [0.5, -0.5], 0, 'context_probs: item 1 is -0.5'),
+        ([[80, 0], [40, 0]], [0.5, float('nan')], 0, 'context_probs: item 1 is nan'),
+        ([[80, 0], [40, 0]], [0.5, '0.5'], 0, "context_probs: item 1 is '0.5'"),
+        ([[80, 0], [40, 0]], [0.5, 0.49], 0, 'it must sum to 1, not 0.99'),
+        ([[80, 0], [40, 0]], [0.5, 0.500002], 0, 'it must sum to 1'),
+        ([[80, 0]], None, 'seven', "seed is 'seven'"),
+    ],
+)
+def test_options_and_probabilities_are_checked(options, probabilities, seed, message):
+    with pytest.raises(ValueError, match=message):
+        create_synced_context_collate(list, options, probabilities, seed)
+
+
+@pytest.mark.unit
+def test_sums_within_a_millionth_are_one():
+    create_synced_context_collate(list, [[80, 0], [40, 0]], [0.5, 0.5000005])
+    create_synced_context_collate(list, [[left, 0] for left in range(10)], [0.1] * 10)
+
+
+@pytest.mark.unit
+def test_the_base_must_be_callable():
+    with pytest.raises(ValueError, match='base_collate_fn is None'):
+        create_synced_context_collate(None, OPTIONS)
