@@ -118,6 +118,7 @@ def report(options: argparse.Namespace, data: dict, folder: Path, model_file: Pa
     import lightning.pytorch as pl
     from learning_report import evaluate, learning_table
     from rich.console import Console
+    from streaming_inference_example import parity_line, stream_one
 
     from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 
@@ -129,7 +130,16 @@ def report(options: argparse.Namespace, data: dict, folder: Path, model_file: Pa
     (folder / 'learned.json').write_text(json.dumps(results, indent=2))
     console = Console(width=100 if not sys.stdout.isatty() else None)
     console.print(learning_table(results))
+    say(parity_line(stream_one(trained.eval(), first_audio(data['validation']))))
     say(f"Model: {model_file}; figures: {folder / 'learned.json'}; tensorboard --logdir {folder / 'run'}")
+
+
+def first_audio(manifest: str) -> str:
+    """Return the audio file of a manifest's first entry."""
+    from nemo.collections.common.parts.preprocessing.manifest import get_full_path
+
+    with open(manifest, encoding='utf-8') as lines:
+        return get_full_path(json.loads(lines.readline())['audio_filepath'], manifest_file=manifest)
 
 
 def main(argv=None) -> None:

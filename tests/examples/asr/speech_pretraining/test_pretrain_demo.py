@@ -21,6 +21,7 @@ def test_trains_restores_and_reports_and_does_not_train_twice(tmp_path, speech_c
         done = subprocess.run([*command, *small], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         assert said in done.stdout and 'What was learned' in done.stdout
+        assert 'largest difference to offline' in done.stdout
         (folder,) = tmp_path.glob('pretrain-*')
         assert (folder / 'model.nemo').exists() and list(folder.glob('run/**/events.out.tfevents.*'))
     learned = json.loads((folder / 'learned.json').read_text())

@@ -298,6 +298,16 @@ class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
         given = {'current_frame': current_frame, 'effective_left_context': effective_left_context}
         self.masking_arguments = {name: value for name, value in given.items() if value is not None}
 
+    def get_sampling_frames(self):
+        """What the encoder's subsampling says; without it NeMo would set streaming up for chunks of 0 frames."""
+        get = getattr(self.pre_encode, 'get_sampling_frames', None)
+        return 0 if get is None else get()
+
+    def get_streaming_cache_size(self):
+        """What the encoder's subsampling says."""
+        get = getattr(self.pre_encode, 'get_streaming_cache_size', None)
+        return 0 if get is None else get()
+
     def forward(self, x: torch.Tensor, lengths: torch.Tensor):
         """Subsample x [B, T, D], then mask as told; returns [B, A, d_model] and the lengths [B]."""
         feats, lengths = self.pre_encode(x=x, lengths=lengths)

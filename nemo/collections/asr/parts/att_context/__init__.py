@@ -22,6 +22,8 @@ __all__ = [
     'LayerAttentionMasks',
     'PRESETS',
     'ReceptiveField',
+    'StreamingOutput',
+    'StreamingSession',
     'UNLIMITED',
     'context_table',
     'create_synced_context_collate',
@@ -40,4 +42,8 @@ def __getattr__(name):
         from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
 
         return AttContextCurriculum
+    if name in ('StreamingSession', 'StreamingOutput'):  # need the encoder, which needs this package
+        from nemo.collections.asr.parts.att_context import streaming
+
+        return getattr(streaming, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,192 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from tiny_nest import tiny_model
+
+SCRIPT = Path(__file__).resolve().parents[4] / 'examples/asr/speech_pretraining/streaming_inference_example.py'
+RATE = 16000
+
+
+@pytest.fixture(scope='module')
+def script(load_example):
+    return load_example('streaming_inference_example')
+
+
+@pytest.fixture(scope='module')
+def model_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp('model') / 'model.nemo'
+    tiny_model('model.encoder.att_context_size=[[4,0],[8,0]]').save_to(str(path))
+    return path
+
+
+def noise(seconds, channels=1, rate=RATE):
+    samples = np.random.default_rng(0).standard_normal((int(seconds * rate), channels)) * 0.1
+    return samples.astype(np.float32)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """Good files of several rates and channels, and bad ones."""
+    folder = tmp_path_factory.mktemp('audio')
+    soundfile.write(folder / 'mono.wav', noise(1.0), RATE)
+    soundfile.write(folder / 'stereo.flac', noise(0.7, channels=2, rate=22050), 22050)
+    (folder / 'empty.wav').write_bytes(b'')
+    soundfile.write(folder / 'silent.wav', noise(0), RATE)
+    (folder / 'text.wav').write_text('this is no audio')
+    (folder / 'cut.wav').write_bytes((folder / 'mono.wav').read_bytes()[:9000])
+    (folder / 'cut.flac').write_bytes((folder / 'stereo.flac').read_bytes()[:9000])
+    broken = noise(0.1)
+    broken[5] = np.nan
+    soundfile.write(folder / 'broken.wav', broken, RATE, subtype='FLOAT')
+    return folder
+
+
+@pytest.mark.unit
+def test_reading_mixes_down_and_resamples(script, folder):
+    assert script.read_audio(folder / 'mono.wav', RATE).shape == (RATE,)
+    stereo = script.read_audio(folder / 'stereo.flac', RATE)
+    assert stereo.dtype == np.float32 and abs(len(stereo) - 0.7 * RATE) <= 1
+    part = script.read_audio(folder / 'mono.wav', RATE, offset=0.5, duration=0.25)
+    np.testing.assert_array_equal(part, script.read_audio(folder / 'mono.wav', RATE)[8000:12000])
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'name, reason',
+    [
+        ('missing.wav', 'there is no such file'),
+        ('empty.wav', 'the file is empty'),
+        ('silent.wav', 'there are no samples in it'),
+        ('text.wav', 'cannot be read as audio'),
+        ('cut.wav', 'truncated'),
+        ('cut.flac', ''),  # the decoder's own words
+        ('broken.wav', 'samples that are not finite'),
+        ('', 'there is no such file'),  # a folder
+    ],
+)
+def test_bad_files_are_named(script, folder, name, reason):
+    with pytest.raises(ValueError, match=f'{folder / name}.*{reason}'):
+        script.read_audio(folder / name, RATE)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('size', [1, 333, 2560])
+def test_pcm_is_read_to_its_end(script, size):
+    samples = (np.arange(1000, dtype='<i2') - 500) * 60
+    heard = []
+    pipe = io.BytesIO(samples.tobytes() + b'\x01')  # half a sample at the end counts for nothing
+    pieces = list(script.stdin_chunks(pipe, RATE, RATE, size / RATE, heard))
+    joined = np.concatenate([piece[0].numpy() for piece in pieces])
+    np.testing.assert_array_equal(joined, samples.astype(np.float32) / 32768)
+    np.testing.assert_array_equal(joined, np.concatenate(heard))
+    assert {piece.shape[1] for piece in pieces[:-1]} <= {size}
+
+
+@pytest.mark.unit
+def test_pcm_of_another_rate_is_resampled_as_it_comes(script):
+    tone = np.sin(np.arange(8000) * 0.3) * 20000
+    pipe = io.BytesIO(tone.astype('<i2').tobytes())
+    joined = np.concatenate([piece[0].numpy() for piece in script.stdin_chunks(pipe, 8000, RATE, 0.05, [])])
+    assert abs(len(joined) - RATE) <= 16
+    expected = np.sin(np.arange(len(joined)) * 0.15) * 20000 / 32768
+    np.testing.assert_allclose(joined[500:-500], expected[500:-500], atol=0.01)
+
+
+def lines(*entries):
+    return ''.join((entry if isinstance(entry, str) else json.dumps(entry)) + '\n' for entry in entries)
+
+
+@pytest.mark.unit
+def test_a_manifest_goes_on_after_bad_files_and_the_status_says_so(script, model_path, folder, tmp_path, capsys):
+    manifest, report, plot = folder / 'manifest.json', tmp_path / 'report.json', tmp_path / 'plot.png'
+    manifest.write_text(
+        lines({'audio_filepath': 'cut.wav'}, 'no json', {'audio_filepath': 'mono.wav'}, {'audio_filepath': 'gone.wav'})
+    )
+    arguments = ['--model_path', str(model_path), '--manifest', str(manifest), '--compare_modes']
+    status = script.main([*arguments, '--report', str(report), '--plot', str(plot)])
+    printed = capsys.readouterr()
+    assert status == 1
+    assert all(name in printed.err for name in ('cut.wav', 'gone.wav', 'manifest.json, line 2', '3 of 4'))
+    assert printed.out.count('largest difference to offline') == 2
+    content = json.loads(report.read_text())
+    assert [entry['audio'] for entry in content['audio']] == ['mono.wav'] and len(content['failed']) == 3
+    contexts = content['audio'][0]['contexts']
+    assert [entry['att_context_size'] for entry in contexts] == [[4, 0], [8, 0]]
+    for entry in contexts:
+        assert entry['largest_difference'] <= 1e-4 and entry['token_agreement'] == 1.0
+        assert entry['look_ahead_ms'] == 12.5 and entry['cache_bytes_per_stream'] > 0
+        assert entry['chunk_ms_p50'] <= entry['chunk_ms_p95'] <= entry['chunk_ms_max']
+    assert plot.read_bytes().startswith(b'\x89PNG') and plot.stat().st_size > 20000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['plot.png', 'report.json']
+
+
+@pytest.mark.unit
+def test_one_context_is_streamed_without_offline(script, model_path, folder, capsys):
+    arguments = ['--model_path', str(model_path), '--audio_path', str(folder / 'mono.wav')]
+    assert script.main([*arguments, '--att_context_size', '[6,0]', '--chunk_size', '0.037']) == 0
+    printed = capsys.readouterr().out
+    assert '[6,0]' in printed and 'offline' not in printed
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'changed, reason',
+    [
+        ({'--audio_path': 'gone.wav'}, 'gone.wav: there is no such file'),
+        ({'--model_path': 'gone.nemo'}, 'gone.nemo: there is no such file'),
+        ({'--model_path': 'text.wav'}, 'NeMo cannot restore it'),
+        ({'--att_context_size': '[4]'}, '--att_context_size'),
+        ({'--att_context_size': 'lowest'}, 'no preset is called'),
+        ({'--att_context_size': '[4,-1]'}, 'cannot be streamed'),
+    ],
+)
+def test_what_cannot_run_is_said(script, model_path, folder, capsys, monkeypatch, changed, reason):
+    monkeypatch.chdir(folder)
+    options = {'--model_path': str(model_path), '--audio_path': 'mono.wav', **changed}
+    assert script.main([word for option in options.items() for word in option]) == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'words', [['--chunk_size', '0'], ['--stdin_rate', '8000'], ['--plot', 'no/folder/x.png'], ['--stdin_pcm']]
+)
+def test_wrong_options_are_refused(script, words):
+    with pytest.raises(SystemExit):
+        script.main(['--model_path', 'm.nemo', '--audio_path', 'a.wav', *words])
+
+
+@pytest.mark.unit
+def test_a_report_that_cannot_be_finished_leaves_the_old_one(script, tmp_path):
+    path = tmp_path / 'report.json'
+    path.write_text('old')
+    with pytest.raises(RuntimeError):
+        with script.atomic(path) as temporary:
+            Path(temporary).write_text('half')
+            raise RuntimeError
+    assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.unit
+def test_the_parity_line(script, folder):
+    model = tiny_model().eval()
+    line = script.parity_line(script.stream_one(model, folder / 'mono.wav'))
+    assert 'Streamed 1.0 s in context [10, 0]: largest difference to offline' in line and '100.00%' in line
+
+
+@pytest.mark.integration
+def test_a_pipe(model_path, tmp_path):
+    pcm = (noise(1.0)[:, 0] * 30000).astype('<i2').tobytes()
+    command = [sys.executable, str(SCRIPT), '--model_path', str(model_path), '--stdin_pcm', '--compare_modes']
+    result = subprocess.run([*command, '--report', str(tmp_path / 'r.json')], input=pcm, capture_output=True)
+    assert result.returncode == 0, result.stderr.decode()
+    entry = json.loads((tmp_path / 'r.json').read_text())['audio'][0]
+    assert entry['audio'] == 'stdin' and entry['seconds'] == pytest.approx(1.0)
+    assert all(context['largest_difference'] <= 1e-4 for context in entry['contexts'])
