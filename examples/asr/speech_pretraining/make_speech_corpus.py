@@ -28,8 +28,8 @@ import soxr
 from tqdm import tqdm
 
 SAMPLE_RATE = 16000  # Hz
-SHORTEST, LONGEST = 2.0, 16.0  # seconds of an utterance
-RECIPE = 1  # raise it when this script's output changes, so that corpora on disk are made anew
+SHORTEST, LONGEST = 2.0, 8.0  # seconds of an utterance
+RECIPE = 2  # raise it when this script's output changes, so that corpora on disk are made anew
 PATIENCE = 120  # seconds to wait for one utterance
 SETTINGS = "corpus.json"  # written last: its presence says that the corpus is complete
 SPLITS = ("train", "validation", "noise")
@@ -219,7 +219,7 @@ def plan_split(rng, split, seconds, speakers):
     utterances, planned, turns = [], 0.0, []
     while planned < seconds:
         turns = turns or rng.sample(speakers, len(speakers))
-        speaker, target = turns.pop(), rng.uniform(3.0, 14.0)
+        speaker, target = turns.pop(), rng.uniform(3.0, 7.5)
         sentences = tuple(make_sentence(rng, speaker.language, split) for _ in range(10))
         name = f"{split}-{len(utterances):05d}"
         level, floor = rng.uniform(-30.0, -22.0), rng.uniform(-75.0, -55.0)
