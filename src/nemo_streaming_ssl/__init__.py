@@ -100,7 +100,8 @@ def _add_original_folders(spec, parent_path):
 
 
 def _outside_patch_set(folders):
-    return [folder for folder in folders if not folder.startswith(patch_tree() + "/")]
+    own = f"{patch_tree()}/{_ROOT}/"  # and no more: an environment, and NeMo in it, may lie inside the checkout
+    return [folder for folder in folders if not folder.startswith(own)]
 
 
 def _load_original(name):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_streaming_ssl import patch_tree
+from nemo_streaming_ssl import _outside_patch_set, patch_tree
 from nemo_streaming_ssl.report import patched_modules
 
 MODULES = patched_modules()
@@ -51,3 +51,9 @@ def _has_package(folder):
 
     nemo = Path(importlib.util.find_spec("nemo").origin).parent
     return (nemo / folder.relative_to("nemo") / "__init__.py").is_file()
+
+
+@pytest.mark.unit
+def test_nemo_is_found_in_an_environment_inside_the_checkout(checkout):
+    nemo = f"{checkout}/.venv/nemo-3.0.0/lib/python3.11/site-packages/nemo/collections/asr"
+    assert _outside_patch_set([nemo, f"{checkout}/nemo/collections/asr"]) == [nemo]
