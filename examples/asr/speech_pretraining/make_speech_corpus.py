@@ -246,14 +246,14 @@ class Synthesiser:
     def __init__(self):
         import espeakng_loader  # here, because main() reports its absence once
 
-        self.library = ctypes.CDLL(str(espeakng_loader.get_library_path()))
+        self.espeak = ctypes.CDLL(str(espeakng_loader.get_library_path()))
         data = str(espeakng_loader.get_data_path()).encode()
-        self.rate = self.library.espeak_Initialize(self._RETRIEVAL_SYNCHRONOUS, 0, data, self._DO_NOT_EXIT)
+        self.rate = self.espeak.espeak_Initialize(self._RETRIEVAL_SYNCHRONOUS, 0, data, self._DO_NOT_EXIT)
         if self.rate <= 0:
             raise ValueError(f"eSpeak NG cannot read its data in {data.decode()}")
         signature = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
         self._pieces, self._callback = [], signature(self._receive)  # kept: C holds no reference to it
-        self.library.espeak_SetSynthCallback(self._callback)
+        self.espeak.espeak_SetSynthCallback(self._callback)
 
     def _receive(self, samples, count, _events):
         if samples and count > 0:
@@ -266,22 +266,22 @@ class Synthesiser:
         Raises:
             ValueError: if this eSpeak NG has no such voice.
         """
-        if self.library.espeak_SetVoiceByName(speaker.voice.encode()) != 0:
+        if self.espeak.espeak_SetVoiceByName(speaker.voice.encode()) != 0:
             raise ValueError(f"this eSpeak NG has no voice {speaker.voice}")
-        self.library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
+        self.espeak.espeak_ng_SetRandSeed(ctypes.c_long(seed))
         settings = {self._RATE: speaker.rate, self._PITCH: speaker.pitch, self._RANGE: speaker.pitch_range}
         for parameter, value in settings.items():
-            self.library.espeak_SetParameter(parameter, value, 0)
+            self.espeak.espeak_SetParameter(parameter, value, 0)
 
     def say(self, text):
         """Return the speech as float64 samples in [-1, 1] at 16 kHz."""
         self._pieces.clear()
         content = text.encode()
         none = ctypes.c_void_p()
-        self.library.espeak_Synth(
+        self.espeak.espeak_Synth(
             content, ctypes.c_size_t(len(content) + 1), 0, self._CHARACTERS, 0, self._UTF8, none, none
         )
-        self.library.espeak_Synchronize()
+        self.espeak.espeak_Synchronize()
         samples = np.concatenate([np.zeros(0, np.int16), *self._pieces]) / 32768.0
         return soxr.resample(samples, self.rate, SAMPLE_RATE)
 
