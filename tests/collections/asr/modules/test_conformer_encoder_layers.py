@@ -34,24 +34,25 @@ HIERARCHIES = [
 ]
 
 
+TINY = dict(
+    feat_in=8,
+    n_layers=4,
+    d_model=16,
+    n_heads=2,
+    subsampling='dw_striding',
+    subsampling_factor=8,
+    subsampling_conv_channels=4,
+    causal_downsampling=True,
+    conv_kernel_size=KERNEL,
+    conv_norm_type='layer_norm',
+    conv_context_size='causal',
+    pos_emb_max_len=64,
+)
+
+
 def make_encoder(seed=0, std=0.4, **changes):
     torch.manual_seed(seed)
-    arguments = dict(
-        feat_in=8,
-        n_layers=4,
-        d_model=16,
-        n_heads=2,
-        ff_expansion_factor=2,
-        subsampling='dw_striding',
-        subsampling_factor=8,
-        subsampling_conv_channels=4,
-        causal_downsampling=True,
-        conv_kernel_size=KERNEL,
-        conv_norm_type='layer_norm',
-        conv_context_size='causal',
-        pos_emb_max_len=64,
-    )
-    encoder = ConformerEncoder(**{**arguments, **changes}).eval()
+    encoder = ConformerEncoder(**{**TINY, 'ff_expansion_factor': 2, **changes}).eval()
     for parameter in encoder.parameters():  # biases of 0 and small weights hide dependences
         if parameter.dim() >= 2:
             torch.nn.init.normal_(parameter, std=std)
@@ -474,19 +475,8 @@ class TestTable:
 
 
 ENCODER = dict(
+    TINY,
     _target_='nemo.collections.asr.modules.ConformerEncoder',
-    feat_in=8,
-    n_layers=4,
-    d_model=16,
-    n_heads=2,
-    subsampling='dw_striding',
-    subsampling_factor=8,
-    subsampling_conv_channels=4,
-    causal_downsampling=True,
-    conv_kernel_size=KERNEL,
-    conv_norm_type='layer_norm',
-    conv_context_size='causal',
-    pos_emb_max_len=64,
     att_context_size=[[8, 0], [-1, 0]],
     layer_att_context_size=[[0, [4, 0]], [2, [8, 0]]],
 )
