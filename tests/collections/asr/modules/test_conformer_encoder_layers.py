@@ -14,6 +14,7 @@ import sys
 
 import pytest
 import torch
+from attention_windows import attended
 
 from nemo.collections.asr.modules import conformer_encoder as under_test
 from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
@@ -66,16 +67,6 @@ def encode(encoder, frames, lengths=None):
         return encoder(audio_signal=frames, length=lengths, bypass_pre_encode=True)[0].transpose(1, 2)
 
 
-def attended(context, style, frames=FRAMES):
-    """Which key each query sees, [A, A] bool, from the definition."""
-    left, right = context
-    query, key = torch.arange(frames).unsqueeze(1), torch.arange(frames).unsqueeze(0)
-    if style == 'regular' or right < 0:
-        return ((key >= query - left) | (left < 0)) & ((key <= query + right) | (right < 0))
-    chunks = query // (right + 1) - key // (right + 1)
-    return (chunks >= 0) & ((chunks <= left // (right + 1)) | (left < 0))
-
-
 def intersection(batch, own):
     sides = [[side for side in pair if side >= 0] for pair in zip(batch, own or [-1, -1])]
     return [min(side) if side else -1 for side in sides]
@@ -86,7 +77,7 @@ def expected_dependences(batch, layers, style):
     depends, dependences = torch.eye(FRAMES), []
     convolved = sum(torch.ones(FRAMES - back).diag(-back) for back in range(KERNEL))
     for own in layers:
-        depends = (attended(intersection(batch, own), style).float() @ depends + depends).clamp(max=1)
+        depends = (attended(intersection(batch, own), style, FRAMES).float() @ depends + depends).clamp(max=1)
         depends = (convolved @ depends).clamp(max=1)
         dependences.append(depends.bool())
     return dependences

@@ -3,18 +3,11 @@ import itertools
 
 import pytest
 import torch
+from attention_windows import attended
 
 from nemo.collections.asr.parts.att_context import AttContext, LayerAttentionMasks, intersect_in_style
 
-
-def visible(context, style, frames=24):
-    """[A, A] bool, True = seen, by the definition."""
-    left, right = context
-    query, key = torch.arange(frames).unsqueeze(1), torch.arange(frames).unsqueeze(0)
-    if style == 'regular' or right < 0:
-        return ((key >= query - left) | (left < 0)) & ((key <= query + right) | (right < 0))
-    chunks = query // (right + 1) - key // (right + 1)
-    return (chunks >= 0) & ((chunks <= left // (right + 1)) | (left < 0))
+FRAMES = 24
 
 
 class TestIntersectInStyle:
@@ -32,11 +25,15 @@ class TestIntersectInStyle:
                 assert style == 'chunked_limited' and str(error).startswith('here: the ')
                 continue
             accepted += 1
-            seen = visible(both, style)
-            assert not (seen & ~visible(batch, style)).any(), (batch, own, both)
+            seen = attended(both, style, FRAMES)
+            assert not (seen & ~attended(batch, style, FRAMES)).any(), (batch, own, both)
             if style == 'regular' or own.right in (-1, batch.right):
                 own = own if style == 'regular' or own.right >= 0 else AttContext(own.left, batch.right)
-                assert torch.equal(seen, visible(batch, style) & visible(own, style)), (batch, own, both)
+                assert torch.equal(seen, attended(batch, style, FRAMES) & attended(own, style, FRAMES)), (
+                    batch,
+                    own,
+                    both,
+                )
         assert accepted > 150
 
     @pytest.mark.unit
