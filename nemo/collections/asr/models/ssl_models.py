@@ -13,6 +13,7 @@ from typing import Dict, Iterator, NamedTuple, Optional
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo.collections.asr.data.audio_to_text_dali import DALIOutputs
 from nemo.collections.asr.modules.conformer_encoder import CannotStreamError, ConformerEncoder
 from nemo.collections.asr.parts.att_context.answerability import masked_share_per_frame, unanswerable_frames
 from nemo.collections.asr.parts.att_context.codebook_use import CodebookUse
@@ -21,6 +22,12 @@ from nemo.collections.asr.parts.att_context.dynamic_context import sync_masking_
 from nemo.collections.asr.parts.att_context.layer_masks import intersect_in_style
 from nemo.collections.asr.parts.att_context.synced_collate import create_synced_context_collate
 from nemo.collections.asr.parts.preprocessing.features import standardize_per_feature
+from nemo.collections.asr.parts.utils.masked_frames import (
+    MaskedPredictions,
+    has_forward_of,
+    select_counted,
+    why_not_frame_by_frame,
+)
 from nemo.core.classes.common import typecheck
 from nemo.core.neural_types import LengthsType, NeuralType, SpectrogramType
 from nemo.utils import logging
@@ -173,9 +180,13 @@ class SpeechEncDecSelfSupervisedModel(_up.SpeechEncDecSelfSupervisedModel):
     def training_step(self, batch, batch_idx=0):
         """Run NeMo's training step within one context, and log it."""
         with self._context_of_step(batch) as context:
-            output = super().training_step(batch, batch_idx)
+            output = self._training_step(batch, batch_idx)
             output['log'].update(self._step_logs(context, output['loss']))
         return output
+
+    def _training_step(self, batch, batch_idx):
+        """Compute a step's loss within the pinned context; a dict as NeMo's training step returns."""
+        return super().training_step(batch, batch_idx)
 
     def _step_logs(self, context, loss) -> Dict[str, torch.Tensor]:
         return {} if context is None else {f'train_loss/ctx_{_label(context)}': loss.detach()}
@@ -206,6 +217,7 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
     """
 
     last_batch: Optional[BatchRecord] = None
+    _told_whole_decoding = False
 
     def __init__(self, cfg: DictConfig, trainer=None):
         _undo_earlier_post_conv_adjustment(cfg)
@@ -288,7 +300,64 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
         return self.preprocessor(input_signal=signal, length=signal_length)
 
     def _predict(self, clean, seen, apply_mask, current_frame):
-        """Encode what the encoder is to see, and predict the tokens of the clean features; see ``forward``.
+        """Encode what the encoder is to see, and predict the tokens of the clean features; see ``forward``."""
+        encoded, encoded_len, masks, tokens = self._encode(clean, seen, apply_mask, current_frame)
+        return self.decoder(encoder_output=encoded), encoded_len, masks, tokens
+
+    def predict_masked(self, batch, apply_mask: bool = True) -> MaskedPredictions:
+        """Predict the tokens of the frames that count in the loss, and of no others.
+
+        Runs within the pinned context or, without one, one that the encoder draws. Waits for the device once, for the
+        number of these frames. Where none counts, one frame with the target -100 stands for them.
+
+        Args:
+            batch: as the data loader gives it.
+            apply_mask: whether to mask; nothing counts otherwise.
+
+        Raises:
+            ValueError: if the decoder or the loss does not work frame by frame; see :attr:`whole_decoding_reason`.
+        """
+        if self.whole_decoding_reason is not None:
+            raise ValueError(f"predict_masked does not work here: {self.whole_decoding_reason}")
+        encoded, encoded_len, masks, tokens = self._encode(*self._features_of_batch(batch), apply_mask, None)
+        frames, targets, counted = self.loss.align(encoded.transpose(1, 2), tokens, masks, encoded_len)
+        frames, targets, utterances = select_counted(frames, targets, counted)
+        log_probs = self.decoder(encoder_output=frames.t().unsqueeze(0)).squeeze(0)
+        return MaskedPredictions(log_probs, targets, utterances)
+
+    @property
+    def whole_decoding_reason(self) -> Optional[str]:
+        """Why each step decodes every frame, not only those that count; None: it does not."""
+        if not has_forward_of(self, EncDecMaskedTokenPredModel, EncDecDenoiseMaskedTokenPredModel):
+            return f"{type(self).__name__} has a forward of its own"
+        return why_not_frame_by_frame(self.decoder, self.loss)
+
+    def _features_of_batch(self, batch):
+        """Return clean features, and those that are masked and encoded; each with lengths."""
+        if isinstance(batch, DALIOutputs) and batch.has_processed_signal:
+            features = batch[0], batch[1]
+        else:
+            features = self.preprocessor(input_signal=batch[0], length=batch[1])
+        return features, features
+
+    def _training_step(self, batch, batch_idx):
+        if self._decodes_every_frame():
+            return super()._training_step(batch, batch_idx)
+        loss = self.loss.of_frames(*self.predict_masked(batch)[:2])
+        learning_rate = self._optimizer.param_groups[0]['lr']
+        logs = {'learning_rate': learning_rate, 'global_step': self.trainer.global_step, 'train_loss': loss}
+        return {'loss': loss, 'log': logs}
+
+    def _decodes_every_frame(self) -> bool:
+        """Whether a step takes NeMo's own way; says once why."""
+        reason = self.whole_decoding_reason
+        if reason is not None and not self._told_whole_decoding:
+            logging.warning(f"Decoding every frame in each step, not only those that count: {reason}.")
+            self._told_whole_decoding = True
+        return reason is not None
+
+    def _encode(self, clean, seen, apply_mask, current_frame):
+        """Mask and encode features; returns encoded [B, d_model, A], its lengths [B], masks and tokens.
 
         Args:
             clean: features [B, D, T] and lengths [B] that the targets come from.
@@ -308,7 +377,7 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
                 targets = self._subsampled(clean, seen, encoded_len)
         tokens, token_lengths = self._tokens(*targets)
         self.last_batch = BatchRecord(masks, mask_lengths, tokens, token_lengths)
-        return self.decoder(encoder_output=encoded), encoded_len, masks, tokens
+        return encoded, encoded_len, masks, tokens
 
     def _mask(self, features, apply_mask, current_frame):
         if not apply_mask:
@@ -397,7 +466,10 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
     def inference_pass(self, batch, batch_idx=0, dataloader_idx=0, mode='val', apply_mask=False):
         """Run NeMo's validation or test pass in the default context; adds its masked share to the metrics."""
         with self._one_context():
-            metrics = super().inference_pass(batch, batch_idx, dataloader_idx, mode=mode, apply_mask=apply_mask)
+            if self._decodes_every_frame():
+                metrics = super().inference_pass(batch, batch_idx, dataloader_idx, mode=mode, apply_mask=apply_mask)
+            else:
+                metrics = {f'{mode}_loss': self.loss.of_frames(*self.predict_masked(batch, apply_mask)[:2])}
             metrics.update(self._context_logs(prefix=f'{mode}_'))
         return metrics
 
@@ -472,6 +544,11 @@ class EncDecDenoiseMaskedTokenPredModel(EncDecMaskedTokenPredModel, _up.EncDecDe
             processed_noisy_input_signal_length,
         )
         return self._predict(clean, noisy, apply_mask, current_frame)
+
+    def _features_of_batch(self, batch):
+        """Return the features of the clean audio, and of the noisy one; each with lengths."""
+        clean = self.preprocessor(input_signal=batch.audio, length=batch.audio_len)
+        return clean, self.preprocessor(input_signal=batch.noisy_audio, length=batch.noisy_audio_len)
 
 
 def _label(context) -> str:

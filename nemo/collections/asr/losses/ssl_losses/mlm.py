@@ -60,8 +60,17 @@ class MLMLoss(_up.MLMLoss):
         """
         masks = spec_masks if masks is None else masks
         decoder_outputs, targets, counted = self.align(decoder_outputs, targets, masks, decoder_lengths)
-        safe_targets = torch.where(counted, targets, 0)
-        log_likelihood = decoder_outputs.gather(2, safe_targets.unsqueeze(-1)).squeeze(-1)
+        return self.of_frames(decoder_outputs, torch.where(counted, targets, IGNORED_TARGET))
+
+    def of_frames(self, log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss of frames that are aligned already; a scalar as in :meth:`forward`.
+
+        Args:
+            log_probs: [..., C], any floating dtype.
+            targets: tokens [...] int64; -100 where a frame does not count.
+        """
+        counted = targets != IGNORED_TARGET
+        log_likelihood = log_probs.gather(-1, torch.where(counted, targets, 0).unsqueeze(-1)).squeeze(-1)
         if log_likelihood.dtype != torch.float64:
             log_likelihood = log_likelihood.float()
         return -torch.where(counted, log_likelihood, 0.0).sum() / counted.sum().clamp(min=1)
@@ -76,10 +85,12 @@ class MLMLoss(_up.MLMLoss):
         """Cut outputs and targets to their common frames, and tell which of these count.
 
         Args:
-            decoder_outputs, targets, masks, decoder_lengths: as in :meth:`forward`.
+            decoder_outputs: [B, T, ...]: the decoder's, or what it is to decode.
+            targets: tokens [B, S], or [B, S, H] of several codebooks.
+            masks, decoder_lengths: as in :meth:`forward`.
 
         Returns:
-            decoder outputs [B, F, C] and targets [B, F], both views, and the frames that count [B, F] bool.
+            outputs [B, F, ...] and targets [B, F] or [B, F, H], both views, and the frames that count [B, F] bool.
         """
         decoder_outputs = decoder_outputs[:, self.decoder_offset :]
         frames = min(decoder_outputs.shape[1], targets.shape[1])
@@ -87,11 +98,14 @@ class MLMLoss(_up.MLMLoss):
             frames = min(frames, masks.shape[-1] // self.combine_time_steps)
         decoder_outputs, targets = decoder_outputs[:, :frames], targets[:, :frames]
         counted = targets != IGNORED_TARGET
+        if counted.dim() == 3:
+            counted = counted.any(dim=2)
         if masks is not None:
-            counted &= masked_share_per_frame(masks, self.combine_time_steps)[:, :frames] > self.mask_threshold
+            share = masked_share_per_frame(masks, self.combine_time_steps)[:, :frames]
+            counted = counted & (share > self.mask_threshold)
         if decoder_lengths is not None:
             index = torch.arange(self.decoder_offset, self.decoder_offset + frames, device=targets.device)
-            counted &= index < decoder_lengths.to(targets.device).unsqueeze(1)
+            counted = counted & (index < decoder_lengths.to(targets.device).unsqueeze(1))
         return decoder_outputs, targets, counted
 
 
@@ -143,16 +157,24 @@ class MultiMLMLoss(_up.MultiMLMLoss):
         Returns:
             The loss, a scalar.
         """
+        masks = spec_masks if masks is None else masks
+        decoder_outputs, targets, counted = self.align(decoder_outputs, targets, masks, decoder_lengths)
+        counted = counted if targets.dim() == 2 else counted.unsqueeze(-1)
+        return self.of_frames(decoder_outputs, torch.where(counted, targets, IGNORED_TARGET))
+
+    def of_frames(self, log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss of frames that are aligned already, a scalar.
+
+        Args:
+            log_probs: [..., C, H], or [..., C] with ``squeeze_single`` and one codebook.
+            targets: tokens [..., H], or [...]; -100 where a frame does not count.
+        """
         if self.squeeze_single and self.num_decoders == 1:
-            decoder_outputs, targets = decoder_outputs.unsqueeze(-1), targets.unsqueeze(-1)
-        losses = [
-            self.mlm_loss(
-                masks=spec_masks if masks is None else masks,
-                decoder_outputs=decoder_outputs[..., book],
-                targets=targets[..., book],
-                decoder_lengths=decoder_lengths,
-                target_lengths=target_lengths,
-            )
-            for book in range(self.num_decoders)
-        ]
+            return self.mlm_loss.of_frames(log_probs, targets)
+        books = range(self.num_decoders)
+        losses = [self.mlm_loss.of_frames(log_probs[..., book], targets[..., book]) for book in books]
         return sum(losses) / self.num_decoders
+
+    def align(self, decoder_outputs, targets, masks=None, decoder_lengths=None):
+        """Cut outputs and targets to their common frames; see :meth:`MLMLoss.align`."""
+        return self.mlm_loss.align(decoder_outputs, targets, masks, decoder_lengths)
