@@ -20,19 +20,20 @@ from nemo_streaming_ssl import upstream
 _up = upstream(globals())
 
 SHORT_BLOCK = 8  # mask frames that stock 2.5.3 masks in an utterance too short for a block
-START_PROBABILITIES = 512  # tried to find one that makes up for the guards: to 1 % at 0.01, 3 % at 1e-6
+START_PROBABILITIES = 64  # tried, and interpolated between, to find one that makes up for the guards
 
 
 class _TimeLine(NamedTuple):
-    """The mask frames that may be masked, and the lengths that say how many are to be."""
+    """The mask frames that may be masked, and the lengths that say how many are to be; int32, the narrowest that fits."""
 
     allowed: torch.Tensor  # [B, T] bool: in the available range, and no guard
-    position: torch.Tensor  # [B, T] int64: index of an allowed frame among the allowed ones
-    length: torch.Tensor  # [B, 1] int64: number of allowed frames
-    available: torch.Tensor  # [B, 1] int64: length of the available range, guards included
-    end: torch.Tensor  # [B, 1] int64: the frame after the last of the available range
-    limit: torch.Tensor  # [B, 1] int64: most frames that may be masked
+    rank: torch.Tensor  # [B, T] or [1, T]: number of allowed frames up to this one; the first allowed frame's is 1
+    length: torch.Tensor  # [B, 1]: number of allowed frames
+    available: torch.Tensor  # [B, 1]: length of the available range, guards included
+    end: torch.Tensor  # [B, 1]: the frame after the last of the available range
+    limit: torch.Tensor  # [B, 1]: most frames that may be masked
     guarded: bool  # whether there are guards
+    whole: bool  # whether all frames before the end are allowed: ranks are places
 
 
 class RandomBlockMasking(_up.RandomBlockMasking):
@@ -141,59 +142,68 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         left = self.left_context_size if effective_left_context is None else effective_left_context
         _check('effective_left_context', left, left >= -1, '-1 (unlimited) or more')
         batch, _, max_time = feats.shape
-        frames = torch.arange(max_time, device=feats.device).unsqueeze(0)
-        lengths = lengths.to(feats.device).clamp(max=max_time).view(batch, 1).long()
+        places = torch.arange(1, max_time + 1, dtype=torch.int32, device=feats.device).unsqueeze(0)
+        lengths = lengths.to(feats.device, torch.int32).clamp(max=max_time).view(batch, 1)
 
         first, end = self._available_range(lengths, current_frame, left)
-        allowed = (frames >= first) & (frames < end)
-        guards = self._guards(frames, batch, left, causal)
-        if guards is not None:
-            allowed &= ~guards
+        allowed = places <= end
+        if first is not None:
+            allowed &= places > first
+        free = self._free_of_guards(batch, max_time, left, causal, feats.device)
+        if free is not None:
+            allowed &= free
 
-        available = (end - first).clamp(min=0)
-        limit = (available.float() * self.max_mask_ratio).long() + self.block_size
-        position = allowed.cumsum(dim=1) - 1
-        length = allowed.sum(dim=1, keepdim=True)
+        whole = first is None and free is None
+        rank = places if whole else allowed.cumsum(dim=1, dtype=torch.int32)
+        length = end if whole else allowed.sum(dim=1, keepdim=True, dtype=torch.int32)
+        available = end if first is None else (end - first).clamp(min=0)
+        limit = (available.float() * self.max_mask_ratio).int() + self.block_size
         limit = torch.minimum(limit, length)
-        return _TimeLine(allowed, position, length, available, end, limit, guards is not None)
+        return _TimeLine(allowed, rank, length, available, end, limit, free is not None, whole)
 
     def _available_range(self, lengths, current_frame, left):
-        """Return the first mask frame [B or 1, 1] that may be masked, and the one after the last [B, 1]."""
+        """Return the first mask frame [B, 1] that may be masked (None: 0), and the one after the last [B, 1]."""
         if current_frame is None:
-            return torch.zeros_like(lengths), lengths
+            return None, lengths
         if isinstance(current_frame, torch.Tensor):
-            current_frame = current_frame.to(lengths.device).view(-1, 1).long()
+            current_frame = current_frame.to(lengths.device, torch.int32).view(-1, 1)
         else:
             _check('current_frame', current_frame, current_frame >= 0, 'the number of mask frames received, 0 or more')
             current_frame = torch.full_like(lengths, current_frame)
-        if left < 0:
-            return torch.zeros_like(lengths), torch.minimum(current_frame, lengths)
-        first = (current_frame - left * self.subsampling_factor).clamp(min=0)
-        return first, torch.minimum(current_frame, lengths)
+        end = torch.minimum(current_frame, lengths)
+        return (None if left < 0 else (current_frame - left * self.subsampling_factor).clamp(min=0)), end
 
-    def _guards(self, frames, batch, left, causal):
-        """Return which mask frames [B, T] or [1, T] lie in attention frames that stay unmasked; None for none.
+    def _free_of_guards(self, batch, max_time, left, causal, device):
+        """Return which mask frames [B, T] or [1, T] lie in no guard, an attention frame kept unmasked; None for all.
 
-        The first attention frame is one, for it sees no other; with a limited context every (left + 1)-th is, from a
-        random phase, so that each frame's window holds one.
+        The first attention frame is a guard, for it sees no other; with a limited context every (left + 1)-th is, from
+        a random phase, so that each frame's window holds one.
         """
-        attention_frames = frames // self.subsampling_factor
+        if left < 0 and not causal:
+            return None
+        attention_frames = math.ceil(max_time / self.subsampling_factor)
+        index = torch.arange(attention_frames, dtype=torch.int32, device=device).unsqueeze(0)
+        free = index > 0
         if left >= 0:
-            phase = (_uniform((batch, 1), frames.device) * (left + 1)).long()
-            return (attention_frames == 0) | ((attention_frames - phase) % (left + 1) == 0)
-        return attention_frames == 0 if causal else None
+            phase = (_uniform((batch, 1), device) * (left + 1)).int()
+            free = free & ((index - phase) % (left + 1) != 0)
+        return free.repeat_interleave(self.subsampling_factor, dim=1)[:, :max_time]
 
     def _overlapping_blocks(self, line: _TimeLine) -> torch.Tensor:
         """Let every frame start a block with equal probability; returns the masked frames [B, T] bool."""
         if self.mask_prob == 0:
             return torch.zeros_like(line.allowed)
         block = (line.length - 1).clamp(min=1, max=self.block_size)
-        last = line.length - block  # a block does not start here or later, as in stock
-        starts = _uniform(line.allowed.shape, line.allowed.device) < self._start_probability(line, last, block)
-        starts &= line.allowed & (line.position < last)
-        last_start = torch.where(starts, line.position, -self.block_size).cummax(dim=1).values
-        masked = self._thin_out(line.allowed & (line.position - last_start < block), line.limit)
-        return self._leave_a_frame(torch.where(self._is_short(line), self._one_short_block(line), masked), line)
+        starts = line.length - block  # frames that may start a block: the first of so many ranks, as in stock
+        short, short_start, short_block = self._one_short_block(line)
+        probability = torch.where(short, 0.0, self._start_probability(line, starts, block))
+        block = torch.where(short, short_block, block)
+
+        is_start = (_uniform(line.allowed.shape, line.allowed.device) < probability) & (line.rank <= starts)
+        is_start = (is_start & line.allowed) | (line.rank == torch.where(short, short_start, -1))
+        last_start = torch.where(is_start, line.rank, -self.block_size).cummax(dim=1).values
+        masked = line.allowed & (line.rank < last_start + block)
+        return self._leave_a_frame(self._thin_out(masked, line.limit), line)
 
     def _start_probability(self, line: _TimeLine, starts: torch.Tensor, block: torch.Tensor):
         """The probability [B, 1] of a start that masks, beside the guards, as many frames as stock masks without."""
@@ -204,15 +214,20 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         candidates = torch.logspace(
             math.log10(self.mask_prob), 0, START_PROBABILITIES, dtype=torch.float64, device=block.device
         )
-        too_low = _expected_cover(starts, block, candidates) < target
-        return candidates[too_low.sum(dim=1, keepdim=True).clamp(max=START_PROBABILITIES - 1)]
+        cover = _expected_cover(starts, block, candidates)
+        above = (cover < target).sum(dim=1, keepdim=True).clamp(min=1, max=START_PROBABILITIES - 1)
+        low, high = cover.gather(1, above - 1), cover.gather(1, above)
+        part = ((target - low) / (high - low).clamp(min=1e-9)).clamp(min=0, max=1)
+        return torch.lerp(candidates[above - 1], candidates[above], part).float()
 
     def _thin_out(self, masked: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
         """Keep no more than ``limit`` [B, 1] of the masked frames [B, T], from a random one on, around the end."""
-        count = masked.cumsum(dim=1)
-        total = count[:, -1:].clamp(min=1) if count.shape[1] else count.sum(dim=1, keepdim=True).clamp(min=1)
-        first = (_uniform(total.shape, total.device) * total).long()
-        return masked & ((count - 1 - first) % total < limit)
+        count = masked.cumsum(dim=1, dtype=torch.int32)
+        total = count[:, -1:] if count.shape[1] else torch.zeros_like(limit)
+        start = (_uniform(total.shape, total.device) * total).int()
+        around = start + limit >= total
+        end = torch.where(around, torch.minimum(start + limit - total, start), start + limit)
+        return masked & ((count > start) ^ (count > end) ^ around)
 
     def _separate_blocks(self, line: _TimeLine) -> torch.Tensor:
         """Fill random slots of a grid of blocks with a random offset; returns the masked frames [B, T] bool."""
@@ -224,21 +239,36 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         slots = line.length // block
         slots = torch.where(blocks < slots, slots - 1, slots).clamp(min=0)  # stock leaves a slot for the offset
         room = torch.minimum(block, line.length - slots * block + 1)
-        offset = (_uniform(room.shape, room.device) * room).long()
+        offset = (_uniform(room.shape, room.device) * room).int()
 
-        score = _uniform(line.allowed.shape, line.allowed.device)
-        slot_index = torch.arange(max_time, device=score.device)
-        score = score.masked_fill(slot_index >= slots, -1.0)
-        best = score.topk(most_blocks, dim=1).indices
-        chosen = torch.zeros_like(line.allowed).scatter(1, best, slot_index[:most_blocks] < blocks)
+        # A block is block_size frames, or a (blocks + 1)-th of the range, rounded down: so many slots are enough.
+        most_slots = min(max_time, max(max_time // self.block_size, 2 * (most_blocks + 1)))
+        index = torch.arange(most_slots, dtype=torch.int32, device=slots.device)
+        score = _uniform((slots.shape[0], most_slots), slots.device).masked_fill(index >= slots, -1.0)
+        start = score.topk(most_blocks, dim=1).indices * block + offset + 1
+        chosen = index[:most_blocks] < blocks
 
-        slot = ((line.position - offset) // block).clamp(min=0)
-        masked = line.allowed & (line.position >= offset) & chosen.gather(1, slot)
-        return self._leave_a_frame(torch.where(self._is_short(line), self._one_short_block(line), masked), line)
+        short, short_start, short_block = self._one_short_block(line)
+        start = torch.where(short, short_start, start)
+        chosen = torch.where(short, index[:most_blocks] == 0, chosen)
+        return self._leave_a_frame(self._cover(line, start, torch.where(short, short_block, block), chosen), line)
+
+    def _cover(self, line: _TimeLine, start: torch.Tensor, block: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Return the allowed frames [B, T] bool of the chosen blocks.
+
+        Args:
+            start: ranks [B, N] of their first frames; block: their length [B, 1]; chosen: [B, N] bool.
+        """
+        batch, max_time = line.allowed.shape
+        change = torch.zeros(batch, max_time + 2, dtype=torch.int32, device=start.device)
+        first, beyond = (place.clamp(max=max_time + 1).long() for place in (start, start + block))
+        change.scatter_add_(1, first, chosen.int()).scatter_add_(1, beyond, -chosen.int())
+        covered = change.cumsum(dim=1, dtype=torch.int32) > 0  # by rank
+        return line.allowed & (covered[:, 1:-1] if line.whole else covered.gather(1, line.rank.long()))
 
     def _number_and_size(self, line: _TimeLine) -> tuple[torch.Tensor, torch.Tensor]:
         """Stock's number and size of blocks for the available range, [B, 1] each, cut to what may be masked."""
-        blocks = torch.ceil(line.available.float() * self.mask_prob / self.block_size).long()
+        blocks = torch.ceil(line.available.float() * self.mask_prob / self.block_size).int()
         block = torch.where(
             (blocks + 1) * self.block_size > line.available, line.available // (blocks + 1), self.block_size
         ).clamp(min=1)
@@ -247,29 +277,32 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         block = torch.where(all_but_guards, line.length.clamp(min=1), block)
         return torch.minimum(blocks, line.limit // block), block
 
-    def _is_short(self, line: _TimeLine) -> torch.Tensor:
-        return self.block_size >= line.available.float() * self.max_mask_ratio
+    def _one_short_block(self, line: _TimeLine) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Which utterances are too short for a block, and where their one block of 8 frames, as in stock 2.5.3, lies.
 
-    def _one_short_block(self, line: _TimeLine) -> torch.Tensor:
-        """One block of 8 frames, as stock 2.5.3 masks, anywhere; returns the masked frames [B, T] bool."""
+        Returns:
+            [B, 1] bool; the rank of the block's first frame, at random, and the block's length, [B, 1] int32.
+        """
+        short = self.block_size >= line.available.float() * self.max_mask_ratio
         block = line.limit.clamp(max=SHORT_BLOCK)
-        start = (_uniform(block.shape, block.device) * (line.length - block + 1)).long()
-        return line.allowed & (line.position >= start) & (line.position < start + block)
+        start = (_uniform(block.shape, block.device) * (line.length - block + 1)).int() + 1
+        return short, start, block
 
     def _leave_a_frame(self, masked: torch.Tensor, line: _TimeLine) -> torch.Tensor:
         """Unmask a random attention frame where two or more are all there is and all are masked; [B, T] bool."""
-        if line.guarded:
+        max_time, factor = masked.shape[1], self.subsampling_factor
+        if line.guarded or max_time == 0:
             return masked  # the first attention frame is a guard
-        factor, max_time = self.subsampling_factor, masked.shape[1]
+        count = masked.cumsum(dim=1, dtype=torch.int32)
         start = torch.arange(0, max_time, factor, device=masked.device)
-        padded = torch.nn.functional.pad(masked, (0, -max_time % factor)).unflatten(1, (start.shape[0], factor))
-        complete = start + factor <= line.end
-        counts = torch.where(line.end < 2 * factor, start < line.end, complete)
-        hidden = ((padded.sum(dim=2) > MASK_THRESHOLD * factor) | ~counts).all(dim=1, keepdim=True)
-        hidden = (hidden | (masked.sum(dim=1, keepdim=True) == line.end)) & (line.end > factor)
-        spared = (_uniform(line.end.shape, masked.device) * (line.end // factor)).long()
-        attention_frame = torch.arange(max_time, device=masked.device) // factor
-        return masked & ~(hidden & (attention_frame == spared))
+        up_to = [torch.zeros_like(line.end), count[:, factor - 1 :: factor], count[:, -1:]]
+        count_of_frame = torch.cat(up_to if max_time % factor else up_to[:2], dim=1).diff(dim=1)
+        counts = torch.where(line.end < 2 * factor, start < line.end, start + factor <= line.end)
+        hidden = ((count_of_frame > MASK_THRESHOLD * factor) | ~counts).all(dim=1, keepdim=True)
+        hidden = (hidden | (count[:, -1:] == line.end)) & (line.end > factor)
+        spared = (_uniform(line.end.shape, masked.device) * (line.end // factor)).int()
+        attention_frame = torch.arange(max_time, dtype=torch.int32, device=masked.device) // factor
+        return masked & (attention_frame != torch.where(hidden, spared, -1))
 
     def _fill(self, feats: torch.Tensor, time_mask: torch.Tensor):
         time_mask = time_mask.unsqueeze(1)

@@ -1,0 +1,222 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""A step that decodes only the frames that count gives the loss and the gradients of one that decodes all of them."""
+
+from contextlib import nullcontext
+from unittest import mock
+
+import pytest
+import torch
+from omegaconf import open_dict
+from tiny_nest import batches, fit, noise_batch, tiny_config, tiny_model
+
+from nemo.collections.asr.losses import MLMLoss, MultiMLMLoss
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
+from nemo.collections.asr.modules.ssl_modules.multi_softmax_decoder import MultiSoftmaxDecoder
+from nemo.utils import logging
+
+SQUEEZED = ('model.squeeze_single=true',)
+TWO_BOOKS = ('model.num_books=2',)
+
+
+def whole(model, batch):
+    """The loss by way of forward and loss, over all frames, as NeMo's training step computes it."""
+    log_probs, lengths, masks, tokens = model.forward(
+        input_signal=batch.audio,
+        input_signal_length=batch.audio_len,
+        noisy_input_signal=batch.noisy_audio,
+        noisy_input_signal_length=batch.noisy_audio_len,
+        apply_mask=True,
+    )
+    return model.loss(masks=masks, decoder_outputs=log_probs, targets=tokens, decoder_lengths=lengths)
+
+
+def masked_only(model, batch):
+    """The loss by way of the frames that count."""
+    predictions = model.predict_masked(batch)
+    return model.loss.of_frames(predictions.log_probs, predictions.targets)
+
+
+def loss_and_gradients(model, compute, autocast=False):
+    """The loss of one way, with the same masks and context each time, and all gradients in one vector."""
+    model.zero_grad()
+    model.encoder._draws = 0
+    torch.manual_seed(3)
+    with torch.autocast('cpu', dtype=torch.bfloat16) if autocast else nullcontext():
+        loss = compute(model, noise_batch((2.0, 1.3), seed=1))
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('autocast', [False, True], ids=['float32', 'bf16-mixed'])
+@pytest.mark.parametrize(
+    'overrides',
+    [
+        (),
+        SQUEEZED,
+        TWO_BOOKS,
+        ('model.loss.decoder_offset=0',),
+        ('model.mask_position=post_conv', 'model.quantizer.combine_time_steps=1'),
+    ],
+    ids=['one book', 'squeezed', 'two books', 'no offset', 'post_conv'],
+)
+def test_loss_and_gradients_equal_those_of_all_frames(overrides, autocast):
+    model = tiny_model(*overrides).train()
+    assert model.whole_decoding_reason is None
+    expected, expected_gradients = loss_and_gradients(model, whole, autocast)
+    loss, gradients = loss_and_gradients(model, masked_only, autocast)
+    tolerance = 2e-2 if autocast else 1e-5  # in bfloat16 even the order of a sum shows in the third digit
+    torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0)
+    assert gradients.shape == expected_gradients.shape
+    assert (gradients - expected_gradients).norm() <= tolerance * expected_gradients.norm()
+
+
+@pytest.mark.unit
+def test_a_training_runs_losses_are_those_of_whole_decoding():
+    """Three steps, by the trainer: one way as shipped, one with NeMo's own training step."""
+    losses = []
+    for way in (None, 'told to'):
+        with mock.patch.object(EncDecMaskedTokenPredModel, 'whole_decoding_reason', way):
+            torch.manual_seed(0)
+            model = tiny_model()
+            torch.manual_seed(1)
+            losses.append(fit(model, batches(3), 3).logger.column('train_loss'))
+    assert len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.unit
+def test_predictions_name_their_utterance_and_are_those_of_forward():
+    model = tiny_model('model.loss.decoder_offset=1', *SQUEEZED).eval()
+    batch = noise_batch((2.0, 1.3, 1.6), seed=2)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        predictions = model.predict_masked(batch)
+    torch.manual_seed(4)
+    batch = noise_batch((2.0, 1.3, 1.6), seed=2)
+    with torch.no_grad():
+        log_probs, lengths, masks, tokens = model.forward(
+            input_signal=batch.audio,
+            input_signal_length=batch.audio_len,
+            noisy_input_signal=batch.noisy_audio,
+            noisy_input_signal_length=batch.noisy_audio_len,
+            apply_mask=True,
+        )
+    rows = []
+    for utterance in range(3):
+        for frame in range(tokens.shape[1]):
+            hidden = masks[utterance, 0, frame * 8 : frame * 8 + 8].mean() > 0.8
+            if hidden and frame + 1 < lengths[utterance]:
+                rows.append((utterance, frame))
+    assert predictions.utterances.tolist() == [utterance for utterance, _ in rows]
+    assert predictions.targets.tolist() == [tokens[row].item() for row in rows]
+    expected = torch.stack([log_probs[utterance, frame + 1] for utterance, frame in rows])
+    torch.testing.assert_close(predictions.log_probs, expected)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('overrides', [(), TWO_BOOKS], ids=['one book', 'two books'])
+def test_without_a_frame_that_counts_the_loss_is_zero_and_every_gradient_is_there(overrides):
+    model = tiny_model(*overrides).train()
+    predictions = model.predict_masked(noise_batch((1.0,)), apply_mask=False)
+    assert predictions.targets.unique().tolist() == [-100]
+    loss = model.loss.of_frames(predictions.log_probs, predictions.targets)
+    loss.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and 'pos_bias' not in name}
+    assert loss.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in trained.values())
+
+
+@pytest.mark.unit
+def test_the_decoder_sees_no_frame_but_those_that_count():
+    model = tiny_model().train()
+    seen = []
+    model.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs['encoder_output'].shape), with_kwargs=True
+    )
+    predictions = model.predict_masked(noise_batch((2.0, 1.3)))
+    assert seen == [(1, 16, predictions.targets.shape[0])]
+    assert predictions.targets.shape[0] < 2 * 25
+
+
+class NeighbourDecoder(MultiSoftmaxDecoder):
+    """A user's decoder that looks at neighbouring frames, too."""
+
+    def forward(self, encoder_output):
+        return super().forward(encoder_output=encoder_output + encoder_output.roll(1, dims=2))
+
+
+class HalvedLoss(MultiMLMLoss):
+    """A user's loss."""
+
+    def forward(self, **arguments):
+        return super().forward(**arguments) / 2
+
+
+class OwnForward(EncDecDenoiseMaskedTokenPredModel):
+    """A user's model that changes what is predicted."""
+
+    def forward(self, **arguments):
+        log_probs, *rest = super().forward(**arguments)
+        return (log_probs * 0.5, *rest)
+
+
+def with_decoder_of_user(model):
+    model.decoder.__class__ = NeighbourDecoder
+
+
+def with_wide_decoder(model):
+    layer = torch.nn.Conv1d(16, 32, kernel_size=3, padding=1)
+    model.decoder.decoder_layers = torch.nn.Sequential(layer)
+
+
+def with_loss_of_user(model):
+    model.loss = HalvedLoss(combine_time_steps=8, decoder_offset=1)
+
+
+def with_model_of_user(model):
+    model.__class__ = OwnForward
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'change, named',
+    [
+        (with_decoder_of_user, 'NeighbourDecoder'),
+        (with_wide_decoder, 'MultiSoftmaxDecoder.decoder_layers'),
+        (with_loss_of_user, 'HalvedLoss'),
+        (with_model_of_user, 'OwnForward'),
+    ],
+    ids=lambda value: getattr(value, '__name__', ''),
+)
+def test_what_may_need_all_frames_gets_them_and_one_line_says_so(change, named):
+    model = tiny_model()
+    change(model)
+    with mock.patch.object(logging, 'warning', wraps=logging.warning) as warning:
+        losses = fit(model, batches(2), 2).logger.column('train_loss')
+    told = [str(call.args[0]) for call in warning.call_args_list if 'Decoding every frame' in str(call.args[0])]
+    assert len(told) == 1 and named in told[0]
+    with pytest.raises(ValueError, match=named):
+        model.predict_masked(noise_batch())
+    assert len(losses) == 2 and all(loss > 0 for loss in losses)
+
+
+@pytest.mark.unit
+def test_a_users_decoder_and_loss_are_used_in_training():
+    plain, halved = tiny_model(), tiny_model()
+    with_loss_of_user(halved)
+    losses = []
+    for model in (plain, halved):
+        torch.manual_seed(5)
+        losses.append(fit(model, batches(1), 1).logger.column('train_loss')[0])
+    assert losses[1] == pytest.approx(losses[0] / 2, rel=1e-5)
+
+
+@pytest.mark.unit
+def test_a_single_loss_over_a_codebook_that_is_not_squeezed_is_left_to_nemos_own_error():
+    config = tiny_config()
+    with open_dict(config.model):
+        config.model.loss = {'_target_': 'nemo.collections.asr.losses.MLMLoss', 'combine_time_steps': 8}
+    model = EncDecDenoiseMaskedTokenPredModel(config.model)
+    assert 'one codebook' in model.whole_decoding_reason
+    assert isinstance(model.loss, MLMLoss) and not isinstance(model.loss, MultiMLMLoss)

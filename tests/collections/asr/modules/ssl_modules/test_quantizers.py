@@ -1,0 +1,151 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Tokens and codes of the quantizer: NeMo's, from matrix products in bounded memory."""
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo.collections.asr.modules.ssl_modules import quantizers
+from nemo.collections.asr.modules.ssl_modules.quantizers import RandomProjectionVectorQuantizer
+
+StockQuantizer = quantizers._up.RandomProjectionVectorQuantizer
+
+
+def build_pair(dtype=None, **changed):
+    """A patched quantizer and NeMo's own with its weights."""
+    arguments = dict(feat_in=6, code_dim=4, num_classes=50, num_books=1, dist_fn='l2', combine_time_steps=1)
+    arguments.update(changed)
+    patched, stock = RandomProjectionVectorQuantizer(**arguments), StockQuantizer(**arguments)
+    stock.load_state_dict(patched.state_dict())
+    return (patched, stock) if dtype is None else (patched.to(dtype), stock.to(dtype))
+
+
+def assert_same(patched, stock, features):
+    codes, tokens = patched(input_signal=features)
+    stock_codes, stock_tokens = stock(input_signal=features)
+    assert tokens.dtype == stock_tokens.dtype and codes.dtype == stock_codes.dtype
+    assert torch.equal(tokens, stock_tokens)
+    assert torch.equal(codes, stock_codes)
+
+
+@pytest.mark.unit
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 3),
+    targets=st.integers(1, 20),
+    combine=st.sampled_from([1, 2, 8]),
+    books=st.integers(1, 3),
+    time_ahead=st.booleans(),
+    squeeze=st.booleans(),
+    classes=st.sampled_from([1, 2, 50, 300]),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+)
+def test_tokens_and_codes_are_nemos(seed, batch, targets, combine, books, time_ahead, squeeze, classes, scale):
+    torch.manual_seed(seed)
+    arguments = dict(combine_time_steps=combine, num_books=books, num_classes=classes)
+    patched, stock = build_pair(time_ahead=time_ahead, squeeze_single=squeeze, **arguments)
+    features = torch.randn(batch, 6, targets * combine) * scale
+    features[0, :, : combine * 2] = 0  # silence, as padding and digital zeros give it
+    assert_same(patched, stock, features.transpose(1, 2).contiguous() if time_ahead else features)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('dist_fn', ['l2', 'cosine'])
+def test_both_distances_in_both_dtypes(dist_fn, dtype):
+    torch.manual_seed(1)
+    patched, stock = build_pair(dtype, dist_fn=dist_fn, num_books=2)
+    features = torch.randn(2, 6, 200, dtype=dtype)
+    # Codes that are equally near but for rounding may change places: in float32 NeMo's own rounding decides.
+    if dtype == torch.float64:
+        assert_same(patched, stock, features)
+    same = patched(input_signal=features)[1] == stock(input_signal=features)[1]
+    assert same.float().mean() > 0.99
+
+
+@pytest.mark.unit
+def test_cosine_takes_float32_features_against_the_float64_codebook_where_nemo_fails():
+    patched, stock = build_pair(dist_fn='cosine')
+    features = torch.randn(1, 6, 9)
+    with pytest.raises(RuntimeError):
+        stock(input_signal=features)
+    tokens = patched(input_signal=features)[1]
+    frames = torch.nn.functional.normalize(patched.proj(features.transpose(1, 2)), dim=-1).double()
+    expected = (frames @ patched.codebooks[0].t()).argmax(dim=-1, keepdim=True)
+    assert torch.equal(tokens, expected)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('frames, combine, targets', [(17, 8, 2), (7, 8, 0), (8, 8, 1), (0, 1, 0)])
+def test_a_remainder_of_frames_gives_no_token(frames, combine, targets):
+    patched, _ = build_pair(combine_time_steps=combine)
+    features = torch.randn(2, 6, frames)
+    codes, tokens = patched(input_signal=features)
+    assert tokens.shape == (2, targets, 1) and codes.shape == (2, 4, targets, 1)
+    if targets:
+        assert torch.equal(tokens, patched(input_signal=features[..., : targets * combine])[1])
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('at_a_time', [1, 50, 120, 10**6])
+def test_how_many_scores_are_held_at_a_time_changes_nothing(at_a_time):
+    torch.manual_seed(2)
+    patched, stock = build_pair(num_books=2)
+    features = torch.randn(3, 6, 31)
+    with mock.patch.object(quantizers, 'SCORES_AT_A_TIME_ON_CPU', at_a_time):
+        assert_same(patched, stock, features)
+
+
+@pytest.mark.unit
+def test_no_tensor_is_larger_than_the_scores_at_a_time():
+    """The largest tensor made, of NeMo's and of ours, for 4000 frames against 1000 codes of 4 dimensions."""
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    self.elements = max(self.elements, tensor.numel())
+            return result
+
+    patched, stock = build_pair(num_classes=1000)
+    features = torch.randn(1, 6, 4000)
+    with mock.patch.object(quantizers, 'SCORES_AT_A_TIME_ON_CPU', 50_000):
+        with Largest() as ours:
+            patched(input_signal=features)
+        with Largest() as theirs:
+            stock(input_signal=features)
+    assert theirs.elements == 4000 * 1000 * 4
+    assert ours.elements == 50_000
+
+
+@pytest.mark.unit
+def test_autocast_does_not_change_the_distances():
+    torch.manual_seed(3)
+    patched, stock = build_pair(num_classes=300)
+    features = torch.randn(2, 6, 100)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert_same(patched, stock, features)
+
+
+@pytest.mark.unit
+def test_weights_are_nemos_and_may_be_trained():
+    patched, stock = build_pair(freeze=False)
+    assert patched.state_dict().keys() == stock.state_dict().keys()
+    features = torch.randn(1, 6, 5)
+    for quantizer in (patched, stock):
+        quantizer(input_signal=features)[0].sum().backward()
+    assert torch.equal(patched.codebooks.grad, stock.codebooks.grad)
+
+
+@pytest.mark.unit
+def test_it_runs_on_the_meta_device_without_waiting_for_values():
+    patched, _ = build_pair(num_books=2)
+    codes, tokens = patched.to('meta')(input_signal=torch.randn(2, 6, 16, device='meta'))
+    assert tokens.shape == (2, 16, 2) and codes.shape == (2, 4, 16, 2)
