@@ -17,6 +17,8 @@ PUBLIC = [
     ('nemo.collections.asr.modules', 'ConformerEncoderAdapter'),
     ('nemo.collections.asr.modules', 'RandomBlockMasking'),
     ('nemo.collections.asr.modules.ssl_modules', 'ConvFeatureMaksingWrapper'),
+    ('nemo.collections.asr.modules', 'MultiSoftmaxDecoder'),
+    ('nemo.collections.asr.modules', 'RandomProjectionVectorQuantizer'),
     ('nemo.collections.asr.modules.ssl_modules', 'RandomBlockMasking'),
 ]
 

@@ -14,20 +14,28 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo.collections.asr.data.audio_to_text_dali import DALIOutputs
+from nemo.collections.asr.data.ssl_dataset import set_skip_bad_audio
 from nemo.collections.asr.modules.conformer_encoder import CannotStreamError, ConformerEncoder
 from nemo.collections.asr.parts.att_context.answerability import masked_share_per_frame, unanswerable_frames
+from nemo.collections.asr.parts.att_context.audit import MaskAudit, TrainingAudit, audit_masks
 from nemo.collections.asr.parts.att_context.codebook_use import CodebookUse
-from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.context import AttContext, context_label
 from nemo.collections.asr.parts.att_context.dynamic_context import sync_masking_to_attention
+from nemo.collections.asr.parts.att_context.figures import require_matplotlib
 from nemo.collections.asr.parts.att_context.layer_masks import intersect_in_style
+from nemo.collections.asr.parts.att_context.model_figures import ContextFigures
 from nemo.collections.asr.parts.att_context.synced_collate import create_synced_context_collate
+from nemo.collections.asr.parts.att_context.validation import ContextValidation
 from nemo.collections.asr.parts.preprocessing.features import standardize_per_feature
+from nemo.collections.asr.parts.utils.known_keys import check_known
 from nemo.collections.asr.parts.utils.masked_frames import (
     MaskedPredictions,
     has_forward_of,
-    select_counted,
+    predict_counted,
     why_not_frame_by_frame,
 )
+from nemo.collections.asr.parts.utils.nonfinite_guard import NonFiniteGuard
+from nemo.collections.asr.parts.utils.resumable_loader import make_resumable
 from nemo.core.classes.common import typecheck
 from nemo.core.neural_types import LengthsType, NeuralType, SpectrogramType
 from nemo.utils import logging
@@ -35,6 +43,7 @@ from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
 
+OWN_LOADER_KEYS = ('synced_contexts', 'skip_bad_audio', 'resumable')
 TARGET_NORMALIZATIONS = (None, 'NA', 'per_feature')
 
 
@@ -45,6 +54,7 @@ class BatchRecord(NamedTuple):
     mask_lengths: torch.Tensor  # [B], in mask frames
     tokens: torch.Tensor  # [B, S] or [B, S, H]
     token_lengths: torch.Tensor  # [B]
+    encoded_lengths: torch.Tensor  # [B], in decoder frames
 
 
 class ContextState(NamedTuple):
@@ -56,11 +66,12 @@ class ContextState(NamedTuple):
     configured: Optional['ContextState']  # what to go back to, where it is set by hand
 
 
-class SpeechEncDecSelfSupervisedModel(_up.SpeechEncDecSelfSupervisedModel):
+class SpeechEncDecSelfSupervisedModel(NonFiniteGuard, _up.SpeechEncDecSelfSupervisedModel):
     """NeMo's base class of SSL models, with a context that can be set by hand or come with a batch.
 
     Takes NeMo's config, and ``train_ds.synced_contexts`` with the arguments ``context_options``, ``context_probs`` and
-    ``seed`` of ``create_synced_context_collate``, which the data loader then uses.
+    ``seed`` of ``create_synced_context_collate``, which the data loader then uses; ``train_ds.skip_bad_audio`` (see
+    ``ssl_dataset``), ``train_ds.resumable`` (see ``make_resumable``) and ``skip_nan_grad`` (see ``NonFiniteGuard``).
     """
 
     _configured_contexts: Optional[ContextState] = None  # where a context is set by hand: what was before
@@ -109,6 +120,11 @@ class SpeechEncDecSelfSupervisedModel(_up.SpeechEncDecSelfSupervisedModel):
             yield
         finally:
             self._restore_contexts(before)
+
+    @property
+    def att_context_set_by_hand(self) -> Optional[list]:
+        """The context of :meth:`set_att_context_size` that holds at present, None: that of the config."""
+        return None if self._configured_contexts is None else list(self.encoder.att_context_size)
 
     def _checked_context(self, context) -> list:
         if not isinstance(self.encoder, ConformerEncoder):
@@ -171,11 +187,11 @@ class SpeechEncDecSelfSupervisedModel(_up.SpeechEncDecSelfSupervisedModel):
         return draw.attach(moved, batch.att_context if self._trainer is None else draw.at(self._trainer.global_step))
 
     def _setup_dataloader_from_config(self, config):
-        synced = config.get('synced_contexts') if config is not None else None
-        if synced is None:
+        own = {key: config[key] for key in OWN_LOADER_KEYS if config is not None and config.get(key) is not None}
+        if not own:
             return super()._setup_dataloader_from_config(config)
-        loader = super()._setup_dataloader_from_config(_without_synced_contexts(config))
-        return loader if loader is None else _with_synced_contexts(loader, synced)
+        loader = super()._setup_dataloader_from_config(_without(config, own))
+        return loader if loader is None else _with_own_options(loader, **own)
 
     def training_step(self, batch, batch_idx=0):
         """Run NeMo's training step within one context, and log it."""
@@ -189,7 +205,7 @@ class SpeechEncDecSelfSupervisedModel(_up.SpeechEncDecSelfSupervisedModel):
         return super().training_step(batch, batch_idx)
 
     def _step_logs(self, context, loss) -> Dict[str, torch.Tensor]:
-        return {} if context is None else {f'train_loss/ctx_{_label(context)}': loss.detach()}
+        return {} if context is None else {f'train_loss/ctx_{context_label(context)}': loss.detach()}
 
     def decoder_loss_step(self, spectrograms, spec_masks, encoded, encoded_len, targets=None, target_lengths=None):
         """Decode and compute the loss; arguments and results are NeMo's.
@@ -233,6 +249,19 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
         num_classes = getattr(self.quantizer, 'num_classes', None)
         num_books = getattr(self.quantizer, 'num_books', 1)
         self.codebook_use = CodebookUse(num_classes, num_books) if num_classes else None
+        self._setup_reports()
+
+    def _setup_reports(self) -> None:
+        """Make ready what the config wants to know during training; see docs/reports.md."""
+        every, contexts = self.cfg.get('audit_every_n_batches'), self.cfg.get('validate_contexts')
+        self.training_audit = None if every is None else TrainingAudit(every)
+        self.context_figures = ContextFigures() if self.cfg.get('log_figures') else None
+        self.context_validation = None
+        if contexts is None:
+            return
+        if not has_forward_of(self, EncDecMaskedTokenPredModel, EncDecDenoiseMaskedTokenPredModel):
+            raise ValueError(f"model.validate_contexts cannot run {type(self).__name__}, which has its own forward")
+        self.context_validation = ContextValidation(self, contexts, self.cfg.get('validation_masks'))
 
     def _setup_masking(self) -> None:
         """Tell the masking module the unit of its frames, and find out whether it follows a context at all."""
@@ -254,6 +283,8 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
                 f"model.quantizer.combine_time_steps is {combined} with mask_position post_conv; it must be 1, for "
                 "the quantizer sees features after subsampling"
             )
+        if self.context_figures is not None:
+            require_matplotlib('model.log_figures')
         super().on_fit_start()
 
     @property
@@ -320,10 +351,7 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
         if self.whole_decoding_reason is not None:
             raise ValueError(f"predict_masked does not work here: {self.whole_decoding_reason}")
         encoded, encoded_len, masks, tokens = self._encode(*self._features_of_batch(batch), apply_mask, None)
-        frames, targets, counted = self.loss.align(encoded.transpose(1, 2), tokens, masks, encoded_len)
-        frames, targets, utterances = select_counted(frames, targets, counted)
-        log_probs = self.decoder(encoder_output=frames.t().unsqueeze(0)).squeeze(0)
-        return MaskedPredictions(log_probs, targets, utterances)
+        return predict_counted(self.decoder, self.loss, encoded, tokens, masks, encoded_len)
 
     @property
     def whole_decoding_reason(self) -> Optional[str]:
@@ -376,7 +404,7 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
                 masks, mask_lengths = self.pre_encoder.get_current_mask(), encoded_len
                 targets = self._subsampled(clean, seen, encoded_len)
         tokens, token_lengths = self._tokens(*targets)
-        self.last_batch = BatchRecord(masks, mask_lengths, tokens, token_lengths)
+        self.last_batch = BatchRecord(masks, mask_lengths, tokens, token_lengths, encoded_len)
         return encoded, encoded_len, masks, tokens
 
     def _mask(self, features, apply_mask, current_frame):
@@ -419,11 +447,32 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
 
     def _step_logs(self, context, loss) -> Dict[str, torch.Tensor]:
         """What a training step masked, aimed at and lost in its context."""
-        return {**super()._step_logs(context, loss), **self._context_logs(), **self._codebook_logs()}
+        logs = {**super()._step_logs(context, loss), **self._context_logs(), **self._codebook_logs()}
+        return {**logs, **self._audit_logs()}
+
+    def _audit_logs(self) -> Dict[str, torch.Tensor]:
+        if self.training_audit is None:
+            return {}
+        record = self.last_batch
+        return self.training_audit.step(
+            record.masks,
+            record.mask_lengths,
+            record.encoded_lengths,
+            decoder_offset=self._mlm_loss_attribute('decoder_offset', 0),
+            factor=self._mask_frames_per_attention_frame(),
+            encoder=self.encoder,
+            threshold=self._mask_threshold(),
+        )
+
+    def audit_of_last_batch(self, windows=None) -> MaskAudit:
+        """Return what the last forward pass masked, and what of it none of these windows shows an answer to."""
+        masks, lengths = self.last_batch[:2]
+        factor = self._mask_frames_per_attention_frame()
+        return audit_masks(masks, lengths, factor, windows, self._mask_threshold())
 
     def _context_logs(self, prefix: str = '') -> Dict[str, torch.Tensor]:
         """The context and what it left to answer, for the last batch; scalars on its device."""
-        masks, lengths, _, _ = self.last_batch
+        masks, lengths = self.last_batch[:2]
         share = masked_share_per_frame(masks, self._mask_frames_per_attention_frame())
         masked_frames = masks[:, 0].sum(dtype=torch.float32)
         logs = {f'{prefix}masked_share': masked_frames / lengths.sum().clamp(min=1)}
@@ -464,14 +513,51 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
             self._warn_if_targets_collapsed()
 
     def inference_pass(self, batch, batch_idx=0, dataloader_idx=0, mode='val', apply_mask=False):
-        """Run NeMo's validation or test pass in the default context; adds its masked share to the metrics."""
+        """Run NeMo's validation or test pass; in ``model.validate_contexts``, else in the default context.
+
+        In the default context the metrics have its masked share, too.
+        """
+        if self.context_validation is not None and apply_mask:
+            return {f'{mode}_loss': self.context_validation.step(self, batch, dataloader_idx, self._keep_for_figures)}
         with self._one_context():
             if self._decodes_every_frame():
                 metrics = super().inference_pass(batch, batch_idx, dataloader_idx, mode=mode, apply_mask=apply_mask)
             else:
                 metrics = {f'{mode}_loss': self.loss.of_frames(*self.predict_masked(batch, apply_mask)[:2])}
             metrics.update(self._context_logs(prefix=f'{mode}_'))
+            self._keep_for_figures(batch)
         return metrics
+
+    def _keep_for_figures(self, batch) -> None:
+        if self.context_figures is not None and self._trainer is not None:
+            self.context_figures.keep(self, batch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Make ready for the contexts of the config."""
+        super().on_validation_epoch_start()
+        if self.context_validation is not None:
+            self.context_validation.start(self, len(self.trainer.num_val_batches))
+
+    def on_test_epoch_start(self) -> None:
+        """Make ready for the contexts of the config."""
+        super().on_test_epoch_start()
+        if self.context_validation is not None:
+            self.context_validation.start(self, len(self.trainer.num_test_batches))
+
+    def on_validation_epoch_end(self, *args, **kwargs):
+        """Add the contexts' results up over the ranks, log them as NeMo does, and draw."""
+        if self.context_validation is not None:
+            self.context_validation.finish('val')
+        logged = super().on_validation_epoch_end(*args, **kwargs)
+        if self.context_figures is not None:
+            self.context_figures.log(self)
+        return logged
+
+    def on_test_epoch_end(self, *args, **kwargs):
+        """Add the contexts' results up over the ranks, and log them as NeMo does."""
+        if self.context_validation is not None:
+            self.context_validation.finish('test')
+        return super().on_test_epoch_end(*args, **kwargs)
 
     def test_step(self, batch, batch_idx=0, dataloader_idx=0):
         """Compute a test batch's metrics; stock files them under validation, where no test looks for them."""
@@ -484,17 +570,23 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
 
     def multi_validation_epoch_end(self, outputs: list, dataloader_idx: int = 0):
         """Average the validation batches: NeMo's ``val_loss``, and the context's metrics."""
+        if self.context_validation is not None:
+            return self.context_validation.summary('val', dataloader_idx)
         averaged = super().multi_validation_epoch_end(outputs, dataloader_idx)
         return _add_means(averaged, outputs)
 
     def multi_test_epoch_end(self, outputs: list, dataloader_idx: int = 0):
         """Average the test batches: NeMo's ``test_loss``, and the context's metrics."""
+        if self.context_validation is not None:
+            return self.context_validation.summary('test', dataloader_idx)
         averaged = super().multi_test_epoch_end(outputs, dataloader_idx)
         return _add_means(averaged, outputs)
 
     def _mask_threshold(self) -> float:
-        loss = getattr(self.loss, 'mlm_loss', self.loss)
-        return getattr(loss, 'mask_threshold', 0.8)
+        return self._mlm_loss_attribute('mask_threshold', 0.8)
+
+    def _mlm_loss_attribute(self, name: str, default):
+        return getattr(getattr(self.loss, 'mlm_loss', self.loss), name, default)
 
 
 class EncDecDenoiseMaskedTokenPredModel(EncDecMaskedTokenPredModel, _up.EncDecDenoiseMaskedTokenPredModel):
@@ -551,25 +643,29 @@ class EncDecDenoiseMaskedTokenPredModel(EncDecMaskedTokenPredModel, _up.EncDecDe
         return clean, self.preprocessor(input_signal=batch.noisy_audio, length=batch.noisy_audio_len)
 
 
-def _label(context) -> str:
-    return '_'.join(str(side) for side in context)
-
-
-def _without_synced_contexts(config):
+def _without(config, keys):
     """Return a copy of a data loader's config without what NeMo's loaders do not know."""
     config = copy.deepcopy(config)
     with open_dict(config) if OmegaConf.is_config(config) else nullcontext():
-        del config['synced_contexts']
+        for key in keys:
+            del config[key]
     return config
+
+
+def _with_own_options(loader, synced_contexts=None, skip_bad_audio=None, resumable=None):
+    """Apply to a data loader the options that NeMo's do not know; None leaves it as it is."""
+    if skip_bad_audio is not None:
+        set_skip_bad_audio(loader.dataset, skip_bad_audio)
+    if resumable is not None:
+        loader = make_resumable(loader, resumable)
+    return loader if synced_contexts is None else _with_synced_contexts(loader, synced_contexts)
 
 
 def _with_synced_contexts(loader, synced):
     """Let a data loader's batches carry contexts; lhotse's, too, passes its ready batches through ``collate_fn``."""
-    unknown = set(synced) - {'context_options', 'context_probs', 'seed'}
-    if unknown or 'context_options' not in synced:
-        raise ValueError(
-            f"synced_contexts is {synced}; it takes context_options and, if you like, context_probs, seed"
-        )
+    check_known('synced_contexts', synced, ('context_options', 'context_probs', 'seed'))
+    if 'context_options' not in synced:
+        raise ValueError(f"synced_contexts is {synced}; it needs context_options")
     if not isinstance(loader, torch.utils.data.DataLoader):
         raise ValueError(f"synced_contexts needs a torch data loader; {type(loader).__name__} collates nothing")
     loader.collate_fn = create_synced_context_collate(loader.collate_fn, **synced)

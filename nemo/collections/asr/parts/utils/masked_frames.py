@@ -42,6 +42,21 @@ def select_counted(frames: torch.Tensor, targets: torch.Tensor, counted: torch.T
     return chosen, targets.flatten(0, 1).index_select(0, index), index.div(counted.shape[1], rounding_mode='floor')
 
 
+def predict_counted(decoder, loss, encoded, tokens, masks, lengths) -> MaskedPredictions:
+    """Decode the frames that count in the loss, and no others.
+
+    Args:
+        decoder, loss: for which :func:`why_not_frame_by_frame` finds no reason.
+        encoded: [B, D, T]; lengths: its lengths [B].
+        tokens: targets [B, S] or [B, S, H].
+        masks: [B, D, M].
+    """
+    frames, targets, counted = loss.align(encoded.transpose(1, 2), tokens, masks, lengths)
+    frames, targets, utterances = select_counted(frames, targets, counted)
+    log_probs = decoder(encoder_output=frames.t().unsqueeze(0)).squeeze(0)
+    return MaskedPredictions(log_probs, targets, utterances)
+
+
 def why_not_frame_by_frame(decoder: torch.nn.Module, loss: torch.nn.Module) -> Optional[str]:
     """Tell why this decoder and this loss cannot be given the frames that count alone; None: they can.
 

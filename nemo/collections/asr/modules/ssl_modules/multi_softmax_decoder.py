@@ -1,0 +1,46 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Patch of NeMo's ``multi_softmax_decoder.py``: logits laid out for the softmax over classes.
+
+Shapes: B batch, D features, T frames, C classes, H codebooks.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from nemo.core import typecheck
+from nemo_streaming_ssl import upstream
+
+_up = upstream(globals())
+
+
+class MultiSoftmaxDecoder(_up.MultiSoftmaxDecoder):
+    """NeMo's linear decoder; arguments, weights and results are NeMo's.
+
+    NeMo's convolution of one frame leaves the classes of a frame T elements apart, and the softmax has to gather them.
+    The same product as a linear layer leaves them side by side.
+    """
+
+    @typecheck()
+    def forward(self, encoder_output):
+        """Return log-probabilities [B, T, C, H], or [B, T, C] with ``squeeze_single`` and one codebook.
+
+        Args:
+            encoder_output: [B, D, T], any floating dtype.
+        """
+        if not self._is_linear():
+            return super().forward(encoder_output=encoder_output)
+        layer = self.decoder_layers[0]
+        logits = F.linear(encoder_output.transpose(1, 2), layer.weight.squeeze(2), layer.bias)
+        if not (self.squeeze_single and self.num_decoders == 1):
+            logits = logits.unflatten(2, (self.num_classes, self.num_decoders))
+        return F.log_softmax(logits, dim=2)
+
+    def _is_linear(self) -> bool:
+        """Whether the layers are NeMo's one convolution of one frame, and nothing waits for it to be called.
+
+        A wrapper, such as FSDP's, is of another type, or has hooks.
+        """
+        layer = self.decoder_layers[0]
+        plain = type(layer) is torch.nn.Conv1d and len(self.decoder_layers) == 1
+        hooks = plain and (layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks)
+        return plain and not hooks and (layer.kernel_size, layer.stride, layer.groups) == ((1,), (1,), 1)
