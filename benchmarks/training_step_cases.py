@@ -1,0 +1,212 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""The parts of a training step that ``training_step.py`` times, built alike from stock and from patched NeMo.
+
+Run by ``training_step.py`` in processes of its own, one for each case and each NeMo:
+
+    python benchmarks/training_step_cases.py '{"part": "masking", "batch": 32, "seconds": 16, ...}'
+
+It builds the case, answers with its peak memory and its bounds, and then runs it once for each line on standard input.
+"""
+
+import ctypes
+import json
+import os
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+FEATURES, CLASSES, CODE_DIM, FACTOR, HOP_SECONDS = 80, 8192, 16, 8, 0.01
+MEBIBYTE = 2**20
+CONFIG = Path(__file__).resolve().parents[1] / 'examples/asr/conf/ssl/nest/nest_fast-conformer_streaming.yaml'
+NOT_IN_STOCK = (
+    'target_normalize validate_contexts validation_masks audit_every_n_batches log_figures '
+    'masking.causal encoder.att_context_seed encoder.blockwise_attention loss.decoder_offset'
+).split()
+
+
+def is_patched() -> bool:
+    """Whether this process runs the patched NeMo."""
+    try:
+        from nemo_streaming_ssl import PatchFinder
+    except ImportError:
+        return False
+    return PatchFinder in sys.meta_path
+
+
+def masking(case: dict):
+    """Mask a batch of features; the patched module within a left context of 40 attention frames, as in training."""
+    from nemo.collections.asr.modules import RandomBlockMasking
+
+    kind = dict(mask_prob=0.01, block_size=40) if case['overlap'] else dict(mask_prob=0.5, block_size=48)
+    module = RandomBlockMasking(FEATURES, allow_overlap=case['overlap'], **kind)
+    context = {}
+    if is_patched():
+        module.subsampling_factor = FACTOR
+        context = {'effective_left_context': 40}
+    features, lengths = feature_batch(case)
+    moved = 2 * features.numel() * features.element_size()  # each feature is read and written
+    return (lambda: module(input_feats=features, input_lengths=lengths, **context)), moved
+
+
+def quantizer(case: dict):
+    """Find the nearest of 8192 codes for every frame of 80 ms."""
+    from nemo.collections.asr.modules import RandomProjectionVectorQuantizer
+
+    module = RandomProjectionVectorQuantizer(
+        FEATURES, CODE_DIM, CLASSES, num_books=1, dist_fn='l2', combine_time_steps=FACTOR
+    )
+    features, _ = feature_batch(case)
+    features = features[..., : features.shape[2] // FACTOR * FACTOR]
+    moved = features.numel() * features.element_size()
+    return (lambda: module(input_signal=features)), moved
+
+
+def decoder_and_loss(case: dict):
+    """Decoder and loss, forward and backward, with a third of the frames masked, as blocks of 5 frames."""
+    from nemo.collections.asr.losses import MultiMLMLoss
+    from nemo.collections.asr.modules import MultiSoftmaxDecoder
+
+    frames = int(case['seconds'] / HOP_SECONDS) // FACTOR
+    batch, width = case['batch'], case['d_model']
+    decoder = MultiSoftmaxDecoder(width, CLASSES, use_bias=True)
+    loss = MultiMLMLoss(combine_time_steps=FACTOR)
+    encoded = torch.randn(batch, width, frames, requires_grad=True)
+    tokens = torch.randint(CLASSES, (batch, frames, 1))
+    lengths = torch.full((batch,), frames)
+    hidden = (torch.arange(frames) // 5 % 3 == 0).float().repeat_interleave(FACTOR)
+    masks = hidden.expand(batch, FEATURES, -1)
+
+    def whole():
+        log_probs = decoder(encoder_output=encoded)
+        loss(masks=masks, decoder_outputs=log_probs, targets=tokens, decoder_lengths=lengths).backward()
+
+    def masked_only():
+        from nemo.collections.asr.parts.utils.masked_frames import predict_counted
+
+        predictions = predict_counted(decoder, loss, encoded, tokens, masks, lengths)
+        loss.of_frames(predictions.log_probs, predictions.targets).backward()
+
+    weights = sum(p.numel() for p in decoder.parameters())
+    return (masked_only if is_patched() else whole), 4 * (2 * encoded.numel() + 3 * weights)
+
+
+def step(case: dict):
+    """A whole training step of the streaming configuration: forward, backward and AdamW.
+
+    Without causal downsampling, whose lengths stock's loss cannot take, and without a left context of the masking or
+    a normalisation of the targets in stock, which has neither.
+    """
+    from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch
+    from nemo.collections.asr.models import EncDecDenoiseMaskedTokenPredModel
+
+    model = EncDecDenoiseMaskedTokenPredModel(step_config(case))
+    model._trainer = SimpleNamespace(global_step=0)
+    model.log_dict = lambda *args, **kwargs: None  # NeMo hands a step's log to the trainer
+    model.train()
+    model._optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    samples = int(case['seconds'] * 16000)
+    audio, lengths = torch.randn(case['batch'], samples) * 0.1, torch.full((case['batch'],), samples)
+    ids = [str(index) for index in range(case['batch'])]
+    batch = AudioNoiseBatch(ids, audio, lengths, audio * 0.1, lengths, audio * 1.1, lengths)
+
+    def run():
+        model._trainer.global_step += 1
+        model._optimizer.zero_grad()
+        model.training_step(batch, 0)['loss'].backward()
+        model._optimizer.step()
+
+    weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return run, 4 * 8 * weights  # weights, gradients and both moments are read and written
+
+
+def step_config(case: dict):
+    """The streaming configuration in the case's size; for stock, without the keys it does not know."""
+    from omegaconf import OmegaConf, open_dict
+
+    cfg = OmegaConf.load(CONFIG)
+    cfg.model.encoder.causal_downsampling = False
+    cfg.model.loss.decoder_offset = 0
+    cfg.model.encoder.update(d_model=case['d_model'], n_layers=case['layers'], att_context_size=case['contexts'])
+    if case['d_model'] == 176:
+        cfg.model.encoder.n_heads = 4
+    del cfg.model.train_ds, cfg.model.validation_ds, cfg.model.optim
+    OmegaConf.resolve(cfg)
+    with open_dict(cfg):
+        for path in () if is_patched() else NOT_IN_STOCK:
+            *parents, key = path.split('.')
+            node = cfg.model if not parents else cfg.model[parents[0]]
+            if key in node:
+                del node[key]
+    return cfg.model
+
+
+def feature_batch(case: dict):
+    """Features [B, D, T] of so many seconds, and their lengths [B]."""
+    frames = int(case['seconds'] / HOP_SECONDS)
+    return torch.randn(case['batch'], FEATURES, frames), torch.full((case['batch'],), frames)
+
+
+PARTS = {'masking': masking, 'quantizer': quantizer, 'decoder and loss': decoder_and_loss, 'step': step}
+
+
+def peak_memory(run) -> float:
+    """Return what a run adds to the process's resident memory at its peak, in MiB (Linux)."""
+    ctypes.CDLL(None).malloc_trim(0)  # or memory that was freed while building hides what the run needs
+    with open('/proc/self/clear_refs', 'w') as file:
+        file.write('5')  # the peak starts afresh
+    before = status('VmRSS')
+    run()
+    return status('VmHWM') - before
+
+
+def status(name: str) -> float:
+    """Return a figure of ``/proc/self/status`` in MiB."""
+    with open('/proc/self/status') as file:
+        line = next(line for line in file if line.startswith(name))
+    return int(line.split()[1]) * 1024 / MEBIBYTE
+
+
+def rates() -> dict:
+    """This machine's rates: operations of a float32 matrix product, and bytes copied, each in a second."""
+    size, copied = 2048, 64 * MEBIBYTE
+    matrix, source = torch.randn(size, size), torch.empty(copied, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    product = min(seconds(lambda: matrix @ matrix) for _ in range(5))
+    copy = min(seconds(lambda: target.copy_(source)) for _ in range(5))
+    return {'operations_per_second': 2 * size**3 / product, 'bytes_per_second': 2 * copied / copy}
+
+
+def seconds(run) -> float:
+    """Return the seconds of one run."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Build the case, say what it takes, and time it whenever told to."""
+    case = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), 'w', buffering=1)
+    os.dup2(2, 1)  # NeMo logs to standard output
+    torch.manual_seed(0)
+    about = {'nemo': version('nemo_toolkit'), 'torch': torch.__version__, 'threads': torch.get_num_threads()}
+    if case['part'] == 'rates':
+        print(json.dumps({**about, **rates()}), file=answers)
+        return
+    run, moved = PARTS[case['part']](case)
+    memory = peak_memory(run)
+    with FlopCounterMode(display=False) as operations:
+        run()
+    about.update(patched=is_patched(), peak_mebibytes=memory, operations=operations.get_total_flops(), bytes=moved)
+    print(json.dumps(about), file=answers)
+    for _ in sys.stdin:
+        print(json.dumps(seconds(run)), file=answers)
+
+
+if __name__ == '__main__':
+    main()

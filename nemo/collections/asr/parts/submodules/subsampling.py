@@ -1,0 +1,77 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Patch of NeMo's ``subsampling.py``: the padding is masked once for each convolution, where it stands.
+
+Shapes: B batch, C channels, T frames, D features.
+"""
+
+import torch
+from torch import nn
+
+from nemo_streaming_ssl import upstream
+
+_up = upstream(globals())
+
+KEEP_ZERO = (nn.ReLU, nn.SiLU, nn.GELU, nn.Tanh, nn.LeakyReLU, nn.ELU)  # activations of 0 at 0
+
+
+class MaskedConvSequential(_up.MaskedConvSequential):
+    """NeMo's convolutions and activations, between which padding is set to zero; results are NeMo's.
+
+    NeMo multiplies by the mask before each layer and keeps the products for the backward pass. Only a convolution over
+    several frames carries padding into other frames: so the output of a convolution is masked, in place, unless the next
+    is one of single frames; activations keep its zeros.
+    """
+
+    def forward(self, x, lengths):
+        """Run the layers.
+
+        Args:
+            x: features [B, T, D].
+            lengths: valid frames [B].
+
+        Returns:
+            [B, C, T', D'] with zeros in the padding, and the lengths [B] int64.
+        """
+        layers = list(self)
+        if not all(isinstance(layer, (nn.Conv2d, *KEEP_ZERO)) for layer in layers):
+            return super().forward(x, lengths)
+        lengths = lengths.float()
+        x = x.unsqueeze(1)
+        x = x * _time_mask(x, lengths)
+        for layer, following in zip(layers, [*layers[1:], None]):
+            x = layer(x)
+            if not isinstance(layer, nn.Conv2d):
+                continue
+            if layer.stride != (1, 1):
+                lengths = _up.calculate_conv_output_size(
+                    lengths, layer.kernel_size[0], layer.stride[0], _padding(layer)
+                )
+            if not _is_of_single_frames(following):
+                x = x.mul_(_time_mask(x, lengths))
+        return x, lengths.long()
+
+
+class ConvSubsampling(_up.ConvSubsampling):
+    """NeMo's subsampling; arguments, weights and results are NeMo's."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if type(self.conv) is _up.MaskedConvSequential:
+            self.conv.__class__ = MaskedConvSequential
+
+
+def _time_mask(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Return 1 at valid frames, 0 at padding, for x [B, C, T, D]; [B, 1, T, 1] in its dtype."""
+    valid = torch.arange(x.shape[2], device=x.device) < lengths.long().unsqueeze(1)
+    return valid[:, None, :, None].to(x.dtype)
+
+
+def _padding(layer: nn.Conv2d) -> tuple[int, int]:
+    """Frames that a convolution pads before and after, as NeMo reckons them."""
+    if hasattr(layer, '_left_padding'):
+        return layer._left_padding, layer._right_padding
+    return layer.padding
+
+
+def _is_of_single_frames(layer) -> bool:
+    return isinstance(layer, nn.Conv2d) and (layer.kernel_size, layer.stride) == ((1, 1), (1, 1))

@@ -1,0 +1,103 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Subsampling gives NeMo's frames, lengths and gradients, with fewer passes over the padding."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+from nemo.collections.asr.parts.submodules import subsampling
+from nemo.collections.asr.parts.submodules.subsampling import ConvSubsampling, MaskedConvSequential
+
+stock = subsampling._up
+
+
+def build_pair(kind='dw_striding', causal=True, factor=8, activation=None, chunking=1):
+    """The patched subsampling and NeMo's own with its weights."""
+    arguments = dict(subsampling_conv_chunking_factor=chunking, is_causal=causal)
+    pair = [
+        cls(kind, factor, 12, 6, conv_channels=4, activation=activation or torch.nn.ReLU(), **arguments)
+        for cls in (ConvSubsampling, stock.ConvSubsampling)
+    ]
+    pair[1].load_state_dict(pair[0].state_dict())
+    return pair
+
+
+def run(module, features, lengths):
+    """Frames, their lengths, and the gradients of features and weights."""
+    features = features.clone().requires_grad_()
+    frames, lengths = module(features, lengths)
+    weights = torch.linspace(-1, 1, frames.numel()).view_as(frames)
+    (frames * weights).sum().backward()
+    return frames.detach(), lengths, features.grad, *(p.grad for p in module.parameters())
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('kind', ['dw_striding', 'striding'])
+@pytest.mark.parametrize('frames', [1, 7, 40, 65])
+def test_frames_lengths_and_gradients_are_nemos(kind, causal, frames):
+    torch.manual_seed(frames)
+    pair = build_pair(kind, causal, factor=4)
+    features = torch.randn(3, frames, 12)
+    lengths = torch.tensor([frames, max(frames // 2, 1), max(frames - 3, 1)])
+    for ours, theirs in zip(*(run(module, features, lengths) for module in pair), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.unit
+def test_what_padding_holds_is_seen_by_no_frame():
+    module, _ = build_pair()
+    features, lengths = torch.randn(2, 80, 12), torch.tensor([80, 41])
+    other = features.clone()
+    other[1, 41:] = 1e6
+    for before, after in zip(module(features, lengths), module(other, lengths)):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('activation', [torch.nn.Softplus(), torch.nn.Sigmoid()], ids=lambda a: type(a).__name__)
+def test_an_activation_that_makes_something_of_zero_is_left_to_nemo(activation):
+    pair = build_pair(activation=activation)
+    features, lengths = torch.randn(2, 40, 12), torch.tensor([40, 17])
+    for ours, theirs in zip(*(run(module, features, lengths) for module in pair), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_dtype_is_kept(dtype):
+    module, _ = build_pair()
+    frames, _ = module.to(dtype)(torch.randn(2, 40, 12, dtype=dtype), torch.tensor([40, 17]))
+    assert frames.dtype == dtype
+
+
+@pytest.mark.unit
+def test_autocast_keeps_its_dtype():
+    module, reference = build_pair()
+    features, lengths = torch.randn(2, 40, 12), torch.tensor([40, 17])
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        ours, theirs = module(features, lengths)[0], reference(features, lengths)[0]
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.unit
+def test_the_split_of_a_large_batch_takes_the_same_way():
+    module, reference = build_pair(chunking=2)
+    features, lengths = torch.randn(4, 40, 12), torch.tensor([40, 17, 33, 8])
+    torch.testing.assert_close(module(features, lengths), reference(features, lengths))
+    assert type(module.conv) is MaskedConvSequential
+
+
+@pytest.mark.unit
+def test_each_large_tensor_is_masked_once():
+    """NeMo masks before each of the eight layers and at the end."""
+    module, reference = build_pair()
+    calls = []
+    with mock.patch.object(subsampling, '_time_mask', side_effect=lambda *a: calls.append(1) or _mask(*a)):
+        module(torch.randn(1, 40, 12), torch.tensor([40]))
+    assert len(module.conv) == 8 and len(calls) == 4  # the input, and the output of three strides
+
+
+_mask = subsampling._time_mask
