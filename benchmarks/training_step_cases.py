@@ -96,7 +96,21 @@ def decoder_and_loss(case: dict):
 
 
 def step(case: dict):
-    """A whole training step of the streaming configuration: forward, backward and AdamW.
+    """A whole training step of the streaming configuration: forward, backward and AdamW."""
+    model, batch = step_model(case)
+
+    def run():
+        model._trainer.global_step += 1
+        model._optimizer.zero_grad()
+        model.training_step(batch, 0)['loss'].backward()
+        model._optimizer.step()
+
+    weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return run, 4 * 8 * weights  # weights, gradients and both moments are read and written
+
+
+def step_model(case: dict):
+    """A model of the streaming configuration in training, with an optimizer, and a batch of noise.
 
     Without causal downsampling, whose lengths stock's loss cannot take, and without a left context of the masking or
     a normalisation of the targets in stock, which has neither.
@@ -112,16 +126,7 @@ def step(case: dict):
     samples = int(case['seconds'] * 16000)
     audio, lengths = torch.randn(case['batch'], samples) * 0.1, torch.full((case['batch'],), samples)
     ids = [str(index) for index in range(case['batch'])]
-    batch = AudioNoiseBatch(ids, audio, lengths, audio * 0.1, lengths, audio * 1.1, lengths)
-
-    def run():
-        model._trainer.global_step += 1
-        model._optimizer.zero_grad()
-        model.training_step(batch, 0)['loss'].backward()
-        model._optimizer.step()
-
-    weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return run, 4 * 8 * weights  # weights, gradients and both moments are read and written
+    return model, AudioNoiseBatch(ids, audio, lengths, audio * 0.1, lengths, audio * 1.1, lengths)
 
 
 def step_config(case: dict):
