@@ -11,6 +11,7 @@ from typing import Iterator, Optional
 import torch
 from omegaconf import OmegaConf, open_dict
 
+from nemo.collections.asr.parts.att_context.blockwise import BlockwiseMask, can_cut, parse_choice, wins_by_blocks
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, draw_index, tightest
 from nemo.collections.asr.parts.att_context.layer_masks import STYLES, LayerAttentionMasks, intersect_in_style
 from nemo.collections.asr.parts.att_context.layer_schedule import parse_layer_contexts
@@ -37,9 +38,11 @@ class ConformerEncoder(_up.ConformerEncoder):
         att_context_seed: seed of the draw among several ``att_context_size`` entries. The draw is a pure function of
             the seed and the step, hence the same on every rank and after a resume.
         layer_att_context_size: contexts of the layers' own, see :meth:`set_layer_att_context_size`.
+        blockwise_attention: see :attr:`blockwise_attention`.
 
     Raises:
-        ValueError: if a layer's context is none, or the encoder's attention cannot follow it.
+        ValueError: if a layer's context is none, or the encoder's attention cannot follow it; if
+            ``blockwise_attention`` is no choice.
     """
 
     att_context_seed = 0
@@ -49,10 +52,19 @@ class ConformerEncoder(_up.ConformerEncoder):
     _configured_layer_contexts: tuple[Optional[AttContext], ...] = ()  # those of the constructor
     _layer_contexts_came_with_weights = False
     _streaming_arguments: dict = {}  # of the last setup_streaming_params
+    _blockwise_attention = 'auto'
 
-    def __init__(self, *args, att_context_seed: int = 0, layer_att_context_size=None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        att_context_seed: int = 0,
+        layer_att_context_size=None,
+        blockwise_attention: str = 'auto',
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.att_context_seed = att_context_seed
+        self.blockwise_attention = blockwise_attention
         self._watch_layer_contexts()
         self._set_layer_contexts(self._parse_layer_contexts(layer_att_context_size))
         self._configured_layer_contexts = self.layer_att_contexts()
@@ -72,15 +84,18 @@ class ConformerEncoder(_up.ConformerEncoder):
             return self._as_context(self.att_context_size)
         context = self._as_context(self.att_context_size)
         if len(self.att_context_size_all) > 1:
-            if step is None:
-                step, self._draws = self._draws, self._draws + 1
-            index = draw_index(self.att_context_seed, step, self.att_context_probs)
-            context = self._as_context(self.att_context_size_all[index])
+            context = self._as_context(self._drawn_att_context_size(step))
         if self.att_context_ceiling is None:
             return context
         return intersect_in_style(
             context, self.att_context_ceiling, self.att_context_style, 'encoder.att_context_ceiling'
         )
+
+    @torch.compiler.disable  # it would be compiled anew for each step
+    def _drawn_att_context_size(self, step: Optional[int]) -> list[int]:
+        if step is None:
+            step, self._draws = self._draws, self._draws + 1
+        return list(self.att_context_size_all[draw_index(self.att_context_seed, step, self.att_context_probs)])
 
     @property
     def att_context_ceiling(self) -> Optional[AttContext]:
@@ -131,6 +146,22 @@ class ConformerEncoder(_up.ConformerEncoder):
             return
         with self.using_att_context_size(self.draw_att_context_size()) as context:
             yield context
+
+    @property
+    def blockwise_attention(self) -> str:
+        """Whether layers with a limited context attend block by block, at linear cost: ``auto``, ``on`` or ``off``.
+
+        The results are those of the masked computation to rounding. ``auto`` does it where it is faster; ``off`` never,
+        it is NeMo bit for bit. Layers with an unlimited context, cached streaming steps and exports keep NeMo's way.
+
+        Raises:
+            ValueError: when set to anything else.
+        """
+        return self._blockwise_attention
+
+    @blockwise_attention.setter
+    def blockwise_attention(self, value) -> None:
+        self._blockwise_attention = parse_choice(value)
 
     def tightest_left_context(self) -> int:
         """The smallest limited left context, in attention frames; -1 if nothing limits it.
@@ -265,12 +296,37 @@ class ConformerEncoder(_up.ConformerEncoder):
         if self._att_context_is_pinned:
             att_context_size = self.att_context_size
         if not self._has_layer_contexts():
-            return super()._create_masks(att_context_size, *args, **kwargs)
+            return self._create_mask(self._as_context(att_context_size), *args, **kwargs)
         effective = dict(zip(self.layer_att_contexts(), self.effective_att_contexts(att_context_size)))
         masks = {}
         for context in set(effective.values()):
-            pad_mask, masks[context] = super()._create_masks(context.as_list(), *args, **kwargs)
+            pad_mask, masks[context] = self._create_mask(context, *args, **kwargs)
         return pad_mask, LayerAttentionMasks(masks, effective) if len(masks) > 1 else masks[context]
+
+    def _create_mask(self, context, padding_length, max_audio_length, offset, device):
+        """Return the padding [B, T] and what layers attending to this context take for their mask, True = hidden."""
+        if offset is None and self._attends_in_blocks(context, max_audio_length):
+            padding = torch.arange(max_audio_length, device=device) >= padding_length.unsqueeze(-1)
+            return padding, BlockwiseMask(context, self.att_context_style, padding)
+        return super()._create_masks(
+            list(context),
+            padding_length=padding_length,
+            max_audio_length=max_audio_length,
+            offset=offset,
+            device=device,
+        )
+
+    def _attends_in_blocks(self, context, frames: int) -> bool:
+        if self.blockwise_attention == 'off' or self.self_attention_model not in ('rel_pos', 'abs_pos'):
+            return False
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():  # what they make must serve any length
+            return False
+        if self.att_context_style not in STYLES or not can_cut(context) or not frames:
+            return False
+        positions = self.self_attention_model == 'rel_pos'
+        return self.blockwise_attention == 'on' or wins_by_blocks(
+            context, self.att_context_style, frames, positions, self.use_pytorch_sdpa
+        )
 
     def _calc_context_sizes(self, att_context_size, att_context_probs, **kwargs):
         if att_context_probs and abs(sum(att_context_probs) - 1) <= PROBABILITY_TOLERANCE:
@@ -364,6 +420,10 @@ class ConformerEncoder(_up.ConformerEncoder):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         with_weights = state_dict.pop(prefix + LAYER_CONTEXTS, None)
+        if not hasattr(self.pre_encode, 'pre_encode'):  # pre-trained with post-conv masking, which wraps it
+            wrapped = prefix + 'pre_encode.pre_encode.'
+            for name in [name for name in state_dict if name.startswith(wrapped)]:
+                state_dict[f'{prefix}pre_encode.{name[len(wrapped):]}'] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if with_weights is not None and with_weights.shape[1] == len(self.layers):
             self._take_layer_contexts_with_weights(*(_from_pairs(pairs) for pairs in with_weights.tolist()))

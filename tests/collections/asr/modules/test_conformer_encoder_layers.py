@@ -21,6 +21,7 @@ from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
 from nemo.collections.asr.parts.att_context import AttContext, context_table, receptive_field
 
 FRAMES = 24
+LONG = 200  # attention frames; blocks win for the contexts here
 KERNEL = 3
 ATTENTIONS = list(itertools.product(['rel_pos', 'abs_pos'], [False, True]))
 REGULAR, CHUNKED = dict(att_context_style='regular'), dict(att_context_style='chunked_limited')
@@ -99,10 +100,12 @@ def found_dependences(encoder):
 
 class TestWhatEachLayerSees:
     @pytest.mark.unit
+    @pytest.mark.parametrize('blockwise', ['off', 'on'])
     @pytest.mark.parametrize('model, sdpa', ATTENTIONS)
     @pytest.mark.parametrize('style, batches, layers', HIERARCHIES)
-    def test_a_changed_frame_changes_exactly_what_may_see_it(self, model, sdpa, style, batches, layers):
+    def test_a_changed_frame_changes_exactly_what_may_see_it(self, blockwise, model, sdpa, style, batches, layers):
         encoder = make_encoder(
+            blockwise_attention=blockwise,
             self_attention_model=model,
             use_pytorch_sdpa=sdpa,
             att_context_size=batches,
@@ -179,7 +182,8 @@ class TestWhatEachLayerSees:
         assert built == [[2, 0]]
 
     @pytest.mark.unit
-    def test_attention_adapters_see_what_the_layer_sees(self):
+    @pytest.mark.parametrize('blockwise', ['off', 'on'])
+    def test_attention_adapters_see_what_the_layer_sees(self, blockwise):
         from nemo.collections.asr.parts.submodules.adapters.multi_head_attention_adapter_module import (
             RelPositionMultiHeadAttentionAdapterConfig,
         )
@@ -191,6 +195,7 @@ class TestWhatEachLayerSees:
         encoder = under_test.ConformerEncoderAdapter(
             **arguments, conv_norm_type='layer_norm', att_context_size=[8, 0], layer_att_context_size=[[0, [2, 0]]]
         ).eval()
+        encoder.blockwise_attention = blockwise
         encoder.add_adapter('attends', RelPositionMultiHeadAttentionAdapterConfig(n_head=2, n_feat=16))
         encoder.set_enabled_adapters('attends', enabled=True)
         for name, parameter in encoder.named_parameters():
@@ -602,8 +607,8 @@ class TestSavedModels:
     def test_stock_nemo(self, saved, tmp_path):
         """Without contexts the encoder's output is stock's, bit for bit; a file with them is refused by stock."""
         _, path = saved
-        encoder = make_encoder(att_context_size=[8, 2], use_pytorch_sdpa=True)
-        frames = torch.randn(2, FRAMES, 16)
+        encoder = make_encoder(att_context_size=[8, 2], use_pytorch_sdpa=True, blockwise_attention='off')
+        frames = torch.randn(2, LONG, 16)
         encoder.layers[1].self_attention.att_context_size = [2, 0]
         encoder.layers[1].self_attention.att_context_size = None
         torch.save(
@@ -619,7 +624,7 @@ ours = torch.load({str(tmp_path / 'ours')!r})
 encoder = ConformerEncoder(**{arguments!r}).eval()
 encoder.load_state_dict(ours['weights'])
 with torch.no_grad():
-    output = encoder(audio_signal=ours['frames'], length=torch.tensor([{FRAMES}] * 2), bypass_pre_encode=True)[0]
+    output = encoder(audio_signal=ours['frames'], length=torch.tensor([{LONG}] * 2), bypass_pre_encode=True)[0]
 assert not hasattr(encoder, 'using_att_context_size')
 assert torch.equal(output.transpose(1, 2), ours['output'])
 print('SAME OUTPUT')

@@ -18,7 +18,8 @@ class LayerAttentionMasks:
     """Stands in for the attention mask of a forward pass where layers differ in theirs.
 
     Args:
-        masks: for each context that some layer attends to, its mask [B, A, A] bool, True = hidden.
+        masks: for each context that some layer attends to, its mask [B, A, A] bool, True = hidden, or without
+            a cache a :class:`~nemo.collections.asr.parts.att_context.blockwise.BlockwiseMask`.
         effective: for each context of a layer's own (None: a layer without), the one it attends to.
     """
 
@@ -26,7 +27,7 @@ class LayerAttentionMasks:
         self.masks, self.effective = masks, effective
 
     def of(self, own: Optional[AttContext]) -> torch.Tensor:
-        """Return the mask of a layer with this context of its own, [B, Q, A] bool, True = hidden."""
+        """Return the mask of a layer with this context of its own, [B, Q, A] bool, True = hidden, or its stand-in."""
         return self.masks[self.effective[own]]
 
     def __getitem__(self, index) -> 'LayerAttentionMasks':

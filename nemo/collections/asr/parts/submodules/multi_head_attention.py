@@ -1,16 +1,30 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Patch of NeMo's ``multi_head_attention.py``: the attention of each layer may have a context of its own."""
+"""Patch of NeMo's ``multi_head_attention.py``: a context for each layer, and limited ones at linear cost.
 
+Shapes: B batch, H heads, T attention frames, D features of a head, N blocks, C queries of a block, W keys of its window.
+"""
+
+from contextlib import nullcontext
+from functools import partial
 from typing import Callable, Optional
 
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from nemo.collections.asr.parts.att_context.blockwise import AttentionBlocks, BlockwiseMask
 from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.utils import avoid_float16_autocast_context
 from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
 
 
 class MultiHeadAttention(_up.MultiHeadAttention):
-    """NeMo's multi-head attention with a context of its own, which the Conformer encoder it belongs to follows."""
+    """NeMo's multi-head attention with a context of its own, which the Conformer encoder it belongs to follows.
+
+    Given a :class:`BlockwiseMask` it computes block by block what NeMo computes from the mask [B, T, T].
+    """
 
     _att_context: Optional[AttContext] = None
     _take_att_context: Optional[Callable] = None  # the encoder's method that checks a new context and stores it
@@ -39,15 +53,91 @@ class MultiHeadAttention(_up.MultiHeadAttention):
         else:
             self._take_att_context(self, context)
 
+    def forward(self, query, key, value, mask, pos_emb=None, cache=None):
+        """Attend; arguments and results are NeMo's.
+
+        Args:
+            query, key, value: [B, T, d_model].
+            mask: [B, T, T] bool, True = hidden, None, or a :class:`BlockwiseMask`.
+            pos_emb: with relative positions [1, 2 * T - 1, d_model], from the farthest past to the farthest future.
+            cache: NeMo's, not with a :class:`BlockwiseMask`.
+        """
+        if not isinstance(mask, BlockwiseMask):
+            return super().forward(query, key, value, mask, pos_emb, cache)
+        assert cache is None
+        if torch.is_autocast_enabled():  # these two as NeMo does
+            query, key, value = (tensor.to(torch.float32) for tensor in (query, key, value))
+        with avoid_float16_autocast_context():
+            query, key, value = (heads.transpose(1, 2) for heads in self.forward_qkv(query, key, value))
+            if mask.blocks.are_many and torch.is_grad_enabled():
+                drops = self.training and self.dropout_rate > 0
+                attend = partial(checkpoint, self._attend_in_blocks, use_reentrant=False, preserve_rng_state=drops)
+            else:
+                attend = self._attend_in_blocks
+            attended = attend(query, key, value, mask, pos_emb)
+            # A padded query sees nothing.
+            return self.linear_out(attended.flatten(2).masked_fill(mask.padding.unsqueeze(-1), 0.0))
+
+    def _attend_in_blocks(self, query, key, value, mask: BlockwiseMask, pos_emb) -> torch.Tensor:
+        """Return the weighted values, [B, T, H, D], of queries, keys and values [B, T, H, D]."""
+        blocks = mask.blocks
+        query = blocks.queries_of(query)
+        bias = mask.bias.to(key.dtype)
+        content_query, bias = self._query_and_bias(query, pos_emb, bias, blocks)
+        content_query = content_query.to(key.dtype).unflatten(1, (blocks.count, -1)).permute(0, 3, 1, 2, 4)
+        key, value = blocks.windows_of(key), blocks.windows_of(value)
+        attend = self._attend_by_sdpa if self.use_pytorch_sdpa else self._attend
+        attended = attend(content_query, key, value, bias)  # [B, H, N, C, D]
+        return attended.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, : blocks.frames]
+
+    def _query_and_bias(self, query, pos_emb, bias, blocks: AttentionBlocks):
+        """Return the query that meets the keys, [B, N * C, H, D], and what is added to the scaled scores."""
+        return query, bias
+
+    def _attend(self, query, key, value, bias) -> torch.Tensor:
+        """Return [B, H, N, C, D] for queries of that shape, windows [B, H, N, W, D] and a bias [B, 1 or H, N, C, W]."""
+        shape = query.shape
+        query = (query / self.s_d_k).flatten(0, 2)
+        scores = bias.expand(*shape[:4], key.shape[3]).flatten(0, 2)
+        scores = torch.baddbmm(scores, query, key.flatten(0, 2).transpose(1, 2))
+        weights = self.dropout(torch.softmax(scores, dim=-1))
+        return torch.matmul(weights, value.flatten(0, 2)).view(shape)
+
+    def _attend_by_sdpa(self, query, key, value, bias) -> torch.Tensor:
+        """The same by PyTorch's ``scaled_dot_product_attention``, whose kernels want one dimension less."""
+        shape = query.shape
+        bias = bias.expand(*shape[:4], key.shape[3])
+        backends = self.use_pytorch_sdpa_backends
+        with torch.nn.attention.sdpa_kernel(backends) if backends else nullcontext():
+            attended = F.scaled_dot_product_attention(
+                *(tensor.flatten(0, 1) for tensor in (query, key, value, bias)),
+                dropout_p=self.dropout_rate if self.training else 0.0,
+                scale=1 / self.s_d_k,
+            )
+        return attended.view(shape)
+
 
 class RelPositionMultiHeadAttention(MultiHeadAttention, _up.RelPositionMultiHeadAttention):
     """NeMo's multi-head attention with relative positions, with a context of its own."""
+
+    def _query_and_bias(self, query, pos_emb, bias, blocks: AttentionBlocks):
+        """The bias becomes [B, H, N, C, W]: only the distances that some query sees are scored at all."""
+        centre = pos_emb.shape[1] // 2
+        near = pos_emb[:, centre - blocks.past : centre + blocks.future + 1]
+        position = self.linear_pos(near).unflatten(-1, (self.h, self.d_k)).permute(0, 2, 3, 1)  # [1, H, D, P]
+        position_query = ((query + self.pos_bias_v) / self.s_d_k).transpose(1, 2)
+        scores = torch.matmul(position_query, position)  # [B, H, N * C, P]
+        return query + self.pos_bias_u, blocks.place(scores) + bias
 
 
 class RelPositionMultiHeadAttentionLongformer(
     RelPositionMultiHeadAttention, _up.RelPositionMultiHeadAttentionLongformer
 ):
     """NeMo's local attention. Its context is built into it, and into the positional encoding all layers share."""
+
+    def forward(self, *args, **kwargs):
+        """Attend; arguments and results are NeMo's."""
+        return _up.RelPositionMultiHeadAttentionLongformer.forward(self, *args, **kwargs)
 
     @property
     def att_context_size(self) -> list[int]:

@@ -1,0 +1,170 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""What benchmarks share: runs in turn, ratios with their spread, peak memory, growth exponents.
+
+Imports nothing of NeMo, so that a case can be built by stock NeMo too, in a process with the overlay off.
+"""
+
+import ctypes
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+MEGABYTE = 1e6
+
+
+class Seconds(NamedTuple):
+    """How long a run took; CPU time, of all threads, leaves out what others do on the same machine."""
+
+    clock: float
+    cpu: float
+
+
+class Ratio(NamedTuple):
+    """The median of the pairs' ratios, and its quartiles."""
+
+    low: float
+    median: float
+    high: float
+
+    def __str__(self) -> str:
+        return f'{self.median:.3f} ({self.low:.3f} to {self.high:.3f})'
+
+
+def timed(run: Callable[[], object]) -> Seconds:
+    """Return the seconds that a run takes, until the device has finished."""
+    wait_for_device()
+    start = time.perf_counter(), time.process_time()
+    run()
+    wait_for_device()
+    return Seconds(time.perf_counter() - start[0], time.process_time() - start[1])
+
+
+def wait_for_device() -> None:
+    """Wait for a GPU to finish, where there is one in use."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def in_turn(runs: dict[str, Callable[[], Seconds]], turns: int) -> dict[str, list[Seconds]]:
+    """Time several things in turn, in changing order, after one run of each to warm up.
+
+    Whatever else the machine does then hits all of them.
+    """
+    for run in runs.values():
+        run()
+    seconds = {name: [] for name in runs}
+    for turn in range(turns):
+        for name in list(runs) if turn % 2 == 0 else list(runs)[::-1]:
+            seconds[name].append(runs[name]())
+    return seconds
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
+    """Compare runs that took turns: the ratios ``above[i] / below[i]``."""
+    ratios = [first / second for first, second in zip(above, below)]
+    return Ratio(*(statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3))
+
+
+def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Fit values = constant x size ** exponent by least squares on log axes, and return the exponent."""
+    x, y = ([math.log(value) for value in column] for column in (sizes, values))
+    return statistics.linear_regression(x, y).slope
+
+
+def peak_memory(run: Callable[[], object]) -> float:
+    """Return how many megabytes a run takes at its peak, beyond what the process (or the GPU) held before.
+
+    Raises:
+        OSError: where the system does not tell (only Linux does, for CPU memory).
+    """
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / MEGABYTE
+    give_back_memory()  # or what was freed before hides what the run needs
+    Path('/proc/self/clear_refs').write_text('5')  # the peak so far is forgotten
+    before = _resident('VmRSS')
+    run()
+    return (_resident('VmHWM') - before) / MEGABYTE
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system, where glibc keeps it."""
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident(field: str) -> float:
+    line = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(field))
+    return float(line.split()[1]) * 1024
+
+
+class CaseProcess:
+    """A process that builds a case and runs it when told to, with or without the overlay; see :func:`serve`.
+
+    Args:
+        script: calls :func:`serve`.
+        case: what to build; JSON must be able to hold it.
+        stock: whether the overlay is off.
+
+    Raises:
+        RuntimeError: by its methods, if the process has ended; the message has the end of what it said.
+    """
+
+    def __init__(self, script: Path, case: dict, stock: bool):
+        self._messages = tempfile.TemporaryFile('w+')
+        self._process = subprocess.Popen(
+            [sys.executable, str(script), json.dumps(case)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._messages,
+            text=True,
+            env={**os.environ, 'NEMO_STREAMING_SSL': '0' if stock else '1'},
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._process.kill()
+        self._process.communicate()
+        self._messages.close()
+
+    def run(self) -> Seconds:
+        """Run the case once."""
+        return Seconds(*self._ask('run'))
+
+    def peak(self) -> float:
+        """Run the case once and return its peak memory in megabytes; call it first."""
+        return self._ask('peak')
+
+    def _ask(self, what: str):
+        self._process.stdin.write(what + '\n')
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if line:
+            return json.loads(line)
+        self._messages.seek(0)
+        raise RuntimeError(f'a benchmark process ended ({self._process.wait()}):\n' + self._messages.read()[-2000:])
+
+
+def serve(build: Callable[[dict], Callable[[], object]]) -> None:
+    """Build the case that the command line holds and answer a :class:`CaseProcess` until it stops asking."""
+    answers = os.fdopen(os.dup(1), 'w', buffering=1)
+    os.dup2(2, 1)  # NeMo logs to standard output
+    run = build(json.loads(sys.argv[1]))
+    for line in sys.stdin:
+        answer = peak_memory(run) if line.strip() == 'peak' else timed(run)
+        print(json.dumps(answer), file=answers)
+        give_back_memory()  # the other process may need it

@@ -1,0 +1,210 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Attention within a limited context, block by block: the numbers of the masked computation at linear cost.
+
+Queries are cut into blocks, and each block meets only the keys that one of its queries can see, its window. So T x T
+scores become T x W. The idea is that of local attention in the Longformer (https://arxiv.org/abs/2004.05150) and of
+relative shifts in Transformer-XL (https://arxiv.org/abs/1901.02860); here it is exact for NeMo's attention styles.
+
+Shapes: B batch, H heads, T attention frames, D features of a head, N blocks, C queries of a block, W keys of its window,
+P distances between a query and the keys it may see.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
+
+HIDDEN = -10000.0  # NeMo's score of a hidden key; the softmax of any dtype gives it a weight of exactly 0
+COPIES_PER_SCORE = 40.0  # see _block_frames
+MANY_WINDOWS = 16  # see AttentionBlocks.are_many
+CHOICES = ('auto', 'on', 'off')  # of blockwise_attention
+LEAST = {  # (relative positions, sdpa): (windows, frames), see wins_by_blocks
+    (True, False): (2, 128),
+    (True, True): (2, 128),
+    (False, False): (4, 192),
+    (False, True): (6, 256),
+}
+
+
+@dataclass(frozen=True)
+class AttentionBlocks:
+    """How T frames are cut into blocks, and which keys the window of a block holds.
+
+    Key j of block n's window is frame ``n * queries - before + j``. Frames before the first and after the last exist
+    in windows as zeros, and are hidden.
+    """
+
+    frames: int
+    """T"""
+    queries: int
+    """C, of each block; the last may have fewer real ones"""
+    before: int
+    """keys of the window before the block's first query"""
+    after: int
+    """keys of the window after the block's last query"""
+    past: int
+    """the largest distance from a query back to a key it may see"""
+    future: int
+    """the largest distance from a query ahead to a key it may see"""
+    chunk: int
+    """frames of a chunk with ``chunked_limited``; 0 with ``regular``"""
+
+    @classmethod
+    def cut(cls, context: AttContext, style: str, frames: int) -> 'AttentionBlocks':
+        """Return the blocks for a limited context.
+
+        Args:
+            context: in attention frames, limited on both sides.
+            style: ``regular`` or ``chunked_limited``.
+            frames: T; a context that reaches beyond it costs no more than one that reaches all of it.
+        """
+        assert can_cut(context), context
+        if style == 'regular':
+            past, future = min(context.left, frames - 1), min(context.right, frames - 1)
+            return cls(frames, _block_frames(past + future + 1), past, future, past, future, chunk=0)
+        chunk = min(context.right + 1, frames)
+        before = min(context.left // (context.right + 1), (frames - 1) // chunk) * chunk
+        queries = -(-_block_frames(before + chunk) // chunk) * chunk  # no chunk lies in two blocks
+        past = min(before + chunk - 1, frames - 1)
+        return cls(frames, queries, before, 0, past, chunk - 1, chunk)
+
+    @property
+    def count(self) -> int:
+        """N"""
+        return -(-self.frames // self.queries)
+
+    @property
+    def keys(self) -> int:
+        """W, of each block's window"""
+        return self.before + self.queries + self.after
+
+    @property
+    def are_many(self) -> bool:
+        """Whether to compute what each block needs again for the backward pass, instead of keeping it.
+
+        Windows and weights take twice the memory of queries, keys and values; making them again takes a fifth of the
+        attention's time. Where the audio is this long, that is little beside what the blocks save.
+        """
+        return self.frames >= MANY_WINDOWS * self.keys
+
+    def queries_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Pad [B, T, H, D] to whole blocks, [B, N * C, H, D]."""
+        missing = self.count * self.queries - self.frames
+        return F.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor
+
+    def windows_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the window of each block: of [B, T, H, D] a copy, [B, H, N, W, D]."""
+        C, W = self.queries, self.keys
+        pieces = -(-W // C)  # a window is so many blocks after each other, the last of them in part
+        total = (self.count + pieces - 1) * C
+        padded = F.pad(tensor, (0, 0, 0, 0, self.before, total - self.before - self.frames))
+        # Shifted views and one copy: the backward of an unfold takes longer than the attention.
+        blocks = padded.unflatten(1, (total // C, C))
+        shifted = [blocks[:, piece : piece + self.count, : W - piece * C] for piece in range(pieces)]
+        return torch.cat(shifted, dim=2).permute(0, 3, 1, 2, 4)
+
+    def place(self, scores: torch.Tensor) -> torch.Tensor:
+        """Move each query's scores of distances to the keys at these distances.
+
+        Args:
+            scores: [B, H, N * C, P], P = past + future + 1, from the farthest past to the farthest future.
+
+        Returns:
+            [B, H, N, C, W]; 0 at keys beyond the distances.
+        """
+        C = self.queries
+        width = C - 1 + self.past + self.future + 1  # of a window that reaches all distances of all queries
+        rows = F.pad(scores.unflatten(2, (self.count, C)), (0, C))
+        # Rows of width + 1 read as rows of width: each begins one key later than the row before.
+        shifted = rows.flatten(-2)[..., : C * width].unflatten(-1, (C, width))
+        return shifted[..., self.past - self.before :][..., : self.keys]
+
+    def hidden(self, padding: torch.Tensor) -> torch.Tensor:
+        """Return which keys of its window a query must not see, [B, N, C, W] bool, True = hidden.
+
+        Args:
+            padding: [B, T] bool, True = padding.
+        """
+        device = padding.device
+        first = torch.arange(self.count, device=device).unsqueeze(1) * self.queries
+        query = first + torch.arange(self.queries, device=device)  # [N, C], frames
+        key = first + torch.arange(-self.before, self.queries + self.after, device=device)  # [N, W], frames
+        absent = (key < 0) | (key >= self.frames)
+        absent = absent | padding[:, key.clamp(0, self.frames - 1)]  # [B, N, W]
+        return ~self._sees(query.unsqueeze(2), key.unsqueeze(1)) | absent.unsqueeze(2)
+
+    def _sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        if not self.chunk:
+            return (key >= query - self.past) & (key <= query + self.future)
+        chunks = query // self.chunk - key.div(self.chunk, rounding_mode='floor')
+        return (chunks >= 0) & (chunks <= self.before // self.chunk)
+
+
+class BlockwiseMask:
+    """Stands in for the attention mask of layers that attend block by block; holds nothing of size T x T.
+
+    Args:
+        context: what the layers attend to, limited on both sides.
+        style: ``regular`` or ``chunked_limited``.
+        padding: [B, T] bool, True = padding.
+
+    Attributes:
+        blocks: the :class:`AttentionBlocks`.
+        bias: [B, 1, N, C, W] float32, added to the scores: 0, or ``HIDDEN`` where the key is hidden.
+    """
+
+    def __init__(self, context: AttContext, style: str, padding: torch.Tensor):
+        self.padding = padding
+        self.blocks = AttentionBlocks.cut(context, style, padding.shape[1])
+        hidden = self.blocks.hidden(padding).unsqueeze(1)
+        self.bias = torch.zeros(hidden.shape, device=padding.device).masked_fill_(hidden, HIDDEN)
+
+
+def parse_choice(value) -> str:
+    """Read ``blockwise_attention``: auto, on or off; YAML makes booleans of the last two.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    choice = {True: 'on', False: 'off'}[value] if isinstance(value, bool) else value
+    if choice not in CHOICES:
+        raise ValueError(f"model.encoder.blockwise_attention is {value!r}; it must be one of {', '.join(CHOICES)}")
+    return choice
+
+
+def can_cut(context: AttContext) -> bool:
+    """Return whether the context is limited on both sides, so that blocks have a window."""
+    return UNLIMITED not in (context.left, context.right)
+
+
+def wins_by_blocks(context: AttContext, style: str, frames: int, positions: bool, sdpa: bool) -> bool:
+    """Return whether attending block by block is faster than NeMo's way for T = ``frames``: a measured rule.
+
+    The audio must be several times as long as the window of a block: how many times depends on the kind of attention,
+    hardly on the context. Below some 10 s the further steps of the way by blocks cost more than they save, however
+    short the context is. ``benchmarks/attention.py --part rule`` measures both numbers.
+
+    Args:
+        context: limited on both sides.
+        style: ``regular`` or ``chunked_limited``.
+        frames: T.
+        positions: whether the attention scores relative positions (``rel_pos``), of which NeMo's way has 2 * T.
+        sdpa: whether it uses PyTorch's ``scaled_dot_product_attention``.
+    """
+    least_windows, least_frames = LEAST[positions, sdpa]
+    if frames < least_frames:
+        return False
+    return frames >= least_windows * AttentionBlocks.cut(context, style, frames).keys
+
+
+def _block_frames(window: int) -> int:
+    """Return how many queries a block should have when each sees a window of so many frames, a multiple of 8.
+
+    Long blocks compute scores that are then hidden, C for each query; short ones copy each key into many windows,
+    window / C times. The sum is least at C = sqrt(ratio of the two costs x window); ``COPIES_PER_SCORE`` is that ratio,
+    measured on a CPU with 64 features for each head.
+    """
+    return max(8, round(math.sqrt(COPIES_PER_SCORE * window) / 8) * 8)

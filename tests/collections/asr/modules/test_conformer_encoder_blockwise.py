@@ -1,0 +1,199 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Which layers attend block by block, and that it changes nothing but time and memory.
+
+Shapes: B batch, T attention frames.
+"""
+
+import itertools
+
+import pytest
+import torch
+from tensor_sizes import LargestTensor
+from torch.utils.checkpoint import checkpoint
+
+from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
+from nemo.collections.asr.parts.att_context.blockwise import BlockwiseMask
+from nemo.collections.asr.parts.submodules import conformer_modules
+
+SCHEDULE = [[0, [4, 0]], [2, [8, 0]]]
+KINDS = list(itertools.product(('rel_pos', 'abs_pos'), (False, True)))
+TINY = dict(
+    feat_in=8,
+    n_layers=4,
+    d_model=16,
+    n_heads=2,
+    ff_expansion_factor=2,
+    subsampling='dw_striding',
+    subsampling_factor=8,
+    subsampling_conv_channels=4,
+    causal_downsampling=True,
+    conv_kernel_size=3,
+    conv_norm_type='layer_norm',
+    conv_context_size='causal',
+    pos_emb_max_len=64,
+    dropout=0.0,
+    dropout_pre_encoder=0.0,
+    dropout_emb=0.0,
+    dropout_att=0.0,
+)
+
+
+def make_encoder(**changes):
+    torch.manual_seed(0)
+    encoder = ConformerEncoder(**{**TINY, 'att_context_size': [8, 0], 'blockwise_attention': 'on', **changes})
+    for parameter in encoder.parameters():
+        if parameter.dim() >= 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return encoder.eval()
+
+
+def encode(encoder, frames, lengths=None):
+    """Run the layers alone on [B, T, d_model]; returns [B, d_model, T]."""
+    lengths = torch.full(frames.shape[:1], frames.shape[1]) if lengths is None else lengths
+    return encoder(audio_signal=frames, length=lengths, bypass_pre_encode=True)[0]
+
+
+@pytest.fixture
+def masks(monkeypatch):
+    """The masks that the attention of each layer gets: 'blocks' with its left reach, or the shape of a tensor."""
+    stock, seen = conformer_modules._up.ConformerLayer, []
+    attend = stock.forward
+
+    def spy(layer, x, att_mask=None, *args, **kwargs):
+        blocks = isinstance(att_mask, BlockwiseMask)
+        seen.append(('blocks', att_mask.blocks.past) if blocks else tuple(att_mask.shape))
+        return attend(layer, x, att_mask, *args, **kwargs)
+
+    monkeypatch.setattr(stock, 'forward', spy)
+    return seen
+
+
+class TestWhoAttendsInBlocks:
+    @pytest.mark.unit
+    def test_on_takes_every_limited_layer_and_only_those(self, masks):
+        encoder = make_encoder(att_context_size=[-1, 0], layer_att_context_size=[[4, 0], None, [8, -1], [6, 0]])
+        encode(encoder, torch.randn(2, 20, 16))
+        assert masks == [('blocks', 4), (2, 20, 20), ('blocks', 8), ('blocks', 6)]
+
+    @pytest.mark.unit
+    def test_off_takes_none(self, masks):
+        encode(make_encoder(blockwise_attention='off'), torch.randn(1, 200, 16))
+        assert masks == [(1, 200, 200)] * 4
+
+    @pytest.mark.unit
+    def test_auto_is_the_default_and_waits_for_long_audio(self, masks):
+        encoder = ConformerEncoder(**TINY, att_context_size=[8, 0]).eval()
+        assert encoder.blockwise_attention == 'auto'
+        encode(encoder, torch.randn(1, 20, 16))
+        encode(encoder, torch.randn(1, 200, 16))
+        assert masks == [(1, 20, 20)] * 4 + [('blocks', 8)] * 4
+
+    @pytest.mark.unit
+    def test_auto_decides_for_each_context(self, masks):
+        contexts = dict(att_context_size=[60, 0], layer_att_context_size=[[0, [4, 0]], [2, [60, 0]]])
+        encode(make_encoder(blockwise_attention='auto', **contexts), torch.randn(1, 140, 16))
+        assert masks == [('blocks', 4)] * 2 + [(1, 140, 140)] * 2
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('choice', ['auto', 'on'])
+    def test_cached_steps_and_traces_keep_nemos_way(self, masks, choice):
+        encoder = make_encoder(blockwise_attention=choice)
+        caches = encoder.get_initial_cache_state(batch_size=1)
+        encoder(
+            audio_signal=torch.randn(1, 200, 16),
+            length=torch.tensor([200]),
+            cache_last_channel=caches[0],
+            cache_last_time=caches[1],
+            cache_last_channel_len=caches[2],
+            bypass_pre_encode=True,
+        )
+        assert masks == [(1, 200, 208)] * 4
+        masks.clear()
+        encoder.requires_grad_(False)
+        torch.jit.trace(lambda frames: encode(encoder, frames), torch.randn(1, 200, 16), check_trace=False)
+        assert masks == [(1, 200, 200)] * 4
+
+    @pytest.mark.unit
+    def test_the_choice_is_checked_and_can_be_changed(self):
+        encoder = make_encoder(blockwise_attention=False)  # what YAML makes of off
+        assert encoder.blockwise_attention == 'off'
+        encoder.blockwise_attention = 'on'
+        with pytest.raises(ValueError, match="model.encoder.blockwise_attention is 'yes'; .* auto, on, off"):
+            encoder.blockwise_attention = 'yes'
+        assert encoder.blockwise_attention == 'on'
+        with pytest.raises(ValueError, match='model.encoder.blockwise_attention is 2'):
+            make_encoder(blockwise_attention=2)
+
+    @pytest.mark.unit
+    def test_other_attention_is_left_alone(self):
+        encoder = make_encoder(self_attention_model='rel_pos_local_attn', att_context_size=[4, 4])
+        stock = make_encoder(
+            self_attention_model='rel_pos_local_attn', att_context_size=[4, 4], blockwise_attention='off'
+        )
+        frames = torch.randn(1, 40, 16)
+        assert torch.equal(encode(encoder, frames), encode(stock, frames))
+
+
+class TestNothingElseChanges:
+    @pytest.mark.unit
+    @pytest.mark.parametrize('model, sdpa', KINDS)
+    @pytest.mark.parametrize('style, context', [('regular', [6, 2]), ('chunked_limited', [8, 3])])
+    def test_outputs_and_gradients_of_a_ragged_batch(self, model, sdpa, style, context):
+        settings = dict(self_attention_model=model, use_pytorch_sdpa=sdpa, att_context_style=style)
+        encoder = make_encoder(att_context_size=context, **settings).train()
+        frames, lengths = torch.randn(3, 150, 16), torch.tensor([150, 77, 1])
+        weights, results = torch.randn(3, 16, 150), {}
+        for choice in ('off', 'on'):
+            encoder.blockwise_attention = choice
+            encoder.zero_grad()
+            output = encode(encoder, frames, lengths)
+            (output * weights).sum().backward()
+            gradients = {name: value.grad for name, value in encoder.named_parameters() if value.grad is not None}
+            results[choice] = output.detach(), gradients
+        (expected, gradients), (found, ours) = results['off'], results['on']
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()  # padded frames, too
+        assert gradients.keys() == ours.keys()
+        largest = max(gradient.abs().max() for gradient in gradients.values())
+        for name, gradient in gradients.items():
+            assert (gradient - ours[name]).abs().max() < 1e-5 * largest, name
+
+    @pytest.mark.unit
+    def test_through_subsampling_and_reduction(self):
+        """After a reduction inside the stack the masks are made anew, for fewer frames."""
+        reduced = dict(reduction='striding', reduction_position=1, reduction_factor=2)
+        encoder = make_encoder(**reduced)
+        features, lengths = torch.randn(2, 8, 8 * 90), torch.tensor([8 * 90, 8 * 41])
+        with torch.no_grad():
+            found, found_lengths = encoder(audio_signal=features, length=lengths)
+            encoder.blockwise_attention = 'off'
+            expected, expected_lengths = encoder(audio_signal=features, length=lengths)
+        assert torch.equal(found_lengths, expected_lengths)
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+    @pytest.mark.unit
+    def test_the_state_dict(self):
+        assert make_encoder().state_dict().keys() == make_encoder(blockwise_attention='off').state_dict().keys()
+
+    @pytest.mark.unit
+    def test_activation_checkpointing(self):
+        encoder = make_encoder(layer_att_context_size=SCHEDULE).train()
+        frames = torch.randn(1, 60, 16, requires_grad=True)
+        encode(encoder, frames).square().sum().backward()
+        expected, frames.grad = frames.grad, None
+        for layer in encoder.layers:
+            forward = layer.forward
+            layer.forward = lambda *args, forward=forward, **kwargs: checkpoint(
+                forward, *args, use_reentrant=False, **kwargs
+            )
+        encode(encoder, frames).square().sum().backward()
+        torch.testing.assert_close(frames.grad, expected)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('schedule', [None, SCHEDULE])
+    def test_no_tensor_grows_with_the_square_of_the_audio(self, schedule):
+        encoder, largest = make_encoder(layer_att_context_size=schedule).train(), []
+        for frames in (400, 800):
+            with LargestTensor() as mode:
+                encode(encoder, torch.randn(1, frames, 16)).sum().backward()
+            largest.append(mode.elements)
+        assert largest[1] < 2.1 * largest[0] and largest[1] < 800 * 800 / 4
