@@ -19,6 +19,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CONFIG = 'nest_hierarchical_streaming_tiny'
 SEED = 0
+EVALUATION = argparse.Namespace(
+    mask_context=None, draws=2, seed=SEED, resamples=1000, confidence=0.95, batch_size=8, num_workers=0
+)
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -76,6 +79,7 @@ def overrides_for(options: argparse.Namespace, data: dict, folder: Path) -> list
         f"model.validation_ds.manifest_filepath='{data['validation']}'",
         f"model.preprocessor.normalize='{folder.resolve() / 'feature_stats.yaml'}'",
         f"seed={SEED}",
+        "trainer.check_val_every_n_epoch=2",  # each runs in three contexts and draws pictures
         f"+exp_manager.explicit_log_dir='{log_dir}'",
         *options.overrides,
     ]
@@ -113,10 +117,11 @@ def say(text: str) -> None:
 
 
 def report(options: argparse.Namespace, data: dict, folder: Path, model_file: Path) -> None:
-    """Restore the model and print what it has learned beside an untrained one."""
+    """Restore the model, print what it has learned beside an untrained one, and draw pictures of it."""
     # Imported here, for the corpus is made without waiting for NeMo.
     import lightning.pytorch as pl
-    from learning_report import evaluate, learning_table
+    from evaluate_contexts import contexts_of, evaluate_models, write_json
+    from learning_report import learning_table
     from rich.console import Console
     from streaming_inference_example import parity_line, stream_one
 
@@ -126,12 +131,34 @@ def report(options: argparse.Namespace, data: dict, folder: Path, model_file: Pa
     trained = EncDecDenoiseMaskedTokenPredModel.restore_from(str(model_file), map_location='cpu')
     pl.seed_everything(SEED)  # as the training script does: the same initial weights
     untrained = EncDecDenoiseMaskedTokenPredModel(trained.cfg)
-    results = {name: evaluate(model, seed=SEED) for name, model in (('start', untrained), ('end', trained))}
-    (folder / 'learned.json').write_text(json.dumps(results, indent=2))
-    console = Console(width=100 if not sys.stdout.isatty() else None)
-    console.print(learning_table(results))
+    models = {'start': untrained, 'end': trained}
+    contexts = {name: contexts_of(model, 'all', name) for name, model in models.items()}
+    results = evaluate_models(models, contexts, data['validation'], EVALUATION)
+    write_json(folder / 'learned.json', results, vars(EVALUATION))
+    console = Console(width=120 if not sys.stdout.isatty() else None)
+    console.print(learning_table(*results))
     say(parity_line(stream_one(trained.eval(), first_audio(data['validation']))))
+    draw(model_file, first_audio(data['validation']), folder)
     say(f"Model: {model_file}; figures: {folder / 'learned.json'}; tensorboard --logdir {folder / 'run'}")
+
+
+def draw(model_file: Path, audio: str, folder: Path) -> None:
+    """Draw what the model masks, whom it attends to and how it learned, into the folder's ``pictures``."""
+    from plot_contexts import main as plot
+
+    from nemo.collections.asr.parts.att_context.figures import learning_curves
+    from nemo.collections.asr.parts.att_context.training_logs import read_curves
+
+    say(f"Pictures in {folder / 'pictures'}")
+    made_from = ['--model_path', str(model_file), '--audio_path', audio]
+    try:
+        learning_curves(read_curves(folder / 'run'))
+        made_from += ['--logs', str(folder / 'run')]
+    except ValueError as error:  # such as a run too short to log any
+        say(f'No learning curves: {error}')
+    status = plot([*made_from, '--output', str(folder / 'pictures')])
+    if status:
+        raise SystemExit(status)
 
 
 def first_audio(manifest: str) -> str:

@@ -12,6 +12,7 @@ from tiny_nest import batches, fit, noise_batch, tiny_config, tiny_model, traine
 from nemo.collections.asr.models import ssl_models
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
 from nemo.collections.asr.modules import conformer_encoder
+from nemo.collections.asr.parts.att_context import AttContext
 
 POST_CONV = ('model.mask_position=post_conv', 'model.quantizer.combine_time_steps=1')
 POSITIONS = pytest.mark.parametrize('position', [(), POST_CONV], ids=['pre_conv', 'post_conv'])
@@ -71,7 +72,7 @@ def test_a_step_logs_what_was_masked_aimed_at_and_lost():
     logged = fit(tiny_model(), batches(4, seconds=(3.0, 2.0)), max_steps=12, max_epochs=-1).logger
 
     for step in logged.steps.values():
-        label = f"{step['att_context_left']:.0f}_{step['att_context_right']:.0f}"
+        label = AttContext(int(step['att_context_left']), int(step['att_context_right'])).label
         assert step[f'train_loss/ctx_{label}'] == step['train_loss']
         assert 0 < step['codebook/codes_used'] <= 32
         assert 1 <= step['codebook/perplexity'] <= 32
@@ -265,7 +266,7 @@ def test_training_refuses_targets_that_cannot_align():
 @pytest.mark.integration
 @MODELS
 def test_validation_and_test_run_in_the_default_context_and_report_it(cls, monkeypatch):
-    model = tiny_model(cls=cls)
+    model = tiny_model('model.validate_contexts=null', cls=cls)
     spy = Spy(model, monkeypatch)
     loader = batches(2, seconds=(3.0, 2.0), as_tuples=cls is EncDecMaskedTokenPredModel)
     run = trainer(1)
@@ -363,6 +364,7 @@ def test_a_stock_checkpoint_and_a_stock_config_give_stocks_results(tmp_path):
         'model.preprocessor.normalize=per_feature',
         '~model.target_normalize',
         '~model.encoder.att_context_seed',
+        '~model.encoder.blockwise_attention',
         '~model.loss.decoder_offset',
         '~model.masking.causal',
     ]

@@ -12,7 +12,9 @@ EXAMPLES = Path(__file__).resolve().parents[4] / "examples/asr/speech_pretrainin
 
 @pytest.fixture(scope="session")
 def load_example():
-    """Return a function that imports an example script by its name, without ``.py``."""
+    """Return a function that imports an example script by its name, without ``.py``; they import each other."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.append(str(EXAMPLES))
 
     def load(name):
         if name not in sys.modules:

@@ -16,7 +16,12 @@ def test_trains_restores_and_reports_and_does_not_train_twice(tmp_path, speech_c
     manifests = [f'{option}={speech_corpus}/{name}_manifest.json' for option, name in DATA]
     command = [sys.executable, str(SCRIPT), '--output', str(tmp_path), *manifests]
     small = [override for override in SMALL if not override.endswith('=null')]
-    small += ['trainer.max_steps=2', 'model.encoder.layer_att_context_size=null', '~curriculum']
+    small += [
+        'trainer.max_steps=2',
+        'trainer.log_every_n_steps=1',
+        'model.encoder.layer_att_context_size=null',
+        '~curriculum',
+    ]
     for said in ('Training; TensorBoard logs are in', 'is there already: no training'):
         done = subprocess.run([*command, *small], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -24,11 +29,13 @@ def test_trains_restores_and_reports_and_does_not_train_twice(tmp_path, speech_c
         assert 'largest difference to offline' in done.stdout
         (folder,) = tmp_path.glob('pretrain-*')
         assert (folder / 'model.nemo').exists() and list(folder.glob('run/**/events.out.tfevents.*'))
-    learned = json.loads((folder / 'learned.json').read_text())
-    for label, end in learned['end']['contexts'].items():
-        start = learned['start']['contexts'][label]
-        assert start['masked_frames'] == end['masked_frames'] > 0
-        assert start['commonest'] == end['commonest'] and start['loss'] != end['loss']
+        for name in ('masked_spectrogram', 'attention_windows', 'learning_curves'):
+            assert {(folder / 'pictures' / f'{name}.{ending}').exists() for ending in ('png', 'svg')} == {True}
+    start, end = json.loads((folder / 'learned.json').read_text())['models']
+    assert (start['model'], end['model']) == ('start', 'end') and len(end['contexts']) == 3
+    for before, after in zip(start['contexts'], end['contexts']):
+        assert before['masked_frames'] == after['masked_frames'] > 0
+        assert before['commonest'] == after['commonest'] and before['loss'] != after['loss']
 
 
 DATA = (('--manifest', 'train'), ('--validation-manifest', 'validation'), ('--noise-manifest', 'noise'))

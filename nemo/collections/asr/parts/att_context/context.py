@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Iterator
+from typing import Iterable, Iterator
 
 UNLIMITED = -1
 
@@ -72,8 +72,8 @@ class AttContext:
 
     @property
     def label(self) -> str:
-        """The context in metric names: ``40_0``, ``-1_0``."""
-        return f'{self.left}_{self.right}'
+        """The context in metric names: ``40_0``, ``unlimited_0``."""
+        return context_label(self)
 
     def __iter__(self) -> Iterator[int]:
         yield self.left
@@ -86,6 +86,11 @@ class AttContext:
     def intersect(self, other: 'AttContext') -> 'AttContext':
         """Return what is visible in both contexts."""
         return AttContext(tightest(self.left, other.left), tightest(self.right, other.right))
+
+
+def context_label(context: Iterable[int]) -> str:
+    """Return a context's name in metrics, files and tables: ``40_0``, ``unlimited_0``; of any number of sides."""
+    return '_'.join('unlimited' if side == UNLIMITED else str(side) for side in context)
 
 
 def tightest(*sides: int) -> int:

@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """How far an encoder of several layers sees, and a table of it. Counts attention frames, after subsampling."""
 
+import math
 from dataclasses import dataclass
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
@@ -39,6 +40,34 @@ def receptive_field(encoder, att_context_size=None) -> ReceptiveField:
     if all(context.right != UNLIMITED for context in contexts):
         right = max(_last_seen(offset, contexts, after, chunked) - offset for offset in offsets)
     return ReceptiveField(left, right)
+
+
+def seen_through_layers(encoder, frame: int, att_context_size=None) -> list[tuple[float, float]]:
+    """Return, for each layer, the first and the last of its input frames that one output of the stack depends on.
+
+    Those of layer 0 are what the whole encoder sees of its subsampled input.
+
+    Args:
+        encoder: a ``ConformerEncoder``.
+        frame: the output, in attention frames.
+        att_context_size: the batch's context; None takes the encoder's present one.
+
+    Returns:
+        attention frames, not cut to an utterance (they may lie before 0); infinite where nothing limits them.
+    """
+    contexts = encoder.effective_att_contexts(att_context_size)
+    chunked = encoder.att_context_style == 'chunked_limited'
+    before, after = encoder.conv_context_size
+    seen = []
+    for index in range(len(contexts)):
+        above = contexts[index:]
+        first, last = -math.inf, math.inf
+        if all(context.left != UNLIMITED for context in above):
+            first = _first_seen(frame, above, before, chunked)
+        if all(context.right != UNLIMITED for context in above):
+            last = _last_seen(frame, above, after, chunked)
+        seen.append((first, last))
+    return seen
 
 
 def _first_seen(frame: int, contexts, before: int, chunked: bool) -> int:

@@ -21,6 +21,7 @@ import torch
 from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.layer_masks import STYLES
+from nemo.collections.asr.parts.submodules.multi_head_attention import MultiHeadAttention
 from nemo.collections.asr.parts.submodules.subsampling import ConvSubsampling
 
 OVERLAP = 2  # encoder frames whose features a window repeats
@@ -321,6 +322,7 @@ def check_can_stream(encoder, context: AttContext) -> None:
                 )
     _check_convolutions(encoder)
     _check_subsampling(encoder)
+    _check_adapters(encoder)
 
 
 def _check_convolutions(encoder) -> None:
@@ -348,3 +350,14 @@ def _check_subsampling(encoder) -> None:
             "encoder.subsampling_conv_chunking_factor is "
             f"{subsampling.subsampling_conv_chunking_factor}; streams need 1, for others treat the end differently"
         )
+
+
+def _check_adapters(encoder) -> None:
+    for index, layer in enumerate(encoder.layers):
+        enabled = layer.get_enabled_adapters() if layer.is_adapter_available() else []
+        attending = [name for name in enabled if isinstance(layer.adapter_layer[name], MultiHeadAttention)]
+        if attending:
+            raise ValueError(
+                f"encoder.layers[{index}] has the attention adapter {attending[0]!r}, which remembers no earlier frames; "
+                "disable it, or use linear adapters"
+            )

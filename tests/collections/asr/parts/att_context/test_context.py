@@ -69,7 +69,7 @@ class TestAttContext:
             AttContext(1, 2).left = 3
         with pytest.raises(ValueError, match='-5'):
             AttContext(-5, 0)
-        assert AttContext(40, 0).label == '40_0' and AttContext(-1, 0).label == '-1_0'
+        assert AttContext(40, 0).label == '40_0' and AttContext(-1, 0).label == 'unlimited_0'
 
     @pytest.mark.unit
     @given(contexts, contexts, contexts)

@@ -1,0 +1,216 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Draw what a model masks, whom it attends to, and how it learned; as PNG and SVG, legible in black-and-white print.
+
+    python plot_contexts.py --model_path model.nemo --audio_path speech.wav --output pictures
+    python plot_contexts.py --config ../conf/ssl/nest/nest_hierarchical_streaming.yaml --audio_path speech.wav \
+        --context 80 --frame 100 --output pictures
+    python plot_contexts.py --logs experiments/run --output pictures
+
+With a model or a config and an audio file:
+
+- masked_spectrogram: the audio's features with the masked blocks, and what that means for the attention frames
+- attention_windows: what one frame attends to in each layer, and what its output depends on through all layers
+
+and, on the terminal, an audit of the masking: the share that is masked, in runs of what length, and what nobody could
+answer, over --draws draws. A config's weights are random; neither picture depends on them.
+
+With the logs of a training run (a folder with TensorBoard's event files or a metrics.csv):
+
+- learning_curves: loss and accuracy in each context over the steps, and the ceiling of the curriculum
+
+Exit status: 0; 2 if something given cannot be used.
+"""
+
+import argparse
+import json
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from streaming_inference_example import read_audio, restore
+
+
+def arguments(argv=None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model_path', type=Path, help='a .nemo file')
+    parser.add_argument('--config', type=Path, help='or a training config (yaml); what it inherits lies beside it')
+    parser.add_argument('--audio_path', type=Path, help='speech to mask')
+    parser.add_argument('--logs', type=Path, help='folder of a training run')
+    parser.add_argument('--output', type=Path, required=True, help='folder for the pictures; made if need be')
+    parser.add_argument('--context', help='such as "[40,0]", 40 or low (the default of the model)')
+    parser.add_argument('--frame', type=int, help='attention frame to draw the windows of (at three quarters)')
+    parser.add_argument('--frames', type=int, help='attention frames to draw the windows in (those of the audio)')
+    parser.add_argument('--seed', type=int, default=0, help='of the masks (0)')
+    parser.add_argument('--draws', type=int, default=100, help='of the audit (100)')
+    options = parser.parse_args(argv)
+    if options.model_path is not None and options.config is not None:
+        parser.error('give --model_path or --config, not both')
+    has_model = options.model_path is not None or options.config is not None
+    if has_model != (options.audio_path is not None):
+        parser.error('--audio_path goes with --model_path or --config')
+    if not has_model and options.logs is None:
+        parser.error('nothing to draw: give --model_path or --config with --audio_path, or --logs')
+    if options.frames is not None and options.frames < 1:
+        parser.error('--frames must be 1 or more')
+    if options.draws < 1 or options.seed < 0:
+        parser.error('--draws must be 1 or more, --seed 0 or more')
+    return options
+
+
+def model_of_config(path: Path):
+    """Build the model of a training config, with random weights and without data; in eval mode.
+
+    Raises:
+        ValueError: naming the config, if that fails.
+    """
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf, open_dict
+
+    from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
+    from nemo.utils import logging
+
+    if not path.is_file():
+        raise ValueError(f'--config {path}: there is no such file')
+    logging.setLevel(logging.ERROR)
+    try:
+        with initialize_config_dir(str(path.resolve().parent), version_base=None):
+            cfg = compose(path.stem)
+        with open_dict(cfg):
+            for section in ('train_ds', 'validation_ds', 'test_ds', 'optim'):
+                cfg.model.pop(section, None)
+            normalize = cfg.model.preprocessor.get('normalize')
+            if isinstance(normalize, str) and normalize.endswith(('.yaml', '.yml')):
+                cfg.model.preprocessor.normalize = 'NA'  # statistics of a corpus: the picture does without
+        OmegaConf.resolve(cfg.model)
+        return EncDecDenoiseMaskedTokenPredModel(cfg.model).eval()
+    except Exception as error:  # whatever Hydra, OmegaConf and the model's classes raise
+        raise ValueError(f'--config {path}: no model can be built of it: {error}') from error
+
+
+def context_of(option, model) -> list:
+    """Return the context that the option names, or the model's default.
+
+    Raises:
+        ValueError: if it is none, or the encoder cannot follow it.
+    """
+    from nemo.collections.asr.parts.att_context.validation import parse_contexts
+
+    if option is None:
+        return list(model.encoder.att_context_size)
+    try:
+        wanted = json.loads(option)
+    except json.JSONDecodeError:
+        wanted = option  # the name of a preset
+    return parse_contexts([wanted], model.encoder, '--context')[0]
+
+
+def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
+    """Return the pictures of a model by name; prints the audit of its masking.
+
+    Raises:
+        ValueError: if the audio or the context cannot be used.
+    """
+    from nemo.collections.asr.parts.att_context import model_figures
+    from nemo.collections.asr.parts.att_context.fixed_masks import fixed_masks, utterance_seeds
+
+    if not hasattr(model, 'predict_masked'):
+        raise ValueError(f'{type(model).__name__} masks nothing')
+    context = context_of(options.context, model)
+    samples = torch.from_numpy(read_audio(audio, model.preprocessor.featurizer.sample_rate)).unsqueeze(0)
+    lengths = torch.tensor([samples.shape[1]])
+    batch = batch_of(model, samples, lengths)
+    with torch.inference_mode(), model.encoder.using_att_context_size(context):
+        left = model.encoder.tightest_left_context()
+        with fixed_masks(model.mask_processor, utterance_seeds(samples, lengths, options.seed), left):
+            model._encode(*model._features_of_batch(batch), True, None)
+        utterance = model_figures.masked_utterance(model, batch)
+        print(audit_text(model, context, options))
+        title = f'{audio.name}, masked for context {context}'
+        pictures = {'masked_spectrogram': model_figures.draw_masks(model, utterance, title)}
+        frames = options.frames or max(utterance.features.shape[1] // model.encoder.subsampling_factor, 1)
+        pictures['attention_windows'] = model_figures.draw_attention(
+            model.encoder,
+            3 * (frames - 1) // 4 if options.frame is None else options.frame,
+            frames,
+            model_figures.hop_seconds(model) * model.encoder.subsampling_factor,
+            title=f'attention in context {context}',
+        )
+    return pictures
+
+
+def batch_of(model, samples: torch.Tensor, lengths: torch.Tensor):
+    """Return samples [B, N] as a batch of the model's own data loader, clean."""
+    from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch
+    from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
+
+    if not isinstance(model, EncDecDenoiseMaskedTokenPredModel):
+        return samples, lengths
+    noise = torch.zeros_like(samples)
+    return AudioNoiseBatch(
+        sample_id=None,
+        audio=samples,
+        audio_len=lengths,
+        noise=noise,
+        noise_len=lengths,
+        noisy_audio=samples,
+        noisy_audio_len=lengths,
+    )
+
+
+def audit_text(model, context, options: argparse.Namespace) -> str:
+    """Return what the masking asks of the attention in an utterance of the last batch's length, as text."""
+    from nemo.collections.asr.parts.att_context.audit import audit_masking, windows_of
+
+    masks, lengths = model.last_batch[:2]
+    pre_conv = model.pre_encoder is None
+    audit = audit_masking(
+        model.mask_processor,
+        lengths,
+        masks.shape[1],
+        model.encoder.subsampling_factor if pre_conv else 1,
+        windows_of(model.encoder),
+        options.draws,
+        options.seed,
+    )
+    lines = [
+        f'audit of {options.draws} draws in context {context}:',
+        f'  masked: {audit.masked_share():.1%} of the mask frames, {audit.frames_masked} of {audit.frames} attention '
+        'frames',
+        f'  runs of masked attention frames: mean {audit.mean_run():.1f}, 90 % up to {audit.run_quantile(0.9)}, '
+        f'longest {audit.longest_run()}',
+    ]
+    for share, group in groupby(audit.unanswerable_share().items(), key=lambda item: f'{item[1]:.1%}'):
+        names = [name for name, _ in group]
+        within = ' to '.join(dict.fromkeys((names[0], names[-1])))
+        lines.append(f'  unanswerable in {within}: {share} of the masked attention frames')
+    return '\n'.join(lines)
+
+
+def main(argv=None) -> int:
+    """Draw, write; returns the exit status."""
+    options = arguments(argv)
+    from nemo.collections.asr.parts.att_context.figures import learning_curves, require_matplotlib, save_figure
+    from nemo.collections.asr.parts.att_context.training_logs import read_curves
+
+    try:
+        require_matplotlib('plot_contexts')
+        pictures = {}
+        if options.logs is not None:
+            pictures['learning_curves'] = learning_curves(read_curves(options.logs))
+        if options.audio_path is not None:
+            model = model_of_config(options.config) if options.config else restore(options.model_path, 'cpu')
+            pictures.update(draw_model(model, options.audio_path, options))
+        options.output.mkdir(parents=True, exist_ok=True)
+        for name, figure in pictures.items():
+            for file in save_figure(figure, options.output / name):
+                print(file)
+    except (ValueError, OSError) as error:
+        print(f'plot_contexts: error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,137 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Reports of the models' training and validation: on several processes, for checkpoints, in TensorBoard."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import OmegaConf
+from tiny_nest import batches, fit, noise_batch, tiny_model, trainer
+
+from nemo.collections.asr.parts.att_context import figures
+from nemo.utils.exp_manager import exp_manager
+
+
+@pytest.mark.integration
+def test_two_processes_report_what_one_would(tmp_path):
+    """With batches of other sizes and lengths on each."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    tests = os.path.dirname(os.path.abspath(sys.modules['tiny_nest'].__file__))
+    environment = {**os.environ, 'PYTHONPATH': tests, 'OMP_NUM_THREADS': '1'}
+    environment.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    command = [sys.executable, str(Path(__file__).with_name('validation_run.py')), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    first, second, alone = (json.loads((tmp_path / f'{name}.json').read_text()) for name in (0, 1, 'alone'))
+    assert first == second and {'val_loss/ctx_20_0', 'test_accuracy/ctx_unlimited_0'} <= set(first)
+    assert first == pytest.approx(alone, rel=1e-6) and set(first) == set(alone)
+
+
+@pytest.mark.integration
+def test_the_best_checkpoint_by_val_loss_is_kept_and_restored(tmp_path):
+    """As with stock's val_loss: exp_manager monitors the mean over the contexts."""
+    model, run = tiny_model('model.optim.lr=30'), trainer(4, logger=False, val_check_interval=1, max_epochs=-1)
+    settings = {
+        'explicit_log_dir': str(tmp_path),
+        'create_tensorboard_logger': False,
+        'create_checkpoint_callback': True,
+        'checkpoint_callback_params': {
+            'monitor': 'val_loss',
+            'mode': 'min',
+            'save_top_k': 1,
+            'always_save_nemo': True,
+        },
+    }
+    exp_manager(run, OmegaConf.create(settings))
+    losses = {}
+    model.set_trainer(run)
+    summary = model.context_validation.summary
+
+    def recording_summary(*args):
+        found = summary(*args)
+        losses[run.global_step] = found['val_loss'].item()
+        return found
+
+    model.context_validation.summary = recording_summary
+    run.fit(model, train_dataloaders=batches(1, (2.0, 1.0)), val_dataloaders=batches(2, (2.0, 1.5)))
+    best = min(losses, key=losses.get)
+    kept = run.checkpoint_callback
+    assert len(losses) == 4 and kept.best_model_score == pytest.approx(losses[best])
+    saved = torch.load(kept.best_model_path, weights_only=False)
+    assert saved['global_step'] == best and list((tmp_path / 'checkpoints').glob('*.nemo'))
+    restored, again = tiny_model(seed=1), trainer(1)
+    restored.load_state_dict(saved['state_dict'])
+    restored.set_trainer(again)
+    found = again.validate(restored, dataloaders=batches(2, (2.0, 1.5)), verbose=False)[0]
+    assert found['val_loss'] == pytest.approx(losses[best], rel=1e-5)
+
+
+@pytest.mark.integration
+def test_without_the_new_keys_nothing_new_is_logged():
+    keys = ('validate_contexts', 'validation_masks', 'audit_every_n_batches', 'log_figures')
+    model, run = tiny_model(*(f'~model.{key}' for key in keys)), trainer(2, val_check_interval=1)
+    model.set_trainer(run)
+    run.fit(model, train_dataloaders=batches(2), val_dataloaders=batches(1, (3.0,)))
+    names = set().union(*run.logger.steps.values())
+    assert not [name for name in names if name.startswith('audit/') or name.startswith('val_') and 'ctx_' in name]
+    assert {'val_loss', 'val_masked_share', 'val_att_context_left', 'masked_share', 'train_loss'} <= names
+    assert len(set(run.logger.column('val_loss'))) == 2
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize('position', [(), ('model.mask_position=post_conv', 'model.quantizer.combine_time_steps=1')])
+def test_a_hierarchical_training_is_audited(position):
+    model = tiny_model('model.encoder.n_layers=2', '+model.encoder.layer_att_context_size=[[5,0],[20,0]]', *position)
+    logged = fit(model, batches(3, (3.0, 0.05)), max_steps=3).logger
+    for step in logged.steps.values():
+        assert step['audit/masked_share'] == pytest.approx(step['masked_share'], rel=0.02) or step['global_step'] > 0
+        for window in ('layer_00', 'layer_01', 'stack'):
+            assert step[f'audit/unanswerable_share/{window}'] == 0
+    assert logged.column('audit/empty_batches') == [0, 0, 0]
+    assert logged.column('audit/run_frames/longest')[0] >= 1
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize('contexts', ['all', 'null'])
+def test_pictures_go_to_tensorboard(tmp_path, contexts):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = tiny_model(f'model.validate_contexts={contexts}')
+    run = trainer(2, logger=TensorBoardLogger(tmp_path, name=None, version=''), val_check_interval=1)
+    model.set_trainer(run)
+    run.fit(model, train_dataloaders=batches(2), val_dataloaders=batches(1, (3.0, 2.0)))
+    events = EventAccumulator(str(tmp_path), size_guidance={'images': 0})
+    events.Reload()
+    expected = ['attention_windows', 'masked_spectrogram'] + ['learning_curves'] * (contexts == 'all')
+    assert sorted(events.Tags()['images']) == sorted(f'contexts/{name}' for name in expected)
+    assert [event.step for event in events.Images('contexts/masked_spectrogram')] == [1, 2]
+
+
+@pytest.mark.integration
+def test_pictures_are_off_where_they_are_not_wanted_or_cannot_be_had(tmp_path, monkeypatch):
+    """Without matplotlib: a clear error before any training, and none where nobody wants a picture."""
+    monkeypatch.setattr(figures, 'find_spec', lambda name: None)
+    with pytest.raises(ValueError, match='model.log_figures draws with matplotlib, which is not installed'):
+        fit(tiny_model(), batches(1), max_steps=1)
+    model, run = tiny_model('model.log_figures=false'), trainer(1, logger=TensorBoardLogger(tmp_path))
+    model.set_trainer(run)
+    run.fit(model, train_dataloaders=batches(1), val_dataloaders=batches(1))
+    assert model.context_figures is None and run.global_step == 1
+
+
+@pytest.mark.unit
+def test_a_step_by_hand_needs_no_trainer():
+    model = tiny_model().eval()
+    with torch.no_grad():
+        metrics = model.inference_pass(noise_batch((2.0, 1.0)), 0, apply_mask=True)
+    assert metrics['val_loss'] > 0
+    assert model.multi_validation_epoch_end([metrics])['val_loss'] == pytest.approx(metrics['val_loss'].item())

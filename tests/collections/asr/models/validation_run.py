@@ -1,0 +1,50 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""A validation in several contexts on two CPU processes; run by test_ssl_models_validation.py.
+
+Usage: validation_run.py FOLDER, with MASTER_ADDR and MASTER_PORT set. Each rank validates and tests its share of six
+batches, of other sizes and lengths (but as many: NeMo's encoder waits for the other ranks in each forward); then one
+process does so with all of them. Leaves FOLDER/RANK.json and FOLDER/alone.json: what they report.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from tiny_nest import noise_batch, tiny_model, trainer
+from torch.utils.data import DataLoader
+
+from nemo.utils import logging
+
+SECONDS = [(1.5, 0.7), (1.0,), (2.0, 0.4, 1.1), (0.9,), (1.3, 1.2), (0.5,)]  # of each batch
+SHARES = ((0, 1, 2), (3, 4, 5))  # the batches of each rank
+
+
+def loader(indices):
+    return DataLoader([noise_batch(SECONDS[index], seed=index) for index in indices], batch_size=None)
+
+
+def report(indices, **kwargs) -> dict:
+    """Validate and test; returns what is logged."""
+    model, run = tiny_model(), trainer(1, **kwargs)
+    model.set_trainer(run)
+    validated = run.validate(model, dataloaders=loader(indices), verbose=False)[0]
+    return {**validated, **run.test(model, dataloaders=loader(indices), verbose=False)[0]}
+
+
+def run_rank(rank, folder):
+    os.environ['LOCAL_RANK'] = str(rank)
+    strategy = DDPStrategy(process_group_backend='gloo', cluster_environment=LightningEnvironment())
+    found = report(SHARES[rank], devices=2, strategy=strategy)
+    (folder / f'{rank}.json').write_text(json.dumps(found))
+
+
+if __name__ == '__main__':
+    logging.setLevel(logging.WARNING)
+    # Forked, for one import of NeMo instead of two.
+    torch.multiprocessing.start_processes(run_rank, (Path(sys.argv[1]),), nprocs=2, start_method='fork')
+    alone = report(range(len(SECONDS)))
+    (Path(sys.argv[1]) / 'alone.json').write_text(json.dumps(alone))
