@@ -1,17 +1,217 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Patch of NeMo's ``ssl_dataset.py``: no Python loop over the samples of a noise file."""
+"""Patch of NeMo's ``ssl_dataset.py``: bad audio is named, or skipped and counted; no Python loop over noise samples.
+
+``train_ds.skip_bad_audio``: absent or false, an utterance that cannot be read, or has samples that are NaN or
+infinite, ends the epoch with an error that names its file, from a data loader's worker as well; true, it is left out
+of its batch, logged, and counted in the batch's ``skipped``. A batch of which nothing is left is an error.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Iterator, Optional
 
 import numpy as np
+import soundfile
+import torch
 
+from nemo.collections.asr.parts.utils.nonfinite_guard import samples_are_sound
+from nemo.utils import logging
 from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
+
+LEAST_SHARE_OF_DURATION = 0.5  # of what the manifest says; a file with less is most likely cut off
+
+
+class BadAudioError(ValueError):
+    """An utterance that cannot be trained on; says which file, and why."""
+
+
+@dataclass
+class AudioNoiseBatch(_up.AudioNoiseBatch):
+    """NeMo's batch, and how many utterances were left out of it."""
+
+    skipped: int = 0
+
+
+class SkippedItem:
+    """Stands in a batch for an utterance that is skipped, until the batch is collated."""
+
+
+class _CollatesWhatIsSound:
+    """Leaves skipped utterances out of a batch."""
+
+    skip_bad_audio = False
+
+    def _collate_fn(self, batch) -> AudioNoiseBatch:
+        kept = [item for item in batch if not isinstance(item, SkippedItem)]
+        if not kept:
+            raise BadAudioError(f"each of the {len(batch)} utterances of a batch is bad; the log names them")
+        collated = super()._collate_fn(kept)
+        collated.skipped = len(batch) - len(kept)
+        return collated
+
+    def _sound_or_skipped(self, load, entry):
+        """Return the item that a function loads, checked, or what stands for it; ``entry`` is of the manifest."""
+        try:
+            item = load()
+            _check_samples(item.audio, entry.audio_file)
+            self._check_duration(item, entry)
+            return item
+        except Exception as error:  # soundfile, librosa and sox each have their own
+            message = str(error) if isinstance(error, BadAudioError) else _reason(entry.audio_file, error)
+            if not self.skip_bad_audio:
+                raise BadAudioError(
+                    f"bad audio: {message}; with train_ds.skip_bad_audio: true it would be skipped"
+                ) from error
+        logging.warning(f"Skipped bad audio: {message}")
+        return SkippedItem()
+
+    def _check_duration(self, item, entry) -> None:
+        """Find files that were cut off, which decoders read without a word; NeMo pads them."""
+        found = len(item.audio) / self.featurizer.sample_rate
+        expected = 0.0 if self.trim or entry.duration is None else entry.duration
+        if found >= LEAST_SHARE_OF_DURATION * expected:
+            return
+        message = f"{entry.audio_file} lasts {found:.2f} s, the manifest says {expected:.2f}"
+        if self.skip_bad_audio:
+            raise BadAudioError(message)
+        logging.warning(f"Audio may be cut off: {message}")
+
+
+class AudioNoiseDataset(_CollatesWhatIsSound, _up.AudioNoiseDataset):
+    """NeMo's dataset of noisy audio, with errors that name the file."""
+
+    def __getitem__(self, index):
+        """Return an utterance with its noise, or what stands for a skipped one.
+
+        Raises:
+            BadAudioError: if it is bad and not to be skipped.
+        """
+        return self._sound_or_skipped(
+            lambda: super(AudioNoiseDataset, self).__getitem__(index), self.manifest_processor.collection[index]
+        )
+
+
+class TarredAudioNoiseDataset(_CollatesWhatIsSound, _up.TarredAudioNoiseDataset):
+    """NeMo's tarred dataset of noisy audio, with errors that name the file."""
+
+    def _build_sample(self, tup):
+        _, audio_filename, offset_id = tup
+        file_id, _ = os.path.splitext(os.path.basename(audio_filename))
+        collection = self.manifest_processor.collection
+        entry = collection[collection.mapping[file_id][offset_id]]
+        return self._sound_or_skipped(lambda: super(TarredAudioNoiseDataset, self)._build_sample(tup), entry)
+
+
+class LhotseAudioNoiseDataset(_up.LhotseAudioNoiseDataset):
+    """NeMo's lhotse dataset of noisy audio; lhotse itself skips, and logs, what it cannot read."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.load_audio = SoundAudioSamples(self.load_audio)
+
+    @property
+    def skip_bad_audio(self) -> bool:
+        """Whether cuts with samples that are NaN or infinite are left out."""
+        return self.load_audio.skip_bad_audio
+
+    @skip_bad_audio.setter
+    def skip_bad_audio(self, skip: bool) -> None:
+        self.load_audio.skip_bad_audio = skip
+
+    def __getitem__(self, cuts):
+        """Return a batch; its ``skipped`` counts what could not be read, too."""
+        batch = super().__getitem__(cuts)
+        batch.skipped = len(cuts) - len(batch.audio_len)
+        return batch
+
+
+class SoundAudioSamples:
+    """Wraps lhotse's loading of a batch; cuts with samples that are NaN or infinite are refused or left out."""
+
+    skip_bad_audio = False
+
+    def __init__(self, load_audio):
+        self.load_audio = load_audio
+
+    def __call__(self, cuts):
+        audios, lengths, cuts = self.load_audio(cuts)
+        if samples_are_sound(audios):
+            return audios, lengths, cuts
+        sound = torch.tensor([samples_are_sound(audio) for audio in audios])
+        names = ', '.join(cut.id for cut, is_sound in zip(cuts, sound.tolist()) if not is_sound)
+        if not self.skip_bad_audio or not sound.any():
+            raise BadAudioError(
+                f"bad audio: {names}: samples that are NaN or infinite; with train_ds.skip_bad_audio: true they would "
+                "be skipped, where they are not a whole batch"
+            )
+        logging.warning(f"Skipped bad audio: {names}: samples that are NaN or infinite")
+        is_sound = dict(zip((cut.id for cut in cuts), sound.tolist()))
+        return audios[sound], lengths[sound], cuts.filter(lambda cut: is_sound[cut.id]).to_eager()
+
+
+def load_noise_audio(sample, *args, **kwargs):
+    """Load noise as NeMo does; noise that is not sound is an error, after which NeMo takes other noise."""
+    noise, length = _load_noise_audio(sample, *args, **kwargs)
+    _check_samples(noise, sample['audio_filepath'])
+    return noise, length
+
+
+def get_audio_noise_dataset_from_config(config, global_rank: int, world_size: int):
+    """Make the dataset that a config asks for, as NeMo does, with its ``skip_bad_audio``."""
+    dataset = _get_audio_noise_dataset_from_config(config, global_rank, world_size)
+    if dataset is not None:
+        set_skip_bad_audio(dataset, config.get('skip_bad_audio', False))
+    return dataset
+
+
+def set_skip_bad_audio(dataset, skip: bool) -> None:
+    """Tell a dataset, and all those it is made of, whether to skip bad audio.
+
+    Raises:
+        ValueError: if ``skip`` is not true or false, or true for a dataset that cannot skip.
+    """
+    if not isinstance(skip, bool):
+        raise ValueError(f"skip_bad_audio is {skip!r}; it must be true or false")
+    able = [part for part in _parts(dataset) if hasattr(part, 'skip_bad_audio')]
+    for part in able:
+        part.skip_bad_audio = skip
+    if skip and not able:
+        raise ValueError(f"skip_bad_audio is true, but {type(dataset).__name__} cannot skip bad audio")
+
+
+def _parts(dataset) -> Iterator:
+    if dataset is None:
+        return
+    yield dataset
+    for part in getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]:
+        yield from _parts(part)
+
+
+def _check_samples(samples: torch.Tensor, file: Optional[str]) -> None:
+    if not samples_are_sound(samples):
+        raise BadAudioError(f"{file}: samples that are NaN or infinite")
+
+
+def _reason(file: Optional[str], error: Exception) -> str:
+    """Name a file and say why it cannot be read; NeMo 2.5.3 tries a second decoder, whose error says less."""
+    if isinstance(file, str) and os.path.isfile(file):
+        try:
+            soundfile.info(file)
+        except Exception as first:  # libsndfile's and the system's errors
+            error = first
+    return ' '.join(f'{file}: {type(error).__name__}: {error}'.split())
 
 
 def _sum(values):
     return values.sum() if isinstance(values, np.ndarray) else sum(values)
 
 
-# NeMo asks whether noise is silent with Python's sum over a NumPy array: 15 ms for 16 s of audio, for every utterance.
-# A global of this name takes the built-in's place in NeMo's module.
+_load_noise_audio = _up.load_noise_audio
+_get_audio_noise_dataset_from_config = _up.get_audio_noise_dataset_from_config
+# NeMo's functions find these in their own module's globals. The last one takes a built-in's place: NeMo asks whether
+# noise is silent with Python's sum over a NumPy array, 15 ms for 16 s of audio, for every utterance.
+_up.AudioNoiseBatch, _up.AudioNoiseDataset = AudioNoiseBatch, AudioNoiseDataset
+_up.TarredAudioNoiseDataset, _up.load_noise_audio = TarredAudioNoiseDataset, load_noise_audio
 _up.sum = _sum

@@ -1,11 +1,17 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 import json
+import tarfile
 
 import numpy as np
 import pytest
 import soundfile
+import torch
+from lhotse import CutSet, Recording
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader
 
 from nemo.collections.asr.data import ssl_dataset
+from nemo.utils import logging
 
 
 class CountingArray(np.ndarray):
@@ -43,3 +49,132 @@ def test_a_manifest_of_noise_is_read_as_before(tmp_path):
     noise_data = ssl_dataset.load_noise_manifest(str(tmp_path / 'noise.json'))
     noise, _ = ssl_dataset.sample_noise(noise_data, 16000, max_audio_len=4000)
     assert noise.shape == (4000,) and noise.mean().item() == pytest.approx(0.1, abs=1e-3)
+
+
+BAD = {
+    'junk.wav': 'junk.wav: LibsndfileError: Error opening',
+    'gone.wav': 'gone.wav: ',
+    'nan.wav': 'nan.wav: samples that are NaN or infinite',
+    'infinite.wav': 'infinite.wav: samples that are NaN or infinite',
+}
+
+
+@pytest.fixture(scope='module')
+def audio(tmp_path_factory):
+    """A folder with three good files of 1.5 s, and each kind of bad ones."""
+    folder = tmp_path_factory.mktemp('audio')
+    tone = np.sin(np.arange(24000) * 0.05).astype(np.float32) * 0.1
+    for name in ('a.wav', 'b.wav', 'c.wav', 'cut.wav'):
+        soundfile.write(folder / name, tone, 16000, subtype='FLOAT')
+    cut = (folder / 'cut.wav').read_bytes()
+    (folder / 'cut.wav').write_bytes(cut[: len(cut) // 10])
+    (folder / 'junk.wav').write_bytes(b'RIFF no audio' * 100)
+    for name, value in (('nan.wav', np.nan), ('infinite.wav', np.inf)):
+        soundfile.write(folder / name, np.where(np.arange(24000) == 777, value, tone), 16000, subtype='FLOAT')
+    return folder
+
+
+def manifest(folder, *names, duration=1.5):
+    path = folder / f"{'_'.join(names)}.json"
+    path.write_text('\n'.join(json.dumps({'audio_filepath': name, 'duration': duration}) for name in names))
+    return str(path)
+
+
+def data_loader(path, workers=0, batch_size=4, **more):
+    config = {'manifest_filepath': path, 'sample_rate': 16000, 'batch_size': batch_size, 'shuffle': False, **more}
+    dataset = ssl_dataset.get_audio_noise_dataset_from_config(OmegaConf.create(config), 0, 1)
+    return DataLoader(dataset, batch_size, collate_fn=dataset.collate_fn, num_workers=workers)
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """The warnings that are logged in this process."""
+    messages = []
+    monkeypatch.setattr(logging, 'warning', lambda message, *args, **kwargs: messages.append(message))
+    return messages
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('name', BAD)
+@pytest.mark.parametrize('workers', [0, 1])
+def test_bad_audio_ends_the_epoch_and_is_named(audio, name, workers):
+    batches = iter(data_loader(manifest(audio, 'a.wav', 'b.wav', name, 'c.wav'), workers, batch_size=2))
+    assert next(batches).audio.shape[0] == 2
+    with pytest.raises(ValueError, match='bad audio: ') as error:
+        next(batches)
+    assert BAD[name].split(':')[0] in str(error.value) and BAD[name].partition(': ')[2] in str(error.value)
+    assert 'train_ds.skip_bad_audio: true' in str(error.value)
+
+
+@pytest.mark.unit
+def test_bad_audio_is_skipped_named_and_counted(audio, warnings):
+    path = manifest(audio, 'a.wav', *BAD, 'cut.wav', 'b.wav', 'c.wav', duration=2.5)
+    batches = list(data_loader(path, skip_bad_audio=True))
+    assert [(batch.audio.shape[0], batch.skipped) for batch in batches] == [(1, 3), (2, 2)]
+    assert all(torch.isfinite(batch.noisy_audio).all() for batch in batches)
+    for name in [*BAD, 'cut.wav']:
+        assert sum(f'{name}' in message and 'Skipped bad audio' in message for message in warnings) == 1
+
+
+@pytest.mark.unit
+def test_the_count_passes_a_worker_and_an_augmentor(audio):
+    noise = {'batch_augmentor': {'_target_': 'nemo.collections.asr.modules.ssl_modules.MultiSpeakerNoiseAugmentation'}}
+    loader = data_loader(manifest(audio, 'a.wav', 'nan.wav', 'b.wav'), 1, skip_bad_audio=True, **noise)
+    assert [batch.skipped for batch in loader] == [1]
+
+
+@pytest.mark.unit
+def test_a_batch_of_nothing_but_bad_audio_is_an_error(audio):
+    with pytest.raises(ValueError, match='each of the 2 utterances of a batch is bad'):
+        list(data_loader(manifest(audio, 'junk.wav', 'nan.wav'), skip_bad_audio=True))
+
+
+@pytest.mark.unit
+def test_audio_that_was_cut_off_is_a_warning_where_nothing_is_skipped(audio, warnings):
+    [batch] = data_loader(manifest(audio, 'a.wav', 'cut.wav', duration=3.0))
+    assert batch.audio.shape[0] == 2
+    assert any('cut.wav lasts' in message and 'may be cut off' in message for message in warnings)
+
+
+@pytest.mark.unit
+def test_bad_noise_is_not_mixed_in(audio, warnings):
+    loader = data_loader(manifest(audio, 'a.wav', 'b.wav'), noise_manifest=manifest(audio, 'nan.wav'))
+    [batch] = loader
+    assert torch.equal(batch.audio, batch.noisy_audio)
+    assert any('nan.wav: samples that are NaN' in message for message in warnings)
+
+
+@pytest.mark.unit
+def test_skip_bad_audio_is_true_or_false(audio):
+    with pytest.raises(ValueError, match="skip_bad_audio is 'often'; it must be true or false"):
+        data_loader(manifest(audio, 'a.wav'), skip_bad_audio='often')
+    with pytest.raises(ValueError, match='list cannot skip bad audio'):
+        ssl_dataset.set_skip_bad_audio([], True)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('skip', [False, True])
+def test_tarred_audio(audio, tmp_path, skip):
+    names = ['a.wav', 'nan.wav', 'junk.wav', 'b.wav']
+    with tarfile.open(tmp_path / 'audio_0.tar', 'w') as archive:
+        for name in names:
+            archive.add(audio / name, name)
+    tarred = {'is_tarred': True, 'tarred_audio_filepaths': str(tmp_path / 'audio_0.tar'), 'skip_bad_audio': skip}
+    loader = data_loader(manifest(audio, *names), **tarred)
+    if skip:
+        assert [(batch.audio.shape[0], batch.skipped) for batch in loader] == [(2, 2)]
+    else:
+        with pytest.raises(ValueError, match='bad audio: .*nan.wav'):
+            list(loader)
+
+
+@pytest.mark.unit
+def test_lhotse_audio(audio, warnings):
+    cuts = CutSet.from_cuts(Recording.from_file(audio / name).to_cut() for name in ('a.wav', 'nan.wav', 'b.wav'))
+    dataset = ssl_dataset.LhotseAudioNoiseDataset()
+    with pytest.raises(ValueError, match='bad audio: nan.*skip_bad_audio'):
+        dataset[cuts]
+    ssl_dataset.set_skip_bad_audio(dataset, True)
+    batch = dataset[cuts]
+    assert batch.audio.shape[0] == len(batch.audio_len) == 2 and batch.skipped == 1
+    assert any('Skipped bad audio: nan' in message for message in warnings)

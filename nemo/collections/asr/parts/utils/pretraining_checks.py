@@ -1,17 +1,23 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """Check a pre-training config before any work is done, so that a mistake ends in one clear error. New in this project."""
 
+import dataclasses
 import difflib
 import inspect
 import json
 from pathlib import Path
-from typing import Iterator, Optional, Sequence
+from typing import Iterable, Iterator, Optional, Sequence
 
+import lightning.pytorch as pl
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
+from nemo.collections.asr.parts.att_context.validation import MASK_OPTIONS
+from nemo.collections.asr.parts.utils.known_keys import check_known
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
 from nemo.utils.data_utils import is_datastore_path
+from nemo.utils.exp_manager import CallbackParams, ExpManagerConfig
 from nemo.utils.model_utils import import_class_by_path
 
 AUDIO_FILES_LOOKED_FOR = 100  # of each manifest: enough to find a wrong folder, few enough for a million lines
@@ -26,8 +32,32 @@ DATA_KEYS = (
     'min_duration',
     'max_duration',
     'shuffle',
+    'synced_contexts',
+    'skip_bad_audio',
+    'resumable',
 )
-OWN_MODEL_KEYS = ('target_normalize', 'mask_position', 'num_classes', 'num_books', 'code_dim', 'squeeze_single')
+REPORT_KEYS = ('validate_contexts', 'validation_masks', 'audit_every_n_batches', 'log_figures')
+OWN_MODEL_KEYS = (
+    'target_normalize',
+    'mask_position',
+    'num_classes',
+    'num_books',
+    'code_dim',
+    'squeeze_single',
+    'skip_nan_grad',
+    *REPORT_KEYS,
+)
+TOP_LEVEL_KEYS = (
+    'name',
+    'seed',
+    'model',
+    'trainer',
+    'exp_manager',
+    'curriculum',
+    'init_from_nemo_model',
+    'init_from_pretrained_model',
+    'init_from_ptl_ckpt',
+)
 
 
 def check_pretraining_config(cfg: DictConfig) -> None:
@@ -44,7 +74,9 @@ def check_pretraining_config(cfg: DictConfig) -> None:
         raise ValueError(f"the config gives no value for {', '.join(sorted(missing))}")
     if not isinstance(cfg.get('model'), DictConfig):
         raise ValueError("the config has no section model")
+    _check_spelling('', cfg, TOP_LEVEL_KEYS, cutoff=0.85)
     check_known_keys(cfg.model)
+    check_own_sections(cfg)
     for section in SECTIONS:
         if not isinstance(cfg.model.get(section), DictConfig):
             raise ValueError(f"the config has no section model.{section}")
@@ -67,11 +99,44 @@ def check_known_keys(model_cfg: DictConfig) -> None:
     _check_parts('model', model_cfg)
 
 
+def check_own_sections(cfg: DictConfig) -> None:
+    """Check that the sections that only this project has, and those of the trainer, have only keys that are known.
+
+    Raises:
+        ValueError: naming the unknown key and the nearest known one.
+    """
+    for name, known in _own_sections().items():
+        section = OmegaConf.select(cfg, name)
+        if isinstance(section, DictConfig):
+            check_known(name, section, known)
+
+
+def _own_sections() -> dict[str, Iterable[str]]:
+    """Return the full names of these sections, and the keys that each may have."""
+    own = {
+        'curriculum': _constructor_arguments(AttContextCurriculum),
+        'model.validation_masks': MASK_OPTIONS,
+        'model.encoder.layer_att_context_size': ('anchors', 'interpolate'),
+        'trainer': _constructor_arguments(pl.Trainer),
+        'exp_manager': _field_names(ExpManagerConfig),
+        'exp_manager.checkpoint_callback_params': _field_names(CallbackParams),
+    }
+    for data in DATA_SECTIONS:
+        own[f'model.{data}.synced_contexts'] = ('context_options', 'context_probs', 'seed')
+        own[f'model.{data}.resumable'] = ('seed',)
+    return own
+
+
+def _field_names(cls) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
 def _check_spelling(name: str, section: DictConfig, known: Sequence[str], cutoff: float) -> None:
     for key in section:
         nearest = difflib.get_close_matches(key, known, n=1, cutoff=cutoff)
         if key not in known and nearest:
-            raise ValueError(f"{name}.{key} is not known; did you mean {name}.{nearest[0]}?")
+            prefix = f'{name}.' if name else ''
+            raise ValueError(f"{prefix}{key} is not known; did you mean {prefix}{nearest[0]}?")
 
 
 def _check_parts(name: str, section: DictConfig) -> None:

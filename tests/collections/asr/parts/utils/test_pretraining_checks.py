@@ -99,6 +99,27 @@ class TestKeys:
             ('model.train_ds.max_duraton', 'did you mean model.train_ds.max_duration?'),
             ('model.validation_ds.batchsize', 'did you mean model.validation_ds.batch_size?'),
             ('model.train_ds.batch_augmentor.noise_ration', 'did you mean noise_ratio?'),
+            ('model.skip_nan_grads', 'did you mean model.skip_nan_grad?'),
+            ('model.train_ds.skip_bad_audios', 'did you mean model.train_ds.skip_bad_audio?'),
+            ('curiculum', 'did you mean curriculum?'),
+            ('curriculum.milestone', 'did you mean curriculum.milestones?'),
+            ('curriculum.colour', 'takes end, interpolate, milestones, start, warmup_steps'),
+            ('model.validation_masks.sead', 'did you mean model.validation_masks.seed?'),
+            (
+                'model.train_ds.synced_contexts.context_option',
+                'did you mean model.train_ds.synced_contexts.context_opt',
+            ),
+            ('model.train_ds.resumable.sed', 'did you mean model.train_ds.resumable.seed?'),
+            (
+                'model.encoder.layer_att_context_size.anchor',
+                'did you mean model.encoder.layer_att_context_size.anchors?',
+            ),
+            ('trainer.max_step', 'did you mean trainer.max_steps?'),
+            ('exp_manager.resume_if_exist', 'did you mean exp_manager.resume_if_exists?'),
+            (
+                'exp_manager.checkpoint_callback_params.save_topk',
+                'did you mean exp_manager.checkpoint_callback_params.sa',
+            ),
         ],
     )
     def test_a_misspelt_key_is_answered_with_the_nearest(self, cfg, key, hint):

@@ -1,0 +1,117 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Patch of NeMo's ``save_restore_connector.py``: ``.nemo`` files are whole or not there, and broken ones are named."""
+
+import gzip
+import os
+import pickle
+import tarfile
+import zipfile
+import zlib
+from contextlib import contextmanager
+from typing import Iterator
+
+from nemo.utils import torch_files
+from nemo.utils.atomic_files import replacing
+from nemo.utils.msc_utils import is_multistorageclient_url
+from nemo_streaming_ssl import upstream
+
+_up = upstream(globals())
+
+BROKEN_ARCHIVE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError)
+
+
+class UnreadableWeights(ValueError):
+    """The weights in a ``.nemo`` file cannot be read."""
+
+
+class SaveRestoreConnector(_up.SaveRestoreConnector):
+    """NeMo's connector; a save that is cut short leaves the earlier file, and a broken file is named.
+
+    What is loaded, and how, is NeMo's: weights through ``torch.load`` with NeMo's arguments.
+    """
+
+    def save_to(self, model, save_path: str):
+        """Save a model as NeMo does.
+
+        Raises:
+            OSError: naming the file and the cause, if it cannot be written; an earlier one is left whole.
+        """
+        try:
+            return super().save_to(model, save_path)
+        except OSError as error:
+            raise OSError(error.errno, f"could not save {save_path}: {error.strerror or error}") from error
+
+    @staticmethod
+    def _save_state_dict_to_disk(state_dict, filepath):
+        torch_files.save(state_dict, filepath)
+
+    @staticmethod
+    def _make_nemo_file_from_folder(filename, source_dir):
+        """Pack a folder into a ``.nemo`` file, which takes the place of an earlier one only when it is whole."""
+        pack = _up.SaveRestoreConnector._make_nemo_file_from_folder
+        if is_multistorageclient_url(filename):
+            return pack(filename, source_dir)
+        os.makedirs(os.path.dirname(os.path.abspath(filename)), exist_ok=True)
+        with replacing(filename) as partial:
+            pack(str(partial), source_dir)
+
+    @staticmethod
+    def _load_state_dict_from_disk(model_weights, map_location='cpu'):
+        try:
+            _check_sums(model_weights)
+            return _up.SaveRestoreConnector._load_state_dict_from_disk(model_weights, map_location)
+        except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
+            raise UnreadableWeights(f"{os.path.basename(model_weights)}: {error}") from error
+
+    def load_config_and_state_dict(self, calling_cls, restore_path, *args, **kwargs):
+        """Read a ``.nemo`` file; arguments and results are NeMo's.
+
+        Raises:
+            ValueError: naming the file, if it is truncated or corrupt.
+            pickle.UnpicklingError: naming the file, if torch refuses its weights, as in NeMo.
+        """
+        is_loaded = False
+        try:
+            with _naming(restore_path):
+                self._check_whole(restore_path)
+                loaded = super().load_config_and_state_dict(calling_cls, restore_path, *args, **kwargs)
+            is_loaded = True
+        finally:
+            if not is_loaded:  # or the models that this process builds next would have no data
+                calling_cls._set_model_restore_state(is_being_restored=False)
+        return loaded
+
+    def extract_state_dict_from(self, restore_path, save_dir, split_by_module=False):
+        """Write the weights in a ``.nemo`` file to a folder; see ``load_config_and_state_dict`` for the errors."""
+        with _naming(restore_path):
+            self._check_whole(restore_path)
+            return super().extract_state_dict_from(restore_path, save_dir, split_by_module)
+
+    def _check_whole(self, path) -> None:
+        """Check that nothing is cut off: ``tarfile`` passes over a missing end if it falls between two members."""
+        if self.model_extracted_dir is not None or not os.path.isfile(path):
+            return
+        with self._tar_open(path) as archive:
+            names = [os.path.basename(member.name) for member in archive.getmembers()]
+        if os.path.basename(self.model_config_yaml) not in names:
+            raise tarfile.ReadError(f"it has no {self.model_config_yaml}, only {names}")
+
+
+def _check_sums(model_weights) -> None:
+    """Compare the weights with the sums that torch writes and does not read; some 0.7 s for a gigabyte."""
+    if zipfile.is_zipfile(model_weights):  # others are from before torch 1.6, or end too early: torch says so
+        with zipfile.ZipFile(model_weights) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise OSError(f"{damaged} in it is damaged")
+
+
+@contextmanager
+def _naming(path) -> Iterator[None]:
+    """Turn the many errors of a broken archive into one that names the file."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise pickle.UnpicklingError(f"{path}: {error}") from error
+    except (*BROKEN_ARCHIVE, UnreadableWeights) as error:
+        raise ValueError(f"{path} is truncated, corrupt or no .nemo file: {error}") from error

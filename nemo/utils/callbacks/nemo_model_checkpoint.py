@@ -1,0 +1,102 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Patch of NeMo's ``nemo_model_checkpoint.py``: a save that is cut short costs no checkpoint and no resume."""
+
+import os
+import zipfile
+from pathlib import Path
+
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
+from nemo.utils import logging, torch_files
+from nemo.utils.atomic_files import remove_partial_files, replacing
+from nemo.utils.get_rank import is_global_rank_zero
+from nemo_streaming_ssl import upstream
+
+_up = upstream(globals())
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, written beside their target.
+
+    Lightning writes to the system's temporary folder and moves the file, which is a copy, and no longer atomic, if
+    that folder is on another disk than the experiment.
+    """
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        """Save a checkpoint.
+
+        Raises:
+            OSError: naming the file and the cause; an earlier file of that name is left whole.
+        """
+        if storage_options is not None or '://' in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            torch_files.save(checkpoint, partial)
+
+
+class NeMoModelCheckpoint(_up.NeMoModelCheckpoint):
+    """NeMo's checkpoints, whole or not there.
+
+    NeMo marks a checkpoint ``-unfinished`` while it is written or removed, and refuses to resume if the only last
+    checkpoint bears the mark, or if there are two. A file that is written atomically is good in spite of the mark,
+    and of two last checkpoints the newer is the one to go on from.
+    """
+
+    def setup(self, trainer, pl_module, stage: str) -> None:
+        """Clear what a killed run left, and write whole files from now on."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if self.dirpath and is_global_rank_zero():
+            self._remove_unfinished_checkpoints(self.dirpath)
+        super().setup(trainer, pl_module, stage)
+
+    @staticmethod
+    def is_checkpoint_unfinished(checkpoint_path) -> bool:
+        """Whether a checkpoint is not to be resumed from: unfinished, or a last one that a newer one supersedes."""
+        path = Path(checkpoint_path)
+        marked = _up.NeMoModelCheckpoint.is_checkpoint_unfinished(checkpoint_path)
+        if not path.is_file():
+            return marked
+        return (marked and not _is_whole(path)) or _newest_last_checkpoint(path) not in (None, path)
+
+    @staticmethod
+    def _remove_unfinished_checkpoints(checkpoint_dir) -> None:
+        folder = Path(checkpoint_dir)
+        if folder.is_dir():
+            for path in remove_partial_files(folder):
+                logging.warning(f'Removed {path}, left by a run that was killed while it wrote')
+            for path in list(folder.glob('*.ckpt')):
+                _settle(path)
+        _up.NeMoModelCheckpoint._remove_unfinished_checkpoints(checkpoint_dir)
+
+    def _backup_existing_nemo_ckpt(self, trainer):
+        """Keep no copy of a ``.nemo`` file that is replaced in one step: killed, NeMo leaves only the copy."""
+        if isinstance(trainer.lightning_module._save_restore_connector, SaveRestoreConnector):
+            return None
+        return super()._backup_existing_nemo_ckpt(trainer)
+
+
+def _settle(path: Path) -> None:
+    """Take the mark off a whole checkpoint, and remove a last one that a newer one supersedes."""
+    newest = _newest_last_checkpoint(path)
+    if newest not in (None, path):
+        logging.warning(f'Removing {path}: {newest.name} is newer')
+        path.unlink()
+    marker = NeMoModelCheckpoint.format_checkpoint_unfinished_marker_path(path)
+    if marker.is_file() and (not path.exists() or _is_whole(path)):
+        marker.unlink()
+
+
+def _newest_last_checkpoint(path: Path):
+    """Return the newest whole last checkpoint in the folder of one; None if ``path`` is no last checkpoint."""
+    if not path.name.endswith('last.ckpt'):
+        return None
+    whole = [other for other in path.parent.glob('*last.ckpt') if other.is_file() and _is_whole(other)]
+    return max(whole, key=lambda other: (os.stat(other).st_mtime_ns, other.name), default=None)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a checkpoint has its end: torch's files are zip archives, whose table of contents comes last."""
+    return zipfile.is_zipfile(path)

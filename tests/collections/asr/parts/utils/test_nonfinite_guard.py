@@ -1,0 +1,185 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Whatever the samples are, the weights stay numbers."""
+
+import dataclasses
+
+import pytest
+import torch
+from omegaconf import open_dict
+from tiny_nest import batches, fit, noise_batch, tiny_model
+from torch.utils.data import DataLoader
+
+from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch
+from nemo.collections.asr.models.ssl_models import EncDecMaskedTokenPredModel
+from nemo.collections.asr.parts.att_context.synced_collate import SyncedBatch
+from nemo.collections.asr.parts.utils import nonfinite_guard
+from nemo.collections.asr.parts.utils.nonfinite_guard import samples_are_sound, unsound_utterances
+from nemo.utils import logging
+
+UNSOUND = [float('nan'), float('inf'), -float('inf'), 1e30]
+
+
+def loader(*made):
+    return DataLoader(list(made), batch_size=None)
+
+
+def spoilt(value, seconds=(1.0, 0.6, 0.8), utterance=1, seed=0):
+    """A batch of which one utterance has a sample that is none."""
+    batch = noise_batch(seconds, seed)
+    batch.audio[utterance, 500] = value
+    batch.noisy_audio[utterance, 500] = value
+    return batch
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def is_finite(model):
+    return all(torch.isfinite(tensor).all() for tensor in model.state_dict().values() if tensor.is_floating_point())
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """The warnings that are logged."""
+    messages = []
+    monkeypatch.setattr(logging, 'warning', lambda message, *args, **kwargs: messages.append(message))
+    return messages
+
+
+@pytest.mark.unit
+def test_sound_samples():
+    assert samples_are_sound(torch.tensor([[0.0, -1.0, 32768.0]])) and samples_are_sound(torch.zeros(0))
+    for value in UNSOUND:
+        assert not samples_are_sound(torch.tensor([[0.0, value]]))
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('value', UNSOUND)
+def test_by_default_the_batch_is_an_error_before_anything_is_computed(value):
+    model = tiny_model('model.encoder.conv_norm_type=batch_norm')
+    before = state(model)
+    with pytest.raises(ValueError, match='utterance 1 of a batch .*model.skip_nan_grad: true'):
+        fit(model, loader(spoilt(value)), max_steps=1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in state(model).items())
+
+
+@pytest.mark.unit
+def test_skipping_drops_the_utterance_and_counts_it(warnings):
+    model = tiny_model('model.skip_nan_grad=true', 'model.encoder.conv_norm_type=batch_norm')
+    run = fit(model, loader(noise_batch(), spoilt(UNSOUND[0]), noise_batch(seed=2)), max_steps=3)
+    assert is_finite(model) and run.logger.column('skipped_utterances') == [0, 1, 1]
+    assert run.logger.column('skipped_steps') == [0, 0, 0]
+    assert any('Dropped utterance 1 of a batch' in message for message in warnings)
+
+
+@pytest.mark.unit
+def test_what_the_data_loader_left_out_is_counted():
+    short = noise_batch()
+    short.skipped = 2
+    model = tiny_model()
+    with open_dict(model.cfg):
+        model.cfg.train_ds = {'skip_bad_audio': True}
+    run = fit(model, loader(short, noise_batch(seed=1), short), max_steps=3)
+    assert run.logger.column('skipped_utterances') == [2, 2, 4]
+
+
+@pytest.mark.unit
+def test_the_rest_of_the_batch_trains_as_if_alone():
+    whole, rest = tiny_model('model.skip_nan_grad=true'), tiny_model()
+    batch = spoilt(UNSOUND[0], utterance=2)
+    kept = [0, 1]
+    alone = AudioNoiseBatch(
+        **{
+            field.name: value[kept] if isinstance(value, torch.Tensor) else None
+            for field in dataclasses.fields(batch)
+            if field.name != 'skipped'
+            for value in [getattr(batch, field.name)]
+        }
+    )
+    for model, given in ((whole, batch), (rest, alone)):
+        torch.manual_seed(5)
+        fit(model, loader(given), max_steps=1)
+    assert all(torch.equal(first, second) for first, second in zip(state(whole).values(), state(rest).values()))
+
+
+@pytest.mark.unit
+def test_a_batch_without_a_sound_utterance_is_an_error():
+    batch = spoilt(UNSOUND[0], seconds=(1.0,), utterance=0)
+    with pytest.raises(ValueError, match='no utterance of a batch is sound'):
+        fit(tiny_model('model.skip_nan_grad=true'), loader(batch), max_steps=1)
+
+
+def with_nan_gradients_at(model, step, value=float('nan')):
+    """Let the model's gradients be spoilt in a step, as by a loss that overflows."""
+    weight = model.encoder.layers[0].feed_forward1.linear1.weight
+    weight.register_hook(lambda gradient: gradient * value if model.trainer.global_step == step else gradient)
+    return model
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_a_step_without_finite_gradients_is_skipped_whole(warnings, value):
+    """No weight, no moment, no decay: the next step is that of a run that never met the batch."""
+    model = with_nan_gradients_at(tiny_model('model.skip_nan_grad=true'), 1, value)
+    seen = []
+    model.on_train_batch_end = lambda *args: seen.append(state(model))
+    run = fit(model, batches(3), max_steps=3)
+    assert is_finite(model)
+    assert all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
+    assert not all(torch.equal(seen[1][name], seen[2][name]) for name in seen[1])
+    assert run.logger.column('skipped_steps') == [0, 1, 1]
+    assert any('the gradients of step 1 are not all finite' in message for message in warnings)
+
+
+@pytest.mark.unit
+def test_by_default_such_gradients_are_an_error_and_touch_no_weight():
+    model = with_nan_gradients_at(tiny_model(), 1)
+    seen = []
+    model.on_train_batch_end = lambda *args: seen.append(state(model))
+    with pytest.raises(FloatingPointError, match='gradients of step 1 .* model.skip_nan_grad: true'):
+        fit(model, batches(3), max_steps=3)
+    assert all(torch.equal(seen[0][name], tensor) for name, tensor in state(model).items())
+
+
+@pytest.mark.unit
+def test_a_run_that_skips_for_ever_ends(monkeypatch):
+    monkeypatch.setattr(nonfinite_guard, 'MAX_SKIPPED_IN_A_ROW', 3)
+    model = tiny_model('model.skip_nan_grad=true')
+    model.encoder.layers[0].feed_forward1.linear1.weight.register_hook(lambda gradient: gradient / 0)
+    with pytest.raises(FloatingPointError, match='step 2 are not all finite, nor were those of the 2 steps before'):
+        fit(model, batches(5), max_steps=5)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('shape', [(0, 16000), (2, 0)])
+def test_an_empty_batch_is_named(shape):
+    lengths = torch.full(shape[:1], shape[1])
+    model = tiny_model(cls=EncDecMaskedTokenPredModel)
+    with pytest.raises(ValueError, match=rf'a batch is empty: item 0 has the shape \[{shape[0]}, {shape[1]}\]'):
+        fit(model, loader((torch.zeros(shape), lengths)), max_steps=1)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('position', ['pre_conv', 'post_conv'])
+def test_silence_and_one_frame_utterances_train(position):
+    post = ['model.quantizer.combine_time_steps=1'] if position == 'post_conv' else []
+    model = tiny_model(f'model.mask_position={position}', *post)
+    silence = noise_batch((1.0, 0.5))
+    silence.audio, silence.noisy_audio = silence.audio * 0, silence.noisy_audio * 0
+    lengths = [1, 100, 160, 161, 700, 1280, 1281]  # in samples: up to one feature frame, up to one attention frame
+    short = [noise_batch((length / 16000,)) for length in lengths] + [noise_batch((1.0, 1 / 16000))]
+    run = fit(model, loader(silence, *short), max_steps=1 + len(short))
+    assert is_finite(model) and len(run.logger.column('train_loss')) == 1 + len(short)
+    assert all(loss >= 0 for loss in run.logger.column('train_loss'))  # False for NaN
+
+
+@pytest.mark.unit
+def test_what_a_batch_carries_stays(monkeypatch):
+    batch = SyncedBatch((torch.zeros(3, 8), torch.tensor([8, 8, 8])))
+    batch[0][1, 2], batch.att_context = float('nan'), [4, 0]
+    rows = unsound_utterances(batch)
+    assert rows.tolist() == [False, True, False]
+    selected = nonfinite_guard._select(batch, ~rows)
+    assert type(selected) is SyncedBatch and selected.att_context == [4, 0]
+    assert selected[0].shape == (2, 8) and selected[1].tolist() == [8, 8]
