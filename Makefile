@@ -2,7 +2,7 @@
 # `make` lists what there is. Each NeMo version has an environment of its own; an install that was cut short is redone.
 
 NEMO ?= 3.0.0
-TESTED_NEMO := 2.5.3 3.0.0
+TESTED_NEMO := 2.5.3 2.7.3 3.0.0
 ifneq ($(words $(NEMO)) $(filter-out $(TESTED_NEMO),$(NEMO)),1 )
 $(error NEMO=$(NEMO) is not a tested version; use one of: $(TESTED_NEMO))
 endif
@@ -16,13 +16,15 @@ TESTS ?= tests
 # One thread for each of several test processes: the tests' tensors are too small to share among threads.
 JOBS ?= $(shell nproc)
 PYTEST_ARGS ?=
-SOURCES := $(wildcard src nemo examples tests benchmarks setup.py)
+BENCH ?=
+SOURCES := $(wildcard src nemo examples tests benchmarks .ci setup.py)
 
 # The stamps are named after what they stand for: other pins, another packaging or another place mean another stamp.
 REQUIREMENTS := $(CONSTRAINTS) requirements/runtime.txt requirements/test.txt
 REQUIREMENTS_STAMP := $(VENV)/.requirements-$(shell cat $(REQUIREMENTS) | cksum | cut -d' ' -f1)
 PROJECT_STAMP := $(VENV)/.project-$(shell { cat $(REQUIREMENTS) setup.py; pwd; } | cksum | cut -d' ' -f1)
 UNFINISHED := $(VENV).unfinished
+AUDIT_VENV := .venv/audit
 OWN_VENV := $(filter file,$(origin VENV))
 PIP_QUIET := $(if $(CI),--quiet)
 
@@ -33,10 +35,10 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test pretrain lint format clean
+.PHONY: help venv test pretrain bench lint format licences audit clean
 
 help: ## list the targets
-	@echo "Targets, each with NEMO=2.5.3 or NEMO=3.0.0 (now $(NEMO)):"
+	@echo "Targets, each with NEMO=2.5.3, 2.7.3 or 3.0.0 (now $(NEMO)):"
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
 	@echo "The environment is $(VENV) (VENV=... for another), made with $(PYTHON_BOOTSTRAP) (PYTHON_BOOTSTRAP=...)."
 
@@ -51,6 +53,10 @@ pretrain: $(PROJECT_STAMP) ## pre-train the demo model (MANIFEST=..., VAL_MANIFE
 	$(PYTHON) examples/asr/speech_pretraining/pretrain_demo.py \
 		$(if $(MANIFEST),--manifest "$(MANIFEST)") $(if $(VAL_MANIFEST),--validation-manifest "$(VAL_MANIFEST)")
 
+bench: $(PROJECT_STAMP) ## time the training step against stock NeMo, half an hour (BENCH=... for the script's arguments)
+	@echo "== Timing a training step and its parts with NeMo $(NEMO)"
+	$(PYTHON) benchmarks/training_step.py $(BENCH)
+
 lint: $(PROJECT_STAMP) ## check the formatting (black, isort)
 	@echo "== Checking the formatting of $(SOURCES)"
 	$(PYTHON) -m black --check --quiet $(SOURCES) || $(PYTHON) -m black --check $(SOURCES)
@@ -59,6 +65,16 @@ lint: $(PROJECT_STAMP) ## check the formatting (black, isort)
 format: $(PROJECT_STAMP) ## format the sources
 	$(PYTHON) -m isort $(SOURCES)
 	$(PYTHON) -m black $(SOURCES)
+
+licences: $(PROJECT_STAMP) ## list the licences of all pinned packages in docs/licences-NEMO.md
+	$(PYTHON) .ci/licences.py $(CONSTRAINTS) > docs/licences-$(NEMO).md
+
+audit: ## check the pinned packages for known vulnerabilities (says so where the service cannot be reached)
+	@echo "== Checking $(CONSTRAINTS) for known vulnerabilities"
+	@test -x $(AUDIT_VENV)/bin/pip-audit || { $(PYTHON_BOOTSTRAP) -m venv $(AUDIT_VENV) && \
+		$(AUDIT_VENV)/bin/python -m pip install --quiet -r requirements/audit.txt; } || \
+		{ echo "audit: NOTHING WAS CHECKED: pip-audit cannot be installed here"; exit 0; }
+	@test ! -x $(AUDIT_VENV)/bin/pip-audit || $(AUDIT_VENV)/bin/python .ci/audit.py $(CONSTRAINTS)
 
 clean: ## remove the environments and what builds and tests leave
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .hypothesis

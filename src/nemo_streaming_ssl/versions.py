@@ -5,7 +5,7 @@ import re
 import sys
 import warnings
 
-TESTED = ("2.5.3", "3.0.0")
+TESTED = ("2.5.3", "2.7.3", "3.0.0")
 FIRST_TESTED, FIRST_UNTESTED = (2, 5, 3), (3, 1, 0)
 _RELEASE = re.compile(r"v?(\d+)(?:\.(\d+))?(?:\.(\d+))?(?P<rest>.*)")
 _PRE_RELEASE = re.compile(r"[-_.]?(a|b|rc|dev)")

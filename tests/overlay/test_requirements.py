@@ -33,9 +33,9 @@ def test_constraints_pin_the_tests_and_one_nemo(checkout, version):
 
 @pytest.mark.unit
 def test_tools_that_judge_the_sources_are_the_same_for_each_nemo(checkout):
-    first, second = (pins(checkout, version) for version in TESTED)
-    for name in ("black", "isort", "pytest", "hypothesis", "torch", "setuptools"):
-        assert first[name] == second[name]
+    pinned = [pins(checkout, version) for version in TESTED]
+    for name in ("black", "isort", "pytest", "hypothesis", "torch", "setuptools", "onnxruntime"):
+        assert len({each[name] for each in pinned}) == 1, name
 
 
 @pytest.mark.unit

@@ -315,8 +315,11 @@ class TestSyncedContextsInTheConfig:
     @pytest.mark.parametrize(
         'synced, message',
         [
-            ({'context_probs': [1.0]}, 'it takes context_options'),
-            ({'context_options': OPTIONS, 'probs': [1.0]}, 'it takes context_options'),
+            ({'context_probs': [1.0]}, 'it needs context_options'),
+            (
+                {'context_options': OPTIONS, 'probs': [1.0]},
+                'synced_contexts.probs is not known; synced_contexts takes',
+            ),
             ({'context_options': OPTIONS, 'context_probs': [1.0]}, 'one number for each of 3 options'),
         ],
     )

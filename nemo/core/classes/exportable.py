@@ -1,0 +1,26 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Patch of NeMo's ``exportable.py``: ONNX export with any torch.
+
+NeMo 2.5.3 leaves the exporter to torch, which since 2.9 takes one that cannot do with NeMo's dynamic axes. Later NeMo
+asks for the exporter that traces; so does this, for all versions.
+"""
+
+import functools
+from unittest import mock
+
+import torch
+
+from nemo_streaming_ssl import upstream
+
+_up = upstream(globals())
+
+
+class Exportable(_up.Exportable):
+    """NeMo's interface of what can be exported."""
+
+    def _export(self, *args, use_dynamo=False, **kwargs):
+        if use_dynamo:
+            return super()._export(*args, use_dynamo=use_dynamo, **kwargs)
+        tracing = functools.partial(torch.onnx.export, dynamo=False)
+        with mock.patch.object(torch.onnx, 'export', tracing):  # NeMo's method takes no argument for it
+            return super()._export(*args, **kwargs)

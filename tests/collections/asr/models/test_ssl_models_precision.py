@@ -1,0 +1,141 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Lower precision, compilers, activation checkpointing, and several processes: the same results, or nearly."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_nest import batches, fit, noise_batch, tiny_model
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+from nemo.collections.asr.parts.submodules.conformer_modules import ConformerLayer
+
+SHARDED_RUN = Path(__file__).with_name('sharded_run.py')
+LAYERS = ['model.encoder.n_layers=2', '+model.encoder.layer_att_context_size=[[10,0],[20,0]]']
+
+
+def loss_and_gradients(model):
+    """The loss of one training step in the context [10, 0], and the gradients by name."""
+    torch.manual_seed(0)
+    model.train()
+    batch = noise_batch((2.0, 1.0))
+    signals = dict(input_signal=batch.audio, input_signal_length=batch.audio_len)
+    noisy = dict(noisy_input_signal=batch.noisy_audio, noisy_input_signal_length=batch.noisy_audio_len)
+    with model.encoder.using_att_context_size([10, 0]):
+        log_probs, lengths, masks, tokens = model(**signals, **noisy, apply_mask=True)
+    loss = model.loss(masks=masks, decoder_outputs=log_probs, targets=tokens, decoder_lengths=lengths)
+    loss.backward()
+    return loss.item(), {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast_gives_nearly_the_same_loss_and_gradients(dtype):
+    expected, gradients = loss_and_gradients(tiny_model(*LAYERS))
+    with torch.autocast('cpu', dtype):
+        loss, found = loss_and_gradients(tiny_model(*LAYERS))
+    assert loss == pytest.approx(expected, rel=0.01)
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    ours, theirs = (torch.cat([grads[name].flatten() for name in gradients]) for grads in (found, gradients))
+    assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.995
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('precision', ['16-mixed', 'bf16-true'])  # Lightning takes bf16-mixed for 16-mixed on CPUs
+def test_training_in_lower_precision_learns_as_in_full(precision):
+    full, lower = (
+        fit(tiny_model(*LAYERS), batches(3), max_steps=2, precision=asked).logger.column('train_loss')
+        for asked in ('32-true', precision)
+    )
+    allowed = 0.1 if precision == 'bf16-true' else 0.02
+    assert lower == pytest.approx(full, rel=allowed) and len(lower) == 2
+
+
+@pytest.mark.unit
+def test_a_compiled_encoder_follows_each_context_and_is_compiled_once_for_each():
+    encoder = tiny_model(*LAYERS, 'model.encoder.att_context_size=[[40,0],[20,0],[5,0]]').encoder.eval()
+    features, lengths = torch.randn(2, 80, 160), torch.tensor([160, 100])
+    encoder(audio_signal=features, length=lengths)  # NeMo's type check is made at the first call
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend('eager')
+    compiled = torch.compile(encoder, backend=counter, fullgraph=True, dynamic=False)
+    outputs = []
+    for context in ([40, 0], [5, 0], [20, 0], [5, 0], [40, 0]):
+        with encoder.using_att_context_size(context):
+            found = compiled(audio_signal=features, length=lengths)[0]
+            expected = encoder(audio_signal=features, length=lengths)[0]
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+        outputs.append(found)
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-3)
+    assert counter.frame_count == 3
+    encoder.set_layer_att_context_size([[2, 0], [2, 0]])
+    found = compiled(audio_signal=features, length=lengths)[0]
+    torch.testing.assert_close(found, encoder(audio_signal=features, length=lengths)[0], atol=1e-6, rtol=0)
+
+
+@pytest.mark.unit
+def test_a_compiled_encoder_that_draws_for_itself_is_compiled_once_for_each_context():
+    encoder = tiny_model('model.encoder.att_context_size=[[20,0],[5,0]]').encoder.train()
+    twin = tiny_model('model.encoder.att_context_size=[[20,0],[5,0]]').encoder.train()
+    features, lengths = torch.randn(1, 80, 160), torch.tensor([160])
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend('eager')
+    compiled = torch.compile(encoder, backend=counter, dynamic=False)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for _ in range(12):
+            found = compiled(audio_signal=features, length=lengths)[0]
+            torch.testing.assert_close(found, twin(audio_signal=features, length=lengths)[0], atol=1e-6, rtol=0)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.unit
+def test_a_model_trains_with_its_encoder_compiled_in_place():
+    plain, compiled = tiny_model(*LAYERS), tiny_model(*LAYERS)
+    torch._dynamo.reset()
+    compiled.encoder.compile(backend='aot_eager', dynamic=False)
+    expected, gradients = loss_and_gradients(plain)
+    loss, found = loss_and_gradients(compiled)
+    assert loss == pytest.approx(expected, rel=1e-6) and found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.unit
+def test_checkpointed_layers_give_the_same_gradients_and_keep_their_contexts():
+    plain, checkpointed = tiny_model(*LAYERS), tiny_model(*LAYERS)
+    apply_activation_checkpointing(checkpointed.encoder, check_fn=lambda module: isinstance(module, ConformerLayer))
+    expected, gradients = loss_and_gradients(plain)
+    loss, found = loss_and_gradients(checkpointed)
+    assert loss == expected
+    found = {name.replace('_checkpoint_wrapped_module.', ''): gradient for name, gradient in found.items()}
+    assert found.keys() == gradients.keys() and all(torch.equal(found[name], gradients[name]) for name in gradients)
+    assert checkpointed.state_dict().keys() == plain.state_dict().keys()
+    checkpointed.encoder.layers[0].self_attention.att_context_size = [5, 0]
+    assert checkpointed.encoder.tightest_left_context() == 5
+
+
+@pytest.mark.integration
+def test_sharded_and_replicated_models_with_hooks_compute_what_one_process_does(tmp_path):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'OMP_NUM_THREADS': '1'}
+    environment['PYTHONPATH'] = os.pathsep.join([str(Path(__file__).resolve().parents[3])])
+    command = [sys.executable, str(SHARDED_RUN), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        results = json.loads((tmp_path / f'{rank}.json').read_text())
+        for kind in ('replicated', 'sharded'):
+            assert results[kind]['loss'] == pytest.approx(results['alone']['loss'], rel=1e-5)
+            assert results[kind]['gradients'] == pytest.approx(results['alone']['gradients'], rel=1e-4)
+            assert results[kind]['hooks'] == ['forward', 'backward']
+            assert results[kind]['contexts'] == [[10, 0], [20, 0]] and results[kind]['narrowed'] == 5
+        assert 'accelerator' in results['FSDP of before']

@@ -1,0 +1,119 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Exported encoders with caches: ONNX in onnxruntime, and TorchScript, step by step over a stream.
+
+Shapes: B batch, F features, T feature frames.
+"""
+
+import pytest
+import torch
+from onnxruntime import InferenceSession
+
+from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
+
+pytestmark = pytest.mark.filterwarnings('ignore:::torch', 'ignore::torch.jit.TracerWarning')
+FEATURES, STEPS = 8, 10
+TINY = dict(
+    feat_in=FEATURES,
+    n_layers=2,
+    d_model=16,
+    n_heads=2,
+    subsampling='dw_striding',
+    subsampling_factor=8,
+    subsampling_conv_channels=4,
+    causal_downsampling=True,
+    conv_kernel_size=3,
+    conv_norm_type='layer_norm',
+    conv_context_size='causal',
+    ff_expansion_factor=2,
+    pos_emb_max_len=64,
+)
+CHUNKED = dict(att_context_style='chunked_limited', att_context_size=[8, 3])
+ENCODERS = {
+    'one context': dict(att_context_size=[8, 0]),
+    'layers': dict(att_context_size=[8, 0], layer_att_context_size=[[2, 0], [8, 0]]),
+    'chunked layers, sdpa': dict(CHUNKED, layer_att_context_size=[[4, 3], [8, 1]], use_pytorch_sdpa=True),
+    'look-ahead': dict(att_context_size=[6, 1], layer_att_context_size=[[6, 1], [4, 0]]),
+}
+
+
+def make_encoder(**options):
+    torch.manual_seed(0)
+    encoder = ConformerEncoder(**{**TINY, **options}).eval()
+    for parameter in encoder.parameters():
+        if parameter.dim() >= 2:
+            torch.nn.init.normal_(parameter, std=0.4)
+    return encoder
+
+
+def export(encoder, path):
+    """Export as NeMo does and return a function of tensors."""
+    encoder.export(str(path))
+    if path.suffix == '.ts':
+        return torch.jit.load(str(path))
+    session = InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    names = [entry.name for entry in session.get_inputs()]
+
+    def run(*tensors):
+        outputs = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, tensors)})
+        return [torch.from_numpy(output) for output in outputs]
+
+    return run
+
+
+def stream(step, encoder):
+    """Run a cached step over a stream; returns its encoder frames [1, D, A] and the last caches."""
+    settings = encoder.streaming_cfg
+    before, size, shift = settings.pre_encode_cache_size[1], settings.chunk_size[1], settings.shift_size[1]
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(1, FEATURES, before + size + shift * (STEPS - 1), generator=generator)
+    features[:, :, :before] = 0  # a stream's first window is filled up
+    channel, time, length = encoder.get_initial_cache_state(batch_size=1)
+    caches, encoded = [channel.transpose(0, 1), time.transpose(0, 1), length], []
+    for start in range(0, STEPS * shift, shift):
+        window = features[:, :, start : start + before + size]
+        with torch.no_grad():
+            frames, _, *caches = step(window, torch.tensor([window.shape[2]]), *caches)
+        encoded.append(frames)
+    return torch.cat(encoded, dim=2), caches
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'name, suffix',
+    [(name, '.onnx') for name in ENCODERS] + [('layers', '.ts'), ('chunked layers, sdpa', '.ts')],
+)
+def test_an_exported_stream_is_that_of_pytorch(name, suffix, tmp_path):
+    allowed = {'.onnx': 1e-4, '.ts': 1e-6}[suffix]
+    encoder = make_encoder(**ENCODERS[name])
+    encoder.export_cache_support = True
+    encoder.setup_streaming_params()
+    expected, caches = stream(encoder.forward_for_export, encoder)
+    found, found_caches = stream(export(encoder, tmp_path / f'encoder{suffix}'), encoder)
+    assert expected.shape[2] >= STEPS
+    for ours, theirs in zip([found, *found_caches], [expected, *caches]):
+        torch.testing.assert_close(ours, theirs, atol=allowed, rtol=0)
+
+
+@pytest.mark.unit
+def test_the_layers_contexts_are_in_the_exported_graph(tmp_path):
+    encoder = make_encoder(**ENCODERS['layers'])
+    encoder.export_cache_support = True
+    encoder.setup_streaming_params()
+    narrowed = stream(export(encoder, tmp_path / 'layers.onnx'), encoder)[0]
+    encoder.set_layer_att_context_size(None)
+    assert (stream(encoder.forward_for_export, encoder)[0] - narrowed).abs().max() > 1e-2
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('suffix', ['.onnx', '.ts'])
+def test_a_whole_utterance_of_any_length(suffix, tmp_path):
+    encoder = make_encoder(att_context_size=[4, 0], layer_att_context_size=[[0, [2, 0]]])
+    exported = export(encoder, tmp_path / f'encoder{suffix}')
+    for frames in (100, 256, 500):
+        features, lengths = torch.randn(2, FEATURES, frames), torch.tensor([frames, frames // 2])
+        with torch.no_grad():
+            expected = encoder(audio_signal=features, length=lengths)
+            found = exported(features, lengths)
+        assert torch.equal(found[1], expected[1])
+        for row, length in enumerate(expected[1]):
+            torch.testing.assert_close(found[0][row, :, :length], expected[0][row, :, :length], atol=1e-4, rtol=0)

@@ -1,0 +1,174 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""What NeMo builds on an encoder: features of several layers, and adapters; with contexts of the layers' own."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from nemo.collections.asr.models import EncDecCTCModel
+from nemo.collections.asr.modules.conformer_encoder import (
+    ConformerEncoder,
+    ConformerEncoderAdapter,
+    ConformerMultiLayerFeatureExtractor,
+)
+from nemo.collections.asr.parts.att_context import StreamingSession
+from nemo.collections.asr.parts.submodules.adapters import multi_head_attention_adapter_module as adapters
+from nemo.collections.asr.parts.submodules.multi_head_attention import (
+    MultiHeadAttention,
+    RelPositionMultiHeadAttention,
+)
+from nemo.collections.common.parts.adapter_modules import LinearAdapterConfig
+
+WIDTH = 16
+SETTINGS = dict(
+    feat_in=80,
+    n_layers=3,
+    d_model=WIDTH,
+    n_heads=2,
+    ff_expansion_factor=2,
+    subsampling='dw_striding',
+    subsampling_factor=8,
+    subsampling_conv_channels=4,
+    causal_downsampling=True,
+    conv_kernel_size=3,
+    conv_norm_type='layer_norm',
+    conv_context_size='causal',
+    att_context_size=[8, 0],
+    layer_att_context_size=[[2, 0], [4, 0], [8, 0]],
+    dropout=0.0,
+    dropout_pre_encoder=0.0,
+    dropout_emb=0.0,
+    dropout_att=0.0,
+)
+FEATURES, LENGTHS = torch.randn(2, 80, 240, generator=torch.Generator().manual_seed(0)), torch.tensor([240, 100])
+
+
+def make_encoder(cls=ConformerEncoder):
+    torch.manual_seed(0)
+    return cls(**SETTINGS).eval()
+
+
+def run(encoder):
+    with torch.no_grad():
+        return encoder(audio_signal=FEATURES, length=LENGTHS)[0]
+
+
+class TestMultiLayerFeatures:
+    @pytest.mark.unit
+    def test_they_are_the_layers_outputs_within_their_contexts(self):
+        encoder = make_encoder()
+        outputs = []
+        hooks = [layer.register_forward_hook(lambda *args: outputs.append(args[2])) for layer in encoder.layers]
+        run(encoder)
+        for hook in hooks:
+            hook.remove()
+        extractor = ConformerMultiLayerFeatureExtractor(encoder, [0, 2])
+        with torch.no_grad():
+            features, lengths = extractor(FEATURES, LENGTHS)
+        torch.testing.assert_close(features[0], outputs[0].transpose(1, 2), atol=0, rtol=0)
+        torch.testing.assert_close(features[1], outputs[2].transpose(1, 2), atol=0, rtol=0)
+        assert torch.equal(lengths[0], encoder(audio_signal=FEATURES, length=LENGTHS)[1])
+        encoder.set_layer_att_context_size(None)
+        with torch.no_grad():
+            wider = extractor(FEATURES, LENGTHS)[0]
+        assert not torch.allclose(wider[0], features[0], atol=1e-4)
+
+    @pytest.mark.unit
+    def test_they_train_in_the_pinned_context(self):
+        encoder = make_encoder().train()
+        extractor = ConformerMultiLayerFeatureExtractor(encoder, [1])
+        with encoder.using_att_context_size([2, 0]):
+            first = extractor(FEATURES, LENGTHS)[0][0]
+        first.sum().backward()
+        assert encoder.layers[1].self_attn.linear_q.weight.grad.abs().sum() > 0
+        assert not torch.allclose(extractor(FEATURES, LENGTHS)[0][0], first, atol=1e-4)
+
+
+def linear():
+    return LinearAdapterConfig(in_features=WIDTH, dim=4)
+
+
+def attention():
+    return adapters.RelPositionMultiHeadAttentionAdapterConfig(n_head=2, n_feat=WIDTH)
+
+
+def with_adapter(encoder, adapter):
+    """Add an adapter that shows: NeMo's begin as nothing."""
+    encoder.add_adapter('added', adapter)
+    encoder.set_enabled_adapters('added', enabled=True)
+    torch.manual_seed(1)
+    for name, parameter in encoder.named_parameters():
+        if 'adapter_layer' in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return encoder
+
+
+class TestAdapters:
+    @pytest.mark.unit
+    def test_attention_adapters_are_the_patched_attention(self):
+        assert issubclass(adapters.MultiHeadAttentionAdapter, MultiHeadAttention)
+        assert issubclass(adapters.RelPositionMultiHeadAttentionAdapter, RelPositionMultiHeadAttention)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('adapter', [linear, attention])
+    def test_an_adapter_attends_no_further_than_its_layer(self, adapter):
+        encoder = with_adapter(make_encoder(ConformerEncoderAdapter), adapter())
+        encoder.set_layer_att_context_size([[1, 0]] * 3)
+        before = run(encoder)
+        assert not torch.allclose(before, run(make_encoder(ConformerEncoderAdapter)), atol=1e-3)
+        changed = FEATURES.clone()
+        changed[:, :, :16] += 3.0  # attention frames 0 ... 3: those that see one of the features 0 ... 15
+        with torch.no_grad():
+            after = encoder(audio_signal=changed, length=LENGTHS)[0]
+        # a layer sees one frame back by attention, one more by its adapter's, and two by its convolution
+        reach = 3 + 3 * (1 + 2 + (adapter is attention))
+        differs = (before - after).abs().amax(dim=(0, 1)) > 0
+        assert differs[:4].any() and not differs[reach + 1 :].any() and reach + 1 < len(differs)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('adapter', [linear, attention])
+    def test_only_the_adapter_learns_and_a_saved_model_streams_with_it(self, adapter, tmp_path):
+        model = with_adapter(ctc_model(), adapter())
+        model.freeze()
+        model.unfreeze_enabled_adapters()
+        model.train()
+        model.encoder(audio_signal=FEATURES, length=LENGTHS)[0].sum().backward()
+        learning = {name for name, weight in model.named_parameters() if weight.grad is not None}
+        assert learning and all('adapter_layer' in name for name in learning)
+        model.save_to(str(tmp_path / 'adapted.nemo'))
+        restored = EncDecCTCModel.restore_from(str(tmp_path / 'adapted.nemo'), map_location='cpu').eval()
+        assert restored.encoder.get_enabled_adapters() == ['added']
+        torch.testing.assert_close(run(restored.encoder), run(model.eval().encoder), atol=0, rtol=0)
+        if adapter is linear:
+            check_stream(restored)
+            return
+        with pytest.raises(ValueError, match=r"layers\[0\] has the attention adapter 'added'.*no earlier frames"):
+            StreamingSession(restored)
+        restored.encoder.set_enabled_adapters('added', enabled=False)
+        check_stream(restored)
+
+
+def ctc_model():
+    target = 'nemo.collections.asr.modules.'
+    settings = dict(sample_rate=16000, features=80, window_size=0.025, window_stride=0.01)
+    decoder = dict(feat_in=WIDTH, num_classes=3, vocabulary=['a', 'b', 'c'])
+    config = dict(
+        sample_rate=16000,
+        labels=['a', 'b', 'c'],
+        preprocessor={'_target_': target + 'AudioToMelSpectrogramPreprocessor', 'normalize': 'NA', **settings},
+        encoder={'_target_': f'{ConformerEncoderAdapter.__module__}.ConformerEncoderAdapter', **SETTINGS},
+        decoder={'_target_': target + 'ConvASRDecoder', **decoder},
+    )
+    config['preprocessor'].update(dither=0.0, pad_to=0)
+    torch.manual_seed(0)
+    return EncDecCTCModel(cfg=OmegaConf.create(config))
+
+
+def check_stream(model):
+    samples = 0.1 * torch.randn(1, 16000, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        offline = model(input_signal=samples, input_signal_length=torch.tensor([16000]))[0]
+    session = StreamingSession(model, return_log_probs=True)
+    outputs = [session.step(piece) for piece in samples.split(1500, dim=1)] + [session.finish()]
+    streamed = torch.cat([output.log_probs for output in outputs], dim=1)
+    torch.testing.assert_close(streamed, offline, atol=1e-4, rtol=0)

@@ -1,0 +1,54 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+import pytest
+import torch
+
+from nemo.core.classes import Exportable, NeuralModule
+from nemo.core.neural_types import ChannelType, NeuralType
+
+
+class Doubles(NeuralModule, Exportable):
+    """The least that can be exported."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(2.0))
+
+    @property
+    def input_types(self):
+        return {'x': NeuralType(('B', 'D'), ChannelType())}
+
+    @property
+    def output_types(self):
+        return {'y': NeuralType(('B', 'D'), ChannelType())}
+
+    def input_example(self):
+        return (torch.ones(1, 3),)
+
+    def forward(self, x):
+        return self.scale * x
+
+
+@pytest.mark.unit
+def test_onnx_export_traces_and_serves_any_batch(tmp_path):
+    from onnxruntime import InferenceSession
+
+    export = torch.onnx.export
+    Doubles().export(str(tmp_path / 'doubles.onnx'))
+    assert torch.onnx.export is export
+    session = InferenceSession(str(tmp_path / 'doubles.onnx'))
+    numbers = torch.arange(6.0).view(2, 3).numpy()
+    assert (session.run(None, {'x': numbers})[0] == 2 * numbers).all()
+
+
+@pytest.mark.unit
+def test_a_failed_export_leaves_torch_as_it_was(tmp_path, monkeypatch):
+    asked = []
+
+    def failing(*args, **kwargs):
+        asked.append(kwargs['dynamo'])
+        raise RuntimeError('no space left')
+
+    monkeypatch.setattr(torch.onnx, 'export', failing)
+    with pytest.raises(RuntimeError, match='no space left'):
+        Doubles().export(str(tmp_path / 'doubles.onnx'))
+    assert asked == [False] and torch.onnx.export is failing

@@ -1,0 +1,234 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""From the pre-training script's .nemo to a model that recognises speech, streamed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import soundfile
+import torch
+from hydra import compose, initialize_config_dir
+from tiny_nest import SMALL, tiny_model
+
+from nemo.collections.asr.models import EncDecCTCModel, EncDecRNNTModel
+from nemo.collections.asr.parts.att_context import AttContextCurriculum, StreamingSession
+from nemo.collections.asr.parts.att_context.streaming import StreamingOutput
+
+EXAMPLES = Path(__file__).resolve().parents[4] / 'examples/asr'
+LAYERS = ['model.encoder.n_layers=2', 'model.encoder.layer_att_context_size=[[0,[10,0]],[1,[20,0]]]']
+STATISTICS = '{fixed_mean: [%s], fixed_std: [%s]}' % (','.join(['-8.0'] * 80), ','.join(['4.0'] * 80))
+
+
+@pytest.fixture(scope='module')
+def script(load_example):
+    return load_example('finetune_streaming')
+
+
+@pytest.fixture(scope='module')
+def pretrained(tmp_path_factory):
+    """A pre-trained model with contexts of the layers' own and fixed statistics."""
+    path = tmp_path_factory.mktemp('pretrained') / 'model.nemo'
+    layers, contexts = LAYERS
+    tiny_model(layers, f'+{contexts}', f'model.preprocessor.normalize={STATISTICS}').save_to(str(path))
+    return path
+
+
+def config(name, pretrained, corpus, *overrides):
+    """Compose a shipped config in a size for tests."""
+    with initialize_config_dir(str(EXAMPLES / 'conf/ssl/finetune'), version_base=None):
+        return compose(name, overrides=settings(name, pretrained, corpus, *overrides))
+
+
+def settings(name, pretrained, corpus, *overrides):
+    transducer = ['model.model_defaults.pred_hidden=8', 'model.model_defaults.joint_hidden=8']
+    transducer += ['model.decoding.greedy.max_symbols=1']  # what knows nothing says as much as it may
+    return [
+        f'init_from_nemo_model.pretrained.path={pretrained}',
+        f'model.train_ds.manifest_filepath={corpus}/train_manifest.json',
+        f'model.validation_ds.manifest_filepath={corpus}/validation_manifest.json',
+        *(f'++model.{section}.{key}' for section in ('train_ds', 'validation_ds') for key in LOADER),
+        *(
+            'trainer.accelerator=cpu',
+            'trainer.devices=1',
+            'trainer.max_steps=3',
+            'model.optim.sched.warmup_steps=1',
+        ),
+        *(transducer if name == 'streaming_rnnt' else []),
+        *overrides,
+    ]
+
+
+LOADER = ['batch_size=2', 'num_workers=0', 'pin_memory=false', 'max_duration=3.5']
+
+
+def utterance(corpus):
+    """The samples [1, N] of the shortest utterance of validation."""
+    entries = [json.loads(line) for line in (corpus / 'validation_manifest.json').read_text().splitlines()]
+    shortest = min(entries, key=lambda entry: entry['duration'])
+    samples, _ = soundfile.read(corpus / shortest['audio_filepath'], dtype='float32')
+    return torch.from_numpy(samples).unsqueeze(0)
+
+
+def stream(model, samples, **options):
+    """Stream in pieces of 100 ms; returns the outputs of the steps, the last of them by ``finish``."""
+    session = StreamingSession(model, **options)
+    return [session.step(piece) for piece in samples.split(1600, dim=1)] + [session.finish()]
+
+
+@torch.no_grad()
+def encode(model, samples):
+    length = torch.tensor([samples.shape[1]])
+    encoded, lengths = model(input_signal=samples, input_signal_length=length)[:2]
+    return encoded, lengths
+
+
+def assert_starts_from(model, pretrained_path):
+    """The encoder has the pre-trained weights and contexts, and hears what it heard."""
+    from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
+
+    pretrained = EncDecDenoiseMaskedTokenPredModel.restore_from(str(pretrained_path), map_location='cpu')
+    for part in ('encoder', 'preprocessor'):
+        expected = {name: weight for name, weight in getattr(pretrained, part).state_dict().items()}
+        found = getattr(model, part).state_dict()
+        assert [name for name, weight in found.items() if not torch.equal(weight, expected[name])] == []
+    assert model.encoder.layer_att_contexts() == pretrained.encoder.layer_att_contexts()
+    assert model.encoder.att_context_size_all == pretrained.encoder.att_context_size_all
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('kind', ['ctc', 'rnnt'])
+def test_fine_tuned_in_a_few_steps_the_model_streams_what_it_says_offline(
+    script, kind, pretrained, speech_corpus, tmp_path
+):
+    torch.manual_seed(0)
+    name = f'streaming_{kind}'
+    cfg = script.prepare(config(name, pretrained, speech_corpus, 'exp_manager=null'))
+    assert cfg.model.labels == sorted(cfg.model.labels) and {'a', 'e', ' '} < set(cfg.model.labels)
+    run, model = script.build(cfg)
+    assert type(model) is {'ctc': EncDecCTCModel, 'rnnt': EncDecRNNTModel}[kind]
+    assert_starts_from(model, pretrained)
+    before = [weight.clone() for weight in model.encoder.parameters()]
+    run.limit_val_batches = 1
+    run.fit(model)
+    assert run.global_step == 3 and 'val_wer' in run.callback_metrics
+    changed = [not torch.equal(*pair) for pair in zip(before, model.encoder.parameters())]
+    assert sum(changed) > len(changed) / 2
+
+    model.save_to(str(tmp_path / 'tuned.nemo'))
+    tuned = type(model).restore_from(str(tmp_path / 'tuned.nemo')).eval()
+    assert [context.as_list() for context in tuned.encoder.layer_att_contexts()] == [[10, 0], [20, 0]]
+    check = {'ctc': check_ctc_stream, 'rnnt': check_rnnt_stream}[kind]
+    check(tuned, utterance(speech_corpus))
+
+
+def check_ctc_stream(model, samples):
+    log_probs, lengths = encode(model, samples)
+    streamed = StreamingOutput.concatenate(stream(model, samples, return_log_probs=True, return_tokens=True))
+    assert torch.equal(streamed.lengths, lengths)
+    torch.testing.assert_close(streamed.log_probs, log_probs, atol=1e-4, rtol=0)
+    assert torch.equal(streamed.tokens, log_probs.argmax(dim=2))
+
+
+def check_rnnt_stream(model, samples):
+    encoded, lengths = encode(model, samples)
+    outputs = stream(model, samples)
+    streamed = StreamingOutput.concatenate(outputs)
+    assert torch.equal(streamed.lengths, lengths)
+    torch.testing.assert_close(streamed.encoded, encoded, atol=1e-4, rtol=0)
+    with torch.no_grad():
+        model.joint.joint_net[-1].bias[-1] -= 3.0  # of blank: a model that is silent shows nothing
+        offline = model.decoding.rnnt_decoder_predictions_tensor(encoded, lengths, return_hypotheses=True)
+        spoken = None
+        for output in outputs:
+            if output.encoded.shape[2]:  # each step goes on from the words before
+                spoken = model.decoding.rnnt_decoder_predictions_tensor(
+                    output.encoded, output.lengths, return_hypotheses=True, partial_hypotheses=spoken
+                )
+    offline, spoken = (list(hypotheses[0].y_sequence) for hypotheses in (offline, spoken))
+    assert len(offline) > 5 and [int(label) for label in spoken] == [int(label) for label in offline]
+
+
+@pytest.mark.unit
+def test_weights_pretrained_with_post_conv_masking_arrive(script, speech_corpus, tmp_path):
+    from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
+
+    masked = tiny_model('model.mask_position=post_conv', 'model.quantizer.combine_time_steps=1')
+    masked.save_to(str(tmp_path / 'post.nemo'))
+    model = script.build(
+        script.prepare(config('streaming_ctc', tmp_path / 'post.nemo', speech_corpus, 'exp_manager=null'))
+    )[1]
+    expected = EncDecDenoiseMaskedTokenPredModel.restore_from(str(tmp_path / 'post.nemo')).pre_encoder.pre_encode
+    weights = model.encoder.pre_encode.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in expected.state_dict().items())
+
+
+@pytest.mark.unit
+def test_a_curriculum_narrows_fine_tuning_too(script, pretrained, speech_corpus):
+    overrides = ['exp_manager=null', 'trainer.max_steps=2', '+trainer.limit_val_batches=0']
+    cfg = script.prepare(config('streaming_ctc', pretrained, speech_corpus, *overrides))
+    curriculum = AttContextCurriculum(milestones=[[0, [4, 0]], [100, [10, 0]]])
+    run = pl.Trainer(**cfg.trainer, callbacks=[curriculum])
+    model = EncDecCTCModel(cfg=cfg.model, trainer=run)
+    model.maybe_init_from_pretrained_checkpoint(cfg)
+    seen = []
+    model.encoder.layers[0].register_forward_pre_hook(
+        lambda layer, *_: seen.append(model.encoder.tightest_left_context())
+    )
+    run.fit(model)
+    assert seen == [4, 4]
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'overrides, message',
+    [
+        (['init_from_nemo_model.pretrained.path=nowhere.nemo'], 'pretrained.path: no file nowhere.nemo'),
+        (['model.train_ds.manifest_filepath=nowhere.json'], 'model.train_ds.manifest_filepath: no file nowhere.json'),
+        (['+model.encoder.conv_context_size=[4,4]'], 'conv_context_size: causal'),
+        (['+model.encoder.att_contxt_size=[10,0]'], 'did you mean att_context_size'),
+        (['+model.train_ds.is_tarred=true'], 'model.labels is null'),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(script, pretrained, speech_corpus, overrides, message):
+    cfg = config('streaming_ctc', pretrained, speech_corpus, 'exp_manager=null', *overrides)
+    with pytest.raises(ValueError, match=message):
+        script.build(script.prepare(cfg))
+
+
+@pytest.mark.unit
+def test_a_file_that_is_no_model_is_refused(script, speech_corpus, tmp_path):
+    (tmp_path / 'text.nemo').write_text('no archive')
+    cfg = config('streaming_ctc', tmp_path / 'text.nemo', speech_corpus, 'exp_manager=null')
+    with pytest.raises(ValueError, match='pretrained.path: NeMo cannot read'):
+        script.prepare(cfg)
+
+
+@pytest.mark.integration
+def test_from_the_pretraining_script_to_a_stream_by_commands_alone(tmp_path, speech_corpus):
+    data = [
+        f'model.train_ds.manifest_filepath={speech_corpus}/train_manifest.json',
+        f'model.validation_ds.manifest_filepath={speech_corpus}/validation_manifest.json',
+    ]
+    small = [override for override in SMALL if not override.endswith('=null')]
+    tiny = ['--config-name', 'nest_hierarchical_streaming_tiny', *small, *data, *LAYERS, '~curriculum']
+    tiny += [f'model.train_ds.noise_manifest={speech_corpus}/noise_manifest.json', 'trainer.max_steps=2']
+    run(tmp_path, 'hierarchical_streaming_nest.py', *tiny, f'+exp_manager.explicit_log_dir={tmp_path}/pretrained')
+    pretrained = next((tmp_path / 'pretrained/checkpoints').glob('*.nemo'))
+    arguments = settings('streaming_ctc', pretrained, speech_corpus, f'+exp_manager.explicit_log_dir={tmp_path}/tuned')
+    run(tmp_path, 'finetune_streaming.py', '--config-name', 'streaming_ctc', *arguments, 'trainer.max_steps=2')
+    tuned = next((tmp_path / 'tuned/checkpoints').glob('*.nemo'))
+    manifest = str(speech_corpus / 'validation_manifest.json')
+    report = str(tmp_path / 'report.json')
+    asked = ['--model_path', str(tuned), '--manifest', manifest, '--compare_modes', '--report', report]
+    run(tmp_path, 'streaming_inference_example.py', *asked)
+    contexts = [context for audio in json.loads(Path(report).read_text())['audio'] for context in audio['contexts']]
+    assert contexts and all(context['largest_difference'] < 1e-4 for context in contexts)
+
+
+def run(folder, script, *arguments):
+    command = [sys.executable, str(EXAMPLES / 'speech_pretraining' / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
