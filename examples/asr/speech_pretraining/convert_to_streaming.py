@@ -177,8 +177,8 @@ def carry_over(offline, streaming) -> Carried:
 def shifted_by_a_bin(weight: torch.Tensor, shape: torch.Size, model):
     """Fit the projection after subsampling to causal subsampling, None if that is not what widened it.
 
-    Causal subsampling pads before the first feature and by one more in all, which adds a frequency bin. Over
-    the layers its bin i sees what bin i - 1 saw, within a feature (7/8 of a bin at factor 8): so the weights move up by one.
+    Causal subsampling pads before the first feature and by one more in all, which adds a frequency bin. Over the
+    layers its bin i sees what bin i - 1 saw, within a feature (7/8 of a bin at factor 8): the weights move up by one.
 
     Args:
         weight: [d_model, channels * bins].
