@@ -7,10 +7,10 @@
     python benchmarks/attention.py --part rule                      # where `auto` begins to attend block by block
     python benchmarks/attention.py --part blocks                    # which length of a block is the fastest
 
-The two run in turn, stock NeMo in a process with the overlay off. Peak memory is what a first run adds to weights and
-input. Lengths over ``--stock_minutes`` are measured block by block only: the scores of all pairs of frames would not
-fit in memory. With contexts per layer stock has the largest of them in all layers. A table is printed; ``--output``
-gets JSON and the plot.
+The two run in turn, stock NeMo in a process with the overlay off. Peak memory is what a first run adds to weights
+and input, in a process whose allocator returns what is freed. Lengths over ``--stock_minutes`` are measured block by
+block only: the scores of all pairs of frames would not fit in memory. With contexts per layer stock has the largest
+of them in all layers. A table is printed; ``--output`` gets JSON and the plot.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 from attention_cases import HIERARCHICAL, build
-from measure import CaseProcess, growth_exponent, in_turn, ratio, timed
+from measure import GIVE_BACK, CaseProcess, growth_exponent, in_turn, ratio, timed
 from tqdm import tqdm
 
 from nemo.collections.asr.parts.att_context import blockwise
@@ -68,12 +68,18 @@ def case_of(options: argparse.Namespace, **changes) -> dict:
 
 def measure_case(options: argparse.Namespace, context: str, minutes: float) -> dict:
     """Return the seconds of all turns and the megabytes of each way, for one context and length."""
+    ways = WAYS if minutes <= options.stock_minutes else WAYS[1:]
+
+    def start(way: str, **environment) -> CaseProcess:
+        case = case_of(options, context=context, minutes=minutes, stock=way == STOCK)
+        return CaseProcess(SCRIPT, case, stock=way == STOCK, environment=environment)
+
+    megabytes = {}
+    for way in ways:
+        with start(way, **GIVE_BACK) as process:
+            megabytes[way] = process.peak()
     with ExitStack() as stack:
-        processes, megabytes = {}, {}
-        for way in WAYS if minutes <= options.stock_minutes else WAYS[1:]:
-            case = case_of(options, context=context, minutes=minutes, stock=way == STOCK)
-            processes[way] = stack.enter_context(CaseProcess(SCRIPT, case, stock=way == STOCK))
-            megabytes[way] = processes[way].peak()
+        processes = {way: stack.enter_context(start(way)) for way in ways}
         seconds = in_turn({way: process.run for way, process in processes.items()}, options.turns)
     return dict(context=context, minutes=minutes, seconds=seconds, megabytes=megabytes)
 

@@ -19,13 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+from measure import GIVE_BACK
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / 'examples/asr/speech_pretraining/hierarchical_streaming_nest.py'
 RATE = 16000
-# glibc otherwise keeps what the layers have freed while the backward pass of the subsampling needs as much again.
-GIVE_BACK = {'MALLOC_MMAP_THRESHOLD_': str(2**20)}
 
 
 def arguments() -> argparse.Namespace:
@@ -63,7 +62,10 @@ def make_recording(options: argparse.Namespace) -> Path:
 
 
 def train(options: argparse.Namespace, manifest: Path) -> Path:
-    """Run the training script; returns the folder of its logs."""
+    """Run the training script; returns the folder of its logs.
+
+    glibc returns what is freed, or the layers' memory is still held when the subsampling goes backward.
+    """
     logs = options.output.resolve() / f'run-{len(list(options.output.glob("run-*")))}'
     overrides = [
         f'model.train_ds.manifest_filepath={manifest}',
