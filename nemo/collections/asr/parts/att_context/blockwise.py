@@ -5,8 +5,8 @@ Queries are cut into blocks, and each block meets only the keys that one of its 
 scores become T x W. The idea is that of local attention in the Longformer (https://arxiv.org/abs/2004.05150) and of
 relative shifts in Transformer-XL (https://arxiv.org/abs/1901.02860); here it is exact for NeMo's attention styles.
 
-Shapes: B batch, H heads, T attention frames, D features of a head, N blocks, C queries of a block, W keys of its window,
-P distances between a query and the keys it may see.
+Shapes: B batch, H heads, T attention frames, D features of a head, N blocks, C queries of a block, W keys of its
+window, P distances between a query and the keys it may see.
 """
 
 import math
@@ -204,7 +204,7 @@ def _block_frames(window: int) -> int:
     """Return how many queries a block should have when each sees a window of so many frames, a multiple of 8.
 
     Long blocks compute scores that are then hidden, C for each query; short ones copy each key into many windows,
-    window / C times. The sum is least at C = sqrt(ratio of the two costs x window); ``COPIES_PER_SCORE`` is that ratio,
-    measured on a CPU with 64 features for each head.
+    window / C times. The sum is least at C = sqrt(ratio of the two costs x window); ``COPIES_PER_SCORE`` is that
+    ratio, measured on a CPU with 64 features for each head (``benchmarks/attention.py --part blocks``).
     """
     return max(8, round(math.sqrt(COPIES_PER_SCORE * window) / 8) * 8)

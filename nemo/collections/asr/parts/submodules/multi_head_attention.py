@@ -1,7 +1,8 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """Patch of NeMo's ``multi_head_attention.py``: a context for each layer, and limited ones at linear cost.
 
-Shapes: B batch, H heads, T attention frames, D features of a head, N blocks, C queries of a block, W keys of its window.
+Shapes: B batch, H heads, T attention frames, D features of a head, N blocks, C queries of a block, W keys of its
+window.
 """
 
 from contextlib import nullcontext
@@ -95,7 +96,7 @@ class MultiHeadAttention(_up.MultiHeadAttention):
         return query, bias
 
     def _attend(self, query, key, value, bias) -> torch.Tensor:
-        """Return [B, H, N, C, D] for queries of that shape, windows [B, H, N, W, D] and a bias [B, 1 or H, N, C, W]."""
+        """Return [B, H, N, C, D]: queries of that shape, windows [B, H, N, W, D], a bias [B, 1 or H, N, C, W]."""
         shape = query.shape
         query = (query / self.s_d_k).flatten(0, 2)
         scores = bias.expand(*shape[:4], key.shape[3]).flatten(0, 2)
