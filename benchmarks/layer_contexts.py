@@ -10,11 +10,12 @@ others do on the same machine.
 
 import argparse
 import statistics
-import time
+from functools import partial
 from importlib.metadata import version
 
 import torch
-from tqdm import tqdm
+from attention_cases import schedule
+from measure import Seconds, in_turn, ratio, timed
 
 from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
 
@@ -60,27 +61,16 @@ def make_encoder(options: argparse.Namespace) -> ConformerEncoder:
     return encoder.to(options.device).train()
 
 
-def schedule(layers: int) -> list:
-    """The schedule of ``nest_hierarchical_streaming.yaml``, stretched or squeezed to a number of layers."""
-    return [[index * layers // 3, [left, 0]] for index, left in enumerate((40, 120, 320))]
-
-
-def run(encoder: ConformerEncoder, features: torch.Tensor, lengths: torch.Tensor, contexts) -> tuple[float, float]:
-    """Return the seconds of a forward and a backward pass: by the clock, and of CPU time."""
+def run(encoder: ConformerEncoder, features: torch.Tensor, lengths: torch.Tensor, contexts) -> Seconds:
+    """Time a forward and a backward pass with these contexts of the layers."""
     encoder.set_layer_att_context_size(contexts)
     encoder.zero_grad()
-    wait(features)
-    start = time.perf_counter(), time.process_time()
-    encoded, _ = encoder(audio_signal=features, length=lengths)
-    encoded.square().mean().backward()
-    wait(features)
-    return time.perf_counter() - start[0], time.process_time() - start[1]
 
+    def passes():
+        encoded, _ = encoder(audio_signal=features, length=lengths)
+        encoded.square().mean().backward()
 
-def wait(tensor: torch.Tensor) -> None:
-    """Wait for the device to finish."""
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
+    return timed(passes)
 
 
 def main() -> None:
@@ -91,13 +81,8 @@ def main() -> None:
     features = torch.randn(options.batch_size, FEATURES, frames, device=options.device)
     lengths = torch.full((options.batch_size,), frames, device=options.device)
     variants = {'one context': None, 'per layer': schedule(options.layers)}
-    for contexts in variants.values():
-        run(encoder, features, lengths, contexts)  # warm up
-    seconds = {name: [] for name in variants}
-    for pair in tqdm(range(options.pairs), desc='pairs', unit='pair'):
-        order = list(variants) if pair % 2 == 0 else list(variants)[::-1]
-        for name in order:
-            seconds[name].append(run(encoder, features, lengths, variants[name]))
+    runs = {name: partial(run, encoder, features, lengths, contexts) for name, contexts in variants.items()}
+    seconds = in_turn(runs, options.pairs)
     device = (
         torch.cuda.get_device_name()
         if options.device.startswith('cuda')
@@ -111,14 +96,11 @@ def main() -> None:
     print(f"{'median seconds':<16}{'one context':>14}{'per layer':>14}{'ratio':>8}   (its quartiles)")
     for index, clock in enumerate(('by the clock', 'of CPU time')):
         one, own = ([both[index] for both in values] for values in seconds.values())
-        print(f'{clock:<16}' + comparison(one, own))
-
-
-def comparison(one: list[float], own: list[float]) -> str:
-    """Return the medians, and the median of the pairs' ratios with its quartiles."""
-    ratios = [second / first for first, second in zip(one, own)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return f'{statistics.median(one):>14.4f}{statistics.median(own):>14.4f}{middle:>8.3f}   ({low:.3f} to {high:.3f})'
+        low, middle, high = ratio(own, one)
+        print(
+            f'{clock:<16}{statistics.median(one):>14.4f}{statistics.median(own):>14.4f}'
+            f'{middle:>8.3f}   ({low:.3f} to {high:.3f})'
+        )
 
 
 if __name__ == '__main__':

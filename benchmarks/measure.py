@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 MEGABYTE = 1e6
 # For a process: glibc returns what is freed, or peaks show what earlier parts of a run have long given up.
@@ -43,13 +44,19 @@ class Ratio(NamedTuple):
         return f'{self.median:.3f} ({self.low:.3f} to {self.high:.3f})'
 
 
-def timed(run: Callable[[], object]) -> Seconds:
-    """Return the seconds that a run takes, until the device has finished."""
-    wait_for_device()
-    start = time.perf_counter(), time.process_time()
-    run()
-    wait_for_device()
-    return Seconds(time.perf_counter() - start[0], time.process_time() - start[1])
+def timed(run: Callable[[], object], at_least: float = 0.0) -> Seconds:
+    """Return the seconds that a run takes, until the device has finished; the medians of as many as take so long.
+
+    One run of a few milliseconds says little: threads of the process that ran before may still be spinning.
+    """
+    runs, until = [], time.perf_counter() + at_least
+    while not runs or time.perf_counter() < until:
+        wait_for_device()
+        start = time.perf_counter(), time.process_time()
+        run()
+        wait_for_device()
+        runs.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    return Seconds(*map(statistics.median, zip(*runs)))
 
 
 def wait_for_device() -> None:
@@ -58,15 +65,20 @@ def wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
-def in_turn(runs: dict[str, Callable[[], Seconds]], turns: int) -> dict[str, list[Seconds]]:
+def in_turn(runs: dict, turns: int, what: str = 'turns') -> dict[str, list[Seconds]]:
     """Time several things in turn, in changing order, after one run of each to warm up.
 
     Whatever else the machine does then hits all of them.
+
+    Args:
+        runs: by name, what takes a turn and returns its :class:`Seconds`.
+        turns: how many each has.
+        what: to say beside the bar.
     """
     for run in runs.values():
         run()
     seconds = {name: [] for name in runs}
-    for turn in range(turns):
+    for turn in tqdm(range(turns), desc=what, unit='turn', leave=False):
         for name in list(runs) if turn % 2 == 0 else list(runs)[::-1]:
             seconds[name].append(runs[name]())
     return seconds
@@ -121,15 +133,23 @@ class CaseProcess:
         case: what to build; JSON must be able to hold it.
         stock: whether the overlay is off.
         environment: further variables, such as ``GIVE_BACK`` for memory (it takes time).
+        python: the interpreter, of another environment than this one's.
 
     Raises:
         RuntimeError: by its methods, if the process has ended; the message has the end of what it said.
     """
 
-    def __init__(self, script: Path, case: dict, stock: bool, environment: Mapping[str, str] = MappingProxyType({})):
+    def __init__(
+        self,
+        script: Path,
+        case: dict,
+        stock: bool,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        python: str = sys.executable,
+    ):
         self._messages = tempfile.TemporaryFile('w+')
         self._process = subprocess.Popen(
-            [sys.executable, str(script), json.dumps(case)],
+            [python, str(script), json.dumps(case)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._messages,
@@ -145,13 +165,17 @@ class CaseProcess:
         self._process.communicate()
         self._messages.close()
 
-    def run(self) -> Seconds:
-        """Run the case once."""
-        return Seconds(*self._ask('run'))
+    def run(self, at_least: float = 0.0) -> Seconds:
+        """Time the case; see :func:`timed`."""
+        return Seconds(*self._ask(f'run {at_least}'))
 
     def peak(self) -> float:
         """Run the case once and return its peak memory in megabytes."""
         return self._ask('peak')
+
+    def about(self) -> dict:
+        """Return what the script says of the case."""
+        return self._ask('about')
 
     def _ask(self, what: str):
         self._process.stdin.write(what + '\n')
@@ -163,12 +187,22 @@ class CaseProcess:
         raise RuntimeError(f'a benchmark process ended ({self._process.wait()}):\n' + self._messages.read()[-2000:])
 
 
-def serve(build: Callable[[dict], Callable[[], object]]) -> None:
-    """Build the case that the command line holds and answer a :class:`CaseProcess` until it stops asking."""
+def serve(build: Callable[[dict], Callable[[], object]], about: Callable[[Callable], dict] = lambda run: {}) -> None:
+    """Build the case that the command line holds and answer a :class:`CaseProcess` until it stops asking.
+
+    Args:
+        build: returns what runs a case.
+        about: says what is to be known of it, as JSON can hold it.
+    """
     answers = os.fdopen(os.dup(1), 'w', buffering=1)
     os.dup2(2, 1)  # NeMo logs to standard output
     run = build(json.loads(sys.argv[1]))
+    asked = {
+        'run': lambda seconds: timed(run, float(seconds)),
+        'peak': lambda: peak_memory(run),
+        'about': lambda: about(run),
+    }
     for line in sys.stdin:
-        answer = peak_memory(run) if line.strip() == 'peak' else timed(run)
-        print(json.dumps(answer), file=answers)
+        what, *arguments = line.split()
+        print(json.dumps(asked[what](*arguments)), file=answers)
         give_back_memory()  # the other process may need it

@@ -11,12 +11,13 @@ import argparse
 import json
 import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tests'))
 
 import torch
+from measure import in_turn, ratio, timed
 from tiny_nest import noise_batch, tiny_model
 
 from nemo.collections.asr.parts.utils.nonfinite_guard import gradients_are_finite, unsound_utterances
@@ -37,17 +38,8 @@ def step(model, optimizer, batch, guarded: bool) -> None:
     """Take a training step as Lightning does, with or without the guard's two looks."""
     if guarded:
         assert unsound_utterances(batch) is None
-    device = next(model.parameters()).device
-    audio, lengths = batch.audio.to(device), batch.audio_len.to(device)
-    noisy = batch.noisy_audio.to(device)
-    output = model(
-        input_signal=audio,
-        input_signal_length=lengths,
-        noisy_input_signal=noisy,
-        noisy_input_signal_length=lengths,
-        apply_mask=True,
-    )
-    loss = model.loss(masks=output[2], decoder_outputs=output[0], targets=output[3], decoder_lengths=output[1])
+    batch = model.transfer_batch_to_device(batch, model.device, 0)
+    loss = model.loss.of_frames(*model.predict_masked(batch)[:2])
     optimizer.zero_grad()
     loss.backward()
     if guarded:
@@ -55,14 +47,10 @@ def step(model, optimizer, batch, guarded: bool) -> None:
     optimizer.step()
 
 
-def seconds_of(group: int, synchronise, *arguments) -> float:
-    """Time a group of steps."""
-    synchronise()
-    start = time.perf_counter()
-    for _ in range(group):
+def steps(number: int, *arguments) -> None:
+    """Take so many steps."""
+    for _ in range(number):
         step(*arguments)
-    synchronise()
-    return (time.perf_counter() - start) / group
 
 
 def main(argv=None) -> None:
@@ -76,25 +64,21 @@ def main(argv=None) -> None:
     parser.add_argument('--json', help='also write the figures to this file')
     options = parser.parse_args(argv)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    synchronise = torch.cuda.synchronize if device == 'cuda' else lambda: None
     group = GROUP if device == 'cuda' else 1
     arguments = build(options, device)
-    for guarded in (False, True):
-        seconds_of(group, synchronise, *arguments, guarded)
-    ratios, plain = [], []
-    for number in range(options.steps):
-        order = (False, True) if number % 2 else (True, False)
-        times = {guarded: seconds_of(group, synchronise, *arguments, guarded) for guarded in order}
-        ratios.append(times[True] / times[False])
-        plain.append(times[False])
-    low, median, high = statistics.quantiles(ratios, n=4)
-    result = {'device': device, 'step_ms': 1000 * statistics.median(plain), 'ratio': median, 'quartiles': [low, high]}
+    runs = {guarded: partial(timed, partial(steps, group, *arguments, guarded)) for guarded in (False, True)}
+    seconds = {
+        guarded: [run.clock / group for run in times] for guarded, times in in_turn(runs, options.steps).items()
+    }
+    low, median, high = ratio(seconds[True], seconds[False])
+    step_ms = 1000 * statistics.median(seconds[False])
+    result = {'device': device, 'step_ms': step_ms, 'ratio': median, 'quartiles': [low, high]}
     print(
         f"{device}: a step takes {result['step_ms']:.1f} ms; with the guard {median:.4f} x ({low:.4f} to {high:.4f})"
     )
     if options.json:
-        with replacing(options.json) as partial:
-            partial.write_text(json.dumps(result) + '\n')
+        with replacing(options.json) as unfinished:
+            unfinished.write_text(json.dumps(result) + '\n')
 
 
 if __name__ == '__main__':

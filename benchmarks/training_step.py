@@ -11,19 +11,21 @@ and a ratio is the median over the turns, with its quartiles. docs/performance.m
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
+from measure import CaseProcess, Ratio, in_turn, ratio
 from tqdm import tqdm
+
+from nemo.utils.atomic_files import replacing
 
 CASES_SCRIPT = Path(__file__).with_name('training_step_cases.py')
 PARTS = ('masking', 'quantizer', 'decoder and loss', 'step')
 PATCHED = 'patched'
+TURN_SECONDS = 0.3  # runs that take less are repeated
 
 
 def arguments() -> argparse.Namespace:
@@ -74,89 +76,40 @@ def describe(case: dict) -> str:
     return words + (f", {case['layers']} layers" if 'layers' in case else '')
 
 
-class Variant:
-    """A process that has built a case and runs it when told to.
-
-    Args:
-        python: the interpreter of its environment.
-        stock: whether the overlay is off.
-        case: what it builds.
-    """
-
-    def __init__(self, python: str, stock: bool, case: dict):
-        environment = {**os.environ, 'NEMO_STREAMING_SSL': '0' if stock else '1'}
-        self.messages = tempfile.TemporaryFile('w+')
-        self.process = subprocess.Popen(
-            [python, str(CASES_SCRIPT), json.dumps(case)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.messages,
-            text=True,
-            env=environment,
-        )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.process.kill()
-        self.process.communicate()
-        self.messages.close()
-
-    def answer(self):
-        """Return what the process says next."""
-        line = self.process.stdout.readline()
-        if not line:
-            self.messages.seek(0)
-            raise RuntimeError('a benchmark process ended:\n' + self.messages.read()[-3000:])
-        return json.loads(line)
-
-    def run(self) -> float:
-        """Run the case once and return its seconds."""
-        self.process.stdin.write('run\n')
-        self.process.stdin.flush()
-        return self.answer()
-
-
 def environments(options: argparse.Namespace) -> dict[str, tuple[str, bool]]:
     """Return each variant's interpreter, and whether it runs stock NeMo."""
     variants = {PATCHED: (sys.executable, False)}
     for python in [sys.executable, *options.stock]:
-        with Variant(python, True, {'part': 'rates'}) as process:
-            variants.setdefault(f"stock {process.answer()['nemo']}", (python, True))
+        with CaseProcess(CASES_SCRIPT, {'part': 'machine'}, stock=True, python=python) as process:
+            variants.setdefault(f"stock {process.about()['nemo']}", (python, True))
     return variants
 
 
 def measure(case: dict, variants: dict[str, tuple[str, bool]], turns: int) -> dict:
     """Time a case in all variants by turns; return seconds, peak memory, operations and bytes."""
     with ExitStack() as stack:
-        processes, about = {}, {}
+        processes, about, megabytes = {}, {}, {}
         for name, (python, stock) in variants.items():
-            processes[name] = stack.enter_context(Variant(python, stock, case))
-            about[name] = processes[name].answer()  # one after the other: building is work, too
+            process = stack.enter_context(CaseProcess(CASES_SCRIPT, case, stock, python=python))
+            megabytes[name] = process.peak()  # one after the other: building is work, too
+            about[name], processes[name] = process.about(), process
             if about[name]['patched'] == stock:
                 raise RuntimeError(f'{name}: the overlay is {"on" if stock else "off"} and should not be')
-        for process in processes.values():
-            process.run()  # warm up
-        seconds = {name: [] for name in processes}
-        for turn in tqdm(range(turns), desc=describe(case), unit='turn', leave=False):
-            order = list(processes) if turn % 2 == 0 else list(processes)[::-1]
-            for name in order:
-                seconds[name].append(processes[name].run())
+        runs = {name: partial(process.run, TURN_SECONDS) for name, process in processes.items()}
+        seconds = in_turn(runs, turns, describe(case))
     return dict(
         case=case,
         name=describe(case),
-        seconds=seconds,
-        peak_mebibytes={name: answer['peak_mebibytes'] for name, answer in about.items()},
+        seconds={name: [run.clock for run in runs] for name, runs in seconds.items()},
+        peak_megabytes=megabytes,
         operations=about[PATCHED]['operations'],
         bytes=about[PATCHED]['bytes'],
     )
 
 
-def speed_up(result: dict, stock: str) -> tuple[float, float, float]:
-    """Return how many times faster the patched NeMo is than a stock one: lower quartile, median, upper quartile."""
-    pairs = zip(result['seconds'][stock], result['seconds'][PATCHED])
-    return tuple(statistics.quantiles([theirs / ours for theirs, ours in pairs], n=4))
+def speed_up(result: dict, stock: str) -> Ratio:
+    """Return how many times faster the patched NeMo is than a stock one."""
+    return ratio(result['seconds'][stock], result['seconds'][PATCHED])
 
 
 def bound(result: dict, machine: dict) -> float:
@@ -168,12 +121,12 @@ def bound(result: dict, machine: dict) -> float:
 def table(results: list[dict], machine: dict) -> str:
     """Return the results as a Markdown table, a row for each case and stock NeMo."""
     rows = [
-        '| case | stock | its ms | patched ms | times faster (quartiles) | its peak MiB | patched peak MiB | bound ms |',
+        '| case | stock | its ms | patched ms | times faster (quartiles) | its peak MB | patched peak MB | bound ms |',
         '| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |',
     ]
     for result in results:
         medians = {name: statistics.median(values) * 1000 for name, values in result['seconds'].items()}
-        peaks = result['peak_mebibytes']
+        peaks = result['peak_megabytes']
         for stock in [name for name in medians if name != PATCHED]:
             low, middle, high = speed_up(result, stock)
             rows.append(
@@ -200,7 +153,7 @@ def plot(results: list[dict], path: Path) -> None:
         medians = [middle for _, middle, _ in quartiles]
         spread = [[middle - low for low, middle, _ in quartiles], [high - middle for _, middle, high in quartiles]]
         left.errorbar(medians, shifted, xerr=spread, fmt='os'[index % 2], label=stock, capsize=3)
-        leaner = [result['peak_mebibytes'][stock] / max(result['peak_mebibytes'][PATCHED], 1) for result in results]
+        leaner = [result['peak_megabytes'][stock] / max(result['peak_megabytes'][PATCHED], 1) for result in results]
         right.plot(leaner, shifted, 'os'[index % 2], label=stock)
     for axis, title in ((left, 'times faster than'), (right, 'times less memory at the peak than')):
         axis.axvline(1, color='black', linewidth=0.8)
@@ -218,8 +171,8 @@ def main() -> None:
     """Time everything, print the table, and write JSON and plot."""
     options = arguments()
     variants = environments(options)
-    with Variant(sys.executable, True, {'part': 'rates'}) as process:
-        machine = process.answer()
+    with CaseProcess(CASES_SCRIPT, {'part': 'machine'}, stock=True) as process:
+        machine = process.about()
     results = []
     for case in tqdm(cases(options), desc='cases', unit='case'):
         turns = options.step_turns if case['part'] == 'step' else options.turns
@@ -232,9 +185,8 @@ def main() -> None:
     print(table(results, machine))
     options.output.mkdir(parents=True, exist_ok=True)
     written = options.output / f"training_step-{machine['nemo']}.json"
-    partial = written.with_suffix('.partial')
-    partial.write_text(json.dumps(dict(machine=machine, results=results), indent=1))
-    partial.replace(written)
+    with replacing(written) as unfinished:
+        unfinished.write_text(json.dumps(dict(machine=machine, results=results), indent=1))
     plot(results, written.with_suffix('.png'))
     print(f"Wrote {written} and {written.with_suffix('.png')}")
 

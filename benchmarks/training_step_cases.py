@@ -1,32 +1,39 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """The parts of a training step that ``training_step.py`` times, built alike from stock and from patched NeMo.
 
-Run by ``training_step.py`` in processes of its own, one for each case and each NeMo:
-
-    python benchmarks/training_step_cases.py '{"part": "masking", "batch": 32, "seconds": 16, ...}'
-
-It builds the case, answers with its peak memory and its bounds, and then runs it once for each line on standard input.
+``training_step.py`` runs it in processes of its own, one for each case and each NeMo, with the overlay off for stock.
 """
 
-import ctypes
-import json
-import os
 import sys
-import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from measure import serve, timed
 from torch.utils.flop_counter import FlopCounterMode
 
 FEATURES, CLASSES, CODE_DIM, FACTOR, HOP_SECONDS = 80, 8192, 16, 8, 0.01
-MEBIBYTE = 2**20
+COPIED = 2**26  # bytes, more than a cache holds
 CONFIG = Path(__file__).resolve().parents[1] / 'examples/asr/conf/ssl/nest/nest_fast-conformer_streaming.yaml'
 NOT_IN_STOCK = (
     'target_normalize validate_contexts validation_masks audit_every_n_batches log_figures '
     'masking.causal encoder.att_context_seed encoder.blockwise_attention loss.decoder_offset'
 ).split()
+
+
+@dataclass
+class Run:
+    """What runs a case, and the bytes that it must at least read and write; the machine's rates where asked for."""
+
+    call: Callable[[], object]
+    bytes_moved: int
+    rates: dict = field(default_factory=dict)
+
+    def __call__(self) -> None:
+        self.call()
 
 
 def is_patched() -> bool:
@@ -38,7 +45,7 @@ def is_patched() -> bool:
     return PatchFinder in sys.meta_path
 
 
-def masking(case: dict):
+def masking(case: dict) -> Run:
     """Mask a batch of features; the patched module within a left context of 40 attention frames, as in training."""
     from nemo.collections.asr.modules import RandomBlockMasking
 
@@ -50,10 +57,10 @@ def masking(case: dict):
         context = {'effective_left_context': 40}
     features, lengths = feature_batch(case)
     moved = 2 * features.numel() * features.element_size()  # each feature is read and written
-    return (lambda: module(input_feats=features, input_lengths=lengths, **context)), moved
+    return Run(lambda: module(input_feats=features, input_lengths=lengths, **context), moved)
 
 
-def quantizer(case: dict):
+def quantizer(case: dict) -> Run:
     """Find the nearest of 8192 codes for every frame of 80 ms."""
     from nemo.collections.asr.modules import RandomProjectionVectorQuantizer
 
@@ -63,10 +70,10 @@ def quantizer(case: dict):
     features, _ = feature_batch(case)
     features = features[..., : features.shape[2] // FACTOR * FACTOR]
     moved = features.numel() * features.element_size()
-    return (lambda: module(input_signal=features)), moved
+    return Run(lambda: module(input_signal=features), moved)
 
 
-def decoder_and_loss(case: dict):
+def decoder_and_loss(case: dict) -> Run:
     """Decoder and loss, forward and backward, with a third of the frames masked, as blocks of 5 frames."""
     from nemo.collections.asr.losses import MultiMLMLoss
     from nemo.collections.asr.modules import MultiSoftmaxDecoder
@@ -92,10 +99,10 @@ def decoder_and_loss(case: dict):
         loss.of_frames(predictions.log_probs, predictions.targets).backward()
 
     weights = sum(p.numel() for p in decoder.parameters())
-    return (masked_only if is_patched() else whole), 4 * (2 * encoded.numel() + 3 * weights)
+    return Run(masked_only if is_patched() else whole, 4 * (2 * encoded.numel() + 3 * weights))
 
 
-def step(case: dict):
+def step(case: dict) -> Run:
     """A whole training step of the streaming configuration: forward, backward and AdamW."""
     model, batch = step_model(case)
 
@@ -106,7 +113,7 @@ def step(case: dict):
         model._optimizer.step()
 
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return run, 4 * 8 * weights  # weights, gradients and both moments are read and written
+    return Run(run, 4 * 8 * weights)  # weights, gradients and both moments are read and written
 
 
 def step_model(case: dict):
@@ -156,62 +163,45 @@ def feature_batch(case: dict):
     return torch.randn(case['batch'], FEATURES, frames), torch.full((case['batch'],), frames)
 
 
-PARTS = {'masking': masking, 'quantizer': quantizer, 'decoder and loss': decoder_and_loss, 'step': step}
-
-
-def peak_memory(run) -> float:
-    """Return what a run adds to the process's resident memory at its peak, in MiB (Linux)."""
-    ctypes.CDLL(None).malloc_trim(0)  # or memory that was freed while building hides what the run needs
-    with open('/proc/self/clear_refs', 'w') as file:
-        file.write('5')  # the peak starts afresh
-    before = status('VmRSS')
-    run()
-    return status('VmHWM') - before
-
-
-def status(name: str) -> float:
-    """Return a figure of ``/proc/self/status`` in MiB."""
-    with open('/proc/self/status') as file:
-        line = next(line for line in file if line.startswith(name))
-    return int(line.split()[1]) * 1024 / MEBIBYTE
-
-
 def rates() -> dict:
     """This machine's rates: operations of a float32 matrix product, and bytes copied, each in a second."""
-    size, copied = 2048, 64 * MEBIBYTE
-    matrix, source = torch.randn(size, size), torch.empty(copied, dtype=torch.uint8)
+    size = 2048
+    matrix, source = torch.randn(size, size), torch.empty(COPIED, dtype=torch.uint8)
     target = torch.empty_like(source)
-    product = min(seconds(lambda: matrix @ matrix) for _ in range(5))
-    copy = min(seconds(lambda: target.copy_(source)) for _ in range(5))
-    return {'operations_per_second': 2 * size**3 / product, 'bytes_per_second': 2 * copied / copy}
+    product = min(timed(lambda: matrix @ matrix).clock for _ in range(5))
+    copy = min(timed(lambda: target.copy_(source)).clock for _ in range(5))
+    return {'operations_per_second': 2 * size**3 / product, 'bytes_per_second': 2 * COPIED / copy}
 
 
-def seconds(run) -> float:
-    """Return the seconds of one run."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def machine(case: dict) -> Run:
+    """Nothing to run: a process that is asked about the machine."""
+    return Run(lambda: None, 0, rates())
 
 
-def main() -> None:
-    """Build the case, say what it takes, and time it whenever told to."""
-    case = json.loads(sys.argv[1])
-    answers = os.fdopen(os.dup(1), 'w', buffering=1)
-    os.dup2(2, 1)  # NeMo logs to standard output
-    torch.manual_seed(0)
-    about = {'nemo': version('nemo_toolkit'), 'torch': torch.__version__, 'threads': torch.get_num_threads()}
-    if case['part'] == 'rates':
-        print(json.dumps({**about, **rates()}), file=answers)
-        return
-    run, moved = PARTS[case['part']](case)
-    memory = peak_memory(run)
+PARTS = {'masking': masking, 'quantizer': quantizer, 'decoder and loss': decoder_and_loss, 'step': step}
+PARTS['machine'] = machine
+
+
+def about(run: Run) -> dict:
+    """Say where a case runs, and what bounds it: its operations and the bytes that it must move."""
     with FlopCounterMode(display=False) as operations:
         run()
-    about.update(patched=is_patched(), peak_mebibytes=memory, operations=operations.get_total_flops(), bytes=moved)
-    print(json.dumps(about), file=answers)
-    for _ in sys.stdin:
-        print(json.dumps(seconds(run)), file=answers)
+    return dict(
+        nemo=version('nemo_toolkit'),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        patched=is_patched(),
+        operations=operations.get_total_flops(),
+        bytes=run.bytes_moved,
+        **run.rates,
+    )
+
+
+def build(case: dict) -> Run:
+    """Build a case."""
+    torch.manual_seed(0)
+    return PARTS[case['part']](case)
 
 
 if __name__ == '__main__':
-    main()
+    serve(build, about)
