@@ -24,7 +24,10 @@ from nemo.collections.asr.parts.att_context.dynamic_context import sync_masking_
 from nemo.collections.asr.parts.att_context.figures import require_matplotlib
 from nemo.collections.asr.parts.att_context.layer_masks import intersect_in_style
 from nemo.collections.asr.parts.att_context.model_figures import ContextFigures
-from nemo.collections.asr.parts.att_context.synced_collate import create_synced_context_collate
+from nemo.collections.asr.parts.att_context.synced_collate import (
+    SYNCED_CONTEXT_KEYS,
+    create_synced_context_collate,
+)
 from nemo.collections.asr.parts.att_context.validation import ContextValidation
 from nemo.collections.asr.parts.preprocessing.features import standardize_per_feature
 from nemo.collections.asr.parts.utils.known_keys import check_known
@@ -129,11 +132,9 @@ class SpeechEncDecSelfSupervisedModel(NonFiniteGuard, _up.SpeechEncDecSelfSuperv
     def _checked_context(self, context) -> list:
         if not isinstance(self.encoder, ConformerEncoder):
             raise ValueError(f"{type(self.encoder).__name__} has no attention context to set")
-        if self.encoder.att_context_style != 'chunked_limited_with_rc':  # of three numbers, which the encoder reads
-            context = AttContext.parse(context)
-        with self.encoder.using_att_context_size(context) as parsed:
-            self.encoder.effective_att_contexts()
-        return list(parsed)
+        context = self.encoder.parse_att_context_size(context, field='att_context_size')
+        self.encoder.check_att_context_size(context)
+        return list(context)
 
     def _masking(self):
         return getattr(self, 'mask_processor', None)
@@ -663,7 +664,7 @@ def _with_own_options(loader, synced_contexts=None, skip_bad_audio=None, resumab
 
 def _with_synced_contexts(loader, synced):
     """Let a data loader's batches carry contexts; lhotse's, too, passes its ready batches through ``collate_fn``."""
-    check_known('synced_contexts', synced, ('context_options', 'context_probs', 'seed'))
+    check_known('synced_contexts', synced, SYNCED_CONTEXT_KEYS)
     if 'context_options' not in synced:
         raise ValueError(f"synced_contexts is {synced}; it needs context_options")
     if not isinstance(loader, torch.utils.data.DataLoader):

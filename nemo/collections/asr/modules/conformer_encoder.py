@@ -81,10 +81,10 @@ class ConformerEncoder(_up.ConformerEncoder):
                 encoder's own count of such draws, which starts at 0 in each process.
         """
         if not self.training:
-            return self._as_context(self.att_context_size)
-        context = self._as_context(self.att_context_size)
+            return self.parse_att_context_size(self.att_context_size)
+        context = self.parse_att_context_size(self.att_context_size)
         if len(self.att_context_size_all) > 1:
-            context = self._as_context(self._drawn_att_context_size(step))
+            context = self.parse_att_context_size(self._drawn_att_context_size(step))
         if self.att_context_ceiling is None:
             return context
         return intersect_in_style(
@@ -119,6 +119,25 @@ class ConformerEncoder(_up.ConformerEncoder):
         for batch in self._batch_contexts():
             intersect_in_style(batch, ceiling, self.att_context_style, where)
 
+    def parse_att_context_size(self, att_context_size, field: str = 'encoder.att_context_size'):
+        """Read a context as ``AttContext.parse`` does; the three numbers of ``chunked_limited_with_rc`` stay a list.
+
+        Args:
+            att_context_size: what people write for a context.
+            field: what to name in an error.
+
+        Raises:
+            ValueError: if it is no context.
+        """
+        if self.att_context_style == 'chunked_limited_with_rc' and not isinstance(att_context_size, AttContext):
+            return list(att_context_size)  # NeMo 3.0 reads it
+        return AttContext.parse(att_context_size, field=field)
+
+    def check_att_context_size(self, att_context_size) -> None:
+        """Raise ValueError if the encoder's attention, or a layer's, cannot follow this context of a batch."""
+        with self.using_att_context_size(att_context_size):
+            self.effective_att_contexts()
+
     @contextmanager
     def using_att_context_size(self, att_context_size) -> Iterator[AttContext]:
         """Pin the context: inside, ``att_context_size`` is this one and every forward uses exactly it.
@@ -129,7 +148,7 @@ class ConformerEncoder(_up.ConformerEncoder):
         Raises:
             ValueError: if it is no context, or the encoder's attention cannot follow it.
         """
-        context = self._as_context(att_context_size)
+        context = self.parse_att_context_size(att_context_size)
         self._check_can_attend_within(context)
         before = self.att_context_size, self._att_context_is_pinned
         self.att_context_size, self._att_context_is_pinned = list(context), True
@@ -142,7 +161,7 @@ class ConformerEncoder(_up.ConformerEncoder):
     def using_one_att_context_size(self) -> Iterator[AttContext]:
         """Keep the pinned context, or draw one (counting the step) and pin it: one context for all that is inside."""
         if self._att_context_is_pinned:
-            yield self._as_context(self.att_context_size)
+            yield self.parse_att_context_size(self.att_context_size)
             return
         with self.using_att_context_size(self.draw_att_context_size()) as context:
             yield context
@@ -185,7 +204,7 @@ class ConformerEncoder(_up.ConformerEncoder):
         Raises:
             ValueError: if no context of the encoder's style is that intersection.
         """
-        batch = self._as_context(self.att_context_size if att_context_size is None else att_context_size)
+        batch = self.parse_att_context_size(self.att_context_size if att_context_size is None else att_context_size)
         return tuple(
             batch if own is None else self._effective_context(batch, own, f'encoder.layers[{index}]')
             for index, own in enumerate(self.layer_att_contexts())
@@ -227,7 +246,7 @@ class ConformerEncoder(_up.ConformerEncoder):
         self._streaming_arguments = dict(given, att_context_size=att_context_size, max_context=max_context)
         if not self._has_layer_contexts():
             return super().setup_streaming_params(**self._streaming_arguments)
-        batch = self._as_context(self.att_context_size if att_context_size is None else att_context_size)
+        batch = self.parse_att_context_size(self.att_context_size if att_context_size is None else att_context_size)
         look_ahead = self._streaming_look_ahead(batch)
         if chunk_size is not None:
             self._check_streaming_chunk(chunk_size, shift_size, batch, look_ahead)
@@ -253,7 +272,7 @@ class ConformerEncoder(_up.ConformerEncoder):
             ValueError: if the layers have contexts of their own that cannot be streamed.
         """
         if self._has_layer_contexts():
-            self._streaming_look_ahead(self._as_context(self._streaming_context()))
+            self._streaming_look_ahead(self.parse_att_context_size(self._streaming_context()))
         return super().get_initial_cache_state(*args, **kwargs)
 
     def streaming_post_process(self, rets, keep_all_outputs=True):
@@ -296,7 +315,7 @@ class ConformerEncoder(_up.ConformerEncoder):
         if self._att_context_is_pinned:
             att_context_size = self.att_context_size
         if not self._has_layer_contexts():
-            return self._create_mask(self._as_context(att_context_size), *args, **kwargs)
+            return self._create_mask(self.parse_att_context_size(att_context_size), *args, **kwargs)
         effective = dict(zip(self.layer_att_contexts(), self.effective_att_contexts(att_context_size)))
         masks = {}
         for context in set(effective.values()):
@@ -346,7 +365,9 @@ class ConformerEncoder(_up.ConformerEncoder):
 
     def _batch_contexts(self) -> list[AttContext]:
         """Every context that a batch can have by the configuration."""
-        return [self._as_context(context) for context in (*self.att_context_size_all, self.att_context_size)]
+        return [
+            self.parse_att_context_size(context) for context in (*self.att_context_size_all, self.att_context_size)
+        ]
 
     def _parse_layer_contexts(self, contexts) -> tuple[Optional[AttContext], ...]:
         field = f'encoder.{LAYER_CONTEXTS}'
@@ -472,7 +493,7 @@ class ConformerEncoder(_up.ConformerEncoder):
             self.setup_streaming_params(**arguments)
         except CannotStreamError:
             super().setup_streaming_params(**arguments)
-            batch = self._as_context(self._streaming_context())
+            batch = self.parse_att_context_size(self._streaming_context())
             self.streaming_cfg.last_channel_cache_size = self._largest_left_context(batch, arguments['max_context'])
 
     def _streaming_look_ahead(self, batch: AttContext) -> int:
@@ -518,12 +539,6 @@ class ConformerEncoder(_up.ConformerEncoder):
             return max(lefts)
         chunk = batch.right + 1 if self.att_context_style == 'chunked_limited' else 1
         return -(-max_context // chunk) * chunk  # chunks of cache and input must meet
-
-    def _as_context(self, att_context_size):
-        """Parse a context; the three numbers of ``chunked_limited_with_rc`` (NeMo 3.0) stay NeMo's list."""
-        if self.att_context_style == 'chunked_limited_with_rc' and not isinstance(att_context_size, AttContext):
-            return list(att_context_size)
-        return AttContext.parse(att_context_size, field='encoder.att_context_size')
 
     def _check_can_attend_within(self, context) -> None:
         if self.self_attention_model == 'rel_pos_local_attn' and list(context) != list(self.att_context_size):

@@ -98,24 +98,38 @@ class MaskAudit:
         }
 
 
-def windows_of(encoder, att_context_size=None) -> dict[str, Window]:
-    """Return what each layer of an encoder attends to, and what the whole of it depends on.
+def layer_windows_of(encoder, att_context_size=None) -> dict[str, Window]:
+    """Return what each layer of an encoder attends to.
 
     Args:
         encoder: any; one without attention contexts, or of a style without windows, has none.
         att_context_size: the batch's context; None takes the encoder's present one.
 
     Returns:
-        ``layers`` where all layers attend alike, else ``layer_00`` and so on; and ``stack``: the receptive field
-        through attention and convolutions of all layers, under ``chunked_limited`` that of the frame that sees most.
+        ``layers`` where all layers attend alike, else ``layer_00`` and so on.
     """
     style = getattr(encoder, 'att_context_style', None)
     if style not in STYLES or not hasattr(encoder, 'effective_att_contexts'):
         return {}
     contexts = encoder.effective_att_contexts(att_context_size)
     names = [LAYERS] if len(set(contexts)) == 1 else [f'layer_{index:02}' for index in range(len(contexts))]
+    return {name: Window(context, style) for name, context in zip(names, contexts)}
+
+
+def windows_of(encoder, att_context_size=None) -> dict[str, Window]:
+    """Return what each layer of an encoder attends to, and what the whole of it depends on.
+
+    Args:
+        encoder, att_context_size: as in :func:`layer_windows_of`.
+
+    Returns:
+        the layers' windows; and ``stack``: the receptive field through attention and convolutions of all layers, under
+        ``chunked_limited`` that of the frame that sees most. None at all where the layers have none.
+    """
+    windows = layer_windows_of(encoder, att_context_size)
+    if not windows:
+        return {}
     field = receptive_field(encoder, att_context_size)
-    windows = {name: Window(context, style) for name, context in zip(names, contexts)}
     return {**windows, STACK: Window(AttContext(field.left, field.right))}
 
 
@@ -138,14 +152,12 @@ def audit_masks(
     masks = masks.unsqueeze(1) if masks.dim() == 2 else masks
     lengths = lengths.to(masks.device).clamp(max=masks.shape[-1])
     valid = torch.arange(masks.shape[-1], device=masks.device) < lengths.unsqueeze(1)
-    share = masked_share_per_frame(masks, factor)
-    whole = lengths // factor
-    in_utterance = torch.arange(share.shape[1], device=masks.device) < whole.unsqueeze(1)
+    share, in_utterance = _attention_frames(masks, lengths, factor)
     masked = (share > threshold) & in_utterance
     found = {}
     for window in set((windows or {}).values()):
         (left, right), style = window
-        found[window] = (unanswerable_frames(share, left, threshold, right, style, whole) & masked).sum()
+        found[window] = (unanswerable_frames(share, left, threshold, right, style, lengths // factor) & masked).sum()
     return MaskAudit(
         mask_frames=lengths.sum(),
         mask_frames_masked=(masks.mean(dim=1, dtype=torch.float32) * valid).sum(dtype=torch.float64),
@@ -156,6 +168,12 @@ def audit_masks(
         batches=torch.ones((), dtype=torch.int64, device=masks.device),
         empty_batches=(~masked.any()).long(),
     )
+
+
+def _attention_frames(masks: torch.Tensor, lengths: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the masked share of each attention frame [B, A], and which of these frames an utterance has whole."""
+    share = masked_share_per_frame(masks, factor)
+    return share, torch.arange(share.shape[1], device=masks.device) < (lengths // factor).unsqueeze(1)
 
 
 def _run_lengths(masked: torch.Tensor) -> torch.Tensor:
@@ -250,13 +268,15 @@ class TrainingAudit:
             since training began in this process, ``audit/empty_batches`` (without any masked frame) and
             ``audit/frames_without_mask`` (decoder frames beyond the last whole frame of the masks: left out).
         """
-        due = self._batches % self.every_n_batches == 0
-        audit = audit_masks(masks, lengths, factor, windows_of(encoder) if due else None, threshold)
-        if due:
-            self._latest = audit.logs()
+        if self._batches % self.every_n_batches == 0:
+            audit = audit_masks(masks, lengths, factor, windows_of(encoder), threshold)
+            self._latest, empty = audit.logs(), audit.empty_batches
+        else:
+            share, in_utterance = _attention_frames(masks, lengths.to(masks.device), factor)
+            empty = (~((share > threshold) & in_utterance).any()).long()
         self._batches += 1
         dropped = (decoder_lengths - decoder_offset - torch.div(lengths, factor, rounding_mode='floor')).clamp(min=0)
-        self._empty = audit.empty_batches + (0 if self._empty is None else self._empty)
+        self._empty = empty + (0 if self._empty is None else self._empty)
         self._without_mask = dropped.sum() + (0 if self._without_mask is None else self._without_mask)
         counts = {'empty_batches': self._empty, 'frames_without_mask': self._without_mask}
         return {**self._latest, **{f'audit/{name}': count.float() for name, count in counts.items()}}

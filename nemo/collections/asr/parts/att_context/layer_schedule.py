@@ -9,6 +9,7 @@ from typing import Callable, Optional
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.utils import logging
 
+SCHEDULE_KEYS = ('anchors', 'interpolate')
 INTERPOLATIONS = ('step', 'linear')
 
 Check = Callable[[AttContext, str], None]
@@ -119,7 +120,7 @@ def parse_layer_contexts(
     """
     interpolate = 'step'
     if isinstance(value, Mapping):
-        unknown = set(value) - {'anchors', 'interpolate'}
+        unknown = set(value).difference(SCHEDULE_KEYS)
         if unknown or 'anchors' not in value:
             raise ValueError(f"{field} is {dict(value)!r}; as a mapping it takes anchors and interpolate")
         value, interpolate = value['anchors'], value.get('interpolate', 'step')

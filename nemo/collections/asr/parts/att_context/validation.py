@@ -12,8 +12,8 @@ import torchmetrics
 from torchmetrics.classification import MulticlassAccuracy
 
 from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET
-from nemo.collections.asr.parts.att_context.audit import STACK, windows_of
-from nemo.collections.asr.parts.att_context.context import AttContext, context_label, tightest
+from nemo.collections.asr.parts.att_context.audit import layer_windows_of
+from nemo.collections.asr.parts.att_context.context import context_label, tightest
 from nemo.collections.asr.parts.att_context.fixed_masks import fixed_masks, utterance_seeds
 from nemo.collections.asr.parts.utils.masked_frames import MaskedPredictions, select_counted
 from nemo.utils import logging
@@ -51,14 +51,12 @@ def parse_contexts(value, encoder, field: str = 'model.validate_contexts') -> li
 
 
 def _checked(item, encoder, field: str) -> list:
-    if encoder.att_context_style != 'chunked_limited_with_rc':  # of three numbers, which the encoder reads
-        item = AttContext.parse(item, field)
+    context = encoder.parse_att_context_size(item, field)
     try:
-        with encoder.using_att_context_size(item):
-            encoder.effective_att_contexts()
+        encoder.check_att_context_size(context)
     except ValueError as error:
-        raise ValueError(f"{field}: the encoder cannot follow {list(item)}: {error}") from error
-    return list(item)
+        raise ValueError(f"{field}: the encoder cannot follow {list(context)}: {error}") from error
+    return list(context)
 
 
 def tightest_of(encoder, contexts: Sequence) -> int:
@@ -81,11 +79,20 @@ class FrameScores(NamedTuple):
     def of(cls, predictions: MaskedPredictions) -> 'FrameScores':
         """Score predictions of frames that all count; there may be none."""
         log_probs, targets, utterances = predictions
-        likelihood = log_probs.float().gather(1, targets.unsqueeze(1)).squeeze(1)
         correct = (log_probs.argmax(dim=1) == targets).float()
-        if targets.dim() == 2:
-            likelihood, correct = likelihood.mean(dim=1), correct.mean(dim=1)
-        return cls(-likelihood, correct, utterances)
+        correct = correct.mean(dim=1) if targets.dim() == 2 else correct
+        return cls(negative_log_likelihood(log_probs, targets), correct, utterances)
+
+
+def negative_log_likelihood(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return that of each frame, over several codebooks the mean; [N] float32.
+
+    Args:
+        log_probs: [N, C] or [N, C, H].
+        targets: [N] or [N, H] int64, of frames that all count.
+    """
+    likelihood = log_probs.float().gather(1, targets.unsqueeze(1)).squeeze(1)
+    return -(likelihood.mean(dim=1) if targets.dim() == 2 else likelihood)
 
 
 def predictions_in_contexts(
@@ -182,7 +189,7 @@ class ContextValidation:
         self._results = []
 
     def _new_metrics(self, model) -> dict[str, torchmetrics.Metric]:
-        metrics, has_windows = {'masked_share': WeightedMean()}, bool(windows_of(model.encoder))
+        metrics, has_windows = {'masked_share': WeightedMean()}, bool(layer_windows_of(model.encoder))
         for label in map(context_label, self._running):
             metrics[f'loss/ctx_{label}'] = WeightedMean()
             metrics[f'accuracy/ctx_{label}'] = MulticlassAccuracy(
@@ -206,7 +213,7 @@ class ContextValidation:
         metrics, losses = self._metrics[dataloader_idx], []
         for context, predictions in predictions_in_contexts(model, batch, self._running, self.seed, self.left):
             label, frames = context_label(context), predictions.utterances.shape[0]
-            total = FrameScores.of(predictions).negative_log_likelihood.sum(dtype=torch.float64)
+            total = negative_log_likelihood(*predictions[:2]).sum(dtype=torch.float64)
             metrics[f'loss/ctx_{label}'].update(total, frames)
             if frames:
                 guesses = predictions.log_probs.argmax(dim=1)
@@ -218,8 +225,7 @@ class ContextValidation:
 
     @staticmethod
     def _count_masks(model, metrics, label: str, first: bool) -> None:
-        windows = windows_of(model.encoder)
-        windows.pop(STACK, None)
+        windows = layer_windows_of(model.encoder)
         audit = model.audit_of_last_batch(windows)
         if first:  # the masks are the same in every context
             metrics['masked_share'].update(audit.mask_frames_masked, audit.mask_frames)

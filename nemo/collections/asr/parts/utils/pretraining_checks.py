@@ -13,8 +13,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
+from nemo.collections.asr.parts.att_context.layer_schedule import SCHEDULE_KEYS
+from nemo.collections.asr.parts.att_context.synced_collate import SYNCED_CONTEXT_KEYS
 from nemo.collections.asr.parts.att_context.validation import MASK_OPTIONS
 from nemo.collections.asr.parts.utils.known_keys import check_known
+from nemo.collections.asr.parts.utils.resumable_loader import RESUMABLE_KEYS
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
 from nemo.utils.data_utils import is_datastore_path
 from nemo.utils.exp_manager import CallbackParams, ExpManagerConfig
@@ -116,14 +119,14 @@ def _own_sections() -> dict[str, Iterable[str]]:
     own = {
         'curriculum': _constructor_arguments(AttContextCurriculum),
         'model.validation_masks': MASK_OPTIONS,
-        'model.encoder.layer_att_context_size': ('anchors', 'interpolate'),
+        'model.encoder.layer_att_context_size': SCHEDULE_KEYS,
         'trainer': _constructor_arguments(pl.Trainer),
         'exp_manager': _field_names(ExpManagerConfig),
         'exp_manager.checkpoint_callback_params': _field_names(CallbackParams),
     }
     for data in DATA_SECTIONS:
-        own[f'model.{data}.synced_contexts'] = ('context_options', 'context_probs', 'seed')
-        own[f'model.{data}.resumable'] = ('seed',)
+        own[f'model.{data}.synced_contexts'] = SYNCED_CONTEXT_KEYS
+        own[f'model.{data}.resumable'] = RESUMABLE_KEYS
     return own
 
 

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from nemo.collections.asr.parts.utils.known_keys import check_known
 
+RESUMABLE_KEYS = ('seed',)  # of the config section
+
 
 class ResumableDataLoader(DataLoader):
     """A ``DataLoader`` with the state that Lightning saves and restores; made by :func:`make_resumable`.
@@ -136,7 +138,7 @@ def make_resumable(loader: DataLoader, options) -> ResumableDataLoader:
     Raises:
         ValueError: if the options are others, or the data are a stream (tarred, lhotse), which goes its own way.
     """
-    check_known('train_ds.resumable', options, ('seed',))
+    check_known('train_ds.resumable', options, RESUMABLE_KEYS)
     seed = options.get('seed', 0)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"train_ds.resumable.seed is {seed!r}; it must be an integer")
