@@ -29,6 +29,7 @@ from nemo.collections.asr.modules import AudioToMelSpectrogramPreprocessor
 from nemo.collections.asr.parts.preprocessing.features import check_fixed_statistics
 from nemo.collections.asr.parts.preprocessing.segment import AudioSegment
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
+from nemo.utils.atomic_files import replacing
 
 # the preprocessor of NeMo's NEST configs
 DEFAULT_PREPROCESSOR = {
@@ -234,14 +235,8 @@ def write_statistics(path, statistics, notes):
     """
     lines = [f"# {note}" for note in notes]
     lines += [f"{key}: [{', '.join(map(repr, values))}]" for key, values in statistics.items()]
-    temporary = f"{path}.{os.getpid()}.partial"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with replacing(path) as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def arguments(argv):

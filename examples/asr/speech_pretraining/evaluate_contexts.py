@@ -27,7 +27,7 @@ from typing import Optional
 
 import torch
 from omegaconf import OmegaConf
-from streaming_inference_example import atomic, restore
+from streaming_inference_example import restore
 from tqdm import tqdm
 
 COLUMNS = ('loss', 'accuracy', 'perplexity')
@@ -205,9 +205,11 @@ def with_interval(row: dict, name: str, form: str) -> str:
 
 def write_json(path: Path, results: list[dict], settings: dict) -> None:
     """Write everything as JSON, whole or not at all; what is not a number becomes null."""
+    from nemo.utils.atomic_files import replacing
+
     text = json.dumps(_without_nan({'settings': settings, 'models': results}), indent=2, allow_nan=False)
-    with atomic(path) as temporary:
-        Path(temporary).write_text(text + '\n', encoding='utf-8')
+    with replacing(path.resolve()) as partial:
+        partial.write_text(text + '\n', encoding='utf-8')
 
 
 def _without_nan(value):
@@ -220,6 +222,8 @@ def _without_nan(value):
 
 def write_csv(path: Path, results: list[dict]) -> None:
     """Write a row for each model and context, whole or not at all."""
+    from nemo.utils.atomic_files import replacing
+
     rows = []
     for result in results:
         for row in result['contexts']:
@@ -231,7 +235,7 @@ def write_csv(path: Path, results: list[dict]) -> None:
             flat['loss_difference'] = difference['value']
             flat['loss_difference_low'], flat['loss_difference_high'] = difference['interval']
             rows.append({**flat, 'mask_context': result['mask_context']})
-    with atomic(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
+    with replacing(path.resolve()) as partial, open(partial, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

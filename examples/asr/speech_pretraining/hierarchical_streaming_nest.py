@@ -56,30 +56,6 @@ def prepare(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def curriculum_of(cfg: DictConfig):
-    """Return the callback that the config's ``curriculum`` section describes, None without one.
-
-    Raises:
-        ValueError: naming what is wrong with it.
-    """
-    from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
-
-    if cfg.get('curriculum') is None:
-        return None
-    try:
-        return AttContextCurriculum(**cfg.curriculum)
-    except TypeError as error:
-        raise ValueError(f"curriculum: {error}") from error
-
-
-def log_contexts(cfg: DictConfig, model) -> None:
-    """Log what each layer attends to, and the encoder's look-ahead and receptive field."""
-    from nemo.collections.asr.parts.att_context.receptive_field import context_table
-
-    hop_ms = 1000 * cfg.model.preprocessor.window_stride
-    logging.info(context_table(model.encoder, hop_ms * cfg.model.encoder.subsampling_factor))
-
-
 def build(cfg: DictConfig) -> tuple[pl.Trainer, EncDecDenoiseMaskedTokenPredModel]:
     """Make the trainer and the model that the config asks for, in the experiment's folder.
 

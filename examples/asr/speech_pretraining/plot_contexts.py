@@ -132,7 +132,7 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
         frames = options.frames or max(utterance.features.shape[1] // model.encoder.subsampling_factor, 1)
         pictures['attention_windows'] = model_figures.draw_attention(
             model.encoder,
-            3 * (frames - 1) // 4 if options.frame is None else options.frame,
+            options.frame,
             frames,
             model_figures.hop_seconds(model) * model.encoder.subsampling_factor,
             title=f'attention in context {context}',

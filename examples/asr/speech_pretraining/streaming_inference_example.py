@@ -15,10 +15,8 @@ Exit status: 0; 1 if some of the manifest's files failed (the others were run); 
 import argparse
 import ast
 import json
-import os
 import re
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -410,8 +408,10 @@ def draw(path: Path, name: str, results: list[Streamed], model, chunk_size: floa
     _draw_times(axes[2], results, chunk_size)
     axes[2].set_xlabel('seconds of audio')
     axes[2].set_xlim(0, max(result.seconds, frame))
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=130, format='png')
+    from nemo.utils.atomic_files import replacing
+
+    with replacing(path.resolve()) as partial:
+        figure.savefig(partial, dpi=130, format='png')
     pyplot.close(figure)
 
 
@@ -446,27 +446,6 @@ def _draw_times(axis, results: list[Streamed], chunk_size: float) -> None:
     axis.set_ylabel(f'ms per chunk\nof {chunk_size * 1000:g} ms')
     axis.legend(loc='upper right', fontsize=8, ncols=min(len(results) + 1, 5))
     axis.grid(alpha=0.3)
-
-
-class atomic:
-    """A context manager that gives a temporary path beside ``path`` and moves it there if nothing was raised."""
-
-    def __init__(self, path: Path):
-        self.path = path.resolve()
-
-    def __enter__(self) -> str:
-        handle, self.temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f'.{self.path.name}.')
-        os.close(handle)
-        return self.temporary
-
-    def __exit__(self, kind, *_) -> None:
-        if kind is not None:
-            os.unlink(self.temporary)
-            return
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(self.temporary, 0o666 & ~umask)  # mkstemp makes it private
-        os.replace(self.temporary, self.path)
 
 
 def restore(path: Path, device: str):
@@ -510,6 +489,8 @@ def run(options: argparse.Namespace, model) -> tuple[list[tuple[str, list[Stream
 
 def write_report(options, done, failed) -> None:
     """Write the figures as JSON; an old report stays whole until the new one is."""
+    from nemo.utils.atomic_files import replacing
+
     report = {
         'model': str(options.model_path),
         'chunk_size': options.chunk_size,
@@ -520,8 +501,8 @@ def write_report(options, done, failed) -> None:
         ],
         'failed': failed,
     }
-    with atomic(options.report) as temporary:
-        Path(temporary).write_text(json.dumps(report, indent=2) + '\n')
+    with replacing(options.report.resolve()) as partial:
+        partial.write_text(json.dumps(report, indent=2) + '\n')
 
 
 def main(argv=None) -> int:

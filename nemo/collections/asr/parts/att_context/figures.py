@@ -8,14 +8,15 @@ Shapes: D features, T feature frames, M mask frames, A attention frames.
 """
 
 import math
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Mapping, Optional, Sequence
 
 import numpy as np
 
+from nemo.collections.asr.parts.att_context.answerability import MASK_THRESHOLD
 from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.utils.atomic_files import replacing
 
 # One for each context, the same in every picture: told apart without colour.
 LINE_STYLES = ('-', '--', ':', '-.', (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)), (0, (3, 1, 1, 1)))
@@ -88,8 +89,8 @@ def masked_spectrogram(
 def _draw_attention_frames(axis, masks, factor: int, frame_seconds: float, unanswerable) -> None:
     frames = masks.shape[0] // factor
     share = masks[: frames * factor].reshape(frames, factor).mean(axis=1) if frames else np.zeros(0)
-    states = [('masked', share > 0.8, dict(facecolor='0.15'))]
-    states.append(('partly masked', (share > 0) & (share <= 0.8), dict(facecolor='0.75')))
+    states = [('masked', share > MASK_THRESHOLD, dict(facecolor='0.15'))]
+    states.append(('partly masked', (share > 0) & (share <= MASK_THRESHOLD), dict(facecolor='0.75')))
     if unanswerable is not None:
         crosses = dict(facecolor='white', hatch='xxxx', edgecolor='black', linewidth=0)
         states.append((f'unanswerable ({int(unanswerable.sum())})', unanswerable[:frames], crosses))
@@ -235,14 +236,9 @@ def save_figure(figure, stem) -> list[Path]:
 
     files = [Path(f'{stem}.{ending}') for ending in FORMATS]
     for file, ending in zip(files, FORMATS):
-        temporary = file.with_name(f'{file.name}.{os.getpid()}.partial')
-        try:
-            with matplotlib.rc_context({'svg.hashsalt': file.name, 'svg.fonttype': 'path'}):
-                undated = {'Date': None} if ending == 'svg' else None  # the same picture gives the same file
-                figure.savefig(temporary, format=ending, dpi=DOTS_PER_INCH, metadata=undated)
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        undated = {'Date': None} if ending == 'svg' else None  # the same picture gives the same file
+        with replacing(file) as partial, matplotlib.rc_context({'svg.hashsalt': file.name, 'svg.fonttype': 'path'}):
+            figure.savefig(partial, format=ending, dpi=DOTS_PER_INCH, metadata=undated)
     return files
 
 

@@ -60,12 +60,14 @@ def draw_masks(model, utterance: MaskedUtterance, title: str = ''):
     )
 
 
-def draw_attention(encoder, frame: int, frames: int, frame_seconds: float, att_context_size=None, title: str = ''):
+def draw_attention(
+    encoder, frame: Optional[int], frames: int, frame_seconds: float, att_context_size=None, title: str = ''
+):
     """Draw what a frame attends to in each layer of an encoder; see ``attention_windows``.
 
     Args:
         encoder: a ``ConformerEncoder``.
-        frame: the attention frame.
+        frame: the attention frame; None takes one at three quarters of the utterance.
         frames: of the utterance.
         frame_seconds: length of an attention frame.
         att_context_size: the batch's context; None takes the encoder's present one.
@@ -74,6 +76,7 @@ def draw_attention(encoder, frame: int, frames: int, frame_seconds: float, att_c
     Raises:
         ValueError: if the frame is not in the utterance, or the encoder's attention has no windows.
     """
+    frame = 3 * (frames - 1) // 4 if frame is None else frame
     if not 0 <= frame < frames:
         raise ValueError(f"frame is {frame}; the utterance has attention frames 0 to {frames - 1}")
     if encoder.att_context_style not in STYLES:
@@ -121,7 +124,7 @@ class ContextFigures:
             context = AttContext.parse(encoder.att_context_size)
             drawn['attention_windows'] = draw_attention(
                 encoder,
-                frame=3 * (frames - 1) // 4,
+                frame=None,
                 frames=frames,
                 frame_seconds=hop_seconds(model) * encoder.subsampling_factor,
                 title=f'attention in context {context.as_list()}',
