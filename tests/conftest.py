@@ -55,6 +55,16 @@ def _has_cuda():
     return torch.cuda.is_available()
 
 
+@pytest.fixture
+def warnings(monkeypatch):
+    """The warnings that NeMo's logger gets in this process."""
+    from nemo.utils import logging
+
+    messages = []
+    monkeypatch.setattr(logging, 'warning', lambda message, *args, **kwargs: messages.append(message))
+    return messages
+
+
 @pytest.fixture(scope="session")
 def speech_corpus(tmp_path_factory):
     """A synthetic speech corpus of a minute and a half; the folder with its NeMo manifests."""

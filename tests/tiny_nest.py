@@ -63,6 +63,16 @@ def noise_batch(seconds=(1.0, 0.6), seed: int = 0) -> AudioNoiseBatch:
     )
 
 
+def signals(batch: AudioNoiseBatch) -> dict:
+    """Return the clean and noisy signals of a batch as the arguments of a denoising model's forward."""
+    return dict(
+        input_signal=batch.audio,
+        input_signal_length=batch.audio_len,
+        noisy_input_signal=batch.noisy_audio,
+        noisy_input_signal_length=batch.noisy_audio_len,
+    )
+
+
 def batches(count: int, seconds=(1.0, 0.6), as_tuples: bool = False) -> DataLoader:
     """A data loader of :func:`noise_batch`, each with other content."""
     made = [noise_batch(seconds, seed) for seed in range(count)]

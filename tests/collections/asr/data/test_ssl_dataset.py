@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
 from nemo.collections.asr.data import ssl_dataset
-from nemo.utils import logging
 
 
 class CountingArray(np.ndarray):
@@ -84,14 +83,6 @@ def data_loader(path, workers=0, batch_size=4, **more):
     config = {'manifest_filepath': path, 'sample_rate': 16000, 'batch_size': batch_size, 'shuffle': False, **more}
     dataset = ssl_dataset.get_audio_noise_dataset_from_config(OmegaConf.create(config), 0, 1)
     return DataLoader(dataset, batch_size, collate_fn=dataset.collate_fn, num_workers=workers)
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    """The warnings that are logged in this process."""
-    messages = []
-    monkeypatch.setattr(logging, 'warning', lambda message, *args, **kwargs: messages.append(message))
-    return messages
 
 
 @pytest.mark.unit

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_nest import noise_batch, tiny_model
+from tiny_nest import noise_batch, signals, tiny_model
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -27,13 +27,7 @@ def step(model, run) -> dict:
     layer.register_full_backward_hook(lambda *_: hooks.append('backward'))
     batch = noise_batch((1.0, 0.6))
     torch.manual_seed(0)
-    log_probs, lengths, masks, tokens = run(
-        input_signal=batch.audio,
-        input_signal_length=batch.audio_len,
-        noisy_input_signal=batch.noisy_audio,
-        noisy_input_signal_length=batch.noisy_audio_len,
-        apply_mask=True,
-    )
+    log_probs, lengths, masks, tokens = run(**signals(batch), apply_mask=True)
     loss = model.loss(masks=masks, decoder_outputs=log_probs, targets=tokens, decoder_lengths=lengths)
     loss.backward()
     gradients = [whole(weight.grad).norm().item() for weight in model.parameters() if weight.grad is not None]

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny_nest import batches, fit, noise_batch, tiny_config, tiny_model, trainer
+from tiny_nest import batches, fit, noise_batch, signals, tiny_config, tiny_model, trainer
 
 from nemo.collections.asr.models import ssl_models
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
@@ -44,10 +44,9 @@ class Spy:
 
 
 def forward_arguments(model, batch):
-    arguments = {'input_signal': batch.audio, 'input_signal_length': batch.audio_len}
     if isinstance(model, EncDecDenoiseMaskedTokenPredModel):
-        arguments.update(noisy_input_signal=batch.noisy_audio, noisy_input_signal_length=batch.noisy_audio_len)
-    return arguments
+        return signals(batch)
+    return {'input_signal': batch.audio, 'input_signal_length': batch.audio_len}
 
 
 @pytest.mark.integration

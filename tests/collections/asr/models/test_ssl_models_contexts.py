@@ -2,19 +2,15 @@
 """Contexts that are set by hand, come with the batches, or are to be the same on several processes."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import ListConfig, OmegaConf
-from tiny_nest import StepOfBatch, batches, fit, noise_batch, recording_contexts, tiny_model
+from ranks import run_on_two_ranks
+from tiny_nest import StepOfBatch, batches, fit, noise_batch, recording_contexts, signals, tiny_model
 from torch.utils.data import DataLoader
 
-from nemo.collections.asr.models import ssl_models
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
 from nemo.collections.asr.parts.att_context import AttContext, create_synced_context_collate
 from nemo.collections.asr.parts.att_context.synced_collate import ContextDraw
@@ -31,24 +27,9 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def warnings(monkeypatch):
-    messages = []
-    monkeypatch.setattr(ssl_models.logging, 'warning', lambda message, *_, **__: messages.append(message))
-    return messages
-
-
 def step(model, batch=None):
     """Run a forward pass as a denoising training step does."""
-    batch = batch or noise_batch()
-    audio, noisy = (batch.audio, batch.audio_len), (batch.noisy_audio, batch.noisy_audio_len)
-    return model(
-        input_signal=audio[0],
-        input_signal_length=audio[1],
-        noisy_input_signal=noisy[0],
-        noisy_input_signal_length=noisy[1],
-        apply_mask=True,
-    )
+    return model(**signals(batch or noise_batch()), apply_mask=True)
 
 
 class TestSetByHand:
@@ -339,17 +320,7 @@ def context_of_each_step(steps, contexts):
 @pytest.mark.integration
 def test_two_processes_train_in_the_same_contexts_before_and_after_a_resume(tmp_path):
     """Batches of other sizes and lengths on each; without and with synced batches from two workers per process."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    tests = os.path.dirname(os.path.abspath(sys.modules['tiny_nest'].__file__))
-    environment = {**os.environ, 'PYTHONPATH': tests, 'OMP_NUM_THREADS': '1'}
-    environment.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    command = [sys.executable, str(Path(__file__).with_name('context_run.py')), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-    first, second = (json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2))
+    first, second = run_on_two_ranks(Path(__file__).with_name('context_run.py'), tmp_path)
     assert first == second  # contexts of each batch, and the weights afterwards
     for name, accumulate in (('native', 1), ('synced', 2)):
         whole, resumed = first[name]['whole'], first[name]['resumed']

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from omegaconf import open_dict
-from tiny_nest import batches, fit, noise_batch, tiny_config, tiny_model
+from tiny_nest import batches, fit, noise_batch, signals, tiny_config, tiny_model
 
 from nemo.collections.asr.losses import MLMLoss, MultiMLMLoss
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
@@ -20,13 +20,7 @@ TWO_BOOKS = ('model.num_books=2',)
 
 def whole(model, batch):
     """The loss by way of forward and loss, over all frames, as NeMo's training step computes it."""
-    log_probs, lengths, masks, tokens = model.forward(
-        input_signal=batch.audio,
-        input_signal_length=batch.audio_len,
-        noisy_input_signal=batch.noisy_audio,
-        noisy_input_signal_length=batch.noisy_audio_len,
-        apply_mask=True,
-    )
+    log_probs, lengths, masks, tokens = model.forward(**signals(batch), apply_mask=True)
     return model.loss(masks=masks, decoder_outputs=log_probs, targets=tokens, decoder_lengths=lengths)
 
 
@@ -95,13 +89,7 @@ def test_predictions_name_their_utterance_and_are_those_of_forward():
     torch.manual_seed(4)
     batch = noise_batch((2.0, 1.3, 1.6), seed=2)
     with torch.no_grad():
-        log_probs, lengths, masks, tokens = model.forward(
-            input_signal=batch.audio,
-            input_signal_length=batch.audio_len,
-            noisy_input_signal=batch.noisy_audio,
-            noisy_input_signal_length=batch.noisy_audio_len,
-            apply_mask=True,
-        )
+        log_probs, lengths, masks, tokens = model.forward(**signals(batch), apply_mask=True)
     rows = []
     for utterance in range(3):
         for frame in range(tokens.shape[1]):

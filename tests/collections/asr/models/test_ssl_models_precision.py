@@ -1,16 +1,12 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """Lower precision, compilers, activation checkpointing, and several processes: the same results, or nearly."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_nest import batches, fit, noise_batch, tiny_model
+from ranks import run_on_two_ranks
+from tiny_nest import batches, fit, noise_batch, signals, tiny_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
@@ -25,10 +21,8 @@ def loss_and_gradients(model):
     torch.manual_seed(0)
     model.train()
     batch = noise_batch((2.0, 1.0))
-    signals = dict(input_signal=batch.audio, input_signal_length=batch.audio_len)
-    noisy = dict(noisy_input_signal=batch.noisy_audio, noisy_input_signal_length=batch.noisy_audio_len)
     with model.encoder.using_att_context_size([10, 0]):
-        log_probs, lengths, masks, tokens = model(**signals, **noisy, apply_mask=True)
+        log_probs, lengths, masks, tokens = model(**signals(batch), apply_mask=True)
     loss = model.loss(masks=masks, decoder_outputs=log_probs, targets=tokens, decoder_lengths=lengths)
     loss.backward()
     return loss.item(), {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
@@ -123,16 +117,7 @@ def test_checkpointed_layers_give_the_same_gradients_and_keep_their_contexts():
 
 @pytest.mark.integration
 def test_sharded_and_replicated_models_with_hooks_compute_what_one_process_does(tmp_path):
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'OMP_NUM_THREADS': '1'}
-    environment['PYTHONPATH'] = os.pathsep.join([str(Path(__file__).resolve().parents[3])])
-    command = [sys.executable, str(SHARDED_RUN), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for rank in range(2):
-        results = json.loads((tmp_path / f'{rank}.json').read_text())
+    for results in run_on_two_ranks(SHARDED_RUN, tmp_path):
         for kind in ('replicated', 'sharded'):
             assert results[kind]['loss'] == pytest.approx(results['alone']['loss'], rel=1e-5)
             assert results[kind]['gradients'] == pytest.approx(results['alone']['gradients'], rel=1e-4)

@@ -1,17 +1,13 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """Reports of the models' training and validation: on several processes, for checkpoints, in TensorBoard."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
+from ranks import run_on_two_ranks
 from tiny_nest import batches, fit, noise_batch, tiny_model, trainer
 
 from nemo.collections.asr.parts.att_context import figures
@@ -21,17 +17,8 @@ from nemo.utils.exp_manager import exp_manager
 @pytest.mark.integration
 def test_two_processes_report_what_one_would(tmp_path):
     """With batches of other sizes and lengths on each."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    tests = os.path.dirname(os.path.abspath(sys.modules['tiny_nest'].__file__))
-    environment = {**os.environ, 'PYTHONPATH': tests, 'OMP_NUM_THREADS': '1'}
-    environment.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    command = [sys.executable, str(Path(__file__).with_name('validation_run.py')), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-    first, second, alone = (json.loads((tmp_path / f'{name}.json').read_text()) for name in (0, 1, 'alone'))
+    script = Path(__file__).with_name('validation_run.py')
+    first, second, alone = run_on_two_ranks(script, tmp_path, (0, 1, 'alone'))
     assert first == second and {'val_loss/ctx_20_0', 'test_accuracy/ctx_unlimited_0'} <= set(first)
     assert first == pytest.approx(alone, rel=1e-6) and set(first) == set(alone)
 

@@ -9,6 +9,7 @@ import itertools
 import pytest
 import torch
 from tensor_sizes import LargestTensor
+from tiny_encoder import TINY_ENCODER, WITHOUT_DROPOUT, tiny_encoder
 from torch.utils.checkpoint import checkpoint
 
 from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
@@ -17,34 +18,12 @@ from nemo.collections.asr.parts.submodules import conformer_modules
 
 SCHEDULE = [[0, [4, 0]], [2, [8, 0]]]
 KINDS = list(itertools.product(('rel_pos', 'abs_pos'), (False, True)))
-TINY = dict(
-    feat_in=8,
-    n_layers=4,
-    d_model=16,
-    n_heads=2,
-    ff_expansion_factor=2,
-    subsampling='dw_striding',
-    subsampling_factor=8,
-    subsampling_conv_channels=4,
-    causal_downsampling=True,
-    conv_kernel_size=3,
-    conv_norm_type='layer_norm',
-    conv_context_size='causal',
-    pos_emb_max_len=64,
-    dropout=0.0,
-    dropout_pre_encoder=0.0,
-    dropout_emb=0.0,
-    dropout_att=0.0,
-)
 
 
 def make_encoder(**changes):
-    torch.manual_seed(0)
-    encoder = ConformerEncoder(**{**TINY, 'att_context_size': [8, 0], 'blockwise_attention': 'on', **changes})
-    for parameter in encoder.parameters():
-        if parameter.dim() >= 2:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return encoder.eval()
+    return tiny_encoder(
+        std=0.3, **{**WITHOUT_DROPOUT, 'att_context_size': [8, 0], 'blockwise_attention': 'on', **changes}
+    )
 
 
 def encode(encoder, frames, lengths=None):
@@ -82,7 +61,7 @@ class TestWhoAttendsInBlocks:
 
     @pytest.mark.unit
     def test_auto_is_the_default_and_waits_for_long_audio(self, masks):
-        encoder = ConformerEncoder(**TINY, att_context_size=[8, 0]).eval()
+        encoder = ConformerEncoder(**TINY_ENCODER, **WITHOUT_DROPOUT, att_context_size=[8, 0]).eval()
         assert encoder.blockwise_attention == 'auto'
         encode(encoder, torch.randn(1, 20, 16))
         encode(encoder, torch.randn(1, 200, 16))

@@ -7,26 +7,10 @@ Shapes: B batch, F features, T feature frames.
 import pytest
 import torch
 from onnxruntime import InferenceSession
-
-from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
+from tiny_encoder import tiny_encoder
 
 pytestmark = pytest.mark.filterwarnings('ignore:::torch', 'ignore::torch.jit.TracerWarning')
-FEATURES, STEPS = 8, 10
-TINY = dict(
-    feat_in=FEATURES,
-    n_layers=2,
-    d_model=16,
-    n_heads=2,
-    subsampling='dw_striding',
-    subsampling_factor=8,
-    subsampling_conv_channels=4,
-    causal_downsampling=True,
-    conv_kernel_size=3,
-    conv_norm_type='layer_norm',
-    conv_context_size='causal',
-    ff_expansion_factor=2,
-    pos_emb_max_len=64,
-)
+STEPS = 10
 CHUNKED = dict(att_context_style='chunked_limited', att_context_size=[8, 3])
 ENCODERS = {
     'one context': dict(att_context_size=[8, 0]),
@@ -34,15 +18,6 @@ ENCODERS = {
     'chunked layers, sdpa': dict(CHUNKED, layer_att_context_size=[[4, 3], [8, 1]], use_pytorch_sdpa=True),
     'look-ahead': dict(att_context_size=[6, 1], layer_att_context_size=[[6, 1], [4, 0]]),
 }
-
-
-def make_encoder(**options):
-    torch.manual_seed(0)
-    encoder = ConformerEncoder(**{**TINY, **options}).eval()
-    for parameter in encoder.parameters():
-        if parameter.dim() >= 2:
-            torch.nn.init.normal_(parameter, std=0.4)
-    return encoder
 
 
 def export(encoder, path):
@@ -65,7 +40,7 @@ def stream(step, encoder):
     settings = encoder.streaming_cfg
     before, size, shift = settings.pre_encode_cache_size[1], settings.chunk_size[1], settings.shift_size[1]
     generator = torch.Generator().manual_seed(1)
-    features = torch.randn(1, FEATURES, before + size + shift * (STEPS - 1), generator=generator)
+    features = torch.randn(1, 8, before + size + shift * (STEPS - 1), generator=generator)
     features[:, :, :before] = 0  # a stream's first window is filled up
     channel, time, length = encoder.get_initial_cache_state(batch_size=1)
     caches, encoded = [channel.transpose(0, 1), time.transpose(0, 1), length], []
@@ -84,7 +59,7 @@ def stream(step, encoder):
 )
 def test_an_exported_stream_is_that_of_pytorch(name, suffix, tmp_path):
     allowed = {'.onnx': 1e-4, '.ts': 1e-6}[suffix]
-    encoder = make_encoder(**ENCODERS[name])
+    encoder = tiny_encoder(n_layers=2, **ENCODERS[name])
     encoder.export_cache_support = True
     encoder.setup_streaming_params()
     expected, caches = stream(encoder.forward_for_export, encoder)
@@ -96,7 +71,7 @@ def test_an_exported_stream_is_that_of_pytorch(name, suffix, tmp_path):
 
 @pytest.mark.unit
 def test_the_layers_contexts_are_in_the_exported_graph(tmp_path):
-    encoder = make_encoder(**ENCODERS['layers'])
+    encoder = tiny_encoder(n_layers=2, **ENCODERS['layers'])
     encoder.export_cache_support = True
     encoder.setup_streaming_params()
     narrowed = stream(export(encoder, tmp_path / 'layers.onnx'), encoder)[0]
@@ -107,10 +82,10 @@ def test_the_layers_contexts_are_in_the_exported_graph(tmp_path):
 @pytest.mark.unit
 @pytest.mark.parametrize('suffix', ['.onnx', '.ts'])
 def test_a_whole_utterance_of_any_length(suffix, tmp_path):
-    encoder = make_encoder(att_context_size=[4, 0], layer_att_context_size=[[0, [2, 0]]])
+    encoder = tiny_encoder(n_layers=2, att_context_size=[4, 0], layer_att_context_size=[[0, [2, 0]]])
     exported = export(encoder, tmp_path / f'encoder{suffix}')
     for frames in (100, 256, 500):
-        features, lengths = torch.randn(2, FEATURES, frames), torch.tensor([frames, frames // 2])
+        features, lengths = torch.randn(2, 8, frames), torch.tensor([frames, frames // 2])
         with torch.no_grad():
             expected = encoder(audio_signal=features, length=lengths)
             found = exported(features, lengths)

@@ -15,14 +15,13 @@ import sys
 import pytest
 import torch
 from attention_windows import attended
+from tiny_encoder import KERNEL, TINY_ENCODER, tiny_encoder
 
 from nemo.collections.asr.modules import conformer_encoder as under_test
-from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
 from nemo.collections.asr.parts.att_context import AttContext, context_table, receptive_field
 
 FRAMES = 24
 LONG = 200  # attention frames; blocks win for the contexts here
-KERNEL = 3
 ATTENTIONS = list(itertools.product(['rel_pos', 'abs_pos'], [False, True]))
 REGULAR, CHUNKED = dict(att_context_style='regular'), dict(att_context_style='chunked_limited')
 
@@ -34,31 +33,6 @@ HIERARCHIES = [
     (CHUNKED, [[8, 3], [4, 1]], [[0, [4, 3]], [2, [8, -1]]]),
     (CHUNKED, [[8, 3]], [[4, 1], [8, 0], [0, 3], None]),
 ]
-
-
-TINY = dict(
-    feat_in=8,
-    n_layers=4,
-    d_model=16,
-    n_heads=2,
-    subsampling='dw_striding',
-    subsampling_factor=8,
-    subsampling_conv_channels=4,
-    causal_downsampling=True,
-    conv_kernel_size=KERNEL,
-    conv_norm_type='layer_norm',
-    conv_context_size='causal',
-    pos_emb_max_len=64,
-)
-
-
-def make_encoder(seed=0, std=0.4, **changes):
-    torch.manual_seed(seed)
-    encoder = ConformerEncoder(**{**TINY, 'ff_expansion_factor': 2, **changes}).eval()
-    for parameter in encoder.parameters():  # biases of 0 and small weights hide dependences
-        if parameter.dim() >= 2:
-            torch.nn.init.normal_(parameter, std=std)
-    return encoder
 
 
 def encode(encoder, frames, lengths=None):
@@ -104,7 +78,7 @@ class TestWhatEachLayerSees:
     @pytest.mark.parametrize('model, sdpa', ATTENTIONS)
     @pytest.mark.parametrize('style, batches, layers', HIERARCHIES)
     def test_a_changed_frame_changes_exactly_what_may_see_it(self, blockwise, model, sdpa, style, batches, layers):
-        encoder = make_encoder(
+        encoder = tiny_encoder(
             blockwise_attention=blockwise,
             self_attention_model=model,
             use_pytorch_sdpa=sdpa,
@@ -133,7 +107,7 @@ class TestWhatEachLayerSees:
     @pytest.mark.unit
     @pytest.mark.parametrize('model, sdpa', ATTENTIONS)
     def test_an_attribute_binds_one_layer_and_unset_leaves_no_trace(self, model, sdpa):
-        encoder = make_encoder(self_attention_model=model, use_pytorch_sdpa=sdpa, att_context_size=[8, 2])
+        encoder = tiny_encoder(self_attention_model=model, use_pytorch_sdpa=sdpa, att_context_size=[8, 2])
         frames, lengths = torch.randn(3, FRAMES, 16), torch.tensor([FRAMES, 17, 5])
         before = encode(encoder, frames, lengths)
         encoder.layers[2].self_attention.att_context_size = [2, 0]
@@ -145,7 +119,7 @@ class TestWhatEachLayerSees:
         ]
         narrowed = encode(encoder, frames, lengths)
         assert not torch.equal(narrowed, before)
-        by_method = make_encoder(self_attention_model=model, use_pytorch_sdpa=sdpa, att_context_size=[8, 2])
+        by_method = tiny_encoder(self_attention_model=model, use_pytorch_sdpa=sdpa, att_context_size=[8, 2])
         by_method.set_layer_att_context_size([None, None, [2, 0], None])
         assert torch.equal(encode(by_method, frames, lengths), narrowed)
         encoder.layers[2].self_attention.att_context_size = None
@@ -155,7 +129,7 @@ class TestWhatEachLayerSees:
 
     @pytest.mark.unit
     def test_a_copy_follows_its_own_contexts(self):
-        encoder = make_encoder(att_context_size=[8, 0], layer_att_context_size=[[0, [4, 0]]])
+        encoder = tiny_encoder(att_context_size=[8, 0], layer_att_context_size=[[0, [4, 0]]])
         for twin in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
             twin.layers[1].self_attention.att_context_size = [2, 0]
             assert twin.tightest_left_context() == 2 and encoder.tightest_left_context() == 4
@@ -170,7 +144,7 @@ class TestWhatEachLayerSees:
             built.append(att_context_size)
             return stock(self, att_context_size=att_context_size, **kwargs)
 
-        encoder = make_encoder(att_context_size=[8, 0], layer_att_context_size=[[2, 0], [4, 0], [2, 0], [-1, -1]])
+        encoder = tiny_encoder(att_context_size=[8, 0], layer_att_context_size=[[2, 0], [4, 0], [2, 0], [-1, -1]])
         monkeypatch.setattr(
             under_test._up.ConformerEncoder, '_create_masks', lambda self, *a, **k: count(self, *a, **k)
         )
@@ -222,15 +196,15 @@ class TestWhatIsRefused:
     )
     def test_a_bad_item_is_named(self, batches, style, layers, message):
         with pytest.raises(ValueError, match=r'^encoder.layer_att_context_size: ' + message):
-            make_encoder(att_context_size=batches, layer_att_context_size=layers, **style)
-        encoder = make_encoder(att_context_size=batches, **style)
+            tiny_encoder(att_context_size=batches, layer_att_context_size=layers, **style)
+        encoder = tiny_encoder(att_context_size=batches, **style)
         with pytest.raises(ValueError, match=message):
             encoder.set_layer_att_context_size(layers)
         assert encoder.layer_att_contexts() == (None,) * 4
 
     @pytest.mark.unit
     def test_an_attribute_is_refused_in_the_same_way(self):
-        encoder = make_encoder(att_context_size=[8, 3], **CHUNKED)
+        encoder = tiny_encoder(att_context_size=[8, 3], **CHUNKED)
         for bad in ([6, 3], [4, 7], [-2, 0], [4]):
             with pytest.raises(ValueError, match='self_attention.att_context_size'):
                 encoder.layers[1].self_attention.att_context_size = bad
@@ -240,7 +214,7 @@ class TestWhatIsRefused:
     def test_zero_left_context_warns(self, monkeypatch):
         warnings = []
         monkeypatch.setattr(under_test.logging, 'warning', warnings.append)
-        encoder = make_encoder(att_context_size=[8, 0], layer_att_context_size=[[0, [0, 0]]])
+        encoder = tiny_encoder(att_context_size=[8, 0], layer_att_context_size=[[0, [0, 0]]])
         encoder.layers[3].self_attention.att_context_size = [0, 0]
         assert len(warnings) == 2 and 'item 0' in warnings[0] and 'layers[3]' in warnings[1]
 
@@ -248,8 +222,8 @@ class TestWhatIsRefused:
     def test_local_attention_cannot_follow(self):
         local = dict(self_attention_model='rel_pos_local_attn', att_context_size=[4, 4])
         with pytest.raises(ValueError, match='rel_pos_local_attn'):
-            make_encoder(layer_att_context_size=[[0, [4, 0]]], **local)
-        encoder = make_encoder(**local)
+            tiny_encoder(layer_att_context_size=[[0, [4, 0]]], **local)
+        encoder = tiny_encoder(**local)
         with pytest.raises(ValueError, match='rel_pos_local_attn'):
             encoder.set_layer_att_context_size([[0, [4, 0]]])
         with pytest.raises(ValueError, match='rel_pos_local_attn'):
@@ -263,13 +237,13 @@ class TestWhatIsRefused:
             pytest.skip('NeMo 2.5.3 has no such style')
         style = dict(att_context_style='chunked_limited_with_rc')
         with pytest.raises(ValueError, match='chunked_limited_with_rc'):
-            make_encoder(layer_att_context_size=[[0, [4, 0]]], **style)
+            tiny_encoder(layer_att_context_size=[[0, [4, 0]]], **style)
 
     @pytest.mark.unit
     def test_another_attention_model_keeps_the_contexts_or_is_refused(self):
         from omegaconf import OmegaConf
 
-        encoder = make_encoder(att_context_size=[8, 0], layer_att_context_size=[[0, [4, 0]]])
+        encoder = tiny_encoder(att_context_size=[8, 0], layer_att_context_size=[[0, [4, 0]]])
         encoder._cfg = OmegaConf.create(
             dict(d_model=16, dropout=0.0, pos_emb_max_len=64, dropout_emb=0.0, dropout_att=0.0, n_heads=2)
         )
@@ -285,7 +259,7 @@ class TestWhatIsRefused:
 class TestCeiling:
     @pytest.mark.unit
     def test_it_narrows_what_is_drawn_in_training_only(self):
-        encoder = make_encoder(att_context_size=[[8, 0], [4, 0], [-1, 0]])
+        encoder = tiny_encoder(att_context_size=[[8, 0], [4, 0], [-1, 0]])
         encoder.train()
         drawn = [encoder.draw_att_context_size(step).left for step in range(40)]
         encoder.att_context_ceiling = [6, 0]
@@ -298,7 +272,7 @@ class TestCeiling:
 
     @pytest.mark.unit
     def test_tightest_covers_batch_layers_and_ceiling(self):
-        encoder = make_encoder(att_context_size=[[-1, 0], [3, 0]], layer_att_context_size=[[1, [4, 0]], [2, [8, 0]]])
+        encoder = tiny_encoder(att_context_size=[[-1, 0], [3, 0]], layer_att_context_size=[[1, [4, 0]], [2, [8, 0]]])
         encoder.train()
         assert encoder.tightest_left_context() == 4
         with encoder.using_att_context_size([3, 0]):
@@ -308,7 +282,7 @@ class TestCeiling:
 
     @pytest.mark.unit
     def test_a_ceiling_of_broken_chunks_is_refused(self):
-        encoder = make_encoder(att_context_size=[8, 3], **CHUNKED)
+        encoder = tiny_encoder(att_context_size=[8, 3], **CHUNKED)
         with pytest.raises(ValueError, match='encoder.att_context_ceiling is .6, 3.: the left context is 6'):
             encoder.att_context_ceiling = [6, 3]
         encoder.att_context_ceiling = [4, -1]
@@ -351,7 +325,7 @@ class TestStreaming:
     )
     def test_it_equals_the_offline_forward(self, sdpa, style, batches, layers, chunks):
         contexts = dict(att_context_size=batches, layer_att_context_size=layers)
-        encoder = make_encoder(std=0.2, use_pytorch_sdpa=sdpa, **contexts, **style)
+        encoder = tiny_encoder(std=0.2, use_pytorch_sdpa=sdpa, **contexts, **style)
         frames, lengths = torch.randn(3, 31, 16), torch.tensor([31, 18, 5])
         for batch, chunk in itertools.product(batches, chunks):
             encoder.set_default_att_context_size(batch)
@@ -366,7 +340,7 @@ class TestStreaming:
 
     @pytest.mark.unit
     def test_an_unlimited_left_context_in_one_layer(self):
-        encoder = make_encoder(std=0.2, att_context_size=[-1, 0], layer_att_context_size=[[0, [2, 0]], [3, [-1, 0]]])
+        encoder = tiny_encoder(std=0.2, att_context_size=[-1, 0], layer_att_context_size=[[0, [2, 0]], [3, [-1, 0]]])
         frames = torch.randn(1, 8, 16)
         encoder.setup_streaming_params(chunk_size=4, shift_size=4)
         assert encoder.streaming_cfg.last_channel_cache_size == 10000 > encoder.pos_emb_max_len
@@ -374,7 +348,7 @@ class TestStreaming:
 
     @pytest.mark.unit
     def test_through_the_subsampling(self):
-        encoder = make_encoder(att_context_size=[8, 3], layer_att_context_size=[[0, [4, 3]], [2, [8, 3]]], **CHUNKED)
+        encoder = tiny_encoder(att_context_size=[8, 3], layer_att_context_size=[[0, [4, 3]], [2, [8, 3]]], **CHUNKED)
         features, lengths = torch.randn(2, 8, 1 + 8 * 23), torch.tensor([1 + 8 * 23, 1 + 8 * 13])
         with torch.no_grad():
             offline, offline_lengths = encoder(audio_signal=features, length=lengths)
@@ -412,7 +386,7 @@ class TestStreaming:
         ],
     )
     def test_the_cache_is_as_long_as_the_largest_left_context(self, batch, layers, cache):
-        encoder = make_encoder(att_context_size=batch, layer_att_context_size=layers)
+        encoder = tiny_encoder(att_context_size=batch, layer_att_context_size=layers)
         assert encoder.streaming_cfg.last_channel_cache_size == cache
         assert encoder.get_initial_cache_state(batch_size=2)[0].shape == (4, 2, cache, 16)
         encoder.set_layer_att_context_size(None)
@@ -420,7 +394,7 @@ class TestStreaming:
 
     @pytest.mark.unit
     def test_it_follows_later_changes_with_the_same_arguments(self):
-        encoder = make_encoder(att_context_size=[[8, 0], [6, 0]], layer_att_context_size=[[0, [4, 0]]])
+        encoder = tiny_encoder(att_context_size=[[8, 0], [6, 0]], layer_att_context_size=[[0, [4, 0]]])
         encoder.setup_streaming_params(chunk_size=4, shift_size=4)
         encoder.layers[0].self_attention.att_context_size = [8, 0]
         assert encoder.streaming_cfg.last_channel_cache_size == 8 and encoder.streaming_cfg.valid_out_len == 4
@@ -429,7 +403,7 @@ class TestStreaming:
 
     @pytest.mark.unit
     def test_look_ahead_adds_up_over_layers(self):
-        encoder = make_encoder(att_context_size=[6, 2], layer_att_context_size=[[2, 1], [6, 2], [0, 0], [4, -1]])
+        encoder = tiny_encoder(att_context_size=[6, 2], layer_att_context_size=[[2, 1], [6, 2], [0, 0], [4, -1]])
         assert encoder.streaming_cfg.cache_drop_size == 1 + 2 + 0 + 2
         assert encoder.streaming_cfg.chunk_size == [1 + 8 * 5, 8 + 8 * 5]
         assert encoder.streaming_cfg.shift_size == [1, 8] and encoder.streaming_cfg.valid_out_len == 1
@@ -438,19 +412,19 @@ class TestStreaming:
 
     @pytest.mark.unit
     def test_what_cannot_be_streamed_is_refused_when_asked_for(self):
-        encoder = make_encoder(att_context_size=[-1, -1], layer_att_context_size=[[0, [4, 1]], [2, [8, -1]]])
+        encoder = tiny_encoder(att_context_size=[-1, -1], layer_att_context_size=[[0, [4, 1]], [2, [8, -1]]])
         encode(encoder, torch.randn(1, FRAMES, 16))
         for ask in (encoder.setup_streaming_params, encoder.get_initial_cache_state):
             with pytest.raises(ValueError, match='cannot be streamed: the right context of layer 2 is unlimited'):
                 ask()
         encoder.set_default_att_context_size([8, 1])
         assert encoder.streaming_cfg.cache_drop_size == 4
-        absolute = make_encoder(
+        absolute = tiny_encoder(
             self_attention_model='abs_pos', att_context_size=[8, 0], layer_att_context_size=[[0, [4, 0]]]
         )
         with pytest.raises(ValueError, match='abs_pos cannot be streamed'):
             absolute.get_initial_cache_state()
-        chunked = make_encoder(att_context_size=[8, 3], layer_att_context_size=[[0, [4, 3]]], **CHUNKED)
+        chunked = tiny_encoder(att_context_size=[8, 3], layer_att_context_size=[[0, [4, 3]]], **CHUNKED)
         with pytest.raises(ValueError, match='must be a multiple of 4'):
             chunked.setup_streaming_params(chunk_size=6, shift_size=6)
 
@@ -458,7 +432,7 @@ class TestStreaming:
 class TestTable:
     @pytest.mark.unit
     def test_it_tells_contexts_look_ahead_and_receptive_field(self):
-        encoder = make_encoder(att_context_size=[[8, 1], [-1, 1]], layer_att_context_size=[[1, [4, 0]], [2, [12, 1]]])
+        encoder = tiny_encoder(att_context_size=[[8, 1], [-1, 1]], layer_att_context_size=[[1, [4, 0]], [2, [12, 1]]])
         table = context_table(encoder, 80)
         lines = [line.split('  ') for line in table.splitlines()]
         rows = {line[0]: [cell.strip() for cell in line[1:] if cell.strip()] for line in lines if line[0].isdigit()}
@@ -471,7 +445,7 @@ class TestTable:
 
 
 ENCODER = dict(
-    TINY,
+    TINY_ENCODER,
     _target_='nemo.collections.asr.modules.ConformerEncoder',
     att_context_size=[[8, 0], [-1, 0]],
     layer_att_context_size=[[0, [4, 0]], [2, [8, 0]]],
@@ -594,8 +568,8 @@ class TestSavedModels:
     @pytest.mark.integration
     def test_contexts_that_only_one_process_may_have_are_refused_in_training(self, saved, monkeypatch):
         _, path = saved
-        encoder = make_encoder(att_context_size=[[8, 0], [-1, 0]])
-        encoder.load_state_dict(make_encoder(layer_att_context_size=[[0, [4, 0]]]).state_dict())
+        encoder = tiny_encoder(att_context_size=[[8, 0], [-1, 0]])
+        encoder.load_state_dict(tiny_encoder(layer_att_context_size=[[0, [4, 0]]]).state_dict())
         monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
         monkeypatch.setattr(torch.distributed, 'get_world_size', lambda: 2)
         encoder.sync_max_audio_length = False
@@ -607,7 +581,7 @@ class TestSavedModels:
     def test_stock_nemo(self, saved, tmp_path):
         """Without contexts the encoder's output is stock's, bit for bit; a file with them is refused by stock."""
         _, path = saved
-        encoder = make_encoder(att_context_size=[8, 2], use_pytorch_sdpa=True, blockwise_attention='off')
+        encoder = tiny_encoder(att_context_size=[8, 2], use_pytorch_sdpa=True, blockwise_attention='off')
         frames = torch.randn(2, LONG, 16)
         encoder.layers[1].self_attention.att_context_size = [2, 0]
         encoder.layers[1].self_attention.att_context_size = None

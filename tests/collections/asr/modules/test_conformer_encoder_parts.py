@@ -4,6 +4,7 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
+from tiny_encoder import TINY_ENCODER, WITHOUT_DROPOUT
 
 from nemo.collections.asr.models import EncDecCTCModel
 from nemo.collections.asr.modules.conformer_encoder import (
@@ -20,26 +21,14 @@ from nemo.collections.asr.parts.submodules.multi_head_attention import (
 from nemo.collections.common.parts.adapter_modules import LinearAdapterConfig
 
 WIDTH = 16
-SETTINGS = dict(
-    feat_in=80,
-    n_layers=3,
-    d_model=WIDTH,
-    n_heads=2,
-    ff_expansion_factor=2,
-    subsampling='dw_striding',
-    subsampling_factor=8,
-    subsampling_conv_channels=4,
-    causal_downsampling=True,
-    conv_kernel_size=3,
-    conv_norm_type='layer_norm',
-    conv_context_size='causal',
-    att_context_size=[8, 0],
-    layer_att_context_size=[[2, 0], [4, 0], [8, 0]],
-    dropout=0.0,
-    dropout_pre_encoder=0.0,
-    dropout_emb=0.0,
-    dropout_att=0.0,
-)
+SETTINGS = {
+    **TINY_ENCODER,
+    **WITHOUT_DROPOUT,
+    'feat_in': 80,
+    'n_layers': 3,
+    'att_context_size': [8, 0],
+    'layer_att_context_size': [[2, 0], [4, 0], [8, 0]],
+}
 FEATURES, LENGTHS = torch.randn(2, 80, 240, generator=torch.Generator().manual_seed(0)), torch.tensor([240, 100])
 
 

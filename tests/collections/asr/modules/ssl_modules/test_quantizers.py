@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensor_sizes import LargestTensor
 
 from nemo.collections.asr.modules.ssl_modules import quantizers
 from nemo.collections.asr.modules.ssl_modules.quantizers import RandomProjectionVectorQuantizer
@@ -104,22 +105,12 @@ def test_how_many_scores_are_held_at_a_time_changes_nothing(at_a_time):
 def test_no_tensor_is_larger_than_the_scores_at_a_time():
     """The largest tensor made, of NeMo's and of ours, for 4000 frames against 1000 codes of 4 dimensions."""
 
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, (tuple, list)) else [result]:
-                if isinstance(tensor, torch.Tensor):
-                    self.elements = max(self.elements, tensor.numel())
-            return result
-
     patched, stock = build_pair(num_classes=1000)
     features = torch.randn(1, 6, 4000)
     with mock.patch.object(quantizers, 'SCORES_AT_A_TIME_ON_CPU', 50_000):
-        with Largest() as ours:
+        with LargestTensor() as ours:
             patched(input_signal=features)
-        with Largest() as theirs:
+        with LargestTensor() as theirs:
             stock(input_signal=features)
     assert theirs.elements == 4000 * 1000 * 4
     assert ours.elements == 50_000

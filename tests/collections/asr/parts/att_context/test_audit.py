@@ -4,8 +4,9 @@ import torch
 from attention_windows import attended
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_encoder import tiny_encoder
 
-from nemo.collections.asr.modules import ConformerEncoder, RandomBlockMasking
+from nemo.collections.asr.modules import RandomBlockMasking
 from nemo.collections.asr.parts.att_context.audit import (
     STACK,
     TrainingAudit,
@@ -213,10 +214,3 @@ class TestTrainingAudit:
         assert [logs['audit/run_frames/longest'] for logs in seen] == [2, 2, 0, 0]
         assert [logs['audit/masked_share'] for logs in seen[:2]] == [pytest.approx(8 / 61)] * 2
         assert {'audit/unanswerable_share/layers', 'audit/unanswerable_share/stack'} <= set(seen[0])
-
-
-def tiny_encoder(**kwargs):
-    settings = dict(feat_in=8, n_layers=2, d_model=16, n_heads=2, subsampling_conv_channels=4)
-    settings.update(subsampling='dw_striding', subsampling_factor=4, conv_kernel_size=3, conv_context_size='causal')
-    torch.manual_seed(0)
-    return ConformerEncoder(**{**settings, **kwargs})

@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 from omegaconf import ListConfig
-from tiny_nest import noise_batch, recording_contexts, tiny_model
+from tiny_nest import noise_batch, recording_contexts, signals, tiny_model
 
 from nemo.collections.asr.models import ssl_models
 from nemo.collections.asr.models.ssl_models import EncDecMaskedTokenPredModel
@@ -49,13 +49,7 @@ WAYS = pytest.mark.parametrize('way', [by_function, by_attribute, by_set_context
 def mask(model):
     """Run a masked forward pass."""
     batch = noise_batch((0.6, 0.4))
-    return model(
-        input_signal=batch.audio,
-        input_signal_length=batch.audio_len,
-        noisy_input_signal=batch.noisy_audio,
-        noisy_input_signal_length=batch.noisy_audio_len,
-        apply_mask=True,
-    )
+    return model(**signals(batch), apply_mask=True)
 
 
 @pytest.mark.unit

@@ -14,7 +14,6 @@ from nemo.collections.asr.models.ssl_models import EncDecMaskedTokenPredModel
 from nemo.collections.asr.parts.att_context.synced_collate import SyncedBatch
 from nemo.collections.asr.parts.utils import nonfinite_guard
 from nemo.collections.asr.parts.utils.nonfinite_guard import samples_are_sound, unsound_utterances
-from nemo.utils import logging
 
 UNSOUND = [float('nan'), float('inf'), -float('inf'), 1e30]
 
@@ -37,14 +36,6 @@ def state(model):
 
 def is_finite(model):
     return all(torch.isfinite(tensor).all() for tensor in model.state_dict().values() if tensor.is_floating_point())
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    """The warnings that are logged."""
-    messages = []
-    monkeypatch.setattr(logging, 'warning', lambda message, *args, **kwargs: messages.append(message))
-    return messages
 
 
 @pytest.mark.unit
