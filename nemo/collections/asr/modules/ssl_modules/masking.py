@@ -156,7 +156,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
 
         whole = first is None and free is None
         rank = places if whole else allowed.cumsum(dim=1, dtype=torch.int32)
-        length = end if whole else allowed.sum(dim=1, keepdim=True, dtype=torch.int32)
+        length = end if whole or max_time == 0 else rank[:, -1:]
         available = end if first is None else (end - first).clamp(min=0)
         limit = (available.float() * self.max_mask_ratio).int() + self.block_size
         limit = torch.minimum(limit, length)
