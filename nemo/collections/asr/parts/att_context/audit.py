@@ -152,8 +152,7 @@ def audit_masks(
     masks = masks.unsqueeze(1) if masks.dim() == 2 else masks
     lengths = lengths.to(masks.device).clamp(max=masks.shape[-1])
     valid = torch.arange(masks.shape[-1], device=masks.device) < lengths.unsqueeze(1)
-    share, in_utterance = _attention_frames(masks, lengths, factor)
-    masked = (share > threshold) & in_utterance
+    share, in_utterance, masked = _attention_frames(masks, lengths, factor, threshold)
     found = {}
     for window in set((windows or {}).values()):
         (left, right), style = window
@@ -170,10 +169,12 @@ def audit_masks(
     )
 
 
-def _attention_frames(masks: torch.Tensor, lengths: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the masked share of each attention frame [B, A], and which of these frames an utterance has whole."""
+def _attention_frames(masks: torch.Tensor, lengths: torch.Tensor, factor: int, threshold: float):
+    """Return the masked share of each attention frame [B, A], which frames an utterance has whole, and which of these
+    count as masked."""
     share = masked_share_per_frame(masks, factor)
-    return share, torch.arange(share.shape[1], device=masks.device) < (lengths // factor).unsqueeze(1)
+    in_utterance = torch.arange(share.shape[1], device=masks.device) < (lengths // factor).unsqueeze(1)
+    return share, in_utterance, (share > threshold) & in_utterance
 
 
 def _run_lengths(masked: torch.Tensor) -> torch.Tensor:
@@ -272,8 +273,8 @@ class TrainingAudit:
             audit = audit_masks(masks, lengths, factor, windows_of(encoder), threshold)
             self._latest, empty = audit.logs(), audit.empty_batches
         else:
-            share, in_utterance = _attention_frames(masks, lengths.to(masks.device), factor)
-            empty = (~((share > threshold) & in_utterance).any()).long()
+            _, _, masked = _attention_frames(masks, lengths.to(masks.device), factor, threshold)
+            empty = (~masked.any()).long()
         self._batches += 1
         dropped = (decoder_lengths - decoder_offset - torch.div(lengths, factor, rounding_mode='floor')).clamp(min=0)
         self._empty = empty + (0 if self._empty is None else self._empty)
