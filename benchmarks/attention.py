@@ -30,6 +30,7 @@ from tqdm import tqdm
 from nemo.collections.asr.parts.att_context import blockwise
 from nemo.collections.asr.parts.att_context.blockwise import AttentionBlocks, wins_by_blocks
 from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.utils.atomic_files import replacing
 
 SCRIPT = Path(__file__).with_name('attention_cases.py')
 GROWTH_FROM_MINUTES = 2
@@ -256,7 +257,8 @@ def main() -> None:
             print(f"{name}: grows with exponent {fitted['time']:.3f} in time, {fitted['memory']:.3f} in memory")
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / f'blockwise_{options.part}.json').write_text(json.dumps(report, indent=2))
+        with replacing(options.output / f'blockwise_{options.part}.json') as unfinished:
+            unfinished.write_text(json.dumps(report, indent=2))
         if options.part not in TABLES:
             plot(results, options)
 

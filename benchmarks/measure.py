@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 MEGABYTE = 1e6
+COPIED = 2**26  # bytes, more than a cache holds
 # For a process: glibc returns what is freed, or peaks show what earlier parts of a run have long given up.
 GIVE_BACK = {'MALLOC_MMAP_THRESHOLD_': str(2**20)}
 
@@ -88,6 +89,16 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
     """Compare runs that took turns: the ratios ``above[i] / below[i]``."""
     ratios = [first / second for first, second in zip(above, below)]
     return Ratio(*(statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3))
+
+
+def machine_rates() -> dict:
+    """This machine's rates: operations of a float32 matrix product, and bytes copied, each in a second."""
+    size = 2048
+    matrix, source = torch.randn(size, size), torch.empty(COPIED, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    product = min(timed(lambda: matrix @ matrix).clock for _ in range(5))
+    copy = min(timed(lambda: target.copy_(source)).clock for _ in range(5))
+    return {'operations_per_second': 2 * size**3 / product, 'bytes_per_second': 2 * COPIED / copy}
 
 
 def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:

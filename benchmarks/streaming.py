@@ -12,12 +12,12 @@ import argparse
 import json
 import resource
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
+from measure import timed
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
@@ -170,13 +170,6 @@ def old_beside_new(old: StreamingSession, new: StreamingSession, minute: torch.T
         ages = [percentile([pair[age][clock] for pair in times], 0.5) for age in range(2)]
         result[name] = {'old_p50_ms': ages[0], 'new_p50_ms': ages[1], 'old_to_new': ages[0] / ages[1]}
     return result
-
-
-def timed(work) -> tuple[float, float]:
-    """Seconds that the work takes by the clock, and of processor time, which leaves out what others do."""
-    start = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
 def percentile(seconds: list[float], share: float) -> float:

@@ -12,12 +12,15 @@ and a ratio is the median over the turns, with its quartiles. docs/performance.m
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 from contextlib import ExitStack
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
-from measure import CaseProcess, Ratio, in_turn, ratio
+import torch
+from measure import CaseProcess, Ratio, in_turn, machine_rates, ratio
 from tqdm import tqdm
 
 from nemo.utils.atomic_files import replacing
@@ -25,6 +28,7 @@ from nemo.utils.atomic_files import replacing
 CASES_SCRIPT = Path(__file__).with_name('training_step_cases.py')
 PARTS = ('masking', 'quantizer', 'decoder and loss', 'step')
 PATCHED = 'patched'
+VERSION = "from importlib.metadata import version; print(version('nemo_toolkit'))"
 TURN_SECONDS = 0.3  # runs that take less are repeated
 
 
@@ -80,8 +84,8 @@ def environments(options: argparse.Namespace) -> dict[str, tuple[str, bool]]:
     """Return each variant's interpreter, and whether it runs stock NeMo."""
     variants = {PATCHED: (sys.executable, False)}
     for python in [sys.executable, *options.stock]:
-        with CaseProcess(CASES_SCRIPT, {'part': 'machine'}, stock=True, python=python) as process:
-            variants.setdefault(f"stock {process.about()['nemo']}", (python, True))
+        nemo = subprocess.run([python, '-c', VERSION], check=True, capture_output=True, text=True).stdout.strip()
+        variants.setdefault(f'stock {nemo}', (python, True))
     return variants
 
 
@@ -171,8 +175,9 @@ def main() -> None:
     """Time everything, print the table, and write JSON and plot."""
     options = arguments()
     variants = environments(options)
-    with CaseProcess(CASES_SCRIPT, {'part': 'machine'}, stock=True) as process:
-        machine = process.about()
+    machine = dict(
+        nemo=version('nemo_toolkit'), torch=torch.__version__, threads=torch.get_num_threads(), **machine_rates()
+    )
     results = []
     for case in tqdm(cases(options), desc='cases', unit='case'):
         turns = options.step_turns if case['part'] == 'step' else options.turns

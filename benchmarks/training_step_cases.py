@@ -6,17 +6,15 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from measure import serve, timed
+from measure import serve
 from torch.utils.flop_counter import FlopCounterMode
 
 FEATURES, CLASSES, CODE_DIM, FACTOR, HOP_SECONDS = 80, 8192, 16, 8, 0.01
-COPIED = 2**26  # bytes, more than a cache holds
 CONFIG = Path(__file__).resolve().parents[1] / 'examples/asr/conf/ssl/nest/nest_fast-conformer_streaming.yaml'
 NOT_IN_STOCK = (
     'target_normalize validate_contexts validation_masks audit_every_n_batches log_figures '
@@ -26,11 +24,10 @@ NOT_IN_STOCK = (
 
 @dataclass
 class Run:
-    """What runs a case, and the bytes that it must at least read and write; the machine's rates where asked for."""
+    """What runs a case, and the bytes that it must at least read and write."""
 
     call: Callable[[], object]
     bytes_moved: int
-    rates: dict = field(default_factory=dict)
 
     def __call__(self) -> None:
         self.call()
@@ -163,37 +160,17 @@ def feature_batch(case: dict):
     return torch.randn(case['batch'], FEATURES, frames), torch.full((case['batch'],), frames)
 
 
-def rates() -> dict:
-    """This machine's rates: operations of a float32 matrix product, and bytes copied, each in a second."""
-    size = 2048
-    matrix, source = torch.randn(size, size), torch.empty(COPIED, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    product = min(timed(lambda: matrix @ matrix).clock for _ in range(5))
-    copy = min(timed(lambda: target.copy_(source)).clock for _ in range(5))
-    return {'operations_per_second': 2 * size**3 / product, 'bytes_per_second': 2 * COPIED / copy}
-
-
-def machine(case: dict) -> Run:
-    """Nothing to run: a process that is asked about the machine."""
-    return Run(lambda: None, 0, rates())
-
-
 PARTS = {'masking': masking, 'quantizer': quantizer, 'decoder and loss': decoder_and_loss, 'step': step}
-PARTS['machine'] = machine
 
 
 def about(run: Run) -> dict:
-    """Say where a case runs, and what bounds it: its operations and the bytes that it must move."""
+    """Say whether a case runs patched, and what bounds it: its operations and the bytes that it must move."""
     with FlopCounterMode(display=False) as operations:
         run()
     return dict(
-        nemo=version('nemo_toolkit'),
-        torch=torch.__version__,
-        threads=torch.get_num_threads(),
         patched=is_patched(),
         operations=operations.get_total_flops(),
         bytes=run.bytes_moved,
-        **run.rates,
     )
 
 
