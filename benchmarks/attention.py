@@ -10,12 +10,14 @@
 The two run in turn, stock NeMo in a process with the overlay off. Peak memory is what a first run adds to weights
 and input, in a process whose allocator returns what is freed. Lengths over ``--stock_minutes`` are measured block by
 block only: the scores of all pairs of frames would not fit in memory. With contexts per layer stock has the largest
-of them in all layers. A table is printed; ``--output`` gets JSON and the plot.
+of them in all layers. A table is printed; ``--output`` gets JSON and the plot, after each length anew, and with
+``--resume`` what the JSON already has is kept and only the rest is measured.
 """
 
 import argparse
 import json
 import statistics
+from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
@@ -24,7 +26,7 @@ from unittest import mock
 
 import torch
 from attention_cases import HIERARCHICAL, build
-from measure import GIVE_BACK, CaseProcess, growth_exponent, in_turn, ratio, timed
+from measure import GIVE_BACK, CaseProcess, Seconds, growth_exponent, in_turn, ratio, timed
 from tqdm import tqdm
 
 from nemo.collections.asr.parts.att_context import blockwise
@@ -59,12 +61,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument('--forward_only', action='store_true', help='as in inference')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--output', type=Path, help='a folder for the JSON and the plot')
-    return parser.parse_args()
+    parser.add_argument('--resume', action='store_true', help='measure only what the JSON in --output lacks')
+    options = parser.parse_args()
+    if options.resume and (options.output is None or options.part in TABLES):
+        parser.error('--resume continues --part encoder and --part attention, and needs --output')
+    return options
 
 
 def case_of(options: argparse.Namespace, **changes) -> dict:
     """Return what ``attention_cases.py`` is told."""
-    return {**{name: value for name, value in vars(options).items() if name != 'output'}, **changes}
+    return {**{name: value for name, value in vars(options).items() if name not in ('output', 'resume')}, **changes}
 
 
 def measure_case(options: argparse.Namespace, context: str, minutes: float) -> dict:
@@ -86,10 +92,38 @@ def measure_case(options: argparse.Namespace, context: str, minutes: float) -> d
 
 
 def sweep(options: argparse.Namespace) -> list[dict]:
-    """Measure every context at every length."""
+    """Measure every context at every length, and write the report after each: all of them take hours."""
     contexts = [name for name in options.contexts if options.part == 'encoder' or name != HIERARCHICAL]
     cases = [(context, minutes) for context in contexts for minutes in sorted(options.minutes)]
-    return [measure_case(options, *case) for case in tqdm(cases, desc='lengths', unit='length')]
+    results = measured(options) if options.resume else {}
+    for case in tqdm([case for case in cases if case not in results], desc='lengths', unit='length'):
+        results[case] = measure_case(options, *case)
+        write(by_context(results.values()), options)
+    return by_context(results.values())
+
+
+def by_context(results: Iterable[dict]) -> list[dict]:
+    """Sort results by context, in the order that contexts come in, and length."""
+    results = list(results)
+    contexts = list(dict.fromkeys(result['context'] for result in results))
+    return sorted(results, key=lambda result: (contexts.index(result['context']), result['minutes']))
+
+
+def measured(options: argparse.Namespace) -> dict[tuple[str, float], dict]:
+    """Return what the JSON in ``--output`` has, by context and minutes.
+
+    Raises:
+        ValueError: if it was measured with other settings or on another machine.
+    """
+    file = report_file(options)
+    if not file.exists():
+        return {}
+    report, expected = json.loads(file.read_text()), heading(options)
+    if any(report[key] != value for key, value in expected.items()):
+        raise ValueError(f'--resume: {file} has other figures: {[report[key] for key in expected]}, not {expected}')
+    for result in report['results']:
+        result['seconds'] = {way: [Seconds(*run) for run in runs] for way, runs in result['seconds'].items()}
+    return {(result['context'], result['minutes']): result for result in report['results']}
 
 
 def table(results: list[dict]) -> str:
@@ -241,26 +275,41 @@ def blocks_table(rows: list[dict]) -> str:
 TABLES = {'rule': rule_table, 'blocks': blocks_table}
 
 
+def heading(options: argparse.Namespace) -> dict:
+    """Return what says which figures a report has."""
+    return dict(machine=machine(options), what=title(options))
+
+
+def report_file(options: argparse.Namespace) -> Path:
+    """Return where the JSON lies."""
+    return options.output / f'blockwise_{options.part}.json'
+
+
+def write(results: list[dict], options: argparse.Namespace) -> None:
+    """Write JSON and plot, if there is somewhere to."""
+    if not options.output:
+        return
+    options.output.mkdir(parents=True, exist_ok=True)
+    fitted = {} if options.part in TABLES else dict(growth=growth(results))
+    with replacing(report_file(options)) as unfinished:
+        unfinished.write_text(json.dumps({**heading(options), 'results': results, **fitted}, indent=2))
+    if options.part not in TABLES:
+        plot(results, options)
+
+
 def main() -> None:
     """Measure, print and write."""
     options = arguments()
     torch.set_num_threads(options.threads)
     results = {'rule': rule, 'blocks': blocks}.get(options.part, sweep)(options)
-    report = dict(machine=machine(options), what=title(options), results=results)
-    print(f'{machine(options)}\n{title(options)}\n')
+    print('\n'.join(heading(options).values()) + '\n')
     if options.part in TABLES:
         print(TABLES[options.part](results))
+        write(results, options)
     else:
-        report['growth'] = growth(results)
         print(table(results) + '\n')
-        for name, fitted in report['growth'].items():
+        for name, fitted in growth(results).items():
             print(f"{name}: grows with exponent {fitted['time']:.3f} in time, {fitted['memory']:.3f} in memory")
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        with replacing(options.output / f'blockwise_{options.part}.json') as unfinished:
-            unfinished.write_text(json.dumps(report, indent=2))
-        if options.part not in TABLES:
-            plot(results, options)
 
 
 if __name__ == '__main__':
