@@ -446,8 +446,16 @@ class ConformerEncoder(_up.ConformerEncoder):
             for name in [name for name in state_dict if name.startswith(wrapped)]:
                 state_dict[f'{prefix}pre_encode.{name[len(wrapped):]}'] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if with_weights is not None and with_weights.shape[1] == len(self.layers):
-            self._take_layer_contexts_with_weights(*(_from_pairs(pairs) for pairs in with_weights.tolist()))
+        if with_weights is None:
+            return
+        configured, trained_with = (_from_pairs(pairs) for pairs in with_weights.tolist())
+        if len(trained_with) == len(self.layers):
+            self._take_layer_contexts_with_weights(configured, trained_with)
+        else:
+            logging.warning(
+                f"The weights come from {len(trained_with)} layers; their encoder.{LAYER_CONTEXTS} "
+                f"{_as_lists(trained_with)} does not fit this encoder's {len(self.layers)} and is left out."
+            )
 
     def _take_layer_contexts_with_weights(self, configured, trained_with) -> None:
         """Attend as the weights have learned to, unless this encoder's config says otherwise.

@@ -565,6 +565,14 @@ class TestSavedModels:
         ours, theirs = (encoder.layers[3].conv.pointwise_conv1.weight for encoder in (ctc.encoder, model.encoder))
         assert torch.equal(ours, theirs)
 
+    @pytest.mark.unit
+    def test_those_of_another_number_of_layers_are_left_out_and_named(self, warnings):
+        encoder = tiny_encoder(n_layers=2)
+        weights = tiny_encoder(layer_att_context_size=[[0, [4, 0]], [2, [8, 0]]]).state_dict()
+        encoder.load_state_dict(weights, strict=False)
+        assert encoder.layer_att_contexts() == (None, None)
+        assert 'from 4 layers' in warnings[-1] and '[[4, 0], [4, 0], [8, 0], [8, 0]]' in warnings[-1]
+
     @pytest.mark.integration
     def test_contexts_that_only_one_process_may_have_are_refused_in_training(self, saved, monkeypatch):
         _, path = saved
