@@ -24,10 +24,10 @@ TINY_ENCODER = dict(
 WITHOUT_DROPOUT = dict(dropout=0.0, dropout_pre_encoder=0.0, dropout_emb=0.0, dropout_att=0.0)
 
 
-def tiny_encoder(seed: int = 0, std: float = 0.4, **changes) -> ConformerEncoder:
+def tiny_encoder(seed: int = 0, std: float = 0.4, kind=ConformerEncoder, **changes) -> ConformerEncoder:
     """Build the encoder, in eval mode; the same weights for the same seed."""
     torch.manual_seed(seed)
-    encoder = ConformerEncoder(**{**TINY_ENCODER, **changes}).eval()
+    encoder = kind(**{**TINY_ENCODER, **changes}).eval()
     for parameter in encoder.parameters():  # biases of 0 and small weights hide dependences
         if parameter.dim() >= 2:
             torch.nn.init.normal_(parameter, std=std)

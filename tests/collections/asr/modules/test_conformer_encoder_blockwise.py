@@ -12,9 +12,12 @@ from tensor_sizes import LargestTensor
 from tiny_encoder import TINY_ENCODER, WITHOUT_DROPOUT, tiny_encoder
 from torch.utils.checkpoint import checkpoint
 
-from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
+from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder, ConformerEncoderAdapter
 from nemo.collections.asr.parts.att_context.blockwise import BlockwiseMask
 from nemo.collections.asr.parts.submodules import conformer_modules
+from nemo.collections.asr.parts.submodules.adapters.multi_head_attention_adapter_module import (
+    RelPositionMultiHeadAttentionAdapterConfig,
+)
 
 SCHEDULE = [[0, [4, 0]], [2, [8, 0]]]
 KINDS = list(itertools.product(('rel_pos', 'abs_pos'), (False, True)))
@@ -147,6 +150,25 @@ class TestNothingElseChanges:
             encoder.blockwise_attention = 'off'
             expected, expected_lengths = encoder(audio_signal=features, length=lengths)
         assert torch.equal(found_lengths, expected_lengths)
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('heads', [1, 2])
+    def test_attention_adapters_attend_in_blocks_too(self, heads, masks):
+        encoder = make_encoder(kind=ConformerEncoderAdapter, layer_att_context_size=SCHEDULE)
+        encoder.add_adapter('adapter', RelPositionMultiHeadAttentionAdapterConfig(n_head=heads, n_feat=16))
+        encoder.set_enabled_adapters('adapter', enabled=True)
+        frames, lengths = torch.randn(2, 90, 16), torch.tensor([90, 31])
+        with torch.no_grad():
+            unadapted = encode(encoder, frames, lengths)
+            for name, parameter in encoder.named_parameters():
+                if 'adapter' in name:  # its last layer begins at zero: it does nothing yet
+                    parameter.normal_(std=0.3)
+            found = encode(encoder, frames, lengths)
+            encoder.blockwise_attention = 'off'
+            expected = encode(encoder, frames, lengths)
+        assert {mask[0] for mask in masks[:8]} == {'blocks'} and 'blocks' not in {mask[0] for mask in masks[8:]}
+        assert (found - unadapted).abs().max() > 0.1
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
     @pytest.mark.unit
