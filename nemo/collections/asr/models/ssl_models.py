@@ -143,7 +143,7 @@ class SpeechEncDecSelfSupervisedModel(NonFiniteGuard, _up.SpeechEncDecSelfSuperv
         encoder = self.encoder
         masking_left = getattr(self._masking(), 'left_context_size', None)
         default = list(encoder.att_context_size)
-        return ContextState(default, encoder._att_context_is_pinned, masking_left, self._configured_contexts)
+        return ContextState(default, encoder.att_context_is_pinned, masking_left, self._configured_contexts)
 
     def _restore_contexts(self, state: ContextState) -> None:
         self._set_default_context(state.att_context_size, state.pinned)
@@ -153,7 +153,7 @@ class SpeechEncDecSelfSupervisedModel(NonFiniteGuard, _up.SpeechEncDecSelfSuperv
 
     def _set_default_context(self, context: list, pinned: bool) -> None:
         encoder = self.encoder
-        encoder.att_context_size, encoder._att_context_is_pinned = context, pinned
+        encoder.att_context_size, encoder.att_context_is_pinned = context, pinned
         try:
             encoder.setup_streaming_params()
         except CannotStreamError:

@@ -46,7 +46,8 @@ class ConformerEncoder(_up.ConformerEncoder):
     """
 
     att_context_seed = 0
-    _att_context_is_pinned = False
+    att_context_is_pinned = False
+    """Whether every forward uses ``att_context_size`` as it is, in training, too: nothing is drawn."""
     _draws = 0  # steps counted by the encoder itself, where nobody passes one
     _att_context_ceiling: Optional[AttContext] = None
     _configured_layer_contexts: tuple[Optional[AttContext], ...] = ()  # those of the constructor
@@ -150,17 +151,17 @@ class ConformerEncoder(_up.ConformerEncoder):
         """
         context = self.parse_att_context_size(att_context_size)
         self._check_can_attend_within(context)
-        before = self.att_context_size, self._att_context_is_pinned
-        self.att_context_size, self._att_context_is_pinned = list(context), True
+        before = self.att_context_size, self.att_context_is_pinned
+        self.att_context_size, self.att_context_is_pinned = list(context), True
         try:
             yield context
         finally:
-            self.att_context_size, self._att_context_is_pinned = before
+            self.att_context_size, self.att_context_is_pinned = before
 
     @contextmanager
     def using_one_att_context_size(self) -> Iterator[AttContext]:
         """Keep the pinned context, or draw one (counting the step) and pin it: one context for all that is inside."""
-        if self._att_context_is_pinned:
+        if self.att_context_is_pinned:
             yield self.parse_att_context_size(self.att_context_size)
             return
         with self.using_att_context_size(self.draw_att_context_size()) as context:
@@ -312,7 +313,7 @@ class ConformerEncoder(_up.ConformerEncoder):
 
     def _create_masks(self, att_context_size, *args, **kwargs):
         # Stock's forward draws a context into a local variable and uses it for nothing but this call.
-        if self._att_context_is_pinned:
+        if self.att_context_is_pinned:
             att_context_size = self.att_context_size
         if not self._has_layer_contexts():
             return self._create_mask(self.parse_att_context_size(att_context_size), *args, **kwargs)
