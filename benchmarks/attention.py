@@ -17,7 +17,6 @@ of them in all layers. A table is printed; ``--output`` gets JSON and the plot, 
 import argparse
 import json
 import statistics
-from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
@@ -26,12 +25,14 @@ from unittest import mock
 
 import torch
 from attention_cases import HIERARCHICAL, build
+from matplotlib.figure import Figure
 from measure import GIVE_BACK, CaseProcess, Seconds, growth_exponent, in_turn, ratio, timed
 from tqdm import tqdm
 
 from nemo.collections.asr.parts.att_context import blockwise
 from nemo.collections.asr.parts.att_context.blockwise import AttentionBlocks, wins_by_blocks
 from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.figures import save_figure
 from nemo.utils.atomic_files import replacing
 
 SCRIPT = Path(__file__).with_name('attention_cases.py')
@@ -95,35 +96,35 @@ def sweep(options: argparse.Namespace) -> list[dict]:
     """Measure every context at every length, and write the report after each: all of them take hours."""
     contexts = [name for name in options.contexts if options.part == 'encoder' or name != HIERARCHICAL]
     cases = [(context, minutes) for context in contexts for minutes in sorted(options.minutes)]
-    results = measured(options) if options.resume else {}
-    for case in tqdm([case for case in cases if case not in results], desc='lengths', unit='length'):
-        results[case] = measure_case(options, *case)
-        write(by_context(results.values()), options)
-    return by_context(results.values())
+    results = measured(options) if options.resume else []
+    known = {(result['context'], result['minutes']) for result in results}
+    for case in tqdm([case for case in cases if case not in known], desc='lengths', unit='length'):
+        results = by_context([*results, measure_case(options, *case)])
+        write(results, options)
+    return results
 
 
-def by_context(results: Iterable[dict]) -> list[dict]:
+def by_context(results: list[dict]) -> list[dict]:
     """Sort results by context, in the order that contexts come in, and length."""
-    results = list(results)
-    contexts = list(dict.fromkeys(result['context'] for result in results))
+    contexts = [result['context'] for result in results]
     return sorted(results, key=lambda result: (contexts.index(result['context']), result['minutes']))
 
 
-def measured(options: argparse.Namespace) -> dict[tuple[str, float], dict]:
-    """Return what the JSON in ``--output`` has, by context and minutes.
+def measured(options: argparse.Namespace) -> list[dict]:
+    """Return the results in the JSON of ``--output``; none where there is no such file.
 
     Raises:
         ValueError: if it was measured with other settings or on another machine.
     """
     file = report_file(options)
     if not file.exists():
-        return {}
+        return []
     report, expected = json.loads(file.read_text()), heading(options)
     if any(report[key] != value for key, value in expected.items()):
         raise ValueError(f'--resume: {file} has other figures: {[report[key] for key in expected]}, not {expected}')
     for result in report['results']:
         result['seconds'] = {way: [Seconds(*run) for run in runs] for way, runs in result['seconds'].items()}
-    return {(result['context'], result['minutes']): result for result in report['results']}
+    return report['results']
 
 
 def table(results: list[dict]) -> str:
@@ -172,12 +173,8 @@ def growth(results: list[dict]) -> dict:
 
 def plot(results: list[dict], options: argparse.Namespace) -> None:
     """Draw time and memory over length on log axes."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout='constrained')
+    figure = Figure(figsize=(11, 4.5), layout='constrained')
+    axes = figure.subplots(1, 2)
     exponents = growth(results)
     for name, line in ((STOCK, '--'), (BLOCKS, '-')):
         for index, (context, points) in enumerate(curves(results, name).items()):
@@ -193,8 +190,7 @@ def plot(results: list[dict], options: argparse.Namespace) -> None:
         axis.grid(True, which='both', alpha=0.3)
         axis.legend(fontsize=8, title=f'growth exponent from {GROWTH_FROM_MINUTES} minutes', title_fontsize=8)
     figure.suptitle(f'{title(options)}\n{machine(options)}', fontsize=9)
-    for suffix in ('png', 'svg'):
-        figure.savefig(options.output / f'blockwise_{options.part}.{suffix}', dpi=150)
+    save_figure(figure, report_file(options).with_suffix(''))
 
 
 def machine(options: argparse.Namespace) -> str:
