@@ -447,23 +447,21 @@ class ConformerEncoder(_up.ConformerEncoder):
             for name in [name for name in state_dict if name.startswith(wrapped)]:
                 state_dict[f'{prefix}pre_encode.{name[len(wrapped):]}'] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if with_weights is None:
-            return
-        configured, trained_with = (_from_pairs(pairs) for pairs in with_weights.tolist())
-        if len(trained_with) == len(self.layers):
-            self._take_layer_contexts_with_weights(configured, trained_with)
-        else:
-            logging.warning(
-                f"The weights come from {len(trained_with)} layers; their encoder.{LAYER_CONTEXTS} "
-                f"{_as_lists(trained_with)} does not fit this encoder's {len(self.layers)} and is left out."
-            )
+        if with_weights is not None:
+            self._take_layer_contexts_with_weights(*(_from_pairs(pairs) for pairs in with_weights.tolist()))
 
     def _take_layer_contexts_with_weights(self, configured, trained_with) -> None:
         """Attend as the weights have learned to, unless this encoder's config says otherwise.
 
         It does not where it says nothing, or what the config of the saved encoder said before its contexts were
-        changed at run time.
+        changed at run time. Contexts of another number of layers are left out.
         """
+        if len(trained_with) != len(self.layers):
+            logging.warning(
+                f"The weights come from {len(trained_with)} layers; their encoder.{LAYER_CONTEXTS} "
+                f"{_as_lists(trained_with)} does not fit this encoder's {len(self.layers)} and is left out."
+            )
+            return
         own = _from_pairs(_as_tensor(self.layer_att_contexts())[0].tolist())
         if own == trained_with:
             return
