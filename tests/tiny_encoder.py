@@ -32,3 +32,14 @@ def tiny_encoder(seed: int = 0, std: float = 0.4, kind=ConformerEncoder, **chang
         if parameter.dim() >= 2:
             torch.nn.init.normal_(parameter, std=std)
     return encoder
+
+
+def with_adapter(encoder, adapter):
+    """Add an adapter that shows: NeMo's begin as nothing."""
+    encoder.add_adapter('added', adapter)
+    encoder.set_enabled_adapters('added', enabled=True)
+    torch.manual_seed(1)
+    for name, parameter in encoder.named_parameters():
+        if 'adapter_layer' in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return encoder

@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 from tensor_sizes import LargestTensor
-from tiny_encoder import TINY_ENCODER, WITHOUT_DROPOUT, tiny_encoder
+from tiny_encoder import TINY_ENCODER, WITHOUT_DROPOUT, tiny_encoder, with_adapter
 from torch.utils.checkpoint import checkpoint
 
 from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder, ConformerEncoderAdapter
@@ -156,14 +156,10 @@ class TestNothingElseChanges:
     @pytest.mark.parametrize('heads', [1, 2])
     def test_attention_adapters_attend_in_blocks_too(self, heads, masks):
         encoder = make_encoder(kind=ConformerEncoderAdapter, layer_att_context_size=SCHEDULE)
-        encoder.add_adapter('adapter', RelPositionMultiHeadAttentionAdapterConfig(n_head=heads, n_feat=16))
-        encoder.set_enabled_adapters('adapter', enabled=True)
         frames, lengths = torch.randn(2, 90, 16), torch.tensor([90, 31])
         with torch.no_grad():
             unadapted = encode(encoder, frames, lengths)
-            for name, parameter in encoder.named_parameters():
-                if 'adapter' in name:  # its last layer begins at zero: it does nothing yet
-                    parameter.normal_(std=0.3)
+            with_adapter(encoder, RelPositionMultiHeadAttentionAdapterConfig(n_head=heads, n_feat=16))
             found = encode(encoder, frames, lengths)
             encoder.blockwise_attention = 'off'
             expected = encode(encoder, frames, lengths)

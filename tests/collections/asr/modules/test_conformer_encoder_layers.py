@@ -15,7 +15,7 @@ import sys
 import pytest
 import torch
 from attention_windows import attended
-from tiny_encoder import KERNEL, TINY_ENCODER, tiny_encoder
+from tiny_encoder import KERNEL, TINY_ENCODER, tiny_encoder, with_adapter
 
 from nemo.collections.asr.modules import conformer_encoder as under_test
 from nemo.collections.asr.parts.att_context import AttContext, context_table, receptive_field
@@ -162,19 +162,13 @@ class TestWhatEachLayerSees:
             RelPositionMultiHeadAttentionAdapterConfig,
         )
 
-        torch.manual_seed(0)
-        arguments = dict(
-            feat_in=8, n_layers=4, d_model=16, n_heads=2, conv_kernel_size=KERNEL, conv_context_size='causal'
+        encoder = tiny_encoder(
+            kind=under_test.ConformerEncoderAdapter,
+            att_context_size=[8, 0],
+            layer_att_context_size=[[0, [2, 0]]],
+            blockwise_attention=blockwise,
         )
-        encoder = under_test.ConformerEncoderAdapter(
-            **arguments, conv_norm_type='layer_norm', att_context_size=[8, 0], layer_att_context_size=[[0, [2, 0]]]
-        ).eval()
-        encoder.blockwise_attention = blockwise
-        encoder.add_adapter('attends', RelPositionMultiHeadAttentionAdapterConfig(n_head=2, n_feat=16))
-        encoder.set_enabled_adapters('attends', enabled=True)
-        for name, parameter in encoder.named_parameters():
-            if 'linear_out' in name and parameter.dim() == 2:
-                torch.nn.init.normal_(parameter, std=0.4)
+        with_adapter(encoder, RelPositionMultiHeadAttentionAdapterConfig(n_head=2, n_feat=16))
         for found, layer in zip(found_dependences(encoder), range(1, 5)):
             query, key = found.nonzero().T
             assert (query - key).max() == min((2 + 2 + KERNEL - 1) * layer, FRAMES - 1) and (key - query).max() == 0

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny_encoder import TINY_ENCODER, WITHOUT_DROPOUT
+from tiny_encoder import TINY_ENCODER, WITHOUT_DROPOUT, with_adapter
 
 from nemo.collections.asr.models import EncDecCTCModel
 from nemo.collections.asr.modules.conformer_encoder import (
@@ -79,17 +79,6 @@ def linear():
 
 def attention():
     return adapters.RelPositionMultiHeadAttentionAdapterConfig(n_head=2, n_feat=WIDTH)
-
-
-def with_adapter(encoder, adapter):
-    """Add an adapter that shows: NeMo's begin as nothing."""
-    encoder.add_adapter('added', adapter)
-    encoder.set_enabled_adapters('added', enabled=True)
-    torch.manual_seed(1)
-    for name, parameter in encoder.named_parameters():
-        if 'adapter_layer' in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return encoder
 
 
 class TestAdapters:
