@@ -57,10 +57,12 @@ bench: $(PROJECT_STAMP) ## time the training step against stock NeMo, half an ho
 	@echo "== Timing a training step and its parts with NeMo $(NEMO)"
 	$(PYTHON) benchmarks/training_step.py $(BENCH)
 
-lint: $(PROJECT_STAMP) ## check the formatting (black, isort)
+lint: $(PROJECT_STAMP) ## check the formatting (black, isort) and which way the imports point (import-linter)
 	@echo "== Checking the formatting of $(SOURCES)"
 	$(PYTHON) -m black --check --quiet $(SOURCES) || $(PYTHON) -m black --check $(SOURCES)
 	$(PYTHON) -m isort --check-only $(SOURCES)
+	@echo "== Checking which way the imports of the patch set point"
+	$(PYTHON) .ci/import_contract.py
 
 format: $(PROJECT_STAMP) ## format the sources
 	$(PYTHON) -m isort $(SOURCES)

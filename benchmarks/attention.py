@@ -32,7 +32,8 @@ from tqdm import tqdm
 from nemo.collections.asr.parts.att_context import blockwise
 from nemo.collections.asr.parts.att_context.blockwise import AttentionBlocks, wins_by_blocks
 from nemo.collections.asr.parts.att_context.context import AttContext
-from nemo.collections.asr.parts.att_context.figures import save_figure
+from nemo.collections.asr.parts.att_context.windows import Window
+from nemo.collections.asr.parts.ssl_reports.figures import save_figure
 from nemo.utils.atomic_files import replacing
 
 SCRIPT = Path(__file__).with_name('attention_cases.py')
@@ -217,14 +218,14 @@ def rule(options: argparse.Namespace) -> list[dict]:
         for left in tqdm(lefts, desc='left contexts', leave=False):
             context = AttContext(left, 0)
             for windows in WINDOWS:
-                frames = int(windows * AttentionBlocks.cut(context, 'regular', 10**6).keys)
+                frames = int(windows * AttentionBlocks.cut(Window(context), 10**6).keys)
                 kind = dict(part='attention', context=left, frames=frames, positions=positions, sdpa=sdpa)
                 runs = {
                     way: build(case_of(options, **kind, stock=way == STOCK)) for way in WAYS
                 }  # both in this process
                 seconds = in_turn({way: partial(timed, run) for way, run in runs.items()}, options.turns)
                 found = ratio(*([run.clock for run in seconds[way]] for way in WAYS))
-                auto = wins_by_blocks(context, 'regular', frames, positions, sdpa)
+                auto = wins_by_blocks(Window(context), frames, positions, sdpa)
                 rows.append({**kind, 'windows': windows, 'auto': auto, 'ratio': found})
     return rows
 
@@ -253,7 +254,7 @@ def blocks(options: argparse.Namespace) -> list[dict]:
                 return timed(build(case))
 
         seconds = in_turn({length: partial(run, length) for length in LENGTHS}, options.turns)
-        chosen = AttentionBlocks.cut(AttContext(left, 0), 'regular', LENGTHS_FRAMES).queries
+        chosen = AttentionBlocks.cut(Window(AttContext(left, 0)), LENGTHS_FRAMES).queries
         rows.append(dict(context=left, chosen=chosen, seconds=seconds))
     return rows
 

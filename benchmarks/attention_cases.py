@@ -106,9 +106,10 @@ def _all_pairs(left: int, values: torch.Tensor) -> torch.Tensor:
 def _blocks(left: int, values: torch.Tensor):
     from nemo.collections.asr.parts.att_context.blockwise import BlockwiseMask
     from nemo.collections.asr.parts.att_context.context import AttContext
+    from nemo.collections.asr.parts.att_context.windows import Window
 
     padding = torch.zeros(values.shape[:2], dtype=torch.bool, device=values.device)
-    return BlockwiseMask(AttContext(left, 0), 'regular', padding)
+    return BlockwiseMask(Window(AttContext(left, 0)), padding)
 
 
 if __name__ == '__main__':

@@ -60,8 +60,8 @@ def measure(part: str, manifest: str, workers: int) -> dict:
     from torch.utils.data import DataLoader
 
     from nemo.collections.asr.data import ssl_dataset
+    from nemo.collections.asr.data.resumable_loader import make_resumable
     from nemo.collections.asr.parts.utils.pretraining_checks import check_manifest
-    from nemo.collections.asr.parts.utils.resumable_loader import make_resumable
 
     before, start = resident_megabytes(), time.perf_counter()
     if part == 'check':

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-from nemo.collections.asr.parts.att_context.streaming import StreamingSession
+from nemo.collections.asr.parts.streaming.session import StreamingSession
 from nemo.utils import logging
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'examples/asr/conf/ssl/nest'

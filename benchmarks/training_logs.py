@@ -12,6 +12,7 @@ those that the config's interval picks; here every second step is one.
 import argparse
 import statistics
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-from nemo.collections.asr.parts.att_context.audit import TrainingAudit
+from nemo.collections.asr.parts.ssl_reports.audit import TrainingAudit
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'examples/asr/conf/ssl/nest'
 INTERVAL = 100  # batches from one audit to the next, as in the streaming configs
@@ -54,7 +55,7 @@ def make_model(options: argparse.Namespace) -> EncDecDenoiseMaskedTokenPredModel
     OmegaConf.resolve(cfg)
     torch.manual_seed(0)
     model = EncDecDenoiseMaskedTokenPredModel(cfg.model).to(options.device).train()
-    model.training_audit = TrainingAudit(2)
+    model.reports.audit = TrainingAudit(2)
     return model
 
 
@@ -83,13 +84,15 @@ def now() -> float:
 def run(model, optimizer, batch) -> tuple[float, float]:
     """Return the seconds of a step, and of its reports."""
     start = now()
-    with model.encoder.using_att_context_size(model.encoder.draw_att_context_size()) as context:
-        loss = model.loss.of_frames(*model.predict_masked(batch)[:2])
+    with model.encoder.using_att_context_size(model.encoder.draw_att_context_size()):
+        masking = partial(model.mask_processor, **model.masking_arguments())
+        predictions, record = model.predict_batch(batch, masking)
+        loss = model.loss.of_frames(*predictions[:2])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         done = now()
-        model._step_logs(context, loss)
+        model.reports.of_training_batch(model, record)
         return done - start, now() - done
 
 

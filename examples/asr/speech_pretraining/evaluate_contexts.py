@@ -76,7 +76,7 @@ def contexts_of(model, wanted, name: str) -> list:
     Raises:
         ValueError: naming the model and the context, if it is no model of masked tokens, or its encoder cannot follow.
     """
-    from nemo.collections.asr.parts.att_context.validation import parse_contexts
+    from nemo.collections.asr.parts.ssl_reports.validation import parse_contexts
 
     if not hasattr(model, 'predict_masked'):
         raise ValueError(f'{name}: {type(model).__name__} predicts no masked tokens')
@@ -102,7 +102,7 @@ def loader_of(model, manifest: str, batch_size: int, num_workers: int):
 def tightest_of_all(models: dict, contexts: dict) -> int:
     """Return the tightest left context of several models, each in its contexts; -1 if none is limited."""
     from nemo.collections.asr.parts.att_context.context import tightest
-    from nemo.collections.asr.parts.att_context.validation import tightest_of
+    from nemo.collections.asr.parts.ssl_reports.validation import tightest_of
 
     return tightest(*(tightest_of(model.encoder, contexts[name]) for name, model in models.items()))
 
@@ -119,7 +119,7 @@ def evaluate_models(models: dict, contexts: dict, manifest: str, options: argpar
     Returns:
         for each model ``model``, ``codebook`` and ``contexts``: a list of rows, see :func:`_row`.
     """
-    from nemo.collections.asr.parts.att_context.evaluation import evaluate
+    from nemo.collections.asr.parts.ssl_reports.evaluation import evaluate
 
     left = tightest_of_all(models, contexts) if options.mask_context is None else options.mask_context
     found, results = {}, []
@@ -137,7 +137,7 @@ def evaluate_models(models: dict, contexts: dict, manifest: str, options: argpar
 def _row(scores, context, options: argparse.Namespace) -> dict:
     """Return the figures of a model in a context: values, and each one's bounds under NAME_interval."""
     from nemo.collections.asr.parts.att_context.context import context_label
-    from nemo.collections.asr.parts.att_context.evaluation import summarize
+    from nemo.collections.asr.parts.ssl_reports.evaluation import summarize
 
     sums = scores.contexts[context_label(context)]
     row = {'context': list(context)}
@@ -150,7 +150,7 @@ def _row(scores, context, options: argparse.Namespace) -> dict:
 def _difference(found: dict, name: str, context, options: argparse.Namespace) -> Optional[dict]:
     """Return by how much the loss is above the first model's in this context; None where they cannot be paired."""
     from nemo.collections.asr.parts.att_context.context import context_label
-    from nemo.collections.asr.parts.att_context.evaluation import loss_difference
+    from nemo.collections.asr.parts.ssl_reports.evaluation import loss_difference
 
     first, label = next(iter(found)), context_label(context)
     if name == first or label not in found[first].contexts:

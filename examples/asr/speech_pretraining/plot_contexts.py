@@ -95,7 +95,7 @@ def context_of(option, model) -> list:
     Raises:
         ValueError: if it is none, or the encoder cannot follow it.
     """
-    from nemo.collections.asr.parts.att_context.validation import parse_contexts
+    from nemo.collections.asr.parts.ssl_reports.validation import parse_contexts
 
     if option is None:
         return list(model.encoder.att_context_size)
@@ -113,7 +113,7 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
         ValueError: if the audio or the context cannot be used.
     """
     from nemo.collections.asr.parts.att_context import model_figures
-    from nemo.collections.asr.parts.att_context.fixed_masks import fixed_masks, utterance_seeds
+    from nemo.collections.asr.parts.ssl_reports.fixed_masks import fixed_masks, utterance_seeds
 
     if not hasattr(model, 'predict_masked'):
         raise ValueError(f'{type(model).__name__} masks nothing')
@@ -161,7 +161,7 @@ def batch_of(model, samples: torch.Tensor, lengths: torch.Tensor):
 
 def audit_text(model, context, options: argparse.Namespace) -> str:
     """Return what the masking asks of the attention in an utterance of the last batch's length, as text."""
-    from nemo.collections.asr.parts.att_context.audit import audit_masking, windows_of
+    from nemo.collections.asr.parts.ssl_reports.audit import audit_masking, windows_of
 
     masks, lengths = model.last_batch[:2]
     pre_conv = model.pre_encoder is None
@@ -191,8 +191,8 @@ def audit_text(model, context, options: argparse.Namespace) -> str:
 def main(argv=None) -> int:
     """Draw, write; returns the exit status."""
     options = arguments(argv)
-    from nemo.collections.asr.parts.att_context.figures import learning_curves, require_matplotlib, save_figure
-    from nemo.collections.asr.parts.att_context.training_logs import read_curves
+    from nemo.collections.asr.parts.ssl_reports.figures import learning_curves, require_matplotlib, save_figure
+    from nemo.collections.asr.parts.ssl_reports.training_logs import read_curves
 
     try:
         require_matplotlib('plot_contexts')

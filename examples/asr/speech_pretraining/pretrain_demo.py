@@ -146,8 +146,8 @@ def draw(model_file: Path, audio: str, folder: Path) -> None:
     """Draw what the model masks, whom it attends to and how it learned, into the folder's ``pictures``."""
     from plot_contexts import main as plot
 
-    from nemo.collections.asr.parts.att_context.figures import learning_curves
-    from nemo.collections.asr.parts.att_context.training_logs import read_curves
+    from nemo.collections.asr.parts.ssl_reports.figures import learning_curves
+    from nemo.collections.asr.parts.ssl_reports.training_logs import read_curves
 
     say(f"Pictures in {folder / 'pictures'}")
     made_from = ['--model_path', str(model_file), '--audio_path', audio]

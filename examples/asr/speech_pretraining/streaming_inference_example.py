@@ -241,7 +241,7 @@ def stream(model, chunks, context=None, total: Optional[float] = None, name: str
         total: seconds of all pieces, if known.
         name: on the progress bar.
     """
-    from nemo.collections.asr.parts.att_context.streaming import StreamingOutput, StreamingSession
+    from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
 
     session = StreamingSession(model, att_context_size=context, return_tokens=has_tokens(model), return_features=True)
     result = Streamed(session.att_context.as_list(), 1000 * session.look_ahead_samples / session.sample_rate)
@@ -535,7 +535,7 @@ def main(argv=None) -> int:
 
 def _check_can_stream(model, options) -> None:
     """Raise ValueError if the model cannot stream in one of the contexts, before any audio is read."""
-    from nemo.collections.asr.parts.att_context.streaming import StreamingSession
+    from nemo.collections.asr.parts.streaming.session import StreamingSession
 
     for context in contexts_of(model, options):
         StreamingSession(model, att_context_size=context)

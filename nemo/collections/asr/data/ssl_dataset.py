@@ -158,14 +158,6 @@ def load_noise_audio(sample, *args, **kwargs):
     return noise, length
 
 
-def get_audio_noise_dataset_from_config(config, global_rank: int, world_size: int):
-    """Make the dataset that a config asks for, as NeMo does, with its ``skip_bad_audio``."""
-    dataset = _get_audio_noise_dataset_from_config(config, global_rank, world_size)
-    if dataset is not None:
-        set_skip_bad_audio(dataset, config.get('skip_bad_audio', False))
-    return dataset
-
-
 def set_skip_bad_audio(dataset, skip: bool) -> None:
     """Tell a dataset, and all those it is made of, whether to skip bad audio.
 
@@ -209,7 +201,6 @@ def _sum(values):
 
 
 _load_noise_audio = _up.load_noise_audio
-_get_audio_noise_dataset_from_config = _up.get_audio_noise_dataset_from_config
 # NeMo's functions find these in their own module's globals. The last one takes a built-in's place: NeMo asks whether
 # noise is silent with Python's sum over a NumPy array, 15 ms for 16 s of audio, for every utterance.
 _up.AudioNoiseBatch, _up.AudioNoiseDataset = AudioNoiseBatch, AudioNoiseDataset

@@ -5,16 +5,31 @@ One attention context per batch, known before the encoder runs; each layer atten
 """
 
 import math
-from contextlib import contextmanager
-from typing import Iterator, Optional
+from typing import Optional
 
 import torch
 from omegaconf import OmegaConf, open_dict
 
+from nemo.collections.asr.parts.att_context.batch_context import BatchContext
 from nemo.collections.asr.parts.att_context.blockwise import BlockwiseMask, can_cut, parse_choice, wins_by_blocks
-from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, draw_index, tightest
-from nemo.collections.asr.parts.att_context.layer_masks import STYLES, LayerAttentionMasks, intersect_in_style
-from nemo.collections.asr.parts.att_context.layer_schedule import parse_layer_contexts
+from nemo.collections.asr.parts.att_context.cache_aware import (
+    CannotStreamError,
+    check_streaming_chunk,
+    largest_left_context,
+    streaming_look_ahead,
+)
+from nemo.collections.asr.parts.att_context.context import AttContext, tightest
+from nemo.collections.asr.parts.att_context.layer_contexts import (
+    LayerAttentionMasks,
+    LayerContexts,
+    as_plain,
+    as_tensor,
+    check_layer_context,
+    from_pairs,
+    without_those_that_narrow_nothing,
+)
+from nemo.collections.asr.parts.att_context.schedule import parse_layer_contexts
+from nemo.collections.asr.parts.att_context.windows import STYLES, Window
 from nemo.core.classes.mixins import adapter_mixins
 from nemo.utils import logging
 from nemo_streaming_ssl import upstream
@@ -25,11 +40,7 @@ PROBABILITY_TOLERANCE = 1e-6
 LAYER_CONTEXTS = 'layer_att_context_size'  # the argument, the config key, and the entry among the weights
 
 
-class CannotStreamError(ValueError):
-    """The encoder's contexts do not allow streaming, or not in chunks like these."""
-
-
-class ConformerEncoder(_up.ConformerEncoder):
+class ConformerEncoder(BatchContext, _up.ConformerEncoder):
     """NeMo's Conformer encoder with a context that can be drawn, pinned for a whole step, and asked for.
 
     Takes NeMo's arguments, and:
@@ -45,12 +56,7 @@ class ConformerEncoder(_up.ConformerEncoder):
             ``blockwise_attention`` is no choice.
     """
 
-    att_context_seed = 0
-    att_context_is_pinned = False
-    """Whether every forward uses ``att_context_size`` as it is, in training, too: nothing is drawn."""
-    _draws = 0  # steps counted by the encoder itself, where nobody passes one
-    _att_context_ceiling: Optional[AttContext] = None
-    _configured_layer_contexts: tuple[Optional[AttContext], ...] = ()  # those of the constructor
+    _configured_layer_contexts: LayerContexts = ()  # those of the constructor
     _layer_contexts_came_with_weights = False
     _streaming_arguments: dict = {}  # of the last setup_streaming_params
     _blockwise_attention = 'auto'
@@ -69,103 +75,7 @@ class ConformerEncoder(_up.ConformerEncoder):
         self._watch_layer_contexts()
         self._set_layer_contexts(self._parse_layer_contexts(layer_att_context_size))
         self._configured_layer_contexts = self.layer_att_contexts()
-
-    def draw_att_context_size(self, step: Optional[int] = None) -> AttContext:
-        """Return the context for a batch, without setting it.
-
-        In training with several contexts it is one of ``att_context_size_all``, drawn by ``att_context_probs``;
-        otherwise the default, ``att_context_size``. In training ``att_context_ceiling`` narrows it; validation and
-        inference keep the default, so that a curriculum does not change what they measure.
-
-        Args:
-            step: the training step; the draw is a pure function of ``att_context_seed`` and it. None takes the
-                encoder's own count of such draws, which starts at 0 in each process.
-        """
-        if not self.training:
-            return self.parse_att_context_size(self.att_context_size)
-        context = self.parse_att_context_size(self.att_context_size)
-        if len(self.att_context_size_all) > 1:
-            context = self.parse_att_context_size(self._drawn_att_context_size(step))
-        if self.att_context_ceiling is None:
-            return context
-        return intersect_in_style(
-            context, self.att_context_ceiling, self.att_context_style, 'encoder.att_context_ceiling'
-        )
-
-    @torch.compiler.disable  # it would be compiled anew for each step
-    def _drawn_att_context_size(self, step: Optional[int]) -> list[int]:
-        if step is None:
-            step, self._draws = self._draws, self._draws + 1
-        return list(self.att_context_size_all[draw_index(self.att_context_seed, step, self.att_context_probs)])
-
-    @property
-    def att_context_ceiling(self) -> Optional[AttContext]:
-        """What narrows every context drawn in training; None: nothing. A curriculum sets it.
-
-        Raises:
-            ValueError: when set to what is no context, or one that the encoder's attention cannot follow.
-        """
-        return self._att_context_ceiling
-
-    @att_context_ceiling.setter
-    def att_context_ceiling(self, value) -> None:
-        if value is not None:
-            value = AttContext.parse(value, field='encoder.att_context_ceiling')
-            self.check_att_context_ceiling(value, f'encoder.att_context_ceiling is {value.as_list()}')
-        self._att_context_ceiling = value
-
-    def check_att_context_ceiling(self, ceiling: AttContext, where: str) -> None:
-        """Raise ValueError, beginning with ``where``, if the encoder's attention cannot follow this ceiling."""
-        self._check_can_narrow(where)
-        for batch in self._batch_contexts():
-            intersect_in_style(batch, ceiling, self.att_context_style, where)
-
-    def parse_att_context_size(self, att_context_size, field: str = 'encoder.att_context_size'):
-        """Read a context as ``AttContext.parse`` does; the three numbers of ``chunked_limited_with_rc`` stay a list.
-
-        Args:
-            att_context_size: what people write for a context.
-            field: what to name in an error.
-
-        Raises:
-            ValueError: if it is no context.
-        """
-        if self.att_context_style == 'chunked_limited_with_rc' and not isinstance(att_context_size, AttContext):
-            return list(att_context_size)  # NeMo 3.0 reads it
-        return AttContext.parse(att_context_size, field=field)
-
-    def check_att_context_size(self, att_context_size) -> None:
-        """Raise ValueError if the encoder's attention, or a layer's, cannot follow this context of a batch."""
-        with self.using_att_context_size(att_context_size):
-            self.effective_att_contexts()
-
-    @contextmanager
-    def using_att_context_size(self, att_context_size) -> Iterator[AttContext]:
-        """Pin the context: inside, ``att_context_size`` is this one and every forward uses exactly it.
-
-        Args:
-            att_context_size: an ``AttContext`` or anything that ``AttContext.parse`` reads.
-
-        Raises:
-            ValueError: if it is no context, or the encoder's attention cannot follow it.
-        """
-        context = self.parse_att_context_size(att_context_size)
-        self._check_can_attend_within(context)
-        before = self.att_context_size, self.att_context_is_pinned
-        self.att_context_size, self.att_context_is_pinned = list(context), True
-        try:
-            yield context
-        finally:
-            self.att_context_size, self.att_context_is_pinned = before
-
-    @contextmanager
-    def using_one_att_context_size(self) -> Iterator[AttContext]:
-        """Keep the pinned context, or draw one (counting the step) and pin it: one context for all that is inside."""
-        if self.att_context_is_pinned:
-            yield self.parse_att_context_size(self.att_context_size)
-            return
-        with self.using_att_context_size(self.draw_att_context_size()) as context:
-            yield context
+        self._end_of_construction()
 
     @property
     def blockwise_attention(self) -> str:
@@ -192,7 +102,7 @@ class ConformerEncoder(_up.ConformerEncoder):
         narrowing = [context.left for context in (*self.layer_att_contexts(), ceiling) if context is not None]
         return tightest(self.att_context_size[0], *narrowing)
 
-    def layer_att_contexts(self) -> tuple[Optional[AttContext], ...]:
+    def layer_att_contexts(self) -> LayerContexts:
         """Each layer's own context, None for a layer without one."""
         return tuple(layer.self_attn.att_context for layer in self.layers)
 
@@ -209,6 +119,16 @@ class ConformerEncoder(_up.ConformerEncoder):
         return tuple(
             batch if own is None else self._effective_context(batch, own, f'encoder.layers[{index}]')
             for index, own in enumerate(self.layer_att_contexts())
+        )
+
+    def effective_windows(self, att_context_size=None) -> tuple[Window, ...]:
+        """What each layer sees when the batch's context is this one; arguments as in :meth:`effective_att_contexts`.
+
+        Raises:
+            ValueError: if the windows of the encoder's attention style are not known.
+        """
+        return tuple(
+            Window(context, self.att_context_style) for context in self.effective_att_contexts(att_context_size)
         )
 
     def set_layer_att_context_size(self, contexts) -> None:
@@ -250,21 +170,22 @@ class ConformerEncoder(_up.ConformerEncoder):
         batch = self.parse_att_context_size(self.att_context_size if att_context_size is None else att_context_size)
         look_ahead = self._streaming_look_ahead(batch)
         if chunk_size is not None:
-            self._check_streaming_chunk(chunk_size, shift_size, batch, look_ahead)
+            check_streaming_chunk(Window(batch, self.att_context_style), chunk_size, shift_size, look_ahead)
         elif self.att_context_style == 'regular':
             given.update(chunk_size=look_ahead + 1, shift_size=1)
         # Stock knows one left context only; with left_chunks it asks for none, and does not warn.
         given['left_chunks'] = left_chunks or 0
         super().setup_streaming_params(**given, att_context_size=batch.as_list(), max_context=max_context)
         if left_chunks is None or chunk_size is None:
-            self.streaming_cfg.last_channel_cache_size = self._largest_left_context(batch, max_context)
+            self.streaming_cfg.last_channel_cache_size = self._cached_frames(batch, max_context)
 
     def set_default_att_context_size(self, att_context_size):
         """Set the default context; arguments are NeMo's. An encoder that cannot be streamed in it is not refused."""
-        try:
-            super().set_default_att_context_size(att_context_size)
-        except CannotStreamError:
-            self._refresh_streaming_params()
+        with self._assigning_default():
+            try:
+                super().set_default_att_context_size(att_context_size)
+            except CannotStreamError:
+                self._refresh_streaming_params()
 
     def get_initial_cache_state(self, *args, **kwargs):
         """Return NeMo's empty caches.
@@ -293,9 +214,10 @@ class ConformerEncoder(_up.ConformerEncoder):
         if self._has_layer_contexts() and self_attention_model == 'rel_pos_local_attn':
             raise ValueError(
                 "change_attention_model: rel_pos_local_attn cannot follow the layers' own contexts, "
-                f"{_as_lists(contexts)}; drop them first with set_layer_att_context_size(None)"
+                f"{as_plain(contexts)}; drop them first with set_layer_att_context_size(None)"
             )
-        super().change_attention_model(self_attention_model, *args, **kwargs)
+        with self._assigning_default():
+            super().change_attention_model(self_attention_model, *args, **kwargs)
         self._watch_layer_contexts()
         for layer, context in zip(self.layers, contexts):
             layer.self_attn._att_context = context
@@ -313,7 +235,7 @@ class ConformerEncoder(_up.ConformerEncoder):
 
     def _create_masks(self, att_context_size, *args, **kwargs):
         # Stock's forward draws a context into a local variable and uses it for nothing but this call.
-        if self.att_context_is_pinned:
+        if self._att_context_is_pinned:
             att_context_size = self.att_context_size
         if not self._has_layer_contexts():
             return self._create_mask(self.parse_att_context_size(att_context_size), *args, **kwargs)
@@ -327,7 +249,7 @@ class ConformerEncoder(_up.ConformerEncoder):
         """Return the padding [B, T] and what layers attending to this context take for their mask, True = hidden."""
         if offset is None and self._attends_in_blocks(context, max_audio_length):
             padding = torch.arange(max_audio_length, device=device) >= padding_length.unsqueeze(-1)
-            return padding, BlockwiseMask(context, self.att_context_style, padding)
+            return padding, BlockwiseMask(Window(context, self.att_context_style), padding)
         return super()._create_masks(
             list(context),
             padding_length=padding_length,
@@ -345,7 +267,7 @@ class ConformerEncoder(_up.ConformerEncoder):
             return False
         positions = self.self_attention_model == 'rel_pos'
         return self.blockwise_attention == 'on' or wins_by_blocks(
-            context, self.att_context_style, frames, positions, self.use_pytorch_sdpa
+            Window(context, self.att_context_style), frames, positions, self.use_pytorch_sdpa
         )
 
     def _calc_context_sizes(self, att_context_size, att_context_probs, **kwargs):
@@ -362,15 +284,9 @@ class ConformerEncoder(_up.ConformerEncoder):
 
     def _effective_context(self, batch: AttContext, own: AttContext, layer: str) -> AttContext:
         where = f'{layer}.self_attention.att_context_size is {own.as_list()}'
-        return intersect_in_style(batch, own, self.att_context_style, where)
+        return Window(batch, self.att_context_style).intersect(own, where).context
 
-    def _batch_contexts(self) -> list[AttContext]:
-        """Every context that a batch can have by the configuration."""
-        return [
-            self.parse_att_context_size(context) for context in (*self.att_context_size_all, self.att_context_size)
-        ]
-
-    def _parse_layer_contexts(self, contexts) -> tuple[Optional[AttContext], ...]:
+    def _parse_layer_contexts(self, contexts) -> LayerContexts:
         field = f'encoder.{LAYER_CONTEXTS}'
         if contexts is None:
             return (None,) * len(self.layers)
@@ -392,14 +308,7 @@ class ConformerEncoder(_up.ConformerEncoder):
 
     def _check_layer_context(self, own: AttContext, where: str) -> None:
         self._check_can_narrow(where)
-        rights = [batch.right for batch in self._batch_contexts()]
-        if UNLIMITED not in rights and own.right > max(rights):
-            raise ValueError(
-                f"{where}: the right context is {own.right}, beyond the batch's; it must be at most {max(rights)}, "
-                f"that of att_context_size {[list(context) for context in self.att_context_size_all]}, or -1 for it"
-            )
-        for batch in self._batch_contexts():
-            intersect_in_style(batch, own, self.att_context_style, where)
+        check_layer_context(own, self._batch_contexts(), self.att_context_style, where)
 
     def _watch_layer_contexts(self) -> None:
         for layer in self.layers:
@@ -415,7 +324,7 @@ class ConformerEncoder(_up.ConformerEncoder):
                 logging.warning(f"{where}: it shows a frame nothing of its past. Is that what you want?")
         attention._att_context = context
         self._refresh_streaming_params()
-        self._write_layer_contexts_to_config(_as_lists(self.layer_att_contexts()))
+        self._write_layer_contexts_to_config(as_plain(self.layer_att_contexts()))
 
     def _set_layer_contexts(self, contexts) -> None:
         before = self.layer_att_contexts()
@@ -430,7 +339,7 @@ class ConformerEncoder(_up.ConformerEncoder):
             return
         with open_dict(self._cfg):
             if self._has_layer_contexts():
-                self._cfg[LAYER_CONTEXTS] = _plain(contexts)
+                self._cfg[LAYER_CONTEXTS] = as_plain(contexts)
             else:
                 self._cfg.pop(LAYER_CONTEXTS, None)
 
@@ -438,7 +347,7 @@ class ConformerEncoder(_up.ConformerEncoder):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         configured, present = self._configured_layer_contexts, self.layer_att_contexts()
         if self._has_layer_contexts() or configured != present:
-            destination[prefix + LAYER_CONTEXTS] = _as_tensor(configured, present)
+            destination[prefix + LAYER_CONTEXTS] = as_tensor(configured, present)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         with_weights = state_dict.pop(prefix + LAYER_CONTEXTS, None)
@@ -448,7 +357,7 @@ class ConformerEncoder(_up.ConformerEncoder):
                 state_dict[f'{prefix}pre_encode.{name[len(wrapped):]}'] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if with_weights is not None:
-            self._take_layer_contexts_with_weights(*(_from_pairs(pairs) for pairs in with_weights.tolist()))
+            self._take_layer_contexts_with_weights(*(from_pairs(pairs) for pairs in with_weights.tolist()))
 
     def _take_layer_contexts_with_weights(self, configured, trained_with) -> None:
         """Attend as the weights have learned to, unless this encoder's config says otherwise.
@@ -459,19 +368,19 @@ class ConformerEncoder(_up.ConformerEncoder):
         if len(trained_with) != len(self.layers):
             logging.warning(
                 f"The weights come from {len(trained_with)} layers; their encoder.{LAYER_CONTEXTS} "
-                f"{_as_lists(trained_with)} does not fit this encoder's {len(self.layers)} and is left out."
+                f"{as_plain(trained_with)} does not fit this encoder's {len(self.layers)} and is left out."
             )
             return
-        own = _from_pairs(_as_tensor(self.layer_att_contexts())[0].tolist())
+        own = without_those_that_narrow_nothing(self.layer_att_contexts())
         if own == trained_with:
             return
         if self._has_layer_contexts() and own != configured:
             logging.warning(
-                f"The weights were trained with encoder.{LAYER_CONTEXTS} {_as_lists(trained_with)}; the config's "
-                f"{_as_lists(self.layer_att_contexts())} is kept."
+                f"The weights were trained with encoder.{LAYER_CONTEXTS} {as_plain(trained_with)}; the config's "
+                f"{as_plain(self.layer_att_contexts())} is kept."
             )
             return
-        logging.info(f"encoder.{LAYER_CONTEXTS} comes with the weights: {_as_lists(trained_with)}")
+        logging.info(f"encoder.{LAYER_CONTEXTS} comes with the weights: {as_plain(trained_with)}")
         was_configured = self._has_layer_contexts()
         self.set_layer_att_context_size(trained_with if any(trained_with) else None)
         self._layer_contexts_came_with_weights = not was_configured
@@ -486,12 +395,19 @@ class ConformerEncoder(_up.ConformerEncoder):
         if torch.distributed.get_world_size() > 1:
             raise ValueError(
                 f"encoder.{LAYER_CONTEXTS} came with the weights, which NeMo loads on one process only; to train on "
-                f"several set model.encoder.{LAYER_CONTEXTS}={_as_lists(self.layer_att_contexts())}"
+                f"several set model.encoder.{LAYER_CONTEXTS}={as_plain(self.layer_att_contexts())}"
             )
 
     def _streaming_context(self):
         context = self._streaming_arguments.get('att_context_size')
         return self.att_context_size if context is None else context
+
+    def _follow_default(self) -> None:
+        """Set up streaming for the present default context; one that cannot be streamed is no error here."""
+        try:
+            self.setup_streaming_params()
+        except CannotStreamError:
+            self._refresh_streaming_params()
 
     def _refresh_streaming_params(self) -> None:
         """Set up streaming as it was, for new contexts; for those that cannot be streamed, as stock does."""
@@ -501,51 +417,24 @@ class ConformerEncoder(_up.ConformerEncoder):
         except CannotStreamError:
             super().setup_streaming_params(**arguments)
             batch = self.parse_att_context_size(self._streaming_context())
-            self.streaming_cfg.last_channel_cache_size = self._largest_left_context(batch, arguments['max_context'])
+            self.streaming_cfg.last_channel_cache_size = self._cached_frames(batch, arguments['max_context'])
 
     def _streaming_look_ahead(self, batch: AttContext) -> int:
-        """Frames after a frame that its output depends on, if that is known and the same for all chunks.
+        """Frames after a frame that its output depends on.
 
         Raises:
-            CannotStreamError: if it is not.
+            CannotStreamError: if that is not known, or differs from chunk to chunk.
         """
         if self.self_attention_model == 'abs_pos':
             raise CannotStreamError(
                 "self_attention_model abs_pos cannot be streamed: a frame's position in the whole utterance is not "
                 "known to a chunk; use rel_pos"
             )
-        effective = self.effective_att_contexts(batch)
-        if self.att_context_style == 'chunked_limited':
-            if batch.right == UNLIMITED:
-                raise CannotStreamError(f"att_context_size {batch.as_list()} cannot be streamed: it has no chunks")
-            return batch.right
-        unlimited = [index for index, context in enumerate(effective) if context.right == UNLIMITED]
-        if unlimited:
-            raise CannotStreamError(
-                f"att_context_size {batch.as_list()} cannot be streamed: the right context of layer {unlimited[0]} is "
-                "unlimited"
-            )
-        return sum(context.right + self.conv_context_size[1] for context in effective)
+        window = Window(batch, self.att_context_style)
+        return streaming_look_ahead(window, self.effective_windows(batch), self.conv_context_size[1])
 
-    def _check_streaming_chunk(self, chunk_size: int, shift_size: int, batch: AttContext, look_ahead: int) -> None:
-        if self.att_context_style == 'chunked_limited':
-            if chunk_size % (batch.right + 1):
-                raise CannotStreamError(
-                    f"chunk_size is {chunk_size}; with att_context_size {batch.as_list()} it must be a multiple of "
-                    f"{batch.right + 1}"
-                )
-        elif chunk_size - shift_size < look_ahead:
-            raise CannotStreamError(
-                f"chunk_size {chunk_size} with shift_size {shift_size} leaves a look-ahead of "
-                f"{chunk_size - shift_size} frames; the layers' right contexts add up to {look_ahead}"
-            )
-
-    def _largest_left_context(self, batch: AttContext, max_context: int) -> int:
-        lefts = [context.left for context in self.effective_att_contexts(batch)]
-        if UNLIMITED not in lefts:
-            return max(lefts)
-        chunk = batch.right + 1 if self.att_context_style == 'chunked_limited' else 1
-        return -(-max_context // chunk) * chunk  # chunks of cache and input must meet
+    def _cached_frames(self, batch: AttContext, max_context: int) -> int:
+        return largest_left_context(Window(batch, self.att_context_style), self.effective_windows(batch), max_context)
 
     def _check_can_attend_within(self, context) -> None:
         if self.self_attention_model == 'rel_pos_local_attn' and list(context) != list(self.att_context_size):
@@ -560,28 +449,6 @@ class ConformerEncoder(_up.ConformerEncoder):
                     f"encoder.att_context_size is {context.as_list()}: with att_context_style chunked_limited the "
                     f"left context must be a multiple of the chunk, {chunk} frames (right context + 1)"
                 )
-
-
-def _plain(contexts):
-    """Return contexts, or a schedule of them, as a config holds them."""
-    if isinstance(contexts, AttContext):
-        return contexts.as_list()
-    if isinstance(contexts, dict):
-        return {key: _plain(value) for key, value in contexts.items()}
-    return [_plain(item) for item in contexts] if isinstance(contexts, (list, tuple)) else contexts
-
-
-def _as_lists(contexts) -> list:
-    return [context if context is None else context.as_list() for context in contexts]
-
-
-def _as_tensor(*contexts) -> torch.Tensor:
-    """Return contexts of all layers as int64 [N, layers, 2]; a layer without one gets -1, -1, which narrows nothing."""
-    return torch.tensor([[list(context or (UNLIMITED, UNLIMITED)) for context in layers] for layers in contexts])
-
-
-def _from_pairs(pairs) -> tuple[Optional[AttContext], ...]:
-    return tuple(None if max(pair) == UNLIMITED else AttContext(*pair) for pair in pairs)
 
 
 class ConformerEncoderAdapter(ConformerEncoder, _up.ConformerEncoderAdapter):

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
 from nemo.collections.asr.data import ssl_dataset
+from nemo.collections.asr.data.loader_options import with_own_options
 
 
 class CountingArray(np.ndarray):
@@ -79,10 +80,11 @@ def manifest(folder, *names, duration=1.5):
     return str(path)
 
 
-def data_loader(path, workers=0, batch_size=4, **more):
+def data_loader(path, workers=0, batch_size=4, skip_bad_audio=None, **more):
     config = {'manifest_filepath': path, 'sample_rate': 16000, 'batch_size': batch_size, 'shuffle': False, **more}
     dataset = ssl_dataset.get_audio_noise_dataset_from_config(OmegaConf.create(config), 0, 1)
-    return DataLoader(dataset, batch_size, collate_fn=dataset.collate_fn, num_workers=workers)
+    loader = DataLoader(dataset, batch_size, collate_fn=dataset.collate_fn, num_workers=workers)
+    return with_own_options(loader, skip_bad_audio=skip_bad_audio)
 
 
 @pytest.mark.unit

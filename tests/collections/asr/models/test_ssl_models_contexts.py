@@ -115,7 +115,7 @@ class TestSetByHand:
         model = tiny_model()
         with pytest.raises(ValueError, match=message):
             model.set_att_context_size(bad)
-        assert model.encoder.att_context_size == [10, 0] and model._configured_contexts is None
+        assert model.encoder.att_context_size == [10, 0] and model.att_context_set_by_hand is None
 
     @pytest.mark.unit
     def test_a_context_that_the_attention_cannot_follow_is_refused(self):
@@ -129,7 +129,8 @@ class TestSetByHand:
         model = tiny_model(PRESETS, '+model.masking.left_context_size=7')
         with pytest.raises(KeyError):
             with model.using_att_context_size('medium'):
-                assert model.mask_processor.left_context_size == 240
+                assert model.mask_processor.left_context_size == 7  # configured, and tighter
+                assert model.mask_processor.followed_left_context_size == 240
                 raise KeyError
         assert model.encoder.att_context_size == [80, 0] and model.mask_processor.left_context_size == 7
         assert model.encoder.streaming_cfg.last_channel_cache_size == 80
@@ -137,7 +138,9 @@ class TestSetByHand:
         with model.using_att_context_size('medium'):
             model.set_att_context_size(None)
             assert model.encoder.att_context_size == [80, 0] and model.mask_processor.left_context_size == 7
-        assert model.encoder.att_context_size == [320, 0] and model.mask_processor.left_context_size == 320
+            assert model.mask_processor.followed_left_context_size == -1
+        assert model.encoder.att_context_size == [320, 0]
+        assert model.mask_processor.followed_left_context_size == 320 and model.mask_processor.left_context_size == 7
         model.set_att_context_size(None)
         assert model.mask_processor.left_context_size == 7
 

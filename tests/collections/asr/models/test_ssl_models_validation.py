@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from ranks import run_on_two_ranks
 from tiny_nest import batches, fit, noise_batch, tiny_model, trainer
 
-from nemo.collections.asr.parts.att_context import figures
+from nemo.collections.asr.parts.ssl_reports import figures
 from nemo.utils.exp_manager import exp_manager
 
 
@@ -41,14 +41,14 @@ def test_the_best_checkpoint_by_val_loss_is_kept_and_restored(tmp_path):
     exp_manager(run, OmegaConf.create(settings))
     losses = {}
     model.set_trainer(run)
-    summary = model.context_validation.summary
+    summary = model.reports.validation.summary
 
     def recording_summary(*args):
         found = summary(*args)
         losses[run.global_step] = found['val_loss'].item()
         return found
 
-    model.context_validation.summary = recording_summary
+    model.reports.validation.summary = recording_summary
     run.fit(model, train_dataloaders=batches(1, (2.0, 1.0)), val_dataloaders=batches(2, (2.0, 1.5)))
     best = min(losses, key=losses.get)
     kept = run.checkpoint_callback
@@ -112,7 +112,7 @@ def test_pictures_are_off_where_they_are_not_wanted_or_cannot_be_had(tmp_path, m
     model, run = tiny_model('model.log_figures=false'), trainer(1, logger=TensorBoardLogger(tmp_path))
     model.set_trainer(run)
     run.fit(model, train_dataloaders=batches(1), val_dataloaders=batches(1))
-    assert model.context_figures is None and run.global_step == 1
+    assert model.reports.figures is None and run.global_step == 1
 
 
 @pytest.mark.unit

@@ -15,7 +15,7 @@ from tiny_nest import SMALL, tiny_model
 
 from nemo.collections.asr.models import EncDecCTCModel, EncDecRNNTModel
 from nemo.collections.asr.parts.att_context import AttContextCurriculum, StreamingSession
-from nemo.collections.asr.parts.att_context.streaming import StreamingOutput
+from nemo.collections.asr.parts.streaming.session import StreamingOutput
 
 EXAMPLES = Path(__file__).resolve().parents[4] / 'examples/asr'
 LAYERS = ['model.encoder.n_layers=2', 'model.encoder.layer_att_context_size=[[0,[10,0]],[1,[20,0]]]']

@@ -62,18 +62,21 @@ class MLMLoss(_up.MLMLoss):
         decoder_outputs, targets, counted = self.align(decoder_outputs, targets, masks, decoder_lengths)
         return self.of_frames(decoder_outputs, torch.where(counted, targets, IGNORED_TARGET))
 
-    def of_frames(self, log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the loss of frames that are aligned already; a scalar as in :meth:`forward`.
+    def of_frames(self, log_probs: torch.Tensor, targets: torch.Tensor, reduction: str = 'mean') -> torch.Tensor:
+        """Return the loss of frames that are aligned already.
 
         Args:
             log_probs: [..., C], any floating dtype.
             targets: tokens [...] int64; -100 where a frame does not count.
+            reduction: ``mean``: over the frames that count, a scalar as in :meth:`forward`; ``none``: each frame's
+                negative log-likelihood [...], 0 where it does not count.
         """
         counted = targets != IGNORED_TARGET
         log_likelihood = log_probs.gather(-1, torch.where(counted, targets, 0).unsqueeze(-1)).squeeze(-1)
         if log_likelihood.dtype != torch.float64:
             log_likelihood = log_likelihood.float()
-        return -torch.where(counted, log_likelihood, 0.0).sum() / counted.sum().clamp(min=1)
+        lost = -torch.where(counted, log_likelihood, 0.0)
+        return lost if reduction == 'none' else lost.sum() / counted.sum().clamp(min=1)
 
     def align(
         self,
@@ -162,17 +165,18 @@ class MultiMLMLoss(_up.MultiMLMLoss):
         counted = counted if targets.dim() == 2 else counted.unsqueeze(-1)
         return self.of_frames(decoder_outputs, torch.where(counted, targets, IGNORED_TARGET))
 
-    def of_frames(self, log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the loss of frames that are aligned already, a scalar.
+    def of_frames(self, log_probs: torch.Tensor, targets: torch.Tensor, reduction: str = 'mean') -> torch.Tensor:
+        """Return the loss of frames that are aligned already, the mean over the codebooks.
 
         Args:
             log_probs: [..., C, H], or [..., C] with ``squeeze_single`` and one codebook.
             targets: tokens [..., H], or [...]; -100 where a frame does not count.
+            reduction: as in :meth:`MLMLoss.of_frames`; ``none`` returns [...], without the codebooks.
         """
         if self.squeeze_single and self.num_decoders == 1:
-            return self.mlm_loss.of_frames(log_probs, targets)
+            return self.mlm_loss.of_frames(log_probs, targets, reduction)
         books = range(self.num_decoders)
-        losses = [self.mlm_loss.of_frames(log_probs[..., book], targets[..., book]) for book in books]
+        losses = [self.mlm_loss.of_frames(log_probs[..., book], targets[..., book], reduction) for book in books]
         return sum(losses) / self.num_decoders
 
     def align(self, decoder_outputs, targets, masks=None, decoder_lengths=None):

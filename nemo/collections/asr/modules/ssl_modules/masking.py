@@ -9,11 +9,13 @@ left, and the guards are put back. Whatever is drawn, every masked frame then se
 """
 
 import math
-from typing import NamedTuple, Optional, Union
+from functools import partial
+from typing import Callable, NamedTuple, Optional, Union
 
 import torch
 
 from nemo.collections.asr.parts.att_context.answerability import MASK_THRESHOLD
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, tightest
 from nemo.core.neural_types import IntType, LengthsType, NeuralType
 from nemo_streaming_ssl import upstream
 
@@ -60,6 +62,11 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         ValueError: if an argument is out of range.
     """
 
+    configured_left_context_size = UNLIMITED
+    """What the user configured or set, in attention frames; -1 = unlimited."""
+    followed_left_context_size = UNLIMITED
+    """What the attention of the model sees of the past, where somebody says so; -1 = unlimited."""
+
     def __init__(
         self,
         feat_in: int,
@@ -82,6 +89,19 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         self.causal = causal
         self.left_context_size = left_context_size
         self.subsampling_factor = subsampling_factor
+
+    @property
+    def left_context_size(self) -> int:
+        """The left context in attention frames, -1 = unlimited, for calls that do not name one.
+
+        It is the tighter of the configured one, which is what setting this attribute sets, and of the attention
+        context that the model has told the module to follow.
+        """
+        return tightest(self.configured_left_context_size, self.followed_left_context_size)
+
+    @left_context_size.setter
+    def left_context_size(self, left: int) -> None:
+        self.configured_left_context_size = left
 
     @property
     def input_types(self):
@@ -125,32 +145,77 @@ class RandomBlockMasking(_up.RandomBlockMasking):
 
     def forward_with_overlap(self, input_feats, input_lengths, current_frame=None, effective_left_context=None):
         """Mask blocks that may overlap; arguments and results as in :meth:`forward`."""
-        time_line = self._time_line(input_feats, input_lengths, current_frame, effective_left_context, self.causal)
-        return self._fill(input_feats, self._overlapping_blocks(time_line))
+        return self._draw_and_fill(input_feats, input_lengths, current_frame, effective_left_context, overlap=True)
 
     def forward_without_overlap(self, input_feats, input_lengths, current_frame=None, effective_left_context=None):
         """Mask blocks that do not overlap; arguments and results as in :meth:`forward`."""
-        time_line = self._time_line(input_feats, input_lengths, current_frame, effective_left_context, self.causal)
-        return self._fill(input_feats, self._separate_blocks(time_line))
+        return self._draw_and_fill(input_feats, input_lengths, current_frame, effective_left_context, overlap=False)
 
     def forward_causal(self, input_feats, input_lengths, current_frame=None, effective_left_context=None):
         """Mask as :meth:`forward` does with ``causal=True``, whatever the module's own setting."""
-        time_line = self._time_line(input_feats, input_lengths, current_frame, effective_left_context, causal=True)
-        blocks = self._overlapping_blocks if self.allow_overlap else self._separate_blocks
-        return self._fill(input_feats, blocks(time_line))
+        return self._draw_and_fill(input_feats, input_lengths, current_frame, effective_left_context, causal=True)
 
-    def _time_line(self, feats, lengths, current_frame, effective_left_context, causal) -> _TimeLine:
+    def _draw_and_fill(self, feats, lengths, current_frame, effective_left_context, overlap=None, causal=None):
+        lengths = lengths.to(feats.device)
+        masked = self.draw(lengths, feats.shape[2], current_frame, effective_left_context, overlap, causal)
+        return self.fill(feats, masked)
+
+    def draw(
+        self,
+        lengths: torch.Tensor,
+        frames: int,
+        current_frame: Optional[Union[int, torch.Tensor]] = None,
+        effective_left_context: Optional[int] = None,
+        overlap: Optional[bool] = None,
+        causal: Optional[bool] = None,
+    ) -> torch.Tensor:
+        """Draw which mask frames are masked; from torch's generator of the lengths' device, without a wait for it.
+
+        Args:
+            lengths: valid mask frames of each utterance [B].
+            frames: T.
+            current_frame, effective_left_context: as in :meth:`forward`.
+            overlap: whether blocks may overlap; None: ``allow_overlap``.
+            causal: whether the past alone must answer; None: the module's own setting.
+
+        Returns:
+            [B, T] bool, True where masked.
+
+        Raises:
+            ValueError: as :meth:`forward` does.
+        """
+        causal = self.causal if causal is None else causal
+        line = self._time_line(lengths, frames, current_frame, effective_left_context, causal)
+        overlap = self.allow_overlap if overlap is None else overlap
+        return self._overlapping_blocks(line) if overlap else self._separate_blocks(line)
+
+    def fill(self, feats: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put ``mask_embedding`` into the masked frames.
+
+        Args:
+            feats: [B, D, T], any floating dtype.
+            masked: [B, T] bool, True where masked.
+
+        Returns:
+            masked features and masks, as :meth:`forward` returns them.
+        """
+        masks = masked.unsqueeze(1).to(feats.dtype)
+        # With weights of 0 and 1 exactly the one or the other, in half the time that torch.where takes on a CPU.
+        masked_feats = torch.lerp(feats, self.mask_embedding.to(feats).view(1, -1, 1), masks)
+        return masked_feats, masks.expand_as(feats)
+
+    def _time_line(self, lengths, max_time: int, current_frame, effective_left_context, causal: bool) -> _TimeLine:
         left = self.left_context_size if effective_left_context is None else effective_left_context
         _check('effective_left_context', left, left >= -1, '-1 (unlimited) or more')
-        batch, _, max_time = feats.shape
-        places = torch.arange(1, max_time + 1, dtype=torch.int32, device=feats.device).unsqueeze(0)
-        lengths = lengths.to(feats.device, torch.int32).clamp(max=max_time).view(batch, 1)
+        batch, device = lengths.shape[0], lengths.device
+        places = torch.arange(1, max_time + 1, dtype=torch.int32, device=device).unsqueeze(0)
+        lengths = lengths.to(torch.int32).clamp(max=max_time).view(batch, 1)
 
         first, end = self._available_range(lengths, current_frame, left)
         allowed = places <= end
         if first is not None:
             allowed &= places > first
-        free = self._free_of_guards(batch, max_time, left, causal, feats.device)
+        free = self._free_of_guards(batch, max_time, left, causal, device)
         if free is not None:
             allowed &= free
 
@@ -305,12 +370,6 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         attention_frame = torch.arange(max_time, dtype=torch.int32, device=masked.device) // factor
         return masked & (attention_frame != torch.where(hidden, spared, -1))
 
-    def _fill(self, feats: torch.Tensor, time_mask: torch.Tensor):
-        masks = time_mask.unsqueeze(1).to(feats.dtype)
-        # With weights of 0 and 1 exactly the one or the other, in half the time that torch.where takes on a CPU.
-        masked_feats = torch.lerp(feats, self.mask_embedding.to(feats.dtype).view(1, -1, 1), masks)
-        return masked_feats, masks.expand_as(feats)
-
 
 class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
     """Mask after the encoder's subsampling; takes the arguments of :class:`RandomBlockMasking` beforehand.
@@ -320,18 +379,26 @@ class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
 
     def __init__(self, pre_encode_module: torch.nn.Module, masking_module: torch.nn.Module) -> None:
         super().__init__(pre_encode_module, masking_module)
-        self.masking_arguments = {}
+        self._mask = None
 
     def set_masking_enabled(
         self,
         apply_mask: bool,
         current_frame: Optional[Union[int, torch.Tensor]] = None,
         effective_left_context: Optional[int] = None,
+        masking: Optional[Callable] = None,
     ):
-        """Say whether, and how, the coming forward passes mask; see :meth:`RandomBlockMasking.forward`."""
+        """Say whether, and how, the coming forward passes mask.
+
+        Args:
+            apply_mask: whether they do.
+            current_frame, effective_left_context: see :meth:`RandomBlockMasking.forward`.
+            masking: what to call with ``input_feats`` and ``input_lengths`` instead of the masking module.
+        """
         super().set_masking_enabled(apply_mask=apply_mask)
         given = {'current_frame': current_frame, 'effective_left_context': effective_left_context}
-        self.masking_arguments = {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in given.items() if value is not None}
+        self._mask = partial(self.masking if masking is None else masking, **given)
 
     def get_sampling_frames(self):
         """What the encoder's subsampling says; without it NeMo would set streaming up for chunks of 0 frames."""
@@ -350,9 +417,8 @@ class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
         if not self.apply_mask:
             self.curr_mask = torch.zeros_like(feats.transpose(1, 2))
             return feats, lengths
-        masked_feats, self.curr_mask = self.masking(
-            input_feats=feats.transpose(1, 2), input_lengths=lengths, **self.masking_arguments
-        )
+        mask = self.masking if self._mask is None else self._mask
+        masked_feats, self.curr_mask = mask(input_feats=feats.transpose(1, 2), input_lengths=lengths)
         return masked_feats.transpose(1, 2).detach(), lengths  # detached as in stock: targets come from this module
 
 

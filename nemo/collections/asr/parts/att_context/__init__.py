@@ -8,10 +8,11 @@ from nemo.collections.asr.parts.att_context.dynamic_context import (
     set_dynamic_context,
     sync_masking_to_attention,
 )
-from nemo.collections.asr.parts.att_context.layer_masks import LayerAttentionMasks, intersect_in_style
-from nemo.collections.asr.parts.att_context.layer_schedule import ContextSchedule, parse_layer_contexts
+from nemo.collections.asr.parts.att_context.layer_contexts import LayerAttentionMasks
 from nemo.collections.asr.parts.att_context.receptive_field import ReceptiveField, context_table, receptive_field
+from nemo.collections.asr.parts.att_context.schedule import ContextSchedule, parse_layer_contexts
 from nemo.collections.asr.parts.att_context.synced_collate import create_synced_context_collate
+from nemo.collections.asr.parts.att_context.windows import Window, intersect_in_style
 
 __all__ = [
     'AttContext',
@@ -25,6 +26,7 @@ __all__ = [
     'StreamingOutput',
     'StreamingSession',
     'UNLIMITED',
+    'Window',
     'context_table',
     'create_synced_context_collate',
     'draw_index',

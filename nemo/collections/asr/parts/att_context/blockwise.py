@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
+from nemo.collections.asr.parts.att_context.windows import Window
 
 HIDDEN = -10000.0  # NeMo's score of a hidden key; the softmax of any dtype gives it a weight of exactly 0
 COPIES_PER_SCORE = 40.0  # see _block_frames
@@ -49,27 +50,27 @@ class AttentionBlocks:
     """the largest distance from a query back to a key it may see"""
     future: int
     """the largest distance from a query ahead to a key it may see"""
-    chunk: int
-    """frames of a chunk with ``chunked_limited``; 0 with ``regular``"""
+    window: Window
+    """which frames a frame sees"""
 
     @classmethod
-    def cut(cls, context: AttContext, style: str, frames: int) -> 'AttentionBlocks':
-        """Return the blocks for a limited context.
+    def cut(cls, window: Window, frames: int) -> 'AttentionBlocks':
+        """Return the blocks for a limited window.
 
         Args:
-            context: in attention frames, limited on both sides.
-            style: ``regular`` or ``chunked_limited``.
-            frames: T; a context that reaches beyond it costs no more than one that reaches all of it.
+            window: limited on both sides.
+            frames: T; a window that reaches beyond it costs no more than one that reaches all of it.
         """
+        context = window.context
         assert can_cut(context), context
-        if style == 'regular':
+        if not window.has_chunks:
             past, future = min(context.left, frames - 1), min(context.right, frames - 1)
-            return cls(frames, _block_frames(past + future + 1), past, future, past, future, chunk=0)
-        chunk = min(context.right + 1, frames)
-        before = min(context.left // (context.right + 1), (frames - 1) // chunk) * chunk
+            return cls(frames, _block_frames(past + future + 1), past, future, past, future, window)
+        chunk = min(window.chunk, frames)
+        before = min(context.left // window.chunk, (frames - 1) // chunk) * chunk
         queries = -(-_block_frames(before + chunk) // chunk) * chunk  # no chunk lies in two blocks
         past = min(before + chunk - 1, frames - 1)
-        return cls(frames, queries, before, 0, past, chunk - 1, chunk)
+        return cls(frames, queries, before, 0, past, chunk - 1, window)
 
     @property
     def count(self) -> int:
@@ -134,21 +135,14 @@ class AttentionBlocks:
         key = first + torch.arange(-self.before, self.queries + self.after, device=device)  # [N, W], frames
         absent = (key < 0) | (key >= self.frames)
         absent = absent | padding[:, key.clamp(0, self.frames - 1)]  # [B, N, W]
-        return ~self._sees(query.unsqueeze(2), key.unsqueeze(1)) | absent.unsqueeze(2)
-
-    def _sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        if not self.chunk:
-            return (key >= query - self.past) & (key <= query + self.future)
-        chunks = query // self.chunk - key.div(self.chunk, rounding_mode='floor')
-        return (chunks >= 0) & (chunks <= self.before // self.chunk)
+        return ~self.window.sees(query.unsqueeze(2), key.unsqueeze(1)) | absent.unsqueeze(2)
 
 
 class BlockwiseMask:
     """Stands in for the attention mask of layers that attend block by block; holds nothing of size T x T.
 
     Args:
-        context: what the layers attend to, limited on both sides.
-        style: ``regular`` or ``chunked_limited``.
+        window: what the layers attend to, limited on both sides.
         padding: [B, T] bool, True = padding.
 
     Attributes:
@@ -156,9 +150,9 @@ class BlockwiseMask:
         bias: [B, 1, N, C, W] float32, added to the scores: 0, or ``HIDDEN`` where the key is hidden.
     """
 
-    def __init__(self, context: AttContext, style: str, padding: torch.Tensor):
+    def __init__(self, window: Window, padding: torch.Tensor):
         self.padding = padding
-        self.blocks = AttentionBlocks.cut(context, style, padding.shape[1])
+        self.blocks = AttentionBlocks.cut(window, padding.shape[1])
         hidden = self.blocks.hidden(padding).unsqueeze(1)
         self.bias = torch.zeros(hidden.shape, device=padding.device).masked_fill_(hidden, HIDDEN)
 
@@ -180,7 +174,7 @@ def can_cut(context: AttContext) -> bool:
     return UNLIMITED not in (context.left, context.right)
 
 
-def wins_by_blocks(context: AttContext, style: str, frames: int, positions: bool, sdpa: bool) -> bool:
+def wins_by_blocks(window: Window, frames: int, positions: bool, sdpa: bool) -> bool:
     """Return whether attending block by block is faster than NeMo's way for T = ``frames``: a measured rule.
 
     The audio must be several times as long as the window of a block: how many times depends on the kind of attention,
@@ -188,8 +182,7 @@ def wins_by_blocks(context: AttContext, style: str, frames: int, positions: bool
     short the context is. ``benchmarks/attention.py --part rule`` measures both numbers.
 
     Args:
-        context: limited on both sides.
-        style: ``regular`` or ``chunked_limited``.
+        window: limited on both sides.
         frames: T.
         positions: whether the attention scores relative positions (``rel_pos``), of which NeMo's way has 2 * T.
         sdpa: whether it uses PyTorch's ``scaled_dot_product_attention``.
@@ -197,7 +190,7 @@ def wins_by_blocks(context: AttContext, style: str, frames: int, positions: bool
     least_windows, least_frames = LEAST[positions, sdpa]
     if frames < least_frames:
         return False
-    return frames >= least_windows * AttentionBlocks.cut(context, style, frames).keys
+    return frames >= least_windows * AttentionBlocks.cut(window, frames).keys
 
 
 def _block_frames(window: int) -> int:

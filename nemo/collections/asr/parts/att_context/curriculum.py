@@ -7,15 +7,16 @@ from typing import Optional
 import lightning.pytorch as pl
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, tightest
-from nemo.collections.asr.parts.att_context.layer_schedule import ContextSchedule
+from nemo.collections.asr.parts.att_context.masking_context import follow_left_context, followed_left_context
+from nemo.collections.asr.parts.att_context.schedule import ContextSchedule
 
 
 class AttContextCurriculum(pl.Callback):
     """Narrow the context of every training batch to a ceiling, which is a function of the global step and of no more.
 
     So a run that is resumed, in the middle of a milestone too, goes on as if it had never stopped. While training,
-    ``model.mask_processor.left_context_size`` is the tightest of the ceiling and the layers' own contexts. Validation
-    runs in the configured default context, with the configured masking, and nothing is left behind after training.
+    ``model.mask_processor.left_context_size`` is the tightest of the ceiling, the layers' own contexts and what is
+    configured there. Validation runs in the configured default context, with the configured masking, and nothing is left behind after training.
 
     Either milestones, of which the last at or below the step holds::
 
@@ -101,10 +102,10 @@ class AttContextCurriculum(pl.Callback):
         masking = getattr(pl_module, 'mask_processor', None)
         if hasattr(masking, 'left_context_size'):
             if self._masking_before is None:
-                self._masking_before = masking.left_context_size
-            masking.left_context_size = left
+                self._masking_before = followed_left_context(masking)
+            follow_left_context(masking, left)
 
     def _restore_masking(self, pl_module) -> None:
         if self._masking_before is not None:
-            pl_module.mask_processor.left_context_size = self._masking_before
+            follow_left_context(pl_module.mask_processor, self._masking_before)
             self._masking_before = None

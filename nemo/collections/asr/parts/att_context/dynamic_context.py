@@ -10,6 +10,7 @@ from typing import Iterator, NamedTuple, Optional
 import torch
 
 from nemo.collections.asr.parts.att_context.context import PRESETS, AttContext
+from nemo.collections.asr.parts.att_context.masking_context import follow_left_context
 
 
 class Encoded(NamedTuple):
@@ -24,6 +25,8 @@ class Encoded(NamedTuple):
 
 def sync_masking_to_attention(model) -> int:
     """Mask within what the encoder attends to at present: in its tightest layer, and in either mask position.
+
+    What the user configured as ``masking.left_context_size`` is kept where it is tighter.
 
     For after changes of the encoder itself, ``encoder.set_layer_att_context_size`` say. (Training steps, and forward
     passes with a limited context, pass the context to the masking anyway.)
@@ -42,7 +45,7 @@ def sync_masking_to_attention(model) -> int:
         raise ValueError(f"{type(model).__name__} has no encoder with an attention context")
     if not hasattr(masking, 'left_context_size'):
         raise ValueError(f"the masking of {type(model).__name__}, {type(masking).__name__}, takes no context")
-    masking.left_context_size = encoder.tightest_left_context()
+    follow_left_context(masking, encoder.tightest_left_context())
     return masking.left_context_size
 
 

@@ -2,10 +2,11 @@
 """How far an encoder of several layers sees, and a table of it. Counts attention frames, after subsampling."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
-from nemo.collections.asr.parts.att_context.layer_masks import STYLES
+from nemo.collections.asr.parts.att_context.windows import STYLES, Window
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,14 @@ def receptive_field(encoder, att_context_size=None) -> ReceptiveField:
         encoder: a ``ConformerEncoder``.
         att_context_size: the batch's context; None takes the encoder's present one.
     """
-    contexts = encoder.effective_att_contexts(att_context_size)
-    chunked = encoder.att_context_style == 'chunked_limited'
+    windows = encoder.effective_windows(att_context_size)
     before, after = encoder.conv_context_size
-    offsets = range(max(context.right for context in contexts) + 1 or 1) if chunked else range(1)
+    in_a_chunk = range(math.lcm(*(window.chunk for window in windows)))  # beyond it everything repeats
     left = right = UNLIMITED
-    if all(context.left != UNLIMITED for context in contexts):
-        left = max(offset - _first_seen(offset, contexts, before, chunked) for offset in offsets)
-    if all(context.right != UNLIMITED for context in contexts):
-        right = max(_last_seen(offset, contexts, after, chunked) - offset for offset in offsets)
+    if all(window.context.left != UNLIMITED for window in windows):
+        left = max(frame - _first_seen(frame, windows, before) for frame in in_a_chunk)
+    if all(window.context.right != UNLIMITED for window in windows):
+        right = max(_last_seen(frame, windows, after) - frame for frame in in_a_chunk)
     return ReceptiveField(left, right)
 
 
@@ -55,35 +55,30 @@ def seen_through_layers(encoder, frame: int, att_context_size=None) -> list[tupl
     Returns:
         attention frames, not cut to an utterance (they may lie before 0); infinite where nothing limits them.
     """
-    contexts = encoder.effective_att_contexts(att_context_size)
-    chunked = encoder.att_context_style == 'chunked_limited'
+    windows = encoder.effective_windows(att_context_size)
     before, after = encoder.conv_context_size
     seen = []
-    for index in range(len(contexts)):
-        above = contexts[index:]
+    for index in range(len(windows)):
+        above = windows[index:]
         first, last = -math.inf, math.inf
-        if all(context.left != UNLIMITED for context in above):
-            first = _first_seen(frame, above, before, chunked)
-        if all(context.right != UNLIMITED for context in above):
-            last = _last_seen(frame, above, after, chunked)
+        if all(window.context.left != UNLIMITED for window in above):
+            first = _first_seen(frame, above, before)
+        if all(window.context.right != UNLIMITED for window in above):
+            last = _last_seen(frame, above, after)
         seen.append((first, last))
     return seen
 
 
-def _first_seen(frame: int, contexts, before: int, chunked: bool) -> int:
+def _first_seen(frame: int, windows: Sequence[Window], before: int) -> int:
     """Go from an output frame down the layers (in each convolution, then attention) to the first input it sees."""
-    for context in reversed(contexts):
-        frame -= before
-        if chunked and context.right != UNLIMITED:
-            frame -= frame % (context.right + 1)  # the chunk's first frame
-        frame -= context.left
+    for window in reversed(windows):
+        frame = window.bounds(frame - before)[0]
     return frame
 
 
-def _last_seen(frame: int, contexts, after: int, chunked: bool) -> int:
-    for context in reversed(contexts):
-        frame += after
-        frame += context.right - frame % (context.right + 1) if chunked else context.right
+def _last_seen(frame: int, windows: Sequence[Window], after: int) -> int:
+    for window in reversed(windows):
+        frame = window.bounds(frame + after)[1]
     return frame
 
 

@@ -18,7 +18,6 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from nemo.collections.asr.parts.att_context.context import AttContext, draw_index
 
-SYNCED_CONTEXT_KEYS = ('context_options', 'context_probs', 'seed')  # of the config section
 PROBABILITY_TOLERANCE = 1e-6
 
 

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """Patch of NeMo's ``conformer_modules.py``: a layer attends within its own context."""
 
-from nemo.collections.asr.parts.att_context.layer_masks import LayerAttentionMasks
+from nemo.collections.asr.parts.att_context.layer_contexts import LayerAttentionMasks
 from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())

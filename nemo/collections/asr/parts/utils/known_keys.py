@@ -1,8 +1,52 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""An unknown key is an error that suggests the nearest known one. New in this project."""
+"""The config keys that only this project knows, and the one check for keys that nobody knows. New in this project."""
 
 import difflib
-from typing import Iterable
+from typing import Iterable, Optional
+
+# Sections of the model's config, and those of them that a model may do without.
+SECTIONS = ('train_ds', 'preprocessor', 'masking', 'quantizer', 'encoder', 'decoder', 'loss')
+OPTIONAL_SECTIONS = ('validation_ds', 'test_ds', 'spec_augment', 'optim')
+DATA_SECTIONS = ('train_ds', 'validation_ds', 'test_ds')
+
+REPORT_KEYS = ('validate_contexts', 'validation_masks', 'audit_every_n_batches', 'log_figures')
+MODEL_KEYS = (
+    'target_normalize',
+    'mask_position',
+    'num_classes',
+    'num_books',
+    'code_dim',
+    'squeeze_single',
+    'skip_nan_grad',
+    *REPORT_KEYS,
+)
+LOADER_KEYS = ('synced_contexts', 'skip_bad_audio', 'resumable')  # which NeMo's data loaders do not know
+DATA_KEYS = (
+    'manifest_filepath',
+    'noise_manifest',
+    'batch_size',
+    'num_workers',
+    'min_duration',
+    'max_duration',
+    'shuffle',
+    *LOADER_KEYS,
+)
+TOP_LEVEL_KEYS = (
+    'name',
+    'seed',
+    'model',
+    'trainer',
+    'exp_manager',
+    'curriculum',
+    'init_from_nemo_model',
+    'init_from_pretrained_model',
+    'init_from_ptl_ckpt',
+)
+# Sections that only this project has; in a data section the first two are model.train_ds.synced_contexts and so on.
+SYNCED_CONTEXT_KEYS = ('context_options', 'context_probs', 'seed')
+RESUMABLE_KEYS = ('seed',)
+VALIDATION_MASK_KEYS = ('seed', 'left_context')
+SCHEDULE_KEYS = ('anchors', 'interpolate')
 
 
 def check_known(section: str, keys: Iterable[str], known: Iterable[str]) -> None:
@@ -19,6 +63,32 @@ def check_known(section: str, keys: Iterable[str], known: Iterable[str]) -> None
     known = sorted(known)
     for key in keys:
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
-            hint = f"did you mean {section}.{nearest[0]}?" if nearest else f"{section} takes {', '.join(known)}"
+            nearest = nearest_key(key, known, likeness=0.6)
+            hint = f"did you mean {section}.{nearest}?" if nearest else f"{section} takes {', '.join(known)}"
             raise ValueError(f"{section}.{key} is not known; {hint}")
+
+
+def check_spelling(section: str, keys: Iterable[str], known: Iterable[str], likeness: float) -> None:
+    """Check a section that may have other keys, too: none may look like a slip in one that is known.
+
+    Args:
+        section: its full name; '' at the top level.
+        keys: those that it has.
+        known: those that are known.
+        likeness: from 0 to 1; a key that is more like a known one than this counts as a slip.
+
+    Raises:
+        ValueError: naming the first such key, and the nearest known one.
+    """
+    known = sorted(known)
+    prefix = f'{section}.' if section else ''
+    for key in keys:
+        nearest = None if key in known else nearest_key(key, known, likeness)
+        if nearest:
+            raise ValueError(f"{prefix}{key} is not known; did you mean {prefix}{nearest}?")
+
+
+def nearest_key(key, known: Iterable[str], likeness: float) -> Optional[str]:
+    """Return the known key that is most like this one, None if none is like it enough (from 0 to 1)."""
+    found = difflib.get_close_matches(str(key), list(known), n=1, cutoff=likeness)
+    return found[0] if found else None

@@ -2,65 +2,37 @@
 """Check a pre-training config before any work is done, so that a mistake ends in one clear error. New in this project."""
 
 import dataclasses
-import difflib
 import inspect
 import json
 from pathlib import Path
-from typing import Iterable, Iterator, Optional, Sequence
+from typing import Iterable, Iterator, Optional
 
 import lightning.pytorch as pl
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
-from nemo.collections.asr.parts.att_context.layer_schedule import SCHEDULE_KEYS
-from nemo.collections.asr.parts.att_context.synced_collate import SYNCED_CONTEXT_KEYS
-from nemo.collections.asr.parts.att_context.validation import MASK_OPTIONS
-from nemo.collections.asr.parts.utils.known_keys import check_known
-from nemo.collections.asr.parts.utils.resumable_loader import RESUMABLE_KEYS
+from nemo.collections.asr.parts.utils.known_keys import (
+    DATA_KEYS,
+    DATA_SECTIONS,
+    MODEL_KEYS,
+    OPTIONAL_SECTIONS,
+    RESUMABLE_KEYS,
+    SCHEDULE_KEYS,
+    SECTIONS,
+    SYNCED_CONTEXT_KEYS,
+    TOP_LEVEL_KEYS,
+    VALIDATION_MASK_KEYS,
+    check_known,
+    check_spelling,
+    nearest_key,
+)
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
 from nemo.utils.data_utils import is_datastore_path
 from nemo.utils.exp_manager import CallbackParams, ExpManagerConfig
 from nemo.utils.model_utils import import_class_by_path
 
 AUDIO_FILES_LOOKED_FOR = 100  # of each manifest: enough to find a wrong folder, few enough for a million lines
-SECTIONS = ('train_ds', 'preprocessor', 'masking', 'quantizer', 'encoder', 'decoder', 'loss')
-OPTIONAL_SECTIONS = ('validation_ds', 'test_ds', 'spec_augment', 'optim')
-DATA_SECTIONS = ('train_ds', 'validation_ds', 'test_ds')
-DATA_KEYS = (
-    'manifest_filepath',
-    'noise_manifest',
-    'batch_size',
-    'num_workers',
-    'min_duration',
-    'max_duration',
-    'shuffle',
-    'synced_contexts',
-    'skip_bad_audio',
-    'resumable',
-)
-REPORT_KEYS = ('validate_contexts', 'validation_masks', 'audit_every_n_batches', 'log_figures')
-OWN_MODEL_KEYS = (
-    'target_normalize',
-    'mask_position',
-    'num_classes',
-    'num_books',
-    'code_dim',
-    'squeeze_single',
-    'skip_nan_grad',
-    *REPORT_KEYS,
-)
-TOP_LEVEL_KEYS = (
-    'name',
-    'seed',
-    'model',
-    'trainer',
-    'exp_manager',
-    'curriculum',
-    'init_from_nemo_model',
-    'init_from_pretrained_model',
-    'init_from_ptl_ckpt',
-)
 
 
 def check_pretraining_config(cfg: DictConfig) -> None:
@@ -77,7 +49,7 @@ def check_pretraining_config(cfg: DictConfig) -> None:
         raise ValueError(f"the config gives no value for {', '.join(sorted(missing))}")
     if not isinstance(cfg.get('model'), DictConfig):
         raise ValueError("the config has no section model")
-    _check_spelling('', cfg, TOP_LEVEL_KEYS, cutoff=0.85)
+    check_spelling('', cfg, TOP_LEVEL_KEYS, likeness=0.85)
     check_known_keys(cfg.model)
     check_own_sections(cfg)
     for section in SECTIONS:
@@ -95,10 +67,10 @@ def check_known_keys(model_cfg: DictConfig) -> None:
     Raises:
         ValueError: naming the unknown key and the nearest known one.
     """
-    _check_spelling('model', model_cfg, [*OWN_MODEL_KEYS, *SECTIONS, *OPTIONAL_SECTIONS], cutoff=0.85)
+    check_spelling('model', model_cfg, [*MODEL_KEYS, *SECTIONS, *OPTIONAL_SECTIONS], likeness=0.85)
     for name in DATA_SECTIONS:
         if isinstance(model_cfg.get(name), DictConfig):  # NeMo knows many more keys here, some of them much alike
-            _check_spelling(f'model.{name}', model_cfg[name], DATA_KEYS, cutoff=0.9)
+            check_spelling(f'model.{name}', model_cfg[name], DATA_KEYS, likeness=0.9)
     _check_parts('model', model_cfg)
 
 
@@ -118,7 +90,7 @@ def _own_sections() -> dict[str, Iterable[str]]:
     """Return the full names of these sections, and the keys that each may have."""
     own = {
         'curriculum': _constructor_arguments(AttContextCurriculum),
-        'model.validation_masks': MASK_OPTIONS,
+        'model.validation_masks': VALIDATION_MASK_KEYS,
         'model.encoder.layer_att_context_size': SCHEDULE_KEYS,
         'trainer': _constructor_arguments(pl.Trainer),
         'exp_manager': _field_names(ExpManagerConfig),
@@ -132,14 +104,6 @@ def _own_sections() -> dict[str, Iterable[str]]:
 
 def _field_names(cls) -> list[str]:
     return [field.name for field in dataclasses.fields(cls)]
-
-
-def _check_spelling(name: str, section: DictConfig, known: Sequence[str], cutoff: float) -> None:
-    for key in section:
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=cutoff)
-        if key not in known and nearest:
-            prefix = f'{name}.' if name else ''
-            raise ValueError(f"{prefix}{key} is not known; did you mean {prefix}{nearest[0]}?")
 
 
 def _check_parts(name: str, section: DictConfig) -> None:
@@ -158,8 +122,8 @@ def _check_arguments(name: str, section: DictConfig) -> None:
     taken = _constructor_arguments(target)
     for key in section:
         if taken is not None and not key.startswith('_') and key not in taken:
-            nearest = difflib.get_close_matches(key, taken, n=1, cutoff=0.6)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"it takes {', '.join(sorted(taken))}"
+            nearest = nearest_key(key, taken, likeness=0.6)
+            hint = f"did you mean {nearest}?" if nearest else f"it takes {', '.join(sorted(taken))}"
             raise ValueError(f"{name}.{key} is not an argument of {target.__name__}; {hint}")
 
 
@@ -191,7 +155,7 @@ def check_contexts(encoder_cfg: DictConfig) -> None:
     several = isinstance(sizes, ListConfig) and len(sizes) > 0 and isinstance(sizes[0], ListConfig)
     entries = sizes if several else [sizes]
     for index, entry in enumerate(entries):
-        _check_context(entry, 'model.encoder.att_context_size' + (f'[{index}]' if several else ''))
+        _check_entry(entry, 'model.encoder.att_context_size' + (f'[{index}]' if several else ''))
     probabilities = encoder_cfg.get('att_context_probs')
     if probabilities is None:
         return
@@ -203,7 +167,7 @@ def check_contexts(encoder_cfg: DictConfig) -> None:
         raise ValueError(f"{name}; probabilities are 0 or more and sum to 1")
 
 
-def _check_context(entry, field: str) -> None:
+def _check_entry(entry, field: str) -> None:
     AttContext.parse(entry, field=field)
     if not isinstance(entry, ListConfig):
         raise ValueError(f"{field} is {entry!r}; NeMo's encoder takes a pair [left, right], or several pairs")

@@ -5,6 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo.collections.asr.parts.att_context.answerability import masked_share_per_frame, unanswerable_frames
+from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.windows import Window
+
+
+def past(left):
+    """The window of so many frames before a frame."""
+    return Window(AttContext(left, 0))
 
 
 def brute_force(share, left, threshold):
@@ -44,13 +51,13 @@ class TestUnanswerable:
     def test_by_eye(self, left, expected):
         """One utterance; the fifth frame is partly masked: neither a question nor an answer."""
         share = torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.5, 1.0]])
-        assert unanswerable_frames(share, left).int().tolist() == [expected]
+        assert unanswerable_frames(share, past(left)).int().tolist() == [expected]
 
     @pytest.mark.unit
     def test_threshold(self):
         share = torch.tensor([[0.8, 0.875]])
-        assert unanswerable_frames(share, -1).tolist() == [[False, True]]
-        assert unanswerable_frames(share, -1, threshold=0.7).tolist() == [[True, True]]
+        assert unanswerable_frames(share, past(-1)).tolist() == [[False, True]]
+        assert unanswerable_frames(share, past(-1), threshold=0.7).tolist() == [[True, True]]
 
     @pytest.mark.unit
     @given(
@@ -67,10 +74,10 @@ class TestUnanswerable:
         st.sampled_from([0.4, 0.8, 0.9]),
     )
     def test_brute_force(self, share, left, threshold):
-        found = unanswerable_frames(torch.tensor(share), left, threshold)
+        found = unanswerable_frames(torch.tensor(share), past(left), threshold)
         assert found.tolist() == [brute_force(utterance, left, threshold) for utterance in share]
 
     @pytest.mark.unit
     def test_meta(self):
         masks = torch.ones(2, 80, 33, device='meta')
-        assert unanswerable_frames(masked_share_per_frame(masks, 8), 5).shape == (2, 4)
+        assert unanswerable_frames(masked_share_per_frame(masks, 8), past(5)).shape == (2, 4)

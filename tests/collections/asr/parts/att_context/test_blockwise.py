@@ -14,6 +14,7 @@ from nemo.collections.asr.parts.att_context.blockwise import (
     wins_by_blocks,
 )
 from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.windows import Window
 
 CONTEXTS = [
     ('regular', (1, 0)),
@@ -29,12 +30,15 @@ CONTEXTS = [
 ]
 
 
+UNUSED = Window(AttContext(0, 0))
+
+
 class TestAttentionBlocks:
     @pytest.mark.unit
     @pytest.mark.parametrize('style, context', CONTEXTS)
     @pytest.mark.parametrize('frames', [1, 2, 7, 24, 61])
     def test_windows_show_each_query_what_the_style_shows_it(self, style, context, frames):
-        blocks = AttentionBlocks.cut(AttContext(*context), style, frames)
+        blocks = AttentionBlocks.cut(Window(AttContext(*context), style), frames)
         padding = torch.arange(frames) >= torch.tensor([[frames], [frames // 2]])
         number = torch.arange(1, frames + 1).view(1, frames, 1, 1).expand(2, -1, 1, 1)  # of a frame, from 1
         windows = blocks.windows_of(number)[:, 0, :, :, 0]  # [B, N, W], 0: no frame
@@ -46,7 +50,7 @@ class TestAttentionBlocks:
 
     @pytest.mark.unit
     def test_windows_of_a_few_frames(self):
-        blocks = AttentionBlocks(frames=5, queries=2, before=3, after=1, past=3, future=1, chunk=0)
+        blocks = AttentionBlocks(frames=5, queries=2, before=3, after=1, past=3, future=1, window=UNUSED)
         frames = torch.tensor([1.0, 2, 3, 4, 5]).view(1, 5, 1, 1).requires_grad_()
         windows = blocks.windows_of(frames)
         assert windows[0, 0, :, :, 0].tolist() == [[0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5], [2, 3, 4, 5, 0, 0]]
@@ -55,7 +59,7 @@ class TestAttentionBlocks:
 
     @pytest.mark.unit
     def test_each_score_is_placed_at_its_distance(self):
-        blocks = AttentionBlocks(frames=4, queries=2, before=2, after=1, past=2, future=1, chunk=0)
+        blocks = AttentionBlocks(frames=4, queries=2, before=2, after=1, past=2, future=1, window=UNUSED)
         scores = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8], [11, 12, 13, 14], [15, 16, 17, 18]])
         assert blocks.place(scores.view(1, 1, 4, 4))[0, 0].tolist() == [
             [[1, 2, 3, 4, 0], [0, 5, 6, 7, 8]],
@@ -64,7 +68,7 @@ class TestAttentionBlocks:
 
     @pytest.mark.unit
     def test_a_window_of_chunks_leaves_distances_out_that_no_query_sees(self):
-        blocks = AttentionBlocks(frames=4, queries=2, before=2, after=0, past=3, future=1, chunk=2)
+        blocks = AttentionBlocks(frames=4, queries=2, before=2, after=0, past=3, future=1, window=UNUSED)
         scores = torch.arange(1.0, 21).view(1, 1, 4, 5)  # distances 3, 2, 1, 0, -1
         assert blocks.place(scores)[0, 0, 0].tolist() == [[2, 3, 4, 5], [6, 7, 8, 9]]
 
@@ -74,14 +78,14 @@ class TestAttentionBlocks:
         left, right = context
         chunk = right + 1
         vast = AttContext(left + 1000 * chunk, right if style == 'chunked_limited' else right + 1000)
-        blocks = AttentionBlocks.cut(vast, style, frames=20)
+        blocks = AttentionBlocks.cut(Window(vast, style), frames=20)
         assert blocks.before < 20 and blocks.after < 20 and max(blocks.past, blocks.future) <= 19
 
     @pytest.mark.unit
     def test_chunks_are_never_divided_between_blocks(self):
         for left, right, frames in itertools.product((0, 1, 3), (1, 4, 12, 100), (5, 64, 1000)):
-            blocks = AttentionBlocks.cut(AttContext(left * (right + 1), right), 'chunked_limited', frames)
-            assert blocks.queries % blocks.chunk == 0
+            blocks = AttentionBlocks.cut(Window(AttContext(left * (right + 1), right), 'chunked_limited'), frames)
+            assert blocks.queries % min(right + 1, frames) == 0
 
 
 class TestBlockwiseMask:
@@ -89,14 +93,14 @@ class TestBlockwiseMask:
     def test_its_size_grows_with_the_audio_not_with_its_square(self):
         sizes = []
         for frames in (1000, 2000):
-            mask = BlockwiseMask(AttContext(40, 0), 'regular', torch.zeros(2, frames, dtype=torch.bool))
+            mask = BlockwiseMask(Window(AttContext(40, 0)), torch.zeros(2, frames, dtype=torch.bool))
             sizes.append(mask.bias.numel())
             assert mask.bias.shape == (2, 1, mask.blocks.count, mask.blocks.queries, mask.blocks.keys)
         assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.05) and sizes[0] < 2 * 1000 * 100
 
     @pytest.mark.unit
     def test_its_bias(self):
-        mask = BlockwiseMask(AttContext(1, 0), 'regular', torch.tensor([[False, False, True]]))
+        mask = BlockwiseMask(Window(AttContext(1, 0)), torch.tensor([[False, False, True]]))
         assert mask.bias[0, 0, 0, :3, :4].tolist() == [
             [HIDDEN, 0, HIDDEN, HIDDEN],  # keys: before the first, 0, 1, 2 (padding)
             [HIDDEN, 0, 0, HIDDEN],
@@ -129,7 +133,7 @@ class TestChoice:
     @pytest.mark.parametrize('positions, sdpa', itertools.product((True, False), (True, False)))
     def test_blocks_win_where_the_audio_is_long_for_the_context(self, positions, sdpa):
         wins = [
-            [wins_by_blocks(AttContext(left, 0), 'regular', frames, positions, sdpa) for frames in (60, 600, 6000)]
+            [wins_by_blocks(Window(AttContext(left, 0)), frames, positions, sdpa) for frames in (60, 600, 6000)]
             for left in (10, 40, 160, 10000)
         ]
         assert wins[0][1] and wins[1][2] and wins[2][2]

@@ -9,6 +9,7 @@ from tensor_sizes import LargestTensor
 from nemo.collections.asr.parts.att_context import blockwise
 from nemo.collections.asr.parts.att_context.blockwise import BlockwiseMask
 from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.windows import Window
 from nemo.collections.asr.parts.submodules import multi_head_attention as mha
 from nemo.collections.asr.parts.submodules.adapters import multi_head_attention_adapter_module as adapters
 
@@ -36,7 +37,7 @@ def both_masks(context, style, lengths, frames):
     """NeMo's mask [B, T, T], True = hidden, from the definition of the style; and the one of blocks."""
     padding = torch.arange(frames) >= torch.tensor(lengths).unsqueeze(1)
     visible = attended(context, style, frames) & ~padding.unsqueeze(1) & ~padding.unsqueeze(2)
-    return ~visible, BlockwiseMask(AttContext(*context), style, padding)
+    return ~visible, BlockwiseMask(Window(AttContext(*context), style), padding)
 
 
 def attend(attention, frames, mask, pos_emb, weights=None):
@@ -162,7 +163,7 @@ class TestBlocks:
         attention = make_attention(model, sdpa)
         largest = []
         for frames in (500, 1000):
-            mask = BlockwiseMask(AttContext(16, 0), 'regular', torch.zeros(1, frames, dtype=torch.bool))
+            mask = BlockwiseMask(Window(AttContext(16, 0)), torch.zeros(1, frames, dtype=torch.bool))
             with LargestTensor() as mode:
                 attend(attention, torch.randn(1, frames, 8), mask, positions(frames), torch.randn(1, frames, 8))
             largest.append(mode.elements)

@@ -1,0 +1,36 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Who wins, when several say what the attention context is. The table for people is in ``docs/contexts.md``."""
+
+from typing import Callable, Optional
+
+from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.windows import Window
+
+CEILING = 'encoder.att_context_ceiling'  # as errors name it
+
+
+def context_of_batch(
+    default: AttContext,
+    by_hand: Optional[AttContext] = None,
+    with_batch: Optional[AttContext] = None,
+    draw: Optional[Callable[[], AttContext]] = None,
+    ceiling: Optional[AttContext] = None,
+    style: str = 'regular',
+) -> AttContext:
+    """Return the context of a batch, in attention frames. The layers' own contexts narrow it later, one by one.
+
+    Args:
+        default: what holds where nobody says anything.
+        by_hand: what somebody has set; it wins over all but the ceiling.
+        with_batch: what came with the batch.
+        draw: draws one; called only where neither of the two above is given. None: nothing is drawn.
+        ceiling: what narrows all of them, a curriculum's; None narrows nothing.
+        style: the attention style, for the ceiling.
+
+    Raises:
+        ValueError: if the style has no context that shows what both the context and the ceiling show.
+    """
+    context = by_hand if by_hand is not None else with_batch
+    if context is None:
+        context = default if draw is None else draw()
+    return context if ceiling is None else Window(context, style).intersect(ceiling, CEILING).context

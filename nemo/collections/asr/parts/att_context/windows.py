@@ -1,0 +1,107 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Which attention frames see which others: the attention styles, said once.
+
+Attention masks, block-wise attention, live streams, receptive fields, masking and audits all ask a :class:`Window`.
+"""
+
+from dataclasses import dataclass
+
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
+
+STYLES = ('regular', 'chunked_limited')  # the attention styles whose windows are known
+FAR = 1 << 40  # attention frames, more than any utterance has
+
+
+@dataclass(frozen=True)
+class Window:
+    """What each attention frame sees, in a context and a style.
+
+    ``regular``: from ``left`` frames before to ``right`` frames after the frame. ``chunked_limited``: the frame's own
+    chunk of right + 1 frames, and the left // (right + 1) chunks before it; without a limit on the right there are no
+    chunks, and the left side is that of ``regular``.
+
+    Raises:
+        ValueError: for another style.
+    """
+
+    context: AttContext
+    """What limits the window, in attention frames."""
+    style: str = 'regular'
+    """``regular`` or ``chunked_limited``."""
+
+    def __post_init__(self):
+        if self.style not in STYLES:
+            raise ValueError(f"att_context_style is {self.style!r}; windows are known for {STYLES}")
+
+    @property
+    def chunk(self) -> int:
+        """How many frames share one window; 1 where each frame has its own."""
+        return self.context.right + 1 if self.has_chunks else 1
+
+    @property
+    def has_chunks(self) -> bool:
+        """Whether windows are made of whole chunks."""
+        return self.style == 'chunked_limited' and self.context.right != UNLIMITED
+
+    def bounds(self, frame):
+        """Return the first and the last frame that a frame sees.
+
+        They are not cut to the utterance: a side without a limit gets a bound far outside of any.
+
+        Args:
+            frame: the index of an attention frame, an int or a tensor of int64.
+        """
+        left, right = self.context
+        if self.has_chunks:
+            frame = frame - frame % self.chunk
+            left = left // self.chunk * self.chunk if left != UNLIMITED else left
+        return frame - (FAR if left == UNLIMITED else left), frame + (FAR if right == UNLIMITED else right)
+
+    def sees(self, query, key):
+        """Return whether frame ``query`` sees frame ``key``; ints, or int64 tensors that broadcast."""
+        first, last = self.bounds(query)
+        return (first <= key) & (key <= last)
+
+    def intersect(self, own: AttContext, where: str) -> 'Window':
+        """Return the window of what both this one and a narrower context show.
+
+        Under ``chunked_limited`` a left context must be whole chunks of this window, and a smaller right context makes
+        chunks that must lie within the chunks of this window.
+
+        Args:
+            own: a layer's own context, or a ceiling; -1 narrows nothing on its side.
+            where: what to name in an error: where ``own`` was found.
+
+        Raises:
+            ValueError: if no window of this style shows exactly what both show.
+        """
+        both = self.context.intersect(own)
+        if self.style == 'chunked_limited' and own != AttContext(UNLIMITED, UNLIMITED):
+            _check_whole_chunks(self.context, own, both, where)
+        return Window(both, self.style)
+
+
+def _check_whole_chunks(batch: AttContext, own: AttContext, both: AttContext, where: str) -> None:
+    chunk, own_chunk = batch.right + 1, both.right + 1  # 0: there are no chunks, the right context is unlimited
+    if chunk and own.left > 0 and own.left % chunk:
+        raise ValueError(
+            f"{where}: the left context is {own.left}; with att_context_style chunked_limited it must be a multiple "
+            f"of the chunk, {chunk} frames for att_context_size {batch.as_list()} (right context + 1)"
+        )
+    narrowed = both.right != batch.right
+    if narrowed and (chunk % own_chunk if chunk else batch.left != UNLIMITED):
+        raise ValueError(
+            f"{where}: the right context is {own.right}; with att_context_style chunked_limited and att_context_size "
+            f"{batch.as_list()} it must be -1 (the batch's), {batch.right}, or one less than a divisor of the chunk, "
+            f"{chunk} frames"
+        )
+    if own_chunk and both.left > 0 and both.left % own_chunk:
+        raise ValueError(
+            f"{where}: the left context is {both.left}; with att_context_style chunked_limited it must be a multiple "
+            f"of the chunk, {own_chunk} frames (right context + 1)"
+        )
+
+
+def intersect_in_style(batch: AttContext, own: AttContext, style: str, where: str) -> AttContext:
+    """Return the context of all that is visible in both; see :meth:`Window.intersect`."""
+    return Window(batch, style).intersect(own, where).context

@@ -1,0 +1,86 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Masks that depend on an utterance's audio and on nothing else, so that measurements can be repeated and compared.
+
+Shapes: B batch, N samples, D features, M mask frames.
+"""
+
+import random
+from typing import Optional, Sequence
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from nemo.collections.asr.parts.att_context.context import UNLIMITED
+from nemo.collections.asr.parts.att_context.masking_context import follows_context
+
+SAMPLES_HASHED = 4096  # of each utterance, evenly spread: the cost does not grow with its length
+
+
+def utterance_seeds(signal: torch.Tensor, lengths: torch.Tensor, seed: int) -> list[int]:
+    """Return a seed for each utterance, from its own samples and length; waits for the device.
+
+    Neither padding, nor the batch around it, nor the rank changes it.
+
+    Args:
+        signal: samples or features [B, ..., N], floating.
+        lengths: valid ones along the last axis [B].
+        seed: of the whole measurement.
+
+    Returns:
+        B numbers of 32 bits.
+    """
+    signal = signal.float().unsqueeze(1) if signal.dim() == 2 else signal.float()
+    lengths = lengths.to(signal.device).long().clamp(max=signal.shape[-1])
+    if signal.shape[-1] == 0:
+        hashes = lengths
+    else:
+        spread = torch.arange(SAMPLES_HASHED, device=signal.device)
+        index = (spread * lengths.unsqueeze(1)).div(SAMPLES_HASHED, rounding_mode='floor')
+        chosen = signal.gather(2, index.unsqueeze(1).expand(-1, signal.shape[1], -1))
+        bits = chosen.contiguous().view(torch.int32).long().flatten(1)
+        weights = 2 * torch.arange(bits.shape[1], device=signal.device) + 1  # odd: no bit of a sample is lost
+        hashes = (bits * weights).sum(dim=1)  # wraps around, the same in any order
+    pairs = zip(hashes.tolist(), lengths.tolist())
+    return [random.Random(f'{seed}:{length}:{value}').getrandbits(32) for value, length in pairs]
+
+
+class FixedMasks:
+    """A masking that hides the same in every call, to be passed where a masking module is called.
+
+    The first call masks each utterance by itself, cut to its length, right after seeding all of Python's, NumPy's and
+    torch's generators, which are afterwards as they were. Later calls return the same again, whatever they are called
+    with: so they must be for the same features.
+
+    Args:
+        masking: a module that is called with ``input_feats`` [B, D, M] and ``input_lengths`` [B], and returns features
+            and masks [B, D, M].
+        seeds: one for each utterance.
+        left: left context in attention frames that the masks are to be answerable in, -1 = unlimited; for a module
+            that takes ``effective_left_context``.
+    """
+
+    def __init__(self, masking: torch.nn.Module, seeds: Sequence[int], left: int):
+        self._masking, self._seeds = masking, seeds
+        self._arguments = {}
+        if follows_context(masking):
+            self._arguments['effective_left_context'] = None if left == UNLIMITED else left
+        self._drawn: Optional[tuple[torch.Tensor, torch.Tensor]] = None
+
+    def __call__(self, input_feats: torch.Tensor, input_lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the masked features and the masks, [B, D, M] each."""
+        if self._drawn is None:
+            self._drawn = self._mask_one_by_one(input_feats, input_lengths)
+        return self._drawn
+
+    def _mask_one_by_one(self, feats, lengths):
+        masked, masks = feats.clone(), torch.zeros_like(feats)
+        with isolate_rng():
+            for row, (seed, length) in enumerate(zip(self._seeds, lengths.tolist(), strict=True)):
+                length = min(max(int(length), 1), feats.shape[-1])
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.manual_seed(seed)
+                one = dict(input_feats=feats[row : row + 1, :, :length], input_lengths=lengths[row : row + 1])
+                (masked[row, :, :length],), (masks[row, :, :length],) = self._masking(**one, **self._arguments)
+        return masked, masks

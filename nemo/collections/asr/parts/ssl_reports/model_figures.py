@@ -1,0 +1,132 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Pictures of a model: what it masks, whom it attends to, how it learns; in TensorBoard, too."""
+
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from nemo.collections.asr.parts.att_context.answerability import masked_share_per_frame, unanswerable_frames
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
+from nemo.collections.asr.parts.att_context.receptive_field import seen_through_layers
+from nemo.collections.asr.parts.att_context.windows import STYLES, Window
+from nemo.collections.asr.parts.ssl_reports import figures
+from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
+
+
+class MaskedUtterance(NamedTuple):
+    """One utterance as a model's forward pass masked it."""
+
+    features: np.ndarray  # [D, T], clean
+    masks: np.ndarray  # [M], 1 where masked
+    left: int  # left context of the pass, in attention frames
+
+
+def hop_seconds(model) -> float:
+    """Return the length of a feature frame of a model's preprocessor."""
+    featurizer = model.preprocessor.featurizer
+    return featurizer.hop_length / featurizer.sample_rate
+
+
+def masked_utterance(model, record: BatchRecord, index: int = 0) -> MaskedUtterance:
+    """Return an utterance as a forward pass masked it.
+
+    Args:
+        model: an ``EncDecMaskedTokenPredModel``, in the context of the pass.
+        record: of the pass.
+        index: of the utterance.
+    """
+    features = record.features[index, :, : int(record.feature_lengths[index])].detach().float().cpu().numpy()
+    masks = record.masks[index, 0, : int(record.mask_lengths[index])].float().cpu().numpy()
+    left = model.encoder.tightest_left_context() if hasattr(model.encoder, 'tightest_left_context') else UNLIMITED
+    return MaskedUtterance(features, masks, left)
+
+
+def draw_masks(model, utterance: MaskedUtterance, title: str = ''):
+    """Draw what a model masked of an utterance; see ``masked_spectrogram``."""
+    factor = model.encoder.subsampling_factor
+    masks = torch.from_numpy(utterance.masks).view(1, 1, -1)
+    share = masked_share_per_frame(masks, model.mask_frames_per_attention_frame)
+    unanswerable = unanswerable_frames(share, Window(AttContext(utterance.left, 0)))[0].numpy()
+    return figures.masked_spectrogram(
+        utterance.features, utterance.masks, hop_seconds(model), factor, unanswerable, title
+    )
+
+
+def draw_attention(
+    encoder, frame: Optional[int], frames: int, frame_seconds: float, att_context_size=None, title: str = ''
+):
+    """Draw what a frame attends to in each layer of an encoder; see ``attention_windows``.
+
+    Args:
+        encoder: a ``ConformerEncoder``.
+        frame: the attention frame; None takes one at three quarters of the utterance.
+        frames: of the utterance.
+        frame_seconds: length of an attention frame.
+        att_context_size: the batch's context; None takes the encoder's present one.
+        title: of the picture.
+
+    Raises:
+        ValueError: if the frame is not in the utterance, or the encoder's attention has no windows.
+    """
+    frame = 3 * (frames - 1) // 4 if frame is None else frame
+    if not 0 <= frame < frames:
+        raise ValueError(f"frame is {frame}; the utterance has attention frames 0 to {frames - 1}")
+    if encoder.att_context_style not in STYLES:
+        raise ValueError(f"att_context_style is {encoder.att_context_style}; windows are known for {STYLES}")
+    windows = [window.bounds(frame) for window in encoder.effective_windows(att_context_size)]
+    seen = seen_through_layers(encoder, frame, att_context_size)
+    own = encoder.layer_att_contexts()
+    return figures.attention_windows(windows, seen, frame, frames, frame_seconds, own, title)
+
+
+class ContextFigures:
+    """Puts pictures of each validation into TensorBoard; on the first rank, where there is TensorBoard.
+
+    ``contexts/masked_spectrogram`` and ``contexts/attention_windows`` of the first utterance, and
+    ``contexts/learning_curves`` of the validations in this process.
+    """
+
+    def __init__(self):
+        self._utterance: Optional[MaskedUtterance] = None
+        self._curves: dict[str, list[tuple[float, float]]] = {}
+
+    def keep(self, model, record: BatchRecord) -> None:
+        """Keep the first utterance of a validation; to be called after each of its forward passes, in its context."""
+        if self._utterance is None and model.trainer.is_global_zero and _experiments(model.trainer):
+            self._utterance = masked_utterance(model, record)
+
+    def log(self, model) -> None:
+        """Draw and log, at the end of a validation."""
+        trainer, utterance = model.trainer, self._utterance
+        self._utterance = None
+        if utterance is None or trainer.sanity_checking:
+            return
+        for name, figure in self._draw(model, utterance).items():
+            for experiment in _experiments(trainer):
+                experiment.add_figure(f'contexts/{name}', figure, global_step=trainer.global_step, close=False)
+
+    def _draw(self, model, utterance: MaskedUtterance) -> dict:
+        step, encoder = model.trainer.global_step, model.encoder
+        drawn = {'masked_spectrogram': draw_masks(model, utterance, f'first validation utterance, step {step}')}
+        if getattr(encoder, 'att_context_style', None) in STYLES:
+            frames = max(utterance.features.shape[1] // encoder.subsampling_factor, 1)
+            context = AttContext.parse(encoder.att_context_size)
+            drawn['attention_windows'] = draw_attention(
+                encoder,
+                frame=None,
+                frames=frames,
+                frame_seconds=hop_seconds(model) * encoder.subsampling_factor,
+                title=f'attention in context {context.as_list()}',
+            )
+        for name, value in model.trainer.callback_metrics.items():
+            if name == 'att_context_ceiling_left' or name.startswith(('val_loss/ctx_', 'val_accuracy/ctx_')):
+                self._curves.setdefault(name, []).append((step, float(value)))
+        if figures.contexts_in(self._curves):
+            drawn['learning_curves'] = figures.learning_curves(self._curves)
+        return drawn
+
+
+def _experiments(trainer) -> list:
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

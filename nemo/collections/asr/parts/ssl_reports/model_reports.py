@@ -1,0 +1,126 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""All that is reported of a model of masked token prediction; see docs/reports.md.
+
+A model has one such object, also when nothing is asked of it, and each of its hooks asks it with one line.
+"""
+
+from typing import Optional
+
+import torch
+
+from nemo.collections.asr.parts.att_context.answerability import unanswerable_frames
+from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.windows import Window
+from nemo.collections.asr.parts.ssl_reports.audit import TrainingAudit
+from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
+from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse
+from nemo.collections.asr.parts.ssl_reports.model_figures import ContextFigures
+from nemo.collections.asr.parts.ssl_reports.validation import ContextValidation
+from nemo.utils import logging
+
+Logs = dict[str, torch.Tensor]
+
+
+class ModelReports:
+    """Audit, use of the codebook, validation in contexts, and pictures of one model.
+
+    Args:
+        model: an ``EncDecMaskedTokenPredModel``, whose config says what is wanted; it is not kept.
+
+    Raises:
+        ValueError: naming the config key, its value and what is allowed.
+    """
+
+    def __init__(self, model):
+        cfg = model.cfg
+        every, contexts = cfg.get('audit_every_n_batches'), cfg.get('validate_contexts')
+        classes = getattr(model.quantizer, 'num_classes', None)
+        self.codebook_use = CodebookUse(classes, getattr(model.quantizer, 'num_books', 1)) if classes else None
+        self.audit = None if every is None else TrainingAudit(every)
+        self.figures = ContextFigures() if cfg.get('log_figures') else None
+        self.validation: Optional[ContextValidation] = None
+        if contexts is not None:
+            if model.forward_of_its_own:
+                raise ValueError(
+                    f"model.validate_contexts cannot run {type(model).__name__}, which has its own forward"
+                )
+            self.validation = ContextValidation(model, contexts, cfg.get('validation_masks'))
+
+    def of_training_batch(self, model, record: Optional[BatchRecord]) -> Logs:
+        """Return what to log of a training batch, within its pinned context; scalars on its device.
+
+        Args:
+            model: the model.
+            record: of the batch's forward pass; None where a forward of somebody's own leaves none.
+        """
+        if record is None:
+            return {}
+        audit = {} if self.audit is None else self.audit.step(record, model.encoder)
+        return {**self.of_masks(model, record), **self._codebook_logs(record), **audit}
+
+    def of_masks(self, model, record: Optional[BatchRecord], prefix: str = '') -> Logs:
+        """Return the present context and what the masks left to answer in it; scalars on the masks' device."""
+        if record is None:
+            return {}
+        share = record.masked_share()
+        masked_frames = record.masks[:, 0].sum(dtype=torch.float32)
+        logs = {f'{prefix}masked_share': masked_frames / record.mask_lengths.sum().clamp(min=1)}
+        encoder = model.encoder
+        if hasattr(encoder, 'tightest_left_context'):
+            left, right = encoder.att_context_size[0], encoder.att_context_size[-1]
+            window = Window(AttContext(encoder.tightest_left_context(), 0))
+            unanswerable = unanswerable_frames(share, window, record.threshold).sum()
+            masked = (share > record.threshold).sum()
+            logs[f'{prefix}unanswerable_share'] = unanswerable / masked.clamp(min=1)
+            logs[f'{prefix}att_context_left'], logs[f'{prefix}att_context_right'] = float(left), float(right)
+        return logs
+
+    def _codebook_logs(self, record: BatchRecord) -> Logs:
+        """Count the batch's targets; warns, now and then, if they have collapsed."""
+        if self.codebook_use is None:
+            return {}
+        self.codebook_use.update(record.tokens, record.token_lengths)
+        if self.codebook_use.block_is_complete:
+            self._warn_if_targets_collapsed()
+        return self.codebook_use.logs()
+
+    def _warn_if_targets_collapsed(self) -> None:
+        reason = self.codebook_use.collapse()
+        if reason is not None:
+            logging.warning(
+                f"The targets have collapsed: {reason}. The loss will fall and nothing will be learned. Set "
+                "model.target_normalize: per_feature, or normalise the features (model.preprocessor.normalize)."
+            )
+
+    def end_of_training(self) -> None:
+        """Look at the targets once more: a short run may never have completed a block of batches."""
+        if self.codebook_use is not None and self.codebook_use.batches and not self.codebook_use.block_is_complete:
+            self._warn_if_targets_collapsed()
+
+    def start_validation(self, model, loaders: int) -> None:
+        """Make ready for the contexts of the config, and for so many data loaders."""
+        if self.validation is not None:
+            self.validation.start(model, loaders)
+
+    def validate_in_contexts(self, model, batch, dataloader_idx: int) -> torch.Tensor:
+        """Run a batch in every context of the config; returns its loss."""
+        return self.validation.step(model, batch, dataloader_idx, self.keep_for_figures)
+
+    def keep_for_figures(self, model, record: Optional[BatchRecord]) -> None:
+        """Keep an utterance of a validation batch, within its context, for the pictures."""
+        if self.figures is not None and record is not None and model._trainer is not None:
+            self.figures.keep(model, record)
+
+    def finish_validation(self, mode: str) -> None:
+        """Add the contexts' results up over the ranks, which must all call this."""
+        if self.validation is not None:
+            self.validation.finish(mode)
+
+    def validation_summary(self, mode: str, dataloader_idx: int) -> Optional[dict]:
+        """Return what NeMo's ``multi_validation_epoch_end`` returns; None where the contexts are not asked for."""
+        return None if self.validation is None else self.validation.summary(mode, dataloader_idx)
+
+    def draw(self, model) -> None:
+        """Draw and log the pictures, at the end of a validation."""
+        if self.figures is not None:
+            self.figures.log(model)

@@ -1,0 +1,154 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Masking inside a live stream, and the loss of the masked frames as they come.
+
+What has been encoded stays encoded: a mask takes effect on new frames only. It is drawn over the frames received so
+far that the attention reaches, with ``current_frame`` their number, as the model draws it; then the part of
+it that lies on the new frames is kept. So a stream should be fed at least an attention frame at a time.
+
+Targets are normalised as in training, but by the statistics of the frames received so far.
+
+Shapes: F features (or the encoder's width), M mask frames, S target frames, A attention frames, C classes,
+H codebooks.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from nemo.collections.asr.parts.att_context.context import UNLIMITED
+from nemo.collections.asr.parts.att_context.masking_context import follows_context
+from nemo.collections.asr.parts.streaming.state import MaskedStream
+
+LONGEST_REACH = 400  # attention frames that a mask is drawn over where the left context has no limit
+SMALLEST_STD = 1e-5  # as in NeMo's per_feature normalisation
+
+
+@dataclass
+class StepLoss:
+    """The loss of the masked frames of a step."""
+
+    total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    """Sum over frames of the mean over codebooks, in nats."""
+    frames: int = 0
+    """Masked frames whose target and prediction this step completed."""
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Nats per masked frame, 0 where there is none."""
+        return self.total / max(self.frames, 1)
+
+
+class LiveMasking:
+    """Masks streams for a model of masked token prediction, and computes their loss.
+
+    Args:
+        model: an ``EncDecMaskedTokenPredModel`` or its denoising subclass.
+        context: the attention context that the streams are encoded in.
+
+    Raises:
+        ValueError: if the model is no such, or its masking does not follow a context.
+    """
+
+    def __init__(self, model, context):
+        if not all(hasattr(model, name) for name in ('mask_processor', 'quantizer', 'loss')):
+            raise ValueError(f"apply_mask needs a masked token prediction model; {type(model).__name__} is none")
+        if not follows_context(model.mask_processor):
+            raise ValueError(f"apply_mask: {type(model.mask_processor).__name__} does not take current_frame")
+        if not hasattr(model.loss, 'of_frames'):
+            raise ValueError(f"apply_mask: {type(model.loss).__name__} does not tell which frames count")
+        self.model, self.context = model, context
+        self.pre_conv = model.pre_encoder is None
+        with model.encoder.using_att_context_size(context):
+            left = model.encoder.tightest_left_context()
+        self.reach = (LONGEST_REACH if left == UNLIMITED else left) * model.mask_frames_per_attention_frame
+        self._combined = getattr(model.quantizer, 'combine_time_steps', 1)
+
+    @property
+    def decoder_offset(self) -> int:
+        """Leading decoder frames that the loss drops."""
+        return getattr(self.model.loss, 'mlm_loss', self.model.loss).decoder_offset
+
+    @property
+    def squeezes_codebooks(self) -> bool:
+        """Whether predictions and targets come without the dimension of codebooks."""
+        loss = self.model.loss
+        return getattr(loss, 'num_decoders', 1) == 1 and getattr(loss, 'squeeze_single', True)
+
+    def new_stream(self, device) -> MaskedStream:
+        """The state of a stream before its first frame."""
+        features = self.model.mask_processor.mask_embedding.shape[0]
+        empty = torch.zeros(features, 0, device=device)
+        sums = torch.zeros(features, dtype=torch.float64, device=device)
+        return MaskedStream(empty, empty, sums, sums)
+
+    def mask(self, stream: MaskedStream, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take new mask frames and mask among them.
+
+        Args:
+            stream: its state, which moves on.
+            frames: [F, M].
+
+        Returns:
+            the frames as the encoder is to see them, [F, M], and their masks [1, M], 1 where masked.
+        """
+        new = frames.shape[1]
+        if new == 0:
+            return frames, frames[:1]
+        drawn_over = torch.cat((stream.recent, frames), dim=1)
+        drawn_over = drawn_over[:, max(drawn_over.shape[1] - max(self.reach, new), 0) :]
+        masked, masks = self._draw(drawn_over)
+        stream.recent = drawn_over[:, max(drawn_over.shape[1] - self.reach, 0) :].clone()
+        self._make_targets(stream, frames)
+        masked, masks = masked[:, -new:], masks[:1, -new:]
+        stream.masks = masks if stream.masks is None else torch.cat((stream.masks, masks), dim=1)
+        return masked, masks
+
+    def _draw(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        received = torch.tensor([frames.shape[1]], device=frames.device)
+        with self.model.encoder.using_att_context_size(self.context):
+            arguments = self.model.masking_arguments(current_frame=received)
+        masked, masks = self.model.mask_processor(input_feats=frames.unsqueeze(0), input_lengths=received, **arguments)
+        return masked[0], masks[0]
+
+    def _make_targets(self, stream: MaskedStream, frames: torch.Tensor) -> None:
+        """Make targets of the new frames; those that make no whole target wait."""
+        stream.count += frames.shape[1]
+        stream.total = stream.total + frames.double().sum(dim=1)
+        stream.squares = stream.squares + frames.double().square().sum(dim=1)
+        frames = torch.cat((stream.waiting, frames), dim=1)
+        whole = frames.shape[1] // self._combined * self._combined
+        stream.waiting, frames = frames[:, whole:].clone(), frames[:, :whole]
+        if whole == 0:
+            return
+        if self.model.target_normalize == 'per_feature':
+            frames = _standardize(stream, frames)
+        tokens = self.model.quantizer(input_signal=frames.unsqueeze(0))[1][0]
+        stream.tokens = tokens if stream.tokens is None else torch.cat((stream.tokens, tokens))
+
+    def score(self, stream: MaskedStream, log_probs: torch.Tensor) -> StepLoss:
+        """Take new predictions; return the loss of all masked frames that now have target and prediction.
+
+        Args:
+            stream: its state, which moves on.
+            log_probs: [A, C] or [A, C, H].
+        """
+        if stream.log_probs is not None:
+            log_probs = torch.cat((stream.log_probs, log_probs))
+        stream.log_probs = log_probs
+        if stream.tokens is None or not log_probs.shape[0]:
+            return StepLoss(log_probs.new_zeros(()))
+        loss, masks = self.model.loss, stream.masks.unsqueeze(0)
+        aligned, targets, counted = loss.align(log_probs.unsqueeze(0), stream.tokens.unsqueeze(0), masks)
+        ready = aligned.shape[1]
+        lost = loss.of_frames(aligned[0], targets[0], reduction='none')
+        stream.log_probs, stream.tokens = log_probs[ready:].clone(), stream.tokens[ready:]
+        stream.masks = stream.masks[:, ready * getattr(loss, 'mlm_loss', loss).combine_time_steps :]
+        return StepLoss(lost[counted[0]].sum(), int(counted.sum()))
+
+
+def _standardize(stream: MaskedStream, frames: torch.Tensor) -> torch.Tensor:
+    """Give every feature zero mean and unit variance by the statistics of the stream so far."""
+    mean = stream.total / stream.count
+    variance = (stream.squares - stream.count * mean.square()).clamp(min=0) / max(stream.count - 1, 1)
+    std = variance.sqrt() + SMALLEST_STD
+    return ((frames.double() - mean[:, None]) / std[:, None]).to(frames.dtype)

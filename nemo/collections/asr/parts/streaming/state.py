@@ -1,0 +1,159 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""All that live streams remember, as values that can be saved and restored.
+
+Shapes: B streams, N samples, F features (or the encoder's width), T feature frames, M mask frames, S target frames,
+D the encoder's width, C cached frames or classes, A attention frames, H codebooks.
+"""
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+import torch
+
+VERSION = 2  # of what StreamState.to_dict returns; 1 had none written down
+
+
+@dataclass
+class SampleTail:
+    """The end of one stream of samples, and its position."""
+
+    samples: torch.Tensor
+    """Those that coming frames need, [N] float32."""
+    received: int = 0
+    """Samples received so far."""
+    frames: int = 0
+    """Feature frames given out so far."""
+
+
+@dataclass
+class LayerCache:
+    """What one layer remembers; frames end at the right, those before a stream began are zero and hidden."""
+
+    attention: torch.Tensor
+    """Inputs of the attention, [B, C, D]."""
+    convolution: torch.Tensor
+    """Inputs of the convolution, [B, D, kernel - 1]."""
+    pending: torch.Tensor
+    """Inputs of the layer that still wait for their right context, [B, right, D]."""
+
+
+@dataclass
+class EncoderState:
+    """The state of a batch of streams between the features and the encoder's outputs."""
+
+    features: list[torch.Tensor]
+    """For each stream the features that coming encoder frames need, [F, T]."""
+    received: list[int]
+    """Feature frames received by each stream."""
+    frames: list[int]
+    """Encoder frames that each stream has given to the layers."""
+    layers: list[LayerCache] = field(default_factory=list)
+
+
+@dataclass
+class MaskedStream:
+    """The state of one stream that is masked."""
+
+    recent: torch.Tensor
+    """The last mask frames as they were received, as far as a mask is drawn over them, [F, M]."""
+    waiting: torch.Tensor
+    """Those that do not make a whole target yet, [F, M]."""
+    total: torch.Tensor
+    """Sum over the frames received, [F] float64."""
+    squares: torch.Tensor
+    """Sum of their squares, [F] float64."""
+    count: int = 0
+    """Mask frames received."""
+    masks: Optional[torch.Tensor] = None
+    """Of frames without a loss so far, [1, M]."""
+    tokens: Optional[torch.Tensor] = None
+    """Targets without a loss so far, [S] or [S, H]."""
+    log_probs: Optional[torch.Tensor] = None
+    """Predictions without a loss so far, behind ``decoder_offset`` that the loss drops, [A, C] or [A, C, H]."""
+
+
+@dataclass
+class StreamState:
+    """The state of a session: of each stream, or of all of them in one batch."""
+
+    ended: list[bool]
+    """For each stream, whether it has ended."""
+    tails: list[SampleTail]
+    """The samples of each stream that coming features need."""
+    encoder: EncoderState
+    """The state between the features and the encoder's outputs."""
+    masked: list[Optional[MaskedStream]]
+    """What masking remembers of each stream; None without masking."""
+
+    def to_dict(self) -> dict:
+        """Return a copy as plain containers and tensors, for torch.save or pickle."""
+        return {'version': VERSION, **copy_tensors(self._plain())}
+
+    @classmethod
+    def from_dict(cls, state: dict, masking, device) -> 'StreamState':
+        """Return a copy of what :meth:`to_dict` returned, in this version or an earlier one.
+
+        Args:
+            state: the dict.
+            masking: the session's ``LiveMasking``; None without masking.
+            device: where the tensors go.
+        """
+        state = copy_tensors(state, device)
+        if state.get('version', 1) == 1:
+            state['masked'] = [_masked_of_version_1(stream, masking) for stream in state['masked']]
+        layers = [LayerCache(**layer) for layer in state['encoder'].pop('layers')]
+        return cls(
+            state['ended'],
+            [SampleTail(**tail) for tail in state['tails']],
+            EncoderState(**state['encoder'], layers=layers),
+            [None if stream is None else MaskedStream(**stream) for stream in state['masked']],
+        )
+
+    def bytes(self) -> int:
+        """Return how many bytes its tensors take."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(self._plain()))
+
+    def _plain(self) -> dict:
+        encoder = {name: getattr(self.encoder, name) for name in ('features', 'received', 'frames')}
+        return {
+            'ended': self.ended,
+            'tails': [vars(tail) for tail in self.tails],
+            'encoder': {**encoder, 'layers': [vars(cache) for cache in self.encoder.layers]},
+            'masked': [None if stream is None else vars(stream) for stream in self.masked],
+        }
+
+
+def _masked_of_version_1(stream: Optional[dict], masking) -> Optional[dict]:
+    """Read what masking remembered in version 1.
+
+    Some names were others, there was always a dimension for codebooks, and of the predictions those that the loss
+    drops were gone already.
+    """
+    if stream is None:
+        return None
+    stream = dict(stream, recent=stream['window'], waiting=stream['unaimed'])
+    dropped = masking.decoder_offset - stream['unheard']
+    for name in ('window', 'unaimed', 'unheard'):
+        del stream[name]
+    if stream['log_probs'] is not None:
+        stream['log_probs'] = torch.nn.functional.pad(stream['log_probs'], (0, 0, 0, 0, dropped, 0))
+    if masking.squeezes_codebooks:
+        for name in ('log_probs', 'tokens'):
+            stream[name] = None if stream[name] is None else stream[name].squeeze(-1)
+    return stream
+
+
+def copy_tensors(state, device=None):
+    """Copy nested containers with their tensors, which go to ``device`` if given."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().clone() if device is None else state.detach().to(device, copy=True)
+    if isinstance(state, dict):
+        return {name: copy_tensors(value, device) for name, value in state.items()}
+    return [copy_tensors(value, device) for value in state] if isinstance(state, list) else state
+
+
+def _tensors(state) -> list[torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        return [state]
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
+    return [tensor for value in values for tensor in _tensors(value)]

@@ -1,0 +1,134 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""A loader that is stopped anywhere gives the rest as if it had not been; a whole run is in ``tests/faults``."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.utilities.data import _update_dataloader
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+
+from nemo.collections.asr.data.resumable_loader import derive_seed, make_resumable
+
+ITEMS = 11
+
+
+class Noisy(Dataset):
+    """An item is its index and draws from all generators."""
+
+    def __len__(self):
+        return ITEMS
+
+    def __getitem__(self, index):
+        return torch.tensor([index, random.random(), np.random.rand(), torch.rand(()).item()])
+
+
+def collate(items):
+    return torch.stack(items) + torch.rand(())  # augmentors draw here
+
+
+def resumable(workers=0, shuffle=True, seed=3, **more):
+    plain = DataLoader(Noisy(), 2, shuffle=shuffle, num_workers=workers, collate_fn=collate, **more)
+    return make_resumable(plain, {'seed': seed})
+
+
+def epoch(loader, number, stop=None):
+    """The batches of an epoch, and what a training step on each would draw."""
+    loader.sampler.set_epoch(number)
+    given = []
+    for batch in loader:
+        given.append((batch.tolist(), torch.rand(2).tolist(), random.random()))
+        if len(given) == stop:
+            break
+    return given
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('shuffle', [True, False])
+def test_goes_on_where_it_was(workers, shuffle):
+    whole = [epoch(resumable(0, shuffle), number) for number in (0, 1, 2)]
+    stopped = resumable(workers, shuffle)
+    assert epoch(stopped, 0) == whole[0] and epoch(stopped, 1, stop=2) == whole[1][:2]
+    again = resumable(workers, shuffle)
+    again.load_state_dict(stopped.state_dict())
+    assert len(again) == len(stopped) == 6
+    assert epoch(again, 1) == whole[1][2:]
+    assert epoch(again, 2) == whole[2]
+
+
+@pytest.mark.unit
+def test_lightning_may_begin_to_iterate_before_it_tells_the_epoch():
+    stopped, again = resumable(2), resumable(2)
+    epoch(stopped, 1, stop=2)
+    again.load_state_dict(stopped.state_dict())
+    batches = iter(again)
+    again.sampler.set_epoch(1)
+    assert [batch.tolist() for batch in batches] == [batch for batch, _, _ in epoch(resumable(), 1)[2:]]
+
+
+@pytest.mark.unit
+def test_a_finished_epoch_is_followed_by_the_next():
+    finished, again = resumable(), resumable()
+    epoch(finished, 0)
+    assert finished.state_dict() == {'epoch': 1, 'batches': 0}
+    again.load_state_dict(finished.state_dict())
+    assert [batch.tolist() for batch in again] == [batch for batch, _, _ in epoch(resumable(), 1)]
+
+
+@pytest.mark.unit
+def test_epochs_and_seeds_differ_and_each_item_comes_once():
+    loader = resumable()
+    orders = [[int(item[0]) for batch, _, _ in epoch(loader, number) for item in batch] for number in (0, 1)]
+    orders.append([int(item[0]) for batch, _, _ in epoch(resumable(seed=4), 0) for item in batch])
+    assert len({tuple(order) for order in orders}) == 3
+    in_order = [epoch(resumable(shuffle=False), number) for number in (0, 1)]
+    assert in_order[0] != in_order[1]  # the draws
+    assert len({draw for _, _, draw in in_order[0]}) == 6
+
+
+@pytest.mark.unit
+def test_stays_what_it_is_when_lightning_puts_a_distributed_sampler_in():
+    ranks = []
+    for rank in (0, 1):
+        sampler = DistributedSampler(Noisy(), num_replicas=2, rank=rank, shuffle=True)
+        loader, again = (_update_dataloader(resumable(), sampler) for _ in range(2))
+        whole = epoch(loader, 1)
+        assert epoch(loader, 1, stop=2) == whole[:2]
+        again.load_state_dict(loader.state_dict())
+        assert epoch(again, 1) == whole[2:] and len(loader) == len(whole) == 3
+        ranks.append({int(item[0]) for batch, _, _ in whole for item in batch})
+    assert set.union(*ranks) == set(range(ITEMS))
+
+
+@pytest.mark.unit
+def test_keeps_what_the_loader_was():
+    loader = resumable(drop_last=True)
+    assert len(loader) == len(list(loader)) == 5 and loader.batch_size == 2 and loader.collate_fn is collate
+
+
+@pytest.mark.unit
+def test_seeds_do_not_depend_on_the_process():
+    assert derive_seed(3, 'step', 0, 1, 2) == 3201826510695193048
+    assert derive_seed(3, 'step', 0, 1, 2) != derive_seed(3, 'step', 0, 12)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(3))
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'loader, options, message',
+    [
+        (DataLoader(Noisy()), {'sed': 1}, 'did you mean train_ds.resumable.seed?'),
+        (DataLoader(Noisy()), {'seed': 'x'}, "train_ds.resumable.seed is 'x'; it must be an integer"),
+        (DataLoader(Noisy()), {'seed': True}, 'train_ds.resumable.seed is True'),
+        (DataLoader(Stream()), {}, 'needs data from plain manifests'),
+    ],
+)
+def test_refuses(loader, options, message):
+    with pytest.raises(ValueError, match=message.replace('?', r'\?')):
+        make_resumable(loader, options)

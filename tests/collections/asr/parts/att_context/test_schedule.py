@@ -1,0 +1,120 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+import pytest
+from omegaconf import OmegaConf
+
+from nemo.collections.asr.parts.att_context import AttContext, ContextSchedule, parse_layer_contexts
+from nemo.collections.asr.parts.att_context import schedule as under_test
+
+NEST = [[0, [40, 0]], [6, [120, 0]], [12, [320, 0]]]
+
+
+def lefts(value, layers, **kwargs):
+    contexts = parse_layer_contexts(value, layers, 'field', **kwargs)
+    return [None if context is None else context.left for context in contexts]
+
+
+class TestLayerContexts:
+    @pytest.mark.unit
+    @pytest.mark.parametrize('value', [NEST, OmegaConf.create(NEST), tuple((i, AttContext(*c)) for i, c in NEST)])
+    def test_each_layer_takes_the_last_anchor_at_or_below_it(self, value):
+        assert lefts(value, 17) == [40] * 6 + [120] * 6 + [320] * 5
+
+    @pytest.mark.unit
+    def test_layers_below_the_first_anchor_have_none(self):
+        assert lefts([[2, [40, 0]]], 4) == [None, None, 40, 40]
+
+    @pytest.mark.unit
+    def test_one_context_per_layer(self):
+        contexts = parse_layer_contexts([[4, 0], None, 'low', [-1, -1]], 4, 'field')
+        assert contexts == (AttContext(4, 0), None, AttContext(160, 0), AttContext(-1, -1))
+
+    @pytest.mark.unit
+    def test_linear_interpolation(self):
+        value = {'anchors': [[0, [4, 0]], [4, [12, 4]]], 'interpolate': 'linear'}
+        contexts = parse_layer_contexts(OmegaConf.create(value), 6, 'field')
+        assert [tuple(context) for context in contexts] == [(4, 0), (6, 1), (8, 2), (10, 3), (12, 4), (12, 4)]
+
+    @pytest.mark.unit
+    def test_interpolated_contexts_are_whole_chunks(self):
+        value = {'anchors': [[0, [4, 3]], [4, [16, 3]]], 'interpolate': 'linear'}
+        assert lefts(value, 5, multiple=4) == [4, 4, 8, 12, 16]
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'value, index, shown, allowed',
+        [
+            ([[0, [4, 0]], ['1', [4, 0]]], 1, "'1'", 'a whole number, from 0 to 7'),
+            ([[0, [4, 0]], [1.5, [4, 0]]], 1, '1.5', 'a whole number, from 0 to 7'),
+            ([[True, [4, 0]]], 0, 'True', 'a whole number, from 0 to 7'),
+            ([[-1, [4, 0]]], 0, '-1', 'a whole number, from 0 to 7'),
+            ([[0, [4, 0]], [8, [4, 0]]], 1, '8', 'from 0 to 7'),
+            ([[0, [4, 0]], [3, 4]], 1, '[3, 4]', 'a pair [left, right]'),
+            ([[0, [4]]], 0, '[4]', '[left, right]'),
+            ([[0, [4, 0, 0]]], 0, '[4, 0, 0]', '[left, right]'),
+            ([[0, [4, 0]], [3]], 1, '[3]', 'a pair [layer, [left, right]]'),
+            ([[0, [4, 0]], None], 1, 'None', 'a pair [layer, [left, right]]'),
+            ([[0, [-2, 0]]], 0, '-2', '-1 for unlimited'),
+            ([[0, [4.0, 0]]], 0, '4.0', 'a whole number'),
+            ([[0, 'lowest']], 0, "'lowest'", 'very_low'),
+            ([[3, [4, 0]], [1, [8, 0]]], 1, 'layer 1 follows layer 3', 'must rise'),
+            ([[3, [4, 0]], [3, [8, 0]]], 1, 'layer 3 follows layer 3', 'without repetition'),
+            ([[4, 0]] * 7 + [[-2, 0]], 7, '-2', '-1 for unlimited'),
+            ([[4, 0]] * 7 + [40], 7, '40', 'a pair [left, right]'),
+        ],
+    )
+    def test_a_bad_item_is_named_with_its_index_its_value_and_what_is_allowed(self, value, index, shown, allowed):
+        with pytest.raises(ValueError) as error:
+            parse_layer_contexts(value, 8, 'encoder.layer_att_context_size')
+        for part in (f'encoder.layer_att_context_size: item {index}, ', shown, allowed):
+            assert part in str(error.value)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'value, message',
+        [
+            ([], 'not empty'),
+            ({'anchors': []}, 'not empty'),
+            ('high', 'must be a list'),
+            (7, 'must be a list'),
+            ([[4, 0]] * 3, '3 contexts, the encoder 8 layers'),
+            ({'layers': NEST}, 'anchors and interpolate'),
+            ({'anchors': [[0, [4, 0]]], 'interpolate': 'cubic'}, "'cubic'"),
+            ({'anchors': [[0, [4, 0]], [3, [-1, 0]]], 'interpolate': 'linear'}, 'item 1: from [4, 0] to [-1, 0]'),
+        ],
+    )
+    def test_a_bad_schedule_is_named(self, value, message):
+        with pytest.raises(ValueError) as error:
+            parse_layer_contexts(value, 8, 'encoder.layer_att_context_size')
+        assert 'encoder.layer_att_context_size' in str(error.value) and message in str(error.value)
+
+    @pytest.mark.unit
+    def test_a_zero_left_context_warns(self, monkeypatch):
+        warnings = []
+        monkeypatch.setattr(under_test.logging, 'warning', warnings.append)
+        parse_layer_contexts([[0, [4, 0]], [2, [0, 0]]], 8, 'field')
+        assert len(warnings) == 1 and 'item 1, [2, [0, 0]]' in warnings[0]
+
+    @pytest.mark.unit
+    def test_a_further_check_learns_where_the_context_was(self):
+        seen = []
+        parse_layer_contexts([[0, [4, 0]]], 8, 'field', check=lambda context, where: seen.append((context, where)))
+        assert seen == [(AttContext(4, 0), 'field: item 0, [0, [4, 0]]')]
+
+
+class TestContextSchedule:
+    @pytest.mark.unit
+    def test_positions_far_apart(self):
+        schedule = ContextSchedule.parse([[0, [40, 0]], [50000, [160, 0]], [150000, [320, 0]]], 'field', 'step')
+        assert [schedule.at(step).left for step in (0, 49999, 50000, 149999, 150000, 10**7)] == [
+            40,
+            40,
+            160,
+            160,
+            320,
+            320,
+        ]
+
+    @pytest.mark.unit
+    def test_a_falling_linear_path(self):
+        schedule = ContextSchedule.parse([[0, [8, 0]], [4, [0, 0]]], 'field', 'step', interpolate='linear')
+        assert [schedule.at(step).left for step in range(6)] == [8, 6, 4, 2, 0, 0]

@@ -1,0 +1,225 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+import pytest
+import torch
+from attention_windows import attended
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_encoder import tiny_encoder
+
+from nemo.collections.asr.modules import RandomBlockMasking
+from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.ssl_reports.audit import (
+    STACK,
+    TrainingAudit,
+    Window,
+    audit_masking,
+    audit_masks,
+    windows_of,
+)
+from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
+
+WINDOWS = {
+    'narrow': Window(AttContext(1, 0)),
+    'wide': Window(AttContext(4, 2)),
+    'past': Window(AttContext(-1, 0)),
+    'all': Window(AttContext(-1, -1)),
+    'chunks': Window(AttContext(4, 1), 'chunked_limited'),
+    'present': Window(AttContext(0, 0)),
+}
+
+
+@st.composite
+def masked_batches(draw):
+    """Masks [B, M] and lengths [B]; what is masked lies within the lengths, mostly in runs."""
+    frames = draw(st.integers(0, 24))
+    rows, lengths = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        length = draw(st.integers(0, frames))
+        runs = draw(st.lists(st.tuples(st.booleans(), st.integers(1, 7)), max_size=8))
+        row = [int(flag) for flag, times in runs for _ in range(times)][:length]
+        rows.append(row + [0] * (frames - len(row)))
+        lengths.append(length)
+    return torch.tensor(rows, dtype=torch.float32).view(len(rows), frames), torch.tensor(lengths)
+
+
+def brute_force(masks, lengths, factor, windows, threshold=0.8):
+    """Look at every frame of every utterance, one after the other."""
+    found = {'mask_frames': 0, 'mask_frames_masked': 0, 'frames': 0, 'frames_masked': 0, 'runs': {}}
+    unanswerable = dict.fromkeys(windows, 0)
+    for row, length in zip(masks.tolist(), lengths.tolist()):
+        row = row[:length]
+        shares = [sum(row[start : start + factor]) / factor for start in range(0, length - factor + 1, factor)]
+        masked = [share > threshold for share in shares]
+        found['mask_frames'] += length
+        found['mask_frames_masked'] += sum(row)
+        found['frames'] += len(shares)
+        found['frames_masked'] += sum(masked)
+        for run in ''.join('#' if flag else ' ' for flag in masked).split():
+            found['runs'][len(run)] = found['runs'].get(len(run), 0) + 1
+        for name, window in windows.items():
+            sees = attended(tuple(window.context), window.style, len(shares)).tolist()
+            for frame, flag in enumerate(masked):
+                answers = [other for other, seen in enumerate(sees[frame]) if seen and shares[other] == 0]
+                unanswerable[name] += flag and not answers
+    return {**found, 'unanswerable': unanswerable}
+
+
+class TestAuditMasks:
+    @pytest.mark.unit
+    @settings(max_examples=150)
+    @given(masked_batches(), st.sampled_from([1, 2, 3, 8]))
+    def test_against_brute_force(self, batch, factor):
+        masks, lengths = batch
+        audit = audit_masks(masks.unsqueeze(1).expand(-1, 2, -1), lengths, factor, WINDOWS)
+        expected = brute_force(masks, lengths, factor, WINDOWS)
+        for name in ('mask_frames', 'mask_frames_masked', 'frames', 'frames_masked'):
+            assert getattr(audit, name).item() == expected[name]
+        assert {length: count for length, count in enumerate(audit.runs.tolist()) if count} == expected['runs']
+        assert {name: count.item() for name, count in audit.unanswerable.items()} == expected['unanswerable']
+        assert audit.empty_batches.item() == (expected['frames_masked'] == 0)
+
+    @pytest.mark.unit
+    def test_by_eye(self):
+        masks = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 0, 0, 0, 0]])
+        windows = {'layer_00': Window(AttContext(1, 0)), 'layer_01': Window(AttContext(3, 0))}
+        audit = audit_masks(masks, torch.tensor([10, 6]), 1, windows)
+        assert audit.masked_share().item() == pytest.approx(9 / 16)
+        assert audit.runs.tolist() == [0, 0, 3, 1, 0, 0, 0, 0, 0, 0, 0]
+        assert audit.mean_run().item() == 9 / 4 and audit.longest_run() == 3
+        assert audit.run_quantile(0.75) == 2 and audit.run_quantile(0.76) == 3
+        shares = {name: share.item() for name, share in audit.unanswerable_share().items()}
+        # The first two frames see nothing; with one frame of the past so do frames 4, 5 and 9, and one more below.
+        assert shares == {'layer_00': pytest.approx(6 / 9), 'layer_01': pytest.approx(2 / 9)}
+
+    @pytest.mark.unit
+    def test_audits_add_up(self):
+        lengths = torch.tensor([40, 33, 12, 40, 8, 20])
+        masks = torch.randint(0, 2, (6, 40), generator=torch.Generator().manual_seed(0))
+        masks *= torch.arange(40) < lengths.unsqueeze(1)
+        whole = audit_masks(masks, lengths, 2, WINDOWS)
+        parts = audit_masks(masks[:4], lengths[:4], 2, WINDOWS) + audit_masks(masks[4:, :30], lengths[4:], 2, WINDOWS)
+        assert (parts.batches, whole.batches) == (2, 1)
+        assert {**vars(parts), 'batches': 1, 'runs': parts.runs.tolist()} == {
+            **vars(whole),
+            'batches': 1,
+            'runs': whole.runs.tolist(),
+        }
+
+    @pytest.mark.unit
+    def test_nothing_at_all(self):
+        audit = audit_masks(torch.zeros(0, 80, 0), torch.zeros(0, dtype=torch.long), 8, WINDOWS)
+        assert audit.masked_share() == 0 and audit.longest_run() == 0 and audit.empty_batches == 1
+        assert all(torch.isfinite(value) for value in audit.logs().values())
+
+    @pytest.mark.unit
+    @pytest.mark.run_only_on('GPU')
+    def test_it_does_not_wait_for_the_device(self):
+        masks, lengths = torch.ones(2, 80, 64, device='cuda'), torch.tensor([64, 30], device='cuda')
+        torch.cuda.set_sync_debug_mode('error')
+        try:
+            logs = audit_masks(masks, lengths, 8, WINDOWS).logs()
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+        assert logs['audit/masked_share'].item() == 1
+
+
+class TestWindowsOf:
+    @pytest.mark.unit
+    def test_layers_and_stack(self):
+        encoder = tiny_encoder(n_layers=3, layer_att_context_size=[[0, [4, 0]], [2, [8, 0]]])
+        windows = windows_of(encoder, [20, 0])
+        lefts = {name: window.context.left for name, window in windows.items()}
+        before, _ = encoder.conv_context_size
+        assert lefts == {'layer_00': 4, 'layer_01': 4, 'layer_02': 8, STACK: 16 + 3 * before}
+        encoder.set_layer_att_context_size(None)
+        assert {name: tuple(window.context) for name, window in windows_of(encoder, [-1, 0]).items()} == {
+            'layers': (-1, 0),
+            STACK: (-1, 0),
+        }
+
+    @pytest.mark.unit
+    def test_what_has_no_windows(self):
+        assert windows_of(torch.nn.Linear(2, 2)) == {}
+        local = tiny_encoder(self_attention_model='rel_pos_local_attn', att_context_size=[8, 8])
+        assert set(windows_of(local)) == {'layers', STACK}
+
+
+class OwnMasking(torch.nn.Module):
+    """Hides the second half of every utterance, and takes no context."""
+
+    def forward(self, input_feats, input_lengths):
+        index = torch.arange(input_feats.shape[-1])
+        hidden = (index >= input_lengths.unsqueeze(1) // 2) & (index < input_lengths.unsqueeze(1))
+        masks = hidden.unsqueeze(1).expand_as(input_feats).to(input_feats.dtype)
+        return input_feats * (1 - masks), masks
+
+
+class TestAuditMasking:
+    @pytest.mark.unit
+    def test_any_masking_module(self):
+        windows = {'layers': Window(AttContext(2, 0)), STACK: Window(AttContext(9, 0))}
+        audit = audit_masking(OwnMasking(), torch.tensor([40, 24]), features=4, factor=4, windows=windows, draws=3)
+        assert audit.batches == 3 and audit.masked_share() == 0.5 and audit.longest_run() == 5
+        # of five masked frames the first two see the unmasked half; of three, two
+        assert audit.unanswerable_share()['layers'].item() == pytest.approx(4 / 8)
+        assert audit.unanswerable_share()[STACK] == 0
+
+    @pytest.mark.unit
+    def test_ours_asks_for_nothing_impossible_and_stocks_does(self):
+        windows, lengths = {'layers': Window(AttContext(5, 0))}, torch.tensor([800, 640])
+        settings = dict(feat_in=8, mask_prob=0.5, block_size=48, subsampling_factor=8)
+        ours = audit_masking(RandomBlockMasking(**settings), lengths, 8, 8, windows, draws=20)
+        assert ours.frames_masked > 0 and ours.unanswerable['layers'] == 0
+
+        class Regardless(torch.nn.Module):
+            masking = RandomBlockMasking(**settings)
+
+            def forward(self, input_feats, input_lengths):
+                return self.masking(input_feats, input_lengths)
+
+        unbound = audit_masking(Regardless(), lengths, 8, 8, windows, draws=20)
+        assert unbound.unanswerable_share()['layers'] > 0.2
+
+    @pytest.mark.unit
+    def test_seeds_and_generators(self):
+        masking, lengths = RandomBlockMasking(feat_in=8), torch.tensor([300])
+        torch.manual_seed(3)
+        first = audit_masking(masking, lengths, 8, draws=2, seed=1)
+        after = torch.rand(1)
+        torch.manual_seed(3)
+        assert torch.rand(1) == after
+        again = audit_masking(masking, lengths, 8, draws=2, seed=1)
+        assert torch.equal(first.runs, again.runs)
+        with pytest.raises(ValueError, match='draws is 0'):
+            audit_masking(masking, lengths, 8, draws=0)
+
+
+def record_of(masks):
+    """A batch of two utterances of 40 and 21 mask frames, 4 to an attention frame."""
+    nothing = torch.zeros(2)
+    lengths = dict(mask_lengths=torch.tensor([40, 21]), encoded_lengths=torch.tensor([11, 8]))
+    targets = dict(tokens=nothing, token_lengths=nothing, features=nothing, feature_lengths=nothing)
+    return BatchRecord(None, masks=masks, **lengths, **targets, factor=4, threshold=0.8, decoder_offset=1)
+
+
+class TestTrainingAudit:
+    @pytest.mark.unit
+    @pytest.mark.parametrize('bad', [0, -5, 2.5, 'often', True])
+    def test_a_bad_interval_is_refused(self, bad):
+        with pytest.raises(ValueError, match='model.audit_every_n_batches is .*whole number of 1 or more'):
+            TrainingAudit(bad)
+
+    @pytest.mark.unit
+    def test_counts_all_along_and_audits_at_its_interval(self):
+        audit, encoder = TrainingAudit(2), tiny_encoder(att_context_size=[3, 0])
+        masked, empty = torch.zeros(2, 4, 40), torch.zeros(2, 4, 40)
+        masked[0, :, 8:16] = 1
+        seen = []
+        for masks in (masked, empty, empty, masked):
+            logs = audit.step(record_of(masks), encoder)
+            seen.append({name: value.item() for name, value in logs.items()})
+        assert [logs['audit/empty_batches'] for logs in seen] == [0, 1, 2, 2]
+        assert [logs['audit/frames_without_mask'] for logs in seen] == [2, 4, 6, 8]  # 7 decoder frames, 5 whole ones
+        assert [logs['audit/run_frames/longest'] for logs in seen] == [2, 2, 0, 0]
+        assert [logs['audit/masked_share'] for logs in seen[:2]] == [pytest.approx(8 / 61)] * 2
+        assert {'audit/unanswerable_share/layers', 'audit/unanswerable_share/stack'} <= set(seen[0])

@@ -1,0 +1,167 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on what makes the host wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in ('_local_scalar_dense', 'nonzero', 'masked_select', 'equal'), func
+        return func(*args, **(kwargs or {}))
+
+
+def statistics(use):
+    return [value.item() for value in use.statistics()]
+
+
+def counted(*batches, num_classes=8, **arguments):
+    """Count batches of one utterance each, given as lists of tokens."""
+    use = CodebookUse(num_classes, **arguments)
+    for batch in batches:
+        use.update(torch.tensor([batch]), torch.tensor([len(batch)]))
+    return use
+
+
+class TestStatistics:
+    @pytest.mark.unit
+    def test_by_eye(self):
+        """Tokens 0, 0, 1, 2: three codes, half of the frames on one, entropy 1.5 bits."""
+        used, perplexity, top_share, frames = statistics(counted([0, 0, 1, 2]))
+        assert (used, top_share, frames) == (3, 0.5, 4)
+        assert perplexity == pytest.approx(2**1.5)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('tokens, expected', [([5] * 9, 1.0), (list(range(8)) * 3, 8.0)])
+    def test_perplexity_from_one_to_all(self, tokens, expected):
+        assert statistics(counted(tokens))[1] == pytest.approx(expected)
+
+    @pytest.mark.unit
+    def test_lengths(self):
+        """What padding holds does not count, be it no token at all."""
+        use = CodebookUse(4)
+        use.update(torch.tensor([[0, 1, 2, 3], [3, 3, -100, 10**9]]), torch.tensor([3, 2]))
+        used, _, top_share, frames = statistics(use)
+        assert (used, top_share, frames) == (4, pytest.approx(0.4), 5)
+
+    @pytest.mark.unit
+    def test_several_books_give_the_worst(self):
+        use = CodebookUse(4, num_books=2)
+        use.update(torch.tensor([[[0, 1], [1, 1], [2, 1], [3, 2]]]), torch.tensor([4]))
+        used, perplexity, top_share, frames = statistics(use)
+        assert (used, top_share, frames) == (2, 0.75, 4)
+        assert perplexity == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
+
+    @pytest.mark.unit
+    def test_one_book_with_and_without_its_dimension(self):
+        tokens, lengths = torch.randint(8, (3, 20)), torch.tensor([20, 5, 11])
+        squeezed, whole = CodebookUse(8), CodebookUse(8)
+        squeezed.update(tokens, lengths)
+        whole.update(tokens.unsqueeze(-1), lengths)
+        assert statistics(squeezed) == statistics(whole)
+
+    @pytest.mark.unit
+    def test_before_the_first_batch_and_without_frames(self):
+        assert statistics(CodebookUse(8)) == [0, 0, 0, 0]
+        use = CodebookUse(8)
+        use.update(torch.zeros(2, 3, dtype=torch.int64), torch.tensor([0, 0]))
+        assert statistics(use)[3] == 0 and use.collapse() is None and CodebookUse(8).collapse() is None
+
+    @pytest.mark.unit
+    def test_where_the_default_dtype_is_half(self):
+        use = counted(torch.arange(512).tolist() * 3 + [0], num_classes=512)
+        expected = statistics(use)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            assert statistics(use) == expected
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+class TestWindow:
+    @pytest.mark.unit
+    def test_slides_by_blocks(self):
+        """Four batches in two blocks of two: the fifth batch pushes out the first two."""
+        use = counted([0], [1], [2], [3], batches_covered=4, blocks=2)
+        assert statistics(use)[0] == statistics(use)[3] == 4
+        use.update(torch.tensor([[4]]), torch.tensor([1]))
+        assert statistics(use)[0] == statistics(use)[3] == 3  # 2, 3, 4
+        use.update(torch.tensor([[4]]), torch.tensor([1]))
+        assert statistics(use)[3] == 4 and statistics(use)[0] == 3
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('window, blocks', [(1000, 10), (20, 10), (10, 10), (3, 10), (1, 10)])
+    def test_never_covers_more_than_asked_and_nearly_all(self, window, blocks):
+        use = CodebookUse(2, batches_covered=window, blocks=blocks)
+        for batch in range(1, 2 * window + 3):
+            use.update(torch.tensor([[1]]), torch.tensor([1]))
+            frames = statistics(use)[3]
+            assert frames <= window
+            assert frames >= min(batch, window - use.batches_per_block + 1)
+
+    @pytest.mark.unit
+    def test_block_is_complete(self):
+        use, complete = CodebookUse(2, batches_covered=6, blocks=2), []
+        assert not use.block_is_complete
+        for _ in range(7):
+            use.update(torch.tensor([[1]]), torch.tensor([1]))
+            complete.append(use.block_is_complete)
+        assert complete == [False, False, True, False, False, True, False]
+
+
+class TestCollapse:
+    @pytest.mark.unit
+    def test_one_code_above_half_of_the_frames(self):
+        assert counted([0, 0, 1, 2]).collapse() is None  # half is not above half
+        assert 'one code stands for 60% of the frames' in counted([0, 0, 0, 1, 2]).collapse()
+
+    @pytest.mark.unit
+    def test_perplexity_under_one_per_cent(self):
+        collapsed = counted([0, 1, 2] * 200, num_classes=512)
+        assert 'under 1% of the classes (3 of 512 codes, perplexity 3.0, in 600 frames)' in collapsed.collapse()
+        assert counted([0, 1, 2, 3, 4, 5] * 100, num_classes=512).collapse() is None
+
+    @pytest.mark.unit
+    def test_few_frames_cannot_fill_the_codebook(self):
+        assert counted([0, 1, 2], num_classes=512).collapse() is None
+
+    @pytest.mark.unit
+    def test_one_book_of_two(self):
+        use = CodebookUse(4, num_books=2)
+        use.update(torch.tensor([[[0, 1], [1, 1], [2, 1], [3, 2]]]), torch.tensor([4]))
+        assert '75%' in use.collapse()
+
+
+class TestDevices:
+    @pytest.mark.unit
+    def test_no_sync(self):
+        use = CodebookUse(8, num_books=2, batches_covered=4, blocks=2)
+        with NoSync():
+            for _ in range(7):
+                use.update(torch.randint(8, (2, 5, 2)), torch.tensor([5, 3]))
+                use.statistics()
+
+    @pytest.mark.unit
+    def test_meta(self):
+        use = CodebookUse(8)
+        use.update(torch.zeros(2, 5, dtype=torch.int64, device='meta'), torch.tensor([5, 3], device='meta'))
+        assert all(value.device.type == 'meta' for value in use.statistics())
+
+    @pytest.mark.unit
+    @pytest.mark.run_only_on('GPU')
+    def test_no_sync_on_gpu(self):
+        use = CodebookUse(8, batches_covered=4, blocks=2)
+        tokens, lengths = torch.randint(8, (2, 5)).cuda(), torch.tensor([5, 3]).cuda()
+        torch.cuda.set_sync_debug_mode('error')
+        try:
+            for _ in range(7):
+                use.update(tokens, lengths)
+                use.statistics()
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+        assert use.collapse() is None or use.batches == 7

@@ -1,0 +1,254 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+import math
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tiny_nest import batches, fit, noise_batch, recording_contexts, tiny_model, trainer
+
+from nemo.collections.asr.losses.ssl_losses.mlm import MLMLoss, MultiMLMLoss
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
+from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.ssl_reports.validation import FrameScores, parse_contexts, predictions_in_contexts
+from nemo.collections.asr.parts.utils.masked_frames import MaskedPredictions
+
+POST_CONV = ('model.mask_position=post_conv', 'model.quantizer.combine_time_steps=1')
+SECONDS = (3.0, 2.0, 1.2)
+LABELS = ('10_0', '20_0', '40_0', 'unlimited_0')
+BOOKS = ('model.num_books=2', 'model.decoder.num_decoders=2', 'model.loss.num_decoders=2')
+
+
+def validate(model, loader=None, mode='val', **kwargs):
+    run = trainer(1, **kwargs)
+    model.set_trainer(run)
+    loader = batches(2, SECONDS) if loader is None else loader
+    return (run.validate if mode == 'val' else run.test)(model, dataloaders=loader, verbose=False)[0]
+
+
+class TestParseContexts:
+    @pytest.mark.unit
+    def test_choices_and_lists(self):
+        encoder = tiny_model().encoder
+        configured = [[10, 0], [20, 0], [40, 0], [-1, 0]]
+        assert parse_contexts('all', encoder) == configured and parse_contexts('first', encoder) == configured[:1]
+        wanted = OmegaConf.create([[5, 0], 'low', 7])
+        assert parse_contexts(wanted, encoder) == [[5, 0], [160, 0], [7, 0]]
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'value, message',
+        [
+            ('every', r"model.validate_contexts is 'every'; it must be one of \('all', 'first'\), or a list"),
+            (3, 'model.validate_contexts is 3; it must be one of'),
+            ([], 'needs contexts, each once'),
+            ([[10, 0], 10], r'\[\[10, 0\], \[10, 0\]\]; it needs contexts, each once'),
+            ([[10, 0], [20]], r'model.validate_contexts\[1\]: \[20\] is no context'),
+            (['far'], r"model.validate_contexts\[0\]: no preset is called 'far'"),
+        ],
+    )
+    def test_errors(self, value, message):
+        with pytest.raises(ValueError, match=message):
+            parse_contexts(value, tiny_model().encoder)
+
+    @pytest.mark.unit
+    def test_what_an_encoder_cannot_follow(self):
+        chunked = ('model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[[8,3]]')
+        message = r'model.validate_contexts\[0\]: the encoder cannot follow \[10, 3\]: .*multiple of the chunk'
+        with pytest.raises(ValueError, match=message):
+            tiny_model(*chunked, 'model.validate_contexts=[[10,3]]')
+        with pytest.raises(ValueError, match='Linear has no attention contexts'):
+            parse_contexts('all', torch.nn.Linear(2, 2))
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'overrides, message',
+    [
+        (['model.validation_masks.seed=-1'], r'model.validation_masks.seed is -1; .*from 0 on'),
+        (['model.validation_masks.left_context=low'], r"model.validation_masks.left_context is 'low'; .*from -1 on"),
+        (
+            ['+model.validation_masks.sed=1'],
+            r"model.validation_masks.sed is not known; did you mean model.validation_masks.seed\?",
+        ),
+    ],
+)
+def test_bad_mask_options_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(*overrides)
+
+
+class TestPredictions:
+    @pytest.mark.unit
+    @pytest.mark.parametrize('books', [False, True])
+    def test_scores_by_hand(self, books):
+        likelihoods = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]])
+        predictions = MaskedPredictions(likelihoods.log(), torch.tensor([0, 1]), torch.tensor([0, 2]))
+        expected, correct = [-math.log(0.5), -math.log(0.2)], [1.0, 0.0]
+        if books:  # in the second book the tokens are 2 and 2
+            log_probs = torch.stack([predictions.log_probs] * 2, dim=2)
+            predictions = predictions._replace(log_probs=log_probs, targets=torch.tensor([[0, 2], [1, 2]]))
+            expected = [(expected[0] - math.log(0.25)) / 2, (expected[1] - math.log(0.7)) / 2]
+            correct = [0.5, 0.5]
+        scores = FrameScores.of(predictions, MultiMLMLoss(num_decoders=2) if books else MLMLoss())
+        assert scores.negative_log_likelihood.tolist() == pytest.approx(expected)
+        assert scores.correct.tolist() == correct and scores.utterances.tolist() == [0, 2]
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('position', [(), POST_CONV], ids=['pre_conv', 'post_conv'])
+    def test_the_same_frames_count_in_every_context(self, position):
+        model = tiny_model(*position).eval()
+        contexts = [[5, 0], [20, 0], [-1, 0]]
+        with recording_contexts(model) as record, torch.no_grad():
+            found = list(predictions_in_contexts(model, noise_batch(SECONDS), contexts, seed=0))
+        assert record.attention == contexts and record.masking == [5] * len(SECONDS)
+        first = found[0][1]
+        assert first.targets.shape[0] > 0
+        for _, predictions, _ in found[1:]:
+            assert torch.equal(predictions.targets, first.targets)
+            assert torch.equal(predictions.utterances, first.utterances)
+        assert not torch.equal(found[0][1].log_probs, found[2][1].log_probs)
+
+    @pytest.mark.unit
+    def test_utterances_are_predicted_alike_in_any_batch(self):
+        model = tiny_model().eval()
+        batch = noise_batch(SECONDS)
+        with torch.no_grad():
+            ((_, together, _),) = predictions_in_contexts(model, batch, [[10, 0]], seed=0)
+            for row, length in enumerate(batch.audio_len.tolist()):
+                alone = (part[row : row + 1] for part in (batch.audio_len, batch.noisy_audio_len))
+                one = noise_batch((1.0,))
+                one.audio, one.noisy_audio = (
+                    batch.audio[row : row + 1, :length],
+                    batch.noisy_audio[row : row + 1, :length],
+                )
+                one.audio_len, one.noisy_audio_len = alone
+                ((_, single, _),) = predictions_in_contexts(model, one, [[10, 0]], seed=0)
+                rows = together.utterances == row
+                assert torch.equal(together.targets[rows], single.targets)
+                torch.testing.assert_close(together.log_probs[rows], single.log_probs, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.unit
+    def test_where_nothing_counts(self):
+        model = tiny_model('model.masking.mask_prob=0').eval()
+        with torch.no_grad():
+            ((_, predictions, _),) = predictions_in_contexts(model, noise_batch((1.0,)), [[10, 0]], seed=0)
+        assert predictions.targets.shape[0] == predictions.utterances.shape[0] == 0
+
+    @pytest.mark.unit
+    def test_a_decoder_that_needs_every_frame_gives_the_same(self, monkeypatch):
+        model = tiny_model().eval()
+        with torch.no_grad():
+            ((_, lean, _),) = predictions_in_contexts(model, noise_batch(SECONDS), [[10, 0]], seed=0)
+            reason = property(lambda self: 'a test')
+            monkeypatch.setattr(EncDecMaskedTokenPredModel, 'whole_decoding_reason', reason)
+            ((_, whole, _),) = predictions_in_contexts(model, noise_batch(SECONDS), [[10, 0]], seed=0)
+        assert torch.equal(lean.targets, whole.targets) and torch.equal(lean.utterances, whole.utterances)
+        torch.testing.assert_close(lean.log_probs, whole.log_probs)
+
+
+def brute_force(model, loader, context, seed=0):
+    """Loss and accuracy over all frames that count, from full forward passes and the loss's own alignment."""
+    total = correct = frames = 0
+    for batch in loader:
+        with torch.no_grad():
+            ((_, _, record),) = predictions_in_contexts(model, batch, [context], seed, left=10)
+            masked = torch.where(
+                record.masks > 0, model.mask_processor.mask_embedding.view(1, -1, 1), features(model, batch)
+            )
+            with model.encoder.using_att_context_size(context):
+                encoded, lengths = model.encoder(audio_signal=masked, length=record.mask_lengths)
+            log_probs = model.decoder(encoder_output=encoded)
+            log_probs, tokens, counted = model.loss.align(log_probs, record.tokens, record.masks, lengths)
+        log_probs, tokens = log_probs[counted].squeeze(-1), tokens[counted].squeeze(-1)
+        total -= log_probs.gather(1, tokens.unsqueeze(1)).sum().item()
+        correct += (log_probs.argmax(dim=1) == tokens).sum().item()
+        frames += tokens.shape[0]
+    return total / frames, correct / frames
+
+
+def features(model, batch):
+    return model.preprocessor(input_signal=batch.noisy_audio, length=batch.noisy_audio_len)[0]
+
+
+@pytest.mark.integration
+class TestValidation:
+    @pytest.mark.parametrize('mode', ['val', 'test'])
+    def test_what_is_reported(self, mode):
+        model = tiny_model()
+        reported = validate(model, mode=mode)
+        for context, label in zip([[10, 0], [20, 0], [40, 0], [-1, 0]], LABELS):
+            loss, accuracy = brute_force(model, batches(2, SECONDS), context)
+            assert reported[f'{mode}_loss/ctx_{label}'] == pytest.approx(loss, rel=1e-5)
+            assert reported[f'{mode}_accuracy/ctx_{label}'] == pytest.approx(accuracy)
+            assert reported[f'{mode}_perplexity/ctx_{label}'] == pytest.approx(math.exp(loss), rel=1e-4)
+            assert reported[f'{mode}_unanswerable_share/ctx_{label}'] == 0
+        for name in ('loss', 'accuracy'):
+            values = [reported[f'{mode}_{name}/ctx_{label}'] for label in LABELS]
+            assert reported[f'{mode}_{name}'] == pytest.approx(sum(values) / 4)
+        assert reported[f'{mode}_perplexity'] == pytest.approx(math.exp(reported[f'{mode}_loss']), rel=1e-4)
+        assert 0.1 < reported[f'{mode}_masked_share'] < 0.8
+        assert validate(model, mode=mode) == reported
+
+    @pytest.mark.parametrize('masks', ['tightest', 'given'])
+    def test_each_context_alone_gives_the_same_numbers(self, masks):
+        """With masks for a given left context, or where it is the tightest of several."""
+        given = [] if masks == 'tightest' else ['model.validation_masks.left_context=10']
+        together = validate(tiny_model(*given))
+        for context in ([10, 0],) if masks == 'tightest' else ([10, 0], [40, 0], [-1, 0]):
+            alone = validate(tiny_model(f'model.encoder.att_context_size={[context]}'.replace(' ', ''), *given))
+            label = AttContext(*context).label
+            names = [name for name in together if name.endswith(f'/ctx_{label}')]
+            assert len(names) == 4 and {name: alone[name] for name in names} == {n: together[n] for n in names}
+            assert alone['val_loss'] == together[f'val_loss/ctx_{label}']
+
+    def test_choices(self):
+        only = lambda reported: sorted(name for name in reported if name.startswith('val_loss'))
+        assert only(validate(tiny_model('model.validate_contexts=first'))) == ['val_loss', 'val_loss/ctx_10_0']
+        assert only(validate(tiny_model('model.validate_contexts=[[33,0]]'))) == ['val_loss', 'val_loss/ctx_33_0']
+        by_hand = tiny_model()
+        by_hand.set_att_context_size([12, 0])
+        assert only(validate(by_hand)) == ['val_loss', 'val_loss/ctx_12_0']
+
+    @pytest.mark.parametrize('cls', [EncDecMaskedTokenPredModel, EncDecDenoiseMaskedTokenPredModel])
+    def test_several_codebooks_batches_cut_otherwise_and_another_seed(self, cls):
+        as_tuples = cls is EncDecMaskedTokenPredModel
+        model = tiny_model(*BOOKS, cls=cls)
+        whole = validate(model, batches(2, SECONDS, as_tuples))
+        assert whole == validate(model, batches(2, SECONDS, as_tuples))
+        other = tiny_model(*BOOKS, 'model.validation_masks.seed=1', cls=cls)
+        assert validate(other, batches(2, SECONDS, as_tuples))['val_loss'] != whole['val_loss']
+
+    def test_several_data_loaders(self):
+        model = tiny_model()
+        first, second = batches(1, SECONDS), batches(2, (2.0, 1.0))
+        run = trainer(1)
+        model.set_trainer(run)
+        model._validation_dl, model._validation_names = [first, second], ['one_', 'two_']
+        model._val_dl_idx = 0
+        reported = {}
+        for found in run.validate(model, dataloaders=[first, second], verbose=False):
+            reported.update(found)
+        for name, loader in (('one_', first), ('two_', second)):
+            alone = validate(tiny_model(), loader)
+            for key in ('val_loss', 'val_accuracy/ctx_20_0'):
+                assert reported[f'{name}{key}'] == alone[key]
+        assert reported['val_loss'] == reported['one_val_loss']
+
+    def test_without_any_masked_frame_the_loss_is_nan_and_never_the_best(self):
+        assert math.isnan(validate(tiny_model('model.masking.mask_prob=0'))['val_loss'])
+
+    def test_in_training(self):
+        model, run = tiny_model(), trainer(4, val_check_interval=2)
+        model.set_trainer(run)
+        run.fit(model, train_dataloaders=batches(4), val_dataloaders=batches(1))
+        for label in LABELS:
+            assert len(run.logger.column(f'val_loss/ctx_{label}')) == 2
+        assert len(run.logger.column('val_loss')) == 2
+        assert not model.state_dict().keys() ^ tiny_model('model.validate_contexts=null').state_dict().keys()
+
+    def test_validating_disturbs_no_generator(self):
+        model, batch = tiny_model().eval(), noise_batch(SECONDS)
+        before = torch.get_rng_state()
+        with torch.no_grad():
+            model.inference_pass(batch, 0, apply_mask=True)
+        assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,125 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+import pytest
+import torch
+from tiny_nest import tiny_model
+
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
+from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
+
+MORE_MASKS = ('model.masking.mask_prob=0.03', 'model.target_normalize=null')
+POST_CONV = (
+    'model.mask_position=post_conv',
+    'model.quantizer.combine_time_steps=1',
+    'model.masking.block_size=16',
+    'model.masking.mask_prob=0.1',
+)
+
+
+def noise(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).cumsum(dim=-1) * 0.01
+
+
+def watched(model):
+    """Let the masking module note what it is called with."""
+    calls, forward = [], model.mask_processor.forward
+
+    def watch(input_feats, input_lengths, current_frame=None, effective_left_context=None):
+        result = forward(input_feats, input_lengths, current_frame, effective_left_context)
+        calls.append((input_feats.shape[2], current_frame.tolist(), effective_left_context, result[1][0, 0]))
+        return result
+
+    model.mask_processor.forward = watch
+    return calls
+
+
+@pytest.mark.unit
+def test_masking_sees_the_frames_received_and_the_window_and_no_more():
+    model = tiny_model(*MORE_MASKS).eval()
+    calls = watched(model)
+    session = StreamingSession(model, 1, [4, 0], apply_mask=True)
+    received = []
+    for piece in noise(1, 8000).split(1280, dim=1):
+        received += session.step(piece).current_frame.tolist()
+    assert received == [7, 15, 23, 31, 39, 47, 49]
+    # the window is 4 attention frames of 8; current_frame counts within the tensor, which ends with the last received
+    assert [(width, frame) for width, frame, _, _ in calls] == [(7, [7]), (15, [15]), (23, [23]), (31, [31])] + [
+        (32, [32])
+    ] * 3
+    assert {left for _, _, left, _ in calls} == {4}
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('overrides', [(), POST_CONV], ids=['pre_conv', 'post_conv'])
+@pytest.mark.parametrize('offset', [0, 1])
+def test_the_loss_is_that_of_the_offline_forward_with_the_same_masks(overrides, offset):
+    cls = EncDecMaskedTokenPredModel if overrides else EncDecDenoiseMaskedTokenPredModel
+    model = tiny_model(*MORE_MASKS, *overrides, f'model.loss.decoder_offset={offset}', cls=cls).eval()
+    torch.manual_seed(0)
+    session = StreamingSession(model, 2, [20, 0], apply_mask=True, return_log_probs=True, return_features=True)
+    samples = noise(2, 48000)
+    outputs = [session.step(piece) for piece in samples.split(2560, dim=1)] + [session.finish()]
+    output = StreamingOutput.concatenate(outputs)
+    assert output.masked_frames > 4
+    assert output.masks.shape == (2, int(output.mask_lengths[0]))
+
+    # offline, with the masks that the streams drew
+    def mask(input_feats, input_lengths, **_):
+        masks = torch.nn.functional.pad(output.masks, (0, input_feats.shape[2] - output.masks.shape[1]))
+        masks = masks.unsqueeze(1).expand_as(input_feats)
+        return torch.where(masks > 0, model.mask_processor.mask_embedding.view(1, -1, 1), input_feats), masks
+
+    model.mask_processor.forward = mask
+    lengths = torch.tensor([48000, 48000])
+    signals = dict(input_signal=samples, input_signal_length=lengths, apply_mask=True)
+    if not overrides:
+        signals.update(noisy_input_signal=samples, noisy_input_signal_length=lengths)
+    with torch.no_grad(), model.encoder.using_att_context_size([20, 0]):
+        log_probs, encoded_lengths, masks, tokens = model(**signals)
+        loss = model.loss(masks=masks, decoder_outputs=log_probs, targets=tokens, decoder_lengths=encoded_lengths)
+    assert output.lengths.tolist() == encoded_lengths.tolist()
+    torch.testing.assert_close(output.log_probs, log_probs[:, : output.lengths[0]], atol=1e-4, rtol=0)
+    torch.testing.assert_close(output.loss, loss, atol=1e-4, rtol=0)
+
+
+@pytest.mark.unit
+def test_targets_are_normalised_by_what_was_received():
+    model = tiny_model('model.masking.mask_prob=0.05').eval()
+    assert model.target_normalize == 'per_feature'
+    samples = noise(1, 64000)
+    torch.manual_seed(0)
+    session = StreamingSession(model, 1, [20, 0], apply_mask=True)
+    session.step(samples)
+    stream = session._masked[0]
+    features, length = model.preprocessor(input_signal=samples, length=torch.tensor([64000]))
+    features = features[0, :, : stream.count].double()
+    torch.testing.assert_close(stream.total / stream.count, features.mean(dim=1), atol=1e-6, rtol=0)
+    variance = (stream.squares - stream.total.square() / stream.count) / (stream.count - 1)
+    torch.testing.assert_close(variance, features.var(dim=1), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.unit
+def test_a_masked_stream_is_saved_restored_and_reset():
+    model = tiny_model(*MORE_MASKS).eval()
+    session, other = (StreamingSession(model, 1, [20, 0], apply_mask=True) for _ in range(2))
+    session.step(noise(1, 16000))
+    other.load_state_dict(session.state_dict())
+    outputs = []
+    for going_on in (session, other):
+        torch.manual_seed(1)
+        outputs.append(going_on.step(noise(1, 16000)))
+    assert torch.equal(outputs[0].masks, outputs[1].masks) and torch.equal(outputs[0].loss, outputs[1].loss)
+    session.reset([0])
+    assert session._masked[0].count == 0
+
+
+@pytest.mark.unit
+def test_masking_that_follows_no_context_is_refused():
+    model = tiny_model().eval()
+
+    class Regardless(torch.nn.Module):
+        def forward(self, input_feats, input_lengths):
+            return input_feats, torch.zeros_like(input_feats)
+
+    model.mask_processor = Regardless()
+    with pytest.raises(ValueError, match='does not take current_frame'):
+        StreamingSession(model, apply_mask=True)

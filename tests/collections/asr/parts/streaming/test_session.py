@@ -1,0 +1,414 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+import functools
+import json
+import subprocess
+import sys
+
+import pytest
+import soundfile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from tiny_nest import tiny_config, tiny_model
+
+from nemo.collections.asr.models import EncDecCTCModel
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
+from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
+
+RATE = 16000
+THREE_LAYERS = 'model.encoder.n_layers=3'
+CHUNKED = ('model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[[8,3],[4,1]]')
+SCHEDULE = '+model.encoder.layer_att_context_size=[[0,[2,0]],[1,[4,0]],[2,[8,0]]]'
+CASES = {  # name: overrides, contexts
+    'regular': ((), ([4, 0], [10, 0], [0, 0], [-1, 0])),
+    'look-ahead': (('model.encoder.att_context_size=[[6,2]]',), ([6, 2], [-1, 1])),
+    'factor 4': (('model.encoder.subsampling_factor=4',), ([6, 0], [-1, 0])),
+    'chunked': (CHUNKED, ([8, 3], [4, 1], [6, 0], [-1, 3], [0, 3])),
+    'schedule': ((SCHEDULE,), ([6, 0], [-1, 0])),
+    'schedule, look-ahead': (
+        ('model.encoder.att_context_size=[[8,3]]', '+model.encoder.layer_att_context_size=[[4,1],[8,3],[2,0]]'),
+        ([8, 3], [-1, 3]),
+    ),
+    'schedule, chunked': ((*CHUNKED, '+model.encoder.layer_att_context_size=[[4,1],[8,-1],[-1,0]]'), ([8, 3],)),
+    'sdpa': (('+model.encoder.use_pytorch_sdpa=true',), ([4, 0], [-1, 0])),
+    'batch norm': (('model.encoder.conv_norm_type=batch_norm',), ([4, 0],)),
+    'post conv': (('model.mask_position=post_conv', 'model.quantizer.combine_time_steps=1'), ([4, 0],)),
+    'codebooks': (('model.num_books=2',), ([4, 0],)),
+}
+
+
+@functools.lru_cache(maxsize=None)
+def model_of(case: str):
+    cls = EncDecMaskedTokenPredModel if case in ('post conv', 'factor 4') else EncDecDenoiseMaskedTokenPredModel
+    return tiny_model(THREE_LAYERS, *CASES[case][0], cls=cls).eval()
+
+
+def noise(*shape, seed=0):
+    """Noise whose colour and level change, so that frames differ."""
+    generator = torch.Generator().manual_seed(seed)
+    level = torch.rand(shape[0], shape[1] // 1500 + 1, generator=generator).repeat_interleave(1500, dim=1)
+    return torch.randn(*shape, generator=generator) * 0.3 * level[:, : shape[1]] ** 3
+
+
+@torch.no_grad()
+def offline(model, samples, lengths, context):
+    """Return what the model's own forward gives in eval mode: features, encoded and log-probabilities with lengths."""
+    with model.encoder.using_att_context_size(context):
+        features, feature_lengths = model.preprocessor(input_signal=samples, length=torch.tensor(lengths))
+        encoded, encoded_lengths = model.encoder(audio_signal=features, length=feature_lengths)
+    return features, feature_lengths, encoded, encoded_lengths, model.decoder(encoder_output=encoded)
+
+
+def stream(session, samples, lengths, sizes) -> StreamingOutput:
+    """Feed ragged streams in pieces of these sizes, in turn; each ends with its last samples, or later."""
+    position, outputs, index = 0, [], 0
+    while position < max(lengths):
+        size = sizes[index % len(sizes)]
+        counts = [max(min(length - position, size), 0) for length in lengths]
+        ended = [index % 2 == 0 and 0 <= length - position <= size for length in lengths]
+        outputs.append(session.step(samples[:, position : position + size], counts, ended))
+        position, index = position + size, index + 1
+    return StreamingOutput.concatenate(outputs + ([] if all(session.ended) else [session.finish()]))
+
+
+def assert_equal(output, expected):
+    features, feature_lengths, encoded, lengths, log_probs = expected
+    assert output.feature_lengths.tolist() == feature_lengths.tolist()
+    assert output.lengths.tolist() == lengths.tolist()
+    for row, (frames, length) in enumerate(zip(feature_lengths.tolist(), lengths.tolist())):
+        close = functools.partial(torch.testing.assert_close, rtol=0)
+        close(output.features[row, :, :frames], features[row, :, :frames], atol=1e-5)
+        close(output.encoded[row, :, :length], encoded[row, :, :length], atol=1e-4)
+        close(output.log_probs[row, :length], log_probs[row, :length], atol=1e-4)
+        assert_same_tokens(output.tokens[row, :length], log_probs[row, :length])
+    assert all(output.encoded[row, :, length:].eq(0).all() for row, length in enumerate(lengths))
+
+
+def assert_same_tokens(tokens, log_probs):
+    """Tokens are the likeliest, but for ties that rounding decides."""
+    best = log_probs.topk(2, dim=1).values
+    tied = best[:, 0] - best[:, 1] < 1e-5
+    assert torch.equal(tokens[~tied], log_probs.argmax(dim=1)[~tied])
+    assert tied.sum() <= 1
+
+
+def check(model, context, samples, lengths, sizes, **settings):
+    session = StreamingSession(model, len(lengths), context, True, True, True, **settings)
+    output = stream(session, samples, lengths, sizes)
+    assert_equal(output, offline(model, samples, lengths, context))
+    return output
+
+
+PIECES = st.lists(st.one_of(st.integers(1, 400), st.integers(1, 6000), st.integers(1, 200000)), min_size=1, max_size=5)
+TOTALS = st.one_of(st.integers(0, 2000), st.integers(0, 3 * RATE))
+
+
+@pytest.mark.unit
+@settings(max_examples=25)
+@given(st.data())
+def test_any_pieces_of_ragged_streams_equal_offline(data):
+    case = data.draw(st.sampled_from(list(CASES)))
+    context = data.draw(st.sampled_from(CASES[case][1]))
+    lengths = data.draw(st.lists(TOTALS, min_size=1, max_size=3))
+    sizes = data.draw(PIECES)
+    most = 40 * max(sum(sizes) // len(sizes), 25)  # some 40 steps and no more
+    lengths = [min(length, most) for length in lengths]
+    lengths[0] = max(lengths[0], 1)  # offline fails where all are empty
+    check(model_of(case), context, noise(len(lengths), max(lengths), seed=sum(lengths)), lengths, sizes)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('case', CASES)
+def test_chunks_of_one_frame_equal_offline_in_every_context(case):
+    lengths = [30007, 8 * 1280 * 2]
+    for context in CASES[case][1]:
+        output = check(model_of(case), context, noise(2, 30007), lengths, [1280])
+        assert output.tokens.unique().numel() > 3  # else their agreement would say little
+
+
+@pytest.mark.unit
+@settings(max_examples=3)
+@given(st.integers(10 * RATE, 20 * RATE), st.lists(st.integers(1000, 200000), min_size=1, max_size=4))
+def test_long_streams_equal_offline(length, sizes):
+    check(model_of('regular'), [10, 0], noise(2, length, seed=length), [length, length // 2], sizes)
+    check(model_of('regular'), [-1, 0], noise(1, length, seed=length), [length], sizes)
+
+
+@pytest.mark.unit
+def test_samples_one_by_one():
+    check(model_of('regular'), [4, 0], noise(1, 2000), [2000], [1])
+
+
+@pytest.mark.unit
+def test_speech_files_equal_offline(speech_corpus):
+    manifest = (speech_corpus / 'validation_manifest.json').read_text().splitlines()[:2]
+    paths = [json.loads(line)['audio_filepath'] for line in manifest]
+    for path in paths:
+        samples, rate = soundfile.read(speech_corpus / path, dtype='float32', always_2d=True)
+        assert rate == RATE
+        samples = torch.from_numpy(samples.T.copy())[:1]
+        check(model_of('chunked'), [8, 3], samples, [samples.shape[1]], [592])
+        check(model_of('schedule'), [6, 0], samples, [samples.shape[1]], [1280])
+
+
+@pytest.mark.unit
+def test_an_empty_stream_gives_the_frame_that_offline_gives():
+    model = model_of('regular')
+    session = StreamingSession(model, 1, [4, 0], return_log_probs=True, return_tokens=True, return_features=True)
+    output = session.finish()
+    _, _, encoded, lengths, _ = offline(model, noise(2, 3000), [3000, 0], [4, 0])
+    assert output.lengths.tolist() == [1] == lengths.tolist()[1:]
+    torch.testing.assert_close(output.encoded[0, :, :1], encoded[1, :, :1], atol=1e-4, rtol=0)
+
+
+def ctc_model():
+    cfg = tiny_config(THREE_LAYERS).model
+    vocabulary = [chr(ord('a') + index) for index in range(26)]
+    decoder = {
+        '_target_': 'nemo.collections.asr.modules.ConvASRDecoder',
+        'feat_in': cfg.encoder.d_model,
+        'num_classes': len(vocabulary),
+        'vocabulary': vocabulary,
+    }
+    torch.manual_seed(0)
+    made = {
+        'sample_rate': RATE,
+        'labels': vocabulary,
+        'preprocessor': cfg.preprocessor,
+        'encoder': cfg.encoder,
+        'decoder': decoder,
+    }
+    return EncDecCTCModel(OmegaConf.create(made)).eval()
+
+
+@pytest.mark.unit
+def test_a_ctc_model_streams():
+    model = ctc_model()
+    samples = noise(2, 20000)
+    output = check(model, [4, 0], samples, [20000, 9000], [1280])
+    with torch.no_grad(), model.encoder.using_att_context_size([4, 0]):
+        log_probs, lengths, greedy = model(input_signal=samples, input_signal_length=torch.tensor([20000, 9000]))
+    assert torch.equal(output.tokens[0, : lengths[0]], greedy[0, : lengths[0]])
+
+
+@pytest.mark.unit
+def test_a_preprocessor_and_an_encoder_stream():
+    model = model_of('regular')
+    session = StreamingSession((model.preprocessor, model.encoder), 1, [4, 0])
+    output = stream(session, noise(1, 9000), [9000], [700])
+    torch.testing.assert_close(
+        output.encoded, offline(model, noise(1, 9000), [9000], [4, 0])[2][..., : output.lengths], atol=1e-4, rtol=0
+    )
+    assert output.log_probs is None and output.tokens is None and output.features is None
+    with pytest.raises(ValueError, match='need a decoder'):
+        StreamingSession((model.preprocessor, model.encoder), return_tokens=True)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('case', ['regular', 'look-ahead', 'chunked'])
+def test_a_stream_does_not_depend_on_its_batch(case):
+    model, context = model_of(case), CASES[case][1][0]
+    samples, lengths = noise(3, 20000), [20000, 5000, 12345]
+    together = stream(StreamingSession(model, 3, context), samples, lengths, [1280, 999])
+    alone = stream(StreamingSession(model, 1, context), samples[2:], lengths[2:], [1280, 999])
+    assert together.lengths[2] == alone.lengths[0]
+    torch.testing.assert_close(together.encoded[2, :, : alone.lengths], alone.encoded[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.unit
+def test_sessions_take_turns_on_a_model_and_leave_nothing_in_it():
+    model = model_of('regular')
+    encoder = model.encoder
+    before = encoder.att_context_size, vars(encoder.streaming_cfg).copy(), encoder.layers[0].self_attn.cache_drop_size
+    contexts, samples = ([4, 0], [-1, 0], [6, 2]), noise(3, 16000)
+    sessions = [StreamingSession(model, 1, context) for context in contexts]
+    outputs = [[] for _ in sessions]
+    for piece in samples.split(1111, dim=1):
+        for row, session in enumerate(sessions):
+            outputs[row].append(session.step(piece[row : row + 1]))
+    for row, (session, context) in enumerate(zip(sessions, contexts)):
+        output = StreamingOutput.concatenate([*outputs[row], session.finish()])
+        expected = offline(model, samples[row : row + 1], [16000], context)[2][..., : output.lengths]
+        torch.testing.assert_close(output.encoded, expected, atol=1e-4, rtol=0)
+    after = encoder.att_context_size, vars(encoder.streaming_cfg), encoder.layers[0].self_attn.cache_drop_size
+    assert after == before and not encoder.att_context_is_pinned
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('case', ['regular', 'look-ahead', 'chunked'])
+def test_a_saved_state_goes_on_in_another_session(case, tmp_path):
+    model, context = model_of(case), CASES[case][1][0]
+    samples = noise(2, 20000)
+    session, whole = (StreamingSession(model, 2, context) for _ in range(2))
+    expected = [
+        whole.step(samples[:, :9000], [9000, 8000], [False, True]),
+        whole.step(samples[:, 9000:]),
+        whole.finish(),
+    ]
+
+    first = session.step(samples[:, :9000], [9000, 8000], [False, True])
+    torch.save(session.state_dict(), tmp_path / 'state.pt')
+    session.step(samples[:, 9000:])  # what goes on here must not reach the saved state
+    other = StreamingSession(model, 2, context)
+    other.load_state_dict(torch.load(tmp_path / 'state.pt', weights_only=True))
+    resumed = [first, other.step(samples[:, 9000:]), other.finish()]
+    for mine, theirs in zip(resumed, expected):
+        assert torch.equal(mine.encoded, theirs.encoded) and torch.equal(mine.current_frame, theirs.current_frame)
+
+
+GO_ON = """
+import sys, torch
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel as Model
+from nemo.collections.asr.parts.streaming.session import StreamingSession
+folder, first, last, save = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == 'save'
+model = Model.restore_from(folder + '/model.nemo', map_location='cpu').eval()
+session = StreamingSession(model, 1, [4, 0], return_log_probs=True)
+if first:
+    session.load_state_dict(torch.load(folder + '/state.pt', weights_only=True))
+samples = torch.load(folder + '/samples.pt')[:, first:last]
+outputs = [session.step(piece) for piece in samples.split(1280, dim=1)] + ([] if save else [session.finish()])
+torch.save([(output.encoded, output.log_probs) for output in outputs], f'{folder}/{first}.pt')
+if save:
+    torch.save(session.state_dict(), folder + '/state.pt')
+    import os, signal
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.integration
+def test_a_killed_process_is_carried_on_by_another(tmp_path):
+    model = model_of('regular')
+    model.save_to(str(tmp_path / 'model.nemo'))
+    samples, middle = noise(1, 20000), 7 * 1280
+    torch.save(samples, tmp_path / 'samples.pt')
+    killed = subprocess.run(
+        [sys.executable, '-c', GO_ON, str(tmp_path), '0', str(middle), 'save'], capture_output=True
+    )
+    assert killed.returncode == -9, killed.stderr.decode()
+    subprocess.run([sys.executable, '-c', GO_ON, str(tmp_path), str(middle), '20000', 'end'], check=True)
+
+    session = StreamingSession(model, 1, [4, 0], return_log_probs=True)
+    expected = [session.step(piece) for piece in samples.split(1280, dim=1)] + [session.finish()]
+    parts = torch.load(tmp_path / '0.pt') + torch.load(tmp_path / f'{middle}.pt')
+    for (encoded, log_probs), output in zip(parts, expected, strict=True):
+        assert torch.equal(encoded, output.encoded) and torch.equal(log_probs, output.log_probs)
+
+
+@pytest.mark.unit
+def test_state_is_bounded_where_the_context_is_and_grows_where_it_is_not():
+    def bytes_after(context, seconds):
+        session = StreamingSession(model_of('regular'), 1, context)
+        session.step(noise(1, seconds * RATE))
+        return session.cache_bytes_per_stream
+
+    assert bytes_after([10, 0], 4) == bytes_after([10, 0], 12)
+    frames = 8 * RATE // 1280
+    assert bytes_after([-1, 0], 12) - bytes_after([-1, 0], 4) == 3 * frames * 16 * 4  # layers, d_model, float32
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('case', ['regular', 'look-ahead', 'chunked', 'schedule, look-ahead', 'factor 4'])
+def test_outputs_come_when_the_look_ahead_says(case):
+    session = StreamingSession(model_of(case), 1, CASES[case][1][0])
+    chunk = session._encoder.chunk
+    arrived, samples = [], noise(1, 14 * session.frame_samples)
+    for index, sample in enumerate(samples.split(8, dim=1)):
+        arrived += [(index + 1) * 8] * int(session.step(sample).lengths)
+    waits = [at - frame * session.frame_samples for frame, at in enumerate(arrived)]
+    assert len(arrived) > chunk and max(waits) == waits[0] == session.look_ahead_samples
+
+
+@pytest.mark.unit
+def test_current_frame_counts_the_frames_received():
+    session = StreamingSession(model_of('regular'), 2, [4, 0])
+    output = session.step(noise(2, 3200), [3200, 1600], [False, True])
+    assert output.current_frame.tolist() == [19, 10]  # the 20th needs the samples to its right; an end does not wait
+    assert session.step(noise(2, 1600)).current_frame.tolist() == [29, 10]
+    after_convolutions = StreamingSession(model_of('post conv'), 1, [4, 0])
+    assert after_convolutions.step(noise(1, 3200)).current_frame.tolist() == [3]
+
+
+@pytest.mark.unit
+def test_reset_begins_one_stream_or_all_anew():
+    model = model_of('regular')
+    for context in ([4, 0], [-1, 0], [6, 2]):
+        session = StreamingSession(model, 2, context)
+        fresh = stream(StreamingSession(model, 1, context), noise(1, 9000, seed=5), [9000], [1280])
+        session.step(noise(2, 20000), [20000, 14000], [False, True])
+        session.reset([1])
+        outputs = [
+            session.step(torch.cat((noise(1, 1280, seed=9), piece)))
+            for piece in noise(1, 9000, seed=5)[:, : 7 * 1280].split(1280, dim=1)
+        ]
+        last = noise(1, 9000, seed=5)[:, 7 * 1280 :]
+        output = StreamingOutput.concatenate([*outputs, session.step(last.repeat(2, 1), None, [True, True])])
+        assert output.lengths[1] == fresh.lengths[0]
+        torch.testing.assert_close(output.encoded[1, :, : fresh.lengths], fresh.encoded[0], atol=1e-5, rtol=0)
+        session.reset()
+        assert session.current_frame.tolist() == [0, 0] and session.ended == (False, False)
+
+
+@pytest.mark.unit
+def test_wrong_use_is_refused():
+    model = model_of('regular')
+    session = StreamingSession(model, 2, [4, 0])
+    for samples, reason in [
+        (torch.zeros(1, 10), r'they must be a tensor \[2, n\]'),
+        (torch.zeros(10), r'they must be a tensor \[2, n\]'),
+        ([0.0], 'samples are list'),
+        (torch.zeros(2, 10, dtype=torch.int16), 'samples are torch.int16'),
+        (torch.tensor([[0.0], [float('nan')]]), 'samples of stream 1 hold NaN'),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            session.step(samples)
+    with pytest.raises(ValueError, match=r'lengths\[0\] is 11'):
+        session.step(torch.zeros(2, 10), [11, 0])
+    with pytest.raises(ValueError, match='ended has 1 values'):
+        session.step(torch.zeros(2, 10), None, [True])
+    session.step(torch.zeros(2, 10), None, [True, False])
+    with pytest.raises(ValueError, match='stream 0 has ended'):
+        session.step(torch.zeros(2, 10), [10, 10])
+    session.finish()
+    for work in (session.finish, lambda: session.step(torch.zeros(2, 10))):
+        with pytest.raises(ValueError, match='every stream has ended'):
+            work()
+    with pytest.raises(ValueError, match='there is no stream 2'):
+        session.reset([2])
+
+
+@pytest.mark.unit
+def test_wrong_settings_are_refused():
+    model = model_of('regular')
+    with pytest.raises(ValueError, match='batch_size is 0'):
+        StreamingSession(model, 0)
+    with pytest.raises(ValueError, match='no preset is called'):
+        StreamingSession(model, 1, 'lowest')
+    with pytest.raises(ValueError, match='has no preprocessor and encoder'):
+        StreamingSession(model.encoder)
+    with pytest.raises(ValueError, match='apply_mask needs a masked token prediction model'):
+        StreamingSession(ctc_model(), apply_mask=True)
+    with pytest.raises(ValueError, match=r'another att_context_size \(\[4, 0\], here \[8, 0\]\)'):
+        StreamingSession(model, 1, [8, 0]).load_state_dict(StreamingSession(model, 1, [4, 0]).state_dict())
+    with pytest.raises(ValueError, match='no state of a StreamingSession'):
+        StreamingSession(model).load_state_dict({})
+    with pytest.raises(ValueError, match='normalize is per_feature'):
+        StreamingSession(tiny_model('model.preprocessor.normalize=per_feature').eval())
+    with pytest.raises(ValueError, match='training mode'):
+        StreamingSession(tiny_model().train())
+    with pytest.raises(ValueError, match='there is no output'):
+        StreamingOutput.concatenate([])
+
+
+@pytest.mark.unit
+@pytest.mark.run_only_on('GPU')
+def test_a_gpu_streams():
+    model = tiny_model(THREE_LAYERS).eval().cuda()
+    samples = noise(2, 20000).cuda()
+    session = StreamingSession(model, 2, [4, 0])
+    output = stream(session, samples, [20000, 9000], [1280])
+    with torch.no_grad(), model.encoder.using_att_context_size([4, 0]):
+        features, lengths = model.preprocessor(input_signal=samples, length=torch.tensor([20000, 9000]).cuda())
+        encoded, lengths = model.encoder(audio_signal=features, length=lengths)
+    assert output.lengths.tolist() == lengths.tolist()
+    torch.testing.assert_close(output.encoded[0], encoded[0, :, : lengths[0]], atol=1e-3, rtol=0)
