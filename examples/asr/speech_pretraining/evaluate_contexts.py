@@ -99,12 +99,15 @@ def loader_of(model, manifest: str, batch_size: int, num_workers: int):
     return model._setup_dataloader_from_config(OmegaConf.create(settings))
 
 
-def tightest_of_all(models: dict, contexts: dict) -> int:
-    """Return the tightest left context of several models, each in its contexts; -1 if none is limited."""
-    from nemo.collections.asr.parts.att_context.context import tightest
+def masking_window(models: dict, contexts: dict, left: Optional[int]):
+    """Return the window of this left context; None: one that every layer of all models has, each in its contexts."""
+    from nemo.collections.asr.parts.att_context.context import AttContext
+    from nemo.collections.asr.parts.att_context.windows import Window, tightest_window
     from nemo.collections.asr.parts.ssl_reports.validation import tightest_of
 
-    return tightest(*(tightest_of(model.encoder, contexts[name]) for name, model in models.items()))
+    if left is not None:
+        return Window(AttContext(left, 0))
+    return tightest_window(tightest_of(model.encoder, contexts[name]) for name, model in models.items())
 
 
 def evaluate_models(models: dict, contexts: dict, manifest: str, options: argparse.Namespace) -> list[dict]:
@@ -121,16 +124,18 @@ def evaluate_models(models: dict, contexts: dict, manifest: str, options: argpar
     """
     from nemo.collections.asr.parts.ssl_reports.evaluation import evaluate
 
-    left = tightest_of_all(models, contexts) if options.mask_context is None else options.mask_context
+    window = masking_window(models, contexts, options.mask_context)
     found, results = {}, []
     for name, model in models.items():
         loader = loader_of(model, manifest, options.batch_size, options.num_workers)
         batches = tqdm(loader, desc=f'{name}, {len(contexts[name])} contexts', unit='batch')
-        found[name] = evaluate(model, batches, contexts[name], options.seed, left, options.draws)
+        found[name] = evaluate(model, batches, contexts[name], options.seed, window, options.draws)
         rows = [_row(found[name], context, options) for context in contexts[name]]
         for row, context in zip(rows, contexts[name]):
             row['loss_difference'] = _difference(found, name, context, options)
-        results.append({'model': name, 'mask_context': left, 'codebook': found[name].codebook, 'contexts': rows})
+        results.append(
+            {'model': name, 'mask_context': window.context.left, 'codebook': found[name].codebook, 'contexts': rows}
+        )
     return results
 
 

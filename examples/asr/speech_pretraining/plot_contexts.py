@@ -112,8 +112,8 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
     Raises:
         ValueError: if the audio or the context cannot be used.
     """
-    from nemo.collections.asr.parts.att_context import model_figures
-    from nemo.collections.asr.parts.ssl_reports.fixed_masks import fixed_masks, utterance_seeds
+    from nemo.collections.asr.parts.ssl_reports import model_figures
+    from nemo.collections.asr.parts.ssl_reports.fixed_masks import FixedMasks, utterance_seeds
 
     if not hasattr(model, 'predict_masked'):
         raise ValueError(f'{type(model).__name__} masks nothing')
@@ -122,11 +122,10 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
     lengths = torch.tensor([samples.shape[1]])
     batch = batch_of(model, samples, lengths)
     with torch.inference_mode(), model.encoder.using_att_context_size(context):
-        left = model.encoder.tightest_left_context()
-        with fixed_masks(model.mask_processor, utterance_seeds(samples, lengths, options.seed), left):
-            model._encode(*model._features_of_batch(batch), True, None)
-        utterance = model_figures.masked_utterance(model, batch)
-        print(audit_text(model, context, options))
+        seeds = utterance_seeds(samples, lengths, options.seed)
+        record = model.encode_batch(batch, FixedMasks(model.mask_processor, seeds, model.encoder.tightest_window()))
+        utterance = model_figures.masked_utterance(model, record)
+        print(audit_text(model, record, context, options))
         title = f'{audio.name}, masked for context {context}'
         pictures = {'masked_spectrogram': model_figures.draw_masks(model, utterance, title)}
         frames = options.frames or max(utterance.features.shape[1] // model.encoder.subsampling_factor, 1)
@@ -159,17 +158,15 @@ def batch_of(model, samples: torch.Tensor, lengths: torch.Tensor):
     )
 
 
-def audit_text(model, context, options: argparse.Namespace) -> str:
-    """Return what the masking asks of the attention in an utterance of the last batch's length, as text."""
+def audit_text(model, record, context, options: argparse.Namespace) -> str:
+    """Return what the masking asks of the attention in an utterance of the record's length, as text."""
     from nemo.collections.asr.parts.ssl_reports.audit import audit_masking, windows_of
 
-    masks, lengths = model.last_batch[:2]
-    pre_conv = model.pre_encoder is None
     audit = audit_masking(
         model.mask_processor,
-        lengths,
-        masks.shape[1],
-        model.encoder.subsampling_factor if pre_conv else 1,
+        record.mask_lengths,
+        record.masks.shape[1],
+        record.factor,
         windows_of(model.encoder),
         options.draws,
         options.seed,

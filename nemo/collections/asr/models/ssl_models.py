@@ -16,6 +16,7 @@ from nemo.collections.asr.data.loader_options import take_own_options, with_own_
 from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
 from nemo.collections.asr.parts.att_context.answerability import MASK_THRESHOLD
 from nemo.collections.asr.parts.att_context.context import context_label
+from nemo.collections.asr.parts.att_context.encoder_protocol import why_context_is_unknown
 from nemo.collections.asr.parts.att_context.masking_context import follows_context
 from nemo.collections.asr.parts.mixins.att_context_mixin import AttContextMixin
 from nemo.collections.asr.parts.preprocessing.features import standardize_per_feature
@@ -107,9 +108,12 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
         self.reports = ModelReports(self)
 
     def _setup_masking(self) -> None:
-        """Tell the masking module the unit of its frames, and warn where it follows no context."""
+        """Tell the masking module the unit of its frames, and warn where it cannot follow the attention's context."""
+        name, reason = type(self.mask_processor).__name__, why_context_is_unknown(self.encoder)
         if not follows_context(self.mask_processor):
-            logging.warning(f"{type(self.mask_processor).__name__} takes no attention context; it masks regardless.")
+            logging.warning(f"{name} takes no attention context; it masks regardless.")
+        elif reason is not None:
+            logging.warning(f"{name} cannot follow what {type(self.encoder).__name__} attends to: {reason}.")
         if hasattr(self.mask_processor, 'subsampling_factor'):
             self.mask_processor.subsampling_factor = self.mask_frames_per_attention_frame
 
@@ -126,6 +130,7 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
                 f"model.quantizer.combine_time_steps is {combined} with mask_position post_conv; it must be 1, for "
                 "the quantizer sees features after subsampling"
             )
+        self.check_masking_can_be_answered()
         if self.reports.figures is not None:
             require_matplotlib('model.log_figures')
         super().on_fit_start()
@@ -198,6 +203,10 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
         with self._one_context():
             return self.predict_batch(batch, self._own_masking() if apply_mask else None)[0]
 
+    def encode_batch(self, batch, masking: Optional[Callable]) -> BatchRecord:
+        """Mask a batch and encode it, within the pinned context; arguments as in :meth:`predict_batch`."""
+        return self._encode(*self.features_of_batch(batch), masking)
+
     def predict_batch(self, batch, masking: Optional[Callable]) -> tuple[MaskedPredictions, BatchRecord]:
         """Mask a batch, encode it and predict the tokens of the frames that count, within the pinned context.
 
@@ -210,7 +219,7 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
             the predictions as :meth:`predict_masked` returns them, and the record of the forward pass. Every frame is
             decoded where :attr:`whole_decoding_reason` gives a reason.
         """
-        record = self._encode(*self.features_of_batch(batch), masking)
+        record = self.encode_batch(batch, masking)
         frames = record.encoded, record.tokens, record.masks, record.encoded_lengths
         if self.whole_decoding_reason is None:
             return predict_counted(self.decoder, self.loss, *frames), record

@@ -29,7 +29,7 @@ from nemo.collections.asr.parts.att_context.layer_contexts import (
     without_those_that_narrow_nothing,
 )
 from nemo.collections.asr.parts.att_context.schedule import parse_layer_contexts
-from nemo.collections.asr.parts.att_context.windows import STYLES, Window
+from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tightest_window
 from nemo.core.classes.mixins import adapter_mixins
 from nemo.utils import logging
 from nemo_streaming_ssl import upstream
@@ -96,11 +96,26 @@ class ConformerEncoder(BatchContext, _up.ConformerEncoder):
     def tightest_left_context(self) -> int:
         """The smallest limited left context, in attention frames; -1 if nothing limits it.
 
-        Of the present context, of every layer's own, and in training of the ceiling.
+        Of the present context, of every layer's own, and in training of the ceiling. A layer that sees itself alone
+        is left out: no masking makes it see less.
         """
+        if self.att_context_style in STYLES:
+            return self.tightest_window().context.left
+        return self.att_context_size[0]
+
+    def tightest_window(self) -> Window:
+        """What each layer sees in the present context at least; see ``windows.tightest_window``.
+
+        In training it lies within the ceiling, too.
+
+        Raises:
+            ValueError: if the windows of the encoder's attention style are not known.
+        """
+        window = tightest_window(self.effective_windows())
         ceiling = self.att_context_ceiling if self.training else None
-        narrowing = [context.left for context in (*self.layer_att_contexts(), ceiling) if context is not None]
-        return tightest(self.att_context_size[0], *narrowing)
+        if ceiling is None:
+            return window
+        return Window(AttContext(tightest(window.context.left, ceiling.left), window.context.right), window.style)
 
     def layer_att_contexts(self) -> LayerContexts:
         """Each layer's own context, None for a layer without one."""

@@ -287,7 +287,7 @@ def test_collapsed_targets_are_called_out(normalize, collapses, speech_corpus, m
     model = speech_model(f'model.target_normalize={normalize}')
     for features, lengths in speech_features(model, speech_corpus):
         model.reports.codebook_use.update(*model.tokens_of(features, lengths))
-    model._warn_if_targets_collapsed()
+    model.reports.end_of_training()
     assert any('targets have collapsed' in message for message in warnings) == collapses
 
 

@@ -11,7 +11,7 @@ import torch
 
 from nemo.collections.asr.parts.att_context.answerability import MASK_THRESHOLD, masked_share_per_frame
 from nemo.core import typecheck
-from nemo.core.neural_types import NeuralType, SpectrogramType
+from nemo.core.neural_types import NeuralType
 from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
@@ -41,6 +41,11 @@ class MLMLoss(_up.MLMLoss):
             raise ValueError(f"loss.decoder_offset is {decoder_offset}; it must be 0 decoder frames or more")
         self.decoder_offset = decoder_offset
 
+    @property
+    def input_types(self):
+        """Returns definitions of module input types"""
+        return _with_masks_of_either_shape(super().input_types)
+
     @typecheck()
     def forward(
         self, decoder_outputs, targets, decoder_lengths=None, target_lengths=None, spec_masks=None, masks=None
@@ -52,11 +57,14 @@ class MLMLoss(_up.MLMLoss):
             targets: tokens [B, S] int64; -100 is left out, as in NeMo.
             decoder_lengths: valid decoder frames [B], before the offset; None counts all.
             target_lengths: not used, as in NeMo.
-            spec_masks: masks [B, D, M], used where ``masks`` is None.
-            masks: masks [B, D, M], 1 where masked. None counts every frame.
+            spec_masks: masks, used where ``masks`` is None.
+            masks: masks [B, D, M] or [B, M], floating or bool, 1 or True where masked. None counts every frame.
 
         Returns:
             The loss, a scalar; float32 for half-precision inputs, else the dtype of ``decoder_outputs``.
+
+        Raises:
+            ValueError: if the masks have another number of dimensions.
         """
         masks = spec_masks if masks is None else masks
         decoder_outputs, targets, counted = self.align(decoder_outputs, targets, masks, decoder_lengths)
@@ -95,6 +103,8 @@ class MLMLoss(_up.MLMLoss):
         Returns:
             outputs [B, F, ...] and targets [B, F] or [B, F, H], both views, and the frames that count [B, F] bool.
         """
+        if masks is not None and masks.dim() not in (2, 3):
+            raise ValueError(f"the masks have the shape {list(masks.shape)}; it must be [B, D, T] or [B, T]")
         decoder_outputs = decoder_outputs[:, self.decoder_offset :]
         frames = min(decoder_outputs.shape[1], targets.shape[1])
         if masks is not None:
@@ -134,8 +144,7 @@ class MultiMLMLoss(_up.MultiMLMLoss):
     @property
     def input_types(self):
         """Returns definitions of module input types"""
-        spectrogram_mask = NeuralType(("B", "D", "T"), SpectrogramType(), optional=True)
-        return {**super().input_types, "masks": spectrogram_mask, "spec_masks": spectrogram_mask}
+        return _with_masks_of_either_shape(super().input_types)
 
     @typecheck()
     def forward(
@@ -150,7 +159,7 @@ class MultiMLMLoss(_up.MultiMLMLoss):
         """Compute the loss.
 
         Args:
-            masks: masks [B, D, M], 1 where masked.
+            masks: masks [B, D, M] or [B, M], as :class:`MLMLoss` takes them.
             decoder_outputs: log-probabilities [B, T, C, H], or [B, T, C] with ``squeeze_single`` and one codebook.
             targets: tokens [B, S, H], or [B, S].
             decoder_lengths: valid decoder frames [B].
@@ -182,3 +191,8 @@ class MultiMLMLoss(_up.MultiMLMLoss):
     def align(self, decoder_outputs, targets, masks=None, decoder_lengths=None):
         """Cut outputs and targets to their common frames; see :meth:`MLMLoss.align`."""
         return self.mlm_loss.align(decoder_outputs, targets, masks, decoder_lengths)
+
+
+def _with_masks_of_either_shape(input_types: dict) -> dict:
+    """Return NeMo's input types, with masks of [B, D, T] or [B, T]: a type with axes has one number of dimensions."""
+    return {**input_types, 'masks': NeuralType(optional=True), 'spec_masks': NeuralType(optional=True)}

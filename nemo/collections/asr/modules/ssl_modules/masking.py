@@ -4,8 +4,8 @@
 Shapes: B batch, D features, T mask frames (frames of the tensor that is masked), A attention frames.
 
 How a bounded context is kept answerable: some attention frames of each utterance, the *guards*, are never masked;
-one lies in every window. The guards are cut out of the time line, blocks are drawn as stock draws them on what is
-left, and the guards are put back. Whatever is drawn, every masked frame then sees a guard.
+one lies in every window (``guards.py``). The guards are cut out of the time line, blocks are drawn as stock draws them
+on what is left, and the guards are put back. Whatever is drawn, every masked frame then sees a guard.
 """
 
 import math
@@ -14,8 +14,11 @@ from typing import Callable, NamedTuple, Optional, Union
 
 import torch
 
+from nemo.collections.asr.modules.ssl_modules.masked_time_line import BlockChances, MaskedTimeLine
 from nemo.collections.asr.parts.att_context.answerability import MASK_THRESHOLD
-from nemo.collections.asr.parts.att_context.context import UNLIMITED, tightest
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, tightest
+from nemo.collections.asr.parts.att_context.guards import guard_frames
+from nemo.collections.asr.parts.att_context.windows import Window
 from nemo.core.neural_types import IntType, LengthsType, NeuralType
 from nemo_streaming_ssl import upstream
 
@@ -42,7 +45,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
     """Mask random blocks of frames, within what an attention context can answer.
 
     Every masked attention frame (more than 0.8 of its mask frames masked) sees another frame without any masked mask
-    frame in its window, if the left context is limited or ``causal`` is set. Otherwise the distribution is stock's.
+    frame in its window, if the window is limited or ``causal`` is set. Otherwise the distribution is stock's.
 
     Args:
         feat_in: number of features D.
@@ -53,7 +56,8 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         allow_overlap: whether blocks may overlap.
         max_mask_ratio: share of the available range that is never exceeded by more than one block; where a block alone
             exceeds it, 8 frames are masked, as in NeMo 2.5.3.
-        causal: whether every masked frame must be answerable from the past alone, whatever the left context.
+        causal: whether every masked frame must be answerable also where the left context is unlimited: at the
+            beginning, where there is little past.
         left_context_size: left attention context in attention frames, -1 = unlimited.
         subsampling_factor: mask frames per attention frame; the model sets the encoder's factor where features are
             masked before its convolutions.
@@ -110,6 +114,8 @@ class RandomBlockMasking(_up.RandomBlockMasking):
             **super().input_types,
             "current_frame": NeuralType(tuple('B'), LengthsType(), optional=True),
             "effective_left_context": NeuralType(elements_type=IntType(), optional=True),
+            "effective_window": NeuralType(optional=True),
+            "stream": NeuralType(optional=True),
         }
 
     def forward(
@@ -118,6 +124,8 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         input_lengths: torch.Tensor,
         current_frame: Optional[Union[int, torch.Tensor]] = None,
         effective_left_context: Optional[int] = None,
+        effective_window: Optional[Window] = None,
+        stream: Optional[MaskedTimeLine] = None,
     ):
         """Mask a batch of features. Draws from torch's generator of the features' device; never waits for it.
 
@@ -129,6 +137,10 @@ class RandomBlockMasking(_up.RandomBlockMasking):
                 masked. None masks over the whole utterance.
             effective_left_context: left context in attention frames for this call, -1 = unlimited; overrides
                 ``left_context_size``.
+            effective_window: what each attention frame sees, where it looks ahead; overrides both. Then the frames
+                after a masked one can answer it, too.
+            stream: what was drawn for the frames received before, see :meth:`new_stream`. ``input_feats`` has the
+                frames whose masks it remembers, and then new ones: those alone are drawn, and it moves on.
 
         Returns:
             masked_feats: [B, D, T], the input with ``mask_embedding`` in the masked frames; dtype of the input.
@@ -137,28 +149,41 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         Raises:
             ValueError: if ``effective_left_context`` is below -1 or the int ``current_frame`` is negative.
         """
-        given = {'current_frame': current_frame, 'effective_left_context': effective_left_context}
-        given = {name: value for name, value in given.items() if value is not None}  # stock's overrides take neither
+        window = self._window(effective_left_context, effective_window)
+        if stream is not None:
+            return self.fill(input_feats, self.draw_on(stream, input_feats.shape[2], window))
+        given = {
+            'current_frame': current_frame,
+            'effective_left_context': effective_left_context,
+            'effective_window': effective_window,
+        }
+        given = {name: value for name, value in given.items() if value is not None}  # stock's overrides take none
         if self.allow_overlap:
             return self.forward_with_overlap(input_feats, input_lengths, **given)
         return self.forward_without_overlap(input_feats, input_lengths, **given)
 
-    def forward_with_overlap(self, input_feats, input_lengths, current_frame=None, effective_left_context=None):
-        """Mask blocks that may overlap; arguments and results as in :meth:`forward`."""
-        return self._draw_and_fill(input_feats, input_lengths, current_frame, effective_left_context, overlap=True)
+    def forward_with_overlap(self, input_feats, input_lengths, *args, **kwargs):
+        """Mask blocks that may overlap; further arguments and results as in :meth:`forward`."""
+        return self._draw_and_fill(input_feats, input_lengths, *args, overlap=True, **kwargs)
 
-    def forward_without_overlap(self, input_feats, input_lengths, current_frame=None, effective_left_context=None):
-        """Mask blocks that do not overlap; arguments and results as in :meth:`forward`."""
-        return self._draw_and_fill(input_feats, input_lengths, current_frame, effective_left_context, overlap=False)
+    def forward_without_overlap(self, input_feats, input_lengths, *args, **kwargs):
+        """Mask blocks that do not overlap; further arguments and results as in :meth:`forward`."""
+        return self._draw_and_fill(input_feats, input_lengths, *args, overlap=False, **kwargs)
 
-    def forward_causal(self, input_feats, input_lengths, current_frame=None, effective_left_context=None):
+    def forward_causal(self, input_feats, input_lengths, *args, **kwargs):
         """Mask as :meth:`forward` does with ``causal=True``, whatever the module's own setting."""
-        return self._draw_and_fill(input_feats, input_lengths, current_frame, effective_left_context, causal=True)
+        return self._draw_and_fill(input_feats, input_lengths, *args, causal=True, **kwargs)
 
-    def _draw_and_fill(self, feats, lengths, current_frame, effective_left_context, overlap=None, causal=None):
-        lengths = lengths.to(feats.device)
-        masked = self.draw(lengths, feats.shape[2], current_frame, effective_left_context, overlap, causal)
-        return self.fill(feats, masked)
+    def _draw_and_fill(self, feats, lengths, *args, **kwargs):
+        return self.fill(feats, self.draw(lengths.to(feats.device), feats.shape[2], *args, **kwargs))
+
+    def _window(self, effective_left_context: Optional[int], effective_window: Optional[Window]) -> Window:
+        """Return what an attention frame sees in a call with these arguments."""
+        if effective_window is not None:
+            return effective_window
+        left = self.left_context_size if effective_left_context is None else effective_left_context
+        _check('effective_left_context', left, left >= -1, '-1 (unlimited) or more')
+        return Window(AttContext(left, 0))
 
     def draw(
         self,
@@ -166,6 +191,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         frames: int,
         current_frame: Optional[Union[int, torch.Tensor]] = None,
         effective_left_context: Optional[int] = None,
+        effective_window: Optional[Window] = None,
         overlap: Optional[bool] = None,
         causal: Optional[bool] = None,
     ) -> torch.Tensor:
@@ -174,9 +200,9 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         Args:
             lengths: valid mask frames of each utterance [B].
             frames: T.
-            current_frame, effective_left_context: as in :meth:`forward`.
+            current_frame, effective_left_context, effective_window: as in :meth:`forward`.
             overlap: whether blocks may overlap; None: ``allow_overlap``.
-            causal: whether the past alone must answer; None: the module's own setting.
+            causal: whether every masked frame must be answerable, whatever the context; None: the module's own setting.
 
         Returns:
             [B, T] bool, True where masked.
@@ -185,7 +211,8 @@ class RandomBlockMasking(_up.RandomBlockMasking):
             ValueError: as :meth:`forward` does.
         """
         causal = self.causal if causal is None else causal
-        line = self._time_line(lengths, frames, current_frame, effective_left_context, causal)
+        window = self._window(effective_left_context, effective_window)
+        line = self._time_line(lengths, frames, current_frame, window, causal)
         overlap = self.allow_overlap if overlap is None else overlap
         return self._overlapping_blocks(line) if overlap else self._separate_blocks(line)
 
@@ -204,18 +231,32 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         masked_feats = torch.lerp(feats, self.mask_embedding.to(feats).view(1, -1, 1), masks)
         return masked_feats, masks.expand_as(feats)
 
-    def _time_line(self, lengths, max_time: int, current_frame, effective_left_context, causal: bool) -> _TimeLine:
-        left = self.left_context_size if effective_left_context is None else effective_left_context
-        _check('effective_left_context', left, left >= -1, '-1 (unlimited) or more')
+    def new_stream(self, streams: int = 1, device=None) -> MaskedTimeLine:
+        """Return what masking remembers of so many streams before their first frame."""
+        return MaskedTimeLine.new(streams, self.block_size, device)
+
+    def draw_on(self, stream: MaskedTimeLine, frames: int, window: Window) -> torch.Tensor:
+        """Draw on, for the frames of streams that are new; returns the masks of the last ``frames``, [B, T] bool.
+
+        Args:
+            stream: of the frames received before; it moves on.
+            frames: T, those whose masks the stream remembers and the new ones.
+            window: what each attention frame sees.
+        """
+        settings = self.mask_prob, self.block_size, self.allow_overlap, self.max_mask_ratio
+        chances = BlockChances.of(*settings, self._guards_of(window, self.causal))
+        return stream.draw(frames, chances, self.subsampling_factor)
+
+    def _time_line(self, lengths, max_time: int, current_frame, window: Window, causal: bool) -> _TimeLine:
         batch, device = lengths.shape[0], lengths.device
         places = torch.arange(1, max_time + 1, dtype=torch.int32, device=device).unsqueeze(0)
         lengths = lengths.to(torch.int32).clamp(max=max_time).view(batch, 1)
 
-        first, end = self._available_range(lengths, current_frame, left)
+        first, end = self._available_range(lengths, current_frame, window.context.left)
         allowed = places <= end
         if first is not None:
             allowed &= places > first
-        free = self._free_of_guards(batch, max_time, left, causal, device)
+        free = self._free_of_guards(end, max_time, window, causal)
         if free is not None:
             allowed &= free
 
@@ -239,21 +280,30 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         end = torch.minimum(current_frame, lengths)
         return (None if left < 0 else (current_frame - left * self.subsampling_factor).clamp(min=0)), end
 
-    def _free_of_guards(self, batch, max_time, left, causal, device):
-        """Return which mask frames [B, T] or [1, T] lie in no guard, an attention frame kept unmasked; None for all.
+    def _free_of_guards(self, end: torch.Tensor, max_time: int, window: Window, causal: bool):
+        """Return which mask frames [B, T] lie in no guard, an attention frame kept unmasked; None for all.
 
-        The first attention frame is a guard, for it sees no other; with a limited context every (left + 1)-th is, from
-        a random phase, so that each frame's window holds one.
+        Args:
+            end: mask frames of each utterance that have been received, [B, 1].
         """
-        if left < 0 and not causal:
+        window = self._guards_of(window, causal)
+        if window is None:
             return None
-        attention_frames = math.ceil(max_time / self.subsampling_factor)
-        index = torch.arange(attention_frames, dtype=torch.int32, device=device).unsqueeze(0)
-        free = index > 0
-        if left >= 0:
-            phase = (_uniform((batch, 1), device) * (left + 1)).int()
-            free = free & ((index - phase) % (left + 1) != 0)
-        return free.repeat_interleave(self.subsampling_factor, dim=1)[:, :max_time]
+        index = torch.arange(math.ceil(max_time / self.subsampling_factor), dtype=torch.int32, device=end.device)
+        ends = end.div(self.subsampling_factor, rounding_mode='floor')
+        guards = guard_frames(window, index.unsqueeze(0), ends, _uniform(end.shape, end.device))
+        return ~guards.repeat_interleave(self.subsampling_factor, dim=1)[:, :max_time]
+
+    @staticmethod
+    def _guards_of(window: Window, causal: bool) -> Optional[Window]:
+        """Return the window that guards are placed for; None where every frame may be masked.
+
+        Without a limit to the past only ``causal`` asks for guards: at the beginning, where the past is short.
+        """
+        left, right = window.context
+        if (left, right) == (UNLIMITED, UNLIMITED) or (left == UNLIMITED and not causal):
+            return None
+        return window
 
     def _overlapping_blocks(self, line: _TimeLine) -> torch.Tensor:
         """Let every frame start a block with equal probability; returns the masked frames [B, T] bool."""
@@ -386,17 +436,22 @@ class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
         apply_mask: bool,
         current_frame: Optional[Union[int, torch.Tensor]] = None,
         effective_left_context: Optional[int] = None,
+        effective_window: Optional[Window] = None,
         masking: Optional[Callable] = None,
     ):
         """Say whether, and how, the coming forward passes mask.
 
         Args:
             apply_mask: whether they do.
-            current_frame, effective_left_context: see :meth:`RandomBlockMasking.forward`.
+            current_frame, effective_left_context, effective_window: see :meth:`RandomBlockMasking.forward`.
             masking: what to call with ``input_feats`` and ``input_lengths`` instead of the masking module.
         """
         super().set_masking_enabled(apply_mask=apply_mask)
-        given = {'current_frame': current_frame, 'effective_left_context': effective_left_context}
+        given = {
+            'current_frame': current_frame,
+            'effective_left_context': effective_left_context,
+            'effective_window': effective_window,
+        }
         given = {name: value for name, value in given.items() if value is not None}
         self._mask = partial(self.masking if masking is None else masking, **given)
 

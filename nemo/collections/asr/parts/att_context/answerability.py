@@ -17,9 +17,11 @@ def masked_share_per_frame(masks: torch.Tensor, factor: int) -> torch.Tensor:
     """Return the share of each attention frame that is masked, [B, A] float32.
 
     Args:
-        masks: [B, D, T], 1 or True where masked; mask frames beyond the last whole attention frame are left out.
+        masks: [B, D, T] or [B, T], 1 or True where masked; mask frames beyond the last whole attention frame are
+            left out.
         factor: mask frames per attention frame.
     """
+    masks = masks.unsqueeze(1) if masks.dim() == 2 else masks
     frames = masks.shape[-1] // factor
     masks = masks[..., : frames * factor].unflatten(-1, (frames, factor))
     return masks.mean(dim=(1, 3), dtype=torch.float32)

@@ -4,7 +4,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Iterable, Iterator
 
 UNLIMITED = -1
@@ -18,10 +18,20 @@ PRESETS = {
 }
 
 
+def shown(value) -> str:
+    """Return a value as errors show it: in one line, and a model or another large object by its type alone."""
+    if value is None or isinstance(value, (str, bool, Real)):
+        return repr(value)
+    if isinstance(value, Sequence):
+        left, right = '()' if isinstance(value, tuple) else '[]'
+        return left + ', '.join(shown(item) for item in value) + right
+    return f'<{type(value).__name__}>'
+
+
 def _parse_side(side: str, value, field: str) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < UNLIMITED:
         raise ValueError(
-            f"{field}: the {side} context is {value!r}; it must be a whole number of attention frames, "
+            f"{field}: the {side} context is {shown(value)}; it must be a whole number of attention frames, "
             "0 or more, or -1 for unlimited"
         )
     return int(value)
@@ -65,7 +75,7 @@ class AttContext:
             return cls(_parse_side('left', value, field), 0)
         if not isinstance(value, Sequence) or len(value) != 2:
             raise ValueError(
-                f"{field}: {value!r} is no context; give [left, right] in attention frames, a left context, "
+                f"{field}: {shown(value)} is no context; give [left, right] in attention frames, a left context, "
                 f"or a preset ({', '.join(PRESETS)})"
             )
         return cls(_parse_side('left', value[0], field), _parse_side('right', value[1], field))

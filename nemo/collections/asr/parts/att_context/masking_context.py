@@ -4,36 +4,53 @@
 import inspect
 from typing import Optional
 
-from nemo.collections.asr.parts.att_context.context import UNLIMITED, tightest
+import torch
+
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, tightest
+from nemo.collections.asr.parts.att_context.windows import Window
 
 
 def follows_context(masking) -> bool:
-    """Return whether a masking module takes ``effective_left_context`` and ``current_frame``.
+    """Return whether a masking module takes ``effective_left_context`` and ``current_frame``."""
+    return takes(masking, 'effective_left_context')
+
+
+def takes(masking, argument: str) -> bool:
+    """Return whether a masking module takes a keyword argument.
 
     A ``forward`` that passes any keywords on is judged by the class that it inherits from; one that inherits from
     none with arguments by name is given them, and has to take them.
     """
     for cls in inspect.getmro(type(masking)):
         forward = cls.__dict__.get('forward')
-        if forward is None:
+        if forward is None or cls is torch.nn.Module:
             continue
         parameters = inspect.signature(forward).parameters
-        if 'effective_left_context' in parameters:
+        if argument in parameters:
             return True
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             return False
     return True
 
 
-def masking_left_context(attention_left: int, masking) -> int:
-    """Return the left context to mask within, in attention frames, -1 = unlimited: the tightest that anybody asks for.
+def window_arguments(masking, window: Optional[Window]) -> dict:
+    """Return the keyword arguments that tell a masking module what the attention sees; none where nothing limits it.
+
+    ``effective_left_context`` is the tightest left context that anybody asks for: of the attention, and of what the
+    user configured as ``masking.left_context_size``, which no attention context widens. A module that takes it gets
+    ``effective_window``, too, where the attention looks ahead; others are to be answered from the past alone.
 
     Args:
-        attention_left: what the tightest layer of the encoder sees of the past in this batch.
-        masking: the masking module; its ``configured_left_context_size``, where it has one, is what the user
-            configured, which no attention context widens.
+        masking: a module for which :func:`follows_context` is true.
+        window: what the tightest layer sees in this batch; None if that is not known.
     """
-    return tightest(attention_left, getattr(masking, 'configured_left_context_size', UNLIMITED))
+    window = Window(AttContext(UNLIMITED, 0)) if window is None else window
+    left = tightest(window.context.left, getattr(masking, 'configured_left_context_size', UNLIMITED))
+    arguments = {'effective_left_context': None if left == UNLIMITED else left}
+    looks_ahead = window.context.right != 0 and (left, window.context.right) != (UNLIMITED, UNLIMITED)
+    if looks_ahead and takes(masking, 'effective_window'):
+        arguments['effective_window'] = Window(AttContext(left, window.context.right), window.style)
+    return arguments
 
 
 def followed_left_context(masking) -> Optional[int]:

@@ -16,7 +16,7 @@ from typing import Any, Callable, Optional
 from torch.utils.data import get_worker_info
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from nemo.collections.asr.parts.att_context.context import AttContext, draw_index
+from nemo.collections.asr.parts.att_context.context import AttContext, draw_index, shown
 
 PROBABILITY_TOLERANCE = 1e-6
 
@@ -39,12 +39,14 @@ class ContextDraw:
             ValueError: naming the argument, the item and its value.
         """
         if not _is_sequence(context_options) or not len(context_options):
-            raise ValueError(f"context_options is {context_options!r}; it must be a list of contexts, and not empty")
+            raise ValueError(
+                f"context_options is {shown(context_options)}; it must be a list of contexts, and not empty"
+            )
         options = tuple(_parse_option(option, index) for index, option in enumerate(context_options))
         if context_probs is None:
             context_probs = [1 / len(options)] * len(options)
         if isinstance(seed, bool) or not isinstance(seed, Integral):
-            raise ValueError(f"seed is {seed!r}; it must be a whole number")
+            raise ValueError(f"seed is {shown(seed)}; it must be a whole number")
         return cls(options, _parse_probabilities(context_probs, len(options)), int(seed))
 
     def at(self, number: int) -> AttContext:
@@ -90,7 +92,7 @@ class SyncedContextCollate:
 
     def __init__(self, base_collate_fn: Callable[[Any], Any], draw: ContextDraw):
         if not callable(base_collate_fn):
-            raise ValueError(f"base_collate_fn is {base_collate_fn!r}; it must be callable")
+            raise ValueError(f"base_collate_fn is {shown(base_collate_fn)}; it must be callable")
         self.base_collate_fn = base_collate_fn
         self.draw = draw
         self.start_at(0)
@@ -102,8 +104,9 @@ class SyncedContextCollate:
         """
         self._first, self._collated = number, 0
 
-    def __call__(self, samples):
-        batch = self.base_collate_fn(samples)
+    def __call__(self, *args, **kwargs):
+        """Collate, and draw; the arguments are those of the base function."""
+        batch = self.base_collate_fn(*args, **kwargs)
         worker = get_worker_info()
         workers, index = (1, 0) if worker is None else (worker.num_workers, worker.id)
         number = self._first + self._collated * workers + index  # the loader deals batches to its workers in turn
@@ -112,9 +115,12 @@ class SyncedContextCollate:
 
 
 def create_synced_context_collate(
-    base_collate_fn: Callable[[Any], Any], context_options, context_probs=None, seed: int = 0
+    base_collate_fn: Callable[..., Any], *arguments, model=None, **by_name
 ) -> SyncedContextCollate:
     """Return a collate function that draws an attention context for each batch and sends it along.
+
+    Call it as ``create_synced_context_collate(base_collate_fn, context_options, context_probs=None, seed=0)``, or with
+    a model before ``context_options``; each argument can be given by its name, too.
 
     The SSL models' training step attends and masks within ``batch.att_context``. Under a trainer the draw is a pure
     function of (seed, global step): the same on all ranks, in all batches of one gradient accumulation, and after a
@@ -122,7 +128,9 @@ def create_synced_context_collate(
 
     Args:
         base_collate_fn: makes a dataclass such as ``AudioNoiseBatch``, a tuple or a list of the samples. For a lhotse
-            data loader, which hands over ready batches, it is the loader's own ``collate_fn``.
+            data loader, which hands over ready batches, it is the loader's own ``collate_fn``. It gets all arguments
+            of a call.
+        model: not needed and not kept; the context travels in the batch.
         context_options: contexts, each a pair [left, right] in attention frames, or the name of a preset.
         context_probs: a probability for each option; None draws all with the same.
         seed: of the draw.
@@ -130,7 +138,11 @@ def create_synced_context_collate(
     Raises:
         ValueError: naming the argument, the item and its value.
     """
-    return SyncedContextCollate(base_collate_fn, ContextDraw.parse(context_options, context_probs, seed))
+    if arguments and not isinstance(arguments[0], Sequence):
+        arguments = arguments[1:]  # the model
+    if not arguments:
+        by_name.setdefault('context_options', None)  # for an error that says what they are
+    return SyncedContextCollate(base_collate_fn, ContextDraw.parse(*arguments, **by_name))
 
 
 def _parse_option(option, index: int) -> AttContext:
@@ -142,10 +154,12 @@ def _parse_option(option, index: int) -> AttContext:
 
 def _parse_probabilities(probabilities, number: int) -> tuple[float, ...]:
     if not _is_sequence(probabilities) or len(probabilities) != number:
-        raise ValueError(f"context_probs is {probabilities!r}; it must have one number for each of {number} options")
+        raise ValueError(
+            f"context_probs is {shown(probabilities)}; it must have one number for each of {number} options"
+        )
     for index, value in enumerate(probabilities):
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
-            raise ValueError(f"context_probs: item {index} is {value!r}; it must be a number from 0 to 1")
+            raise ValueError(f"context_probs: item {index} is {shown(value)}; it must be a number from 0 to 1")
     if not math.isclose(sum(probabilities), 1, rel_tol=0, abs_tol=PROBABILITY_TOLERANCE):
         raise ValueError(f"context_probs is {list(probabilities)}; it must sum to 1, not {sum(probabilities)}")
     return tuple(float(value) for value in probabilities)

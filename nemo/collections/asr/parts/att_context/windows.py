@@ -4,9 +4,11 @@
 Attention masks, block-wise attention, live streams, receptive fields, masking and audits all ask a :class:`Window`.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Iterable
 
-from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, tightest
 
 STYLES = ('regular', 'chunked_limited')  # the attention styles whose windows are known
 FAR = 1 << 40  # attention frames, more than any utterance has
@@ -42,6 +44,11 @@ class Window:
     def has_chunks(self) -> bool:
         """Whether windows are made of whole chunks."""
         return self.style == 'chunked_limited' and self.context.right != UNLIMITED
+
+    @property
+    def shows_others(self) -> bool:
+        """Whether a frame sees any frame but itself."""
+        return self.context.left != 0 or self.context.right != 0
 
     def bounds(self, frame):
         """Return the first and the last frame that a frame sees.
@@ -79,6 +86,22 @@ class Window:
         if self.style == 'chunked_limited' and own != AttContext(UNLIMITED, UNLIMITED):
             _check_whole_chunks(self.context, own, both, where)
         return Window(both, self.style)
+
+
+def tightest_window(windows: Iterable[Window]) -> Window:
+    """Return a window that lies within each of several, the widest such in most cases.
+
+    Windows that show a frame nothing but itself are left out, unless all of them are such. Of windows of different
+    styles the look-ahead is left out.
+    """
+    windows = list(windows)
+    windows = [window for window in windows if window.shows_others] or windows
+    left = tightest(*(window.context.left for window in windows))
+    if len({window.style for window in windows}) > 1:
+        return Window(AttContext(left, 0))
+    chunks = [window.chunk for window in windows if window.has_chunks]
+    right = math.gcd(*chunks) - 1 if chunks else tightest(*(window.context.right for window in windows))
+    return Window(AttContext(left, right), windows[0].style)
 
 
 def _check_whole_chunks(batch: AttContext, own: AttContext, both: AttContext, where: str) -> None:

@@ -7,13 +7,14 @@ The model's encoder decides on the context (``BatchContext``); this tells the ma
 from contextlib import contextmanager, nullcontext
 from typing import Dict, Iterator, NamedTuple, Optional
 
-from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.dynamic_context import sync_masking_to_attention
+from nemo.collections.asr.parts.att_context.encoder_protocol import FollowsContexts, tightest_window_of
 from nemo.collections.asr.parts.att_context.masking_context import (
     follow_left_context,
     followed_left_context,
     follows_context,
-    masking_left_context,
+    window_arguments,
 )
 from nemo.utils import logging
 
@@ -100,9 +101,32 @@ class AttContextMixin:
             if current_frame is not None:
                 raise ValueError(f"current_frame is given, but {type(masking).__name__} does not take it")
             return {}
-        left = self.encoder.tightest_left_context() if self._encoder_follows_contexts() else -1
-        left = masking_left_context(left, masking)
-        return {'current_frame': current_frame, 'effective_left_context': None if left < 0 else left}
+        return {'current_frame': current_frame, **window_arguments(masking, tightest_window_of(self.encoder))}
+
+    def check_masking_can_be_answered(self) -> None:
+        """Check that in every context that a batch can have some layer sees a frame beside the one that is masked.
+
+        Raises:
+            ValueError: naming the context in which none does. Nothing would be masked there, and the loss be 0.
+        """
+        masking = self._masking()
+        if not self._encoder_follows_contexts() or not follows_context(masking):
+            return
+        by_hand = self.encoder.att_context_by_hand
+        for context in self.encoder.att_context_size_all if by_hand is None else [by_hand]:
+            with self.encoder.using_att_context_size(context):
+                window = tightest_window_of(self.encoder)
+            configured = getattr(masking, 'configured_left_context_size', UNLIMITED)
+            if window is not None and not window.shows_others:
+                raise ValueError(
+                    f"model.encoder.att_context_size {list(context)}: no layer sees any frame beside the one that is "
+                    "masked, so nothing could be predicted; give it a left context of 1 or more, or a look-ahead"
+                )
+            if configured == 0 and window is not None and window.context.right == 0:
+                raise ValueError(
+                    f"model.masking.left_context_size is 0 and att_context_size {list(context)} has no look-ahead: no "
+                    "masked frame could be predicted; it must be 1 or more, or -1 for what the attention sees"
+                )
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx):
         """Move a batch; the draw of its context is numbered by the global step, which only the trainer knows."""
@@ -128,7 +152,7 @@ class AttContextMixin:
         return self.encoder.using_one_att_context_size() if self._encoder_follows_contexts() else nullcontext()
 
     def _encoder_follows_contexts(self) -> bool:
-        return hasattr(self.encoder, 'using_att_context_size')
+        return isinstance(self.encoder, FollowsContexts)
 
     def _masking(self):
         return getattr(self, 'mask_processor', None)

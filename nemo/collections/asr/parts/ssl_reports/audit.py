@@ -16,10 +16,10 @@ from nemo.collections.asr.parts.att_context.answerability import (
     masked_share_per_frame,
     unanswerable_frames,
 )
-from nemo.collections.asr.parts.att_context.context import AttContext, tightest
-from nemo.collections.asr.parts.att_context.masking_context import follows_context
+from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.masking_context import follows_context, window_arguments
 from nemo.collections.asr.parts.att_context.receptive_field import receptive_field
-from nemo.collections.asr.parts.att_context.windows import STYLES, Window
+from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tightest_window
 from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
 
 LAYERS, STACK = 'layers', 'stack'  # names of windows: of all layers alike, and of the whole encoder
@@ -194,8 +194,8 @@ def audit_masking(
 ) -> MaskAudit:
     """Count what a masking module would hide in utterances of these lengths; torch's generators are left as they were.
 
-    A module that takes ``effective_left_context`` is told the tightest left context of the windows, as a training
-    step tells it; others mask regardless.
+    A module that takes a context is told the tightest of the windows, as a training step tells it; others mask
+    regardless.
 
     Args:
         masking: a module that is called with ``input_feats`` [B, D, M] and ``input_lengths`` [B], and returns the
@@ -212,10 +212,10 @@ def audit_masking(
     if draws < 1:
         raise ValueError(f"draws is {draws}; it must be 1 or more")
     windows = windows or {}
-    left = tightest(*(window.context.left for name, window in windows.items() if name != STACK))
+    layers = [window for name, window in windows.items() if name != STACK]
     arguments = {}
-    if follows_context(masking) and left >= 0:
-        arguments['effective_left_context'] = left
+    if follows_context(masking) and layers:
+        arguments = window_arguments(masking, tightest_window(layers))
     feats = torch.zeros(lengths.shape[0], features, int(lengths.max()), device=lengths.device)
     with torch.random.fork_rng(devices=[lengths.device] if lengths.is_cuda else []), torch.no_grad():
         torch.manual_seed(seed)

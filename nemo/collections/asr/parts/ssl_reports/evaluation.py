@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 
 from nemo.collections.asr.parts.att_context.context import context_label
+from nemo.collections.asr.parts.att_context.windows import Window
 from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse
 from nemo.collections.asr.parts.ssl_reports.validation import FrameScores, predictions_in_contexts, signal_of
 
@@ -49,19 +50,19 @@ class ModelScores:
 
 
 def evaluate(
-    model, batches: Iterable, contexts: Sequence, seed: int = 0, left: Optional[int] = None, draws: int = 1
+    model, batches: Iterable, contexts: Sequence, seed: int = 0, window: Optional[Window] = None, draws: int = 1
 ) -> ModelScores:
     """Predict the masked tokens of utterances in each context, on the same masks.
 
     The model is put into eval mode. Masks depend on the seed, on each utterance, on the masking's configuration and on
-    ``left`` only: batches may be cut in any way.
+    ``window`` only: batches may be cut in any way.
 
     Args:
         model: an ``EncDecMaskedTokenPredModel``.
         batches: of its own data loader, on any device.
         contexts: that its encoder can follow.
         seed: of the masks.
-        left: left context that the masks are drawn for; see ``predictions_in_contexts``.
+        window: that the masks are drawn for; see ``predictions_in_contexts``.
         draws: how often each utterance is masked, with the seeds from ``seed`` on: for more masked frames.
     """
     model.eval()
@@ -75,7 +76,7 @@ def evaluate(
             utterances = signal_of(batch)[0].shape[0]
             found = {label: [] for label in scores}
             for draw in range(draws):
-                drawn = predictions_in_contexts(model, batch, contexts, seed + draw, left)
+                drawn = predictions_in_contexts(model, batch, contexts, seed + draw, window)
                 for context, predictions, record in drawn:
                     found[context_label(context)].append(FrameScores.of(predictions, model.loss))
                 guesses += _counts(predictions.targets, books, classes).cpu()  # the same in every context

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from nemo.collections.asr.parts.att_context.context import UNLIMITED
-from nemo.collections.asr.parts.att_context.masking_context import follows_context
+from nemo.collections.asr.parts.att_context.masking_context import follows_context, window_arguments
+from nemo.collections.asr.parts.att_context.windows import Window
 
 SAMPLES_HASHED = 4096  # of each utterance, evenly spread: the cost does not grow with its length
 
@@ -56,15 +56,12 @@ class FixedMasks:
         masking: a module that is called with ``input_feats`` [B, D, M] and ``input_lengths`` [B], and returns features
             and masks [B, D, M].
         seeds: one for each utterance.
-        left: left context in attention frames that the masks are to be answerable in, -1 = unlimited; for a module
-            that takes ``effective_left_context``.
+        window: that the masks are to be answerable in; for a module that takes a context.
     """
 
-    def __init__(self, masking: torch.nn.Module, seeds: Sequence[int], left: int):
+    def __init__(self, masking: torch.nn.Module, seeds: Sequence[int], window: Window):
         self._masking, self._seeds = masking, seeds
-        self._arguments = {}
-        if follows_context(masking):
-            self._arguments['effective_left_context'] = None if left == UNLIMITED else left
+        self._arguments = window_arguments(masking, window) if follows_context(masking) else {}
         self._drawn: Optional[tuple[torch.Tensor, torch.Tensor]] = None
 
     def __call__(self, input_feats: torch.Tensor, input_lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

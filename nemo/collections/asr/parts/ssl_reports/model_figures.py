@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from nemo.collections.asr.parts.att_context.answerability import masked_share_per_frame, unanswerable_frames
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
+from nemo.collections.asr.parts.att_context.encoder_protocol import tightest_window_of
 from nemo.collections.asr.parts.att_context.receptive_field import seen_through_layers
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window
 from nemo.collections.asr.parts.ssl_reports import figures
@@ -20,7 +21,7 @@ class MaskedUtterance(NamedTuple):
 
     features: np.ndarray  # [D, T], clean
     masks: np.ndarray  # [M], 1 where masked
-    left: int  # left context of the pass, in attention frames
+    window: Window  # what the tightest layer saw in the pass
 
 
 def hop_seconds(model) -> float:
@@ -39,8 +40,8 @@ def masked_utterance(model, record: BatchRecord, index: int = 0) -> MaskedUttera
     """
     features = record.features[index, :, : int(record.feature_lengths[index])].detach().float().cpu().numpy()
     masks = record.masks[index, 0, : int(record.mask_lengths[index])].float().cpu().numpy()
-    left = model.encoder.tightest_left_context() if hasattr(model.encoder, 'tightest_left_context') else UNLIMITED
-    return MaskedUtterance(features, masks, left)
+    window = tightest_window_of(model.encoder) or Window(AttContext(UNLIMITED, UNLIMITED))
+    return MaskedUtterance(features, masks, window)
 
 
 def draw_masks(model, utterance: MaskedUtterance, title: str = ''):
@@ -48,7 +49,7 @@ def draw_masks(model, utterance: MaskedUtterance, title: str = ''):
     factor = model.encoder.subsampling_factor
     masks = torch.from_numpy(utterance.masks).view(1, 1, -1)
     share = masked_share_per_frame(masks, model.mask_frames_per_attention_frame)
-    unanswerable = unanswerable_frames(share, Window(AttContext(utterance.left, 0)))[0].numpy()
+    unanswerable = unanswerable_frames(share, utterance.window)[0].numpy()
     return figures.masked_spectrogram(
         utterance.features, utterance.masks, hop_seconds(model), factor, unanswerable, title
     )

@@ -9,8 +9,7 @@ from typing import Optional
 import torch
 
 from nemo.collections.asr.parts.att_context.answerability import unanswerable_frames
-from nemo.collections.asr.parts.att_context.context import AttContext
-from nemo.collections.asr.parts.att_context.windows import Window
+from nemo.collections.asr.parts.att_context.encoder_protocol import tightest_window_of
 from nemo.collections.asr.parts.ssl_reports.audit import TrainingAudit
 from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse
@@ -66,10 +65,11 @@ class ModelReports:
         masked_frames = record.masks[:, 0].sum(dtype=torch.float32)
         logs = {f'{prefix}masked_share': masked_frames / record.mask_lengths.sum().clamp(min=1)}
         encoder = model.encoder
-        if hasattr(encoder, 'tightest_left_context'):
+        window = tightest_window_of(encoder)
+        if window is not None:
             left, right = encoder.att_context_size[0], encoder.att_context_size[-1]
-            window = Window(AttContext(encoder.tightest_left_context(), 0))
-            unanswerable = unanswerable_frames(share, window, record.threshold).sum()
+            whole_frames = torch.div(record.mask_lengths, record.factor, rounding_mode='floor')
+            unanswerable = unanswerable_frames(share, window, record.threshold, whole_frames).sum()
             masked = (share > record.threshold).sum()
             logs[f'{prefix}unanswerable_share'] = unanswerable / masked.clamp(min=1)
             logs[f'{prefix}att_context_left'], logs[f'{prefix}att_context_right'] = float(left), float(right)

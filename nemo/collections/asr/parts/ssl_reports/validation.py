@@ -12,7 +12,9 @@ import torchmetrics
 from torchmetrics.classification import MulticlassAccuracy
 
 from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET
-from nemo.collections.asr.parts.att_context.context import context_label, tightest
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, context_label
+from nemo.collections.asr.parts.att_context.encoder_protocol import tightest_window_of
+from nemo.collections.asr.parts.att_context.windows import Window, tightest_window
 from nemo.collections.asr.parts.ssl_reports.audit import audit_masks, layer_windows_of
 from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.fixed_masks import FixedMasks, utterance_seeds
@@ -60,13 +62,13 @@ def _checked(item, encoder, field: str) -> list:
     return list(context)
 
 
-def tightest_of(encoder, contexts: Sequence) -> int:
-    """Return the smallest limited left context of several batches' contexts and the layers' own; -1: none limits."""
-    lefts = []
+def tightest_of(encoder, contexts: Sequence) -> Window:
+    """Return a window that lies within what every layer sees in each of several batches' contexts."""
+    windows = []
     for context in contexts:
         with encoder.using_att_context_size(context):
-            lefts.append(encoder.tightest_left_context())
-    return tightest(*lefts)
+            windows.append(tightest_window_of(encoder) or Window(AttContext(UNLIMITED, 0)))
+    return tightest_window(windows)
 
 
 class FrameScores(NamedTuple):
@@ -86,22 +88,22 @@ class FrameScores(NamedTuple):
 
 
 def predictions_in_contexts(
-    model, batch, contexts: Sequence, seed: int, left: Optional[int] = None
+    model, batch, contexts: Sequence, seed: int, window: Optional[Window] = None
 ) -> Iterator[tuple[list, MaskedPredictions, BatchRecord]]:
     """Predict the masked frames of a batch in each context, on the same masks.
 
-    The masks are a function of the seed, each utterance's audio, the masking's configuration and ``left``.
+    The masks are a function of the seed, each utterance's audio, the masking's configuration and ``window``.
 
     Args:
         model: an ``EncDecMaskedTokenPredModel`` in eval mode.
         batch: as its data loader gives it.
         contexts: that its encoder can follow.
         seed: of the masks.
-        left: left context that the masks are drawn for, -1 = unlimited; None: the tightest of ``contexts``, so that
-            what is masked can be answered in each.
+        window: that the masks are drawn for; None: the tightest of ``contexts``, so that what is masked can be
+            answered in each.
     """
-    left = tightest_of(model.encoder, contexts) if left is None else left
-    masking = FixedMasks(model.mask_processor, utterance_seeds(*signal_of(batch), seed), left)
+    window = tightest_of(model.encoder, contexts) if window is None else window
+    masking = FixedMasks(model.mask_processor, utterance_seeds(*signal_of(batch), seed), window)
     for context in contexts:
         with model.encoder.using_att_context_size(context):
             predictions, record = model.predict_batch(batch, masking)
@@ -156,7 +158,7 @@ class ContextValidation:
 
     def __init__(self, model, contexts='all', masks=None):
         self._wanted = contexts
-        self.seed, self.left = _parse_mask_options(masks)
+        self.seed, self.window = _parse_mask_options(masks)
         self.num_classes = getattr(model.quantizer, 'num_classes', None)
         if not hasattr(model.loss, 'of_frames') or self.num_classes is None:
             raise ValueError(
@@ -199,7 +201,9 @@ class ContextValidation:
         if dataloader_idx >= len(self._metrics):  # a step by hand, outside of a trainer's loop
             self.start(model, dataloader_idx + 1)
         metrics, losses = self._metrics[dataloader_idx], []
-        for context, predictions, record in predictions_in_contexts(model, batch, self._running, self.seed, self.left):
+        for context, predictions, record in predictions_in_contexts(
+            model, batch, self._running, self.seed, self.window
+        ):
             label, frames = context_label(context), predictions.utterances.shape[0]
             likelihood = model.loss.of_frames(predictions.log_probs, predictions.targets, reduction='none')
             total = likelihood.sum(dtype=torch.float64)
@@ -250,7 +254,7 @@ class ContextValidation:
         return {f'{mode}_loss': found[f'{mode}_loss'], 'log': dict(found)}
 
 
-def _parse_mask_options(options) -> tuple[int, Optional[int]]:
+def _parse_mask_options(options) -> tuple[int, Optional[Window]]:
     options = dict(options or {})
     check_known('model.validation_masks', options, VALIDATION_MASK_KEYS)
     seed, left = options.get('seed', 0), options.get('left_context')
@@ -258,4 +262,4 @@ def _parse_mask_options(options) -> tuple[int, Optional[int]]:
         optional = name == 'left_context' and value is None
         if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < lowest):
             raise ValueError(f"model.validation_masks.{name} is {value!r}; it must be a whole number from {lowest} on")
-    return seed, left
+    return seed, None if left is None else Window(AttContext(left, 0))

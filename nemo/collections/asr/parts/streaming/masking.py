@@ -1,9 +1,10 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """Masking inside a live stream, and the loss of the masked frames as they come.
 
-What has been encoded stays encoded: a mask takes effect on new frames only. It is drawn over the frames received so
-far that the attention reaches, with ``current_frame`` their number, as the model draws it; then the part of
-it that lies on the new frames is kept. So a stream should be fed at least an attention frame at a time.
+What has been encoded stays encoded: only new frames are masked. What was drawn before is remembered, so that blocks go
+on from step to step and the frames that answer lie on one grid, however the stream is cut (``MaskedTimeLine``). A
+masking module that does not take ``stream`` is called for the frames received so far that the attention reaches, with
+``current_frame`` their number; then the part of its masks that lies on the new frames is kept.
 
 Targets are normalised as in training, but by the statistics of the frames received so far.
 
@@ -12,11 +13,12 @@ H codebooks.
 """
 
 from dataclasses import dataclass, field
+from typing import Optional
 
 import torch
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED
-from nemo.collections.asr.parts.att_context.masking_context import follows_context
+from nemo.collections.asr.parts.att_context.masking_context import follows_context, takes
 from nemo.collections.asr.parts.streaming.state import MaskedStream
 
 LONGEST_REACH = 400  # attention frames that a mask is drawn over where the left context has no limit
@@ -79,7 +81,24 @@ class LiveMasking:
         features = self.model.mask_processor.mask_embedding.shape[0]
         empty = torch.zeros(features, 0, device=device)
         sums = torch.zeros(features, dtype=torch.float64, device=device)
-        return MaskedStream(empty, empty, sums, sums)
+        masking = self.model.mask_processor
+        time_line = masking.new_stream(1, device) if takes(masking, 'stream') else None
+        return MaskedStream(empty, empty, sums, sums, time_line=time_line)
+
+    def time_line_after(self, count: int, recent: torch.Tensor) -> Optional[dict]:
+        """Return a time line, as a plain dict, for a stream of which it is not known what was masked.
+
+        Args:
+            count: mask frames that it has received.
+            recent: the last of them, [F, M].
+        """
+        masking = self.model.mask_processor
+        if not takes(masking, 'stream'):
+            return None
+        time_line = masking.new_stream(1, recent.device)
+        time_line.received += count
+        time_line.masks = torch.zeros(1, recent.shape[1], dtype=torch.bool, device=recent.device)
+        return vars(time_line)
 
     def mask(self, stream: MaskedStream, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Take new mask frames and mask among them.
@@ -96,18 +115,23 @@ class LiveMasking:
             return frames, frames[:1]
         drawn_over = torch.cat((stream.recent, frames), dim=1)
         drawn_over = drawn_over[:, max(drawn_over.shape[1] - max(self.reach, new), 0) :]
-        masked, masks = self._draw(drawn_over)
+        if stream.time_line is not None:
+            stream.time_line.forget(drawn_over.shape[1] - new)
+        masked, masks = self._draw(stream, drawn_over)
         stream.recent = drawn_over[:, max(drawn_over.shape[1] - self.reach, 0) :].clone()
         self._make_targets(stream, frames)
         masked, masks = masked[:, -new:], masks[:1, -new:]
         stream.masks = masks if stream.masks is None else torch.cat((stream.masks, masks), dim=1)
         return masked, masks
 
-    def _draw(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw(self, stream: MaskedStream, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         received = torch.tensor([frames.shape[1]], device=frames.device)
+        earlier = {} if stream.time_line is None else {'stream': stream.time_line}
         with self.model.encoder.using_att_context_size(self.context):
             arguments = self.model.masking_arguments(current_frame=received)
-        masked, masks = self.model.mask_processor(input_feats=frames.unsqueeze(0), input_lengths=received, **arguments)
+        masked, masks = self.model.mask_processor(
+            input_feats=frames.unsqueeze(0), input_lengths=received, **earlier, **arguments
+        )
         return masked[0], masks[0]
 
     def _make_targets(self, stream: MaskedStream, frames: torch.Tensor) -> None:

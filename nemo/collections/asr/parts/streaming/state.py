@@ -10,6 +10,8 @@ from typing import Optional
 
 import torch
 
+from nemo.collections.asr.modules.ssl_modules.masked_time_line import MaskedTimeLine
+
 VERSION = 2  # of what StreamState.to_dict returns; 1 had none written down
 
 
@@ -70,6 +72,8 @@ class MaskedStream:
     """Targets without a loss so far, [S] or [S, H]."""
     log_probs: Optional[torch.Tensor] = None
     """Predictions without a loss so far, behind ``decoder_offset`` that the loss drops, [A, C] or [A, C, H]."""
+    time_line: Optional[MaskedTimeLine] = None
+    """What was drawn so far; None for a masking module that does not take it."""
 
 
 @dataclass
@@ -106,7 +110,7 @@ class StreamState:
             state['ended'],
             [SampleTail(**tail) for tail in state['tails']],
             EncoderState(**state['encoder'], layers=layers),
-            [None if stream is None else MaskedStream(**stream) for stream in state['masked']],
+            [None if stream is None else _masked_stream(stream) for stream in state['masked']],
         )
 
     def bytes(self) -> int:
@@ -119,15 +123,25 @@ class StreamState:
             'ended': self.ended,
             'tails': [vars(tail) for tail in self.tails],
             'encoder': {**encoder, 'layers': [vars(cache) for cache in self.encoder.layers]},
-            'masked': [None if stream is None else vars(stream) for stream in self.masked],
+            'masked': [None if stream is None else _plain_masked(stream) for stream in self.masked],
         }
+
+
+def _plain_masked(stream: MaskedStream) -> dict:
+    time_line = stream.time_line
+    return {**vars(stream), 'time_line': None if time_line is None else vars(time_line)}
+
+
+def _masked_stream(stream: dict) -> MaskedStream:
+    time_line = stream['time_line']
+    return MaskedStream(**{**stream, 'time_line': None if time_line is None else MaskedTimeLine(**time_line)})
 
 
 def _masked_of_version_1(stream: Optional[dict], masking) -> Optional[dict]:
     """Read what masking remembered in version 1.
 
-    Some names were others, there was always a dimension for codebooks, and of the predictions those that the loss
-    drops were gone already.
+    Some names were others, there was always a dimension for codebooks, of the predictions those that the loss drops
+    were gone already, and what was masked before was not remembered.
     """
     if stream is None:
         return None
@@ -137,6 +151,7 @@ def _masked_of_version_1(stream: Optional[dict], masking) -> Optional[dict]:
         del stream[name]
     if stream['log_probs'] is not None:
         stream['log_probs'] = torch.nn.functional.pad(stream['log_probs'], (0, 0, 0, 0, dropped, 0))
+    stream['time_line'] = masking.time_line_after(stream['count'], stream['recent'])
     if masking.squeezes_codebooks:
         for name in ('log_probs', 'tokens'):
             stream[name] = None if stream[name] is None else stream[name].squeeze(-1)

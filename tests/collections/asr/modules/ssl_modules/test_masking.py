@@ -8,12 +8,15 @@ import math
 
 import pytest
 import torch
+from attention_windows import attended
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nemo.collections.asr.modules.ssl_modules.masking as patched
 from nemo.collections.asr.modules.ssl_modules.masking import ConvFeatureMaksingWrapper, RandomBlockMasking
+from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.windows import Window
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 MASKED = 0.8  # an attention frame counts as masked above this share of its mask frames
@@ -138,6 +141,28 @@ class TestInvariants:
                 assert count_unanswerable(mask[:length], factor, left) == 0
 
     @pytest.mark.unit
+    @settings(max_examples=300)
+    @given(settings_of_masking, lengths_of_batch, st.data())
+    def test_windows_that_look_ahead(self, arguments, lengths, data):
+        """Whatever the style and the context, every masked frame sees one with nothing masked, within the utterance."""
+        style = data.draw(st.sampled_from(['regular', 'chunked_limited']))
+        right = data.draw(st.integers(0, 5))
+        left = data.draw(st.integers(0, 12))
+        left = left if style == 'regular' else left // (right + 1) * (right + 1)
+        torch.manual_seed(data.draw(st.integers(0, 1000)))
+        module, window = RandomBlockMasking(1, **arguments), Window(AttContext(left, right), style)
+        factor = module.subsampling_factor
+        masks = time_mask(module, lengths, effective_window=window).tolist()
+        for mask, length in zip(masks, lengths):
+            assert sum(mask) <= module.max_mask_ratio * length + module.block_size
+            assert sum(mask) < length or length < 2 * factor
+            whole = attention_frames(mask[: length // factor * factor], factor)
+            clean = torch.tensor([sum(frame) == 0 for frame in whole], dtype=torch.bool)
+            sees = attended((left, right), style, len(whole)) & clean
+            for frame, seen in zip(whole, sees):
+                assert sum(frame) / factor <= MASKED or seen.any()
+
+    @pytest.mark.unit
     @settings(max_examples=200)
     @given(settings_of_masking, lengths_of_batch, st.data())
     def test_current_frame(self, arguments, lengths, data):
@@ -222,6 +247,33 @@ class TestAcceptance:
         assert masks.float().mean() == pytest.approx(stock, rel=0.1)
         drawn_by_stock = stock_share(1600, mask_prob, block_size, allow_overlap, 0.8, repeats=300)
         assert drawn_by_stock == pytest.approx(stock, rel=0.05)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'mask_prob, block_size, allow_overlap, stock', [(0.01, 40, True, 0.33), (0.5, 48, False, 0.51)]
+    )
+    @pytest.mark.parametrize(
+        'context, style',
+        [
+            ((0, 3), 'chunked_limited'),
+            ((0, 8), 'regular'),
+            ((4, 4), 'regular'),
+            ((8, 3), 'chunked_limited'),
+            ((70, 13), 'chunked_limited'),
+            ((70, 6), 'chunked_limited'),
+            ((70, 1), 'chunked_limited'),
+            ((70, 0), 'chunked_limited'),
+        ],
+    )
+    def test_contexts_with_look_ahead(self, context, style, mask_prob, block_size, allow_overlap, stock):
+        torch.manual_seed(0)
+        module = RandomBlockMasking(1, mask_prob, block_size, allow_overlap=allow_overlap, subsampling_factor=8)
+        masks = time_mask(module, [1600] * 480, effective_window=Window(AttContext(*context), style))
+        counts = masks.unflatten(1, (200, 8)).sum(dim=2)
+        answers = ((counts == 0).float() @ attended(context, style, 200).float().t()) > 0
+        assert (counts > 0.8 * 8).sum() > 1000
+        assert ((counts > 0.8 * 8) & ~answers).sum() == 0
+        assert masks.float().mean() == pytest.approx(stock, rel=0.1)
 
     @pytest.mark.unit
     def test_stock_leaves_frames_that_cannot_be_answered(self):
@@ -402,8 +454,10 @@ CALLS = [
     dict(current_frame=30, effective_left_context=2),
     dict(current_frame=torch.tensor([20, 10]), effective_left_context=2),
     dict(current_frame=20),
+    dict(effective_window=Window(AttContext(4, 3), 'chunked_limited')),
+    dict(effective_window=Window(AttContext(2, 2))),
 ]
-CALL_NAMES = ['whole', 'context', 'frame', 'frames', 'unlimited']
+CALL_NAMES = ['whole', 'context', 'frame', 'frames', 'unlimited', 'chunks', 'look-ahead']
 
 
 class TestDevices:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from tiny_nest import batches, noise_batch, tiny_model, trainer
 
+from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.windows import Window
 from nemo.collections.asr.parts.ssl_reports.evaluation import (
     UtteranceScores,
     evaluate,
@@ -72,7 +74,7 @@ def test_differences_are_paired():
 @pytest.mark.integration
 def test_it_agrees_with_validation_and_with_any_cut_into_batches():
     model, contexts = tiny_model(), [[10, 0], [40, 0]]
-    found = evaluate(model, batches(2, SECONDS), contexts, seed=0, left=10)
+    found = evaluate(model, batches(2, SECONDS), contexts, seed=0, window=Window(AttContext(10, 0)))
     run = trainer(1)
     model.set_trainer(run)
     reported = run.validate(model, dataloaders=batches(2, SECONDS), verbose=False)[0]
@@ -83,6 +85,13 @@ def test_it_agrees_with_validation_and_with_any_cut_into_batches():
     assert found.contexts['10_0'].columns().shape == (3, 6) and 0 < found.commonest < 1
     assert found.codebook['classes'] == 32 and 1 < found.codebook['codes_used'] <= 32
 
-    twice = evaluate(model, [noise_batch(SECONDS)], contexts, seed=0, left=10, draws=2).contexts['10_0'].columns()
-    once = [evaluate(model, [noise_batch(SECONDS)], contexts, seed, 10).contexts['10_0'].columns() for seed in (0, 1)]
+    twice = (
+        evaluate(model, [noise_batch(SECONDS)], contexts, seed=0, window=Window(AttContext(10, 0)), draws=2)
+        .contexts['10_0']
+        .columns()
+    )
+    window = Window(AttContext(10, 0))
+    once = [
+        evaluate(model, [noise_batch(SECONDS)], contexts, seed, window).contexts['10_0'].columns() for seed in (0, 1)
+    ]
     np.testing.assert_allclose(twice, once[0] + once[1], rtol=1e-5)

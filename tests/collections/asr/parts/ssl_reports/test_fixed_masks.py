@@ -50,7 +50,7 @@ class TestFixedMasks:
 
     def mask(self, masking, lengths, seeds, left=-1, calls=1):
         feats = torch.randn(len(lengths), 4, int(max(lengths)), generator=torch.Generator().manual_seed(1))
-        fixed = FixedMasks(masking, seeds, left)
+        fixed = FixedMasks(masking, seeds, Window(AttContext(left, 0)))
         for _ in range(calls):
             found = fixed(input_feats=feats, input_lengths=torch.tensor(lengths))
         return feats, *found

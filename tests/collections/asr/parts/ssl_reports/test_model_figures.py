@@ -56,7 +56,7 @@ def test_a_masked_utterance(position):
         _, record = model.predict_batch(batch, partial(model.mask_processor, effective_left_context=20))
         utterance = masked_utterance(model, record, index=1)
     frames = int(record.mask_lengths[1])
-    assert utterance.left == 20 and utterance.masks.shape == (frames,)
+    assert utterance.window == Window(AttContext(20, 0)) and utterance.masks.shape == (frames,)
     assert utterance.masks.tolist() == record.masks[1, 0, :frames].tolist()
     assert utterance.features.shape[0] == 80 and 200 <= utterance.features.shape[1] <= 201
     lower = draw_masks(model, utterance).axes[1]

@@ -9,6 +9,7 @@ from tiny_nest import batches, fit, noise_batch, recording_contexts, tiny_model,
 from nemo.collections.asr.losses.ssl_losses.mlm import MLMLoss, MultiMLMLoss
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
 from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.windows import Window
 from nemo.collections.asr.parts.ssl_reports.validation import FrameScores, parse_contexts, predictions_in_contexts
 from nemo.collections.asr.parts.utils.masked_frames import MaskedPredictions
 
@@ -151,7 +152,7 @@ def brute_force(model, loader, context, seed=0):
     total = correct = frames = 0
     for batch in loader:
         with torch.no_grad():
-            ((_, _, record),) = predictions_in_contexts(model, batch, [context], seed, left=10)
+            ((_, _, record),) = predictions_in_contexts(model, batch, [context], seed, Window(AttContext(10, 0)))
             masked = torch.where(
                 record.masks > 0, model.mask_processor.mask_embedding.view(1, -1, 1), features(model, batch)
             )

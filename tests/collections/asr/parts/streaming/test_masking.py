@@ -23,8 +23,8 @@ def watched(model):
     """Let the masking module note what it is called with."""
     calls, forward = [], model.mask_processor.forward
 
-    def watch(input_feats, input_lengths, current_frame=None, effective_left_context=None):
-        result = forward(input_feats, input_lengths, current_frame, effective_left_context)
+    def watch(input_feats, input_lengths, current_frame=None, effective_left_context=None, **more):
+        result = forward(input_feats, input_lengths, current_frame, effective_left_context, **more)
         calls.append((input_feats.shape[2], current_frame.tolist(), effective_left_context, result[1][0, 0]))
         return result
 

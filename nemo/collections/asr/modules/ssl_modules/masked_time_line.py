@@ -1,0 +1,141 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Block masking of streams that never end: what was drawn is remembered, and drawn on. New in this project.
+
+The guards lie on one grid from the beginning of a stream, blocks begin and go on as in ``RandomBlockMasking``, on the
+time line from which the guards are cut out.
+
+Shapes: B streams, N new mask frames, T mask frames asked for, A attention frames.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Optional
+
+import torch
+
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
+from nemo.collections.asr.parts.att_context.guards import guard_frames, share_of_guards
+from nemo.collections.asr.parts.att_context.windows import Window
+
+FAR_END = 1 << 30  # attention frames: nobody knows where a stream ends
+
+
+class BlockChances(NamedTuple):
+    """How blocks are drawn on the frames of a stream that are no guards."""
+
+    block: int  # mask frames of a block
+    probability: float  # that a frame begins a block; without overlap: that a slot of the grid is masked
+    overlap: bool
+    guards: Optional[Window]  # the window that the guards are for; None: there are none
+
+    @classmethod
+    def of(cls, mask_prob: float, block: int, overlap: bool, most: float, window: Optional[Window]) -> 'BlockChances':
+        """Make up for the guards, so that of all frames the share is masked that is masked of long utterances.
+
+        Args:
+            mask_prob, block, overlap: as in ``RandomBlockMasking``.
+            most: share of the frames that is never exceeded.
+            window: see ``guards``.
+        """
+        guards = None if window is None else _answerable_from_the_past(window)
+        free = 1 - (0.0 if guards is None else share_of_guards(guards))
+        share = 1 - (1 - mask_prob) ** block if overlap else mask_prob
+        share = min(share, most) / free if free > 0 else 0.0
+        if not overlap:
+            return cls(block, min(share, 1.0), overlap, guards)
+        return cls(block, 1.0 if share >= 1 else -math.expm1(math.log1p(-share) / block), overlap, guards)
+
+
+def _answerable_from_the_past(window: Window) -> Window:
+    """Return the window that guards are placed for: what comes after the end of a stream answers nothing.
+
+    A ``regular`` window that has a past does without its look-ahead; in one of chunks the guard is the first frame.
+    """
+    left, right = window.context
+    if window.has_chunks or left == 0:
+        return window
+    return Window(AttContext(left, 0))
+
+
+@dataclass
+class MaskedTimeLine:
+    """What masking remembers of streams, one row for each; moved on by :meth:`draw`."""
+
+    phase: torch.Tensor
+    """Where the guards lie, from 0 to 1; [B, 1] float32."""
+    received: torch.Tensor
+    """Mask frames received, [B, 1] int64."""
+    free: torch.Tensor
+    """Those of them that are no guards, from a random number on, which is the offset of the grid; [B, 1] int64."""
+    masked_up_to: torch.Tensor
+    """Count of free frames that the last block goes up to, [B, 1] int64."""
+    masks: torch.Tensor
+    """Masks of the last frames received, [B, T] bool."""
+
+    @classmethod
+    def new(cls, streams: int, block: int, device=None) -> 'MaskedTimeLine':
+        """Return the state before the first frame; draws from torch's generator of the device.
+
+        Args:
+            streams: B.
+            block: mask frames of a block.
+            device: of all tensors.
+        """
+        offset = (torch.rand(streams, 1, device=device) * block).long()
+        zero = torch.zeros_like(offset)
+        masks = torch.zeros(streams, 0, dtype=torch.bool, device=device)
+        return cls(torch.rand(streams, 1, device=device), zero, offset, zero, masks)
+
+    def draw(self, frames: int, chances: BlockChances, factor: int) -> torch.Tensor:
+        """Draw the masks of the new frames, and return those of the last ``frames`` received; [B, T] bool.
+
+        Args:
+            frames: T: the frames whose masks are remembered, and then the new ones, as many in each stream.
+            chances: of the blocks.
+            factor: mask frames per attention frame.
+        """
+        masks = self._draw_new(frames - self.masks.shape[1], chances, factor)
+        self.masks = torch.cat((self.masks, masks), dim=1)
+        return self.masks
+
+    def forget(self, kept: int) -> None:
+        """Keep the masks of the last frames only, so many of them."""
+        self.masks = self.masks[:, max(self.masks.shape[1] - kept, 0) :].clone()
+
+    def _draw_new(self, new: int, chances: BlockChances, factor: int) -> torch.Tensor:
+        place = self.received + torch.arange(new, device=self.received.device)
+        allowed = self._no_guard(place.div(factor, rounding_mode='floor'), chances.guards)
+        rank = self.free + allowed.cumsum(dim=1)  # from 1 on
+        draw_blocks = self._overlapping if chances.overlap else self._on_a_grid
+        up_to = draw_blocks(rank, allowed, chances)
+        self.received = self.received + new
+        if new:
+            self.free, self.masked_up_to = rank[:, -1:], up_to[:, -1:]
+        return allowed & (rank <= up_to)
+
+    def _no_guard(self, index: torch.Tensor, window: Optional[Window]) -> torch.Tensor:
+        if window is None:
+            return torch.ones_like(index, dtype=torch.bool)
+        phase = self.phase
+        if window.has_chunks:  # the first frame of a chunk is there in the last, short one, too
+            windows = 1 if window.context.left == UNLIMITED else window.context.left // window.chunk + 1
+            phase = ((phase * windows).floor() + 0.5 / window.chunk) / windows
+        ends = torch.full_like(self.received, FAR_END)
+        return ~guard_frames(window, index, ends, phase)
+
+    def _overlapping(self, rank, allowed, chances: BlockChances) -> torch.Tensor:
+        """Return, for each new frame, the rank that the last block begun so far goes up to; [B, N]."""
+        begins = allowed & (torch.rand(rank.shape, device=rank.device) < chances.probability)
+        up_to = torch.where(begins, rank + chances.block - 1, self.masked_up_to)
+        return up_to.cummax(dim=1).values
+
+    def _on_a_grid(self, rank, allowed, chances: BlockChances) -> torch.Tensor:
+        """The same for slots of a grid, each of which is masked or not as a whole."""
+        slot = (rank - 1).div(chances.block, rounding_mode='floor')
+        begins = (
+            allowed
+            & ((rank - 1) % chances.block == 0)
+            & (torch.rand(rank.shape, device=rank.device) < chances.probability)
+        )
+        up_to = torch.where(begins, (slot + 1) * chances.block, self.masked_up_to)
+        return up_to.cummax(dim=1).values

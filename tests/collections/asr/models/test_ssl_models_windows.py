@@ -1,0 +1,196 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Masking follows what the attention sees: chunks, look-ahead, layers that see little, encoders of others."""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+from tiny_nest import batches, fit, noise_batch, signals, tiny_config, tiny_model
+
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
+from nemo.collections.asr.modules.ssl_modules.masking import RandomBlockMasking
+from nemo.collections.asr.parts.att_context.encoder_protocol import tightest_window_of, why_context_is_unknown
+from nemo.collections.asr.parts.att_context.masking_context import follows_context, takes
+from nemo.collections.asr.parts.ssl_reports.audit import audit_masking, audit_masks, windows_of
+from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
+
+CHUNKED = 'model.encoder.att_context_style=chunked_limited'
+MORE_MASKS = ('model.masking.mask_prob=0.03', 'model.masking.block_size=24')
+LOOK_AHEADS = [
+    ([[0, 3]], 'chunked_limited'),
+    ([[0, 8]], 'regular'),
+    ([[8, 3]], 'chunked_limited'),
+    ([[70, 13], [70, 6], [70, 1], [70, 0]], 'chunked_limited'),
+]
+
+
+def model_of(contexts, style, *overrides):
+    overrides = (f'model.encoder.att_context_style={style}', *MORE_MASKS, *overrides)
+    return tiny_model(f'model.encoder.att_context_size={str(contexts).replace(" ", "")}', *overrides)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('contexts, style', LOOK_AHEADS)
+def test_masks_are_answered_by_what_the_attention_sees_and_take_their_normal_share(contexts, style):
+    model, lengths = model_of(contexts, style), torch.full((240,), 1600)
+    for context in contexts:
+        with model.encoder.using_att_context_size(context):
+            audit = audit_masking(model.mask_processor, lengths, 1, 8, windows_of(model.encoder), draws=1)
+        assert audit.unanswerable['layers'] == 0 and audit.frames_masked > 1000
+        unlimited = audit_masking(model.mask_processor, lengths, 1, 8, None, draws=1)
+        assert audit.masked_share() == pytest.approx(unlimited.masked_share().item(), rel=0.1)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize('contexts, style', LOOK_AHEADS)
+def test_training_masks_and_learns_within_them(contexts, style):
+    model = model_of(contexts, style)
+    run = fit(model, batches(3, (4.0, 3.0)), max_steps=3)
+    assert min(run.logger.column('masked_share')) > 0.1 and max(run.logger.column('unanswerable_share')) == 0
+    assert min(run.logger.column('train_loss')) > 0
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('contexts, style', [([[0, 0]], 'regular'), ([[10, 0], [0, 0]], 'chunked_limited')])
+def test_a_context_in_which_nothing_could_be_predicted_is_refused_before_training(contexts, style):
+    with pytest.raises(ValueError, match=r'model.encoder.att_context_size \[0, 0\]: no layer sees any frame beside'):
+        fit(model_of(contexts, style), batches(1), max_steps=1)
+    with pytest.raises(ValueError, match='model.masking.left_context_size is 0 and'):
+        fit(model_of([[10, 0]], 'regular', '+model.masking.left_context_size=0'), batches(1), max_steps=1)
+
+
+@pytest.mark.unit
+def test_a_layer_that_sees_itself_alone_is_left_out_of_what_masking_asks(warnings):
+    layers = 'model.encoder.n_layers=3', '+model.encoder.layer_att_context_size=[[20,0],[0,0],[6,0]]'
+    model = model_of([[10, 0]], 'regular', *layers)
+    assert any('a left context of 0' in message for message in warnings)
+    assert model.encoder.tightest_left_context() == 6
+    masks = model(**signals(noise_batch((6.0,))), apply_mask=True)[2]
+    assert masks.any()
+
+
+@pytest.mark.unit
+def test_the_tightest_window_is_within_that_of_every_layer():
+    layers = 'model.encoder.n_layers=3', '+model.encoder.layer_att_context_size=[[16,3],[8,1],[24,-1]]'
+    encoder = model_of([[24, 7]], 'chunked_limited', *layers).encoder
+    window = encoder.tightest_window()
+    frame = torch.arange(48)
+    seen = window.sees(frame.unsqueeze(1), frame)
+    assert (window.context.left, window.context.right) == (8, 1)
+    for layer in encoder.effective_windows():
+        assert not (seen & ~layer.sees(frame.unsqueeze(1), frame)).any()
+
+
+class TestOtherEncoders:
+    """Of NeMo's later versions, or a user's own: no ``ConformerEncoder``."""
+
+    class Own(torch.nn.Module):
+        subsampling_factor, d_model = 8, 16
+
+        def __init__(self, **attributes):
+            super().__init__()
+            self.project = torch.nn.Linear(80, 16)
+            self.__dict__.update(attributes)
+
+        def forward(self, audio_signal, length):
+            frames = audio_signal.unfold(2, 8, 8).mean(dim=-1)
+            return self.project(frames.transpose(1, 2)).transpose(1, 2), length // 8
+
+    def model_with(self, monkeypatch, **attributes):
+        made = partial(self.Own, **attributes)
+        serialize = EncDecDenoiseMaskedTokenPredModel.from_config_dict
+
+        def from_config_dict(config, *args, **kwargs):
+            is_encoder = 'n_layers' in config
+            return made() if is_encoder else serialize(config, *args, **kwargs)
+
+        monkeypatch.setattr(EncDecDenoiseMaskedTokenPredModel, 'from_config_dict', staticmethod(from_config_dict))
+        cfg = tiny_config('~model.validate_contexts', '~model.audit_every_n_batches', '~model.log_figures').model
+        return EncDecDenoiseMaskedTokenPredModel(cfg)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'attributes, expected',
+        [
+            (dict(att_context_size=[5, 0]), {'effective_left_context': 5}),
+            (dict(att_context_size=(-1, 0)), {'effective_left_context': None}),
+            (dict(att_context_size=[8, 3], att_context_style='chunked_limited'), {'effective_left_context': 8}),
+        ],
+    )
+    def test_an_encoder_that_tells_its_context_is_followed(self, monkeypatch, warnings, attributes, expected):
+        model = self.model_with(monkeypatch, **attributes)
+        arguments = model.masking_arguments()
+        assert not [message for message in warnings if 'cannot follow' in message]
+        assert arguments.pop('current_frame') is None
+        window = arguments.pop('effective_window', None)
+        assert arguments == expected and (window is None) == ('att_context_style' not in attributes)
+        assert tightest_window_of(model.encoder).context.left == attributes['att_context_size'][0]
+        with torch.no_grad():
+            assert model(**signals(noise_batch((4.0, 3.0))), apply_mask=True)[2].any()
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'attributes, reason',
+        [
+            (dict(), 'its att_context_size is missing; it must be the present context'),
+            (dict(att_context_size=[[5, 0], [10, 0]]), r'its att_context_size is \[\[5, 0\]'),
+            (dict(att_context_size=[5, 0], att_context_style='own'), 'its att_context_style is own'),
+        ],
+    )
+    def test_one_that_does_not_is_named_once_with_what_is_missing(self, monkeypatch, warnings, attributes, reason):
+        model = self.model_with(monkeypatch, **attributes)
+        told = [message for message in warnings if 'RandomBlockMasking cannot follow what Own attends to' in message]
+        assert len(told) == 1 and model.masking_arguments()['effective_left_context'] is None
+        assert re.search(reason, why_context_is_unknown(model.encoder))
+
+
+class TestOtherMaskings:
+    class PassesOn(RandomBlockMasking):
+        def forward(self, *args, **kwargs):
+            self.asked = kwargs
+            return super().forward(*args, **kwargs)
+
+    class PassesOnToNeMo(torch.nn.Module):
+        def forward(self, input_feats, input_lengths, **kwargs):
+            return input_feats, torch.zeros_like(input_feats)
+
+    class Regardless(torch.nn.Module):
+        def forward(self, input_feats, input_lengths):
+            return input_feats, torch.zeros_like(input_feats)
+
+    @pytest.mark.unit
+    def test_a_forward_that_passes_keywords_on_is_asked_by_keyword(self):
+        model = model_of([[8, 3]], 'chunked_limited')
+        model.mask_processor = self.PassesOn(80, 0.5, 16, subsampling_factor=8)
+        assert follows_context(model.mask_processor) and takes(model.mask_processor, 'effective_window')
+        model(**signals(noise_batch((4.0,))), apply_mask=True)
+        assert model.mask_processor.asked['effective_left_context'] == 8
+        assert model.mask_processor.asked['effective_window'].context.right == 3
+
+    @pytest.mark.unit
+    def test_others(self):
+        assert follows_context(self.PassesOnToNeMo()) and not follows_context(self.Regardless())
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'context, style, seconds',
+    [
+        ([2, 0], 'regular', 0.08),
+        ([10, 0], 'regular', 0.8),
+        ([10, 0], 'regular', 0.08),
+        ([8, 3], 'chunked_limited', 0.32),
+    ],
+)
+def test_masks_of_a_live_stream_are_answered_however_it_is_cut(context, style, seconds):
+    model = model_of([context], style).eval()
+    torch.manual_seed(0)
+    session = StreamingSession(model, 2, context, apply_mask=True)
+    samples = torch.randn(2, 16000 * 20, generator=torch.Generator().manual_seed(0)) * 0.1
+    outputs = [session.step(piece) for piece in samples.split(int(seconds * 16000), dim=1)] + [session.finish()]
+    output = StreamingOutput.concatenate(outputs)
+    masks = output.masks.unsqueeze(1)
+    with model.encoder.using_att_context_size(context):
+        audit = audit_masks(masks, output.mask_lengths, 8, windows_of(model.encoder))
+    assert audit.frames_masked > 50 and audit.unanswerable['layers'] == 0
