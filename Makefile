@@ -48,9 +48,9 @@ test: $(PROJECT_STAMP) ## run the tests (TESTS=path, PYTEST_ARGS=... to narrow t
 	@echo "== Running the tests with NeMo $(NEMO)"
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) --dist worksteal $(TESTS) $(PYTEST_ARGS)
 
-pretrain: $(PROJECT_STAMP) ## pre-train the demo model (MANIFEST=..., VAL_MANIFEST=... for your own speech)
+pretrain: $(PROJECT_STAMP) ## pre-train the demo model (CONFIG=..., MANIFEST=..., VAL_MANIFEST=...)
 	@echo "== Pre-training the demo model with NeMo $(NEMO)"
-	$(PYTHON) examples/asr/speech_pretraining/pretrain_demo.py \
+	$(PYTHON) examples/asr/speech_pretraining/pretrain_demo.py $(if $(CONFIG),--config "$(CONFIG)") \
 		$(if $(MANIFEST),--manifest "$(MANIFEST)") $(if $(VAL_MANIFEST),--validation-manifest "$(VAL_MANIFEST)")
 
 bench: $(PROJECT_STAMP) ## time the training step against stock NeMo, half an hour (BENCH=... for the script's arguments)

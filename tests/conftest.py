@@ -4,8 +4,10 @@
 import os
 import sys
 
+import fresh_process
 import pytest
 from hypothesis import HealthCheck, settings
+from shared_results import shared_folder
 
 # A loaded machine must not fail a property by its clock; CI tries the same examples in every run.
 settings.register_profile(
@@ -29,6 +31,13 @@ def pytest_sessionstart(session):
             f"{error}\nThe tests need the patch set installed in {sys.prefix} (pip install -e .); "
             "`python -m nemo_streaming_ssl` tells more."
         ) from error
+
+
+def pytest_configure(config):
+    """Start the servers of :mod:`fresh_process`, once for all workers; they cost nothing until they are asked."""
+    if not hasattr(config, 'workerinput'):
+        servers = fresh_process.start_servers()
+        config.add_cleanup(lambda: fresh_process.end_servers(servers))
 
 
 def pytest_collection_finish(session):
@@ -70,4 +79,4 @@ def speech_corpus(tmp_path_factory):
     """A synthetic speech corpus of a minute and a half; the folder with its NeMo manifests."""
     from corpus import make_small_corpus
 
-    return make_small_corpus(tmp_path_factory.mktemp("speech_corpus"))
+    return shared_folder(tmp_path_factory, "speech_corpus", make_small_corpus)

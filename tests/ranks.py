@@ -2,11 +2,10 @@
 """Scripts that train on two ranks of this machine."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
+
+from fresh_process import run_python
 
 
 def run_on_two_ranks(script: Path, folder: Path, names=(0, 1)) -> list[dict]:
@@ -14,9 +13,7 @@ def run_on_two_ranks(script: Path, folder: Path, names=(0, 1)) -> list[dict]:
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parent), 'OMP_NUM_THREADS': '1'}
-    environment.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    command = [sys.executable, str(script), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    address = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    done = run_python(script, folder, PYTHONPATH=str(Path(__file__).parent), **address)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f'{name}.json').read_text()) for name in names]

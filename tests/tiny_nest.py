@@ -1,12 +1,10 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """A denoising model of the shipped streaming config in a size for tests, data for it, and a training run."""
 
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from unittest import mock
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -15,7 +13,6 @@ from torch.utils.data import DataLoader
 
 from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-from nemo.collections.asr.modules import conformer_encoder
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'examples/asr/conf/ssl/nest'
 SAMPLE_RATE = 16000
@@ -28,6 +25,28 @@ SMALL = [
     'model.train_ds.manifest_filepath=null',
     'model.validation_ds.manifest_filepath=null',
 ]
+POST_CONV = ('model.mask_position=post_conv', 'model.quantizer.combine_time_steps=1', 'model.loss.decoder_offset=0')
+POSITIONS = pytest.mark.parametrize('position', [(), POST_CONV], ids=['pre_conv', 'post_conv'])
+PRESETS = 'model.encoder.att_context_size=[[80,0],[160,0],[240,0],[320,0],[-1,0]]'
+HIERARCHY = ('model.encoder.n_layers=3', '+model.encoder.layer_att_context_size=[[0,[4,0]],[2,[9,0]]]')
+TWO_LAYERS = ('model.encoder.n_layers=2', '+model.encoder.layer_att_context_size=[[10,0],[20,0]]')
+# What makes the config one of an offline model, which stock NeMo takes, too.
+STOCK_OFFLINE = (
+    'model.encoder.causal_downsampling=false',
+    'model.encoder.conv_context_size=null',
+    'model.encoder.conv_norm_type=batch_norm',
+    'model.encoder.att_context_size=[-1,-1]',
+    'model.preprocessor.normalize=per_feature',
+    '~model.target_normalize',
+    '~model.validate_contexts',
+    '~model.validation_masks',
+    '~model.audit_every_n_batches',
+    '~model.log_figures',
+    '~model.encoder.att_context_seed',
+    '~model.encoder.blockwise_attention',
+    '~model.loss.decoder_offset',
+    '~model.masking.causal',
+)
 
 
 def tiny_config(*overrides: str, name: str = 'nest_fast-conformer_streaming_tiny') -> DictConfig:
@@ -118,43 +137,3 @@ def fit(model, loader, max_steps: int, ckpt_path=None, **kwargs) -> pl.Trainer:
     model.set_trainer(run)
     run.fit(model, train_dataloaders=loader, ckpt_path=ckpt_path)
     return run
-
-
-@dataclass
-class ContextRecord:
-    """The contexts that were really used, one entry for each forward pass."""
-
-    attention: list = field(default_factory=list)
-    """What the attention mask was made for, [left, right]; with contexts per layer, one entry for each context."""
-    masking: list = field(default_factory=list)
-    """The masking's left context, -1 = unlimited."""
-
-
-class StepOfBatch(pl.Callback):
-    """Records the global step that each training batch belongs to."""
-
-    def __init__(self):
-        self.steps: list[int] = []
-
-    def on_train_batch_start(self, trainer, *args):
-        self.steps.append(trainer.global_step)
-
-
-@contextmanager
-def recording_contexts(model):
-    """Record what a model's attention masks and its masking are made for, inside a ``with`` block."""
-    record, stock = ContextRecord(), conformer_encoder._up.ConformerEncoder
-    create_masks, mask = stock._create_masks, model.mask_processor.forward
-
-    def recording_create_masks(encoder, att_context_size, *args, **kwargs):
-        record.attention.append(list(att_context_size))
-        return create_masks(encoder, att_context_size, *args, **kwargs)
-
-    def recording_mask(*args, effective_left_context=None, **kwargs):
-        own = model.mask_processor.left_context_size
-        record.masking.append(own if effective_left_context is None else effective_left_context)
-        return mask(*args, effective_left_context=effective_left_context, **kwargs)
-
-    with mock.patch.object(stock, '_create_masks', recording_create_masks):
-        with mock.patch.object(model.mask_processor, 'forward', recording_mask):
-            yield record

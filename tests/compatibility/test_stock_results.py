@@ -2,14 +2,13 @@
 """Where stock NeMo works, the patched modules give its results; stock runs in a process of its own."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import stock_cases
 import torch
+from fresh_process import run_python
 
 # NeMo's own failures, in all versions: its subsampling passes no lengths there, or takes one number for two.
 FAIL_IN_STOCK = {'vggnet', 'striding_conv1d', 'dw_striding_conv1d', 'unchunked subsampling'}
@@ -22,10 +21,7 @@ OUTPUTS, GRADIENTS = 1e-6, 1e-5  # relative to the largest value, where sums are
 def stock(tmp_path_factory):
     """What stock NeMo computes, {case: {name: tensor}}."""
     saved = tmp_path_factory.mktemp('stock') / 'results.pt'
-    command = [sys.executable, stock_cases.__file__, str(saved)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, 'NEMO_STREAMING_SSL': '0', 'OMP_NUM_THREADS': '1'}
-    )
+    done = run_python(stock_cases.__file__, saved, patched=False)
     assert done.returncode == 0, done.stderr[-3000:]
     encoder = Path(json.loads(Path(f'{saved}.json').read_text())['encoder'])
     assert encoder.parts[-5:-1] == ('nemo', 'collections', 'asr', 'modules')

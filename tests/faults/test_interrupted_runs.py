@@ -2,14 +2,13 @@
 """Runs that are killed or meet a full disk lose no checkpoint, and go on as if nothing had happened."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import run_python
+from shared_results import shared_folder
 
 RUNS = Path(__file__).with_name('training_runs.py')
 KILLS = [
@@ -23,21 +22,21 @@ FAULTS = [*KILLS, 'on_a_full_disk']
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory, speech_corpus):
-    """A folder with a run without a fault (``none``), and for each fault what it left and the run that went on.
+    """A folder with a run without a fault (``none``), and for each fault what it left and the run that went on."""
+    return shared_folder(tmp_path_factory, 'interrupted_runs', lambda root: make_runs(root, speech_corpus))
 
-    The runs take turns in one process, so that NeMo is imported once.
-    """
-    root = tmp_path_factory.mktemp('runs')
-    plans = [plan(root, speech_corpus, 'none')]
-    plans += [plan(root, speech_corpus, name, fault=name, copy=str(root / 'left' / name)) for name in FAULTS]
-    plans += [plan(root, speech_corpus, name) for name in FAULTS]
+
+def make_runs(root, corpus):
+    """Let the runs take turns in one process, so that NeMo is imported once."""
+    plans = [plan(root, corpus, 'none')]
+    plans += [plan(root, corpus, name, fault=name, copy=str(root / 'left' / name)) for name in FAULTS]
+    plans += [plan(root, corpus, name) for name in FAULTS]
     statuses = execute(root, plans)
     assert statuses[0] == 0, log(root / 'none')
     for name, status in zip(FAULTS, statuses[1:]):
         assert status == (-signal.SIGKILL if name in KILLS else 1), log(root / 'left' / name)
     for name, status in zip(FAULTS, statuses[1 + len(FAULTS) :]):
         assert status == 0, log(root / name)
-    return root
 
 
 def plan(root, corpus, name, **more):
@@ -46,8 +45,7 @@ def plan(root, corpus, name, **more):
 
 def execute(root, plans):
     (root / 'runs.json').write_text(json.dumps(plans))
-    command = [sys.executable, str(RUNS), str(root / 'runs.json')]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = run_python(RUNS, root / 'runs.json')
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

@@ -14,6 +14,10 @@ order of the manifest (Chan, Golub and LeVeque, 1979), so neither the number of 
 digit. The standard deviation has n - 1 in its denominator, as NeMo's ``per_feature`` normalisation has.
 """
 
+from script_tools import manifest_lines, report_error, require_patches, write_text
+
+require_patches(__file__, "nemo.collections.asr.parts.preprocessing.features")
+
 import argparse
 import json
 import os
@@ -29,7 +33,6 @@ from nemo.collections.asr.modules import AudioToMelSpectrogramPreprocessor
 from nemo.collections.asr.parts.preprocessing.features import check_fixed_statistics
 from nemo.collections.asr.parts.preprocessing.segment import AudioSegment
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
-from nemo.utils.atomic_files import replacing
 
 # the preprocessor of NeMo's NEST configs
 DEFAULT_PREPROCESSOR = {
@@ -110,11 +113,7 @@ def read_manifests(paths):
     for path in paths:
         if not os.path.isfile(path):
             raise ValueError(f"manifest {path}: there is no such file")
-        before = len(entries)
-        with open(path, encoding="utf-8") as lines:
-            entries.extend(_entry(path, number, line) for number, line in enumerate(lines, 1) if line.strip())
-        if len(entries) == before:
-            raise ValueError(f"manifest {path} has no entries")
+        entries.extend(_entry(path, number, line) for number, line in manifest_lines(path))
     return entries
 
 
@@ -235,8 +234,7 @@ def write_statistics(path, statistics, notes):
     """
     lines = [f"# {note}" for note in notes]
     lines += [f"{key}: [{', '.join(map(repr, values))}]" for key, values in statistics.items()]
-    with replacing(path) as partial:
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def arguments(argv):
@@ -266,8 +264,7 @@ def main(argv=None):
         statistics = moments.statistics()
         write_statistics(options.output, statistics, _notes(options, preprocessor, entries, moments))
     except (ValueError, OSError) as error:
-        print(f"compute_feature_stats: error: {error}", file=sys.stderr)
-        return 1
+        return report_error(__file__, error, status=1)
     print(
         f"{options.output}: {len(statistics['fixed_mean'])} features over {moments.count} frames "
         f"({moments.seconds / 3600:.2f} h, {len(entries)} utterances).\n"

@@ -3,6 +3,7 @@
 
     python convert_to_streaming.py --model_path offline.nemo --output streaming.nemo --stats stats.yaml \
         [--contexts "[[80,0],[160,0],[320,0],[-1,0]]"] [--style regular] [--overwrite]
+    ... --contexts "[[70,13],[70,6],[70,1],[70,0]]" --style chunked_limited    # with look-ahead, in chunks
 
 What makes a model stream is put into its config: causal convolutions and subsampling, layer_norm, features normalised
 by the corpus statistics that compute_feature_stats.py writes (or not at all), limited attention contexts, targets
@@ -12,18 +13,15 @@ equal to its own offline forward (which is checked), but has not learned to: tra
 hierarchical_streaming_nest.py and ``+init_from_nemo_model=streaming.nemo``, or fine-tune it.
 """
 
-REQUIRED_PATCHES = (
+from script_tools import report_error, require_patches, sample_rate_of
+
+require_patches(
+    __file__,
     'nemo.collections.asr.losses.ssl_losses.mlm',
     'nemo.collections.asr.models.ssl_models',
     'nemo.collections.asr.modules.conformer_encoder',
     'nemo.collections.asr.modules.ssl_modules.masking',
 )
-try:  # first of all: on stock NeMo the imports below would fail with less to say
-    from nemo_streaming_ssl.report import require_active
-
-    require_active(*REQUIRED_PATCHES)
-except (ImportError, RuntimeError) as error:
-    raise SystemExit(f"convert_to_streaming needs the patches of nemo-streaming-ssl: {error}") from error
 
 import argparse
 import copy
@@ -35,10 +33,13 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
+from streaming_tools import encode_offline, streamable_contexts
 
 from nemo.collections.asr.models import ssl_models
-from nemo.collections.asr.parts.att_context import AttContext, StreamingSession
+from nemo.collections.asr.parts.att_context import AttContext
 from nemo.collections.asr.parts.preprocessing.features import load_fixed_statistics
+from nemo.collections.asr.parts.ssl_reports.model_figures import look_ahead_title
+from nemo.collections.asr.parts.streaming.session import StreamingSession
 
 MODELS = ('EncDecDenoiseMaskedTokenPredModel', 'EncDecMaskedTokenPredModel')
 SUBSAMPLINGS = ('dw_striding', 'striding')
@@ -120,6 +121,7 @@ def streaming_config(cfg: DictConfig, contexts, style: str, statistics) -> DictC
     with open_dict(cfg):
         cfg.encoder.update(causal_downsampling=True, conv_context_size='causal', conv_norm_type='layer_norm')
         cfg.encoder.update(att_context_size=contexts, att_context_style=style, att_context_probs=None)
+        cfg.encoder.pop('att_context_sampler', None)
         cfg.preprocessor.normalize = 'NA' if statistics is None else statistics
         cfg.target_normalize = 'per_feature'
         cfg.masking.causal = True
@@ -196,20 +198,18 @@ def shifted_by_a_bin(weight: torch.Tensor, shape: torch.Size, model):
 def check_streams(model, seconds: float = 2.0) -> float:
     """Stream noise through the model in each of its contexts, and return the largest difference from offline.
 
+    A context that sees the whole utterance, beside others, is left out.
+
     Raises:
         ValueError: if it does not stream, or differs.
     """
-    samples = torch.randn(
-        1, int(seconds * model.preprocessor._sample_rate), generator=torch.Generator().manual_seed(0)
-    )
+    samples = torch.randn(1, int(seconds * sample_rate_of(model)), generator=torch.Generator().manual_seed(0))
     largest = 0.0
-    for context in model.encoder.att_context_size_all:
+    for context in streamable_contexts(model) or model.encoder.att_context_size_all:  # whose session says why not
         session = StreamingSession(model, att_context_size=context)
         pieces = [session.step(piece).encoded for piece in samples.split(1234, dim=1)] + [session.finish().encoded]
-        with model.encoder.using_att_context_size(context):
-            features, lengths = model.preprocessor(input_signal=samples, length=torch.tensor([samples.shape[1]]))
-            encoded, lengths = model.encoder(audio_signal=features, length=lengths)
-        largest = max(largest, (torch.cat(pieces, dim=2) - encoded[:, :, : int(lengths)]).abs().max().item())
+        difference = torch.cat(pieces, dim=2) - encode_offline(model, samples, context)
+        largest = max(largest, difference.abs().max().item())
     if not largest <= LARGEST_DIFFERENCE:
         raise ValueError(f"streamed and offline outputs differ by {largest:.1e}, more than {LARGEST_DIFFERENCE:.0e}")
     return largest
@@ -239,6 +239,8 @@ def convert(options) -> Carried:
         model = build(streaming_config(cfg, contexts, options.style, statistics))
         carried = carry_over(offline, model)
         print(f"streamed against offline: {check_streams(model):.1e}")
+        for context in model.encoder.att_context_size_all:
+            print(f"context {look_ahead_title(model, context)}")
     except ValueError as error:
         raise ValueError(f"{source} cannot be converted: {error}") from error
     model.save_to(str(output))
@@ -277,8 +279,7 @@ def main(argv=None) -> int:
     try:
         carried = convert(options)
     except (ValueError, OSError, pickle.UnpicklingError) as error:
-        print(f"convert_to_streaming: error: {error}", file=sys.stderr)
-        return 1
+        return report_error(__file__, error, status=1)
     print(carried)
     print(f"{options.output}: train it on, its weights are those of an offline model")
     if options.stats is None:

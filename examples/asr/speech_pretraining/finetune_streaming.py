@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Fine-tune a pre-trained streaming encoder to recognise speech, by CTC or RNNT over characters.
+"""Fine-tune a pre-trained streaming encoder to recognise speech, by CTC, RNNT or both over characters.
 
     python finetune_streaming.py --config-name=streaming_ctc \
         init_from_nemo_model.pretrained.path=NEST.nemo \
@@ -7,33 +7,30 @@
         model.validation_ds.manifest_filepath=validation.json \
         exp_manager.exp_dir=experiments
 
-``--config-name=streaming_rnnt`` makes a transducer. The preprocessor and the encoder are built as those of the
+``--config-name=streaming_rnnt`` makes a transducer, ``streaming_hybrid`` one with a CTC decoder beside it. The preprocessor and the encoder are built as those of the
 pre-trained model, so features and contexts, those of the layers included, are what the weights have learned;
 ``model.preprocessor`` and ``model.encoder`` replace single settings. The .nemo that results is streamed by
 ``StreamingSession`` and ``streaming_inference_example.py``. A run that was interrupted goes on where it was.
 """
 
-REQUIRED_PATCHES = (
+from script_tools import fit_or_exit, manifest_lines, require_patches
+
+PATCHES_IN_USE = require_patches(
+    __file__,
     'nemo.collections.asr.modules.conformer_encoder',
     'nemo.collections.asr.parts.preprocessing.features',
 )
-try:  # first of all: on stock NeMo the imports below would fail with less to say
-    from nemo_streaming_ssl.report import require_active
-
-    PATCHES_IN_USE = require_active(*REQUIRED_PATCHES)
-except (ImportError, RuntimeError) as error:
-    raise SystemExit(f"finetune_streaming needs the patches of nemo-streaming-ssl: {error}") from error
 
 import json
 import tarfile
 from pathlib import Path
 
 import lightning.pytorch as pl
-from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo.collections.asr.models import EncDecCTCModel, EncDecRNNTModel
-from nemo.collections.asr.parts.att_context import StreamingSession
+from nemo.collections.asr.models import EncDecCTCModel, EncDecHybridRNNTCTCModel, EncDecRNNTModel
+from nemo.collections.asr.parts.ssl_reports.model_figures import look_ahead_title
+from nemo.collections.asr.parts.streaming.session import StreamingSession
 from nemo.collections.asr.parts.utils.pretraining_checks import check_contexts, check_data, check_known_keys
 from nemo.core.classes.modelPT import ModelPT
 from nemo.core.config import hydra_runner
@@ -103,8 +100,8 @@ def characters(train_ds: DictConfig) -> list[str]:
         raise ValueError("model.labels is null, which takes the characters of one plain manifest; give a list")
     found = set()
     for path in paths.split(','):
-        for number, line in enumerate(Path(path).read_text(encoding='utf-8').splitlines(), start=1):
-            text = json.loads(line).get('text') if line.strip() else ''
+        for number, line in manifest_lines(path):
+            text = json.loads(line).get('text')
             if text is None:
                 raise ValueError(f"model.train_ds.manifest_filepath: {path}, line {number} has no text")
             found |= set(text)
@@ -121,11 +118,19 @@ def build(cfg: DictConfig):
     """
     trainer = pl.Trainer(**resolve_trainer_cfg(cfg.trainer))
     exp_manager(trainer, cfg.get('exp_manager', None))
-    transducer = cfg.model.get('joint') is not None
-    model = (EncDecRNNTModel if transducer else EncDecCTCModel)(cfg=cfg.model, trainer=trainer)
+    model = model_class(cfg.model)(cfg=cfg.model, trainer=trainer)
     model.maybe_init_from_pretrained_checkpoint(cfg)
     check_can_stream(model)
+    contexts = (look_ahead_title(model, context) for context in model.encoder.att_context_size_all)
+    logging.info(f"Attention contexts: {'; '.join(contexts)}")
     return trainer, model
+
+
+def model_class(cfg: DictConfig) -> type:
+    """Return the class that the sections of a model's config ask for: RNNT with a joint network, CTC, or both."""
+    if cfg.get('joint') is None:
+        return EncDecCTCModel
+    return EncDecRNNTModel if cfg.get('aux_ctc') is None else EncDecHybridRNNTCTCModel
 
 
 def check_can_stream(model) -> None:
@@ -143,17 +148,8 @@ def check_can_stream(model) -> None:
 
 @hydra_runner(config_path="../conf/ssl/finetune", config_name="streaming_ctc")
 def main(cfg: DictConfig) -> None:
-    """Train as configured; ends with one message, before any training, if the config cannot work."""
-    logging.info("\n".join(PATCHES_IN_USE))
-    try:
-        cfg = prepare(cfg)
-        logging.info(f"Hydra config:\n{OmegaConf.to_yaml(cfg)}")
-        if cfg.get('seed') is not None:
-            pl.seed_everything(cfg.seed, workers=True)
-        trainer, model = build(cfg)
-    except (ValueError, OSError, InstantiationException) as error:
-        raise SystemExit(f"finetune_streaming: {error}") from error
-    trainer.fit(model)
+    """Fine-tune as the config says."""
+    fit_or_exit(__file__, PATCHES_IN_USE, cfg, prepare, build)
 
 
 if __name__ == "__main__":

@@ -14,22 +14,18 @@ goes on where it was if it is started again with the same ``exp_manager`` settin
 ``exp_manager.use_datetime_version=false``).
 """
 
-REQUIRED_PATCHES = (
+from script_tools import fit_or_exit, require_patches
+
+PATCHES_IN_USE = require_patches(
+    __file__,
     'nemo.collections.asr.losses.ssl_losses.mlm',
     'nemo.collections.asr.models.ssl_models',
     'nemo.collections.asr.modules.conformer_encoder',
     'nemo.collections.asr.modules.ssl_modules.masking',
 )
-try:  # first of all: on stock NeMo the imports below would fail with less to say
-    from nemo_streaming_ssl.report import require_active
-
-    PATCHES_IN_USE = require_active(*REQUIRED_PATCHES)
-except (ImportError, RuntimeError) as error:
-    raise SystemExit(f"hierarchical_streaming_nest needs the patches of nemo-streaming-ssl: {error}") from error
 
 import lightning.pytorch as pl
-from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
@@ -57,7 +53,7 @@ def prepare(cfg: DictConfig) -> DictConfig:
 
 
 def build(cfg: DictConfig) -> tuple[pl.Trainer, EncDecDenoiseMaskedTokenPredModel]:
-    """Make the trainer and the model that the config asks for, in the experiment's folder.
+    """Make the trainer and the model that the config asks for, in the experiment's folder; log the model's contexts.
 
     Raises:
         ValueError: from any of them, naming what cannot work.
@@ -67,24 +63,15 @@ def build(cfg: DictConfig) -> tuple[pl.Trainer, EncDecDenoiseMaskedTokenPredMode
     exp_manager(trainer, cfg.get("exp_manager", None))
     model = EncDecDenoiseMaskedTokenPredModel(cfg=cfg.model, trainer=trainer)
     model.maybe_init_from_pretrained_checkpoint(cfg)
+    frame = model.encoder.subsampling_factor * cfg.model.preprocessor.get('window_stride', 0.01) * 1000
+    logging.info(f"Attention contexts:\n{context_table(model.encoder, frame)}")
     return trainer, model
 
 
 @hydra_runner(config_path="../conf/ssl/nest", config_name="nest_hierarchical_streaming")
 def main(cfg: DictConfig) -> None:
-    """Train as configured; ends with one message, before any training, if the config cannot work."""
-    logging.info("\n".join(PATCHES_IN_USE))
-    try:
-        cfg = prepare(cfg)
-        logging.info(f"Hydra config:\n{OmegaConf.to_yaml(cfg)}")
-        if cfg.get('seed') is not None:
-            pl.seed_everything(cfg.seed, workers=True)
-        trainer, model = build(cfg)
-    except (ValueError, OSError, InstantiationException) as error:
-        raise SystemExit(f"hierarchical_streaming_nest: {error}") from error
-    frame = model.encoder.subsampling_factor * cfg.model.preprocessor.get('window_stride', 0.01) * 1000
-    logging.info(f"Attention contexts:\n{context_table(model.encoder, frame)}")
-    trainer.fit(model)
+    """Pre-train as the config says."""
+    fit_or_exit(__file__, PATCHES_IN_USE, cfg, prepare, build)
 
 
 if __name__ == "__main__":

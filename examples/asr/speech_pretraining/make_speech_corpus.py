@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import soxr
+from script_tools import manifest_seconds, report_error, require_patches
 from tqdm import tqdm
 
 SAMPLE_RATE = 16000  # Hz
@@ -455,7 +456,7 @@ def make_corpus(folder, minutes=20.0, seed=0, workers=None, progress=True):
         for split in SPLITS:
             write_lines(Path(folder, f"{split}_manifest.json"), groups[split])
         write_lines(Path(folder, SETTINGS), [settings])
-    return {split: _seconds(Path(folder, f"{split}_manifest.json")) for split in SPLITS}, made
+    return {split: manifest_seconds(Path(folder, f"{split}_manifest.json")) for split in SPLITS}, made
 
 
 def _loader_version():
@@ -463,10 +464,6 @@ def _loader_version():
         return importlib.metadata.version("espeakng-loader")
     except importlib.metadata.PackageNotFoundError:
         raise ValueError("the synthesiser is missing: pip install espeakng-loader") from None
-
-
-def _seconds(manifest):
-    return sum(json.loads(line)["duration"] for line in manifest.read_text(encoding="utf-8").splitlines())
 
 
 def main(argv=None):
@@ -479,11 +476,11 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.seed < 0 or (options.workers is not None and options.workers < 1):
         parser.error("--seed must be at least 0 and --workers at least 1")
+    require_patches(__file__)
     try:
         seconds, made = make_corpus(options.output, options.minutes, options.seed, options.workers)
     except (ValueError, OSError) as error:
-        print(f"make_speech_corpus: error: {error}", file=sys.stderr)
-        return 1
+        return report_error(__file__, error, status=1)
     lengths = ", ".join(f"{value / 60:.1f} min {split}" for split, value in seconds.items())
     print(f"{options.output}: {lengths} ({'made now' if made else 'complete already, used again'})")
     return 0

@@ -26,9 +26,10 @@ import json
 import sys
 from itertools import groupby
 from pathlib import Path
+from typing import Optional
 
 import torch
-from streaming_inference_example import read_audio, restore
+from script_tools import read_audio, report_error, require_patches, restore, sample_rate_of
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -45,6 +46,12 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument('--seed', type=int, default=0, help='of the masks (0)')
     parser.add_argument('--draws', type=int, default=100, help='of the audit (100)')
     options = parser.parse_args(argv)
+    _check_options(parser, options)
+    return options
+
+
+def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with the parser's error if the options do not go together, or one has a value that cannot be used."""
     if options.model_path is not None and options.config is not None:
         parser.error('give --model_path or --config, not both')
     has_model = options.model_path is not None or options.config is not None
@@ -56,7 +63,6 @@ def arguments(argv=None) -> argparse.Namespace:
         parser.error('--frames must be 1 or more')
     if options.draws < 1 or options.seed < 0:
         parser.error('--draws must be 1 or more, --seed 0 or more')
-    return options
 
 
 def model_of_config(path: Path):
@@ -107,7 +113,7 @@ def context_of(option, model) -> list:
 
 
 def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
-    """Return the pictures of a model by name; prints the audit of its masking.
+    """Return the pictures of a model by name, and print the audit of its masking.
 
     Raises:
         ValueError: if the audio or the context cannot be used.
@@ -118,7 +124,7 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
     if not hasattr(model, 'predict_masked'):
         raise ValueError(f'{type(model).__name__} masks nothing')
     context = context_of(options.context, model)
-    samples = torch.from_numpy(read_audio(audio, model.preprocessor.featurizer.sample_rate)).unsqueeze(0)
+    samples = torch.from_numpy(read_audio(audio, sample_rate_of(model))).unsqueeze(0)
     lengths = torch.tensor([samples.shape[1]])
     batch = batch_of(model, samples, lengths)
     with torch.inference_mode(), model.encoder.using_att_context_size(context):
@@ -127,16 +133,24 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
         utterance = model_figures.masked_utterance(model, record)
         print(audit_text(model, record, context, options))
         title = f'{audio.name}, masked for context {context}'
-        pictures = {'masked_spectrogram': model_figures.draw_masks(model, utterance, title)}
         frames = options.frames or max(utterance.features.shape[1] // model.encoder.subsampling_factor, 1)
-        pictures['attention_windows'] = model_figures.draw_attention(
-            model.encoder,
-            options.frame,
-            frames,
-            model_figures.hop_seconds(model) * model.encoder.subsampling_factor,
-            title=f'attention in context {context}',
-        )
-    return pictures
+        return {
+            'masked_spectrogram': model_figures.draw_masks(model, utterance, title),
+            'attention_windows': _draw_windows(model, options.frame, frames, context),
+        }
+
+
+def _draw_windows(model, frame: Optional[int], frames: int, context: list):
+    """Return the picture of what one frame attends to; it has ``frames`` attention frames."""
+    from nemo.collections.asr.parts.ssl_reports.model_figures import (
+        attention_frame_ms,
+        draw_attention,
+        look_ahead_title,
+    )
+
+    seconds = attention_frame_ms(model) / 1000
+    title = f'attention in context {look_ahead_title(model, context)}'
+    return draw_attention(model.encoder, frame, frames, seconds, title=title)
 
 
 def batch_of(model, samples: torch.Tensor, lengths: torch.Tensor):
@@ -161,6 +175,7 @@ def batch_of(model, samples: torch.Tensor, lengths: torch.Tensor):
 def audit_text(model, record, context, options: argparse.Namespace) -> str:
     """Return what the masking asks of the attention in an utterance of the record's length, as text."""
     from nemo.collections.asr.parts.ssl_reports.audit import audit_masking, windows_of
+    from nemo.collections.asr.parts.ssl_reports.model_figures import look_ahead_title
 
     audit = audit_masking(
         model.mask_processor,
@@ -172,7 +187,7 @@ def audit_text(model, record, context, options: argparse.Namespace) -> str:
         options.seed,
     )
     lines = [
-        f'audit of {options.draws} draws in context {context}:',
+        f'audit of {options.draws} draws in context {look_ahead_title(model, context)}:',
         f'  masked: {audit.masked_share():.1%} of the mask frames, {audit.frames_masked} of {audit.frames} attention '
         'frames',
         f'  runs of masked attention frames: mean {audit.mean_run():.1f}, 90 % up to {audit.run_quantile(0.9)}, '
@@ -186,8 +201,9 @@ def audit_text(model, record, context, options: argparse.Namespace) -> str:
 
 
 def main(argv=None) -> int:
-    """Draw, write; returns the exit status."""
+    """Draw and write; return the exit status."""
     options = arguments(argv)
+    require_patches(__file__)
     from nemo.collections.asr.parts.ssl_reports.figures import learning_curves, require_matplotlib, save_figure
     from nemo.collections.asr.parts.ssl_reports.training_logs import read_curves
 
@@ -204,8 +220,7 @@ def main(argv=None) -> int:
             for file in save_figure(figure, options.output / name):
                 print(file)
     except (ValueError, OSError) as error:
-        print(f'plot_contexts: error: {error}', file=sys.stderr)
-        return 2
+        return report_error(__file__, error, status=2)
     return 0
 
 

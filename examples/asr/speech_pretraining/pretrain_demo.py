@@ -16,6 +16,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from script_tools import manifest_seconds, require_patches
+
 HERE = Path(__file__).resolve().parent
 CONFIG = 'nest_hierarchical_streaming_tiny'
 SEED = 0
@@ -44,13 +46,12 @@ def data_of(options: argparse.Namespace) -> dict:
     if options.manifest:
         given = (options.manifest, options.validation_manifest, options.noise_manifest)
         return dict(zip(('train', 'validation', 'noise'), [path and str(Path(path).resolve()) for path in given]))
-    from make_speech_corpus import make_corpus
-
     folder = options.output / 'speech_corpus'
     say(f'Making a synthetic speech corpus in {folder}')
-    seconds, _ = make_corpus(folder)
-    say(', '.join(f'{split}: {length / 60:.1f} minutes' for split, length in seconds.items()))
-    return {role: str(folder.resolve() / f'{role}_manifest.json') for role in ('train', 'validation', 'noise')}
+    run('make_speech_corpus.py', '--output', folder, stdout=subprocess.DEVNULL)
+    data = {role: str(folder.resolve() / f'{role}_manifest.json') for role in ('train', 'validation', 'noise')}
+    say(', '.join(f'{role}: {manifest_seconds(path) / 60:.1f} minutes' for role, path in data.items()))
+    return data
 
 
 def run_folder(options: argparse.Namespace, data: dict) -> Path:
@@ -79,7 +80,7 @@ def overrides_for(options: argparse.Namespace, data: dict, folder: Path) -> list
         f"model.validation_ds.manifest_filepath='{data['validation']}'",
         f"model.preprocessor.normalize='{folder.resolve() / 'feature_stats.yaml'}'",
         f"seed={SEED}",
-        "trainer.check_val_every_n_epoch=2",  # each runs in three contexts and draws pictures
+        "trainer.check_val_every_n_epoch=2",  # each runs in several contexts and draws pictures
         f"+exp_manager.explicit_log_dir='{log_dir}'",
         *options.overrides,
     ]
@@ -92,11 +93,10 @@ def train(options: argparse.Namespace, data: dict, folder: Path) -> Path:
         say(f'{model_file} is there already: no training (remove {folder} to train anew)')
         return model_file
     say('Computing the feature statistics of the corpus')
-    statistics = [str(HERE / 'compute_feature_stats.py'), '--manifest', data['train']]
-    run([*statistics, '--output', str(folder / 'feature_stats.yaml')])
+    run('compute_feature_stats.py', '--manifest', data['train'], '--output', folder / 'feature_stats.yaml')
     say(f"Training; TensorBoard logs are in {folder / 'run'}")
-    script = [str(HERE / 'hierarchical_streaming_nest.py'), '--config-name', options.config]
-    run([*script, *overrides_for(options, data, folder)])
+    overrides = overrides_for(options, data, folder)
+    run('hierarchical_streaming_nest.py', '--config-name', options.config, *overrides)
     saved = sorted((folder / 'run' / 'checkpoints').glob('*.nemo'), key=os.path.getmtime)
     if not saved:
         raise SystemExit(f"pretrain_demo: the training left no .nemo file in {folder / 'run' / 'checkpoints'}")
@@ -104,9 +104,16 @@ def train(options: argparse.Namespace, data: dict, folder: Path) -> Path:
     return model_file
 
 
-def run(command: list[str]) -> None:
-    """Run a script of this folder in a fresh interpreter; ends this one with its status if it fails."""
-    status = subprocess.run([sys.executable, *command], check=False).returncode
+def run(script: str, *arguments, **streams) -> None:
+    """Run a script of this folder in a fresh interpreter; if it fails, end this one with the same status.
+
+    Args:
+        script: file name of the script.
+        arguments: the command line; anything that ``str`` turns into its words.
+        streams: ``stdout`` and so on, as ``subprocess.run`` takes them.
+    """
+    command = [sys.executable, str(HERE / script), *map(str, arguments)]
+    status = subprocess.run(command, check=False, **streams).returncode
     if status:
         raise SystemExit(status)
 
@@ -120,10 +127,9 @@ def report(options: argparse.Namespace, data: dict, folder: Path, model_file: Pa
     """Restore the model, print what it has learned beside an untrained one, and draw pictures of it."""
     # Imported here, for the corpus is made without waiting for NeMo.
     import lightning.pytorch as pl
-    from evaluate_contexts import contexts_of, evaluate_models, write_json
-    from learning_report import learning_table
+    from evaluation_tools import contexts_of, evaluate_models, write_results
     from rich.console import Console
-    from streaming_inference_example import parity_line, stream_one
+    from streaming_tools import chunk_seconds, parity_line, stream_one, streamable_contexts
 
     from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 
@@ -134,31 +140,57 @@ def report(options: argparse.Namespace, data: dict, folder: Path, model_file: Pa
     models = {'start': untrained, 'end': trained}
     contexts = {name: contexts_of(model, 'all', name) for name, model in models.items()}
     results = evaluate_models(models, contexts, data['validation'], EVALUATION)
-    write_json(folder / 'learned.json', results, vars(EVALUATION))
+    write_results(folder / 'learned.json', results, vars(EVALUATION))
     console = Console(width=120 if not sys.stdout.isatty() else None)
     console.print(learning_table(*results))
-    say(parity_line(stream_one(trained.eval(), first_audio(data['validation']))))
+    for context in streamable_contexts(trained.eval()):
+        say(
+            parity_line(stream_one(trained, first_audio(data['validation']), chunk_seconds(trained, context), context))
+        )
     draw(model_file, first_audio(data['validation']), folder)
     say(f"Model: {model_file}; figures: {folder / 'learned.json'}; tensorboard --logdir {folder / 'run'}")
 
 
+def learning_table(start: dict, end: dict):
+    """Lay out the results of :func:`evaluate_models` for a model before and after its training."""
+    from evaluation_tools import with_interval
+    from rich.table import Table
+
+    from nemo.collections.asr.parts.att_context.receptive_field import look_ahead_text
+
+    use = end['codebook']
+    table = Table(
+        title='What was learned, on masked frames of the validation data',
+        caption=f"in brackets: 95% intervals over {end['contexts'][0]['utterances']} utterances; targets: "
+        f"{use['codes_used']:.0f} of {use['classes']} codes used, perplexity {use['perplexity']:.0f}, the commonest "
+        f"for {use['top_share']:.1%} of the frames",
+    )
+    table.add_column('context')
+    table.add_column('look-ahead', justify='right')
+    columns = ['loss at start', 'at end', 'accuracy at start', 'at end', 'perplexity at end', 'always the commonest']
+    for name in columns:
+        table.add_column(name, justify='right')
+    for before, after in zip(start['contexts'], end['contexts'], strict=True):
+        cells = [f"{before['loss']:.3f}", with_interval(after, 'loss', '{:.3f}')]
+        cells += [f"{before['accuracy']:.2%}", with_interval(after, 'accuracy', '{:.2%}')]
+        cells += [f"{after['perplexity']:.1f}", f"{after['commonest']:.2%}"]
+        table.add_row(', '.join(map(str, after['context'])), look_ahead_text(after['look_ahead_ms']), *cells)
+    return table
+
+
 def draw(model_file: Path, audio: str, folder: Path) -> None:
     """Draw what the model masks, whom it attends to and how it learned, into the folder's ``pictures``."""
-    from plot_contexts import main as plot
-
     from nemo.collections.asr.parts.ssl_reports.figures import learning_curves
     from nemo.collections.asr.parts.ssl_reports.training_logs import read_curves
 
     say(f"Pictures in {folder / 'pictures'}")
-    made_from = ['--model_path', str(model_file), '--audio_path', audio]
+    made_from = ['--model_path', model_file, '--audio_path', audio]
     try:
         learning_curves(read_curves(folder / 'run'))
-        made_from += ['--logs', str(folder / 'run')]
+        made_from += ['--logs', folder / 'run']
     except ValueError as error:  # such as a run too short to log any
         say(f'No learning curves: {error}')
-    status = plot([*made_from, '--output', str(folder / 'pictures')])
-    if status:
-        raise SystemExit(status)
+    run('plot_contexts.py', *made_from, '--output', folder / 'pictures')
 
 
 def first_audio(manifest: str) -> str:
@@ -172,6 +204,7 @@ def first_audio(manifest: str) -> str:
 def main(argv=None) -> None:
     """Make data, train, restore, report."""
     options = arguments(argv)
+    require_patches(__file__)
     data = data_of(options)
     folder = run_folder(options, data)
     say(f'Everything of this run is in {folder}')

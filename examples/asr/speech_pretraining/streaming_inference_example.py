@@ -15,61 +15,32 @@ Exit status: 0; 1 if some of the manifest's files failed (the others were run); 
 import argparse
 import ast
 import json
-import re
 import sys
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterator, Optional
 
 import numpy as np
-import soundfile
 import torch
-from tqdm import tqdm
+from script_tools import (
+    check_folders,
+    manifest_lines,
+    read_audio,
+    require_patches,
+    restore,
+    sample_rate_of,
+    write_text,
+)
+from streaming_tools import (
+    Streamed,
+    compare_with_offline,
+    parity_line,
+    stream,
+    stream_samples,
+    streamable_contexts,
+)
 
-LONGEST_OFFLINE = 300  # seconds; the offline forward takes memory with the square of the length
-UNKNOWN_LENGTH = 0x7FFFF000  # bytes: headers of piped wav files claim this much or more
 PCM_BYTES = 2
 GREY = '#777777'
-
-
-@dataclass
-class Streamed:
-    """What streaming one audio in one context gave."""
-
-    context: list[int]
-    look_ahead_ms: float
-    cache_bytes: int = 0
-    seconds: float = 0.0
-    chunk_ms: list[float] = field(default_factory=list)
-    """Time of each step."""
-    output: object = None
-    """The joined ``StreamingOutput``."""
-    largest_difference: Optional[float] = None
-    """Of encoder outputs, to the offline forward."""
-    token_agreement: Optional[float] = None
-    """Share of frames with the token of the offline forward."""
-
-    def figures(self) -> dict:
-        """What the report says of it; times in milliseconds."""
-        times = sorted(self.chunk_ms)
-        pick = (
-            (lambda share: round(times[min(int(share * len(times)), len(times) - 1)], 3))
-            if times
-            else (lambda _: None)
-        )
-        return {
-            'att_context_size': self.context,
-            'frames': int(self.output.lengths[0]),
-            'look_ahead_ms': self.look_ahead_ms,
-            'cache_bytes_per_stream': self.cache_bytes,
-            'chunk_ms_p50': pick(0.5),
-            'chunk_ms_p95': pick(0.95),
-            'chunk_ms_max': pick(1.0),
-            'real_time_factor': round(sum(times) / 1000 / self.seconds, 4) if self.seconds else None,
-            'largest_difference': self.largest_difference,
-            'token_agreement': self.token_agreement,
-        }
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -100,67 +71,19 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument('--report', type=Path, help='a JSON file for the figures')
     parser.add_argument('--device', default='cpu', help='where the model runs (cpu)')
     options = parser.parse_args(argv)
+    _check_options(parser, options)
+    return options
+
+
+def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with the parser's error if an option has a value that cannot be used."""
     if options.stdin_rate is not None and not options.stdin_pcm:
         parser.error('--stdin_rate goes with --stdin_pcm')
     if options.stdin_rate is not None and options.stdin_rate < 1:
         parser.error('--stdin_rate must be 1 or more')
     if not 0 < options.chunk_size < float('inf'):
         parser.error('--chunk_size must be above 0 seconds')
-    for name in ('plot', 'report'):
-        path = getattr(options, name)
-        if path is not None and not path.resolve().parent.is_dir():
-            parser.error(f'--{name} {path}: there is no folder {path.resolve().parent}')
-    return options
-
-
-def read_audio(path: Path, rate: int, offset: float = 0.0, duration: Optional[float] = None) -> np.ndarray:
-    """Read a file as mono samples at ``rate``, float32 [N] with full scale at 1.
-
-    Args:
-        path: of an audio file of any rate and number of channels.
-        rate: samples per second wanted.
-        offset, duration: the part to read, in seconds; None: to the end.
-
-    Raises:
-        ValueError: naming the file, if it is missing, empty, truncated or no audio.
-    """
-    if not path.is_file():
-        raise ValueError(f'{path}: there is no such file')
-    if path.stat().st_size == 0:
-        raise ValueError(f'{path}: the file is empty')
-    try:
-        with soundfile.SoundFile(str(path)) as audio:
-            _check_complete(audio)
-            audio.seek(min(int(offset * audio.samplerate), audio.frames))
-            wanted = audio.frames - audio.tell()
-            if duration is not None:
-                wanted = min(wanted, int(duration * audio.samplerate))
-            samples, own_rate = audio.read(wanted, dtype='float32', always_2d=True), audio.samplerate
-    except (soundfile.LibsndfileError, ValueError) as error:
-        raise ValueError(f'{path}: cannot be read as audio: {error}') from None
-    if len(samples) < wanted:
-        raise ValueError(f'{path}: the file is truncated: {len(samples)} of {wanted} samples are there')
-    if len(samples) == 0:
-        raise ValueError(f'{path}: there are no samples in it')
-    if not np.isfinite(samples).all():
-        raise ValueError(f'{path}: it holds samples that are not finite')
-    return resampled(samples.mean(axis=1), own_rate, rate)
-
-
-def _check_complete(audio: soundfile.SoundFile) -> None:
-    """Raise ValueError if the header promises more than the file holds; libsndfile only notes it in its log."""
-    for claimed, there in re.findall(r'^\s*data\s*:\s*(\d+)\s*\(should be (\d+)\)', audio.extra_info, re.MULTILINE):
-        if int(there) < int(claimed) < UNKNOWN_LENGTH:
-            raise ValueError(f'the file is truncated: {there} of {claimed} bytes of samples are there')
-
-
-def resampled(samples: np.ndarray, own_rate: int, rate: int) -> np.ndarray:
-    """Resample float32 [N]."""
-    if own_rate == rate:
-        return np.ascontiguousarray(samples)
-    import librosa
-
-    return librosa.resample(samples, orig_sr=own_rate, target_sr=rate).astype(np.float32)
+    check_folders(parser, options, 'plot', 'report')
 
 
 def manifest_entries(path: Path) -> Iterator[tuple[str, Optional[dict], Optional[str]]]:
@@ -169,30 +92,22 @@ def manifest_entries(path: Path) -> Iterator[tuple[str, Optional[dict], Optional
     Raises:
         ValueError: if there is no manifest, or nothing in it.
     """
-    try:
-        lines = [line for line in enumerate(path.read_text().splitlines(), 1) if line[1].strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f'manifest {path} cannot be read: {error}') from None
-    if not lines:
-        raise ValueError(f'manifest {path} has no entries')
-    for number, line in lines:
+    for number, line in manifest_lines(path):
         try:
-            entry = json.loads(line)
-            audio = Path(entry['audio_filepath'])
-            entry = {
-                'path': audio if audio.is_absolute() else path.parent / audio,
-                'offset': float(entry.get('offset') or 0),
-                'duration': None if entry.get('duration') is None else float(entry['duration']),
-            }
-            yield str(audio), entry, None
+            yield (*_entry(json.loads(line), path.parent), None)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             yield f'{path}, line {number}', None, f'{path}, line {number}: no NeMo manifest entry: {error!r}'
 
 
-def chunks_of(samples: np.ndarray, size: int) -> Iterator[torch.Tensor]:
-    """Yield pieces [1, n] of samples [N]."""
-    for begin in range(0, len(samples), size):
-        yield torch.from_numpy(samples[begin : begin + size]).unsqueeze(0)
+def _entry(item: dict, folder: Path) -> tuple[str, dict]:
+    """Return the name of an entry's audio, and what :func:`read_audio` takes; a relative path starts at the folder."""
+    audio = Path(item['audio_filepath'])
+    part = {
+        'path': audio if audio.is_absolute() else folder / audio,
+        'offset': float(item.get('offset') or 0),
+        'duration': None if item.get('duration') is None else float(item['duration']),
+    }
+    return str(audio), part
 
 
 def stdin_chunks(stream, own_rate: int, rate: int, seconds: float, heard: list) -> Iterator[torch.Tensor]:
@@ -219,95 +134,35 @@ def stdin_chunks(stream, own_rate: int, rate: int, seconds: float, heard: list) 
 
 
 def context_of(text: Optional[str]):
-    """Read --att_context_size: a pair, a number or the name of a preset."""
+    """Return what --att_context_size says: a pair, a number or the name of a preset."""
     try:
         return ast.literal_eval(text) if text is not None else None
     except (ValueError, SyntaxError):
         return text
 
 
-def has_tokens(model) -> bool:
-    """Whether the model's decoder gives classes for each encoder frame."""
-    return 'encoder_output' in (getattr(getattr(model, 'decoder', None), 'input_types', None) or {})
-
-
-def stream(model, chunks, context=None, total: Optional[float] = None, name: str = 'stream') -> Streamed:
-    """Stream pieces of samples through the model, with a progress bar in seconds of audio.
-
-    Args:
-        model: in eval mode.
-        chunks: pieces [1, n].
-        context: anything ``AttContext.parse`` reads; None: the model's default.
-        total: seconds of all pieces, if known.
-        name: on the progress bar.
-    """
-    from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
-
-    session = StreamingSession(model, att_context_size=context, return_tokens=has_tokens(model), return_features=True)
-    result = Streamed(session.att_context.as_list(), 1000 * session.look_ahead_samples / session.sample_rate)
-    outputs = []
-    bar = (
-        '{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} s'
-        if total
-        else '{desc}: {n:.1f} s [{elapsed}]{postfix}'
-    )
-    with tqdm(total=total, desc=name, bar_format=bar, mininterval=0.2) as progress:
-        for samples in chunks:
-            start = time.perf_counter()
-            outputs.append(session.step(samples))
-            result.chunk_ms.append(1000 * (time.perf_counter() - start))
-            result.seconds += samples.shape[1] / session.sample_rate
-            progress.update(samples.shape[1] / session.sample_rate)
-            if total is None and outputs[-1].tokens is not None and outputs[-1].tokens.shape[1]:
-                progress.set_postfix_str(f'token {outputs[-1].tokens[0, -1].flatten().tolist()}', refresh=False)
-    result.cache_bytes = session.cache_bytes_per_stream
-    outputs.append(session.finish())
-    result.output = StreamingOutput.concatenate(outputs)
-    return result
-
-
-@torch.no_grad()
-def compare_with_offline(model, samples: np.ndarray, streamed: Streamed) -> None:
-    """Run the offline forward in the same context, and note how far the streamed outputs are from it."""
-    if streamed.seconds > LONGEST_OFFLINE:
-        print(f'not compared with offline: the audio is longer than {LONGEST_OFFLINE} s', file=sys.stderr)
-        return
-    device = next(model.encoder.parameters()).device
-    signal, length = torch.from_numpy(samples).unsqueeze(0).to(device), torch.tensor([len(samples)], device=device)
-    with model.encoder.using_att_context_size(streamed.context):
-        features, lengths = model.preprocessor(input_signal=signal, length=length)
-        encoded, lengths = model.encoder(audio_signal=features, length=lengths)
-    encoded = encoded[:, :, : int(lengths[0])]
-    if encoded.shape != streamed.output.encoded.shape:
-        raise RuntimeError(f'streamed {tuple(streamed.output.encoded.shape)}, offline {tuple(encoded.shape)}: a bug')
-    streamed.largest_difference = (encoded - streamed.output.encoded).abs().max().item()
-    if streamed.output.tokens is not None:
-        tokens = model.decoder(encoder_output=encoded).argmax(dim=2)
-        streamed.token_agreement = (tokens == streamed.output.tokens).float().mean().item()
-
-
 def stream_file(model, samples: np.ndarray, options, name: str) -> list[Streamed]:
     """Stream samples [N] in one context, or in all and offline."""
-    rate = sample_rate_of(model)
-    size = max(round(options.chunk_size * rate), 1)
     results = []
     for context in contexts_of(model, options):
-        label = f'{name} {context}'
-        results.append(stream(model, chunks_of(samples, size), context, len(samples) / rate, label))
+        results.append(stream_samples(model, samples, options.chunk_size, context, f'{name} {context}'))
         if options.compare_modes:
             compare_with_offline(model, samples, results[-1])
     return results
 
 
 def contexts_of(model, options) -> list:
-    """The contexts to stream in: the one asked for first, then the model's others if all are to be compared."""
+    """Return the contexts to stream in: the one asked for, then the model's others if all are to be compared.
+
+    Those that see the whole utterance are left out, for they cannot be streamed.
+    """
     from nemo.collections.asr.parts.att_context.context import AttContext
 
     asked = context_of(options.att_context_size)
     first = AttContext.parse(model.encoder.att_context_size if asked is None else asked, field='--att_context_size')
     if not options.compare_modes:
         return [first.as_list()]
-    others = [AttContext.parse(context) for context in model.encoder.att_context_size_all]
+    others = [AttContext.parse(context) for context in streamable_contexts(model)]
     return [first.as_list()] + [context.as_list() for context in others if context != first]
 
 
@@ -323,36 +178,10 @@ def stream_stdin(model, options) -> list[Streamed]:
     if options.compare_modes:
         samples = np.concatenate(heard)
         compare_with_offline(model, samples, results[0])
-        size = max(round(options.chunk_size * rate), 1)
         for context in others:
-            results.append(stream(model, chunks_of(samples, size), context, len(samples) / rate, f'stdin {context}'))
+            results.append(stream_samples(model, samples, options.chunk_size, context, f'stdin {context}'))
             compare_with_offline(model, samples, results[-1])
     return results
-
-
-def sample_rate_of(model) -> int:
-    """Samples per second that the model hears."""
-    return model.preprocessor.featurizer.sample_rate
-
-
-def parity_line(streamed: Streamed) -> str:
-    """One line on whether streaming equals offline."""
-    figures = streamed.figures()
-    tokens = '' if streamed.token_agreement is None else f', {streamed.token_agreement:.2%} of the tokens the same'
-    return (
-        f"Streamed {streamed.seconds:.1f} s in context {streamed.context}: largest difference to offline "
-        f"{streamed.largest_difference:.1e}{tokens}, {figures['chunk_ms_p50']:.1f} ms per chunk (p50), "
-        f"real-time factor {figures['real_time_factor']:.3f}"
-    )
-
-
-def stream_one(model, audio_path, chunk_size: float = 0.08, context=None) -> Streamed:
-    """Stream a file in one context and compare it with offline: for :func:`parity_line`."""
-    samples = read_audio(Path(audio_path), sample_rate_of(model))
-    size = max(round(chunk_size * sample_rate_of(model)), 1)
-    streamed = stream(model, chunks_of(samples, size), context, len(samples) / sample_rate_of(model), 'streaming')
-    compare_with_offline(model, samples, streamed)
-    return streamed
 
 
 def table_of(name: str, results: list[Streamed]):
@@ -382,6 +211,8 @@ def draw(path: Path, name: str, results: list[Streamed], model, chunk_size: floa
     """Plot spectrogram, tokens and time per chunk over the seconds of one audio."""
     import matplotlib
 
+    from nemo.utils.atomic_files import replacing
+
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
@@ -391,8 +222,22 @@ def draw(path: Path, name: str, results: list[Streamed], model, chunk_size: floa
     figure, axes = pyplot.subplots(
         3, 1, figsize=(11, 7.5), sharex=True, height_ratios=[3, 2, 2], constrained_layout=True
     )
+    image = _draw_features(axes[0], result, frame)
+    figure.colorbar(image, ax=axes[0], label='log-mel, as the encoder sees it', pad=0.01)
+    axes[0].set_title(f'{name}: {result.seconds:.1f} s in context {result.context}', loc='left', fontsize=11)
+    _draw_tokens(axes[1], result, frame * model.encoder.subsampling_factor)
+    _draw_times(axes[2], results, chunk_size)
+    axes[2].set_xlabel('seconds of audio')
+    axes[2].set_xlim(0, max(result.seconds, frame))
+    with replacing(path.resolve()) as partial:
+        figure.savefig(partial, dpi=130, format='png')
+    pyplot.close(figure)
+
+
+def _draw_features(axis, result: Streamed, frame: float):
     features = result.output.features[0].float().cpu().numpy()
-    image = axes[0].imshow(
+    axis.set_ylabel('mel band')
+    return axis.imshow(
         features,
         origin='lower',
         aspect='auto',
@@ -401,18 +246,6 @@ def draw(path: Path, name: str, results: list[Streamed], model, chunk_size: floa
         extent=(0, features.shape[1] * frame, 0, features.shape[0]),
         vmin=np.percentile(features, 2) if features.size else None,
     )
-    figure.colorbar(image, ax=axes[0], label='log-mel, as the encoder sees it', pad=0.01)
-    axes[0].set_ylabel('mel band')
-    axes[0].set_title(f'{name}: {result.seconds:.1f} s in context {result.context}', loc='left', fontsize=11)
-    _draw_tokens(axes[1], result, frame * model.encoder.subsampling_factor)
-    _draw_times(axes[2], results, chunk_size)
-    axes[2].set_xlabel('seconds of audio')
-    axes[2].set_xlim(0, max(result.seconds, frame))
-    from nemo.utils.atomic_files import replacing
-
-    with replacing(path.resolve()) as partial:
-        figure.savefig(partial, dpi=130, format='png')
-    pyplot.close(figure)
 
 
 def _draw_tokens(axis, result: Streamed, frame: float) -> None:
@@ -448,27 +281,8 @@ def _draw_times(axis, results: list[Streamed], chunk_size: float) -> None:
     axis.grid(alpha=0.3)
 
 
-def restore(path: Path, device: str):
-    """Restore a model from a .nemo file, in eval mode.
-
-    Raises:
-        ValueError: naming the file, if that fails.
-    """
-    from nemo.core.classes.modelPT import ModelPT
-    from nemo.utils import logging
-
-    if not path.is_file():
-        raise ValueError(f'--model_path {path}: there is no such file')
-    logging.setLevel(logging.ERROR)  # NeMo tells that there is no training data
-    try:
-        model = ModelPT.restore_from(str(path), map_location=torch.device(device))
-    except Exception as error:  # whatever tarfile, yaml, OmegaConf, torch and the model's class raise
-        raise ValueError(f'--model_path {path}: NeMo cannot restore it: {error!r}') from error
-    return model.eval()
-
-
 def run(options: argparse.Namespace, model) -> tuple[list[tuple[str, list[Streamed]]], list[dict]]:
-    """Stream all that is asked for; returns the results by audio, and what failed."""
+    """Stream all that is asked for; return the results by audio, and what failed."""
     done, failed = [], []
     if options.stdin_pcm:
         return [('stdin', stream_stdin(model, options))], failed
@@ -489,8 +303,6 @@ def run(options: argparse.Namespace, model) -> tuple[list[tuple[str, list[Stream
 
 def write_report(options, done, failed) -> None:
     """Write the figures as JSON; an old report stays whole until the new one is."""
-    from nemo.utils.atomic_files import replacing
-
     report = {
         'model': str(options.model_path),
         'chunk_size': options.chunk_size,
@@ -501,13 +313,25 @@ def write_report(options, done, failed) -> None:
         ],
         'failed': failed,
     }
-    with replacing(options.report.resolve()) as partial:
-        partial.write_text(json.dumps(report, indent=2) + '\n')
+    write_text(options.report.resolve(), json.dumps(report, indent=2) + '\n')
+
+
+def show(done: list[tuple[str, list[Streamed]]]) -> None:
+    """Print a table for each audio, and below it a line for each context that was compared with offline."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    for name, results in done:
+        console.print(table_of(name, results))
+        for result in results:
+            if result.largest_difference is not None:
+                print(parity_line(result))
 
 
 def main(argv=None) -> int:
-    """Stream, print, plot, report; returns the exit status."""
+    """Stream, print, plot and report; return the exit status."""
     options = arguments(argv)
+    require_patches(__file__)
     try:
         model = restore(options.model_path, options.device)
         _check_can_stream(model, options)
@@ -515,15 +339,7 @@ def main(argv=None) -> int:
     except ValueError as error:
         print(f'ERROR {error}', file=sys.stderr)
         return 2
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    for name, results in done:
-        console.print(table_of(name, results))
-        if options.compare_modes:
-            for result in results:
-                if result.largest_difference is not None:
-                    print(parity_line(result))
+    show(done)
     if options.plot is not None and done:
         draw(options.plot, Path(done[0][0]).name, done[0][1], model, options.chunk_size)
     if options.report is not None:

@@ -4,14 +4,13 @@
 import os
 import pickle
 import re
-import subprocess
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import run_python
 from tiny_nest import tiny_model
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
@@ -142,9 +141,7 @@ def test_a_payload_in_the_weights_is_refused_as_by_stock(saved, tmp_path):
         archive.add(weights.parent, arcname='.')
     with pytest.raises(pickle.UnpicklingError, match='payload.nemo.*Weights only load failed'):
         CLASS.restore_from(str(path), map_location='cpu')
-    environment = {**os.environ, 'NEMO_STREAMING_SSL': '0'}
-    command = [sys.executable, '-c', LOAD, str(weights)]
-    stock = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    stock = run_python('-c', LOAD, weights, patched=False, cwd=tmp_path)
     assert 'refused: UnpicklingError' in stock.stdout, stock.stderr[-2000:]
     assert not (tmp_path / 'ran').exists()
 

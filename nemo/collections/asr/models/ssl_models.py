@@ -58,7 +58,8 @@ class SpeechEncDecSelfSupervisedModel(AttContextMixin, NonFiniteGuard, _up.Speec
         with self._context_of_step(batch) as context:
             output = self._training_step(batch, batch_idx)
             if context is not None:
-                output['log'][f'train_loss/ctx_{context_label(context)}'] = output['loss'].detach()
+                label = getattr(self.encoder, 'label_of_drawn', context_label)(context)
+                output['log'][f'train_loss/ctx_{label}'] = output['loss'].detach()
         return output
 
     def _training_step(self, batch, batch_idx):
@@ -130,10 +131,30 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
                 f"model.quantizer.combine_time_steps is {combined} with mask_position post_conv; it must be 1, for "
                 "the quantizer sees features after subsampling"
             )
+        self._check_decoder_offset()
         self.check_masking_can_be_answered()
         if self.reports.figures is not None:
             require_matplotlib('model.log_figures')
         super().on_fit_start()
+
+    def _check_decoder_offset(self) -> None:
+        """Compare the loss's ``decoder_offset`` with what an encoder frame has heard of its target.
+
+        Raises:
+            ValueError: if targets made after the subsampling are predicted from another frame than their own.
+        """
+        offset = getattr(getattr(self.loss, 'mlm_loss', self.loss), 'decoder_offset', None)
+        if self.pre_encoder is not None:
+            if offset:
+                raise ValueError(
+                    f"model.loss.decoder_offset is {offset} with mask_position post_conv; it must be 0, for target i "
+                    "is made of encoder frame i"
+                )
+        elif offset == 0 and self.cfg.encoder.get('causal_downsampling', False):
+            logging.warning(
+                "model.loss.decoder_offset is 0 with causal_downsampling: encoder frame i has heard no more than the "
+                "beginning of target i, and is to predict it all the same. Set model.loss.decoder_offset=1."
+            )
 
     @property
     def input_types(self):
@@ -425,15 +446,16 @@ class EncDecDenoiseMaskedTokenPredModel(EncDecMaskedTokenPredModel, _up.EncDecDe
         apply_mask=False,
         current_frame=None,
     ):
-        """Predict the tokens of the clean signal from the noisy one; see the parent class."""
+        """Predict the tokens of the clean signal from the noisy one; see the parent class.
+
+        Where nothing is masked and no noisy signal is given, the clean one is encoded.
+        """
         clean = self._features('', input_signal, input_signal_length, processed_signal, processed_signal_length)
-        noisy = self._features(
-            'noisy_',
-            noisy_input_signal,
-            noisy_input_signal_length,
-            processed_noisy_input_signal,
-            processed_noisy_input_signal_length,
-        )
+        noisy_signal = noisy_input_signal, noisy_input_signal_length
+        noisy_features = processed_noisy_input_signal, processed_noisy_input_signal_length
+        if not apply_mask and all(given is None for given in (*noisy_signal, *noisy_features)):
+            return self._predict(clean, clean, apply_mask, current_frame)
+        noisy = self._features('noisy_', *noisy_signal, *noisy_features)
         return self._predict(clean, noisy, apply_mask, current_frame)
 
     def features_of_batch(self, batch):

@@ -19,6 +19,8 @@ from nemo.collections.asr.parts.att_context.cache_aware import (
     streaming_look_ahead,
 )
 from nemo.collections.asr.parts.att_context.context import AttContext, tightest
+from nemo.collections.asr.parts.att_context.context_sampler import FIELD as SAMPLER
+from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler
 from nemo.collections.asr.parts.att_context.layer_contexts import (
     LayerAttentionMasks,
     LayerContexts,
@@ -48,12 +50,15 @@ class ConformerEncoder(BatchContext, _up.ConformerEncoder):
     Args:
         att_context_seed: seed of the draw among several ``att_context_size`` entries. The draw is a pure function of
             the seed and the step, hence the same on every rank and after a resume.
+        att_context_sampler: ``full_prob``, ``chunk_size``, ``left_chunks`` and ``left_limited_prob``: draws the context
+            of each training batch in place of ``att_context_size``, which then holds in validation and inference; see
+            ``ContextSampler``. Layers' own left contexts and a ceiling's are rounded down to whole chunks of the drawn.
         layer_att_context_size: contexts of the layers' own, see :meth:`set_layer_att_context_size`.
         blockwise_attention: see :attr:`blockwise_attention`.
 
     Raises:
-        ValueError: if a layer's context is none, or the encoder's attention cannot follow it; if
-            ``blockwise_attention`` is no choice.
+        ValueError: if a layer's context is none, or the encoder's attention cannot follow it or what
+            ``att_context_sampler`` draws; if ``blockwise_attention`` is no choice.
     """
 
     _configured_layer_contexts: LayerContexts = ()  # those of the constructor
@@ -65,6 +70,7 @@ class ConformerEncoder(BatchContext, _up.ConformerEncoder):
         self,
         *args,
         att_context_seed: int = 0,
+        att_context_sampler=None,
         layer_att_context_size=None,
         blockwise_attention: str = 'auto',
         **kwargs,
@@ -72,6 +78,9 @@ class ConformerEncoder(BatchContext, _up.ConformerEncoder):
         super().__init__(*args, **kwargs)
         self.att_context_seed = att_context_seed
         self.blockwise_attention = blockwise_attention
+        if att_context_sampler is not None:
+            self._check_can_narrow(SAMPLER)
+            self.att_context_sampler = ContextSampler.parse(att_context_sampler, self.att_context_style)
         self._watch_layer_contexts()
         self._set_layer_contexts(self._parse_layer_contexts(layer_att_context_size))
         self._configured_layer_contexts = self.layer_att_contexts()
@@ -299,14 +308,15 @@ class ConformerEncoder(BatchContext, _up.ConformerEncoder):
 
     def _effective_context(self, batch: AttContext, own: AttContext, layer: str) -> AttContext:
         where = f'{layer}.self_attention.att_context_size is {own.as_list()}'
-        return Window(batch, self.att_context_style).intersect(own, where).context
+        return self._window_within(batch, own, where).context
 
     def _parse_layer_contexts(self, contexts) -> LayerContexts:
         field = f'encoder.{LAYER_CONTEXTS}'
         if contexts is None:
             return (None,) * len(self.layers)
         self._check_can_narrow(field)
-        chunks = [batch.right + 1 for batch in self._batch_contexts()] if self.att_context_style != 'regular' else []
+        rounds = self.att_context_style == 'regular' or self.att_context_sampler is not None  # to each batch's chunks
+        chunks = [] if rounds else [batch.right + 1 for batch in self._batch_contexts()]
         multiple = math.lcm(*(chunk for chunk in chunks if chunk))
         return parse_layer_contexts(contexts, len(self.layers), field, multiple, self._check_layer_context)
 
@@ -323,7 +333,7 @@ class ConformerEncoder(BatchContext, _up.ConformerEncoder):
 
     def _check_layer_context(self, own: AttContext, where: str) -> None:
         self._check_can_narrow(where)
-        check_layer_context(own, self._batch_contexts(), self.att_context_style, where)
+        check_layer_context(own, self._batch_contexts(), self._window_within, where)
 
     def _watch_layer_contexts(self) -> None:
         for layer in self.layers:

@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from tiny_nest import StepOfBatch, fit, noise_batch, recording_contexts, tiny_model
+from spies import StepOfBatch, recording_contexts
+from tiny_nest import fit, noise_batch, tiny_model
 from torch.utils.data import DataLoader
 
 from nemo.collections.asr.parts.att_context import create_synced_context_collate

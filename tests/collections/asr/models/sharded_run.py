@@ -10,14 +10,12 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_nest import noise_batch, signals, tiny_model
+from tiny_nest import TWO_LAYERS, noise_batch, signals, tiny_model
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from nemo.utils import logging
-
-LAYERS = ['model.encoder.n_layers=2', '+model.encoder.layer_att_context_size=[[10,0],[20,0]]']
 
 
 def step(model, run) -> dict:
@@ -42,7 +40,7 @@ def whole(gradient):
 
 
 def make_model():
-    return tiny_model(*LAYERS, 'model.preprocessor.dither=0.0').train()
+    return tiny_model(*TWO_LAYERS, 'model.preprocessor.dither=0.0').train()
 
 
 def replicated() -> dict:

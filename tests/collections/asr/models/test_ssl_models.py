@@ -1,46 +1,39 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import tiny_nest
 import torch
-from tiny_nest import batches, fit, noise_batch, signals, tiny_config, tiny_model, trainer
+from fresh_process import run_python
+from spies import recording_contexts
+from tiny_nest import (
+    CONFIGS,
+    POSITIONS,
+    POST_CONV,
+    STOCK_OFFLINE,
+    batches,
+    fit,
+    noise_batch,
+    signals,
+    tiny_config,
+    tiny_model,
+    trainer,
+)
 
 from nemo.collections.asr.models import ssl_models
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
-from nemo.collections.asr.modules import conformer_encoder
 from nemo.collections.asr.parts.att_context import AttContext
+from nemo.collections.asr.parts.utils.pretraining_checks import check_mask_position
 
-POST_CONV = ('model.mask_position=post_conv', 'model.quantizer.combine_time_steps=1')
-POSITIONS = pytest.mark.parametrize('position', [(), POST_CONV], ids=['pre_conv', 'post_conv'])
 MODELS = pytest.mark.parametrize('cls', [EncDecMaskedTokenPredModel, EncDecDenoiseMaskedTokenPredModel])
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-class Spy:
-    """Records the context that the masking is called with and the one that the attention mask is made for."""
-
-    def __init__(self, model, monkeypatch):
-        self.masking, self.attention = [], []
-        masking, create_masks = model.mask_processor.forward, conformer_encoder._up.ConformerEncoder._create_masks
-
-        def spying_masking(*args, **kwargs):
-            self.masking.append(kwargs.get('effective_left_context'))
-            return masking(*args, **kwargs)
-
-        def spying_create_masks(encoder, att_context_size, *args, **kwargs):
-            self.attention.append(list(att_context_size))
-            return create_masks(encoder, att_context_size, *args, **kwargs)
-
-        model.mask_processor.forward = spying_masking
-        monkeypatch.setattr(conformer_encoder._up.ConformerEncoder, '_create_masks', spying_create_masks)
 
 
 def forward_arguments(model, batch):
@@ -51,15 +44,14 @@ def forward_arguments(model, batch):
 
 @pytest.mark.integration
 @POSITIONS
-def test_masking_attention_and_log_share_one_context_in_each_of_200_batches(position, monkeypatch):
+def test_masking_attention_and_log_share_one_context_in_each_of_200_batches(position):
     model = tiny_model('model.encoder.att_context_probs=[0.1,0.2,0.3,0.4]', *position)
-    spy = Spy(model, monkeypatch)
-
-    logged = fit(model, batches(10), max_steps=200, max_epochs=-1).logger
+    with recording_contexts(model) as spy:
+        logged = fit(model, batches(10), max_steps=200, max_epochs=-1).logger
 
     lefts = [int(left) for left in logged.column('att_context_left')]
     assert len(lefts) == len(spy.masking) == 200
-    assert [-1 if left is None else left for left in spy.masking] == lefts
+    assert spy.masking == lefts
     assert spy.attention == [[left, 0] for left in lefts]
     expected = {10: 20, 20: 40, 40: 60, -1: 80}  # of 200
     counts = Counter(lefts)
@@ -100,14 +92,13 @@ def test_another_process_with_other_batch_lengths_draws_the_same_contexts():
         "run = fit(tiny_model(seed=7), batches(5, seconds=(0.5, 1.7, 0.9)), max_steps=9, max_epochs=-1)\n"
         "print('CONTEXTS', json.dumps(run.logger.column('att_context_left')))"
     )
-    assert json.loads(run_python(script, marker='CONTEXTS')) == here.logger.column('att_context_left')
+    printed = printed_after('CONTEXTS', '-c', script, PYTHONPATH=str(Path(tiny_nest.__file__).parent))
+    assert json.loads(printed) == here.logger.column('att_context_left')
 
 
-def run_python(script, marker, **environment):
-    """Run a script in a fresh interpreter beside the tests; returns what it prints after the marker."""
-    tests = os.path.dirname(os.path.abspath(sys.modules['tiny_nest'].__file__))
-    environment = {**os.environ, 'PYTHONPATH': tests, **environment}
-    result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, env=environment)
+def printed_after(marker, *arguments, **settings):
+    """Run a script in a process of its own; returns the rest of the line that it prints after the marker."""
+    result = run_python(*arguments, **settings)
     assert result.returncode == 0, result.stderr[-3000:]
     return next(line for line in result.stdout.splitlines() if line.startswith(marker))[len(marker) :]
 
@@ -115,25 +106,24 @@ def run_python(script, marker, **environment):
 @pytest.mark.unit
 @MODELS
 @POSITIONS
-def test_forward_outside_a_step_pins_one_context_and_leaves_nothing_behind(cls, position, monkeypatch):
+def test_forward_outside_a_step_pins_one_context_and_leaves_nothing_behind(cls, position):
     model = tiny_model(*position, cls=cls).train()
-    spy = Spy(model, monkeypatch)
     before = model.encoder.att_context_size
 
-    for _ in range(8):
-        model(**forward_arguments(model, noise_batch()), apply_mask=True)
+    with recording_contexts(model) as spy:
+        for _ in range(8):
+            model(**forward_arguments(model, noise_batch()), apply_mask=True)
 
-    assert [-1 if left is None else left for left in spy.masking] == [context[0] for context in spy.attention]
+    assert spy.masking == [context[0] for context in spy.attention]
     assert len(set(spy.masking)) > 1
     assert model.encoder.att_context_size == before
 
 
 @pytest.mark.unit
 @POSITIONS
-def test_a_pinned_context_is_not_drawn_again(position, monkeypatch):
+def test_a_pinned_context_is_not_drawn_again(position):
     model = tiny_model(*position).train()
-    spy = Spy(model, monkeypatch)
-    with model.encoder.using_att_context_size([20, 0]):
+    with model.encoder.using_att_context_size([20, 0]), recording_contexts(model) as spy:
         for _ in range(5):
             model(**forward_arguments(model, noise_batch()), apply_mask=True)
     assert spy.masking == [20] * 5 and spy.attention == [[20, 0]] * 5
@@ -256,22 +246,90 @@ def test_layer_contexts_set_at_run_time_are_in_the_saved_config(tmp_path):
 
 
 @pytest.mark.unit
-def test_training_refuses_targets_that_cannot_align():
-    model = tiny_model('model.mask_position=post_conv')
-    with pytest.raises(ValueError, match='combine_time_steps is 8 with mask_position post_conv'):
+@POSITIONS
+@pytest.mark.parametrize('from_features', [False, True])
+def test_where_nothing_is_masked_the_clean_signal_may_come_alone(position, from_features):
+    model, batch = tiny_model(*position).eval(), noise_batch()
+    clean = {'input_signal': batch.audio, 'input_signal_length': batch.audio_len}
+    noisy = {'noisy_input_signal': batch.audio, 'noisy_input_signal_length': batch.audio_len}
+    if from_features:
+        features, lengths = model.preprocessor(input_signal=batch.audio, length=batch.audio_len)
+        clean = {'processed_signal': features, 'processed_signal_length': lengths}
+        noisy = {'processed_noisy_input_signal': features, 'processed_noisy_input_signal_length': lengths}
+    alone, both = model(**clean, apply_mask=False), model(**clean, **noisy, apply_mask=False)
+    assert all(torch.equal(*pair) for pair in zip(alone, both)) and not alone[2].any()
+    assert torch.equal(model(**clean)[0], alone[0])  # masking is off where nobody asks for it
+    with pytest.raises(ValueError, match='noisy_input_signal and noisy_input_signal_length'):
+        model(**clean, apply_mask=True)
+    for name, half in noisy.items():
+        with pytest.raises(ValueError, match='noisy_input_signal and noisy_input_signal_length'):
+            model(**clean, **{name: half}, apply_mask=False)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'overrides, message',
+    [
+        (('model.loss.decoder_offset=0',), 'quantizer.combine_time_steps is 8 with mask_position post_conv'),
+        (('model.quantizer.combine_time_steps=1',), 'loss.decoder_offset is 1 with mask_position post_conv'),
+    ],
+)
+def test_training_refuses_targets_that_cannot_align(overrides, message):
+    model = tiny_model('model.mask_position=post_conv', *overrides)
+    with pytest.raises(ValueError, match=message):
         fit(model, batches(1), max_steps=1)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'overrides, warns',
+    [
+        ((), False),
+        (POST_CONV, False),
+        (('model.loss.decoder_offset=0',), True),
+        (('model.loss.decoder_offset=0', 'model.squeeze_single=true'), True),
+        (
+            (
+                'model.loss.decoder_offset=0',
+                'model.encoder.causal_downsampling=false',
+                'model.encoder.conv_context_size=null',
+            ),
+            False,
+        ),
+    ],
+)
+def test_training_warns_of_an_encoder_that_has_not_heard_its_targets(overrides, warns, warnings):
+    fit(tiny_model(*overrides), batches(1), max_steps=1)
+    told = [message for message in warnings if 'decoder_offset is 0 with causal_downsampling' in message]
+    assert len(told) == warns
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'name', sorted({'nest_fast-conformer_streaming', *(path.stem for path in CONFIGS.glob('*_tiny.yaml'))})
+)
+def test_the_configs_comment_says_how_to_mask_behind_the_convolutions(name):
+    comment = (CONFIGS / 'nest_fast-conformer_streaming.yaml').read_text().split('mask_position: pre_conv')[0]
+    overrides = [word for word in comment.splitlines()[-2].split() if '=' in word]
+    assert len(overrides) == 3
+    more = 'model.encoder.n_layers=4', 'model.masking.mask_prob=0.1'
+    cfg = tiny_config(*overrides, *more, name=name)
+    check_mask_position(cfg.model)
+    model = EncDecDenoiseMaskedTokenPredModel(cfg.model)
+    logged = fit(model, batches(1, (4.0, 3.0)), max_steps=1).logger
+    assert model.pre_encoder is not None and logged.column('train_loss')[0] > 0
 
 
 @pytest.mark.integration
 @MODELS
-def test_validation_and_test_run_in_the_default_context_and_report_it(cls, monkeypatch):
+def test_validation_and_test_run_in_the_default_context_and_report_it(cls):
     model = tiny_model('model.validate_contexts=null', cls=cls)
-    spy = Spy(model, monkeypatch)
     loader = batches(2, seconds=(3.0, 2.0), as_tuples=cls is EncDecMaskedTokenPredModel)
     run = trainer(1)
     model.set_trainer(run)
-    validated = run.validate(model, dataloaders=loader, verbose=False)[0]
-    tested = run.test(model, dataloaders=loader, verbose=False)[0]
+    with recording_contexts(model) as spy:
+        validated = run.validate(model, dataloaders=loader, verbose=False)[0]
+        tested = run.test(model, dataloaders=loader, verbose=False)[0]
     for mode, metrics in (('val', validated), ('test', tested)):
         assert metrics[f'{mode}_loss'] > 0
         assert 0 < metrics[f'{mode}_masked_share'] < 0.8
@@ -355,34 +413,19 @@ print('RESULT' + json.dumps(dict(loss=loss.item(), gradient=gradient.item(), tok
 def test_a_stock_checkpoint_and_a_stock_config_give_stocks_results(tmp_path):
     from omegaconf import OmegaConf
 
-    offline = [
-        'model.encoder.causal_downsampling=false',
-        'model.encoder.conv_context_size=null',
-        'model.encoder.conv_norm_type=batch_norm',
-        'model.encoder.att_context_size=[-1,-1]',
-        'model.preprocessor.normalize=per_feature',
-        '~model.target_normalize',
-        '~model.encoder.att_context_seed',
-        '~model.encoder.blockwise_attention',
-        '~model.loss.decoder_offset',
-        '~model.masking.causal',
-    ]
-    OmegaConf.save(tiny_config(*offline).model, tmp_path / 'stock.yaml')
+    OmegaConf.save(tiny_config(*STOCK_OFFLINE).model, tmp_path / 'stock.yaml')
     batch = noise_batch((3.2, 2.0))
     masks = torch.zeros(2, 1, 336)
     masks[0, :, 40:120] = masks[1, :, 100:160] = 1
     saved = {'audio': batch.audio, 'noisy': batch.noisy_audio, 'lengths': batch.audio_len, 'masks': masks}
     torch.save(saved, tmp_path / 'batch.pt')
 
-    def compute(config, switch):
-        command = [sys.executable, '-c', COMPUTE, str(tmp_path / 'stock.nemo'), config, str(tmp_path / 'batch.pt')]
-        environment = {**os.environ, 'NEMO_STREAMING_SSL': switch}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('RESULT'))[6:])
+    def compute(config, patched):
+        files = tmp_path / 'stock.nemo', config, tmp_path / 'batch.pt'
+        return json.loads(printed_after('RESULT', '-c', COMPUTE, *files, patched=patched))
 
-    stock = compute(str(tmp_path / 'stock.yaml'), switch='0')
-    patched = compute('-', switch='1')
+    stock = compute(tmp_path / 'stock.yaml', patched=False)
+    patched = compute('-', patched=True)
     assert 'site-packages' in stock.pop('file') and stock != patched.pop('file')
     assert patched['tokens'] == stock['tokens'] and patched['lengths'] == stock['lengths']
     for name in ('loss', 'gradient', 'log_probs'):

@@ -1,158 +1,27 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Contexts that are set by hand, come with the batches, or are to be the same on several processes."""
+"""Contexts that come with the batches, or are to be the same on several processes."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import ListConfig, OmegaConf
+from omegaconf import OmegaConf
 from ranks import run_on_two_ranks
-from tiny_nest import StepOfBatch, batches, fit, noise_batch, recording_contexts, signals, tiny_model
+from spies import StepOfBatch, recording_contexts
+from tiny_nest import POSITIONS, POST_CONV, fit, noise_batch, tiny_model
 from torch.utils.data import DataLoader
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
-from nemo.collections.asr.parts.att_context import AttContext, create_synced_context_collate
+from nemo.collections.asr.parts.att_context import create_synced_context_collate
 from nemo.collections.asr.parts.att_context.synced_collate import ContextDraw
 
-POST_CONV = ('model.mask_position=post_conv', 'model.quantizer.combine_time_steps=1')
-POSITIONS = pytest.mark.parametrize('position', [(), POST_CONV], ids=['pre_conv', 'post_conv'])
-PRESETS = 'model.encoder.att_context_size=[[80,0],[160,0],[240,0],[320,0],[-1,0]]'
-INPUTS = [[160, 0], (160, 0), ListConfig([160, 0]), 160, 'low', AttContext(160, 0)]
 OPTIONS, PROBABILITIES = [[10, 0], [20, 0], [-1, 0]], [0.3, 0.3, 0.4]
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-def step(model, batch=None):
-    """Run a forward pass as a denoising training step does."""
-    return model(**signals(batch or noise_batch()), apply_mask=True)
-
-
-class TestSetByHand:
-    @pytest.mark.unit
-    @POSITIONS
-    def test_attention_and_masking_follow_every_form_of_input(self, position, warnings):
-        model = tiny_model(PRESETS, *position).train()
-        for context in INPUTS:
-            model.set_att_context_size(context)
-            with recording_contexts(model) as record:
-                step(model)
-            assert record.attention == [[160, 0]] and record.masking == [160]
-            assert model.encoder.att_context_size == [160, 0] and model.mask_processor.left_context_size == 160
-            assert model.encoder.streaming_cfg.last_channel_cache_size == 160
-            model.set_att_context_size('unlimited')
-            with recording_contexts(model) as record:
-                step(model)
-            assert record.attention == [[-1, 0]] and record.masking == [-1]
-            assert model.mask_processor.left_context_size == -1
-        assert not warnings
-
-    @pytest.mark.unit
-    @POSITIONS
-    def test_a_hierarchical_encoder_masks_for_its_tightest_layer(self, position):
-        model = tiny_model(
-            PRESETS, '+model.encoder.layer_att_context_size=[[40,0],[-1,0]]', 'model.encoder.n_layers=2', *position
-        )
-        for context, attention, masking in (
-            ([160, 0], [[40, 0], [160, 0]], 40),
-            ([80, 0], [[40, 0], [80, 0]], 40),
-            ([-1, 0], [[40, 0], [-1, 0]], 40),
-        ):
-            model.set_att_context_size(context)
-            with recording_contexts(model) as record:
-                step(model)
-            assert sorted(record.attention) == sorted(attention) and record.masking == [masking]
-            assert model.mask_processor.left_context_size == masking
-
-    @pytest.mark.integration
-    def test_it_holds_in_training_until_it_is_taken_back(self):
-        model = tiny_model()
-        model.set_att_context_size([20, 0])
-        with recording_contexts(model) as record:
-            fit(model, batches(3), max_steps=6, max_epochs=-1)
-        assert record.masking == [20] * 6 and record.attention == [[20, 0]] * 6
-
-        model.set_att_context_size(None)
-        assert model.encoder.att_context_size == [10, 0] and model.mask_processor.left_context_size == -1
-        with recording_contexts(model) as record:
-            logged = fit(model, batches(3), max_steps=12, max_epochs=-1).logger.column('att_context_left')
-        assert record.masking == logged and len(set(logged)) > 1
-        model.set_att_context_size(None)  # nothing to take back, nothing done
-        assert model.encoder.att_context_size == [10, 0]
-
-    @pytest.mark.unit
-    def test_a_ceiling_narrows_it(self):
-        model = tiny_model(PRESETS)
-        model.set_att_context_size('low')
-        model.encoder.att_context_ceiling = [30, 0]
-        with recording_contexts(model) as record:
-            fit(model, batches(1), max_steps=1)
-        assert record.attention == [[30, 0]] and record.masking == [30]
-
-    @pytest.mark.unit
-    def test_an_untrained_context_warns_once_and_names_the_trained(self, warnings):
-        model = tiny_model()
-        model.set_att_context_size([33, 0])
-        assert [message for message in warnings if '[33, 0]' in message] == warnings and len(warnings) == 1
-        assert 'not trained on; it was on [10, 0], [20, 0], [40, 0], [-1, 0]' in warnings[0]
-
-    @pytest.mark.unit
-    @pytest.mark.parametrize(
-        'bad, message',
-        [
-            ('lowest', "no preset is called 'lowest'; known are very_low, low, medium, high, unlimited"),
-            ([80], r'\[80\] is no context'),
-            ([-2, 0], 'left context is -2'),
-            (3.5, '3.5 is no context'),
-            (True, 'True is no context'),
-        ],
-    )
-    def test_what_is_no_context_is_refused_and_changes_nothing(self, bad, message):
-        model = tiny_model()
-        with pytest.raises(ValueError, match=message):
-            model.set_att_context_size(bad)
-        assert model.encoder.att_context_size == [10, 0] and model.att_context_set_by_hand is None
-
-    @pytest.mark.unit
-    def test_a_context_that_the_attention_cannot_follow_is_refused(self):
-        model = tiny_model('model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[[8,3]]')
-        with pytest.raises(ValueError, match='multiple of the chunk, 4'):
-            model.set_att_context_size([10, 3])
-        assert model.encoder.att_context_size == [8, 3]
-
-    @pytest.mark.unit
-    def test_a_block_of_code_leaves_everything_as_it_was(self):
-        model = tiny_model(PRESETS, '+model.masking.left_context_size=7')
-        with pytest.raises(KeyError):
-            with model.using_att_context_size('medium'):
-                assert model.mask_processor.left_context_size == 7  # configured, and tighter
-                assert model.mask_processor.followed_left_context_size == 240
-                raise KeyError
-        assert model.encoder.att_context_size == [80, 0] and model.mask_processor.left_context_size == 7
-        assert model.encoder.streaming_cfg.last_channel_cache_size == 80
-        model.set_att_context_size('high')
-        with model.using_att_context_size('medium'):
-            model.set_att_context_size(None)
-            assert model.encoder.att_context_size == [80, 0] and model.mask_processor.left_context_size == 7
-            assert model.mask_processor.followed_left_context_size == -1
-        assert model.encoder.att_context_size == [320, 0]
-        assert model.mask_processor.followed_left_context_size == 320 and model.mask_processor.left_context_size == 7
-        model.set_att_context_size(None)
-        assert model.mask_processor.left_context_size == 7
-
-    @pytest.mark.unit
-    def test_configs_and_checkpoints_know_nothing_of_it(self, tmp_path):
-        model = tiny_model(PRESETS)
-        config, weights = OmegaConf.to_yaml(model.cfg), list(model.state_dict())
-        model.set_att_context_size('high')
-        assert OmegaConf.to_yaml(model.cfg) == config and list(model.state_dict()) == weights
-        model.save_to(str(tmp_path / 'model.nemo'))
-        restored = EncDecDenoiseMaskedTokenPredModel.restore_from(str(tmp_path / 'model.nemo'))
-        assert restored.encoder.att_context_size == [80, 0] and restored.mask_processor.left_context_size == -1
 
 
 class Noise(torch.utils.data.Dataset):

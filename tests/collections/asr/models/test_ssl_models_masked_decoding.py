@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from omegaconf import open_dict
-from tiny_nest import batches, fit, noise_batch, signals, tiny_config, tiny_model
+from tiny_nest import POST_CONV, batches, fit, noise_batch, signals, tiny_config, tiny_model
 
 from nemo.collections.asr.losses import MLMLoss, MultiMLMLoss
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
@@ -50,7 +50,7 @@ def loss_and_gradients(model, compute, autocast=False):
         SQUEEZED,
         TWO_BOOKS,
         ('model.loss.decoder_offset=0',),
-        ('model.mask_position=post_conv', 'model.quantizer.combine_time_steps=1'),
+        POST_CONV,
     ],
     ids=['one book', 'squeezed', 'two books', 'no offset', 'post_conv'],
 )

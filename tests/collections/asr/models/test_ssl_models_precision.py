@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_on_two_ranks
-from tiny_nest import batches, fit, noise_batch, signals, tiny_model
+from tiny_nest import TWO_LAYERS, batches, fit, noise_batch, signals, tiny_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from nemo.collections.asr.parts.submodules.conformer_modules import ConformerLayer
 
 SHARDED_RUN = Path(__file__).with_name('sharded_run.py')
-LAYERS = ['model.encoder.n_layers=2', '+model.encoder.layer_att_context_size=[[10,0],[20,0]]']
 
 
 def loss_and_gradients(model):
@@ -31,9 +30,9 @@ def loss_and_gradients(model):
 @pytest.mark.unit
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_autocast_gives_nearly_the_same_loss_and_gradients(dtype):
-    expected, gradients = loss_and_gradients(tiny_model(*LAYERS))
+    expected, gradients = loss_and_gradients(tiny_model(*TWO_LAYERS))
     with torch.autocast('cpu', dtype):
-        loss, found = loss_and_gradients(tiny_model(*LAYERS))
+        loss, found = loss_and_gradients(tiny_model(*TWO_LAYERS))
     assert loss == pytest.approx(expected, rel=0.01)
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
     ours, theirs = (torch.cat([grads[name].flatten() for name in gradients]) for grads in (found, gradients))
@@ -44,7 +43,7 @@ def test_autocast_gives_nearly_the_same_loss_and_gradients(dtype):
 @pytest.mark.parametrize('precision', ['16-mixed', 'bf16-true'])  # Lightning takes bf16-mixed for 16-mixed on CPUs
 def test_training_in_lower_precision_learns_as_in_full(precision):
     full, lower = (
-        fit(tiny_model(*LAYERS), batches(3), max_steps=2, precision=asked).logger.column('train_loss')
+        fit(tiny_model(*TWO_LAYERS), batches(3), max_steps=2, precision=asked).logger.column('train_loss')
         for asked in ('32-true', precision)
     )
     allowed = 0.1 if precision == 'bf16-true' else 0.02
@@ -53,7 +52,7 @@ def test_training_in_lower_precision_learns_as_in_full(precision):
 
 @pytest.mark.unit
 def test_a_compiled_encoder_follows_each_context_and_is_compiled_once_for_each():
-    encoder = tiny_model(*LAYERS, 'model.encoder.att_context_size=[[40,0],[20,0],[5,0]]').encoder.eval()
+    encoder = tiny_model(*TWO_LAYERS, 'model.encoder.att_context_size=[[40,0],[20,0],[5,0]]').encoder.eval()
     features, lengths = torch.randn(2, 80, 160), torch.tensor([160, 100])
     encoder(audio_signal=features, length=lengths)  # NeMo's type check is made at the first call
     torch._dynamo.reset()
@@ -90,7 +89,7 @@ def test_a_compiled_encoder_that_draws_for_itself_is_compiled_once_for_each_cont
 
 @pytest.mark.unit
 def test_a_model_trains_with_its_encoder_compiled_in_place():
-    plain, compiled = tiny_model(*LAYERS), tiny_model(*LAYERS)
+    plain, compiled = tiny_model(*TWO_LAYERS), tiny_model(*TWO_LAYERS)
     torch._dynamo.reset()
     compiled.encoder.compile(backend='aot_eager', dynamic=False)
     expected, gradients = loss_and_gradients(plain)
@@ -103,7 +102,7 @@ def test_a_model_trains_with_its_encoder_compiled_in_place():
 
 @pytest.mark.unit
 def test_checkpointed_layers_give_the_same_gradients_and_keep_their_contexts():
-    plain, checkpointed = tiny_model(*LAYERS), tiny_model(*LAYERS)
+    plain, checkpointed = tiny_model(*TWO_LAYERS), tiny_model(*TWO_LAYERS)
     apply_activation_checkpointing(checkpointed.encoder, check_fn=lambda module: isinstance(module, ConformerLayer))
     expected, gradients = loss_and_gradients(plain)
     loss, found = loss_and_gradients(checkpointed)

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 from ranks import run_on_two_ranks
-from tiny_nest import batches, fit, noise_batch, tiny_model, trainer
+from tiny_nest import POSITIONS, batches, fit, noise_batch, tiny_model, trainer
 
 from nemo.collections.asr.parts.ssl_reports import figures
 from nemo.utils.exp_manager import exp_manager
@@ -75,7 +75,7 @@ def test_without_the_new_keys_nothing_new_is_logged():
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize('position', [(), ('model.mask_position=post_conv', 'model.quantizer.combine_time_steps=1')])
+@POSITIONS
 def test_a_hierarchical_training_is_audited(position):
     model = tiny_model('model.encoder.n_layers=2', '+model.encoder.layer_att_context_size=[[5,0],[20,0]]', *position)
     logged = fit(model, batches(3, (3.0, 0.05)), max_steps=3).logger

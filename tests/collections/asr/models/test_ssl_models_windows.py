@@ -10,6 +10,7 @@ from tiny_nest import batches, fit, noise_batch, signals, tiny_config, tiny_mode
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 from nemo.collections.asr.modules.ssl_modules.masking import RandomBlockMasking
+from nemo.collections.asr.parts.att_context.dynamic_context import sync_masking_to_attention
 from nemo.collections.asr.parts.att_context.encoder_protocol import tightest_window_of, why_context_is_unknown
 from nemo.collections.asr.parts.att_context.masking_context import follows_context, takes
 from nemo.collections.asr.parts.ssl_reports.audit import audit_masking, audit_masks, windows_of
@@ -194,3 +195,18 @@ def test_masks_of_a_live_stream_are_answered_however_it_is_cut(context, style, s
     with model.encoder.using_att_context_size(context):
         audit = audit_masks(masks, output.mask_lengths, 8, windows_of(model.encoder))
     assert audit.frames_masked > 50 and audit.unanswerable['layers'] == 0
+
+
+@pytest.mark.unit
+def test_an_earlier_limit_does_not_stay_with_the_masking():
+    model = tiny_model()
+    model.set_att_context_size([20, 0])
+    model.encoder.att_context_size = [-1, 0]
+    with model.encoder.using_one_att_context_size():
+        assert model.masking_arguments()['effective_left_context'] == -1
+    model.encoder.att_context_size = None
+    model.set_att_context_size(None)
+    assert model.mask_processor.followed_left_context_size == -1
+    assert sync_masking_to_attention(model) == 10
+    with model.encoder.using_att_context_size([-1, 0]):
+        assert model.masking_arguments()['effective_left_context'] == -1

@@ -1,11 +1,11 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 import copy
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 import torch
+from fresh_process import run_python
+from spies import recording_attention
 
 from nemo.collections.asr.modules import conformer_encoder
 from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder, ConformerEncoderAdapter
@@ -30,16 +30,10 @@ def features(frames=64, batch=2, seed=0):
 
 
 @pytest.fixture
-def attended(monkeypatch):
+def attended():
     """The contexts that attention masks are made for."""
-    seen, create_masks = [], conformer_encoder._up.ConformerEncoder._create_masks
-
-    def spying(self, att_context_size, *args, **kwargs):
-        seen.append(list(att_context_size))
-        return create_masks(self, att_context_size, *args, **kwargs)
-
-    monkeypatch.setattr(conformer_encoder._up.ConformerEncoder, '_create_masks', spying)
-    return seen
+    with recording_attention() as contexts:
+        yield contexts
 
 
 @pytest.mark.unit
@@ -59,7 +53,8 @@ def test_the_draw_is_the_same_in_another_process():
         "from nemo.collections.asr.parts.att_context.context import draw_index\n"
         "print('DRAWS', [draw_index(3, step, [0.5, 0.25, 0.25]) for step in range(40)])"
     )
-    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True)
+    done = run_python('-c', script)
+    done.check_returncode()
     line = next(line for line in done.stdout.splitlines() if line.startswith('DRAWS'))
     module = encoder(att_context_seed=3, att_context_probs=[0.5, 0.25, 0.25])
     assert line == f"DRAWS {[CONTEXTS.index(module.draw_att_context_size(step).as_list()) for step in range(40)]}"

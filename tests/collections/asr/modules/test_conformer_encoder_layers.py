@@ -7,18 +7,17 @@ Shapes: B batch, A attention frames.
 import copy
 import inspect
 import itertools
-import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 from attention_windows import attended
+from fresh_process import run_python
+from spies import recording_attention
 from tiny_encoder import KERNEL, TINY_ENCODER, tiny_encoder, with_adapter
 
 from nemo.collections.asr.modules import conformer_encoder as under_test
-from nemo.collections.asr.parts.att_context import AttContext, context_table, receptive_field
+from nemo.collections.asr.parts.att_context import AttContext, receptive_field
 
 FRAMES = 24
 LONG = 200  # attention frames; blocks win for the contexts here
@@ -136,22 +135,12 @@ class TestWhatEachLayerSees:
             assert twin.layers[1].self_attention._take_att_context.__self__ is twin
 
     @pytest.mark.unit
-    def test_no_mask_is_built_twice_for_a_context(self, monkeypatch):
-        built = []
-        stock = under_test._up.ConformerEncoder._create_masks
-
-        def count(self, att_context_size, **kwargs):
-            built.append(att_context_size)
-            return stock(self, att_context_size=att_context_size, **kwargs)
-
+    def test_no_mask_is_built_twice_for_a_context(self):
         encoder = tiny_encoder(att_context_size=[8, 0], layer_att_context_size=[[2, 0], [4, 0], [2, 0], [-1, -1]])
-        monkeypatch.setattr(
-            under_test._up.ConformerEncoder, '_create_masks', lambda self, *a, **k: count(self, *a, **k)
-        )
-        encode(encoder, torch.randn(1, FRAMES, 16))
+        with recording_attention() as built:
+            encode(encoder, torch.randn(1, FRAMES, 16))
         assert sorted(built) == [[2, 0], [4, 0], [8, 0]]
-        built.clear()
-        with encoder.using_att_context_size([2, 0]):
+        with encoder.using_att_context_size([2, 0]), recording_attention() as built:
             encode(encoder, torch.randn(1, FRAMES, 16))
         assert built == [[2, 0]]
 
@@ -423,21 +412,6 @@ class TestStreaming:
             chunked.setup_streaming_params(chunk_size=6, shift_size=6)
 
 
-class TestTable:
-    @pytest.mark.unit
-    def test_it_tells_contexts_look_ahead_and_receptive_field(self):
-        encoder = tiny_encoder(att_context_size=[[8, 1], [-1, 1]], layer_att_context_size=[[1, [4, 0]], [2, [12, 1]]])
-        table = context_table(encoder, 80)
-        lines = [line.split('  ') for line in table.splitlines()]
-        rows = {line[0]: [cell.strip() for cell in line[1:] if cell.strip()] for line in lines if line[0].isdigit()}
-        assert rows['0'] == ['-', '[8, 1] ([640, 80] ms)', '[-1, 1] ([-1, 80] ms)']
-        assert rows['1'] == ['[4, 0] ([320, 0] ms)'] * 3
-        assert rows['2'][1:] == ['[8, 1] ([640, 80] ms)', '[12, 1] ([960, 80] ms)']
-        assert 'total look-ahead' in table and '3 frames (240 ms)' in table and 'unlimited' in table
-        # 8 + 4 + 8 + 8 by attention, 4 x 2 by convolution, the frame itself, 3 to come
-        assert '40 frames (3200 ms)' in table
-
-
 ENCODER = dict(
     TINY_ENCODER,
     _target_='nemo.collections.asr.modules.ConformerEncoder',
@@ -607,13 +581,7 @@ print('SAME OUTPUT')
 EncDecDenoiseMaskedTokenPredModel.restore_from({str(path)!r}, map_location='cpu')
 print('RESTORED')
 """
-        done = subprocess.run(
-            [sys.executable, '-c', script],
-            env={**os.environ, 'NEMO_STREAMING_SSL': '0'},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = run_python('-c', script, patched=False)
         assert 'SAME OUTPUT' in done.stdout, done.stderr[-2000:]
         assert done.returncode != 0 and 'RESTORED' not in done.stdout
         assert 'layer_att_context_size' in done.stderr

@@ -1,13 +1,12 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from fresh_process import run_python
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -216,8 +215,7 @@ class TestErrors:
 @pytest.mark.integration
 def test_command_line(stats, manifest, tmp_path):
     output = tmp_path / "stats.yaml"
-    command = [sys.executable, stats.__file__, "--manifest", str(manifest), "--output", str(output), "--workers", "2"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_python(stats.__file__, "--manifest", manifest, "--output", output, "--workers", 2)
     assert result.returncode == 0, result.stderr
     assert f"model.preprocessor.normalize={output}" in result.stdout
     assert "100%" in result.stderr

@@ -1,5 +1,6 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 import json
+import re
 
 import pytest
 import torch
@@ -92,6 +93,22 @@ def test_what_fits_is_carried_over_and_the_rest_is_listed(script, offline):
     assert set(result.as_they_are) | set(result.moved) == set(new)
     for word in ('carried over', 'moved: encoder.pre_encode.out.weight', 'dropped: encoder.layers.0'):
         assert word in str(result)
+
+
+@pytest.mark.unit
+def test_contexts_with_look_ahead_stream_equal_to_offline_and_their_latency_is_told(
+    script, offline_file, tmp_path, capsys
+):
+    """``main`` itself streams each context and compares it with offline."""
+    path = tmp_path / 'chunks.nemo'
+    contexts = ('--contexts', '[[28,13],[28,6],[28,1],[28,0],[-1,-1]]', '--style', 'chunked_limited')
+    assert script.main(['--model_path', str(offline_file), '--output', str(path), *contexts]) == 0
+    out = capsys.readouterr().out
+    assert float(re.search('streamed against offline: (.*)', out)[1]) < 1e-4
+    told = re.findall(r'context (.*), look-ahead (.*)', out)
+    expected = [('[28, 13]', '1040 ms'), ('[28, 6]', '480 ms'), ('[28, 1]', '80 ms'), ('[28, 0]', '0 ms')]
+    assert told == [*expected, ('[-1, -1]', 'all')]
+    assert restored(path).encoder.att_context_size_all == [[28, 13], [28, 6], [28, 1], [28, 0], [-1, -1]]
 
 
 @pytest.mark.unit

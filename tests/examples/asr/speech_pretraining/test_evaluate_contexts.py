@@ -2,31 +2,14 @@
 import csv
 import json
 import os
-import subprocess
-import sys
 
 import pytest
+from fresh_process import run_python
 from omegaconf import OmegaConf
-from tiny_nest import tiny_config, tiny_model
+from tiny_nest import STOCK_OFFLINE, tiny_config, tiny_model
 
 from nemo.collections.asr.models.ssl_models import EncDecMaskedTokenPredModel
 
-OFFLINE = [
-    'model.encoder.causal_downsampling=false',
-    'model.encoder.conv_context_size=null',
-    'model.encoder.conv_norm_type=batch_norm',
-    'model.encoder.att_context_size=[-1,-1]',
-    'model.preprocessor.normalize=per_feature',
-    '~model.target_normalize',
-    '~model.validate_contexts',
-    '~model.validation_masks',
-    '~model.audit_every_n_batches',
-    '~model.log_figures',
-    '~model.encoder.att_context_seed',
-    '~model.encoder.blockwise_attention',
-    '~model.loss.decoder_offset',
-    '~model.masking.causal',
-]
 STOCK = """
 import sys
 from omegaconf import OmegaConf
@@ -43,9 +26,8 @@ def models(tmp_path_factory):
     tiny_model().save_to(str(folder / 'streaming.nemo'))
     tiny_model(seed=1).save_to(str(folder / 'other.nemo'))
     tiny_model(cls=EncDecMaskedTokenPredModel).save_to(str(folder / 'clean.nemo'))
-    OmegaConf.save(tiny_config(*OFFLINE).model, folder / 'stock.yaml')
-    command = [sys.executable, '-c', STOCK, str(folder / 'stock.yaml'), str(folder / 'stock.nemo')]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'NEMO_STREAMING_SSL': '0'})
+    OmegaConf.save(tiny_config(*STOCK_OFFLINE).model, folder / 'stock.yaml')
+    done = run_python('-c', STOCK, folder / 'stock.yaml', folder / 'stock.nemo', patched=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -107,6 +89,19 @@ def test_each_model_in_its_own_contexts_whatever_the_batches(evaluate, tmp_path)
     for one, other in zip(*(report['contexts'] for report in reports)):
         assert one['masked_frames'] == other['masked_frames']
         assert one['loss'] == pytest.approx(other['loss'], rel=1e-4)
+
+
+@pytest.mark.integration
+def test_the_look_ahead_of_each_context_is_reported(evaluate, models, tmp_path):
+    contexts = 'model.encoder.att_context_size=[[28,13],[28,1],[28,0],[-1,-1]]'
+    tiny_model('model.encoder.att_context_style=chunked_limited', contexts).save_to(str(models / 'latencies.nemo'))
+    files = ['--json', str(tmp_path / 'all.json'), '--csv', str(tmp_path / 'all.csv')]
+    status, out, _ = evaluate(['latencies'], *files)
+    assert status == 0 and 'look-ahead' in out and '1040 ms' in out
+    (report,) = json.loads((tmp_path / 'all.json').read_text())['models']
+    assert [row['look_ahead_ms'] for row in report['contexts']] == [1040, 80, 0, None]
+    with open(tmp_path / 'all.csv', newline='') as file:
+        assert [row['look_ahead_ms'] for row in csv.DictReader(file)] == ['1040.0', '80.0', '0.0', '']
 
 
 @pytest.mark.integration

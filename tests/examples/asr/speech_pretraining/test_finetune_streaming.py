@@ -2,18 +2,17 @@
 """From the pre-training script's .nemo to a model that recognises speech, streamed."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import soundfile
 import torch
+from fresh_process import run_python
 from hydra import compose, initialize_config_dir
-from tiny_nest import SMALL, tiny_model
+from tiny_nest import POST_CONV, SMALL, tiny_model
 
-from nemo.collections.asr.models import EncDecCTCModel, EncDecRNNTModel
+from nemo.collections.asr.models import EncDecCTCModel, EncDecHybridRNNTCTCModel, EncDecRNNTModel
 from nemo.collections.asr.parts.att_context import AttContextCurriculum, StreamingSession
 from nemo.collections.asr.parts.streaming.session import StreamingOutput
 
@@ -56,7 +55,7 @@ def settings(name, pretrained, corpus, *overrides):
             'trainer.max_steps=3',
             'model.optim.sched.warmup_steps=1',
         ),
-        *(transducer if name == 'streaming_rnnt' else []),
+        *(transducer if name != 'streaming_ctc' else []),
         *overrides,
     ]
 
@@ -124,6 +123,63 @@ def test_fine_tuned_in_a_few_steps_the_model_streams_what_it_says_offline(
     check(tuned, utterance(speech_corpus))
 
 
+CHUNKS = [
+    'model.encoder.n_layers=2',
+    'model.encoder.att_context_style=chunked_limited',
+    'model.encoder.att_context_size=[[28,13],[28,6],[28,0]]',
+    '+model.encoder.att_context_sampler={full_prob: 0.2, chunk_size: [1, 14], left_chunks: [2, 28], '
+    'left_limited_prob: 0.7}',
+]
+
+
+@pytest.fixture(scope='module')
+def pretrained_in_chunks(tmp_path_factory):
+    """A pre-trained model with look-ahead, which draws its chunks in training."""
+    path = tmp_path_factory.mktemp('chunks') / 'model.nemo'
+    tiny_model(*CHUNKS, f'model.preprocessor.normalize={STATISTICS}').save_to(str(path))
+    return path
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('kind', ['ctc', 'rnnt', 'hybrid'])
+def test_contexts_with_look_ahead_are_fine_tuned_and_streamed(
+    script, kind, pretrained_in_chunks, speech_corpus, tmp_path
+):
+    torch.manual_seed(0)
+    cfg = script.prepare(config(f'streaming_{kind}', pretrained_in_chunks, speech_corpus, 'exp_manager=null'))
+    run, model = script.build(cfg)
+    assert type(model) is {'ctc': EncDecCTCModel, 'rnnt': EncDecRNNTModel, 'hybrid': EncDecHybridRNNTCTCModel}[kind]
+    sampler, seen = model.encoder.att_context_sampler, []
+    model.encoder.layers[0].register_forward_pre_hook(
+        lambda layer, *_: seen.append(list(model.encoder.att_context_size)) if layer.training else None
+    )
+    run.limit_val_batches = 1
+    run.fit(model)
+    assert seen == [sampler.draw(0, step).as_list() for step in range(3)] and 'val_wer' in run.callback_metrics
+    model.save_to(str(tmp_path / 'tuned.nemo'))
+    tuned = type(model).restore_from(str(tmp_path / 'tuned.nemo')).eval()
+    for context in tuned.encoder.att_context_size_all:
+        tuned.encoder.set_att_context_size(context)
+        {'ctc': check_ctc_stream}.get(kind, check_encoded_stream)(tuned, utterance(speech_corpus))
+
+
+@pytest.mark.unit
+def test_the_look_ahead_of_each_context_is_told(script, pretrained_in_chunks, speech_corpus, monkeypatch):
+    told = []
+    monkeypatch.setattr(script.logging, 'info', lambda message, *_: told.append(message))
+    script.build(script.prepare(config('streaming_ctc', pretrained_in_chunks, speech_corpus, 'exp_manager=null')))
+    (line,) = [message for message in told if 'Attention contexts: ' in message]
+    assert '[28, 13], look-ahead 1040 ms; [28, 6], look-ahead 480 ms; [28, 0], look-ahead 0 ms' in line
+
+
+def check_encoded_stream(model, samples):
+    with torch.no_grad():
+        length = torch.tensor([samples.shape[1]])
+        encoded, lengths = model(input_signal=samples, input_signal_length=length)[:2]
+    streamed = StreamingOutput.concatenate(stream(model, samples))
+    torch.testing.assert_close(streamed.encoded, encoded[:, :, : int(lengths)], atol=1e-4, rtol=0)
+
+
 def check_ctc_stream(model, samples):
     log_probs, lengths = encode(model, samples)
     streamed = StreamingOutput.concatenate(stream(model, samples, return_log_probs=True, return_tokens=True))
@@ -155,7 +211,7 @@ def check_rnnt_stream(model, samples):
 def test_weights_pretrained_with_post_conv_masking_arrive(script, speech_corpus, tmp_path):
     from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 
-    masked = tiny_model('model.mask_position=post_conv', 'model.quantizer.combine_time_steps=1')
+    masked = tiny_model(*POST_CONV)
     masked.save_to(str(tmp_path / 'post.nemo'))
     model = script.build(
         script.prepare(config('streaming_ctc', tmp_path / 'post.nemo', speech_corpus, 'exp_manager=null'))
@@ -226,6 +282,5 @@ def test_from_the_pretraining_script_to_a_stream_by_commands_alone(tmp_path, spe
 
 
 def run(folder, script, *arguments):
-    command = [sys.executable, str(EXAMPLES / 'speech_pretraining' / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    done = run_python(EXAMPLES / 'speech_pretraining' / script, *arguments, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fresh_process import run_python
 from omegaconf import open_dict
 from tiny_nest import SMALL, tiny_config
 
@@ -14,8 +15,8 @@ SCRIPT = Path(__file__).resolve().parents[4] / 'examples/asr/speech_pretraining/
 def run_script(folder, corpus, *overrides, **environment):
     """Run the training script on a corpus, with its experiment in a folder."""
     small = [override for override in SMALL if not override.endswith('=null')]
-    command = [sys.executable, str(SCRIPT), '--config-name', 'nest_hierarchical_streaming_tiny', *small]
-    command += [
+    arguments = ['--config-name', 'nest_hierarchical_streaming_tiny', *small]
+    arguments += [
         f'model.train_ds.manifest_filepath={corpus}/train_manifest.json',
         f'model.train_ds.noise_manifest={corpus}/noise_manifest.json',
         f'model.validation_ds.manifest_filepath={corpus}/validation_manifest.json',
@@ -26,8 +27,10 @@ def run_script(folder, corpus, *overrides, **environment):
         f'+exp_manager.explicit_log_dir={folder}/run',
         *overrides,
     ]
-    environment = {**os.environ, **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    if environment:  # nothing of NeMo may be there yet
+        command = [sys.executable, str(SCRIPT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, cwd=folder)
+    return run_python(SCRIPT, *arguments, cwd=folder)
 
 
 @pytest.mark.integration

@@ -49,6 +49,17 @@ def test_a_model(plot, tmp_path, audio, position):
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize('context, wait', [('[28,13]', '1040 ms'), ('[28,0]', '0 ms')])
+def test_a_context_with_look_ahead(plot, tmp_path, audio, context, wait):
+    config = CONFIGS / 'nest_fast-conformer_streaming_multi_latency_tiny.yaml'
+    given = ['--config', config, '--audio_path', audio, '--draws', '20', '--context', context]
+    status, out, err = plot(*given, '--output', tmp_path / 'pictures')
+    assert status == 0, err
+    assert made(tmp_path / 'pictures') == both('masked_spectrogram', 'attention_windows')
+    assert f'look-ahead {wait}:' in out and 'unanswerable in layers to stack: 0.0%' in out
+
+
+@pytest.mark.integration
 def test_a_config_and_logs(plot, tmp_path, audio):
     logger = TensorBoardLogger(tmp_path / 'run', name=None, version='')
     for step in (5, 10):

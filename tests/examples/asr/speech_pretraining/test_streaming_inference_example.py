@@ -2,13 +2,12 @@
 import argparse
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from fresh_process import run_python
 from tiny_nest import tiny_model
 
 SCRIPT = Path(__file__).resolve().parents[4] / 'examples/asr/speech_pretraining/streaming_inference_example.py'
@@ -25,56 +24,6 @@ def model_path(tmp_path_factory):
     path = tmp_path_factory.mktemp('model') / 'model.nemo'
     tiny_model('model.encoder.att_context_size=[[4,0],[8,0]]').save_to(str(path))
     return path
-
-
-def noise(seconds, channels=1, rate=RATE):
-    samples = np.random.default_rng(0).standard_normal((int(seconds * rate), channels)) * 0.1
-    return samples.astype(np.float32)
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    """Good files of several rates and channels, and bad ones."""
-    folder = tmp_path_factory.mktemp('audio')
-    soundfile.write(folder / 'mono.wav', noise(1.0), RATE)
-    soundfile.write(folder / 'stereo.flac', noise(0.7, channels=2, rate=22050), 22050)
-    (folder / 'empty.wav').write_bytes(b'')
-    soundfile.write(folder / 'silent.wav', noise(0), RATE)
-    (folder / 'text.wav').write_text('this is no audio')
-    (folder / 'cut.wav').write_bytes((folder / 'mono.wav').read_bytes()[:9000])
-    (folder / 'cut.flac').write_bytes((folder / 'stereo.flac').read_bytes()[:9000])
-    broken = noise(0.1)
-    broken[5] = np.nan
-    soundfile.write(folder / 'broken.wav', broken, RATE, subtype='FLOAT')
-    return folder
-
-
-@pytest.mark.unit
-def test_reading_mixes_down_and_resamples(script, folder):
-    assert script.read_audio(folder / 'mono.wav', RATE).shape == (RATE,)
-    stereo = script.read_audio(folder / 'stereo.flac', RATE)
-    assert stereo.dtype == np.float32 and abs(len(stereo) - 0.7 * RATE) <= 1
-    part = script.read_audio(folder / 'mono.wav', RATE, offset=0.5, duration=0.25)
-    np.testing.assert_array_equal(part, script.read_audio(folder / 'mono.wav', RATE)[8000:12000])
-
-
-@pytest.mark.unit
-@pytest.mark.parametrize(
-    'name, reason',
-    [
-        ('missing.wav', 'there is no such file'),
-        ('empty.wav', 'the file is empty'),
-        ('silent.wav', 'there are no samples in it'),
-        ('text.wav', 'cannot be read as audio'),
-        ('cut.wav', 'truncated'),
-        ('cut.flac', ''),  # the decoder's own words
-        ('broken.wav', 'samples that are not finite'),
-        ('', 'there is no such file'),  # a folder
-    ],
-)
-def test_bad_files_are_named(script, folder, name, reason):
-    with pytest.raises(ValueError, match=f'{folder / name}.*{reason}'):
-        script.read_audio(folder / name, RATE)
 
 
 @pytest.mark.unit
@@ -105,8 +54,8 @@ def lines(*entries):
 
 
 @pytest.mark.unit
-def test_a_manifest_goes_on_after_bad_files_and_the_status_says_so(script, model_path, folder, tmp_path, capsys):
-    manifest, report, plot = folder / 'manifest.json', tmp_path / 'report.json', tmp_path / 'plot.png'
+def test_a_manifest_goes_on_after_bad_files_and_the_status_says_so(script, model_path, audio_folder, tmp_path, capsys):
+    manifest, report, plot = audio_folder / 'manifest.json', tmp_path / 'report.json', tmp_path / 'plot.png'
     manifest.write_text(
         lines({'audio_filepath': 'cut.wav'}, 'no json', {'audio_filepath': 'mono.wav'}, {'audio_filepath': 'gone.wav'})
     )
@@ -129,8 +78,8 @@ def test_a_manifest_goes_on_after_bad_files_and_the_status_says_so(script, model
 
 
 @pytest.mark.unit
-def test_one_context_is_streamed_without_offline(script, model_path, folder, capsys):
-    arguments = ['--model_path', str(model_path), '--audio_path', str(folder / 'mono.wav')]
+def test_one_context_is_streamed_without_offline(script, model_path, audio_folder, capsys):
+    arguments = ['--model_path', str(model_path), '--audio_path', str(audio_folder / 'mono.wav')]
     assert script.main([*arguments, '--att_context_size', '[6,0]', '--chunk_size', '0.037']) == 0
     printed = capsys.readouterr().out
     assert '[6,0]' in printed and 'offline' not in printed
@@ -148,8 +97,8 @@ def test_one_context_is_streamed_without_offline(script, model_path, folder, cap
         ({'--att_context_size': '[4,-1]'}, 'cannot be streamed'),
     ],
 )
-def test_what_cannot_run_is_said(script, model_path, folder, capsys, monkeypatch, changed, reason):
-    monkeypatch.chdir(folder)
+def test_what_cannot_run_is_said(script, model_path, audio_folder, capsys, monkeypatch, changed, reason):
+    monkeypatch.chdir(audio_folder)
     options = {'--model_path': str(model_path), '--audio_path': 'mono.wav', **changed}
     assert script.main([word for option in options.items() for word in option]) == 2
     assert reason in capsys.readouterr().err
@@ -174,19 +123,13 @@ def test_a_report_that_cannot_be_finished_leaves_the_old_one(script, tmp_path):
     assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.unit
-def test_the_parity_line(script, folder):
-    model = tiny_model().eval()
-    line = script.parity_line(script.stream_one(model, folder / 'mono.wav'))
-    assert 'Streamed 1.0 s in context [10, 0]: largest difference to offline' in line and '100.00%' in line
-
-
 @pytest.mark.integration
-def test_a_pipe(model_path, tmp_path):
-    pcm = (noise(1.0)[:, 0] * 30000).astype('<i2').tobytes()
-    command = [sys.executable, str(SCRIPT), '--model_path', str(model_path), '--stdin_pcm', '--compare_modes']
-    result = subprocess.run([*command, '--report', str(tmp_path / 'r.json')], input=pcm, capture_output=True)
-    assert result.returncode == 0, result.stderr.decode()
+def test_a_pipe(model_path, audio_folder, tmp_path):
+    samples, _ = soundfile.read(audio_folder / 'mono.wav', dtype='float32')
+    pcm = (samples * 30000).astype('<i2').tobytes()
+    arguments = ['--model_path', model_path, '--stdin_pcm', '--compare_modes', '--report', tmp_path / 'r.json']
+    result = run_python(SCRIPT, *arguments, input=pcm)
+    assert result.returncode == 0, result.stderr
     entry = json.loads((tmp_path / 'r.json').read_text())['audio'][0]
     assert entry['audio'] == 'stdin' and entry['seconds'] == pytest.approx(1.0)
     assert all(context['largest_difference'] <= 1e-4 for context in entry['contexts'])

@@ -19,10 +19,26 @@ _up = upstream(globals())
 class ContrastiveLoss(_up.ContrastiveLoss):
     """NeMo's contrastive loss (wav2vec 2.0), for batches with padding and any number of masked frames.
 
-    Takes NeMo's arguments. Frames at or beyond ``decoder_lengths`` are neither predicted nor drawn as negatives. An
-    utterance with fewer candidates than ``num_negatives`` draws them with replacement. Where nothing is masked, the
-    loss is zero and back-propagates.
+    Takes NeMo's arguments, and one more. Frames at or beyond ``decoder_lengths`` are neither predicted nor drawn as
+    negatives. An utterance with fewer candidates than ``num_negatives`` draws them with replacement. Where nothing is
+    masked, the loss is zero and back-propagates. A target is made of ``combine_time_steps`` feature frames, however
+    few there are: NeMo divides the two lengths, which comes out wrong below some 0.6 s with causal downsampling.
+
+    Args:
+        in_dim: features of a frame D.
+        decoder_offset: leading decoder frames to drop. With causal downsampling frame i + 1, not i, is the first that
+            has seen all of target i.
+
+    Raises:
+        ValueError: if ``decoder_offset`` is negative.
     """
+
+    def __init__(self, in_dim: int, *args, decoder_offset: int = 0, **kwargs):
+        super().__init__(in_dim, *args, **kwargs)
+        if decoder_offset < 0:
+            raise ValueError(f"loss.decoder_offset is {decoder_offset}; it must be 0 decoder frames or more")
+        self.decoder_offset = decoder_offset
+        self._features_per_target = in_dim * self.combine_time_steps
 
     @typecheck()
     def forward(self, spectrograms, spec_masks, decoder_outputs, decoder_lengths=None):
@@ -32,15 +48,19 @@ class ContrastiveLoss(_up.ContrastiveLoss):
             spectrograms: features [B, D, T].
             spec_masks: 1 where masked [B, D, T].
             decoder_outputs: predictions [B, A, C].
-            decoder_lengths: attention frames that are real [B]; None: all.
+            decoder_lengths: attention frames that are real [B], before the offset; None: all.
 
         Returns:
             scalar, ``multiplier`` / B times the reduced cross entropy.
         """
-        targets, perplexity_loss = self._project(_per_output_frame(spectrograms, decoder_outputs))
-        masked = _per_output_frame(spec_masks, decoder_outputs).mean(-1) > self.mask_threshold  # [B, A]
-        real = _real_frames(decoder_outputs, decoder_lengths)
+        frames = decoder_outputs.shape[1]
+        combined = self._features_per_target // spectrograms.shape[1]
+        targets, perplexity_loss = self._project(_combine(spectrograms, combined, frames))
+        masked = _combine(spec_masks, combined, frames).mean(-1) > self.mask_threshold  # [B, A]
+        real = _real_frames(decoder_outputs, decoder_lengths, self.decoder_offset)
         masked &= real
+        # The last frames have no output any more, and are not real.
+        decoder_outputs = F.pad(decoder_outputs[:, self.decoder_offset :], (0, 0, 0, min(self.decoder_offset, frames)))
         outputs, positives = decoder_outputs[masked], targets[masked]  # [M, C]
         if len(outputs):
             loss = self._cross_entropy(outputs, positives, targets, masked, real)
@@ -112,19 +132,19 @@ class ContrastiveLoss(_up.ContrastiveLoss):
         return masked.sum() * (self.quantizer.groups if in_groups else 1)
 
 
-def _per_output_frame(features, outputs):
-    """Join the feature frames [B, D, T] that make one output frame: [B, A, F]; the last may be filled with zeros."""
-    (batch, _, frames), wanted = features.shape, outputs.shape[1]
-    missing = -(-frames // wanted) * wanted - frames
-    return F.pad(features, (0, missing)).transpose(1, 2).reshape(batch, wanted, -1)
+def _combine(features, combined: int, frames: int):
+    """Join so many feature frames [B, D, T] to each of A target frames: [B, A, F]; zeros stand for what is missing."""
+    wanted = frames * combined
+    features = F.pad(features, (0, max(wanted - features.shape[2], 0)))[..., :wanted]
+    return features.transpose(1, 2).reshape(features.shape[0], frames, -1)
 
 
-def _real_frames(outputs, lengths: Optional[torch.Tensor]):
-    """Return which of the output frames [B, A] lie before the lengths [B]; without lengths, all."""
-    frames = torch.arange(outputs.shape[1], device=outputs.device)
-    if lengths is None:
-        return torch.ones(outputs.shape[:2], dtype=torch.bool, device=outputs.device)
-    return frames < lengths.to(outputs.device).unsqueeze(1)
+def _real_frames(outputs, lengths: Optional[torch.Tensor], offset: int):
+    """Return which target frames [B, A] an output so many frames later predicts; without lengths [B], all have one."""
+    batch, frames, _ = outputs.shape
+    index = torch.arange(offset, offset + frames, device=outputs.device)
+    lengths = torch.full((batch,), frames, device=outputs.device) if lengths is None else lengths.to(outputs.device)
+    return index < lengths.clamp(max=frames).unsqueeze(1)
 
 
 def _without_repetitions(ids):

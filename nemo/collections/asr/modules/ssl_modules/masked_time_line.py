@@ -82,9 +82,9 @@ class MaskedTimeLine:
             device: of all tensors.
         """
         offset = (torch.rand(streams, 1, device=device) * block).long()
-        zero = torch.zeros_like(offset)
+        received, masked_up_to = torch.zeros_like(offset), torch.zeros_like(offset)
         masks = torch.zeros(streams, 0, dtype=torch.bool, device=device)
-        return cls(torch.rand(streams, 1, device=device), zero, offset, zero, masks)
+        return cls(torch.rand(streams, 1, device=device), received, offset, masked_up_to, masks)
 
     def draw(self, frames: int, chances: BlockChances, factor: int) -> torch.Tensor:
         """Draw the masks of the new frames, and return those of the last ``frames`` received; [B, T] bool.

@@ -7,7 +7,8 @@ from typing import Iterator, Optional
 import torch
 from omegaconf import ListConfig
 
-from nemo.collections.asr.parts.att_context.context import AttContext, draw_index
+from nemo.collections.asr.parts.att_context.context import AttContext, context_label, draw_index
+from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler, window_of_layer, within_ceiling
 from nemo.collections.asr.parts.att_context.precedence import CEILING, context_of_batch
 from nemo.collections.asr.parts.att_context.windows import Window
 from nemo.utils import logging
@@ -21,10 +22,13 @@ class BatchContext:
     """
 
     att_context_seed = 0
+    att_context_sampler: Optional[ContextSampler] = None
+    """What the contexts of training are drawn from, in place of the configured ones."""
     _att_context_is_pinned = False  # within using_att_context_size
     _assigns_default = True  # whether who assigns att_context_size is NeMo, not a person
     _by_hand: Optional[AttContext] = None
     _by_hand_instead_of: Optional[list] = None  # the default while a context is set by hand
+    _told_by_hand: frozenset = frozenset()  # the contexts whose setting by hand has been logged
     _draws = 0  # steps counted by the encoder itself, where nobody passes one
     _att_context_ceiling: Optional[AttContext] = None
 
@@ -40,15 +44,15 @@ class BatchContext:
     def att_context_of_batch(self, with_batch=None, step: Optional[int] = None) -> AttContext:
         """Return the context that a batch has, without setting it; ``precedence.context_of_batch`` says who wins.
 
-        In training with several contexts one of ``att_context_size_all`` is drawn by ``att_context_probs``; otherwise
-        it is the default, ``att_context_size``. In training ``att_context_ceiling`` narrows it; validation and
-        inference keep the default, so that a curriculum does not change what they measure.
+        In training ``att_context_sampler`` draws it or, without one, it is drawn from several ``att_context_size_all``
+        by ``att_context_probs``; otherwise it is the default, ``att_context_size``. In training ``att_context_ceiling``
+        narrows it; validation and inference keep the default, so that a curriculum does not change what they measure.
 
         Args:
             with_batch: the context that came with the batch, if one did.
             step: the training step that is drawn for, see :meth:`draw_att_context_size`.
         """
-        draws = self.training and len(self.att_context_size_all) > 1
+        draws = self.training and (self.att_context_sampler is not None or len(self.att_context_size_all) > 1)
         return context_of_batch(
             default=self.parse_att_context_size(self.att_context_size),
             by_hand=self.att_context_by_hand,
@@ -56,12 +60,21 @@ class BatchContext:
             draw=(lambda: self.parse_att_context_size(self._drawn_att_context_size(step))) if draws else None,
             ceiling=self.att_context_ceiling if self.training else None,
             style=self.att_context_style,
+            cuts_chunks=self.att_context_sampler is not None,
         )
+
+    def label_of_drawn(self, context) -> str:
+        """Return the name of a training batch's context in metrics; of the many that a sampler draws, that of a group."""
+        if self.att_context_sampler is None or list(context) in self._known_contexts():
+            return context_label(context)
+        return self.att_context_sampler.group_label(context)
 
     @torch.compiler.disable  # it would be compiled anew for each step
     def _drawn_att_context_size(self, step: Optional[int]) -> list[int]:
         if step is None:
             step, self._draws = self._draws, self._draws + 1
+        if self.att_context_sampler is not None:
+            return self.att_context_sampler.draw(self.att_context_seed, step).as_list()
         return list(self.att_context_size_all[draw_index(self.att_context_seed, step, self.att_context_probs)])
 
     @property
@@ -77,14 +90,21 @@ class BatchContext:
     def att_context_ceiling(self, value) -> None:
         if value is not None:
             value = AttContext.parse(value, field=CEILING)
-            self.check_att_context_ceiling(value, f'{CEILING} is {value.as_list()}')
+            if value != self._att_context_ceiling:
+                self.check_att_context_ceiling(value, f'{CEILING} is {value.as_list()}')
         self._att_context_ceiling = value
 
     def check_att_context_ceiling(self, ceiling: AttContext, where: str) -> None:
         """Raise ValueError, beginning with ``where``, if the encoder's attention cannot follow this ceiling."""
         self._check_can_narrow(where)
-        for batch in self._batch_contexts():
-            Window(batch, self.att_context_style).intersect(ceiling, where)
+        if self.att_context_sampler is None:
+            for batch in self._batch_contexts():
+                Window(batch, self.att_context_style).intersect(ceiling, where)
+            return
+        for batch in self._batch_contexts():  # cut to the ceiling they are all followed, unless by a layer
+            narrowed = within_ceiling(batch, ceiling, self.att_context_style)
+            for own in set(self.layer_att_contexts()) - {None}:
+                self._window_within(narrowed, own, f'{where}: a layer has {own.as_list()}, and')
 
     def parse_att_context_size(self, att_context_size, field: str = 'encoder.att_context_size'):
         """Read a context as ``AttContext.parse`` does; the three numbers of ``chunked_limited_with_rc`` stay a list.
@@ -147,6 +167,8 @@ class BatchContext:
     def att_context_size(self, att_context_size) -> None:
         if self._assigns_default:  # NeMo's own methods do
             self._store(att_context_size)
+            if self._by_hand is not None:  # what is set last holds
+                self._by_hand = self.parse_att_context_size(att_context_size)
         else:
             self.set_att_context_size(att_context_size)
 
@@ -182,14 +204,22 @@ class BatchContext:
             return
         context = self.parse_att_context_size(att_context_size)
         self.check_att_context_size(context)
-        if list(context) not in self._known_contexts():
-            logging.warning(
-                f"The attention context is set to {list(context)}, which the model was not trained on; it was on "
-                + ', '.join(str(known) for known in self._known_contexts())
-            )
-        if self._by_hand != context:
-            logging.info(f"The attention context is {list(context)} from now on, set by hand")
+        self._tell_once(list(context))
         self.restore_att_context_state((list(context), context))
+
+    def _tell_once(self, context: list) -> None:
+        """Log a context that is set by hand; a hook may set the same ones in each step."""
+        if tuple(context) in self._told_by_hand:
+            return
+        self._told_by_hand |= {tuple(context)}
+        sampler, known = self.att_context_sampler, self._known_contexts()
+        if context in known or (sampler is not None and sampler.covers(AttContext(*context))):
+            logging.info(f"The attention context is {context} from now on, set by hand")
+            return
+        logging.warning(
+            f"The attention context is set to {context}, which the model was not trained on; it was on "
+            + (', '.join(map(str, known)) if sampler is None else f'those of {sampler}')
+        )
 
     def att_context_state(self) -> tuple[list, Optional[AttContext]]:
         """Return what :meth:`set_att_context_size` changes: the default, and the context set by hand."""
@@ -216,8 +246,20 @@ class BatchContext:
 
     def _batch_contexts(self) -> list[AttContext]:
         """Every context that a batch can have by the configuration, each once."""
-        contexts = (*self.att_context_size_all, self.att_context_size)
+        contexts = [*self.att_context_size_all, self.att_context_size]
+        if self.att_context_sampler is not None:
+            contexts += self.att_context_sampler.widest_contexts()
         return list(dict.fromkeys(self.parse_att_context_size(context) for context in contexts))
+
+    def _window_within(self, batch: AttContext, own: AttContext, where: str) -> Window:
+        """Return what a layer with this context of its own sees in a batch's; ``where`` begins an error's message."""
+        style, sampler = self.att_context_style, self.att_context_sampler
+        if sampler is None:
+            return Window(batch, style).intersect(own, where)
+        try:
+            return window_of_layer(batch, own, style, where)
+        except ValueError as error:
+            raise ValueError(f"{error}; its chunks are those of {sampler}") from None
 
     def _end_of_construction(self) -> None:
         """Say that from now on it is a person who assigns ``att_context_size``."""

@@ -60,7 +60,10 @@ def check_streaming_chunk(batch: Window, chunk_size: int, shift_size: int, look_
 
 
 def largest_left_context(batch: Window, layers: Sequence[Window], unlimited: int) -> int:
-    """Return how many frames the largest left context of all layers has; ``unlimited``, rounded up, without a limit."""
+    """Return how many frames the largest left context of all layers has, rounded up to whole chunks of the batch's.
+
+    Without a limit it is ``unlimited``. Chunks of the cache and of the input then meet.
+    """
     lefts: list[int] = [window.context.left for window in layers]
     longest: Optional[int] = None if UNLIMITED in lefts else max(lefts)
-    return -(-unlimited // batch.chunk) * batch.chunk if longest is None else longest  # chunks of cache and input meet
+    return -(-(unlimited if longest is None else longest) // batch.chunk) * batch.chunk

@@ -2,7 +2,7 @@
 """The attention context as a value. Imports neither NeMo nor Lightning."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Iterable, Iterator
@@ -22,6 +22,8 @@ def shown(value) -> str:
     """Return a value as errors show it: in one line, and a model or another large object by its type alone."""
     if value is None or isinstance(value, (str, bool, Real)):
         return repr(value)
+    if isinstance(value, Mapping):
+        return '{' + ', '.join(f'{shown(key)}: {shown(item)}' for key, item in value.items()) + '}'
     if isinstance(value, Sequence):
         left, right = '()' if isinstance(value, tuple) else '[]'
         return left + ', '.join(shown(item) for item in value) + right

@@ -30,7 +30,8 @@ class AttContextCurriculum(pl.Callback):
         milestones: pairs of a global step and a ceiling [left, right] in attention frames; before the first there is
             none.
         interpolate: ``step``, or ``linear`` for a straight path between milestones. Left contexts are rounded down to
-            what the attention style allows.
+            what the attention style allows; under an ``att_context_sampler`` to whole chunks of what it draws, and
+            a chunk larger than the ceiling's right context + 1 is cut to that.
         start: the ceiling at step 0.
         end: the ceiling from ``warmup_steps`` on.
         warmup_steps: steps from ``start`` to ``end``.
@@ -57,7 +58,8 @@ class AttContextCurriculum(pl.Callback):
     def ceiling_at(self, step: int, encoder) -> Optional[AttContext]:
         """Return the ceiling at a global step, None if there is none yet."""
         chunks = []
-        if encoder.att_context_style == 'chunked_limited':
+        drawn = getattr(encoder, 'att_context_sampler', None) is not None  # it rounds to whatever chunk it draws
+        if encoder.att_context_style == 'chunked_limited' and not drawn:
             chunks = [right + 1 for _, right in encoder.att_context_size_all if right != UNLIMITED]
         return self.schedule.at(step, math.lcm(*chunks))
 

@@ -1,26 +1,85 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """Setting a model's context by hand: each way here calls ``model.set_att_context_size``.
 
-Shapes: B batch, N samples, A attention frames, C classes.
+Shapes: B batch, N samples, D features, M mask frames, A attention frames, S target frames, C classes, H codebooks.
 """
 
+from collections.abc import MutableMapping
 from contextlib import contextmanager
 from typing import Iterator, NamedTuple, Optional
 
 import torch
 
-from nemo.collections.asr.parts.att_context.context import PRESETS, AttContext
+from nemo.collections.asr.parts.att_context.context import PRESETS, AttContext, shown
 from nemo.collections.asr.parts.att_context.masking_context import follow_left_context
 
 
-class Encoded(NamedTuple):
-    """What a model makes of audio, without masking."""
+class _OfForward(NamedTuple):
+    log_probs: Optional[torch.Tensor]
+    encoded_lengths: torch.Tensor
+    masks: Optional[torch.Tensor]
+    tokens: Optional[torch.Tensor]
 
-    encoded: torch.Tensor  # [B, d_model, A]
-    lengths: torch.Tensor  # [B], in attention frames
-    log_probs: Optional[
-        torch.Tensor
-    ]  # [B, A, C], or [B, A, C, H] with H codebooks; None: the model predicts no tokens
+
+class Processed(_OfForward):
+    """What a model makes of audio without masking: the values of its ``forward``, by name, and what it encoded.
+
+    It unpacks as ``log_probs, encoded_lengths, masks, tokens``. A model that predicts no tokens has None for all of
+    these but the lengths.
+
+    Attributes:
+        log_probs: [B, A, C], or [B, A, C, H] with H codebooks.
+        encoded_lengths: [B], in attention frames; ``lengths`` is the same.
+        masks: [B, D, M], all 0.
+        tokens: the targets, [B, S] or [B, S, H].
+        encoded: [B, d_model, A].
+    """
+
+    encoded: torch.Tensor
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """The lengths of what was encoded [B], in attention frames."""
+        return self.encoded_lengths
+
+
+class ContextPresets(MutableMapping):
+    """Contexts by name: ``presets['phone'] = [40, 0]`` checks and keeps one, ``presets['phone']`` is a list.
+
+    Args:
+        presets: names and contexts, as ``AttContext.parse`` reads them; or names of earlier ones.
+        field: what to name in errors.
+
+    Raises:
+        ValueError: if a name is no text, or a context is none.
+    """
+
+    def __init__(self, presets=(), field: str = 'context_presets'):
+        self._field, self._contexts = field, {}
+        self.update(presets)
+
+    def __getitem__(self, name) -> list[int]:
+        return self._contexts[name].as_list()
+
+    def __setitem__(self, name, context) -> None:
+        where = f'{self._field}[{shown(name)}]'
+        if not isinstance(name, str):
+            raise ValueError(f"{where}: the name of a preset must be text")
+        if isinstance(context, str) and context in self._contexts:
+            context = self._contexts[context]
+        self._contexts[name] = AttContext.parse(context, where)
+
+    def __delitem__(self, name) -> None:
+        del self._contexts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._contexts)
+
+    def __len__(self) -> int:
+        return len(self._contexts)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
 def sync_masking_to_attention(model) -> int:
@@ -129,7 +188,8 @@ class EnhancedDynamicContextModel(DynamicContextModel):
 
     Args:
         model: one of this project's SSL models.
-        presets: further presets, or other contexts for known names: ``{'tiny': [40, 0]}``.
+        presets: further presets, or other contexts for known names: ``{'tiny': [40, 0]}``. Later ones go to
+            ``wrapper.context_presets``.
 
     Raises:
         ValueError: if the model takes no context, or a preset is none.
@@ -137,14 +197,13 @@ class EnhancedDynamicContextModel(DynamicContextModel):
 
     def __init__(self, model, presets=None):
         super().__init__(model)
-        own = {name: AttContext.parse(value, f'presets[{name!r}]') for name, value in dict(presets or {}).items()}
-        known = {name: AttContext(*context) for name, context in PRESETS.items()}
-        self.__dict__['_presets'] = {**known, **own}
+        self.__dict__['_presets'] = ContextPresets(PRESETS)
+        self._presets.update(presets or {})
 
     @property
-    def context_presets(self) -> dict[str, list[int]]:
-        """The known presets, by name: [left, right] in attention frames."""
-        return {name: context.as_list() for name, context in self._presets.items()}
+    def context_presets(self) -> ContextPresets:
+        """The known presets, by name: [left, right] in attention frames. What is set here is a preset from then on."""
+        return self._presets
 
     @property
     def att_context_size(self) -> list[int]:
@@ -155,16 +214,16 @@ class EnhancedDynamicContextModel(DynamicContextModel):
     def att_context_size(self, context) -> None:
         self.set_context(context)
 
-    def set_context(self, context) -> None:
+    def set_context(self, mode_or_context) -> None:
         """Attend and mask within this context until told otherwise.
 
         Args:
-            context: the name of a preset, or what :func:`set_dynamic_context` takes.
+            mode_or_context: the name of a preset, or what :func:`set_dynamic_context` takes.
 
         Raises:
             ValueError: if it is none, naming the presets.
         """
-        set_dynamic_context(self.model, self._resolve(context))
+        set_dynamic_context(self.model, self._resolve(mode_or_context))
 
     @contextmanager
     def using_context(self, context) -> Iterator['EnhancedDynamicContextModel']:
@@ -172,29 +231,41 @@ class EnhancedDynamicContextModel(DynamicContextModel):
         with self.model.using_att_context_size(self._resolve(context)):
             yield self
 
-    def process(self, audio: torch.Tensor, lengths: torch.Tensor) -> Encoded:
-        """Encode audio within the present context: without masking, dropout, dither or gradients.
+    def process(self, audio: torch.Tensor, lengths: torch.Tensor) -> Processed:
+        """Run the model's forward pass within the present context: without masking, dropout, dither or gradients.
 
         Args:
             audio: samples [B, N], float.
             lengths: samples of each utterance [B].
+
+        Returns:
+            what ``model.forward`` returns for ``apply_mask=False``: ``log_probs``, ``encoded_lengths``, ``masks`` and
+            ``tokens``; and ``encoded``, by name only.
         """
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
             with torch.no_grad():  # not inference_mode: the encoder may keep tables that it makes here
-                return self._encode(audio, lengths)
+                return self._process(audio, lengths)
         finally:
             for module, training in modes.items():
                 module.training = training
 
-    def _encode(self, audio, lengths) -> Encoded:
-        features, feature_lengths = self.model.preprocessor(input_signal=audio, length=lengths)
-        if getattr(self.model, 'pre_encoder', None) is not None:  # masks after the convolutions
-            self.model.pre_encoder.set_masking_enabled(apply_mask=False)
-        encoded, encoded_lengths = self.model.encoder(audio_signal=features, length=feature_lengths)
-        decoder = getattr(self.model, 'decoder', None)
-        return Encoded(encoded, encoded_lengths, decoder and decoder(encoder_output=encoded))
+    def _process(self, audio, lengths) -> Processed:
+        made = []
+        keep = self.model.encoder.register_forward_hook(lambda encoder, given, output: made.append(output[0]))
+        try:
+            if 'apply_mask' in self.model.input_types:
+                signal = {'input_signal': audio, 'input_signal_length': lengths}
+                processed = Processed(*self.model(**signal, apply_mask=False))
+            else:  # it predicts no tokens, and always masks
+                features, feature_lengths = self.model.preprocessor(input_signal=audio, length=lengths)
+                _, encoded_lengths = self.model.encoder(audio_signal=features, length=feature_lengths)
+                processed = Processed(None, encoded_lengths, None, None)
+        finally:
+            keep.remove()
+        processed.encoded = made[-1]
+        return processed
 
     def _resolve(self, context):
         if not isinstance(context, str):

@@ -5,7 +5,7 @@ Shapes: B batch, Q query frames, A attention frames (Q, and those of the cache b
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Optional
+from typing import Callable, Optional
 
 import torch
 
@@ -37,13 +37,15 @@ class LayerAttentionMasks:
         return LayerAttentionMasks({context: mask[index] for context, mask in self.masks.items()}, self.effective)
 
 
-def check_layer_context(own: AttContext, batches: Sequence[AttContext], style: str, where: str) -> None:
+def check_layer_context(
+    own: AttContext, batches: Sequence[AttContext], within: Callable[[AttContext, AttContext, str], Window], where: str
+) -> None:
     """Check that a layer can have this context, whichever of its contexts the batch has.
 
     Args:
         own: the layer's context; -1 narrows nothing on its side.
         batches: every context that a batch can have.
-        style: the attention style.
+        within: returns what a layer sees, of a batch's context, its own, and ``where``; raises if it cannot be shown.
         where: what to name in an error: where ``own`` was found.
 
     Raises:
@@ -56,7 +58,7 @@ def check_layer_context(own: AttContext, batches: Sequence[AttContext], style: s
             f"that of att_context_size {[batch.as_list() for batch in batches]}, or -1 for it"
         )
     for batch in batches:
-        Window(batch, style).intersect(own, where)
+        within(batch, own, where)
 
 
 def as_plain(contexts):

@@ -46,7 +46,8 @@ def window_arguments(masking, window: Optional[Window]) -> dict:
     """
     window = Window(AttContext(UNLIMITED, 0)) if window is None else window
     left = tightest(window.context.left, getattr(masking, 'configured_left_context_size', UNLIMITED))
-    arguments = {'effective_left_context': None if left == UNLIMITED else left}
+    follows_less = getattr(masking, 'left_context_size', UNLIMITED) != UNLIMITED  # than there is now
+    arguments = {'effective_left_context': None if left == UNLIMITED and not follows_less else left}
     looks_ahead = window.context.right != 0 and (left, window.context.right) != (UNLIMITED, UNLIMITED)
     if looks_ahead and takes(masking, 'effective_window'):
         arguments['effective_window'] = Window(AttContext(left, window.context.right), window.style)

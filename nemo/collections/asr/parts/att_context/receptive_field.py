@@ -4,6 +4,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Optional
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window
@@ -40,6 +41,28 @@ def receptive_field(encoder, att_context_size=None) -> ReceptiveField:
     if all(window.context.right != UNLIMITED for window in windows):
         right = max(_last_seen(frame, windows, after) - frame for frame in in_a_chunk)
     return ReceptiveField(left, right)
+
+
+def look_ahead_ms(encoder, att_context_size, frame_ms: float) -> Optional[float]:
+    """Return how many milliseconds of audio after it an output may wait for: the latency of attention and convolutions.
+
+    It is that of the frame that waits longest; under ``chunked_limited`` the first of a chunk, and the mean of a chunk
+    is half of it. None: it waits for the end of the utterance, or the attention style's windows are not known.
+
+    Args:
+        encoder: a ``ConformerEncoder``.
+        att_context_size: the batch's context; None takes the encoder's present one.
+        frame_ms: milliseconds of an attention frame.
+    """
+    if encoder.att_context_style not in STYLES:
+        return None
+    frames = receptive_field(encoder, att_context_size).right
+    return None if frames == UNLIMITED else frames * frame_ms
+
+
+def look_ahead_text(milliseconds: Optional[float]) -> str:
+    """Return what :func:`look_ahead_ms` found, for people: ``1040 ms``, or ``all`` that follows."""
+    return 'all' if milliseconds is None else f'{milliseconds:g} ms'
 
 
 def seen_through_layers(encoder, frame: int, att_context_size=None) -> list[tuple[float, float]]:
@@ -103,7 +126,16 @@ def context_table(encoder, frame_ms: float) -> str:
     title = (
         f'Attention contexts [left, right] in frames of {frame_ms:g} ms (-1 = unlimited), convolutions in the totals:'
     )
-    return '\n'.join([title] + _aligned(rows))
+    sampler = getattr(encoder, 'att_context_sampler', None)
+    return '\n'.join([title] + _aligned(rows) + ([] if sampler is None else [_drawn(sampler, frame_ms)]))
+
+
+def _drawn(sampler, frame_ms: float) -> str:
+    least, most = ((size - 1) * frame_ms for size in sampler.chunk_size)
+    return (
+        f'Training draws its contexts by {sampler}: the whole utterance in {sampler.full_prob:.0%} of the batches, else '
+        f'chunks with a look-ahead of {least:g} to {most:g} ms'
+    )
 
 
 def _in_frames_and_ms(context: AttContext, frame_ms: float) -> str:

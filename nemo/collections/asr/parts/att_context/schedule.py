@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Callable, Optional
 
-from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, shown
 from nemo.utils import logging
 
 INTERPOLATIONS = ('step', 'linear')
+ANCHORS = 'anchors [layer, [left, right]], such as [0, [40, 0]]'  # as errors name them
 
 Check = Callable[[AttContext, str], None]
 """Raises ValueError, beginning with the string that says where the context was found, if it cannot be followed."""
@@ -142,16 +143,29 @@ def _one_per_layer(value, num_layers: int, field: str, check: Optional[Check]) -
     contexts = []
     for index, item in enumerate(items):
         where = f'{field}: item {index}, {item!r}'
-        context = None if item is None else _parse_pair(item, where)
-        if context is not None:
-            _accept(context, where, check)
-        contexts.append(context)
+        contexts.append(None if item is None else _parse_pair(item, where))
     if len(contexts) != num_layers:
         raise ValueError(
-            f"{field} has {len(contexts)} contexts, the encoder {num_layers} layers; give one context per layer, or "
-            "pairs [layer, [left, right]]"
+            f"{field} is {shown(value)}, which has {len(contexts)} contexts, the encoder {num_layers} layers; give one "
+            f"context [left, right] per layer, or {ANCHORS}"
         )
+    try:
+        for index, context in enumerate(contexts):
+            if context is not None:
+                _accept(context, f'{field}: item {index}, {items[index]!r}', check)
+    except ValueError as error:
+        if not _look_like_anchors(contexts):
+            raise
+        raise ValueError(f"{error}. {shown(value)} are contexts, one per layer; a schedule has {ANCHORS}") from error
     return tuple(contexts)
+
+
+def _look_like_anchors(contexts) -> bool:
+    """Whether these contexts, which the encoder cannot follow, may be meant as pairs of a layer and a left context."""
+    if None in contexts or any(context.right <= 0 for context in contexts):
+        return False
+    layers = [context.left for context in contexts]
+    return layers == sorted(set(layers)) and layers[-1] < len(layers)
 
 
 def _items(value, field: str, wanted: str):
@@ -168,13 +182,24 @@ def _parse_anchor(item, where: str, unit: str, end: Optional[int]) -> tuple[int,
     whole = isinstance(position, Integral) and not isinstance(position, bool)
     if not whole or position < 0 or (end is not None and position >= end):
         raise ValueError(f"{where}: the {unit} is {position!r}; it must be a whole number, {allowed}")
-    return int(position), _parse_pair(context, where)
+    return int(position), _parse_pair(context, where, f'in attention frames, as in [{unit}, [40, 0]]')
 
 
-def _parse_pair(value, where: str) -> AttContext:
+def _parse_pair(value, where: str, wanted: str = 'in attention frames') -> AttContext:
     if isinstance(value, Integral):  # AttContext.parse would take it for a left context; here it may be a slip
-        raise ValueError(f"{where}: {value!r} is no context; give a pair [left, right] in attention frames")
-    return AttContext.parse(value, field=where)
+        raise ValueError(f"{where}: {value!r} is no context; give a pair [left, right] {wanted}")
+    return parse_own_context(value, where)
+
+
+def parse_own_context(value, field: str) -> AttContext:
+    """Read a context of a layer's own as ``AttContext.parse`` does; ``[40]`` means ``[40, 0]``, too.
+
+    Raises:
+        ValueError: if it is no context.
+    """
+    if _is_sequence(value) and len(value) == 1 and isinstance(value[0], Integral):
+        value = [value[0], 0]
+    return AttContext.parse(value, field=field)
 
 
 def _accept(context: AttContext, where: str, check: Optional[Check]) -> None:

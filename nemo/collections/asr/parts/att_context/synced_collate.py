@@ -90,7 +90,7 @@ class SyncedBatch(tuple):
 class SyncedContextCollate:
     """Collates, draws a context, and sends it along; made by :func:`create_synced_context_collate`."""
 
-    def __init__(self, base_collate_fn: Callable[[Any], Any], draw: ContextDraw):
+    def __init__(self, base_collate_fn: Callable[..., Any], draw: ContextDraw):
         if not callable(base_collate_fn):
             raise ValueError(f"base_collate_fn is {shown(base_collate_fn)}; it must be callable")
         self.base_collate_fn = base_collate_fn
@@ -115,7 +115,7 @@ class SyncedContextCollate:
 
 
 def create_synced_context_collate(
-    base_collate_fn: Callable[..., Any], *arguments, model=None, **by_name
+    base_collate_fn: Callable[..., Any], *arguments, model=None, **by_name  # noqa: see below
 ) -> SyncedContextCollate:
     """Return a collate function that draws an attention context for each batch and sends it along.
 
@@ -138,7 +138,8 @@ def create_synced_context_collate(
     Raises:
         ValueError: naming the argument, the item and its value.
     """
-    if arguments and not isinstance(arguments[0], Sequence):
+    has_options = len(arguments) > 1 or 'context_options' in by_name
+    if arguments and has_options and not isinstance(arguments[0], Sequence):
         arguments = arguments[1:]  # the model
     if not arguments:
         by_name.setdefault('context_options', None)  # for an error that says what they are

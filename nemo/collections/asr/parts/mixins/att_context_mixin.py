@@ -50,13 +50,14 @@ class AttContextMixin:
         """
         if not self._encoder_follows_contexts():
             raise ValueError(f"{type(self.encoder).__name__} has no attention context to set")
-        masking, was_by_hand = self._masking(), self.encoder.att_context_by_hand is not None
+        masking = self._masking()
         self.encoder.set_att_context_size(context)
         if self.encoder.att_context_by_hand is None:
-            if was_by_hand and self._masking_left_before is not None:
+            if self._masking_left_before is not None:
                 follow_left_context(masking, self._masking_left_before)
+            self._masking_left_before = None
             return
-        if not was_by_hand:
+        if self._masking_left_before is None:
             self._masking_left_before = followed_left_context(masking)
         context = self.encoder.att_context_size
         if hasattr(masking, 'left_context_size'):

@@ -16,7 +16,7 @@ from nemo.collections.asr.parts.att_context.answerability import (
     masked_share_per_frame,
     unanswerable_frames,
 )
-from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.masking_context import follows_context, window_arguments
 from nemo.collections.asr.parts.att_context.receptive_field import receptive_field
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tightest_window
@@ -245,22 +245,28 @@ class TrainingAudit:
         self._without_mask: Optional[torch.Tensor] = None
         self._latest: dict[str, torch.Tensor] = {}
 
-    def step(self, record: BatchRecord, encoder) -> dict[str, torch.Tensor]:
+    def step(self, record: BatchRecord, encoder, frame_ms: Optional[float] = None) -> dict[str, torch.Tensor]:
         """Take a training batch in; within its pinned context.
 
         Args:
             record: of the batch's forward pass.
             encoder: whose windows are audited.
+            frame_ms: milliseconds of an attention frame; None: the look-ahead is not reported.
 
         Returns:
-            scalars to log: of the last audited batch, for a logger that looks at some steps only; and the counts
+            scalars to log: of the last audited batch, for a logger that looks at some steps only, with
+            ``audit/look_ahead_ms``, the look-ahead of the whole encoder in its context (-1: all); and the counts
             since training began in this process, ``audit/empty_batches`` (without any masked frame) and
             ``audit/frames_without_mask`` (decoder frames beyond the last whole frame of the masks: left out).
         """
         masks, lengths, factor = record.masks, record.mask_lengths, record.factor
         if self._batches % self.every_n_batches == 0:
-            audit = audit_masks(masks, lengths, factor, windows_of(encoder), record.threshold)
+            windows = windows_of(encoder)
+            audit = audit_masks(masks, lengths, factor, windows, record.threshold)
             self._latest, empty = audit.logs(), audit.empty_batches
+            if frame_ms is not None and STACK in windows:
+                right = windows[STACK].context.right
+                self._latest['audit/look_ahead_ms'] = -1.0 if right == UNLIMITED else right * frame_ms
         else:
             _, _, masked = _attention_frames(masks, lengths.to(masks.device), factor, record.threshold)
             empty = (~masked.any()).long()

@@ -191,13 +191,23 @@ def learning_curves(curves: Mapping[str, Sequence[tuple[float, float]]], title: 
 def contexts_in(curves: Mapping) -> list[str]:
     """Return the contexts' labels that curves are named after, the narrowest first."""
     names = [name.partition('/ctx_')[2] for name in curves if name.startswith(('val_loss/ctx_', 'train_loss/ctx_'))]
-    return sorted(
-        set(names), key=lambda name: [math.inf if side == 'unlimited' else int(side) for side in name.split('_')]
-    )
+    return sorted(set(names), key=_breadth)
+
+
+def _breadth(label: str) -> tuple:
+    """Sort contexts from narrow to wide, and after them the groups of chunks that a sampler draws (``chunk_8_to_15``)."""
+    kind, _, sizes = label.partition('chunk_')
+    sides = [side for side in (sizes or kind).split('_') if side != 'to']
+    return bool(sizes), [math.inf if side == 'unlimited' else int(side) for side in sides]
+
+
+def _named(label: str) -> str:
+    kind, _, sizes = label.partition('chunk_')
+    return f"chunks of {sizes.replace('_', ' ')}" if sizes else f"[{kind.replace('_', ', ')}]"
 
 
 def _draw_context(axes, curves, context: str, index: int) -> None:
-    named = f"[{context.replace('_', ', ')}]"
+    named = _named(context)
     style = dict(linestyle=LINE_STYLES[index % len(LINE_STYLES)], color=GREYS[index % len(GREYS)], linewidth=1.4)
     size = max(8 - 1.5 * index, 3)  # lines that lie on each other show their marks one inside the other
     marks = dict(marker=MARKERS[index % len(MARKERS)], markersize=size, markerfacecolor='none')

@@ -10,7 +10,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from nemo.collections.asr.parts.att_context.answerability import masked_share_per_frame, unanswerable_frames
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.encoder_protocol import tightest_window_of
-from nemo.collections.asr.parts.att_context.receptive_field import seen_through_layers
+from nemo.collections.asr.parts.att_context.receptive_field import (
+    look_ahead_ms,
+    look_ahead_text,
+    seen_through_layers,
+)
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window
 from nemo.collections.asr.parts.ssl_reports import figures
 from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
@@ -28,6 +32,19 @@ def hop_seconds(model) -> float:
     """Return the length of a feature frame of a model's preprocessor."""
     featurizer = model.preprocessor.featurizer
     return featurizer.hop_length / featurizer.sample_rate
+
+
+def attention_frame_ms(model) -> Optional[float]:
+    """Return the length of an attention frame, in milliseconds; None if preprocessor and encoder do not tell."""
+    try:
+        return 1000 * hop_seconds(model) * model.encoder.subsampling_factor
+    except AttributeError:
+        return None
+
+
+def look_ahead_title(model, context) -> str:
+    """Return a context with the look-ahead of its output, for titles: ``[28, 13], look-ahead 1040 ms``."""
+    return f'{list(context)}, look-ahead {look_ahead_text(look_ahead_ms(model.encoder, context, attention_frame_ms(model)))}'
 
 
 def masked_utterance(model, record: BatchRecord, index: int = 0) -> MaskedUtterance:
@@ -118,8 +135,8 @@ class ContextFigures:
                 encoder,
                 frame=None,
                 frames=frames,
-                frame_seconds=hop_seconds(model) * encoder.subsampling_factor,
-                title=f'attention in context {context.as_list()}',
+                frame_seconds=attention_frame_ms(model) / 1000,
+                title=f'attention in context {look_ahead_title(model, context)}',
             )
         for name, value in model.trainer.callback_metrics.items():
             if name == 'att_context_ceiling_left' or name.startswith(('val_loss/ctx_', 'val_accuracy/ctx_')):

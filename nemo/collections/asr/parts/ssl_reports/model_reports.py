@@ -13,7 +13,7 @@ from nemo.collections.asr.parts.att_context.encoder_protocol import tightest_win
 from nemo.collections.asr.parts.ssl_reports.audit import TrainingAudit
 from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse
-from nemo.collections.asr.parts.ssl_reports.model_figures import ContextFigures
+from nemo.collections.asr.parts.ssl_reports.model_figures import ContextFigures, attention_frame_ms
 from nemo.collections.asr.parts.ssl_reports.validation import ContextValidation
 from nemo.utils import logging
 
@@ -54,7 +54,7 @@ class ModelReports:
         """
         if record is None:
             return {}
-        audit = {} if self.audit is None else self.audit.step(record, model.encoder)
+        audit = {} if self.audit is None else self.audit.step(record, model.encoder, attention_frame_ms(model))
         return {**self.of_masks(model, record), **self._codebook_logs(record), **audit}
 
     def of_masks(self, model, record: Optional[BatchRecord], prefix: str = '') -> Logs:

@@ -14,10 +14,12 @@ from torchmetrics.classification import MulticlassAccuracy
 from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, context_label
 from nemo.collections.asr.parts.att_context.encoder_protocol import tightest_window_of
-from nemo.collections.asr.parts.att_context.windows import Window, tightest_window
+from nemo.collections.asr.parts.att_context.receptive_field import look_ahead_ms, look_ahead_text
+from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tightest_window
 from nemo.collections.asr.parts.ssl_reports.audit import audit_masks, layer_windows_of
 from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.fixed_masks import FixedMasks, utterance_seeds
+from nemo.collections.asr.parts.ssl_reports.model_figures import attention_frame_ms
 from nemo.collections.asr.parts.utils.known_keys import VALIDATION_MASK_KEYS, check_known
 from nemo.collections.asr.parts.utils.masked_frames import MaskedPredictions
 from nemo.utils import logging
@@ -166,8 +168,17 @@ class ContextValidation:
                 f"{type(model.loss).__name__} and the quantizer {type(model.quantizer).__name__} do not tell"
             )
         self._running = parse_contexts(contexts, model.encoder)
+        self._tell_look_ahead(model)
         self._metrics: list[dict[str, torchmetrics.Metric]] = []  # of each data loader
         self._results: list[dict[str, torch.Tensor]] = []
+
+    def _tell_look_ahead(self, model) -> None:
+        """Log what the contexts of validation mean in latency."""
+        frame_ms = attention_frame_ms(model)
+        if frame_ms is not None and getattr(model.encoder, 'att_context_style', None) in STYLES:
+            waits = (look_ahead_text(look_ahead_ms(model.encoder, context, frame_ms)) for context in self._running)
+            contexts = ', '.join(f'{context} (look-ahead {wait})' for context, wait in zip(self._running, waits))
+            logging.info(f'Validation in contexts {contexts}')
 
     def start(self, model, loaders: int) -> None:
         """Forget what was summed up; every rank makes ready for every data loader, whatever it will get to see."""

@@ -96,7 +96,7 @@ class LiveMasking:
         if not takes(masking, 'stream'):
             return None
         time_line = masking.new_stream(1, recent.device)
-        time_line.received += count
+        time_line.received = time_line.received + count
         time_line.masks = torch.zeros(1, recent.shape[1], dtype=torch.bool, device=recent.device)
         return vars(time_line)
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nemo.collections.asr.parts.att_context.blockwise import AttentionBlocks, BlockwiseMask
 from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.schedule import parse_own_context
 from nemo.utils import avoid_float16_autocast_context
 from nemo_streaming_ssl import upstream
 
@@ -48,7 +49,7 @@ class MultiHeadAttention(_up.MultiHeadAttention):
 
     @att_context_size.setter
     def att_context_size(self, value) -> None:
-        context = None if value is None else AttContext.parse(value, field='self_attention.att_context_size')
+        context = None if value is None else parse_own_context(value, 'self_attention.att_context_size')
         if self._take_att_context is None:
             self._att_context = context
         else:

@@ -47,6 +47,7 @@ SYNCED_CONTEXT_KEYS = ('context_options', 'context_probs', 'seed')
 RESUMABLE_KEYS = ('seed',)
 VALIDATION_MASK_KEYS = ('seed', 'left_context')
 SCHEDULE_KEYS = ('anchors', 'interpolate')
+ATT_CONTEXT_SAMPLER_KEYS = ('full_prob', 'chunk_size', 'left_chunks', 'left_limited_prob')
 
 
 def check_known(section: str, keys: Iterable[str], known: Iterable[str]) -> None:

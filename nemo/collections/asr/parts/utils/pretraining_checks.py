@@ -11,8 +11,11 @@ import lightning.pytorch as pl
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.context_sampler import FIELD as SAMPLER
+from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler
 from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
 from nemo.collections.asr.parts.utils.known_keys import (
+    ATT_CONTEXT_SAMPLER_KEYS,
     DATA_KEYS,
     DATA_SECTIONS,
     MODEL_KEYS,
@@ -56,6 +59,7 @@ def check_pretraining_config(cfg: DictConfig) -> None:
         if not isinstance(cfg.model.get(section), DictConfig):
             raise ValueError(f"the config has no section model.{section}")
     check_contexts(cfg.model.encoder)
+    check_mask_position(cfg.model)
     check_data('model.train_ds', cfg.model.train_ds)
     if cfg.model.get('validation_ds'):
         check_data('model.validation_ds', cfg.model.validation_ds)
@@ -92,6 +96,7 @@ def _own_sections() -> dict[str, Iterable[str]]:
         'curriculum': _constructor_arguments(AttContextCurriculum),
         'model.validation_masks': VALIDATION_MASK_KEYS,
         'model.encoder.layer_att_context_size': SCHEDULE_KEYS,
+        SAMPLER: ATT_CONTEXT_SAMPLER_KEYS,
         'trainer': _constructor_arguments(pl.Trainer),
         'exp_manager': _field_names(ExpManagerConfig),
         'exp_manager.checkpoint_callback_params': _field_names(CallbackParams),
@@ -144,11 +149,12 @@ def _constructor_arguments(target) -> Optional[set[str]]:
 
 
 def check_contexts(encoder_cfg: DictConfig) -> None:
-    """Check the attention contexts and their probabilities.
+    """Check the attention contexts and their probabilities, and what draws them.
 
     Raises:
         ValueError: naming the entry and its value.
     """
+    _check_sampler(encoder_cfg)
     sizes = encoder_cfg.get('att_context_size')
     if sizes is None or encoder_cfg.get('att_context_style') == 'chunked_limited_with_rc':
         return
@@ -167,10 +173,40 @@ def check_contexts(encoder_cfg: DictConfig) -> None:
         raise ValueError(f"{name}; probabilities are 0 or more and sum to 1")
 
 
+def _check_sampler(encoder_cfg: DictConfig) -> None:
+    sampler = encoder_cfg.get('att_context_sampler')
+    if sampler is None:
+        return
+    ContextSampler.parse(sampler, encoder_cfg.get('att_context_style', 'regular'))
+    probabilities = encoder_cfg.get('att_context_probs')
+    if probabilities is not None:
+        raise ValueError(
+            f"model.encoder.att_context_probs is {list(probabilities)}, but {SAMPLER} draws the contexts of training "
+            "and those of att_context_size are for validation and inference; leave one of the two null"
+        )
+
+
 def _check_entry(entry, field: str) -> None:
     AttContext.parse(entry, field=field)
     if not isinstance(entry, ListConfig):
         raise ValueError(f"{field} is {entry!r}; NeMo's encoder takes a pair [left, right], or several pairs")
+
+
+def check_mask_position(model_cfg: DictConfig) -> None:
+    """Check that targets made after the subsampling are not combined, nor predicted from another frame than their own.
+
+    Raises:
+        ValueError: naming the key, its value and what it must be.
+    """
+    if model_cfg.get('mask_position', 'pre_conv') != 'post_conv':
+        return
+    for key, needed, default in (('quantizer.combine_time_steps', 1, 1), ('loss.decoder_offset', 0, 0)):
+        value = OmegaConf.select(model_cfg, key, default=default)
+        if value != needed:
+            raise ValueError(
+                f"model.{key} is {value} with mask_position post_conv; it must be {needed}, for a target is then made "
+                "of one encoder frame, its own"
+            )
 
 
 def check_data(name: str, data_cfg: DictConfig) -> None:

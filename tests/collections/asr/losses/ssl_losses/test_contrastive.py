@@ -226,6 +226,62 @@ def test_without_padding_the_distribution_is_stocks(same_utterance, non_masked):
         assert all(abs(ours[name] - stocks[name]) < 5 * (2 * stocks[name]) ** 0.5 for name in stocks)
 
 
+@pytest.mark.unit
+@SAME
+@NON_MASKED
+def test_an_offset_drops_the_first_outputs(same_utterance, non_masked):
+    """With a frame more in front and lengths that count it, the value is that without an offset."""
+    batch = make_batch([range(8), range(6, 14)], lengths=[18, 19])
+    options = dict(same_utterance=same_utterance, non_masked=non_masked, num_negatives=8)
+    if non_masked or not same_utterance:  # all candidates are drawn
+        options['num_negatives'] = {(True, True): 18, (False, False): 16, (False, True): 37}[
+            same_utterance, non_masked
+        ]
+    expected = make_loss(**options)(**batch)
+    outputs = batch['decoder_outputs']
+    shifted = torch.cat([torch.full_like(outputs[:, :1], MARK), outputs], dim=1).detach().requires_grad_()
+    batch.update(decoder_outputs=shifted, decoder_lengths=batch['decoder_lengths'] + 1)
+    if not same_utterance or not non_masked:
+        value = make_loss(decoder_offset=1, **options)(**batch)
+        torch.testing.assert_close(value, expected)
+        value.backward()
+        assert not shifted.grad[:, 0].any() and shifted.grad[:, 1:].any()
+    else:  # the utterances have other numbers of candidates
+        assert torch.isfinite(make_loss(decoder_offset=1, **options)(**batch))
+
+
+@pytest.mark.unit
+def test_without_lengths_the_last_targets_have_no_output_behind_an_offset():
+    batch = make_batch([range(16, 20), range(16, 20)])
+    loss = make_loss(decoder_offset=2, num_negatives=2)
+    loss(**batch).backward()
+    assert loss.drawn[0].shape == (2, 4, CHANNELS)  # frames 16 and 17 of each
+    gradient = batch['decoder_outputs'].grad
+    assert gradient[:, 18:].any() and not gradient[:, :18].any()
+    value = make_loss(decoder_offset=20)(**batch)
+    value.backward()
+    assert value == 0
+
+
+@pytest.mark.unit
+def test_a_negative_offset_is_refused():
+    with pytest.raises(ValueError, match='decoder_offset is -1'):
+        make_loss(decoder_offset=-1)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('frames', [1, 7, 8, 9, 40, 48, 55, 64])
+@pytest.mark.parametrize('offset', [0, 1])
+def test_short_batches_of_a_causal_encoder(frames, offset):
+    """Which makes frames // 8 + 1 outputs; dividing the lengths gives 8 feature frames for each from 64 on only."""
+    loss = make_loss(combine_time_steps=8, project=True, decoder_offset=offset, num_negatives=3)
+    spectrograms = torch.randn(2, CHANNELS, frames)
+    outputs = torch.randn(2, frames // 8 + 1, CHANNELS, requires_grad=True)
+    value = loss(spectrograms=spectrograms, spec_masks=torch.ones_like(spectrograms), decoder_outputs=outputs)
+    value.backward()
+    assert torch.isfinite(value) and torch.isfinite(outputs.grad).all()
+
+
 def speech_model(cls=SpeechEncDecSelfSupervisedModel, **loss):
     """A model of NeMo's contrastive pre-training, tiny."""
     cfg = tiny_config().model
@@ -288,11 +344,14 @@ def test_the_model_tells_the_loss_the_lengths(in_list):
 
 
 @pytest.mark.integration
-def test_a_contrastive_model_trains_on_utterances_of_any_length():
-    made = [noise_batch((2.0, 1.2, 0.5), seed) for seed in range(4)]
+@pytest.mark.parametrize('seconds', [(2.0, 1.2, 0.5), (0.5, 0.3, 0.05)])
+def test_a_contrastive_model_trains_on_utterances_of_any_length(seconds):
+    made = [noise_batch(seconds, seed) for seed in range(4)]
     empty = torch.zeros(3, 0, dtype=torch.long)
     batches = [(batch.audio, batch.audio_len, empty, torch.zeros(3, dtype=torch.long)) for batch in made]
-    logger = fit(speech_model(), DataLoader(batches, batch_size=None), max_steps=8, max_epochs=-1).logger
+    model = speech_model(decoder_offset=1)
+    model.preprocessor.featurizer.pad_to = 0
+    logger = fit(model, DataLoader(batches, batch_size=None), max_steps=8, max_epochs=-1).logger
     losses = [step[name] for step in logger.steps.values() for name in step if name.startswith('train_loss/ctx')]
     assert len(logger.steps) == 8 and len(losses) >= 8 and all(torch.isfinite(torch.tensor(losses)))
     assert issubclass(EncDecMaskedTokenPredModel, SpeechEncDecSelfSupervisedModel)

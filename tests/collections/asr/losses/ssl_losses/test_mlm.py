@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nemo.collections.asr.losses.ssl_losses.mlm as patched
 from nemo.collections.asr.losses.ssl_losses.mlm import MLMLoss, MultiMLMLoss
+from nemo.collections.asr.modules.ssl_modules.masking import RandomBlockMasking
 
 StockMLMLoss, StockMultiMLMLoss = patched._up.MLMLoss, patched._up.MultiMLMLoss
 
@@ -148,6 +149,51 @@ class TestStockFailures:
             StockMultiMLMLoss(num_decoders=books)(**call)
         expected = StockMultiMLMLoss(num_decoders=books)(**arguments)
         assert MultiMLMLoss(num_decoders=books)(**call).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+class TestMasksOfEitherShape:
+    @pytest.mark.unit
+    @pytest.mark.parametrize('loss, books', [(MLMLoss, ()), (MultiMLMLoss, (2,))])
+    @pytest.mark.parametrize('frames', [6, 7, 5])
+    @pytest.mark.parametrize('factor', [1, 8])
+    @pytest.mark.parametrize('argument', ['masks', 'spec_masks'])
+    def test_the_value_is_the_same(self, loss, books, frames, factor, argument):
+        arguments = case(frames=frames, target_frames=6, factor=factor, books=books)
+        masks = arguments.pop('masks')
+        settings = {'num_decoders': 2} if books else {}
+        value = {
+            name: loss(combine_time_steps=factor, **settings)(**{**arguments, argument: given}).item()
+            for name, given in (
+                ('3', masks),
+                ('3 bool', masks.bool()),
+                ('2', masks[:, 0]),
+                ('2 bool', masks[:, 0] > 0),
+            )
+        }
+        assert len(set(value.values())) == 1 and value['3'] > 0
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('loss, books', [(MLMLoss(), ()), (MultiMLMLoss(), (1,))])
+    @pytest.mark.parametrize('frames', [211, 209])
+    def test_the_shapes_of_a_large_batch(self, loss, books, frames):
+        outputs = torch.zeros(32, frames, 8192, *books, device='meta')
+        targets = torch.zeros(32, 210, *books, dtype=torch.int64, device='meta')
+        for dtype in (torch.bool, torch.float32):
+            masks = torch.ones(32, 210, dtype=dtype, device='meta')
+            assert loss(decoder_outputs=outputs, targets=targets, masks=masks).shape == ()
+
+    @pytest.mark.unit
+    def test_masks_that_carry_the_type_of_what_masked_them(self):
+        arguments = case()
+        arguments['masks'].neural_type = RandomBlockMasking(feat_in=3).output_types['masks']
+        expected = MLMLoss()(**case())
+        assert MLMLoss()(**arguments) == MultiMLMLoss(squeeze_single=True)(**arguments) == expected
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('shape', [(4,), (1, 1, 4, 1)])
+    def test_other_shapes_are_named(self, shape):
+        with pytest.raises(ValueError, match=rf'the masks have the shape \[{shape[0]}.*\]; it must be \[B, D, T\] or'):
+            MLMLoss()(decoder_outputs=torch.zeros(1, 4, 2), targets=torch.zeros(1, 4).long(), masks=torch.ones(shape))
 
 
 class TestAsStock:

@@ -522,6 +522,44 @@ class TestDevices:
         assert masked.is_cuda and masks.is_cuda
 
 
+class TestFeaturesElsewhere:
+    """The module stays where it was made, on the CPU and in float32."""
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('dtype', DTYPES)
+    @pytest.mark.parametrize('device', ['meta', 'cpu', pytest.param('cuda', marks=pytest.mark.run_only_on('GPU'))])
+    @pytest.mark.parametrize('allow_overlap', [False, True])
+    @pytest.mark.parametrize('lengths_follow', [False, True])
+    def test_every_mode(self, dtype, device, allow_overlap, lengths_follow):
+        module = RandomBlockMasking(feat_in=80, causal=True, mask_value=None, allow_overlap=allow_overlap)
+        feats = torch.randn(2, 80, 200).to(device, dtype)
+        lengths = torch.tensor([200, 90], device=device if lengths_follow else 'cpu')
+        for arguments in (
+            {},
+            {'current_frame': 120},
+            {'current_frame': torch.tensor([120, 60]), 'effective_left_context': 10},
+            {'effective_left_context': 10},
+            {'effective_window': Window(AttContext(12, 3), 'chunked_limited')},
+        ):
+            for call in (module, module.forward_causal):
+                given = {'input_feats': feats, 'input_lengths': lengths} if call is module else {}
+                masked, masks = call(**given, **arguments) if given else call(feats, lengths, **arguments)
+                assert masked.shape == masks.shape == feats.shape
+                assert masked.device == masks.device == feats.device and masked.dtype == masks.dtype == dtype
+                if device != 'meta' and 'current_frame' not in arguments:
+                    hidden = masks.bool()
+                    assert hidden.any() and torch.equal(masked[~hidden], feats[~hidden])
+                    embedding = module.mask_embedding.to(feats).view(1, -1, 1).expand_as(feats)
+                    assert torch.equal(masked[hidden], embedding[hidden])
+
+    @pytest.mark.unit
+    def test_behind_the_convolutions(self):
+        wrapper = ConvFeatureMaksingWrapper(EveryFourth().to('meta'), RandomBlockMasking(feat_in=6, block_size=2))
+        wrapper.set_masking_enabled(True)
+        feats, _ = wrapper(torch.zeros(2, 80, 2, device='meta'), torch.tensor([80, 40]))
+        assert feats.shape == (2, 20, 6) and feats.device.type == wrapper.get_current_mask().device.type == 'meta'
+
+
 class EveryFourth(torch.nn.Module):
     """A pre_encode: [B, T, 2] -> [B, ceil(T / 4), 6]."""
 

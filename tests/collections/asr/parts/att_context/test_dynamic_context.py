@@ -4,10 +4,15 @@ import copy
 import pytest
 import torch
 from omegaconf import ListConfig
-from tiny_nest import noise_batch, recording_contexts, signals, tiny_model
+from spies import recording_contexts
+from tiny_nest import POSITIONS, noise_batch, signals, tiny_model
 
 from nemo.collections.asr.models import ssl_models
-from nemo.collections.asr.models.ssl_models import EncDecMaskedTokenPredModel
+from nemo.collections.asr.models.ssl_models import (
+    EncDecDenoiseMaskedTokenPredModel,
+    EncDecMaskedTokenPredModel,
+    SpeechEncDecSelfSupervisedModel,
+)
 from nemo.collections.asr.parts.att_context import (
     PRESETS,
     AttContext,
@@ -17,8 +22,6 @@ from nemo.collections.asr.parts.att_context import (
     sync_masking_to_attention,
 )
 
-POST_CONV = ('model.mask_position=post_conv', 'model.quantizer.combine_time_steps=1')
-POSITIONS = pytest.mark.parametrize('position', [(), POST_CONV], ids=['pre_conv', 'post_conv'])
 ALL_PRESETS = 'model.encoder.att_context_size=[[80,0],[160,0],[240,0],[320,0],[-1,0]]'
 LAYERS = ('model.encoder.n_layers=2', '+model.encoder.layer_att_context_size=[[40,0],[120,0]]')
 ENCODERS = pytest.mark.parametrize('layers', [(), LAYERS], ids=['plain', 'hierarchical'])
@@ -161,6 +164,38 @@ def test_presets_are_listed_extended_and_checked():
         wrapper.set_context('small')
     with pytest.raises(ValueError, match=r"presets\['wrong'\]: the left context is -3"):
         EnhancedDynamicContextModel(tiny_model(), presets={'wrong': [-3, 0]})
+    wrapper.set_context(mode_or_context='tiny')
+    assert wrapper.att_context_size == [20, 0]
+
+
+@pytest.mark.unit
+def test_presets_can_be_set_and_taken_away():
+    wrapper = EnhancedDynamicContextModel(tiny_model())
+    wrapper.context_presets['tiny'] = [20, 0]
+    wrapper.context_presets.update(small=40, same='tiny')
+    for name, left in (('tiny', 20), ('small', 40), ('same', 20)):
+        wrapper.set_context(name)
+        assert wrapper.att_context_size == [left, 0] == wrapper.context_presets[name]
+        with wrapper.using_context(name):
+            assert wrapper.mask_processor.left_context_size == left
+    del wrapper.context_presets['tiny']
+    assert list(wrapper.context_presets) == [*PRESETS, 'small', 'same'] and 'tiny' not in repr(wrapper)
+    with pytest.raises(ValueError, match="'tiny'; known are very_low, .*, small, same"):
+        wrapper.set_context('tiny')
+    for name, context, message in (
+        ('low', [-3, 0], r"context_presets\['low'\]: the left context is -3"),
+        ('other', 'nothing', r"context_presets\['other'\]: no preset is called 'nothing'"),
+        (7, [20, 0], r"context_presets\[7\]: the name of a preset must be text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrapper.context_presets[name] = context
+    assert wrapper.context_presets['low'] == [160, 0] and len(wrapper.context_presets) == len(PRESETS) + 2
+    wrapper.context_presets['low'].append(7)  # a list of its own
+    assert wrapper.context_presets['low'] == [160, 0] and PRESETS['low'] == (160, 0)
+    assert EnhancedDynamicContextModel(tiny_model()).context_presets == {name: [*PRESETS[name]] for name in PRESETS}
+    copied = copy.deepcopy(wrapper.context_presets)
+    copied['other'] = 20
+    assert 'other' not in wrapper.context_presets
 
 
 @pytest.mark.unit
@@ -209,3 +244,31 @@ def test_inference_masks_nothing_and_follows_the_context(position, masked_only):
     assert wrapper.training and not wrapper.decoder.training
     with wrapper.using_context(2):
         assert torch.equal(wrapper.process(batch.audio, batch.audio_len).encoded, first.encoded)
+
+
+@pytest.mark.unit
+@POSITIONS
+@pytest.mark.parametrize('cls', [EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel])
+def test_inference_returns_what_forward_returns(position, cls):
+    wrapper = EnhancedDynamicContextModel(tiny_model(*position, cls=cls).eval())
+    batch = noise_batch((3.0, 2.0))
+    wrapper.set_context(2)
+    processed = wrapper.process(batch.audio, batch.audio_len)
+    with torch.no_grad():
+        expected = wrapper.model(input_signal=batch.audio, input_signal_length=batch.audio_len, apply_mask=False)
+    log_probs, encoded_lengths, masks, tokens = processed
+    for one, other in zip(processed, expected):
+        assert torch.equal(one, other)
+    assert log_probs is processed.log_probs and tokens is processed.tokens and not masks.any()
+    assert encoded_lengths is processed.encoded_lengths is processed.lengths and masks is processed.masks
+    assert torch.equal(wrapper.decoder(encoder_output=processed.encoded), log_probs)
+    assert not wrapper.encoder._forward_hooks
+
+
+@pytest.mark.unit
+def test_a_model_that_predicts_no_tokens_encodes():
+    wrapper = EnhancedDynamicContextModel(tiny_model(cls=SpeechEncDecSelfSupervisedModel))
+    batch = noise_batch()
+    processed = wrapper.process(batch.audio, batch.audio_len)
+    assert processed.encoded.shape[:2] == (2, 16) and processed.encoded.shape[2] >= processed.lengths.max() > 0
+    assert processed.log_probs is processed.masks is processed.tokens is None

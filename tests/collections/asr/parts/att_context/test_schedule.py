@@ -29,6 +29,28 @@ class TestLayerContexts:
         assert contexts == (AttContext(4, 0), None, AttContext(160, 0), AttContext(-1, -1))
 
     @pytest.mark.unit
+    def test_a_left_context_alone_in_a_list(self):
+        assert parse_layer_contexts([[40], None], 2, 'field') == (AttContext(40, 0), None)
+        assert parse_layer_contexts([[0, [40]], [1, (-1,)]], 2, 'field') == (AttContext(40, 0), AttContext(-1, 0))
+        assert parse_layer_contexts(OmegaConf.create([[0, [40]]]), 2, 'field') == (AttContext(40, 0),) * 2
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('anchors', [[[0, 40]], [[0, 40], [2, 120]], [[0, 40], [1, 80], [2, 120], [3, 160]]])
+    def test_anchors_without_their_inner_brackets(self, anchors, monkeypatch):
+        def no_look_ahead(context, where):
+            if context.right:
+                raise ValueError(f"{where}: the right context is {context.right}")
+
+        with pytest.raises(ValueError) as error:
+            parse_layer_contexts(anchors, 4, 'encoder.layer_att_context_size', check=no_look_ahead)
+        for part in (
+            'encoder.layer_att_context_size',
+            '[0, 40]',
+            'anchors [layer, [left, right]], such as [0, [40, 0]]',
+        ):
+            assert part in str(error.value)
+
+    @pytest.mark.unit
     def test_linear_interpolation(self):
         value = {'anchors': [[0, [4, 0]], [4, [12, 4]]], 'interpolate': 'linear'}
         contexts = parse_layer_contexts(OmegaConf.create(value), 6, 'field')
@@ -49,7 +71,8 @@ class TestLayerContexts:
             ([[-1, [4, 0]]], 0, '-1', 'a whole number, from 0 to 7'),
             ([[0, [4, 0]], [8, [4, 0]]], 1, '8', 'from 0 to 7'),
             ([[0, [4, 0]], [3, 4]], 1, '[3, 4]', 'a pair [left, right]'),
-            ([[0, [4]]], 0, '[4]', '[left, right]'),
+            ([[0, [4.0]]], 0, '[4.0]', '[left, right]'),
+            ([[0, [4, 0]], [3, 40]], 1, '[3, 40]', 'as in [layer, [40, 0]]'),
             ([[0, [4, 0, 0]]], 0, '[4, 0, 0]', '[left, right]'),
             ([[0, [4, 0]], [3]], 1, '[3]', 'a pair [layer, [left, right]]'),
             ([[0, [4, 0]], None], 1, 'None', 'a pair [layer, [left, right]]'),

@@ -1,5 +1,7 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+import gc
 import pickle
+import weakref
 from collections import Counter, namedtuple
 
 import pytest
@@ -127,6 +129,78 @@ def test_options_and_probabilities_are_checked(options, probabilities, seed, mes
 def test_sums_within_a_millionth_are_one():
     create_synced_context_collate(list, [[80, 0], [40, 0]], [0.5, 0.5000005])
     create_synced_context_collate(list, [[left, 0] for left in range(10)], [0.1] * 10)
+
+
+class Model(torch.nn.Module):
+    """Cannot be pickled, and shows itself in many lines."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(20)))
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError('a model was sent to a worker')
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda model: create_synced_context_collate(as_tuple, model, OPTIONS, PROBABILITIES),
+        lambda model: create_synced_context_collate(as_tuple, model, OPTIONS, PROBABILITIES, 0),
+        lambda model: create_synced_context_collate(as_tuple, None, OPTIONS, PROBABILITIES),
+        lambda model: create_synced_context_collate(as_tuple, model, OPTIONS, context_probs=PROBABILITIES),
+        lambda model: create_synced_context_collate(
+            as_tuple, model, context_options=OPTIONS, context_probs=PROBABILITIES
+        ),
+        lambda model: create_synced_context_collate(
+            base_collate_fn=as_tuple, model=model, context_options=OPTIONS, context_probs=PROBABILITIES
+        ),
+        lambda model: create_synced_context_collate(as_tuple, OPTIONS, PROBABILITIES, model=model, seed=0),
+        lambda model: create_synced_context_collate(as_tuple, OPTIONS, PROBABILITIES),
+        lambda model: create_synced_context_collate(as_tuple, context_options=OPTIONS, context_probs=PROBABILITIES),
+    ],
+)
+def test_a_model_is_taken_and_not_kept(make):
+    model = Model()
+    collate, kept = make(model), weakref.ref(model)
+    del model
+    gc.collect()
+    assert kept() is None
+    again = pickle.loads(pickle.dumps(collate))
+    assert again.draw == ContextDraw.parse(OPTIONS, PROBABILITIES)
+    assert again([1, 2]).att_context == again.draw.at(0)
+
+
+@pytest.mark.unit
+def test_all_arguments_of_a_call_reach_the_base():
+    def base(samples, padding, *more, pad_to=None):
+        return samples, padding, more, pad_to
+
+    collate = create_synced_context_collate(base, OPTIONS)
+    assert tuple(collate([1], 'zeros', 3, pad_to=16)) == ([1], 'zeros', (3,), 16)
+    assert tuple(collate(padding='zeros', samples=[1])) == ([1], 'zeros', (), None)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        ((list, Model(), OPTIONS, [0.2, 0.3, 0.4]), r'context_probs is \[0.2, 0.3, 0.4\]; it must sum to 1, not 0.9'),
+        ((list, Model()), 'context_options is <Model>; it must be a list of contexts'),
+        ((list, Model(), Model()), 'context_options is <Model>; it must be a list of contexts'),
+        ((list, OPTIONS, Model()), 'context_probs is <Model>; it must have one number for each of 3'),
+        ((list, OPTIONS, [Model()] * 3), 'context_probs: item 0 is <Model>; it must be a number'),
+        ((list, [Model()]), 'context_options: item 0: <Model> is no context'),
+        ((list, [[Model(), 0]]), 'context_options: item 0: the left context is <Model>'),
+        ((list, OPTIONS, None, Model()), 'seed is <Model>; it must be a whole number'),
+        ((list,), 'context_options is None; it must be a list of contexts'),
+    ],
+)
+def test_errors_are_one_line_and_print_no_model(arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        create_synced_context_collate(*arguments)
+    assert '\n' not in str(error.value) and 'Linear' not in str(error.value)
 
 
 @pytest.mark.unit

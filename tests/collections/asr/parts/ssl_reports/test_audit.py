@@ -210,6 +210,14 @@ class TestTrainingAudit:
             TrainingAudit(bad)
 
     @pytest.mark.unit
+    @pytest.mark.parametrize('context, milliseconds', [([8, 3], 240.0), ([8, 0], 0.0), ([-1, -1], -1.0)])
+    def test_the_look_ahead_of_the_audited_context_is_logged(self, context, milliseconds):
+        encoder = tiny_encoder(att_context_size=context, att_context_style='chunked_limited')
+        masks = torch.zeros(2, 4, 40)
+        assert TrainingAudit(1).step(record_of(masks), encoder, frame_ms=80.0)['audit/look_ahead_ms'] == milliseconds
+        assert 'audit/look_ahead_ms' not in TrainingAudit(1).step(record_of(masks), encoder)
+
+    @pytest.mark.unit
     def test_counts_all_along_and_audits_at_its_interval(self):
         audit, encoder = TrainingAudit(2), tiny_encoder(att_context_size=[3, 0])
         masked, empty = torch.zeros(2, 4, 40), torch.zeros(2, 4, 40)

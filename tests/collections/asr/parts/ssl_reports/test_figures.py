@@ -97,6 +97,15 @@ class TestLearningCurves:
         assert ceiling.lines[0].get_ydata()[:2].tolist() == [10, 160] and math.isnan(ceiling.lines[0].get_ydata()[2])
 
     @pytest.mark.unit
+    def test_groups_of_drawn_chunks_come_after_the_contexts(self):
+        names = ['chunk_16_to_31', 'unlimited_unlimited', 'chunk_1', '70_13', 'chunk_4_to_7', '70_0']
+        curves = {f'train_loss/ctx_{name}': [(0, 3.0), (1, 2.0)] for name in names}
+        contexts = ['70_0', '70_13', 'unlimited_unlimited']
+        assert figures.contexts_in(curves) == [*contexts, 'chunk_1', 'chunk_4_to_7', 'chunk_16_to_31']
+        (loss,) = figures.learning_curves(curves).axes
+        assert loss.lines[-1].get_label() == 'chunks of 16 to 31 in training, smoothed'
+
+    @pytest.mark.unit
     def test_without_accuracy_ceiling_or_anything(self):
         assert len(figures.learning_curves({'train_loss/ctx_5_0': [(0, 1.0)]}).axes) == 1
         with pytest.raises(ValueError, match='no val_loss/ctx_... or train_loss/ctx_...'):

@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny_nest import batches, fit, noise_batch, recording_contexts, tiny_model, trainer
+from spies import recording_contexts
+from tiny_nest import POSITIONS, batches, noise_batch, tiny_model, trainer
 
 from nemo.collections.asr.losses.ssl_losses.mlm import MLMLoss, MultiMLMLoss
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
@@ -13,7 +14,6 @@ from nemo.collections.asr.parts.att_context.windows import Window
 from nemo.collections.asr.parts.ssl_reports.validation import FrameScores, parse_contexts, predictions_in_contexts
 from nemo.collections.asr.parts.utils.masked_frames import MaskedPredictions
 
-POST_CONV = ('model.mask_position=post_conv', 'model.quantizer.combine_time_steps=1')
 SECONDS = (3.0, 2.0, 1.2)
 LABELS = ('10_0', '20_0', '40_0', 'unlimited_0')
 BOOKS = ('model.num_books=2', 'model.decoder.num_decoders=2', 'model.loss.num_decoders=2')
@@ -95,7 +95,7 @@ class TestPredictions:
         assert scores.correct.tolist() == correct and scores.utterances.tolist() == [0, 2]
 
     @pytest.mark.unit
-    @pytest.mark.parametrize('position', [(), POST_CONV], ids=['pre_conv', 'post_conv'])
+    @POSITIONS
     def test_the_same_frames_count_in_every_context(self, position):
         model = tiny_model(*position).eval()
         contexts = [[5, 0], [20, 0], [-1, 0]]

@@ -2,7 +2,7 @@
 import pytest
 import torch
 from omegaconf import open_dict
-from tiny_nest import tiny_config, tiny_model
+from tiny_nest import POST_CONV, tiny_config, tiny_model
 
 from nemo.collections.asr.modules import ConformerEncoder
 from nemo.collections.asr.parts.att_context.context import AttContext
@@ -113,7 +113,7 @@ def test_a_layer_takes_what_it_is_told_to_forget_from_nobody_else():
 
 @pytest.mark.unit
 def test_nemos_own_streaming_is_set_up_alike_with_masking_after_the_convolutions():
-    post_conv = tiny_model('model.mask_position=post_conv', 'model.quantizer.combine_time_steps=1').encoder
+    post_conv = tiny_model(*POST_CONV).encoder
     pre_conv = tiny_model().encoder
     for encoder in (pre_conv, post_conv):
         encoder.set_default_att_context_size([10, 0])

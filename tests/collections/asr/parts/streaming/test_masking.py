@@ -1,18 +1,13 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 import pytest
 import torch
-from tiny_nest import tiny_model
+from tiny_nest import POST_CONV, tiny_model
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
 from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
 
 MORE_MASKS = ('model.masking.mask_prob=0.03', 'model.target_normalize=null')
-POST_CONV = (
-    'model.mask_position=post_conv',
-    'model.quantizer.combine_time_steps=1',
-    'model.masking.block_size=16',
-    'model.masking.mask_prob=0.1',
-)
+MORE_POST_CONV = (*POST_CONV, 'model.masking.block_size=16', 'model.masking.mask_prob=0.1')
 
 
 def noise(*shape):
@@ -49,7 +44,7 @@ def test_masking_sees_the_frames_received_and_the_window_and_no_more():
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize('overrides', [(), POST_CONV], ids=['pre_conv', 'post_conv'])
+@pytest.mark.parametrize('overrides', [(), MORE_POST_CONV], ids=['pre_conv', 'post_conv'])
 @pytest.mark.parametrize('offset', [0, 1])
 def test_the_loss_is_that_of_the_offline_forward_with_the_same_masks(overrides, offset):
     cls = EncDecMaskedTokenPredModel if overrides else EncDecDenoiseMaskedTokenPredModel

@@ -1,16 +1,15 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 import functools
 import json
-import subprocess
-import sys
 
 import pytest
 import soundfile
 import torch
+from fresh_process import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from tiny_nest import tiny_config, tiny_model
+from tiny_nest import POST_CONV, tiny_config, tiny_model
 
 from nemo.collections.asr.models import EncDecCTCModel
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
@@ -33,7 +32,10 @@ CASES = {  # name: overrides, contexts
     'schedule, chunked': ((*CHUNKED, '+model.encoder.layer_att_context_size=[[4,1],[8,-1],[-1,0]]'), ([8, 3],)),
     'sdpa': (('+model.encoder.use_pytorch_sdpa=true',), ([4, 0], [-1, 0])),
     'batch norm': (('model.encoder.conv_norm_type=batch_norm',), ([4, 0],)),
-    'post conv': (('model.mask_position=post_conv', 'model.quantizer.combine_time_steps=1'), ([4, 0],)),
+    'post conv': (
+        POST_CONV,
+        ([4, 0],),
+    ),
     'codebooks': (('model.num_books=2',), ([4, 0],)),
 }
 
@@ -94,7 +96,9 @@ def assert_same_tokens(tokens, log_probs):
 
 
 def check(model, context, samples, lengths, sizes, **settings):
-    session = StreamingSession(model, len(lengths), context, True, True, True, **settings)
+    session = StreamingSession(
+        model, len(lengths), context, return_log_probs=True, return_tokens=True, return_features=True, **settings
+    )
     output = stream(session, samples, lengths, sizes)
     assert_equal(output, offline(model, samples, lengths, context))
     return output
@@ -282,11 +286,9 @@ def test_a_killed_process_is_carried_on_by_another(tmp_path):
     model.save_to(str(tmp_path / 'model.nemo'))
     samples, middle = noise(1, 20000), 7 * 1280
     torch.save(samples, tmp_path / 'samples.pt')
-    killed = subprocess.run(
-        [sys.executable, '-c', GO_ON, str(tmp_path), '0', str(middle), 'save'], capture_output=True
-    )
-    assert killed.returncode == -9, killed.stderr.decode()
-    subprocess.run([sys.executable, '-c', GO_ON, str(tmp_path), str(middle), '20000', 'end'], check=True)
+    killed = run_python('-c', GO_ON, tmp_path, 0, middle, 'save')
+    assert killed.returncode == -9, killed.stderr
+    run_python('-c', GO_ON, tmp_path, middle, 20000, 'end').check_returncode()
 
     session = StreamingSession(model, 1, [4, 0], return_log_probs=True)
     expected = [session.step(piece) for piece in samples.split(1280, dim=1)] + [session.finish()]

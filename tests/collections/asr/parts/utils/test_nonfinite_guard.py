@@ -154,7 +154,7 @@ def test_an_empty_batch_is_named(shape):
 @pytest.mark.unit
 @pytest.mark.parametrize('position', ['pre_conv', 'post_conv'])
 def test_silence_and_one_frame_utterances_train(position):
-    post = ['model.quantizer.combine_time_steps=1'] if position == 'post_conv' else []
+    post = ['model.quantizer.combine_time_steps=1', 'model.loss.decoder_offset=0'] * (position == 'post_conv')
     model = tiny_model(f'model.mask_position={position}', *post)
     silence = noise_batch((1.0, 0.5))
     silence.audio, silence.noisy_audio = silence.audio * 0, silence.noisy_audio * 0

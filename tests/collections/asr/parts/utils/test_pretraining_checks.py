@@ -79,6 +79,19 @@ class TestShippedConfigs:
         check_pretraining_config(cfg)
 
 
+class TestMaskPosition:
+    @pytest.mark.unit
+    def test_post_conv_needs_both_of_its_settings(self, cfg):
+        cfg.model.mask_position = 'post_conv'
+        assert_error(cfg, 'model.quantizer.combine_time_steps is 8', 'mask_position post_conv', 'must be 1')
+        cfg.model.quantizer.combine_time_steps = 1
+        assert_error(cfg, 'model.loss.decoder_offset is 1', 'mask_position post_conv', 'must be 0')
+        cfg.model.loss.decoder_offset = 0
+        check_pretraining_config(cfg)
+        del cfg.model.loss.decoder_offset
+        check_pretraining_config(cfg)
+
+
 class TestKeys:
     @pytest.mark.unit
     @pytest.mark.parametrize(

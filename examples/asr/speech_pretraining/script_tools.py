@@ -1,0 +1,217 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""What the scripts of this folder share: the check of the patches, errors, files, audio, models and training.
+
+No script imports another script. What two of them need is here, in ``streaming_tools.py`` or in ``evaluation_tools.py``.
+These modules import NeMo inside their functions only, because a script imports them before it checks the patches.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Callable, Optional
+
+import numpy as np
+import soundfile
+
+UNKNOWN_LENGTH = 0x7FFFF000  # bytes: headers of piped wav files claim this much or more
+
+
+def require_patches(script: str, *modules: str) -> list[str]:
+    """End the script with a clear error if the patches of this project are not in use.
+
+    A script calls it before it imports NeMo: on stock NeMo an import would fail with less to say.
+
+    Args:
+        script: the ``__file__`` of the script.
+        modules: dotted names of patched modules that the script needs; they are imported.
+
+    Returns:
+        The lines of the report on the patches, for a log.
+
+    Raises:
+        SystemExit: with the reason, if the patches are not in use.
+    """
+    try:
+        from nemo_streaming_ssl.report import require_active
+
+        return require_active(*modules)
+    except (ImportError, RuntimeError) as error:
+        raise SystemExit(f'{name_of(script)} needs the patches of nemo-streaming-ssl: {error}') from error
+
+
+def name_of(script: str) -> str:
+    """Return the name that messages have for a script, given its ``__file__``."""
+    return Path(script).stem
+
+
+def report_error(script: str, error: Exception, status: int) -> int:
+    """Print what stopped the script as one line that begins with its name, and return the exit status."""
+    print(f'{name_of(script)}: error: {error}', file=sys.stderr)
+    return status
+
+
+def check_folders(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
+    """End with the parser's error if the folder of an output file is not there.
+
+    Args:
+        parser: made the options.
+        options: the parsed command line.
+        names: of options that hold the ``Path`` of a file to write, or None.
+    """
+    for name in names:
+        path = getattr(options, name)
+        if path is not None and not path.resolve().parent.is_dir():
+            parser.error(f'--{name} {path}: there is no folder {path.resolve().parent}')
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; an old file stays as it is until the new one is complete.
+
+    Raises:
+        OSError: naming the file, if it cannot be written.
+    """
+    from nemo.utils.atomic_files import replacing
+
+    with replacing(path) as partial:
+        partial.write_text(text, encoding='utf-8')
+
+
+def manifest_lines(path: Path) -> list[tuple[int, str]]:
+    """Return the number and the text of each line of a manifest that is not blank.
+
+    Raises:
+        ValueError: naming the manifest, if it cannot be read or has no such line.
+    """
+    try:
+        with open(path, encoding='utf-8') as lines:
+            found = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f'manifest {path} cannot be read: {error}') from None
+    if not found:
+        raise ValueError(f'manifest {path} has no entries')
+    return found
+
+
+def manifest_seconds(path: Path) -> float:
+    """Return how many seconds of audio the entries of a manifest claim together.
+
+    Raises:
+        ValueError: naming the manifest, if it cannot be read or has no entries.
+    """
+    return sum(json.loads(line)['duration'] for _, line in manifest_lines(path))
+
+
+def read_audio(path: Path, rate: int, offset: float = 0.0, duration: Optional[float] = None) -> np.ndarray:
+    """Read a file as mono samples at ``rate``, float32 [N] with full scale at 1.
+
+    Args:
+        path: of an audio file of any rate and number of channels.
+        rate: samples per second wanted.
+        offset: where the part to read begins, in seconds.
+        duration: how long the part is, in seconds; None: it ends where the file ends.
+
+    Raises:
+        ValueError: naming the file, if it is missing, empty, truncated or no audio.
+    """
+    if not path.is_file():
+        raise ValueError(f'{path}: there is no such file')
+    if path.stat().st_size == 0:
+        raise ValueError(f'{path}: the file is empty')
+    try:
+        with soundfile.SoundFile(str(path)) as audio:
+            _check_complete(audio)
+            samples, wanted = _read_part(audio, offset, duration)
+            own_rate = audio.samplerate
+    except (soundfile.LibsndfileError, ValueError) as error:
+        raise ValueError(f'{path}: cannot be read as audio: {error}') from None
+    if len(samples) < wanted:
+        raise ValueError(f'{path}: the file is truncated: {len(samples)} of {wanted} samples are there')
+    if len(samples) == 0:
+        raise ValueError(f'{path}: there are no samples in it')
+    if not np.isfinite(samples).all():
+        raise ValueError(f'{path}: it holds samples that are not finite')
+    return resampled(samples.mean(axis=1), own_rate, rate)
+
+
+def _check_complete(audio: soundfile.SoundFile) -> None:
+    """Raise ValueError if the header promises more than the file holds; libsndfile only notes it in its log."""
+    for claimed, there in re.findall(r'^\s*data\s*:\s*(\d+)\s*\(should be (\d+)\)', audio.extra_info, re.MULTILINE):
+        if int(there) < int(claimed) < UNKNOWN_LENGTH:
+            raise ValueError(f'the file is truncated: {there} of {claimed} bytes of samples are there')
+
+
+def _read_part(audio: soundfile.SoundFile, offset: float, duration: Optional[float]) -> tuple[np.ndarray, int]:
+    """Return a part of an audio file as float32 [N, channels], and how many samples it should have."""
+    audio.seek(min(int(offset * audio.samplerate), audio.frames))
+    wanted = audio.frames - audio.tell()
+    if duration is not None:
+        wanted = min(wanted, int(duration * audio.samplerate))
+    return audio.read(wanted, dtype='float32', always_2d=True), wanted
+
+
+def resampled(samples: np.ndarray, own_rate: int, rate: int) -> np.ndarray:
+    """Return samples [N] of ``own_rate`` per second as float32 samples of ``rate`` per second."""
+    if own_rate == rate:
+        return np.ascontiguousarray(samples)
+    import librosa
+
+    return librosa.resample(samples, orig_sr=own_rate, target_sr=rate).astype(np.float32)
+
+
+def restore(path: Path, device: str):
+    """Restore a model from a .nemo file, in eval mode.
+
+    Raises:
+        ValueError: naming the file, if that fails.
+    """
+    import torch
+
+    from nemo.core.classes.modelPT import ModelPT
+    from nemo.utils import logging
+
+    if not path.is_file():
+        raise ValueError(f'--model_path {path}: there is no such file')
+    logging.setLevel(logging.ERROR)  # NeMo warns that there is no training data
+    try:
+        model = ModelPT.restore_from(str(path), map_location=torch.device(device))
+    except Exception as error:  # whatever tarfile, yaml, OmegaConf, torch and the model's class raise
+        raise ValueError(f'--model_path {path}: NeMo cannot restore it: {error!r}') from error
+    return model.eval()
+
+
+def sample_rate_of(model) -> int:
+    """Return how many samples per second a model hears."""
+    return model.preprocessor.featurizer.sample_rate
+
+
+def fit_or_exit(script: str, patches: list[str], cfg, prepare: Callable, build: Callable) -> None:
+    """Train as the config says; if it cannot work, end with one message before any training.
+
+    Args:
+        script: the ``__file__`` of the script.
+        patches: what :func:`require_patches` returned, for the log.
+        cfg: the config that Hydra composed.
+        prepare: takes the config and returns it checked and completed.
+        build: takes the prepared config and returns the trainer and the model.
+
+    Raises:
+        SystemExit: with the message of a ValueError, an OSError or a class that Hydra cannot make.
+    """
+    import lightning.pytorch as pl
+    from hydra.errors import InstantiationException
+    from omegaconf import OmegaConf
+
+    from nemo.utils import logging
+
+    logging.info('\n'.join(patches))
+    try:
+        cfg = prepare(cfg)
+        logging.info(f'Hydra config:\n{OmegaConf.to_yaml(cfg)}')
+        if cfg.get('seed') is not None:
+            pl.seed_everything(cfg.seed, workers=True)
+        trainer, model = build(cfg)
+    except (ValueError, OSError, InstantiationException) as error:
+        raise SystemExit(f'{name_of(script)}: {error}') from error
+    trainer.fit(model)

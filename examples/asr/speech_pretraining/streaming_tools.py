@@ -1,0 +1,193 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Stream samples through a model, measure it, and compare the result with the offline forward.
+
+B batch, N samples, D channels of the encoder, T encoder frames.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Iterator, Optional
+
+import numpy as np
+import torch
+from script_tools import read_audio, sample_rate_of
+from tqdm import tqdm
+
+LONGEST_OFFLINE = 300  # seconds; the offline forward takes memory with the square of the length
+
+
+@dataclass
+class Streamed:
+    """What streaming one audio in one context gave."""
+
+    context: list[int]
+    look_ahead_ms: float
+    cache_bytes: int = 0
+    seconds: float = 0.0
+    chunk_ms: list[float] = field(default_factory=list)
+    """Time of each step."""
+    output: object = None
+    """The joined ``StreamingOutput``."""
+    largest_difference: Optional[float] = None
+    """Of encoder outputs, to the offline forward."""
+    token_agreement: Optional[float] = None
+    """Share of frames with the token of the offline forward."""
+
+    def figures(self) -> dict:
+        """Return what the report says of it; times are in milliseconds."""
+        times = sorted(self.chunk_ms)
+        return {
+            'att_context_size': self.context,
+            'frames': int(self.output.lengths[0]),
+            'look_ahead_ms': self.look_ahead_ms,
+            'cache_bytes_per_stream': self.cache_bytes,
+            'chunk_ms_p50': _quantile(times, 0.5),
+            'chunk_ms_p95': _quantile(times, 0.95),
+            'chunk_ms_max': _quantile(times, 1.0),
+            'real_time_factor': round(sum(times) / 1000 / self.seconds, 4) if self.seconds else None,
+            'largest_difference': self.largest_difference,
+            'token_agreement': self.token_agreement,
+        }
+
+
+def _quantile(times: list[float], share: float) -> Optional[float]:
+    """Return the time that this share of the sorted times stays below; None if there are no times."""
+    return round(times[min(int(share * len(times)), len(times) - 1)], 3) if times else None
+
+
+def has_tokens(model) -> bool:
+    """Return whether the model's decoder gives classes for each encoder frame."""
+    return 'encoder_output' in (getattr(getattr(model, 'decoder', None), 'input_types', None) or {})
+
+
+def stream(model, chunks, context=None, total: Optional[float] = None, name: str = 'stream') -> Streamed:
+    """Stream pieces of samples through the model, with a progress bar in seconds of audio.
+
+    Args:
+        model: in eval mode.
+        chunks: pieces [1, n].
+        context: anything ``AttContext.parse`` reads; None: the model's default.
+        total: seconds of all pieces, if known.
+        name: on the progress bar.
+    """
+    from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
+
+    session = StreamingSession(model, att_context_size=context, return_tokens=has_tokens(model), return_features=True)
+    result = Streamed(session.att_context.as_list(), 1000 * session.look_ahead_samples / session.sample_rate)
+    outputs = []
+    with _progress_bar(total, name) as progress:
+        for samples in chunks:
+            outputs.append(_timed_step(session, samples, result))
+            progress.update(samples.shape[1] / session.sample_rate)
+            if total is None:
+                _show_last_token(progress, outputs[-1].tokens)
+    result.cache_bytes = session.cache_bytes_per_stream
+    outputs.append(session.finish())
+    result.output = StreamingOutput.concatenate(outputs)
+    return result
+
+
+def _progress_bar(total: Optional[float], name: str) -> tqdm:
+    """Return a bar that counts seconds of audio, up to ``total`` if that is known."""
+    form = '{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} s'
+    if not total:
+        form = '{desc}: {n:.1f} s [{elapsed}]{postfix}'
+    return tqdm(total=total, desc=name, bar_format=form, mininterval=0.2)
+
+
+def _timed_step(session, samples: torch.Tensor, result: Streamed):
+    """Stream one piece [1, n], note its time and its length in the result, and return the session's output."""
+    start = time.perf_counter()
+    output = session.step(samples)
+    result.chunk_ms.append(1000 * (time.perf_counter() - start))
+    result.seconds += samples.shape[1] / session.sample_rate
+    return output
+
+
+def _show_last_token(progress: tqdm, tokens: Optional[torch.Tensor]) -> None:
+    """Put the last of the tokens [1, T, ...] on the progress bar, if there are any."""
+    if tokens is not None and tokens.shape[1]:
+        progress.set_postfix_str(f'token {tokens[0, -1].flatten().tolist()}', refresh=False)
+
+
+def stream_samples(model, samples: np.ndarray, chunk_size: float, context, name: str) -> Streamed:
+    """Stream samples [N] in steps of ``chunk_size`` seconds; context and name are those of :func:`stream`."""
+    rate = sample_rate_of(model)
+    chunks = _chunks_of(samples, max(round(chunk_size * rate), 1))
+    return stream(model, chunks, context, len(samples) / rate, name)
+
+
+def _chunks_of(samples: np.ndarray, size: int) -> Iterator[torch.Tensor]:
+    """Yield pieces [1, n] of samples [N]."""
+    for begin in range(0, len(samples), size):
+        yield torch.from_numpy(samples[begin : begin + size]).unsqueeze(0)
+
+
+@torch.no_grad()
+def encode_offline(model, samples: torch.Tensor, context) -> torch.Tensor:
+    """Return what the encoder makes of samples [1, N] at once, in one attention context; [1, D, T]."""
+    length = torch.tensor([samples.shape[1]], device=samples.device)
+    with model.encoder.using_att_context_size(context):
+        features, lengths = model.preprocessor(input_signal=samples, length=length)
+        encoded, lengths = model.encoder(audio_signal=features, length=lengths)
+    return encoded[:, :, : int(lengths[0])]
+
+
+@torch.no_grad()
+def compare_with_offline(model, samples: np.ndarray, streamed: Streamed) -> None:
+    """Run the offline forward of samples [N] in the same context, and note how far the streamed outputs are from it."""
+    if streamed.seconds > LONGEST_OFFLINE:
+        print(f'not compared with offline: the audio is longer than {LONGEST_OFFLINE} s', file=sys.stderr)
+        return
+    device = next(model.encoder.parameters()).device
+    encoded = encode_offline(model, torch.from_numpy(samples).unsqueeze(0).to(device), streamed.context)
+    if encoded.shape != streamed.output.encoded.shape:
+        raise RuntimeError(f'streamed {tuple(streamed.output.encoded.shape)}, offline {tuple(encoded.shape)}: a bug')
+    streamed.largest_difference = (encoded - streamed.output.encoded).abs().max().item()
+    if streamed.output.tokens is not None:
+        tokens = model.decoder(encoder_output=encoded).argmax(dim=2)
+        streamed.token_agreement = (tokens == streamed.output.tokens).float().mean().item()
+
+
+def streamable_contexts(model, contexts=None) -> list[list[int]]:
+    """Return those of the contexts, by default of all that the model is configured with, that need no whole utterance."""
+    from nemo.collections.asr.parts.att_context.context import UNLIMITED
+    from nemo.collections.asr.parts.att_context.receptive_field import receptive_field
+    from nemo.collections.asr.parts.att_context.windows import STYLES
+
+    encoder = model.encoder
+    contexts = [list(context) for context in (encoder.att_context_size_all if contexts is None else contexts)]
+    if encoder.att_context_style not in STYLES:
+        return contexts
+    return [context for context in contexts if receptive_field(encoder, context).right != UNLIMITED]
+
+
+def chunk_seconds(model, context) -> float:
+    """Return the seconds of audio in a chunk of the attention; of one attention frame where the style has no chunks."""
+    from nemo.collections.asr.parts.att_context.context import AttContext
+    from nemo.collections.asr.parts.att_context.windows import Window
+
+    window = Window(AttContext(*context), model.encoder.att_context_style)
+    featurizer = model.preprocessor.featurizer
+    return window.chunk * model.encoder.subsampling_factor * featurizer.hop_length / featurizer.sample_rate
+
+
+def stream_one(model, audio_path, chunk_size: float = 0.08, context=None) -> Streamed:
+    """Stream a file in one context and compare it with offline: for :func:`parity_line`."""
+    samples = read_audio(Path(audio_path), sample_rate_of(model))
+    streamed = stream_samples(model, samples, chunk_size, context, 'streaming')
+    compare_with_offline(model, samples, streamed)
+    return streamed
+
+
+def parity_line(streamed: Streamed) -> str:
+    """Return one line on whether streaming equals offline."""
+    figures = streamed.figures()
+    tokens = '' if streamed.token_agreement is None else f', {streamed.token_agreement:.2%} of the tokens the same'
+    return (
+        f"Streamed {streamed.seconds:.1f} s in context {streamed.context}: largest difference to offline "
+        f"{streamed.largest_difference:.1e}{tokens}, {figures['chunk_ms_p50']:.1f} ms per chunk (p50), "
+        f"real-time factor {figures['real_time_factor']:.3f}"
+    )

@@ -1,0 +1,21 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / 'benchmarks/masking_audit.py'
+
+
+@pytest.mark.integration
+def test_every_shipped_config_masks_what_can_be_answered_and_as_much_live_as_offline(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location('masking_audit', SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    rows = script.main(['--json', str(tmp_path / 'rows.json')])
+    assert len({row['config'] for row in rows}) == len(list(script.CONFIGS.glob('*.yaml')))
+    for row in rows:
+        assert row['unanswerable'] == row['unanswerable_live'] == 0 and row['masked_frames'] > 10000, row
+        assert row['masked_live'] == pytest.approx(row['masked'], rel=0.15), row
+        assert row['masked'] == pytest.approx(0.33, rel=0.1), row
+    assert capsys.readouterr().out.count('| `nest_') == len(rows)

@@ -1,0 +1,297 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""The configs with look-ahead, and dynamic chunk training: from the draw to the logs, and streamed."""
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
+from omegaconf import OmegaConf
+from spies import recording_contexts
+from tiny_nest import CONFIGS, batches, fit, noise_batch, tiny_config, tiny_model
+
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
+from nemo.collections.asr.parts.att_context import AttContext, AttContextCurriculum, create_synced_context_collate
+from nemo.collections.asr.parts.att_context.receptive_field import context_table, look_ahead_ms
+from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
+from nemo.collections.asr.parts.utils.pretraining_checks import check_contexts, check_known_keys, check_own_sections
+
+DYNAMIC, MULTI_LATENCY = 'nest_fast-conformer_dynamic_chunk', 'nest_fast-conformer_streaming_multi_latency'
+CONFIG_NAMES = [DYNAMIC, f'{DYNAMIC}_tiny', MULTI_LATENCY, f'{MULTI_LATENCY}_tiny']
+CHUNKED = ['model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[[8,3],[6,1],[6,0]]']
+SAMPLER = '{full_prob: 0.3, chunk_size: [1, 6], left_chunks: [1, 4], left_limited_prob: 0.6}'
+SAMPLED = [*CHUNKED, f'+model.encoder.att_context_sampler={SAMPLER}']
+FRAME_MS = 80
+
+
+def model_of(name, *overrides):
+    torch.manual_seed(0)
+    return EncDecDenoiseMaskedTokenPredModel(tiny_config(*overrides, name=name).model)
+
+
+@torch.no_grad()
+def assert_streams_as_offline(model, context, seconds=4.0):
+    model.eval()
+    samples = torch.randn(1, int(seconds * 16000), generator=torch.Generator().manual_seed(1)).cumsum(dim=1) * 0.01
+    session = StreamingSession(model, att_context_size=context)
+    pieces = [session.step(piece) for piece in samples.split(1000, dim=1)] + [session.finish()]
+    with model.encoder.using_att_context_size(context):
+        features, lengths = model.preprocessor(input_signal=samples, length=torch.tensor([samples.shape[1]]))
+        encoded, lengths = model.encoder(audio_signal=features, length=lengths)
+    streamed = StreamingOutput.concatenate(pieces).encoded
+    torch.testing.assert_close(streamed, encoded[:, :, : int(lengths)], atol=1e-4, rtol=0)
+
+
+class TestConfigs:
+    @pytest.mark.unit
+    @pytest.mark.parametrize('name', CONFIG_NAMES)
+    def test_it_composes_and_passes_the_checks(self, name):
+        with initialize_config_dir(str(CONFIGS), version_base=None):
+            cfg = compose(
+                name, overrides=[f'model.{data}_ds.manifest_filepath=null' for data in ('train', 'validation')]
+            )
+        check_known_keys(cfg.model)
+        check_own_sections(cfg)
+        check_contexts(cfg.model.encoder)
+        assert cfg.model.encoder.att_context_style == 'chunked_limited' and cfg.model.loss.decoder_offset == 1
+        assert (cfg.model.encoder.get('att_context_sampler') is not None) == (DYNAMIC in name)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('name', CONFIG_NAMES)
+    def test_the_latency_beside_each_context_is_that_of_the_encoder(self, name):
+        encoder = model_of(name).encoder
+        lines = (CONFIGS / f'{name}.yaml').read_text().splitlines()
+        for context in encoder.att_context_size_all:
+            (line,) = [line for line in lines if line.strip().startswith(f'- {list(context)}')]
+            wait = look_ahead_ms(encoder, context, FRAME_MS)
+            assert wait == (None if context[1] == -1 else context[1] * FRAME_MS)
+            stated = {None: 'the whole utterance', 0: ' 0 ms'}.get(wait)
+            assert (stated or f'up to {wait:g} ms, {wait / 2:g} ms on average') in line
+
+    @pytest.mark.unit
+    def test_nvidias_contexts(self):
+        assert model_of(MULTI_LATENCY).encoder.att_context_size_all == [[70, 13], [70, 6], [70, 1], [70, 0]]
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('name', CONFIG_NAMES)
+    def test_it_trains_and_streams_equal_to_offline(self, name):
+        model = model_of(name, 'model.encoder.n_layers=2')
+        run = fit(model, batches(6, seconds=(3.0, 2.0)), max_steps=6)
+        losses = run.logger.column('train_loss')
+        assert len(losses) == 6 and all(0 < loss < 10 for loss in losses)
+        assert run.logger.column('unanswerable_share') == [0] * 6
+        contexts = [list(context) for context in model.encoder.att_context_size_all if context[1] != -1]
+        assert {right + 1 for _, right in contexts} == ({1, 4, 14} if DYNAMIC in name else {1, 2, 7, 14})
+        for context in contexts:
+            assert_streams_as_offline(model, context)
+
+
+class TestSampledTraining:
+    @pytest.mark.unit
+    def test_attention_and_masking_follow_each_draw_and_validation_draws_nothing(self):
+        model = tiny_model(*SAMPLED)
+        sampler = model.encoder.att_context_sampler
+        with recording_contexts(model) as record:
+            run = fit(model, batches(8), max_steps=8)
+        drawn = [sampler.draw(0, step).as_list() for step in range(8)]
+        assert record.attention == drawn and len(set(map(tuple, drawn))) > 4
+        assert record.masking == [left for left, _ in drawn]
+        assert run.logger.column('att_context_left') == [left for left, _ in drawn]
+        assert run.logger.column('att_context_right') == [right for _, right in drawn]
+        model.eval()
+        with recording_contexts(model) as record, torch.no_grad():
+            model.inference_pass(noise_batch(), mode='val', apply_mask=True)
+        assert record.attention == [[8, 3], [6, 1], [6, 0]]  # model.validate_contexts: all
+
+    @pytest.mark.unit
+    def test_the_losses_are_logged_for_groups_of_chunks(self):
+        model = tiny_model(*SAMPLED)
+        run = fit(model, batches(12), max_steps=12)
+        names = {name for step in run.logger.steps.values() for name in step if name.startswith('train_loss/ctx_')}
+        groups = {'unlimited_unlimited', 'chunk_1', 'chunk_2_to_3', 'chunk_4_to_7'}
+        configured = {'8_3', '6_1', '6_0'}
+        assert {name.removeprefix('train_loss/ctx_') for name in names} <= groups | configured
+        assert len(names) > 2
+
+    @pytest.mark.unit
+    def test_a_resumed_run_draws_what_the_whole_one_draws(self, tmp_path):
+        whole = fit(tiny_model(*SAMPLED), batches(6), max_steps=6).logger.column('att_context_right')
+        first = fit(tiny_model(*SAMPLED), batches(6), max_steps=3)
+        first.save_checkpoint(tmp_path / 'half.ckpt')
+        rest = fit(tiny_model(*SAMPLED), batches(6), max_steps=6, ckpt_path=tmp_path / 'half.ckpt')
+        assert first.logger.column('att_context_right') + rest.logger.column('att_context_right') == whole
+
+    @pytest.mark.unit
+    def test_by_hand_wins_then_what_comes_with_the_batch(self):
+        encoder = tiny_model(*SAMPLED).encoder.train()
+        assert encoder.att_context_of_batch(AttContext(8, 7), step=0) == AttContext(8, 7)
+        encoder.set_att_context_size([6, 1])
+        assert encoder.att_context_of_batch(AttContext(8, 7), step=0) == AttContext(6, 1)
+        encoder.set_att_context_size(None)
+        assert encoder.draw_att_context_size(0) == encoder.att_context_sampler.draw(0, 0)
+        assert encoder.eval().draw_att_context_size(0) == AttContext(8, 3)
+
+    @pytest.mark.unit
+    def test_a_synced_collates_contexts_take_the_place_of_the_draw(self):
+        model = tiny_model(*SAMPLED)
+        collate = create_synced_context_collate(lambda samples: samples[0], context_options=[[8, 1]])
+        loader = torch.utils.data.DataLoader([noise_batch(seed=seed) for seed in range(3)], collate_fn=collate)
+        run = fit(model, loader, max_steps=3)
+        assert run.logger.column('att_context_right') == [1, 1, 1]
+
+    @pytest.mark.unit
+    def test_without_the_model_the_encoder_counts_its_own_draws(self):
+        encoder = tiny_model(*SAMPLED).encoder.train()
+        drawn = [encoder.draw_att_context_size() for _ in range(4)]
+        assert drawn == [encoder.att_context_sampler.draw(0, step) for step in range(4)]
+
+    @pytest.mark.unit
+    def test_it_travels_in_the_nemo_file(self, tmp_path):
+        model = tiny_model(*SAMPLED)
+        model.save_to(str(tmp_path / 'model.nemo'))
+        restored = EncDecDenoiseMaskedTokenPredModel.restore_from(str(tmp_path / 'model.nemo'))
+        assert restored.encoder.att_context_sampler == model.encoder.att_context_sampler
+
+    @pytest.mark.unit
+    def test_block_by_block_the_loss_is_the_same(self):
+        losses = []
+        for choice in ('off', 'on'):
+            model = tiny_model(*SAMPLED, f'model.encoder.blockwise_attention={choice}')
+            losses.append(fit(model, batches(5, seconds=(2.0, 1.5)), max_steps=5).logger.column('train_loss'))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+    @pytest.mark.unit
+    def test_a_context_set_by_hand_is_known_if_it_can_be_drawn(self):
+        encoder = tiny_model(*SAMPLED).encoder
+        with pytest.MonkeyPatch.context() as patch:
+            warned = []
+            patch.setattr('nemo.collections.asr.parts.att_context.batch_context.logging.warning', warned.append)
+            encoder.set_att_context_size([15, 4])
+            assert not warned
+            encoder.set_att_context_size([70, 13])
+            assert 'it was on those of att_context_sampler' in warned[0]
+
+    @pytest.mark.unit
+    def test_validation_tells_the_look_ahead_of_each_context(self):
+        with pytest.MonkeyPatch.context() as patch:
+            told = []
+            patch.setattr('nemo.collections.asr.parts.ssl_reports.validation.logging.info', told.append)
+            tiny_model(
+                'model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[[8,3],[-1,-1]]'
+            )
+        assert 'Validation in contexts [8, 3] (look-ahead 240 ms), [-1, -1] (look-ahead all)' in told
+
+    @pytest.mark.unit
+    def test_the_table_of_contexts_says_what_is_drawn(self):
+        table = context_table(tiny_model(*SAMPLED).encoder, FRAME_MS)
+        assert 'else chunks with a look-ahead of 0 to 400 ms' in table
+
+
+class TestWithLayersAndCurriculum:
+    LAYERS = ['model.encoder.n_layers=2', '+model.encoder.layer_att_context_size=[[4,-1],[3,0]]']
+
+    @pytest.mark.unit
+    def test_layers_see_whole_chunks_of_what_is_drawn(self):
+        encoder = tiny_model(*SAMPLED, *self.LAYERS).encoder
+        effective = {
+            tuple(batch): [context.as_list() for context in encoder.effective_att_contexts(batch)]
+            for batch in ([-1, -1], [-1, 2], [10, 4], [-1, 0])
+        }
+        assert effective == {
+            (-1, -1): [[4, -1], [3, 0]],
+            (-1, 2): [[3, 2], [3, 0]],
+            (10, 4): [[0, 4], [3, 0]],  # 4 frames are no whole chunk of 5: the chunk alone
+            (-1, 0): [[4, 0], [3, 0]],
+        }
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('context', [[8, 3], [6, 1], [6, 0], [-1, 4]])
+    def test_they_stream_equal_to_offline(self, context):
+        assert_streams_as_offline(tiny_model(*SAMPLED, *self.LAYERS), context, seconds=2.0)
+
+    @pytest.mark.unit
+    def test_everything_masked_can_be_answered_in_each_layer(self):
+        model = tiny_model(*SAMPLED, *self.LAYERS, 'model.audit_every_n_batches=1')
+        run = fit(model, batches(10, seconds=(3.0, 2.0)), max_steps=10)
+        names = [name for name in run.logger.steps[0] if name.startswith('audit/unanswerable_share')]
+        assert names and all(run.logger.column(name) == [0] * 10 for name in names)
+
+    @pytest.mark.unit
+    def test_a_layer_with_chunks_of_its_own_must_fit_every_chunk(self):
+        with pytest.raises(InstantiationException, match=r'item 0.*right context is 1; .*chunk_size.: \[1, 6\]'):
+            tiny_model(*SAMPLED, 'model.encoder.n_layers=1', '+model.encoder.layer_att_context_size=[[4,1]]')
+
+    @pytest.mark.unit
+    def test_a_curriculum_cuts_the_chunks_and_rounds_the_past_down(self):
+        model = tiny_model(*SAMPLED)
+        curriculum = AttContextCurriculum(milestones=[[0, [4, 0]], [4, [5, 2]], [8, [-1, -1]]])
+        run = fit(model, batches(12), max_steps=12, callbacks=[curriculum])
+        drawn = [model.encoder.att_context_sampler.draw(0, step) for step in range(12)]
+        lefts, rights = (run.logger.column(f'att_context_{side}') for side in ('left', 'right'))
+        found = list(zip(lefts, rights))
+        assert set(rights[:4]) == {0} and all(0 < left <= 4 for left in lefts[:4])
+        for (left, right), context in zip(found[4:8], drawn[4:8]):
+            expected = min(context.right, 2) if context.right != -1 else 2
+            assert right == expected and left in (0, 3, 4, 5) and left % (right + 1) == 0
+        assert found[8:] == [tuple(context) for context in drawn[8:]]
+
+    @pytest.mark.unit
+    def test_a_linear_curriculum_needs_no_common_chunk(self):
+        model = tiny_model(*SAMPLED)
+        curriculum = AttContextCurriculum(start=[4, 0], end=[20, 5], warmup_steps=8)
+        ceilings = [curriculum.ceiling_at(step, model.encoder).as_list() for step in (0, 4, 8)]
+        assert ceilings == [[4, 0], [12, 2], [20, 5]]
+
+    @pytest.mark.unit
+    def test_a_ceiling_that_a_layer_cannot_follow_is_refused_before_training(self):
+        sampler = '{full_prob: 0, chunk_size: [4, 4]}'
+        model = tiny_model(
+            *CHUNKED[:1],
+            'model.encoder.att_context_size=[8,3]',
+            f'+model.encoder.att_context_sampler={sampler}',
+            'model.encoder.n_layers=1',
+            '+model.encoder.layer_att_context_size=[[4,1]]',
+        )
+        curriculum = AttContextCurriculum(milestones=[[0, [8, 2]]])
+        with pytest.raises(ValueError, match=r'curriculum.milestones: item 0, \[8, 2\]: a layer has \[4, 1\], and'):
+            fit(model, batches(1), max_steps=1, callbacks=[curriculum])
+
+
+class TestChecks:
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'section, message',
+        [
+            ('{full_prob: 0.5, chunk_sise: [1, 2]}', 'chunk_sise is not known; did you mean .*chunk_size'),
+            ('{full_prob: 0.5}', 'it must have full_prob and chunk_size'),
+            ('{full_prob: 0.5, chunk_size: [0, 2]}', r'chunk_size is \[0, 2\]'),
+        ],
+    )
+    def test_a_section_that_cannot_work_is_refused_by_name(self, section, message):
+        encoder = OmegaConf.create({'att_context_style': 'chunked_limited', 'att_context_sampler': {}})
+        encoder.att_context_sampler = OmegaConf.create(section)
+        with pytest.raises(ValueError, match=r'model\.encoder\.att_context_sampler.*' + message):
+            check_contexts(encoder)
+
+    @pytest.mark.unit
+    def test_probabilities_of_the_list_would_be_passed_over(self):
+        encoder = OmegaConf.create(
+            {
+                'att_context_style': 'chunked_limited',
+                'att_context_size': [[8, 3], [6, 0]],
+                'att_context_probs': [0.5, 0.5],
+                'att_context_sampler': {'full_prob': 0.5, 'chunk_size': [1, 2]},
+            }
+        )
+        with pytest.raises(ValueError, match=r'att_context_probs is \[0.5, 0.5\], but .*att_context_sampler draws'):
+            check_contexts(encoder)
+
+    @pytest.mark.unit
+    def test_an_attention_with_a_built_in_context_cannot_sample(self):
+        with pytest.raises(
+            InstantiationException, match='model.encoder.att_context_sampler: self_attention_model rel_pos_local'
+        ):
+            tiny_model(
+                'model.encoder.self_attention_model=rel_pos_local_attn',
+                'model.encoder.att_context_size=[8,8]',
+                f'+model.encoder.att_context_sampler={SAMPLER}',
+            )

@@ -1,0 +1,210 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.context_sampler import (
+    FULL,
+    ContextSampler,
+    in_whole_chunks,
+    window_of_layer,
+    within_ceiling,
+)
+from nemo.collections.asr.parts.att_context.windows import Window
+from nemo.collections.asr.parts.utils.known_keys import ATT_CONTEXT_SAMPLER_KEYS
+
+SECTION = {'full_prob': 0.4, 'chunk_size': [1, 25], 'left_chunks': [5, 70], 'left_limited_prob': 0.75}
+KEY = 'model.encoder.att_context_sampler'
+FRAMES = range(60)
+FIRST_DRAWS = [[165, 14], [-1, -1], [-1, 0], [-1, -1], [741, 18], [-1, -1]]  # seed 0
+
+probabilities = st.floats(0, 1)
+sides = st.integers(-1, 40)
+chunks = st.integers(1, 12)
+
+
+@st.composite
+def samplers(draw):
+    low, fewest = draw(chunks), draw(st.integers(1, 8))
+    high, most = draw(st.integers(low, 30)), draw(st.integers(fewest, 50))
+    return ContextSampler(draw(probabilities), (low, high), (fewest, most), draw(probabilities))
+
+
+def seen(window: Window, frame: int) -> set[int]:
+    return {key for key in FRAMES if window.sees(frame, key)}
+
+
+class TestDraw:
+    @pytest.mark.unit
+    @given(samplers(), st.integers(0, 2**40), st.integers(0, 10**7))
+    def test_it_is_a_pure_function_within_the_bounds(self, sampler, seed, step):
+        context = sampler.draw(seed, step)
+        again = ContextSampler.parse(sampler.as_dict())  # as another rank, or a resumed run, reads it
+        assert context == again.draw(seed, step) and sampler.covers(context)
+        assert context in sampler.widest_contexts() or context.left >= 0
+        if context == FULL:
+            return
+        chunk = context.right + 1
+        assert sampler.chunk_size[0] <= chunk <= sampler.chunk_size[1]
+        if context.left != -1:
+            assert context.left % chunk == 0
+            assert sampler.left_chunks[0] <= context.left // chunk <= sampler.left_chunks[1]
+
+    @pytest.mark.unit
+    def test_the_shares_are_those_of_the_config(self):
+        sampler, steps = ContextSampler.parse({**SECTION, 'chunk_size': [1, 4], 'left_chunks': [5, 6]}), 20000
+        drawn = Counter(sampler.draw(0, step) for step in range(steps))
+        assert drawn[FULL] / steps == pytest.approx(0.4, abs=0.015)
+        for chunk in (1, 2, 3, 4):
+            assert drawn[AttContext(-1, chunk - 1)] / steps == pytest.approx(0.6 * 0.25 / 4, abs=0.006)
+            for left in (5, 6):
+                share = drawn[AttContext(left * chunk, chunk - 1)] / steps
+                assert share == pytest.approx(0.6 * 0.75 / 4 / 2, abs=0.006)
+
+    @pytest.mark.unit
+    def test_the_first_draws_stay_what_they_are(self):
+        sampler = ContextSampler.parse(SECTION)
+        first = [sampler.draw(0, step).as_list() for step in range(6)]
+        assert first == FIRST_DRAWS  # a resumed run would go on otherwise than it began
+
+    @pytest.mark.unit
+    def test_seeds_differ(self):
+        sampler = ContextSampler.parse(SECTION)
+        assert [sampler.draw(0, step) for step in range(20)] != [sampler.draw(1, step) for step in range(20)]
+
+    @pytest.mark.unit
+    def test_without_left_chunks_all_of_the_past_is_seen(self):
+        sampler = ContextSampler.parse({'full_prob': 0, 'chunk_size': [8, 32]})
+        assert {sampler.draw(0, step).left for step in range(50)} == {-1}
+
+
+class TestParse:
+    @pytest.mark.unit
+    def test_it_reads_a_config_and_gives_it_back(self):
+        sampler = ContextSampler.parse(OmegaConf.create(SECTION))
+        assert sampler == ContextSampler(0.4, (1, 25), (5, 70), 0.75)
+        assert sampler.as_dict() == SECTION and ContextSampler.parse(sampler) == sampler
+        assert tuple(SECTION) == ATT_CONTEXT_SAMPLER_KEYS
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'change, message',
+        [
+            ({'chunk_size': [0, 4]}, r'\.chunk_size is \[0, 4\]; it must be \[low, high\] in attention frames'),
+            ({'chunk_size': [4, 2]}, r'\.chunk_size is \[4, 2\]'),
+            ({'chunk_size': 8}, r'\.chunk_size is 8'),
+            ({'chunk_size': [1.5, 2]}, r'\.chunk_size is \[1.5, 2\]'),
+            ({'left_chunks': [-1, 4]}, r'\.left_chunks is \[-1, 4\]; it must be \[low, high\] in chunks'),
+            ({'left_chunks': [0, 4]}, r'\.left_chunks is \[0, 4\]; .* \.?model.*chunk_size from 2 on'),
+            ({'full_prob': 1.5}, r'\.full_prob is 1.5; it must be a probability, from 0 to 1'),
+            ({'full_prob': True}, r'\.full_prob is True'),
+            ({'left_limited_prob': '0.5'}, r"\.left_limited_prob is '0.5'"),
+            ({'left_limited_prob': None}, r'\.left_chunks is \[5, 70\] and .*\.left_limited_prob is None'),
+            ({'left_chunks': None}, r'\.left_chunks is None'),
+            ({'chunk_sise': [1, 2]}, r'\.chunk_sise is not known; did you mean .*\.chunk_size'),
+        ],
+    )
+    def test_an_error_names_the_key_the_value_and_what_is_allowed(self, change, message):
+        with pytest.raises(ValueError, match='^' + KEY.replace('.', r'\.') + message):
+            ContextSampler.parse({**SECTION, **change})
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('value', [{'full_prob': 0.5}, {'chunk_size': [1, 2]}, [1, 25], 0.5, 'wenet', {}])
+    def test_what_is_no_section_is_refused(self, value):
+        with pytest.raises(ValueError, match=KEY):
+            ContextSampler.parse(value)
+
+    @pytest.mark.unit
+    def test_a_style_without_chunks_takes_single_frames(self):
+        assert ContextSampler.parse({**SECTION, 'chunk_size': [1, 1]}, 'regular').draw(0, 0).right in (-1, 0)
+        with pytest.raises(ValueError, match=r'chunk_size is \[1, 25\]; with att_context_style regular .* \[1, 1\]'):
+            ContextSampler.parse(SECTION, 'regular')
+        with pytest.raises(ValueError, match="att_context_style is 'chunked_limited_with_rc'; use chunked_limited"):
+            ContextSampler.parse(SECTION, 'chunked_limited_with_rc')
+
+
+class TestCovers:
+    @pytest.mark.unit
+    @pytest.mark.parametrize('context', [(70, 13), (70, 6), (70, 1), (70, 0), (-1, -1), (-1, 24), (1750, 24)])
+    def test_the_contexts_of_nvidias_streaming_models_can_be_drawn(self, context):
+        assert ContextSampler.parse(SECTION).covers(AttContext(*context))
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('context', [(70, 25), (71, 13), (56, 13), (71, 0), (70, -1)])
+    def test_what_cannot_be_drawn(self, context):
+        assert not ContextSampler.parse(SECTION).covers(AttContext(*context))
+
+
+class TestGroups:
+    @pytest.mark.unit
+    def test_few_names_cover_all(self):
+        sampler = ContextSampler.parse(SECTION)
+        names = {sampler.group_label(sampler.draw(0, step)) for step in range(500)}
+        groups = {'chunk_1', 'chunk_2_to_3', 'chunk_4_to_7', 'chunk_8_to_15', 'chunk_16_to_31'}
+        assert names == {'unlimited_unlimited', *groups}
+
+
+class TestWithinACeiling:
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'context, ceiling, expected',
+        [
+            ((70, 13), (40, 13), (28, 13)),  # whole chunks of 14
+            ((70, 13), (40, 4), (40, 4)),  # the chunk is cut to 5 frames
+            ((70, 13), (40, 0), (40, 0)),
+            ((-1, -1), (40, 4), (40, 4)),
+            ((-1, -1), (40, -1), (40, -1)),  # no chunks
+            ((70, 13), (7, -1), (0, 13)),  # its chunk alone
+            ((70, 13), (-1, -1), (70, 13)),
+        ],
+    )
+    def test_chunks_are_cut_and_the_past_is_rounded_down(self, context, ceiling, expected):
+        found = within_ceiling(AttContext(*context), AttContext(*ceiling), 'chunked_limited')
+        assert found == AttContext(*expected)
+
+    @pytest.mark.unit
+    @given(samplers(), st.integers(0, 100), sides, sides)
+    def test_it_never_widens_and_any_ceiling_is_followed(self, sampler, step, left, right):
+        drawn, ceiling = sampler.draw(0, step), AttContext(left, right)
+        found = within_ceiling(drawn, ceiling, 'chunked_limited')
+        assert found.intersect(drawn) == found.intersect(ceiling) == found
+        assert in_whole_chunks(found, 'chunked_limited') == found
+
+
+class TestLayers:
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'batch, own, expected',
+        [
+            ((70, 13), (40, -1), (28, 13)),  # whole chunks of the batch's
+            ((70, 13), (40, 0), (40, 0)),  # or of its own, smaller ones
+            ((70, 13), (20, 6), (14, 6)),
+            ((70, 13), (10, -1), (0, 13)),  # its chunk alone
+            ((-1, -1), (40, -1), (40, -1)),
+            ((28, 13), (40, 0), (28, 0)),
+        ],
+    )
+    def test_the_past_is_rounded_down(self, batch, own, expected):
+        found = window_of_layer(AttContext(*batch), AttContext(*own), 'chunked_limited', 'here')
+        assert found.context == AttContext(*expected)
+
+    @pytest.mark.unit
+    @given(samplers(), st.integers(0, 100), sides, sides)
+    def test_a_layer_sees_nothing_beyond_its_batch(self, sampler, step, left, right):
+        batch, own = sampler.draw(0, step), AttContext(left, right)
+        try:
+            found = window_of_layer(batch, own, 'chunked_limited', 'here')
+        except ValueError as error:
+            assert str(error).startswith('here: the right context is')
+            return
+        whole = Window(batch, 'chunked_limited')
+        assert all(seen(found, frame) <= seen(whole, frame) for frame in FRAMES)
+
+    @pytest.mark.unit
+    def test_chunks_across_those_of_the_batch_are_refused(self):
+        with pytest.raises(ValueError, match='here: the right context is 3'):
+            window_of_layer(AttContext(70, 13), AttContext(40, 3), 'chunked_limited', 'here')

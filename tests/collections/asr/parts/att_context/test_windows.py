@@ -1,0 +1,106 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+import itertools
+
+import pytest
+import torch
+from attention_windows import attended
+
+from nemo.collections.asr.parts.att_context import AttContext, intersect_in_style
+from nemo.collections.asr.parts.att_context.windows import STYLES, Window
+
+FRAMES = 24
+CONTEXTS = [*itertools.product([-1, 0, 2, 4, 8], [-1, 0, 1, 3])]
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('style', STYLES)
+@pytest.mark.parametrize('context', CONTEXTS)
+def test_a_window_shows_what_the_attention_does(context, style):
+    window, frames = Window(AttContext(*context), style), torch.arange(FRAMES)
+    expected = attended(context, style, FRAMES)
+    assert torch.equal(window.sees(frames.unsqueeze(1), frames.unsqueeze(0)), expected)
+    first, last = window.bounds(frames)
+    for frame, row in enumerate(expected):
+        seen = row.nonzero().flatten()
+        assert (max(int(first[frame]), 0), min(int(last[frame]), FRAMES - 1)) == (seen[0], seen[-1])
+        assert window.bounds(frame) == (first[frame], last[frame]) and window.sees(frame, int(seen[0]))
+    assert window.shows_others == bool((expected & ~torch.eye(FRAMES, dtype=torch.bool)).any())
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'context, style, chunk, has_chunks',
+    [
+        ((4, 1), 'regular', 1, False),
+        ((4, 1), 'chunked_limited', 2, True),
+        ((4, 0), 'chunked_limited', 1, True),
+        ((4, -1), 'chunked_limited', 1, False),
+    ],
+)
+def test_a_chunk_is_what_shares_a_window(context, style, chunk, has_chunks):
+    window = Window(AttContext(*context), style)
+    assert (window.chunk, window.has_chunks) == (chunk, has_chunks)
+    rows = attended(context, style, FRAMES)[8 : 8 + chunk]  # the first chunk from frame 8 on
+    assert all(torch.equal(row, rows[0]) for row in rows)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('style, context', [('regular', (3, 1)), ('regular', (-1, 0)), ('chunked_limited', (4, 1))])
+def test_window_bounds_are_those_of_the_attention(style, context):
+    first, last = Window(AttContext(*context), style).bounds(torch.arange(12))
+    for frame, row in enumerate(attended(context, style, 12).tolist()):
+        seen = [other for other, flag in enumerate(row) if flag]
+        assert (max(first[frame], 0), min(last[frame], 11)) == (seen[0], seen[-1])
+
+
+@pytest.mark.unit
+def test_windows_of_an_unknown_style_are_refused():
+    with pytest.raises(ValueError, match="att_context_style is 'chunked_limited_with_rc'"):
+        Window(AttContext(4, 1), 'chunked_limited_with_rc')
+
+
+class TestIntersectInStyle:
+    @pytest.mark.unit
+    @pytest.mark.parametrize('style', ['regular', 'chunked_limited'])
+    def test_it_shows_nothing_that_either_hides_or_is_refused(self, style):
+        sides = [AttContext(left, right) for left, right in itertools.product([-1, 0, 2, 4, 6, 8], [-1, 0, 1, 2, 3])]
+        accepted = 0
+        for batch, own in itertools.product(sides, sides):
+            if style == 'chunked_limited' and batch.left > 0 and batch.right >= 0 and batch.left % (batch.right + 1):
+                continue  # no context of this style
+            try:
+                both = intersect_in_style(batch, own, style, 'here')
+            except ValueError as error:
+                assert style == 'chunked_limited' and str(error).startswith('here: the ')
+                continue
+            accepted += 1
+            seen = attended(both, style, FRAMES)
+            assert not (seen & ~attended(batch, style, FRAMES)).any(), (batch, own, both)
+            if style == 'regular' or own.right in (-1, batch.right):
+                own = own if style == 'regular' or own.right >= 0 else AttContext(own.left, batch.right)
+                assert torch.equal(seen, attended(batch, style, FRAMES) & attended(own, style, FRAMES)), (
+                    batch,
+                    own,
+                    both,
+                )
+        assert accepted > 150
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'batch, own, message',
+        [
+            ((8, 3), (6, 3), 'the left context is 6; .* multiple of the chunk, 4 frames'),
+            ((8, 3), (6, 0), 'the left context is 6; .* multiple of the chunk, 4 frames'),
+            ((8, 3), (4, 2), 'the right context is 2; .* divisor of the chunk, 4 frames'),
+            ((8, -1), (4, 3), 'the right context is 3'),
+            ((-1, -1), (6, 3), 'the left context is 6; .* multiple of the chunk, 4 frames'),
+        ],
+    )
+    def test_what_chunks_cannot_show_is_refused(self, batch, own, message):
+        with pytest.raises(ValueError, match=f'^here: {message}'):
+            intersect_in_style(AttContext(*batch), AttContext(*own), 'chunked_limited', 'here')
+
+    @pytest.mark.unit
+    def test_smaller_chunks_within_the_batchs(self):
+        both = intersect_in_style(AttContext(8, 3), AttContext(4, 1), 'chunked_limited', 'here')
+        assert both == AttContext(4, 1)

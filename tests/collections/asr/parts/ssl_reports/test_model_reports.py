@@ -1,0 +1,34 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""What is reported in training and validation is tested in ``test_ssl_models.py`` and ``test_ssl_models_validation.py``."""
+
+import pytest
+import torch
+from tiny_nest import noise_batch, tiny_model
+
+REPORT_KEYS = ('validate_contexts', 'validation_masks', 'audit_every_n_batches', 'log_figures')
+
+
+@pytest.mark.unit
+def test_it_is_there_also_when_nothing_is_asked_of_it():
+    model = tiny_model(*(f'~model.{key}' for key in REPORT_KEYS)).eval()
+    reports = model.reports
+    assert (reports.audit, reports.figures, reports.validation) == (None, None, None)
+    assert reports.of_training_batch(model, None) == {} == reports.of_masks(model, None)
+    reports.start_validation(model, loaders=1)
+    reports.keep_for_figures(model, None)
+    reports.finish_validation('val')
+    assert reports.validation_summary('val', dataloader_idx=0) is None
+    reports.draw(model)
+    reports.end_of_training()
+
+
+@pytest.mark.unit
+def test_a_record_gives_the_logs_of_its_masks_and_targets():
+    model, batch = tiny_model().eval(), noise_batch((3.0, 2.0))
+    with torch.no_grad(), model.encoder.using_att_context_size([20, 0]):
+        _, record = model.predict_batch(batch, model.mask_processor)
+        logs = model.reports.of_training_batch(model, record)
+        of_masks = model.reports.of_masks(model, record, prefix='val_')
+    assert {f'val_{name}' for name in logs} > set(of_masks)
+    assert (logs['att_context_left'], logs['att_context_right']) == (20, 0)
+    assert logs['masked_share'] == record.masks[:, 0].sum() / record.mask_lengths.sum()

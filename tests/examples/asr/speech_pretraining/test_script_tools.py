@@ -1,0 +1,303 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""What the scripts share, and what holds for all of them: each checks the patches, and none imports another."""
+
+import argparse
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hydra.errors import InstantiationException
+from omegaconf import OmegaConf
+
+FOLDER = Path(__file__).resolve().parents[4] / 'examples/asr/speech_pretraining'
+TREES = {path.stem: ast.parse(path.read_text(encoding='utf-8')) for path in sorted(FOLDER.glob('*.py'))}
+TOOLS = ['evaluation_tools', 'script_tools', 'streaming_tools']
+SCRIPTS = [name for name in TREES if name not in TOOLS]
+GUARD = 'require_patches'
+RATE = 16000
+
+# For each script a command line that its parser accepts; the training scripts take theirs from a config.
+COMMANDS = {
+    'compute_feature_stats': ['--manifest', 'train.json', '--output', 'made'],
+    'convert_to_streaming': ['--model_path', 'offline.nemo', '--output', 'made'],
+    'evaluate_contexts': ['--model_path', 'model.nemo', '--manifest', __file__],
+    'finetune_streaming': [],
+    'hierarchical_streaming_nest': [],
+    'make_speech_corpus': ['--output', 'made'],
+    'plot_contexts': ['--logs', 'run', '--output', 'made'],
+    'pretrain_demo': ['--output', 'made'],
+    'streaming_inference_example': ['--model_path', 'model.nemo', '--audio_path', 'speech.wav'],
+}
+
+
+@pytest.fixture(scope='module')
+def tools(load_example):
+    return load_example('script_tools')
+
+
+def imports_of(nodes):
+    """Return the names of the modules that some nodes import, each with its line."""
+    found = {}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            found[node.module] = node.lineno
+        elif isinstance(node, ast.Import):
+            found.update({alias.name: node.lineno for alias in node.names})
+    return found
+
+
+def lines_of_nemo(tree):
+    """Return the lines where importing a file imports NeMo."""
+    return [line for name, line in imports_of(tree.body).items() if name.split('.')[0] == 'nemo']
+
+
+def calls_of(node):
+    """Return the names of the functions that a piece of code calls by their bare name."""
+    calls = (item.func for item in ast.walk(node) if isinstance(item, ast.Call))
+    return {function.id for function in calls if isinstance(function, ast.Name)}
+
+
+def functions_of(tree):
+    return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def calls_before_the_guard(statements):
+    """Return the functions that run before the guard does; None if it is not among the statements themselves."""
+    seen = set()
+    for statement in statements:
+        if isinstance(statement, (ast.Expr, ast.Assign)) and GUARD in calls_of(statement):
+            return seen
+        if not isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+            seen |= calls_of(statement)
+    return None
+
+
+def top_level(tree):
+    """Return the statements of a file up to the last one before its first import of NeMo."""
+    first = min(lines_of_nemo(tree))
+    return [statement for statement in tree.body if statement.lineno < first]
+
+
+def unguarded(tree):
+    """Return what a script does before it checks the patches, or that it never does; empty if all is well.
+
+    A script that imports NeMo at its top calls the guard above that, so its ``main`` cannot be reached without.
+    Others call it in ``main`` itself, once the command line is parsed.
+    """
+    if lines_of_nemo(tree):
+        before, allowed = calls_before_the_guard(top_level(tree)), set()
+    else:
+        before, allowed = calls_before_the_guard(functions_of(tree)['main'].body), {'arguments'}
+    return {'everything'} if before is None else (before & set(functions_of(tree))) - allowed
+
+
+@pytest.mark.unit
+def test_a_file_is_a_script_or_a_tool():
+    assert [name for name, tree in TREES.items() if 'main' not in functions_of(tree)] == TOOLS
+    assert sorted(COMMANDS) == SCRIPTS
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('name', TREES)
+def test_no_script_is_imported(name):
+    assert not set(imports_of(ast.walk(TREES[name]))) & set(SCRIPTS)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('name', TOOLS)
+def test_tools_leave_nemo_to_be_imported_after_the_check(name):
+    assert not lines_of_nemo(TREES[name])
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_each_script_checks_the_patches_before_its_work(name):
+    assert not unguarded(TREES[name])
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ('code', 'found'),
+    [
+        ('def main(): require_patches(__file__); work()\ndef work(): pass', set()),
+        ('def main(): options = arguments(); require_patches(__file__)\ndef arguments(): pass', set()),
+        ('require_patches(__file__)\nimport nemo.core\ndef main(): pass', set()),
+        ('def main(): work(); require_patches(__file__)\ndef work(): pass', {'work'}),
+        ('def main(): pass', {'everything'}),
+        ('def main():\n    if 1: require_patches(__file__)', {'everything'}),
+        ('from nemo.core import x\nrequire_patches(__file__)\ndef main(): pass', {'everything'}),
+        ('import nemo\ndef main(): require_patches(__file__)', {'everything'}),
+    ],
+)
+def test_a_missing_or_late_check_is_found(code, found):
+    assert unguarded(ast.parse(code)) == found
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_each_script_refuses_stock_nemo_in_one_line(name, tmp_path):
+    command = [sys.executable, str(FOLDER / f'{name}.py'), *COMMANDS[name]]
+    environment = {**os.environ, 'NEMO_STREAMING_SSL': '0'}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 1 and not done.stdout and not list(tmp_path.iterdir())
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f'{name} needs the patches of nemo-streaming-ssl: ') and 'NEMO_STREAMING_SSL=0' in line
+
+
+@pytest.mark.unit
+def test_the_report_on_the_patches_comes_back_for_the_log(tools):
+    lines = tools.require_patches('some/script.py', 'nemo.collections.asr.models.ssl_models')
+    assert any('active: yes' in line for line in lines)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('error', [RuntimeError('stock is in use'), ImportError('stock is in use')])
+def test_inactive_patches_end_the_script(tools, monkeypatch, error):
+    def refuse(*names):
+        raise error
+
+    monkeypatch.setattr('nemo_streaming_ssl.report.require_active', refuse)
+    with pytest.raises(SystemExit, match='^script needs the patches of nemo-streaming-ssl: stock is in use$'):
+        tools.require_patches('some/script.py')
+
+
+@pytest.mark.unit
+def test_an_error_is_one_line_with_the_scripts_name(tools, capsys):
+    assert tools.report_error('some/script.py', ValueError('x is 3'), status=2) == 2
+    assert capsys.readouterr().err == 'script: error: x is 3\n'
+
+
+@pytest.mark.unit
+def test_files_need_a_folder(tools, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    tools.check_folders(parser, argparse.Namespace(json=tmp_path / 'x.json', csv=None), 'json', 'csv')
+    with pytest.raises(SystemExit) as ended:
+        tools.check_folders(parser, argparse.Namespace(json=None, csv=tmp_path / 'none/x.csv'), 'json', 'csv')
+    assert ended.value.code == 2
+    assert f"--csv {tmp_path / 'none/x.csv'}: there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
+
+
+@pytest.mark.unit
+def test_a_text_that_cannot_be_written_leaves_the_old_one(tools, tmp_path):
+    path = tmp_path / 'file.txt'
+    tools.write_text(path, 'old: äöü\n')
+    with pytest.raises(UnicodeEncodeError):
+        tools.write_text(path, 'new: \ud800')
+    assert path.read_text(encoding='utf-8') == 'old: äöü\n' and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OSError, match='could not write .*none/file.txt'):
+        tools.write_text(tmp_path / 'none/file.txt', 'new')
+
+
+@pytest.mark.unit
+def test_lines_of_a_manifest_are_numbered_and_blank_ones_left_out(tools, tmp_path):
+    entries = [{'duration': 1.5}, {'duration': 2.0, 'text': 'one\u2028line'}]
+    path = tmp_path / 'manifest.json'
+    path.write_text('\n  \n'.join(json.dumps(entry, ensure_ascii=False) for entry in entries) + '\n')
+    assert [(number, json.loads(line)) for number, line in tools.manifest_lines(path)] == [
+        (1, entries[0]),
+        (3, entries[1]),
+    ]
+    assert tools.manifest_seconds(path) == 3.5
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ('content', 'reason'), [(None, 'cannot be read'), (b'\n \n', 'has no entries'), (b'\xff\n', 'cannot be read')]
+)
+def test_bad_manifests_are_named(tools, tmp_path, content, reason):
+    path = tmp_path / 'manifest.json'
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=f'manifest {path} {reason}'):
+        tools.manifest_lines(path)
+
+
+@pytest.mark.unit
+def test_reading_mixes_down_and_resamples(tools, audio_folder):
+    assert tools.read_audio(audio_folder / 'mono.wav', RATE).shape == (RATE,)
+    stereo = tools.read_audio(audio_folder / 'stereo.flac', RATE)
+    assert stereo.dtype == np.float32 and abs(len(stereo) - 0.7 * RATE) <= 1
+    part = tools.read_audio(audio_folder / 'mono.wav', RATE, offset=0.5, duration=0.25)
+    np.testing.assert_array_equal(part, tools.read_audio(audio_folder / 'mono.wav', RATE)[8000:12000])
+
+
+@pytest.mark.unit
+def test_silence_is_audio(tools, tmp_path):
+    soundfile.write(tmp_path / 'zeros.wav', np.zeros((100, 2)), RATE)
+    np.testing.assert_array_equal(tools.read_audio(tmp_path / 'zeros.wav', RATE), np.zeros(100, np.float32))
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'name, reason',
+    [
+        ('missing.wav', 'there is no such file'),
+        ('empty.wav', 'the file is empty'),
+        ('silent.wav', 'there are no samples in it'),
+        ('text.wav', 'cannot be read as audio'),
+        ('cut.wav', 'truncated'),
+        ('cut.flac', ''),  # the decoder's own words
+        ('broken.wav', 'samples that are not finite'),
+        ('', 'there is no such file'),  # a folder
+    ],
+)
+def test_bad_files_are_named(tools, audio_folder, name, reason):
+    with pytest.raises(ValueError, match=f'{audio_folder / name}.*{reason}'):
+        tools.read_audio(audio_folder / name, RATE)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ('name', 'reason'), [('missing.nemo', 'there is no such file'), ('text.wav', 'NeMo cannot restore it')]
+)
+def test_files_that_are_no_model_are_named(tools, audio_folder, name, reason):
+    with pytest.raises(ValueError, match=f'--model_path {audio_folder / name}: {reason}'):
+        tools.restore(audio_folder / name, 'cpu')
+
+
+class Trainer:
+    """Keeps what it is told to fit."""
+
+    def __init__(self):
+        self.fitted = []
+
+    def fit(self, model):
+        self.fitted.append(model)
+
+
+@pytest.mark.unit
+def test_what_was_prepared_is_built_and_fitted(tools):
+    trainer = Trainer()
+    cfg = OmegaConf.create({'size': 2})
+    tools.fit_or_exit(
+        'some/script.py', [], cfg, lambda cfg: {'size': cfg.size + 1}, lambda cfg: (trainer, f"model of {cfg['size']}")
+    )
+    assert trainer.fitted == ['model of 3']
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('error', [ValueError('size is 2'), OSError('size is 2'), InstantiationException('size is 2')])
+@pytest.mark.parametrize('place', ['prepare', 'build'])
+def test_what_cannot_be_built_ends_in_one_message_before_training(tools, error, place):
+    def fail(cfg):
+        raise error
+
+    steps = {'prepare': lambda cfg: cfg, 'build': lambda cfg: (Trainer(), None), place: fail}
+    with pytest.raises(SystemExit, match='^script: size is 2$'):
+        tools.fit_or_exit('some/script.py', ['active: yes'], OmegaConf.create({'size': 2}), **steps)
+
+
+@pytest.mark.unit
+def test_errors_of_training_itself_keep_their_traceback(tools):
+    class Broken(Trainer):
+        def fit(self, model):
+            raise ValueError('in step 7')
+
+    with pytest.raises(ValueError, match='in step 7'):
+        tools.fit_or_exit('script.py', [], OmegaConf.create({}), lambda cfg: cfg, lambda cfg: (Broken(), None))
