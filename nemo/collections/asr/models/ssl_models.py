@@ -193,7 +193,7 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
         if has_signal == has_processed:
             raise ValueError(
                 f"{type(self).__name__}.forward takes either {kind}input_signal and {kind}input_signal_length, or "
-                f"processed_{kind}signal and its length"
+                f"processed_{kind}{'input_' if kind else ''}signal and its length"
             )
         if has_processed:
             return processed, processed_length

@@ -210,3 +210,17 @@ def test_an_earlier_limit_does_not_stay_with_the_masking():
     assert sync_masking_to_attention(model) == 10
     with model.encoder.using_att_context_size([-1, 0]):
         assert model.masking_arguments()['effective_left_context'] == -1
+
+
+@pytest.mark.unit
+def test_what_is_set_by_hand_inside_a_block_stays_and_is_taken_back_to_the_default():
+    encoder = tiny_model().encoder
+    with encoder.using_att_context_size([20, 0]):
+        encoder.att_context_size = [40, 0]
+        assert encoder.att_context_size == [40, 0]
+    assert encoder.att_context_size == list(encoder.att_context_by_hand) == [40, 0]
+    with encoder.using_att_context_size([20, 0]):
+        assert encoder.att_context_size == [20, 0]
+    assert encoder.att_context_size == [40, 0]
+    encoder.att_context_size = None
+    assert encoder.att_context_size == [10, 0] and encoder.att_context_by_hand is None

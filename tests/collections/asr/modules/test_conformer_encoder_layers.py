@@ -188,7 +188,7 @@ class TestWhatIsRefused:
     @pytest.mark.unit
     def test_an_attribute_is_refused_in_the_same_way(self):
         encoder = tiny_encoder(att_context_size=[8, 3], **CHUNKED)
-        for bad in ([6, 3], [4, 7], [-2, 0], [4]):
+        for bad in ([6, 3], [4, 7], [-2, 0], [4, 0, 0]):
             with pytest.raises(ValueError, match='self_attention.att_context_size'):
                 encoder.layers[1].self_attention.att_context_size = bad
         assert encoder.layers[1].self_attention.att_context_size is None

@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,25 @@ def test_trains_restores_and_reports_and_does_not_train_twice(tmp_path, speech_c
 def cold_start(*arguments):
     """Run a script as people do, in an interpreter that has imported nothing."""
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.integration
+def test_dynamic_chunks_are_validated_in_a_fixed_list_and_streamed_in_each_size(tmp_path, speech_corpus):
+    manifests = [f'{option}={speech_corpus}/{name}_manifest.json' for option, name in DATA]
+    command = [sys.executable, str(SCRIPT), '--output', str(tmp_path), *manifests]
+    small = [override for override in SMALL if not override.endswith('=null')]
+    small += ['trainer.max_steps=2', 'trainer.log_every_n_steps=1']
+    done = subprocess.run(
+        [*command, '--config', 'nest_fast-conformer_dynamic_chunk_tiny', *small], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    streamed = re.findall(r'in context (\[.*?\]): largest difference to offline (\S+),', done.stdout)
+    assert [context for context, _ in streamed] == ['[42, 13]', '[40, 3]', '[40, 0]']  # chunks of 14, 4 and 1 frames
+    assert all(float(difference) < 1e-4 for _, difference in streamed)
+    (folder,) = tmp_path.glob('pretrain-*')
+    _, end = json.loads((folder / 'learned.json').read_text())['models']
+    rows = [(row['context'], row['look_ahead_ms']) for row in end['contexts']]
+    assert rows == [([42, 13], 1040), ([40, 3], 240), ([40, 0], 0), ([-1, -1], None)]
 
 
 DATA = (('--manifest', 'train'), ('--validation-manifest', 'validation'), ('--noise-manifest', 'noise'))

@@ -26,6 +26,7 @@ class BatchContext:
     """What the contexts of training are drawn from, in place of the configured ones."""
     _att_context_is_pinned = False  # within using_att_context_size
     _assigns_default = True  # whether who assigns att_context_size is NeMo, not a person
+    _pinned_over: Optional[list] = None  # the default, within using_att_context_size
     _by_hand: Optional[AttContext] = None
     _by_hand_instead_of: Optional[list] = None  # the default while a context is set by hand
     _told_by_hand: frozenset = frozenset()  # the contexts whose setting by hand has been logged
@@ -137,14 +138,16 @@ class BatchContext:
         """
         context = self.parse_att_context_size(att_context_size)
         self._check_can_attend_within(context)
-        before = self.att_context_size, self._att_context_is_pinned
+        default, was_pinned, by_hand = self.att_context_size, self._att_context_is_pinned, self._by_hand
+        self._pinned_over = self._pinned_over if was_pinned else default
         self._store(list(context))
         self._att_context_is_pinned = True
         try:
             yield context
         finally:
-            self._store(before[0])
-            self._att_context_is_pinned = before[1]
+            self._att_context_is_pinned = was_pinned
+            if self._by_hand is by_hand:  # else what somebody has set meanwhile stays
+                self._store(default)
 
     @contextmanager
     def using_one_att_context_size(self) -> Iterator[AttContext]:
@@ -231,7 +234,7 @@ class BatchContext:
         if by_hand is None:
             self._by_hand_instead_of = None
         elif self._by_hand is None:
-            self._by_hand_instead_of = self.att_context_size
+            self._by_hand_instead_of = self._pinned_over if self._att_context_is_pinned else self.att_context_size
         self._by_hand = by_hand
         self._store(default)
         self._follow_default()

@@ -212,7 +212,8 @@ class TestTrainingAudit:
     @pytest.mark.unit
     @pytest.mark.parametrize('context, milliseconds', [([8, 3], 240.0), ([8, 0], 0.0), ([-1, -1], -1.0)])
     def test_the_look_ahead_of_the_audited_context_is_logged(self, context, milliseconds):
-        encoder = tiny_encoder(att_context_size=context, att_context_style='chunked_limited')
+        style = 'regular' if context[1] < 0 else 'chunked_limited'
+        encoder = tiny_encoder(att_context_size=context, att_context_style=style)
         masks = torch.zeros(2, 4, 40)
         assert TrainingAudit(1).step(record_of(masks), encoder, frame_ms=80.0)['audit/look_ahead_ms'] == milliseconds
         assert 'audit/look_ahead_ms' not in TrainingAudit(1).step(record_of(masks), encoder)
