@@ -149,8 +149,8 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         Raises:
             ValueError: if ``effective_left_context`` is below -1 or the int ``current_frame`` is negative.
         """
-        window = self._window(effective_left_context, effective_window)
         if stream is not None:
+            window = self._window(effective_left_context, effective_window)
             return self.fill(input_feats, self.draw_on(stream, input_feats.shape[2], window))
         given = {
             'current_frame': current_frame,

@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """What a masking module is told of the attention's context, and whether it listens."""
 
+import functools
 import inspect
 from typing import Optional
 
@@ -21,7 +22,12 @@ def takes(masking, argument: str) -> bool:
     A ``forward`` that passes any keywords on is judged by the class that it inherits from; one that inherits from
     none with arguments by name is given them, and has to take them.
     """
-    for cls in inspect.getmro(type(masking)):
+    return _class_takes(type(masking), argument)
+
+
+@functools.cache  # it is asked in each step
+def _class_takes(masking: type, argument: str) -> bool:
+    for cls in inspect.getmro(masking):
         forward = cls.__dict__.get('forward')
         if forward is None or cls is torch.nn.Module:
             continue
