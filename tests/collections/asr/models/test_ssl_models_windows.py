@@ -17,7 +17,7 @@ from nemo.collections.asr.parts.ssl_reports.audit import audit_masking, audit_ma
 from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
 
 CHUNKED = 'model.encoder.att_context_style=chunked_limited'
-MORE_MASKS = ('model.masking.mask_prob=0.03', 'model.masking.block_size=24')
+SHORTER_BLOCKS_MORE_OFTEN = ('model.masking.mask_prob=0.03', 'model.masking.block_size=24')
 LOOK_AHEADS = [
     ([[0, 3]], 'chunked_limited'),
     ([[0, 8]], 'regular'),
@@ -27,7 +27,7 @@ LOOK_AHEADS = [
 
 
 def model_of(contexts, style, *overrides):
-    overrides = (f'model.encoder.att_context_style={style}', *MORE_MASKS, *overrides)
+    overrides = (f'model.encoder.att_context_style={style}', *SHORTER_BLOCKS_MORE_OFTEN, *overrides)
     return tiny_model(f'model.encoder.att_context_size={str(contexts).replace(" ", "")}', *overrides)
 
 
