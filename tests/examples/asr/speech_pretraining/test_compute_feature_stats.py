@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 import json
 import os
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo.collections.asr.modules import AudioToMelSpectrogramPreprocessor
-from nemo.collections.asr.parts.preprocessing.features import load_fixed_statistics
+from nemo.collections.asr.modules.ssl_modules.quantizers import RandomProjectionVectorQuantizer
+from nemo.collections.asr.parts.preprocessing.features import load_fixed_statistics, standardize_per_feature
 from nemo.collections.asr.parts.preprocessing.segment import AudioSegment
 
 
@@ -122,6 +124,122 @@ class TestStatistics:
             np.testing.assert_allclose(found["fixed_std"], together.std(axis=1, ddof=1), rtol=1e-9)
 
 
+def frames_by_utterance(stats, manifest):
+    """The features [D, T] of each utterance of a manifest, float64."""
+    utterances = stats.UtteranceMoments(stats.read_manifests([str(manifest)]), stats.DEFAULT_PREPROCESSOR)
+    return [utterances.features(utterances.samples(index)).astype(np.float64) for index in range(len(utterances))]
+
+
+def targets_by_hand(utterances, combine, normalize):
+    """The targets [S, V] of utterances [D, T], frame after frame."""
+    mean, std = (np.concatenate(utterances, axis=1) for _ in range(2))
+    mean, std = mean.mean(axis=1, keepdims=True), std.std(axis=1, ddof=1, keepdims=True)
+    targets = []
+    for features in utterances:
+        if normalize == "per_feature" and features.shape[1] > 1:
+            mean, std = features.mean(axis=1, keepdims=True), features.std(axis=1, ddof=1, keepdims=True) + 1e-5
+        features = (features - mean) / std
+        for first in range(0, features.shape[1] - combine + 1, combine):
+            targets.append(np.concatenate([features[:, first + frame] for frame in range(combine)]))
+    return np.array(targets)
+
+
+class TestPrincipalComponents:
+    def run(self, stats, manifest, folder, *options):
+        """Run the script; return the arrays that it wrote."""
+        output, pca = folder / "stats.yaml", folder / "pca.npz"
+        arguments = ["--manifest", str(manifest), "--output", str(output), "--pca", str(pca), *options]
+        assert stats.main(arguments) == 0
+        with np.load(pca) as file:
+            return dict(file)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize("combine, components", [(2, 64), (4, 5)])
+    @pytest.mark.parametrize("normalize", ["per_feature", "NA"])
+    def test_equals_the_eigenvectors_of_all_targets_at_once(
+        self, stats, manifest, tmp_path, monkeypatch, normalize, combine, components
+    ):
+        monkeypatch.setattr(stats, "UTTERANCES_AT_ONCE", 3)  # so that something is merged
+        options = [
+            "--target_normalize",
+            normalize,
+            "--combine_time_steps",
+            str(combine),
+            "--components",
+            str(components),
+        ]
+        found = self.run(stats, manifest, tmp_path, *options)
+        targets = targets_by_hand(frames_by_utterance(stats, manifest), combine, normalize)
+        covariance = np.cov(targets.T)
+        values, vectors = np.linalg.eigh(covariance)
+        values, vectors = values[::-1][:components], vectors.T[::-1][:components]
+        np.testing.assert_allclose(found["eigenvalues"], values, rtol=1e-5)
+        np.testing.assert_allclose(found["variance_share"], values / np.trace(covariance), rtol=1e-5)
+        leading = slice(0, 5)  # further down eigenvalues are near each other, and eigenvectors ill-defined
+        likeness = np.abs((found["components"][leading] * vectors[leading]).sum(axis=1))
+        np.testing.assert_allclose(likeness, 1, atol=1e-5)
+        np.testing.assert_allclose(found["components"] @ found["components"].T, np.eye(components), atol=1e-9)
+        assert (found["components"].max(axis=1) == np.abs(found["components"]).max(axis=1)).all()
+        settings = [found[name].item() for name in ("combine_time_steps", "features", "normalization", "count")]
+        assert settings == [combine, 80, normalize, len(targets)]
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize("normalize", ["per_feature", "NA"])
+    def test_neither_workers_nor_batches_change_a_digit(self, stats, manifest, tmp_path, monkeypatch, normalize):
+        monkeypatch.setattr(stats, "UTTERANCES_AT_ONCE", 3)
+        written = []
+        for workers, batch in ((0, 8), (2, 1), (2, 6)):
+            options = ["--target_normalize", normalize, "--workers", str(workers), "--batch", str(batch)]
+            self.run(stats, manifest, tmp_path, "--combine_time_steps", "2", *options)
+            written.append([(tmp_path / name).read_bytes() for name in ("stats.yaml", "pca.npz")])
+        assert written[0] == written[1] == written[2]
+        assert stats.main(["--manifest", str(manifest), "--output", str(tmp_path / "alone.yaml")]) == 0
+        assert (tmp_path / "alone.yaml").read_bytes() == written[0][0]
+
+    @pytest.mark.unit
+    def test_what_the_quantizer_then_sees_has_unit_variance(self, stats, manifest, tmp_path):
+        self.run(stats, manifest, tmp_path, "--combine_time_steps", "2")
+        quantizer = RandomProjectionVectorQuantizer(
+            80, 16, 32, 2, "l2", combine_time_steps=2, projection="pca", projection_file=str(tmp_path / "pca.npz")
+        )
+        seen = []
+        for features in frames_by_utterance(stats, manifest):
+            features = torch.from_numpy(features)[None].float()
+            features = standardize_per_feature(features, torch.tensor([features.shape[2]]))
+            with mock.patch.object(torch.nn.functional, "normalize", lambda values, dim: values):
+                seen.append(quantizer._unit_vectors(features).flatten(0, 1).flatten(1))
+        np.testing.assert_allclose(np.cov(torch.cat(seen).double().T.numpy()), np.eye(32), atol=1e-2)
+
+    @pytest.mark.unit
+    def test_the_config_says_what_the_quantizer_sees_and_the_command_line_wins(self, stats, manifest, tmp_path):
+        config = tmp_path / "config.yaml"
+        config.write_text(
+            "model:\n  target_normalize: NA\n  preprocessor:\n"
+            "    _target_: nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor\n    features: 12\n"
+            "  encoder: {subsampling_factor: 4}\n"
+            "  quantizer: {combine_time_steps: '${model.encoder.subsampling_factor}'}\n"
+        )
+        found = self.run(stats, manifest, tmp_path, "--config", str(config), "--components", "3")
+        assert (found["combine_time_steps"], found["normalization"], found["components"].shape) == (4, "NA", (3, 48))
+        options = ["--combine_time_steps", "2", "--target_normalize", "per_feature", "--components", "3"]
+        found = self.run(stats, manifest, tmp_path, "--config", str(config), *options)
+        assert (found["combine_time_steps"], found["normalization"]) == (2, "per_feature")
+        assert stats.read_target_settings(None) == ("per_feature", 8)
+        config.write_text("model: {target_normalize: null, quantizer: {combine_time_steps: '???'}}\n")
+        assert stats.read_target_settings(str(config)) == ("NA", 8)
+
+    @pytest.mark.unit
+    def test_it_says_how_to_use_the_file_and_what_was_too_short(self, stats, manifest, tmp_path, capsys):
+        self.run(stats, manifest, tmp_path, "--components", "4")
+        said = capsys.readouterr().out
+        pca = tmp_path / "pca.npz"
+        assert f"model.quantizer.projection=pca model.quantizer.projection_file={pca}" in said
+        assert "4 principal components with " in said and "target_normalize per_feature" in said
+        assert "Utterances shorter than one target (8 frames), which add nothing: 1." in said
+        self.run(stats, manifest, tmp_path, "--components", "4", "--combine_time_steps", "1")
+        assert "shorter" not in capsys.readouterr().out
+
+
 def write(folder, *lines):
     path = folder / "manifest.json"
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
@@ -168,6 +286,42 @@ class TestErrors:
         write(tmp_path, {"audio_filepath": "broken.wav", "duration": 1.0})
         message = self.fails(stats, capsys, tmp_path, "--workers", workers)
         assert "broken.wav cannot be read" in message
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            (["--components", "13"], "--components 13 needs 14 targets or more; the audio has "),
+            (["--combine_time_steps", "1", "--components", "81"], "--components is 81; a target has 80 values"),
+            (["--combine_time_steps", "0"], "--combine_time_steps is 0; it must be 1 or more"),
+        ],
+    )
+    def test_components_that_there_are_not(self, stats, capsys, tmp_path, options, message):
+        soundfile.write(tmp_path / "noise.wav", np.random.default_rng(0).standard_normal(16000) * 0.1, 16000)
+        write(tmp_path, {"audio_filepath": "noise.wav", "duration": 1.0})
+        assert message in self.fails(stats, capsys, tmp_path, "--pca", str(tmp_path / "out/pca.npz"), *options)
+
+    @pytest.mark.unit
+    def test_no_folder_for_the_components(self, stats, capsys, tmp_path):
+        write(tmp_path, {"audio_filepath": "gone.wav", "duration": 1.0})
+        assert "--pca gone/pca.npz: there is no folder" in self.fails(stats, capsys, tmp_path, "--pca", "gone/pca.npz")
+
+    @pytest.mark.unit
+    def test_unreadable_audio_among_the_targets(self, stats, capsys, tmp_path):
+        (tmp_path / "broken.wav").write_text("no audio")
+        write(tmp_path, {"audio_filepath": "broken.wav", "duration": 1.0})
+        assert "broken.wav cannot be read" in self.fails(
+            stats, capsys, tmp_path, "--pca", str(tmp_path / "out/pca.npz")
+        )
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        "options", [["--components", "3"], ["--combine_time_steps", "8"], ["--target_normalize", "NA"]]
+    )
+    def test_options_of_the_components_without_them(self, stats, capsys, options):
+        with pytest.raises(SystemExit):
+            stats.main(["--manifest", "a", "--output", "b", *options])
+        assert f"{options[0]} is of use only with --pca" in capsys.readouterr().err
 
     @pytest.mark.unit
     def test_two_channels(self, stats, capsys, tmp_path):

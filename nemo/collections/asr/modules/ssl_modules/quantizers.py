@@ -1,16 +1,23 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """Patch of NeMo's ``quantizers.py``: the same tokens and codes by matrix products, in bounded memory.
 
+Beside NeMo's random projection there is one of principal components, and codebooks can be refined in training.
+
 Shapes: B batch, D features, T frames, S target frames (T // combine_time_steps), K code dimensions, C classes,
 H codebooks, N frames of the whole batch (B * S).
 """
 
+from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Optional
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from nemo.collections.asr.modules.ssl_modules.codebook_refinement import CodebookRefinement
 from nemo.core.classes import typecheck
+from nemo.utils import AppState
 from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
@@ -19,13 +26,53 @@ _up = upstream(globals())
 SCORES_AT_A_TIME_ON_CPU = 2**20
 SCORES_AT_A_TIME = 2**24
 
+PROJECTIONS = ('random', 'pca')
+_FIELD = 'model.quantizer'  # as errors name it
+_PROJECTION_ARRAYS = ('components', 'eigenvalues', 'combine_time_steps', 'features', 'normalization')
+_SMALLEST_VARIANCE = 1e-10  # of the first component's, for a component to be told from rounding
+
 
 class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
-    """BEST-RQ's targets (https://arxiv.org/abs/2202.01855); arguments, weights and results are NeMo's.
+    """BEST-RQ's targets (https://arxiv.org/abs/2202.01855); by default arguments, weights and results are NeMo's.
 
     NeMo compares each frame with each code by a difference [B, S, H, K, C]. The nearest code is also the one with the
     largest x . c - |c|^2 / 2, a matrix product.
+
+    Args:
+        args, kwargs: NeMo's.
+        projection: ``random``, or ``pca``: codebook h sees the principal components h * K ... h * K + K - 1 of the
+            combined frames, at unit variance. The weights travel with the checkpoint, so a model that is restored
+            from one does not read ``projection_file``.
+        projection_file: what ``compute_feature_stats.py --pca`` wrote; for ``pca`` only.
+        refine: moves the codebooks to where the frames are while training begins; see ``CodebookRefinement``. None:
+            they stay.
+
+    Raises:
+        ValueError: naming the key of ``model.quantizer``, its value and what is allowed.
     """
+
+    def __init__(
+        self,
+        *args,
+        projection: str = 'random',
+        projection_file: Optional[str] = None,
+        refine: Optional[Mapping] = None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.projection = projection
+        self.projection_normalization: Optional[str] = None
+        """What the features must be normalised by, as ``projection_file`` says; None without one."""
+        if _needs_projection(projection, projection_file):
+            shape = self.proj.out_features, self.combine_time_steps, self.feat_in
+            weights, self.projection_normalization = read_projection(projection_file, *shape)
+            with torch.no_grad():
+                self.proj.weight.copy_(torch.from_numpy(weights))
+        if refine is not None and self.codebooks.requires_grad:
+            raise ValueError(f"{_FIELD}.freeze is false with {_FIELD}.refine; it must be true, or refine be null")
+        sizes = self.num_books, self.num_classes, self.code_dim
+        # Registered if None, too: what a checkpoint has of a refinement is then left out, and no error.
+        self.register_module('refinement', None if refine is None else CodebookRefinement(*sizes, refine))
 
     @typecheck()
     def forward(self, input_signal):
@@ -41,13 +88,9 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
             xid: tokens [B, S, H] int64. One codebook is squeezed with ``squeeze_single``. With several codebooks NeMo
                 orders the elements of ``xq`` by codebook before frame; so do these.
         """
-        signal = input_signal if self.time_ahead else input_signal.transpose(1, 2)
-        batch, frames, features = signal.shape
-        targets = frames // self.combine_time_steps
-        whole = signal[:, : targets * self.combine_time_steps]
-        combined = whole.reshape(batch, targets, self.combine_time_steps * features)
-        projected = self.proj(combined).view(batch, targets, self.num_books, self.code_dim)
-        tokens = self._tokens(F.normalize(projected, dim=-1))
+        frames = self._unit_vectors(input_signal)
+        batch, targets = frames.shape[:2]
+        tokens = self._tokens(frames)
 
         in_all_books = tokens + self.num_classes * torch.arange(self.num_books, device=tokens.device)
         codes = F.embedding(in_all_books.transpose(1, 2), self.codebooks.view(-1, self.code_dim))
@@ -57,6 +100,56 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
         if self.num_books == 1 and self.squeeze_single:
             return codes.squeeze(-1), tokens.squeeze(-1)
         return codes, tokens
+
+    @torch.no_grad()
+    def observe(self, input_signal, lengths: torch.Tensor, tokens: Optional[torch.Tensor] = None) -> None:
+        """Tell the refinement, in a training step, what the quantizer sees; without one this does nothing.
+
+        Args:
+            input_signal: as :meth:`forward` takes it.
+            lengths: valid target frames [B].
+            tokens: what :meth:`forward` returned for it, [B, S, H] or [B, S]; None: they are found anew.
+        """
+        if self.refinement is None or not self.refinement.observing:
+            return
+        frames = self._unit_vectors(input_signal)
+        tokens = self._tokens(frames) if tokens is None else tokens.view(frames.shape[:3])
+        counted = torch.arange(frames.shape[1], device=frames.device) < lengths.to(frames.device).unsqueeze(1)
+        self.refinement.observe(frames.flatten(0, 1), tokens.flatten(0, 1), counted.flatten())
+
+    @torch.no_grad()
+    def refine_if_due(self, step: int) -> dict[str, torch.Tensor]:
+        """Refine the codebooks if a refinement belongs before training step ``step``, and has not been done.
+
+        Args:
+            step: the trainer's global step; to be called at the start of each training step, also where one comes
+                again (gradient accumulation, a resume).
+
+        Returns:
+            scalars to log, on the codebooks' device: ``codebook/replaced_codes``, and ``codebook/changed_share``, of
+            the tokens of this rank's last batch, if it has one. Empty where nothing was refined.
+        """
+        if self.refinement is None or not self.refinement.is_due(step):
+            return {}
+        codes, replaced = self.refinement.refine(self.codebooks, step)
+        self.codebooks.copy_(codes)
+        logs = {'codebook/replaced_codes': replaced.float()}
+        if self.refinement.last_batch is not None:
+            frames, before, counted = self.refinement.last_batch
+            self.refinement.last_batch = None
+            changed = (self._tokens(frames.unsqueeze(0)).squeeze(0) != before) & counted.unsqueeze(-1)
+            logs['codebook/changed_share'] = changed.sum() / (counted.sum() * self.num_books).clamp(min=1)
+        return logs
+
+    def _unit_vectors(self, input_signal: torch.Tensor) -> torch.Tensor:
+        """Return what the codes are compared with, [B, S, H, K], of a signal as :meth:`forward` takes it."""
+        signal = input_signal if self.time_ahead else input_signal.transpose(1, 2)
+        batch, frames, features = signal.shape
+        targets = frames // self.combine_time_steps
+        whole = signal[:, : targets * self.combine_time_steps]
+        combined = whole.reshape(batch, targets, self.combine_time_steps * features)
+        projected = self.proj(combined).view(batch, targets, self.num_books, self.code_dim)
+        return F.normalize(projected, dim=-1)
 
     @torch.no_grad()
     def _tokens(self, frames: torch.Tensor) -> torch.Tensor:
@@ -84,3 +177,101 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
         # All codes have norm 1 but for rounding, and that decides where a frame is silence, exactly zero. The squares of
         # nearly equal norms are equal: compare the norms themselves, as NeMo does.
         return torch.where((frames == 0).all(dim=1), norms.argmin(), tokens)
+
+
+def check_projection(quantizer, mask_position: str, normalization: Optional[str] = None) -> None:
+    """Check that a model's quantizer gets what its projection was computed from; one without a file fits everything.
+
+    Args:
+        quantizer: of any class.
+        mask_position: ``pre_conv`` or ``post_conv``, the model's.
+        normalization: of the features that the quantizer gets, ``per_feature`` or ``NA``; None: not known.
+
+    Raises:
+        ValueError: naming the key of the model's config, its value and what is allowed.
+    """
+    if getattr(quantizer, 'projection', 'random') != 'pca':
+        return
+    if mask_position == 'post_conv':
+        raise ValueError(
+            f"{_FIELD}.projection is 'pca' with mask_position post_conv; it must be random, for the quantizer then "
+            "sees features after a subsampling that is learned, whose principal components nobody knows beforehand"
+        )
+    needed = quantizer.projection_normalization
+    if needed is not None and normalization not in (None, needed):
+        raise ValueError(
+            f"model.target_normalize is {normalization!r}; {_FIELD}.projection_file was computed from features "
+            f"normalised by {needed!r}: set that, or compute it anew with --target_normalize {normalization}"
+        )
+
+
+def _needs_projection(projection: str, projection_file: Optional[str]) -> bool:
+    """Return whether weights are to be read from ``projection_file``; raise ValueError if the two do not fit."""
+    if projection not in PROJECTIONS:
+        raise ValueError(f"{_FIELD}.projection is {projection!r}; it must be one of {', '.join(PROJECTIONS)}")
+    if projection == 'random':
+        if projection_file is not None:
+            raise ValueError(
+                f"{_FIELD}.projection_file is {str(projection_file)!r} with {_FIELD}.projection random; it must be "
+                "null, or projection be pca"
+            )
+        return False
+    if AppState().is_model_being_restored:
+        return False  # the weights come with the checkpoint, and the file may have stayed where it was trained
+    if projection_file is None:
+        raise ValueError(
+            f"{_FIELD}.projection_file is None with {_FIELD}.projection pca; it must name a file that "
+            "compute_feature_stats.py --pca wrote"
+        )
+    return True
+
+
+def read_projection(path: str, components: int, combine_time_steps: int, features: int) -> tuple[np.ndarray, str]:
+    """Read principal components, each scaled to unit variance.
+
+    Without the scaling the first few components decide where a unit vector points, and most codes are never chosen.
+
+    Args:
+        path: what ``compute_feature_stats.py --pca`` wrote.
+        components: how many are wanted, those with the largest variance first.
+        combine_time_steps: frames that one target combines.
+        features: D.
+
+    Returns:
+        float64 [components, combine_time_steps * D], features of the first frame first, and the normalisation of the
+        features, ``per_feature`` or ``NA``.
+
+    Raises:
+        ValueError: naming the file, and what of it does not fit.
+    """
+    content = _arrays_of(path)
+    name = f"{_FIELD}.projection_file {path}"
+    for key, wanted in (('combine_time_steps', combine_time_steps), ('features', features)):
+        if int(content[key]) != wanted:
+            raise ValueError(f"{name} was made for {key} {int(content[key])}; the quantizer has {wanted}")
+    variances = content['eigenvalues'][:components]
+    if len(variances) < components:
+        raise ValueError(
+            f"{name} has {len(variances)} components; num_books * code_dim takes {components}: make it with "
+            f"--components {components} or more"
+        )
+    if not np.all(variances > _SMALLEST_VARIANCE * variances[0]):
+        raise ValueError(f"{name}: not all of the first {components} components have any variance")
+    weights = content['components'][:components] / np.sqrt(variances)[:, None]
+    if weights.shape != (components, combine_time_steps * features) or not np.isfinite(weights).all():
+        raise ValueError(f"{name}: its components must be finite, [components, combine_time_steps * features]")
+    return weights, str(content['normalization'])
+
+
+def _arrays_of(path: str) -> dict[str, np.ndarray]:
+    """Return the arrays of a projection file by name; raise ValueError if it cannot be read or lacks one."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in _PROJECTION_ARRAYS}
+    except FileNotFoundError:
+        raise ValueError(f"{_FIELD}.projection_file is {str(path)!r}; there is no such file") from None
+    except Exception as error:  # zip, NumPy and pickle each have errors of their own
+        raise ValueError(
+            f"{_FIELD}.projection_file {path} cannot be read: {error}; it must be what compute_feature_stats.py --pca "
+            "wrote"
+        ) from error

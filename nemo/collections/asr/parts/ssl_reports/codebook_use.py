@@ -37,8 +37,17 @@ class CodebookUse:
         self.num_classes, self.num_books = num_classes, num_books
         blocks = min(blocks, batches_covered)
         self.batches_per_block = batches_covered // blocks
-        self.batches = 0
         self._most_blocks = blocks
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all counts, and begin a new block: for when the codes change, and tokens no longer mean what they did.
+
+        Counts from before and after a change add up to no distribution of tokens that there ever was, and could hide a
+        collapse or feign one. Ask :meth:`collapse` first: what was counted since the last full block is never looked at
+        otherwise, and where blocks are longer than the codes live no block is ever full.
+        """
+        self.batches = 0
         self._blocks: list[torch.Tensor] = []  # counts [H, C] each, the oldest first
         self._total: Optional[torch.Tensor] = None  # their sum
 

@@ -11,6 +11,8 @@ DATA_SECTIONS = ('train_ds', 'validation_ds', 'test_ds')
 
 REPORT_KEYS = ('validate_contexts', 'validation_masks', 'audit_every_n_batches', 'log_figures')
 MODEL_KEYS = (
+    'objective',
+    'next_token',
     'target_normalize',
     'mask_position',
     'num_classes',
@@ -42,11 +44,14 @@ TOP_LEVEL_KEYS = (
     'init_from_pretrained_model',
     'init_from_ptl_ckpt',
 )
+OBJECTIVES = ('masked', 'next_token', 'both')
 # Sections that only this project has; in a data section the first two are model.train_ds.synced_contexts and so on.
 SYNCED_CONTEXT_KEYS = ('context_options', 'context_probs', 'seed')
 RESUMABLE_KEYS = ('seed',)
+NEXT_TOKEN_KEYS = ('horizons', 'weight')
 VALIDATION_MASK_KEYS = ('seed', 'left_context')
 SCHEDULE_KEYS = ('anchors', 'interpolate')
+REFINE_KEYS = ('every_n_steps', 'until_step', 'decay')  # of model.quantizer.refine
 ATT_CONTEXT_SAMPLER_KEYS = ('full_prob', 'chunk_size', 'left_chunks', 'left_limited_prob')
 
 

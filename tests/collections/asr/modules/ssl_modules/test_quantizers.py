@@ -1,8 +1,9 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Tokens and codes of the quantizer: NeMo's, from matrix products in bounded memory."""
+"""Tokens and codes of the quantizer: NeMo's, from matrix products in bounded memory; and projections from a file."""
 
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from tensor_sizes import LargestTensor
 
 from nemo.collections.asr.modules.ssl_modules import quantizers
-from nemo.collections.asr.modules.ssl_modules.quantizers import RandomProjectionVectorQuantizer
+from nemo.collections.asr.modules.ssl_modules.quantizers import RandomProjectionVectorQuantizer, check_projection
+from nemo.utils import AppState
 
 StockQuantizer = quantizers._up.RandomProjectionVectorQuantizer
 
@@ -140,3 +142,133 @@ def test_it_runs_on_the_meta_device_without_waiting_for_values():
     patched, _ = build_pair(num_books=2)
     codes, tokens = patched.to('meta')(input_signal=torch.randn(2, 6, 16, device='meta'))
     assert tokens.shape == (2, 16, 2) and codes.shape == (2, 4, 16, 2)
+
+
+class TestByDefault:
+    @pytest.mark.unit
+    def test_weights_and_random_numbers_are_nemos(self):
+        states = []
+        for made in (RandomProjectionVectorQuantizer, StockQuantizer):
+            torch.manual_seed(0)
+            weights = made(6, 4, 50, 2, 'l2', combine_time_steps=2).state_dict()
+            states.append({**weights, 'the next random number': torch.rand(1)})
+        assert list(states[0]) == list(states[1])
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+    @pytest.mark.unit
+    def test_checkpoints_of_stock_load_and_load_in_stock(self):
+        torch.manual_seed(1)
+        patched, stock = build_pair()
+        other = StockQuantizer(feat_in=6, code_dim=4, num_classes=50, num_books=1)
+        patched.load_state_dict(other.state_dict())
+        stock.load_state_dict(patched.state_dict())
+        assert torch.equal(stock.codebooks, other.codebooks)
+
+
+def write_projection(path, **changed):
+    """Write the file of 2 combined frames of 6 features; return its arrays."""
+    rng = np.random.default_rng(0)
+    arrays = dict(
+        components=np.linalg.qr(rng.standard_normal((12, 12)))[0][:8],
+        eigenvalues=np.linspace(9, 1, 8),
+        combine_time_steps=2,
+        features=6,
+        normalization='per_feature',
+    )
+    arrays.update(changed)
+    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+    return arrays
+
+
+def with_projection(path, **changed):
+    arguments = dict(feat_in=6, code_dim=4, num_classes=50, num_books=2, combine_time_steps=2, projection='pca')
+    return RandomProjectionVectorQuantizer(**{**arguments, **changed}, projection_file=path)
+
+
+class TestPrincipalComponents:
+    @pytest.mark.unit
+    @pytest.mark.parametrize('time_ahead', [False, True])
+    def test_each_book_sees_its_components_of_frames_one_after_the_other_at_unit_variance(self, tmp_path, time_ahead):
+        arrays = write_projection(tmp_path / 'pca.npz')
+        quantizer = with_projection(tmp_path / 'pca.npz', time_ahead=time_ahead)
+        features = torch.randn(1, 6, 9)
+        tokens = quantizer(input_signal=features.transpose(1, 2) if time_ahead else features)[1]
+        for target in range(4):
+            frames = [*features[0, :, 2 * target], *features[0, :, 2 * target + 1]]
+            scores = arrays['components'] @ np.array(frames) / np.sqrt(arrays['eigenvalues'])
+            for book in range(2):
+                of_book = scores[4 * book : 4 * book + 4]
+                distances = np.linalg.norm(
+                    quantizer.codebooks[book].numpy() - of_book / np.linalg.norm(of_book), axis=1
+                )
+                assert tokens[0, target, book] == distances.argmin()
+
+    @pytest.mark.unit
+    def test_codebooks_and_random_numbers_are_those_of_a_random_projection(self, tmp_path):
+        write_projection(tmp_path / 'pca.npz')
+        torch.manual_seed(0)
+        codebooks, number = with_projection(tmp_path / 'pca.npz').codebooks, torch.rand(1)
+        torch.manual_seed(0)
+        assert torch.equal(with_projection(None, projection='random').codebooks, codebooks)
+        assert torch.equal(torch.rand(1), number)
+
+    @pytest.mark.unit
+    def test_a_model_that_is_restored_needs_no_file(self, tmp_path, monkeypatch):
+        write_projection(tmp_path / 'pca.npz')
+        saved = with_projection(tmp_path / 'pca.npz')
+        for gone in (None, tmp_path / 'gone.npz'):
+            with pytest.raises(ValueError, match='^model.quantizer.projection_file is '):
+                with_projection(gone)
+            monkeypatch.setattr(AppState(), 'is_model_being_restored', True)
+            restored = with_projection(gone)
+            monkeypatch.undo()
+            restored.load_state_dict(saved.state_dict())
+            assert torch.equal(restored.proj.weight, saved.proj.weight)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize(
+        'written, asked, message',
+        [
+            ({}, dict(combine_time_steps=8), 'was made for combine_time_steps 2; the quantizer has 8'),
+            ({}, dict(feat_in=80), 'was made for features 6; the quantizer has 80'),
+            ({}, dict(code_dim=5), 'has 8 components; num_books .* takes 10: make it with --components 10 or more'),
+            (
+                dict(eigenvalues=np.array([1.0] * 7 + [1e-14])),
+                {},
+                'not all of the first 8 components have any variance',
+            ),
+            (dict(components=np.full((8, 12), np.nan)), {}, 'its components must be finite'),
+            (dict(components=np.ones((8, 11))), {}, 'its components must be finite, .components, combine_time_steps'),
+            (dict(eigenvalues=None), {}, 'cannot be read: .*eigenvalues.*; it must be what compute_feature_stats.py'),
+        ],
+    )
+    def test_a_file_that_does_not_fit(self, tmp_path, written, asked, message):
+        write_projection(tmp_path / 'pca.npz', **written)
+        with pytest.raises(ValueError, match=f'^model.quantizer.projection_file .*pca.npz:? {message}'):
+            with_projection(tmp_path / 'pca.npz', **asked)
+
+    @pytest.mark.unit
+    def test_a_file_that_is_none(self, tmp_path):
+        (tmp_path / 'pca.npz').write_text('no zip')
+        with pytest.raises(ValueError, match='pca.npz cannot be read: .*; it must be what compute_feature_stats.py'):
+            with_projection(tmp_path / 'pca.npz')
+
+    @pytest.mark.unit
+    def test_a_file_for_a_random_projection_and_other_projections_are_refused(self):
+        with pytest.raises(ValueError, match="^model.quantizer.projection_file is 'a.npz' with .*projection random"):
+            with_projection('a.npz', projection='random')
+        with pytest.raises(ValueError, match="^model.quantizer.projection is 'PCA'; it must be one of random, pca"):
+            with_projection(None, projection='PCA')
+
+    @pytest.mark.unit
+    def test_a_model_that_it_does_not_fit(self, tmp_path):
+        write_projection(tmp_path / 'pca.npz')
+        quantizer = with_projection(tmp_path / 'pca.npz')
+        check_projection(quantizer, 'pre_conv')
+        check_projection(quantizer, 'pre_conv', 'per_feature')
+        with pytest.raises(ValueError, match="^model.quantizer.projection is 'pca' with mask_position post_conv"):
+            check_projection(quantizer, 'post_conv')
+        with pytest.raises(ValueError, match="^model.target_normalize is 'NA'; .* normalised by 'per_feature'"):
+            check_projection(quantizer, 'pre_conv', 'NA')
+        check_projection(with_projection(None, projection='random'), 'post_conv', 'NA')
+        check_projection(torch.nn.Identity(), 'post_conv')

@@ -114,6 +114,26 @@ class TestWindow:
         assert complete == [False, False, True, False, False, True, False]
 
 
+class TestForget:
+    @pytest.mark.unit
+    def test_nothing_is_left_and_a_new_block_begins(self):
+        use = counted([0, 0], [1, 1], [1, 1], num_classes=4, batches_covered=4, blocks=2)
+        use.forget()
+        assert statistics(use) == [0, 0, 0, 0] and use.collapse() is None and not use.block_is_complete
+        for batch in ([2, 3], [2, 3]):
+            use.update(torch.tensor([batch]), torch.tensor([2]))
+        assert use.block_is_complete
+        assert statistics(use) == [2, pytest.approx(2), 0.5, 4]
+
+    @pytest.mark.unit
+    def test_a_collapse_shows_until_the_counts_are_forgotten_and_not_after(self):
+        use = counted([0, 0, 0, 1])
+        assert '75%' in use.collapse()
+        use.forget()
+        use.update(torch.tensor([[4, 5, 6, 7]]), torch.tensor([4]))
+        assert use.collapse() is None
+
+
 class TestCollapse:
     @pytest.mark.unit
     def test_one_code_above_half_of_the_frames(self):

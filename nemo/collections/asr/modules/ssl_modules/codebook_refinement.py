@@ -1,0 +1,194 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Codebooks that move to where the frames are: spherical k-means, a step every so many training steps.
+
+Every code becomes the direction of the mean of the unit vectors that chose it. A code that hardly any frame chose
+takes half of the frames of one that many chose, as in the algorithm of Linde, Buzo and Gray (1980). New in this project.
+
+Shapes: H codebooks, C classes, K code dimensions, N frames of a batch, P pairs of a code with few frames and one with
+many.
+"""
+
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nemo.collections.asr.parts.utils.known_keys import REFINE_KEYS, check_known
+
+FIELD = 'model.quantizer.refine'  # as errors name it
+DEAD_SHARE = 0.05  # of the frames that a code has on average: a code with fewer is replaced
+SMALLEST_SPREAD = 1e-3  # of the frames of a code, to be split: rounding alone spreads equal vectors by less
+# Sums are whole multiples of 2^-32, so their order changes no digit: neither the threads of a GPU nor the number of
+# ranks matters. An int64 holds 2^31 unit vectors of them.
+FIXED_POINT = 2.0**32
+
+
+class CodebookRefinement(nn.Module):
+    """Gathers which frames chose each code, and moves the codes to them; its buffers are the same on every rank.
+
+    Args:
+        num_books: H.
+        num_classes: C.
+        code_dim: K.
+        refine: the section of the config. ``every_n_steps``: training steps from one refinement to the next;
+            ``until_step``: no refinement comes later; ``decay``: from 0 on and below 1, by how much the weight of the
+            frames seen so far shrinks at each refinement. At 0, the default, a refinement is a step of k-means on the
+            frames since the last one.
+
+    Raises:
+        ValueError: naming the key of ``refine``, its value and what is allowed.
+    """
+
+    def __init__(self, num_books: int, num_classes: int, code_dim: int, refine: Mapping):
+        super().__init__()
+        self.every_n_steps, self.until_step, self.decay = _settings(refine)
+        self.observing = True
+        """Whether frames still matter, because a refinement is yet to come; :meth:`is_due` keeps it."""
+        self.last_batch: Optional[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = None
+        """The three arguments of the latest :meth:`observe`; not in checkpoints."""
+        self._refined_step: Optional[int] = 0  # refined_step, without a wait for the device; None: not read yet
+        shape = num_books, num_classes, code_dim + 1
+        # Per code, K sums and then a count; of the frames since the last refinement, and of those before, decayed.
+        self.register_buffer('observed', torch.zeros(shape, dtype=torch.int64))
+        self.register_buffer('remembered', torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer('refined_step', torch.zeros((), dtype=torch.int64))  # 0: none yet
+
+    @torch.no_grad()
+    def observe(self, vectors: torch.Tensor, tokens: torch.Tensor, counted: torch.Tensor) -> None:
+        """Add a batch; with several ranks, that of each. Exchanges H x C x (K + 1) numbers, and waits for none.
+
+        Args:
+            vectors: unit vectors [N, H, K], any floating dtype. One without a direction (digital silence), or not
+                finite, adds nothing.
+            tokens: the codes that they chose, [N, H] int64 from 0 to C - 1.
+            counted: [N] bool, False for padding.
+        """
+        self.last_batch = vectors, tokens, counted
+        books, classes, width = self.observed.shape
+        vectors, norms = vectors.double(), vectors.double().norm(dim=-1)
+        usable = (counted.unsqueeze(-1) & (norms > 0.5) & (norms < 2)).unsqueeze(-1)
+        units = torch.where(usable, vectors, 0.0) * FIXED_POINT
+        rows = torch.cat([units.round().long(), usable.long()], dim=-1).view(-1, width)
+        codes = tokens + classes * torch.arange(books, device=tokens.device)
+        batch = torch.zeros(books * classes, width, dtype=torch.int64, device=rows.device)
+        batch.index_add_(0, codes.flatten(), rows)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(batch)
+        self.observed += batch.view_as(self.observed)
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a refinement belongs before training step ``step`` and has not been done.
+
+        A step can come several times: with gradient accumulation, and after a resume.
+        """
+        self.observing = step < self.until_step // self.every_n_steps * self.every_n_steps
+        if step <= 0 or step > self.until_step or step % self.every_n_steps:
+            return False
+        if self._refined_step is None:
+            self._refined_step = int(self.refined_step)  # the one wait for the device, once after loading
+        return step != self._refined_step
+
+    @torch.no_grad()
+    def refine(self, codebooks: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the refined codebooks [H, C, K] float64, of unit length, and how many codes were replaced (a scalar).
+
+        Args:
+            codebooks: [H, C, K], as they are now. A code that no frame chose, and that is not replaced, stays.
+            step: the training step that the refinement belongs to.
+        """
+        sums = self.remembered[..., :-1].double() + self.observed[..., :-1].double() / FIXED_POINT
+        counts = self.remembered[..., -1].double() + self.observed[..., -1].double()
+        lengths = sums.norm(dim=-1, keepdim=True)
+        codes = F.normalize(torch.where(lengths > 0, sums, codebooks.double()), dim=-1)
+        codes, sums, counts, replaced = _split(codes, sums, counts, codebooks.double())
+        self.remembered = self.decay * torch.cat([sums, counts.unsqueeze(-1)], dim=-1)
+        self.observed.zero_()
+        self.refined_step.fill_(step)
+        self._refined_step = step
+        return codes, replaced
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Load the buffers; start afresh from a checkpoint that has none of them."""
+        names = ('observed', 'remembered', 'refined_step')
+        if not any(prefix + name in state_dict for name in names):
+            state_dict = {prefix + name: torch.zeros_like(getattr(self, name)) for name in names}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._refined_step, self.observing, self.last_batch = None, True, None
+
+
+def _split(codes, sums, counts, before):
+    """Let dead codes take half of the frames of those that most frames chose; each gives once at most.
+
+    The two halves lie on both sides of the mean, one standard deviation of the frames apart from it, in the direction
+    in which the dead code lay: no random numbers, and no two dead codes alike.
+
+    Args:
+        codes: the means' directions [H, C, K].
+        sums: [H, C, K] of the vectors.
+        counts: [H, C] of the vectors.
+        before: the codebooks before the refinement, [H, C, K].
+
+    Returns:
+        codes, sums and counts after the splits, and how many codes were replaced (a scalar).
+    """
+    dead, large = _most_unequal(counts)
+    lengths, shares = _of_codes(sums, large).norm(dim=-1), counts.gather(1, large)
+    spread = ((1 - (lengths / shares.clamp(min=1)).square()).clamp(min=0) / max(codes.shape[-1] - 1, 1)).sqrt()
+    mean = counts.mean(dim=1, keepdim=True)
+    replaced = (counts.gather(1, dead) < DEAD_SHARE * mean) & (shares > mean.clamp(min=1)) & (spread > SMALLEST_SPREAD)
+
+    parents, aside = _of_codes(codes, large), _of_codes(before, dead)
+    aside = F.normalize(aside - (aside * parents).sum(dim=-1, keepdim=True) * parents, dim=-1)
+    offsets = spread.unsqueeze(-1) * aside
+    for place, half in ((dead, parents + offsets), (large, parents - offsets)):
+        half = F.normalize(half, dim=-1)
+        codes = _replaced(codes, place, half, replaced)
+        sums = _replaced(sums, place, half * lengths.unsqueeze(-1) / 2, replaced)
+        counts = counts.scatter(1, place, torch.where(replaced, shares / 2, counts.gather(1, place)))
+    return codes, sums, counts, replaced.sum()
+
+
+def _most_unequal(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the indices [H, P] of the smallest counts [H, C], and of the largest, to be paired."""
+    order, pairs = counts.argsort(dim=1, stable=True), counts.shape[1] // 2
+    return order[:, :pairs], order.flip(1)[:, :pairs]
+
+
+def _of_codes(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return the rows [H, P, K] of ``values`` [H, C, K] at ``indices`` [H, P]."""
+    return values.gather(1, indices.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+def _replaced(values, indices, new, where):
+    """Return ``values`` [H, C, K] with the rows ``new`` [H, P, K] at ``indices`` [H, P] where ``where`` [H, P] is True."""
+    rows = torch.where(where.unsqueeze(-1), new, _of_codes(values, indices))
+    return values.scatter(1, indices.unsqueeze(-1).expand_as(rows), rows)
+
+
+def _settings(refine: Mapping) -> tuple[int, int, float]:
+    """Return ``every_n_steps``, ``until_step`` and ``decay`` of the config's section, checked."""
+    section = refine if isinstance(refine, Mapping) else {}
+    check_known(FIELD, section, REFINE_KEYS)
+    if not {'every_n_steps', 'until_step'} <= section.keys():
+        shown = dict(section) or refine
+        raise ValueError(f"{FIELD} is {shown!r}; it must have every_n_steps and until_step, or be null")
+    every_n_steps, until_step = (_whole_number(section, key) for key in ('every_n_steps', 'until_step'))
+    if until_step < every_n_steps:
+        raise ValueError(
+            f"{FIELD}.until_step is {until_step}; it must be {FIELD}.every_n_steps or more, which is {every_n_steps}: "
+            "otherwise nothing is refined"
+        )
+    decay = section.get('decay', 0.0)
+    if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= decay < 1:
+        raise ValueError(f"{FIELD}.decay is {decay!r}; it must be a number from 0 on and below 1")
+    return every_n_steps, until_step, float(decay)
+
+
+def _whole_number(section: Mapping, key: str) -> int:
+    value = section[key]
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{FIELD}.{key} is {value!r}; it must be a whole number of 1 or more")
+    return int(value)
