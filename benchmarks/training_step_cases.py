@@ -146,6 +146,7 @@ def step_config(case: dict):
     del cfg.model.train_ds, cfg.model.validation_ds, cfg.model.optim
     OmegaConf.resolve(cfg)
     with open_dict(cfg):
+        cfg.model.update(case.get('model', {}))  # of the patched NeMo alone
         for path in () if is_patched() else NOT_IN_STOCK:
             *parents, key = path.split('.')
             node = cfg.model if not parents else cfg.model[parents[0]]

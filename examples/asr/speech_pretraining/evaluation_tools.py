@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Evaluate models of masked token prediction in their attention contexts, and write the figures."""
+"""Evaluate models of masked and of next token prediction in their attention contexts, and write the figures."""
 
 import argparse
 import json
@@ -15,14 +15,19 @@ def contexts_of(model, wanted, name: str) -> list:
     """Return the contexts to evaluate a model in.
 
     Raises:
-        ValueError: naming the model and the context, if it is no model of masked tokens, or its encoder cannot follow.
+        ValueError: naming the model and the context, if it predicts no tokens, its encoder cannot follow, or it
+            predicts next tokens and the context leaves none unheard.
     """
     from nemo.collections.asr.parts.ssl_reports.validation import parse_contexts
 
     if not hasattr(model, 'predict_masked'):
-        raise ValueError(f'{name}: {type(model).__name__} predicts no masked tokens')
+        raise ValueError(f'{name}: {type(model).__name__} predicts neither masked nor next tokens')
     try:
-        return parse_contexts(wanted, model.encoder, '--contexts')
+        contexts = parse_contexts(wanted, model.encoder, '--contexts')
+        for context in contexts:
+            with model.encoder.using_att_context_size(context):
+                model.next_token_offset()  # raises where there is none
+        return contexts
     except ValueError as error:
         raise ValueError(f'{name}: {error}') from error
 
@@ -41,14 +46,20 @@ def loader_of(model, manifest: str, batch_size: int, num_workers: int):
 
 
 def masking_window(models: dict, contexts: dict, left: Optional[int]):
-    """Return the window of this left context; None: one that every layer of all models has, each in its contexts."""
+    """Return the window of this left context; None for it: one that every layer of all models has, each in its contexts.
+
+    Returns None if no model masks anything.
+    """
     from nemo.collections.asr.parts.att_context.context import AttContext
     from nemo.collections.asr.parts.att_context.windows import Window, tightest_window
     from nemo.collections.asr.parts.ssl_reports.validation import tightest_of
 
+    masking = [name for name, model in models.items() if model.predicts_masked_tokens]
+    if not masking:
+        return None
     if left is not None:
         return Window(AttContext(left, 0))
-    return tightest_window(tightest_of(model.encoder, contexts[name]) for name, model in models.items())
+    return tightest_window(tightest_of(models[name].encoder, contexts[name]) for name in masking)
 
 
 def evaluate_models(models: dict, contexts: dict, manifest: str, options: argparse.Namespace) -> list[dict]:
@@ -61,7 +72,9 @@ def evaluate_models(models: dict, contexts: dict, manifest: str, options: argpar
         options: ``mask_context``, ``draws``, ``seed``, ``resamples``, ``confidence``, ``batch_size``, ``num_workers``.
 
     Returns:
-        for each model ``model``, ``codebook`` and ``contexts``: a list of rows, see :func:`_row`.
+        for each model ``model``, ``objective``, ``mask_context`` (None: it masks nothing), ``codebook``, ``contexts``: a
+        list of rows, one for each context and part of the objective, see :func:`_row`; and ``not_compared``, see
+        :func:`_not_compared`.
     """
     from nemo.collections.asr.parts.ssl_reports.evaluation import evaluate
 
@@ -71,15 +84,22 @@ def evaluate_models(models: dict, contexts: dict, manifest: str, options: argpar
         loader = loader_of(model, manifest, options.batch_size, options.num_workers)
         batches = tqdm(loader, desc=f'{name}, {len(contexts[name])} contexts', unit='batch')
         found[name] = evaluate(model, batches, contexts[name], options.seed, window, options.draws)
+        first = next(iter(found.values()))
+        pairs = [(context, part) for context in contexts[name] for part in found[name].parts]
         results.append(
             {
                 'model': name,
-                'mask_context': window.context.left,
+                'objective': model.objective,
+                'mask_context': window.context.left if model.predicts_masked_tokens else None,
                 'codebook': found[name].codebook,
                 'contexts': [
-                    {**_row(found, name, context, options), 'look_ahead_ms': look_ahead_of(model, context)}
-                    for context in contexts[name]
+                    {
+                        **_row(found[name], first, context, part, options),
+                        'look_ahead_ms': look_ahead_of(model, context),
+                    }
+                    for context, part in pairs
                 ],
+                'not_compared': _not_compared(found[name], first, contexts[name]),
             }
         )
     return results
@@ -94,31 +114,77 @@ def look_ahead_of(model, context) -> Optional[float]:
     return None if frame_ms is None else look_ahead_ms(model.encoder, context, frame_ms)
 
 
-def _row(found: dict, name: str, context, options: argparse.Namespace) -> dict:
-    """Return the figures of a model in a context: values, and each one's bounds under NAME_interval."""
-    from nemo.collections.asr.parts.att_context.context import context_label
-    from nemo.collections.asr.parts.ssl_reports.evaluation import summarize
+def _row(scores, first, context, part: str, options: argparse.Namespace) -> dict:
+    """Return the figures of a model in a part and a context: values, and the bounds of some under NAME_interval.
 
-    sums = found[name].contexts[context_label(context)]
-    row = {'context': list(context)}
-    for figure, estimate in summarize(sums, options.resamples, options.confidence, options.seed).items():
+    ``below_unigram`` is by how many nats the loss is below ``unigram_entropy``, that of knowing how common each token
+    is. ``loss_difference`` is None with the reason in ``not_compared``, and for the first model itself, without one.
+
+    Args:
+        scores: of the model.
+        first: of the model that it is compared with; ``scores`` itself, if it is the first.
+        context: of the encoder.
+        part: of the objective.
+        options: as for :func:`evaluate_models`.
+    """
+    from nemo.collections.asr.parts.att_context.context import context_label
+    from nemo.collections.asr.parts.ssl_reports.evaluation import loss_difference, summarize, why_not_compared
+
+    label, sampling = context_label(context), (options.resamples, options.confidence, options.seed)
+    sums = scores.parts[part][label]
+    row = {'context': list(context), 'part': part}
+    for figure, estimate in summarize(sums, *sampling).items():
         row[figure], row[f'{figure}_interval'] = estimate.value, [estimate.low, estimate.high]
     frames = sums.columns()[2]
-    row.update(commonest=found[name].commonest, masked_frames=int(frames.sum()), utterances=len(frames))
-    return {**row, 'loss_difference': _difference(found, name, context, options)}
+    row.update(commonest=sums.commonest, unigram_entropy=sums.unigram_entropy)
+    row.update(below_unigram=sums.unigram_entropy - row['loss'], frames=int(frames.sum()), utterances=len(frames))
+    row.update({'masked_frames': row['frames']} if part == 'masked' else {'next_token_offset': scores.offsets[label]})
+    row.update(loss_difference=None, not_compared=None)
+    if scores is first:
+        return row
+    row['not_compared'] = why_not_compared(scores, first, part, label)
+    if row['not_compared'] is None:
+        estimate = loss_difference(sums, first.parts[part][label], *sampling)
+        row['loss_difference'] = {'value': estimate.value, 'interval': [estimate.low, estimate.high]}
+    return row
 
 
-def _difference(found: dict, name: str, context, options: argparse.Namespace) -> Optional[dict]:
-    """Return by how much the loss is above the first model's in this context; None where they cannot be paired."""
+def _not_compared(scores, first, contexts: list) -> list[dict]:
+    """Return where a model cannot be compared with the first, and why not.
+
+    Returns:
+        for each reason ``why``, in words, the ``parts`` and ``contexts`` that it holds for; parts of either model.
+    """
     from nemo.collections.asr.parts.att_context.context import context_label
-    from nemo.collections.asr.parts.ssl_reports.evaluation import loss_difference
+    from nemo.collections.asr.parts.ssl_reports.evaluation import why_not_compared
 
-    first, label = next(iter(found)), context_label(context)
-    if name == first or label not in found[first].contexts:
-        return None
-    pair = found[name].contexts[label], found[first].contexts[label]
-    estimate = loss_difference(*pair, options.resamples, options.confidence, options.seed)
-    return estimate and {'value': estimate.value, 'interval': [estimate.low, estimate.high]}
+    if scores is first:
+        return []
+    reasons = {}
+    for part in dict.fromkeys([*scores.parts, *first.parts]):
+        for context in contexts:
+            why = why_not_compared(scores, first, part, context_label(context))
+            if why is not None:
+                reasons.setdefault((part, why), []).append(list(context))
+    found = []
+    for (part, why), where in reasons.items():
+        same = next((known for known in found if (known['why'], known['contexts']) == (why, where)), None)
+        if same is None:
+            found.append({'why': why, 'parts': [part], 'contexts': where})
+        else:
+            same['parts'].append(part)
+    return found
+
+
+def reasons_of(result: dict) -> list[str]:
+    """Return in sentences where a model of :func:`evaluate_models` cannot be compared with the first, and why not."""
+    contexts = [row['context'] for row in result['contexts']]
+    lines = []
+    for reason in result['not_compared']:
+        everywhere = all(context in reason['contexts'] for context in contexts)
+        where = '' if everywhere else f" in {', '.join(map(str, reason['contexts']))}"
+        lines.append(f"{', '.join(reason['parts'])}{where}: {reason['why']}")
+    return lines
 
 
 def with_interval(row: dict, name: str, form: str) -> str:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Draw what a model masks, whom it attends to, and how it learned; as PNG and SVG, legible in black-and-white print.
+"""Draw what a model masks, what surprises it, whom it attends to, and how it learned; as PNG and SVG, for print in grey.
 
     python plot_contexts.py --model_path model.nemo --audio_path speech.wav --output pictures
     python plot_contexts.py --config ../conf/ssl/nest/nest_hierarchical_streaming.yaml --audio_path speech.wav \
@@ -8,15 +8,17 @@
 
 With a model or a config and an audio file:
 
-- masked_spectrogram: the audio's features with the masked blocks, and what that means for the attention frames
+- masked_spectrogram: the audio's features with the masked blocks, and what that means for the attention frames; if the
+  model predicts masked tokens
+- surprise: the features, and how surprising each token was, in nats; if it predicts next tokens
 - attention_windows: what one frame attends to in each layer, and what its output depends on through all layers
 
-and, on the terminal, an audit of the masking: the share that is masked, in runs of what length, and what nobody could
-answer, over --draws draws. A config's weights are random; neither picture depends on them.
+and, on the terminal, an audit of the masking, if there is any: the share that is masked, in runs of what length, and what
+nobody could answer, over --draws draws. A config's weights are random; of the pictures only the surprise depends on them.
 
 With the logs of a training run (a folder with TensorBoard's event files or a metrics.csv):
 
-- learning_curves: loss and accuracy in each context over the steps, and the ceiling of the curriculum
+- learning_curves: loss and accuracy in each context over the steps, those of each horizon, and the curriculum's ceiling
 
 Exit status: 0; 2 if something given cannot be used.
 """
@@ -113,7 +115,7 @@ def context_of(option, model) -> list:
 
 
 def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
-    """Return the pictures of a model by name, and print the audit of its masking.
+    """Return the pictures of a model by name, and print the audit of its masking, if it masks.
 
     Raises:
         ValueError: if the audio or the context cannot be used.
@@ -122,20 +124,22 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
     from nemo.collections.asr.parts.ssl_reports.fixed_masks import FixedMasks, utterance_seeds
 
     if not hasattr(model, 'predict_masked'):
-        raise ValueError(f'{type(model).__name__} masks nothing')
+        raise ValueError(f'{type(model).__name__} predicts neither masked nor next tokens')
     context = context_of(options.context, model)
     samples = torch.from_numpy(read_audio(audio, sample_rate_of(model))).unsqueeze(0)
     lengths = torch.tensor([samples.shape[1]])
     batch = batch_of(model, samples, lengths)
     with torch.inference_mode(), model.encoder.using_att_context_size(context):
         seeds = utterance_seeds(samples, lengths, options.seed)
-        record = model.encode_batch(batch, FixedMasks(model.mask_processor, seeds, model.encoder.tightest_window()))
-        utterance = model_figures.masked_utterance(model, record)
-        print(audit_text(model, record, context, options))
-        title = f'{audio.name}, masked for context {context}'
+        masking = FixedMasks(model.mask_processor, seeds, model.encoder.tightest_window())
+        record = model.encode_batch(batch, masking if model.predicts_masked_tokens else None)
+        utterance = model_figures.seen_utterance(model, record)
+        masked = f', masked for context {context}' if model.predicts_masked_tokens else ''
+        if masked:
+            print(audit_text(model, record, context, options))
         frames = options.frames or max(utterance.features.shape[1] // model.encoder.subsampling_factor, 1)
         return {
-            'masked_spectrogram': model_figures.draw_masks(model, utterance, title),
+            **model_figures.draw_utterance(model, utterance, audio.name + masked),
             'attention_windows': _draw_windows(model, options.frame, frames, context),
         }
 

@@ -127,7 +127,7 @@ def report(options: argparse.Namespace, data: dict, folder: Path, model_file: Pa
     """Restore the model, print what it has learned beside an untrained one, and draw pictures of it."""
     # Imported here, for the corpus is made without waiting for NeMo.
     import lightning.pytorch as pl
-    from evaluation_tools import contexts_of, evaluate_models, write_results
+    from evaluation_tools import contexts_of, evaluate_models, reasons_of, write_results
     from rich.console import Console
     from streaming_tools import chunk_seconds, parity_line, stream_one, streamable_contexts
 
@@ -143,6 +143,8 @@ def report(options: argparse.Namespace, data: dict, folder: Path, model_file: Pa
     write_results(folder / 'learned.json', results, vars(EVALUATION))
     console = Console(width=120 if not sys.stdout.isatty() else None)
     console.print(learning_table(*results))
+    for reason in reasons_of(results[1]):
+        say(f'Start and end cannot be compared in {reason}')
     for context in streamable_contexts(trained.eval()):
         say(
             parity_line(stream_one(trained, first_audio(data['validation']), chunk_seconds(trained, context), context))
@@ -159,19 +161,23 @@ def learning_table(start: dict, end: dict):
     from nemo.collections.asr.parts.att_context.receptive_field import look_ahead_text
 
     use = end['codebook']
+    masked_only = all(row['part'] == 'masked' for row in end['contexts'])
     table = Table(
-        title='What was learned, on masked frames of the validation data',
+        title=f"What was learned, on {'masked frames of ' * masked_only}the validation data",
         caption=f"in brackets: 95% intervals over {end['contexts'][0]['utterances']} utterances; targets: "
         f"{use['codes_used']:.0f} of {use['classes']} codes used, perplexity {use['perplexity']:.0f}, the commonest "
         f"for {use['top_share']:.1%} of the frames",
     )
     table.add_column('context')
     table.add_column('look-ahead', justify='right')
+    if not masked_only:
+        table.add_column('part')
     columns = ['loss at start', 'at end', 'accuracy at start', 'at end', 'perplexity at end', 'always the commonest']
     for name in columns:
         table.add_column(name, justify='right')
     for before, after in zip(start['contexts'], end['contexts'], strict=True):
-        cells = [f"{before['loss']:.3f}", with_interval(after, 'loss', '{:.3f}')]
+        cells = [after['part']] * (not masked_only)
+        cells += [f"{before['loss']:.3f}", with_interval(after, 'loss', '{:.3f}')]
         cells += [f"{before['accuracy']:.2%}", with_interval(after, 'accuracy', '{:.2%}')]
         cells += [f"{after['perplexity']:.1f}", f"{after['commonest']:.2%}"]
         table.add_row(', '.join(map(str, after['context'])), look_ahead_text(after['look_ahead_ms']), *cells)

@@ -4,10 +4,17 @@
     python streaming_inference_example.py --model_path model.nemo --audio_path speech.wav --compare_modes
     python streaming_inference_example.py --model_path model.nemo --manifest files.json --report report.json
     arecord -f S16_LE -r 16000 -c 1 -t raw | python streaming_inference_example.py --model_path model.nemo --stdin_pcm
+    python streaming_inference_example.py --model_path model.nemo --audio_path call.wav --surprise_plot surprise.png \
+        --surprise_reference 3.02
 
 Any NeMo model with a causal Conformer encoder and a preprocessor will do: an SSL model or a fine-tuned CTC model.
 Audio of another rate or of several channels is resampled and mixed down. Without --compare_modes it streams in one
 context; with it in each of the model's, and runs the offline forward beside it.
+
+A model that predicts next tokens (model.objective next_token or both) also says how surprising the stream is:
+--surprise prints, as the audio comes, the nats per token of each second and their mean so far; --surprise_plot draws
+them below the spectrogram of the first audio. What lies above the model's usual surprise, that at held-out speech of
+its training (mean_surprise in a --report of it), is unlike that speech: --surprise_reference shades it.
 
 Exit status: 0; 1 if some of the manifest's files failed (the others were run); 2 if nothing could be run.
 """
@@ -16,6 +23,7 @@ import argparse
 import ast
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, Optional
 
@@ -34,6 +42,7 @@ from streaming_tools import (
     Streamed,
     compare_with_offline,
     parity_line,
+    smoothed,
     stream,
     stream_samples,
     streamable_contexts,
@@ -41,6 +50,7 @@ from streaming_tools import (
 
 PCM_BYTES = 2
 GREY = '#777777'
+SMOOTHED_SECONDS = 2.0  # over which the drawn surprise is averaged
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -68,6 +78,15 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument(
         '--plot', type=Path, help='a PNG file: spectrogram, tokens and time per chunk of the first audio'
     )
+    parser.add_argument(
+        '--surprise', action='store_true', help='print how surprising each second was, to a model of next tokens'
+    )
+    parser.add_argument(
+        '--surprise_plot', type=Path, help='a PNG file: spectrogram and surprise of the first audio (with --surprise)'
+    )
+    parser.add_argument(
+        '--surprise_reference', type=float, help='nats of usual speech, for --surprise_plot (the mean of the audio)'
+    )
     parser.add_argument('--report', type=Path, help='a JSON file for the figures')
     parser.add_argument('--device', default='cpu', help='where the model runs (cpu)')
     options = parser.parse_args(argv)
@@ -83,7 +102,12 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace)
         parser.error('--stdin_rate must be 1 or more')
     if not 0 < options.chunk_size < float('inf'):
         parser.error('--chunk_size must be above 0 seconds')
-    check_folders(parser, options, 'plot', 'report')
+    check_folders(parser, options, 'plot', 'surprise_plot', 'report')
+    if options.surprise_reference is not None and options.surprise_plot is None:
+        parser.error('--surprise_reference goes with --surprise_plot')
+    if options.surprise_reference is not None and not 0 < options.surprise_reference < float('inf'):
+        parser.error('--surprise_reference must be above 0 nats')
+    options.surprise = options.surprise or options.surprise_plot is not None
 
 
 def manifest_entries(path: Path) -> Iterator[tuple[str, Optional[dict], Optional[str]]]:
@@ -145,10 +169,15 @@ def stream_file(model, samples: np.ndarray, options, name: str) -> list[Streamed
     """Stream samples [N] in one context, or in all and offline."""
     results = []
     for context in contexts_of(model, options):
-        results.append(stream_samples(model, samples, options.chunk_size, context, f'{name} {context}'))
+        results.append(_stream_samples(model, samples, options, context, name))
         if options.compare_modes:
             compare_with_offline(model, samples, results[-1])
     return results
+
+
+def _stream_samples(model, samples: np.ndarray, options, context, name: str) -> Streamed:
+    """Stream samples [N] in one context, as the options say."""
+    return stream_samples(model, samples, options.chunk_size, context, f'{name} {context}', options.surprise)
 
 
 def contexts_of(model, options) -> list:
@@ -172,14 +201,14 @@ def stream_stdin(model, options) -> list[Streamed]:
     heard: list[np.ndarray] = []
     pieces = stdin_chunks(sys.stdin.buffer, options.stdin_rate or rate, rate, options.chunk_size, heard)
     first, *others = contexts_of(model, options)
-    results = [stream(model, pieces, first, name=f'stdin {first}')]
+    results = [stream(model, pieces, first, name=f'stdin {first}', surprise=options.surprise)]
     if not heard:
         raise ValueError('stdin: there were no samples in the pipe')
     if options.compare_modes:
         samples = np.concatenate(heard)
         compare_with_offline(model, samples, results[0])
         for context in others:
-            results.append(stream_samples(model, samples, options.chunk_size, context, f'stdin {context}'))
+            results.append(_stream_samples(model, samples, options, context, 'stdin'))
             compare_with_offline(model, samples, results[-1])
     return results
 
@@ -190,6 +219,9 @@ def table_of(name: str, results: list[Streamed]):
 
     table = Table(title=f'{name}, {results[0].seconds:.1f} s')
     columns = ['context', 'difference', 'tokens', 'look-ahead', 'cache', 'p50', 'p95', 'max', 'RTF']
+    asked = results[0].surprise is not None
+    if asked:
+        columns.append('surprise')
     for column in columns:
         table.add_column(column, justify='right')
     for result in results:
@@ -203,12 +235,27 @@ def table_of(name: str, results: list[Streamed]):
             f"{figures['cache_bytes_per_stream'] / 1024:.0f} KiB",
             *('-' if value is None else f'{value:.1f} ms' for value in times),
             f"{figures['real_time_factor']:.3f}",
+            *(['-' if figures['mean_surprise'] is None else f"{figures['mean_surprise']:.2f} nats"] if asked else []),
         )
     return table
 
 
 def draw(path: Path, name: str, results: list[Streamed], model, chunk_size: float) -> None:
     """Plot spectrogram, tokens and time per chunk over the seconds of one audio."""
+    with _figure(path, name, results[0], model, [3, 2, 2]) as axes:
+        _draw_tokens(axes[1], results[0])
+        _draw_times(axes[2], results, chunk_size)
+
+
+def draw_surprise(path: Path, name: str, results: list[Streamed], model, reference: Optional[float]) -> None:
+    """Plot spectrogram and surprise over the seconds of one audio; a reference is the surprise of usual speech."""
+    with _figure(path, name, results[0], model, [3, 3]) as axes:
+        _draw_surprise(axes[1], results, model.quantizer.num_classes, reference)
+
+
+@contextmanager
+def _figure(path: Path, name: str, result: Streamed, model, heights: list[int]):
+    """Give the axes of a figure whose first has the spectrogram; afterwards write it, whole or not at all."""
     import matplotlib
 
     from nemo.utils.atomic_files import replacing
@@ -218,20 +265,20 @@ def draw(path: Path, name: str, results: list[Streamed], model, chunk_size: floa
 
     featurizer = model.preprocessor.featurizer
     frame = featurizer.hop_length / featurizer.sample_rate
-    result = results[0]
     figure, axes = pyplot.subplots(
-        3, 1, figsize=(11, 7.5), sharex=True, height_ratios=[3, 2, 2], constrained_layout=True
+        len(heights), 1, figsize=(11, 0.5 + sum(heights)), sharex=True, height_ratios=heights, constrained_layout=True
     )
     image = _draw_features(axes[0], result, frame)
     figure.colorbar(image, ax=axes[0], label='log-mel, as the encoder sees it', pad=0.01)
     axes[0].set_title(f'{name}: {result.seconds:.1f} s in context {result.context}', loc='left', fontsize=11)
-    _draw_tokens(axes[1], result, frame * model.encoder.subsampling_factor)
-    _draw_times(axes[2], results, chunk_size)
-    axes[2].set_xlabel('seconds of audio')
-    axes[2].set_xlim(0, max(result.seconds, frame))
-    with replacing(path.resolve()) as partial:
-        figure.savefig(partial, dpi=130, format='png')
-    pyplot.close(figure)
+    try:
+        yield axes
+        axes[-1].set_xlabel('seconds of audio')
+        axes[-1].set_xlim(0, max(result.seconds, frame))
+        with replacing(path.resolve()) as partial:
+            figure.savefig(partial, dpi=130, format='png')
+    finally:
+        pyplot.close(figure)
 
 
 def _draw_features(axis, result: Streamed, frame: float):
@@ -248,14 +295,14 @@ def _draw_features(axis, result: Streamed, frame: float):
     )
 
 
-def _draw_tokens(axis, result: Streamed, frame: float) -> None:
+def _draw_tokens(axis, result: Streamed) -> None:
     tokens = result.output.tokens
     axis.set_ylabel('predicted token')
     if tokens is None:
         axis.text(0.5, 0.5, 'the model has no tokens', transform=axis.transAxes, ha='center', color=GREY)
         return
     tokens = tokens[0].cpu().numpy().reshape(tokens.shape[1], -1)
-    seconds = np.arange(len(tokens)) * frame
+    seconds = np.arange(len(tokens)) * result.token_seconds
     for book in range(tokens.shape[1]):
         label = f'codebook {book}' if tokens.shape[1] > 1 else None
         axis.scatter(seconds, tokens[:, book], s=9, marker='s', color=f'C{book}', linewidths=0, label=label)
@@ -264,6 +311,39 @@ def _draw_tokens(axis, result: Streamed, frame: float) -> None:
     axis.set_ylim(-0.05 * (tokens.max(initial=1) + 1), 1.1 * (tokens.max(initial=1) + 1))
     axis.yaxis.get_major_locator().set_params(integer=True)
     axis.grid(axis='x', alpha=0.3)
+
+
+def _draw_surprise(axis, results: list[Streamed], classes: int, reference: Optional[float]) -> None:
+    """Draw the smoothed surprise of each context; of the first one each token, and where it is above the reference."""
+    guess, usual = np.log(classes), reference or results[0].mean_surprise
+    highest = [guess]
+    for index, result in enumerate(results):
+        if not len(result.surprise):
+            continue
+        seconds = result.surprise_seconds + result.token_seconds / 2
+        mean = smoothed(result.surprise, 2 * round(SMOOTHED_SECONDS / result.token_seconds / 2) + 1)
+        highest += [mean.max(), np.percentile(result.surprise, 98)]
+        if index == 0:
+            axis.scatter(seconds, result.surprise, s=5, color=GREY, alpha=0.5, linewidths=0, label='each token')
+            _shade_above(axis, seconds, mean, usual)
+        label = f'{result.context}, smoothed over {SMOOTHED_SECONDS:g} s'
+        axis.plot(seconds, mean, linewidth=1.8, color=f'C{index}', label=label)
+    if usual is not None:
+        label = f"{'mean' if reference is None else 'usual speech'}, {usual:.2f}"
+        axis.axhline(usual, color='black', linewidth=1.2, linestyle='--', label=label)
+    axis.axhline(guess, color=GREY, linewidth=1.2, linestyle=':', label=f'a guess, ln {classes}')
+    if results[0].settling:
+        axis.axvspan(0, results[0].settling, color=GREY, alpha=0.2, linewidth=0, label='settling')
+    axis.set_ylim(0, 1.25 * max(highest))  # room for the legend
+    axis.set_ylabel('surprise, nats per token')
+    axis.legend(loc='upper right', fontsize=8, ncols=5)
+    axis.grid(alpha=0.3)
+
+
+def _shade_above(axis, seconds: np.ndarray, values: np.ndarray, level: Optional[float]) -> None:
+    if level is not None:
+        above = dict(where=values > level, interpolate=True)
+        axis.fill_between(seconds, values, level, color='C3', alpha=0.35, linewidth=0, **above)
 
 
 def _draw_times(axis, results: list[Streamed], chunk_size: float) -> None:
@@ -342,6 +422,9 @@ def main(argv=None) -> int:
     show(done)
     if options.plot is not None and done:
         draw(options.plot, Path(done[0][0]).name, done[0][1], model, options.chunk_size)
+    if options.surprise_plot is not None and done:
+        name, results = done[0]
+        draw_surprise(options.surprise_plot, Path(name).name, results, model, options.surprise_reference)
     if options.report is not None:
         write_report(options, done, failed)
     if failed:
@@ -354,7 +437,7 @@ def _check_can_stream(model, options) -> None:
     from nemo.collections.asr.parts.streaming.session import StreamingSession
 
     for context in contexts_of(model, options):
-        StreamingSession(model, att_context_size=context)
+        StreamingSession(model, att_context_size=context, return_surprise=options.surprise)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """Stream samples through a model, measure it, and compare the result with the offline forward.
 
-B batch, N samples, D channels of the encoder, T encoder frames.
+B batch, N samples, D channels of the encoder, T encoder frames, S tokens.
 """
 
 import sys
@@ -15,6 +15,8 @@ import torch
 from script_tools import read_audio, sample_rate_of
 from tqdm import tqdm
 
+EARLY = 1e-6  # seconds that a token may begin before a whole second by rounding
+SETTLING_SECONDS = 2.0  # of a stream, until the running statistics that its tokens are normalised by say something
 LONGEST_OFFLINE = 300  # seconds; the offline forward takes memory with the square of the length
 
 
@@ -34,6 +36,30 @@ class Streamed:
     """Of encoder outputs, to the offline forward."""
     token_agreement: Optional[float] = None
     """Share of frames with the token of the offline forward."""
+    token_seconds: float = 0.08
+    """Seconds of audio in a token."""
+    settling: float = 0.0
+    """Seconds at the beginning that the mean surprise leaves out."""
+
+    @property
+    def surprise(self) -> Optional[np.ndarray]:
+        """Nats of each token that was predicted, [S]; None if the session was not asked for them."""
+        if self.output.surprise is None:
+            return None
+        return self.output.surprise[0, : int(self.output.surprise_lengths[0])].float().cpu().numpy()
+
+    @property
+    def surprise_seconds(self) -> np.ndarray:
+        """Where in the audio each of these tokens begins, [S]."""
+        return (int(self.output.surprise_start[0]) + np.arange(len(self.surprise))) * self.token_seconds
+
+    @property
+    def mean_surprise(self) -> Optional[float]:
+        """Nats per token once the stream has settled; None if nobody asked, or there is no such token."""
+        if self.surprise is None:
+            return None
+        settled = self.surprise[self.surprise_seconds >= self.settling - EARLY]
+        return round(float(settled.mean()), 4) if len(settled) else None
 
     def figures(self) -> dict:
         """Return what the report says of it; times are in milliseconds."""
@@ -49,7 +75,56 @@ class Streamed:
             'real_time_factor': round(sum(times) / 1000 / self.seconds, 4) if self.seconds else None,
             'largest_difference': self.largest_difference,
             'token_agreement': self.token_agreement,
+            'mean_surprise': self.mean_surprise,
         }
+
+
+class SurpriseMeter:
+    """Says of each second of a stream how surprising it was, as soon as its tokens are known.
+
+    Args:
+        token_seconds: seconds of audio in a token.
+        name: what the lines begin with.
+        settling: seconds at the beginning that the mean leaves out.
+    """
+
+    def __init__(self, token_seconds: float, name: str, settling: float = 0.0):
+        self.token_seconds, self.name, self.settling = token_seconds, name, settling
+        self._second, self._tokens = 0, []
+        self._total, self._count = 0.0, 0
+
+    def take(self, output) -> Iterator[str]:
+        """Yield a line for each second that is over, given a step's ``StreamingOutput`` of one stream."""
+        first, count = int(output.surprise_start[0]), int(output.surprise_lengths[0])
+        for index, nats in enumerate(output.surprise[0, :count].tolist(), start=first):
+            begins = index * self.token_seconds + EARLY
+            if int(begins) > self._second:
+                yield from self.finish()
+                self._second = int(begins)
+            self._tokens.append(nats)
+            if begins >= self.settling:
+                self._total, self._count = self._total + nats, self._count + 1
+
+    def finish(self) -> Iterator[str]:
+        """Yield the line of the second that has begun, if a token of it is known."""
+        if self._tokens:
+            now = sum(self._tokens) / len(self._tokens)
+            mean = f'mean so far {self._total / self._count:.2f}' if self._count else 'settling'
+            yield f'{self.name}  second {self._second}: {now:.2f} nats per token, {mean}'
+            self._tokens = []
+
+
+def settling_seconds(model) -> float:
+    """Return for how long a stream's tokens are normalised by statistics of too little audio to be compared."""
+    return SETTLING_SECONDS if getattr(model, 'target_normalize', None) == 'per_feature' else 0.0
+
+
+def smoothed(values: np.ndarray, width: int) -> np.ndarray:
+    """Return the mean of ``width`` values (an odd number) about each of the values [S]; at the ends of those there are."""
+    totals = np.concatenate(([0.0], np.cumsum(values, dtype=np.float64)))
+    index = np.arange(len(values))
+    begin, end = np.maximum(index - width // 2, 0), np.minimum(index + width // 2 + 1, len(values))
+    return (totals[end] - totals[begin]) / (end - begin)
 
 
 def _quantile(times: list[float], share: float) -> Optional[float]:
@@ -62,7 +137,9 @@ def has_tokens(model) -> bool:
     return 'encoder_output' in (getattr(getattr(model, 'decoder', None), 'input_types', None) or {})
 
 
-def stream(model, chunks, context=None, total: Optional[float] = None, name: str = 'stream') -> Streamed:
+def stream(
+    model, chunks, context=None, total: Optional[float] = None, name: str = 'stream', surprise: bool = False
+) -> Streamed:
     """Stream pieces of samples through the model, with a progress bar in seconds of audio.
 
     Args:
@@ -71,20 +148,30 @@ def stream(model, chunks, context=None, total: Optional[float] = None, name: str
         context: anything ``AttContext.parse`` reads; None: the model's default.
         total: seconds of all pieces, if known.
         name: on the progress bar.
+        surprise: whether to print how surprising each second was to a model that predicts next tokens.
     """
     from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
 
-    session = StreamingSession(model, att_context_size=context, return_tokens=has_tokens(model), return_features=True)
+    asked = dict(return_tokens=has_tokens(model), return_features=True, return_surprise=surprise)
+    session = StreamingSession(model, att_context_size=context, **asked)
     result = Streamed(session.att_context.as_list(), 1000 * session.look_ahead_samples / session.sample_rate)
+    result.token_seconds = session.frame_samples / session.sample_rate
+    result.settling = settling_seconds(model)
+    meter = SurpriseMeter(result.token_seconds, name, result.settling) if surprise else None
     outputs = []
     with _progress_bar(total, name) as progress:
         for samples in chunks:
             outputs.append(_timed_step(session, samples, result))
             progress.update(samples.shape[1] / session.sample_rate)
+            if meter is not None:
+                _print_beside_bar(meter.take(outputs[-1]))
             if total is None:
                 _show_last_token(progress, outputs[-1].tokens)
     result.cache_bytes = session.cache_bytes_per_stream
     outputs.append(session.finish())
+    if meter is not None:
+        _print_beside_bar(meter.take(outputs[-1]))
+        _print_beside_bar(meter.finish())
     result.output = StreamingOutput.concatenate(outputs)
     return result
 
@@ -95,6 +182,13 @@ def _progress_bar(total: Optional[float], name: str) -> tqdm:
     if not total:
         form = '{desc}: {n:.1f} s [{elapsed}]{postfix}'
     return tqdm(total=total, desc=name, bar_format=form, mininterval=0.2)
+
+
+def _print_beside_bar(lines: Iterator[str]) -> None:
+    """Print lines at once, without breaking the progress bar."""
+    for line in lines:
+        tqdm.write(line)
+        sys.stdout.flush()
 
 
 def _timed_step(session, samples: torch.Tensor, result: Streamed):
@@ -112,11 +206,13 @@ def _show_last_token(progress: tqdm, tokens: Optional[torch.Tensor]) -> None:
         progress.set_postfix_str(f'token {tokens[0, -1].flatten().tolist()}', refresh=False)
 
 
-def stream_samples(model, samples: np.ndarray, chunk_size: float, context, name: str) -> Streamed:
-    """Stream samples [N] in steps of ``chunk_size`` seconds; context and name are those of :func:`stream`."""
+def stream_samples(
+    model, samples: np.ndarray, chunk_size: float, context, name: str, surprise: bool = False
+) -> Streamed:
+    """Stream samples [N] in steps of ``chunk_size`` seconds; the other arguments are those of :func:`stream`."""
     rate = sample_rate_of(model)
     chunks = _chunks_of(samples, max(round(chunk_size * rate), 1))
-    return stream(model, chunks, context, len(samples) / rate, name)
+    return stream(model, chunks, context, len(samples) / rate, name, surprise)
 
 
 def _chunks_of(samples: np.ndarray, size: int) -> Iterator[torch.Tensor]:
@@ -138,6 +234,8 @@ def encode_offline(model, samples: torch.Tensor, context) -> torch.Tensor:
 @torch.no_grad()
 def compare_with_offline(model, samples: np.ndarray, streamed: Streamed) -> None:
     """Run the offline forward of samples [N] in the same context, and note how far the streamed outputs are from it."""
+    from nemo.collections.asr.parts.streaming.decoding import decoder_of
+
     if streamed.seconds > LONGEST_OFFLINE:
         print(f'not compared with offline: the audio is longer than {LONGEST_OFFLINE} s', file=sys.stderr)
         return
@@ -147,7 +245,7 @@ def compare_with_offline(model, samples: np.ndarray, streamed: Streamed) -> None
         raise RuntimeError(f'streamed {tuple(streamed.output.encoded.shape)}, offline {tuple(encoded.shape)}: a bug')
     streamed.largest_difference = (encoded - streamed.output.encoded).abs().max().item()
     if streamed.output.tokens is not None:
-        tokens = model.decoder(encoder_output=encoded).argmax(dim=2)
+        tokens = decoder_of(model)(encoder_output=encoded).argmax(dim=2)
         streamed.token_agreement = (tokens == streamed.output.tokens).float().mean().item()
 
 

@@ -19,10 +19,12 @@ from nemo.collections.asr.parts.att_context.context import context_label
 from nemo.collections.asr.parts.att_context.encoder_protocol import why_context_is_unknown
 from nemo.collections.asr.parts.att_context.masking_context import follows_context
 from nemo.collections.asr.parts.mixins.att_context_mixin import AttContextMixin
+from nemo.collections.asr.parts.mixins.objective_mixin import ObjectiveMixin, hide_nothing
 from nemo.collections.asr.parts.preprocessing.features import standardize_per_feature
 from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.figures import require_matplotlib
 from nemo.collections.asr.parts.ssl_reports.model_reports import ModelReports
+from nemo.collections.asr.parts.utils.logged_numbers import numbers_on_the_host
 from nemo.collections.asr.parts.utils.masked_frames import (
     MaskedPredictions,
     has_forward_of,
@@ -60,6 +62,8 @@ class SpeechEncDecSelfSupervisedModel(AttContextMixin, NonFiniteGuard, _up.Speec
             if context is not None:
                 label = getattr(self.encoder, 'label_of_drawn', context_label)(context)
                 output['log'][f'train_loss/ctx_{label}'] = output['loss'].detach()
+        if 'log' in output:
+            output['log'] = numbers_on_the_host(output['log'])
         return output
 
     def _training_step(self, batch, batch_idx):
@@ -84,11 +88,12 @@ class SpeechEncDecSelfSupervisedModel(AttContextMixin, NonFiniteGuard, _up.Speec
         return loss, {}
 
 
-class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMaskedTokenPredModel):
+class EncDecMaskedTokenPredModel(ObjectiveMixin, SpeechEncDecSelfSupervisedModel, _up.EncDecMaskedTokenPredModel):
     """NeMo's masked token prediction, with attention, masking and loss on one context per batch.
 
     Takes NeMo's config, and ``target_normalize``: ``per_feature`` makes the targets from clean features with zero
     mean and unit variance per utterance; absent or ``NA`` takes them as the preprocessor gives them, as stock does.
+    ``objective`` asks for the next tokens instead, or for both: see ``ObjectiveMixin``.
     """
 
     last_batch: Optional[BatchRecord] = None
@@ -106,6 +111,7 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
                 f"model.target_normalize is {self.target_normalize!r}; it must be one of {TARGET_NORMALIZATIONS}"
             )
         self._setup_masking()
+        self._setup_objective()
         self.reports = ModelReports(self)
 
     def _setup_masking(self) -> None:
@@ -131,30 +137,13 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
                 f"model.quantizer.combine_time_steps is {combined} with mask_position post_conv; it must be 1, for "
                 "the quantizer sees features after subsampling"
             )
-        self._check_decoder_offset()
-        self.check_masking_can_be_answered()
+        self.check_next_tokens_are_unheard()
+        if self.predicts_masked_tokens:
+            self.check_decoder_offset()
+            self.check_masking_can_be_answered()
         if self.reports.figures is not None:
             require_matplotlib('model.log_figures')
         super().on_fit_start()
-
-    def _check_decoder_offset(self) -> None:
-        """Compare the loss's ``decoder_offset`` with what an encoder frame has heard of its target.
-
-        Raises:
-            ValueError: if targets made after the subsampling are predicted from another frame than their own.
-        """
-        offset = getattr(getattr(self.loss, 'mlm_loss', self.loss), 'decoder_offset', None)
-        if self.pre_encoder is not None:
-            if offset:
-                raise ValueError(
-                    f"model.loss.decoder_offset is {offset} with mask_position post_conv; it must be 0, for target i "
-                    "is made of encoder frame i"
-                )
-        elif offset == 0 and self.cfg.encoder.get('causal_downsampling', False):
-            logging.warning(
-                "model.loss.decoder_offset is 0 with causal_downsampling: encoder frame i has heard no more than the "
-                "beginning of target i, and is to predict it all the same. Set model.loss.decoder_offset=1."
-            )
 
     @property
     def input_types(self):
@@ -180,8 +169,8 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
             current_frame: mask frames received so far, an int or a tensor [B]; see ``RandomBlockMasking``.
 
         Returns:
-            log-probabilities [B, A, C] or [B, A, C, H], encoded lengths [B], masks [B, D, M], tokens [B, S] or
-            [B, S, H].
+            log-probabilities [B, A, C] or [B, A, C, H] (of the first next token, if that alone is the objective),
+            encoded lengths [B], masks [B, D, M], tokens [B, S] or [B, S, H].
         """
         features = self._features('', input_signal, input_signal_length, processed_signal, processed_signal_length)
         return self._predict(features, features, apply_mask, current_frame)
@@ -204,7 +193,8 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
         with self._one_context():
             record = self._encode(clean, seen, self._own_masking(current_frame) if apply_mask else None)
         self.last_batch = record.to_keep()
-        return self.decoder(encoder_output=record.encoded), record.encoded_lengths, record.masks, record.tokens
+        decoder = self.decoder if self.predicts_masked_tokens else self.next_token_decoders[0]
+        return decoder(encoder_output=record.encoded), record.encoded_lengths, record.masks, record.tokens
 
     def predict_masked(self, batch, apply_mask: bool = True) -> MaskedPredictions:
         """Predict the tokens of the frames that count in the loss, and of no others.
@@ -219,8 +209,9 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
         Raises:
             ValueError: if the decoder or the loss does not work frame by frame; see :attr:`whole_decoding_reason`.
         """
-        if self.whole_decoding_reason is not None:
-            raise ValueError(f"predict_masked does not work here: {self.whole_decoding_reason}")
+        reason = self.whole_decoding_reason if self.predicts_masked_tokens else "model.objective is next_token"
+        if reason is not None:
+            raise ValueError(f"predict_masked does not work here: {reason}")
         with self._one_context():
             return self.predict_batch(batch, self._own_masking() if apply_mask else None)[0]
 
@@ -241,11 +232,15 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
             decoded where :attr:`whole_decoding_reason` gives a reason.
         """
         record = self.encode_batch(batch, masking)
+        return self.predictions_of(record), record
+
+    def predictions_of(self, record: BatchRecord) -> MaskedPredictions:
+        """Predict the masked tokens of a forward pass; see :meth:`predict_batch`."""
         frames = record.encoded, record.tokens, record.masks, record.encoded_lengths
         if self.whole_decoding_reason is None:
-            return predict_counted(self.decoder, self.loss, *frames), record
+            return predict_counted(self.decoder, self.loss, *frames)
         log_probs = self.decoder(encoder_output=record.encoded)
-        return MaskedPredictions(*select_counted(*self.loss.align(log_probs, *frames[1:]))), record
+        return MaskedPredictions(*select_counted(*self.loss.align(log_probs, *frames[1:])))
 
     @property
     def forward_of_its_own(self) -> bool:
@@ -268,17 +263,21 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
         return features, features
 
     def _training_step(self, batch, batch_idx):
-        if self._decodes_every_frame():
-            self.last_batch = None
-            output = super()._training_step(batch, batch_idx)
-            record = self.last_batch
-        else:
-            predictions, record = self.predict_batch(batch, self._own_masking())
-            loss = self.loss.of_frames(*predictions[:2])
-            learning_rate = self._optimizer.param_groups[0]['lr']
-            logs = {'learning_rate': learning_rate, 'global_step': self.trainer.global_step, 'train_loss': loss}
-            output = {'loss': loss, 'log': logs}
-        output['log'].update(self.reports.of_training_batch(self, record))
+        with self.refining_targets() as refined:
+            if self._decodes_every_frame():
+                self.last_batch = None
+                output = super()._training_step(batch, batch_idx)
+                record = self.last_batch
+            else:
+                record = self.encode_batch(batch, self._own_masking())
+                loss, parts = self.losses_of(record)
+                learning_rate = self._optimizer.param_groups[0]['lr']
+                logs = {'learning_rate': learning_rate, 'global_step': self.trainer.global_step, 'train_loss': loss}
+                output = {
+                    'loss': loss,
+                    'log': {**logs, **{f'train_loss/{name}': part for name, part in parts.items()}},
+                }
+        output['log'].update({**self.reports.of_training_batch(self, record), **refined})
         return output
 
     def _decodes_every_frame(self) -> bool:
@@ -299,11 +298,11 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
         """
         if self.pre_encoder is None:
             targets, mask_lengths = clean, seen[1]
-            masked, masks = seen[0], torch.zeros_like(seen[0])
-            if masking is not None:
-                masked, masks = masking(input_feats=seen[0], input_lengths=seen[1])
+            masked, masks = (masking or hide_nothing)(input_feats=seen[0], input_lengths=seen[1])
             encoded, encoded_lengths = self.encoder(audio_signal=masked, length=seen[1])
         else:
+            if masking is None and self.predicts_next_tokens:  # the wrapper cuts the gradient only where it masks
+                masking = hide_nothing
             self.pre_encoder.set_masking_enabled(apply_mask=masking is not None, masking=masking)
             encoded, encoded_lengths = self.encoder(audio_signal=seen[0], length=seen[1])
             masks, mask_lengths = self.pre_encoder.get_current_mask(), encoded_lengths
@@ -319,10 +318,13 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
             factor=self.mask_frames_per_attention_frame,
             threshold=getattr(loss, 'mask_threshold', MASK_THRESHOLD),
             decoder_offset=getattr(loss, 'decoder_offset', 0),
+            next_token_offset=self.next_token_offset(),
         )
 
-    def _own_masking(self, current_frame=None) -> Callable:
-        """Return the masking module, bound to the present context."""
+    def _own_masking(self, current_frame=None) -> Optional[Callable]:
+        """Return the masking module, bound to the present context; None if the objective masks nothing."""
+        if not self.predicts_masked_tokens:
+            return None
         return partial(self.mask_processor, **self.masking_arguments(current_frame))
 
     def _subsampled(self, clean, seen, encoded_len):
@@ -341,7 +343,10 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
                 features = standardize_per_feature(features, lengths)
             whole = features.shape[-1] // combined * combined  # stock's quantizer takes no remainder
             _, tokens = self.quantizer(input_signal=features[..., :whole])
-        return tokens, torch.div(lengths, combined, rounding_mode='floor')
+            lengths = torch.div(lengths, combined, rounding_mode='floor')
+            if self._observes_targets:
+                self.quantizer.observe(features[..., :whole], lengths, tokens)
+        return tokens, lengths
 
     def on_train_end(self) -> None:
         """Look at the targets once more."""
@@ -361,8 +366,9 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
                 metrics = super().inference_pass(batch, batch_idx, dataloader_idx, mode=mode, apply_mask=apply_mask)
                 record = self.last_batch
             else:
-                predictions, record = self.predict_batch(batch, self._own_masking() if apply_mask else None)
-                metrics = {f'{mode}_loss': self.loss.of_frames(*predictions[:2])}
+                record = self.encode_batch(batch, self._own_masking() if apply_mask else None)
+                loss, parts = self.losses_of(record)
+                metrics = {f'{mode}_loss': loss, **{f'{mode}_loss/{name}': part for name, part in parts.items()}}
             metrics.update(self.reports.of_masks(self, record, prefix=f'{mode}_'))
             self.reports.keep_for_figures(self, record)
         return metrics

@@ -21,10 +21,16 @@ Model(OmegaConf.load(sys.argv[1])).save_to(sys.argv[2])
 
 @pytest.fixture(scope='module')
 def models(tmp_path_factory):
-    """Files of a streaming model, one without noise, another streaming one, and an offline one by stock NeMo."""
+    """Files of streaming models of one quantizer, one of another, one without noise, and an offline one by stock NeMo."""
     folder = tmp_path_factory.mktemp('models')
-    tiny_model().save_to(str(folder / 'streaming.nemo'))
-    tiny_model(seed=1).save_to(str(folder / 'other.nemo'))
+    streaming = tiny_model()
+    streaming.save_to(str(folder / 'streaming.nemo'))
+    others = {'other': [], 'next_token': ['+model.objective=next_token'], 'both': ['+model.objective=both']}
+    for name, overrides in others.items():
+        made = tiny_model(*overrides, seed=1)
+        made.quantizer.load_state_dict(streaming.quantizer.state_dict())
+        made.save_to(str(folder / f'{name}.nemo'))
+    tiny_model(seed=1).save_to(str(folder / 'other_targets.nemo'))
     tiny_model(cls=EncDecMaskedTokenPredModel).save_to(str(folder / 'clean.nemo'))
     OmegaConf.save(tiny_config(*STOCK_OFFLINE).model, folder / 'stock.yaml')
     done = run_python('-c', STOCK, folder / 'stock.yaml', folder / 'stock.nemo', patched=False)
@@ -75,6 +81,58 @@ def test_models_side_by_side_with_a_stock_checkpoint(evaluate, tmp_path, speech_
     assert [(row['left'], row['right']) for row in rows] == [('10', '0'), ('-1', '0')] * 4
     assert float(rows[3]['loss_difference']) == pytest.approx(difference['value'])
     assert sorted(path.name for path in tmp_path.iterdir()) == ['all.csv', 'all.json']
+
+
+@pytest.mark.integration
+def test_models_of_different_objectives(evaluate, tmp_path):
+    files = ['--json', str(tmp_path / 'all.json'), '--csv', str(tmp_path / 'all.csv')]
+    names = ['both', 'streaming', 'next_token', 'other_targets']
+    status, out, _ = evaluate(names, '--contexts', '[[10,0],[-1,0]]', *files)
+    assert status == 0 and 'unigram entropy' in out and 'masked-token' not in out
+
+    found = json.loads((tmp_path / 'all.json').read_text())['models']
+    parts = [[row['part'] for row in model['contexts'] if row['context'] == [10, 0]] for model in found]
+    horizons = ['next_0', 'next_1', 'next_2', 'next_3', 'next']
+    assert parts == [['masked', *horizons], ['masked'], horizons, ['masked']]
+    assert [model['objective'] for model in found] == ['both', 'masked', 'next_token', 'masked']
+    assert [model['mask_context'] for model in found] == [10, 10, None, 10]
+    for model in found:
+        for row in model['contexts']:
+            assert row['below_unigram'] == pytest.approx(row['unigram_entropy'] - row['loss'])
+            assert ('masked_frames' in row) == (row['part'] == 'masked') == ('next_token_offset' not in row)
+    both, masked, following, other = found
+    assert both['not_compared'] == [] and {row['loss_difference'] for row in both['contexts']} == {None}
+    assert all(
+        row['loss_difference'] and not row['not_compared'] for row in masked['contexts'] + following['contexts']
+    )
+    first = both['contexts'][1]
+    assert following['contexts'][0]['loss_difference']['value'] == pytest.approx(
+        following['contexts'][0]['loss'] - first['loss'], abs=1e-6
+    )
+    assert (first['frames'], first['commonest']) == tuple(
+        following['contexts'][0][name] for name in ('frames', 'commonest')
+    )
+    where = [[10, 0], [-1, 0]]
+    assert masked['not_compared'] == [{'why': 'it has no such part', 'parts': horizons, 'contexts': where}]
+    assert following['not_compared'] == [{'why': 'it has no such part', 'parts': ['masked'], 'contexts': where}]
+    assert {row['loss_difference'] for row in other['contexts']} == {None}
+    written = ' '.join(out.split())
+    assert 'next_token.nemo cannot be compared with both.nemo in masked: it has no such part' in written
+    assert 'other_targets.nemo cannot be compared with both.nemo in masked: its targets are other tokens' in written
+
+    with open(tmp_path / 'all.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * (6 + 1 + 5 + 1)
+    assert [row['part'] for row in rows[:6]] == ['masked', *horizons]
+    assert rows[1]['masked_frames'] == '' and int(rows[1]['frames']) == first['frames']
+    assert rows[1]['next_token_offset'] == '0' and float(rows[1]['below_unigram']) == first['below_unigram']
+    assert rows[-1]['not_compared'].startswith('its targets are other tokens') and rows[-1]['loss_difference'] == ''
+
+
+@pytest.mark.integration
+def test_next_tokens_alone_need_no_masks(evaluate):
+    status, out, _ = evaluate(['next_token'], '--contexts', 'first')
+    assert status == 0 and 'masks' not in out and 'cannot be compared' not in out
 
 
 @pytest.mark.integration

@@ -49,6 +49,18 @@ def test_a_model(plot, tmp_path, audio, position):
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize('objective, pictures', [('next_token', []), ('both', ['masked_spectrogram'])])
+def test_what_surprises_a_model_of_next_tokens(plot, tmp_path, audio, objective, pictures):
+    tiny_model(f'+model.objective={objective}').save_to(str(tmp_path / 'model.nemo'))
+    given = ['--model_path', tmp_path / 'model.nemo', '--audio_path', audio, '--draws', '5', '--context', '20']
+    status, out, err = plot(*given, '--output', tmp_path / 'pictures')
+    assert status == 0, err
+    assert made(tmp_path / 'pictures') == both('surprise', 'attention_windows', *pictures)
+    assert ('audit of 5 draws' in out) == (objective == 'both')
+    assert plot(*given, '--context', '[-1,-1]', '--output', tmp_path / 'none')[0] == 2
+
+
+@pytest.mark.integration
 @pytest.mark.parametrize('context, wait', [('[28,13]', '1040 ms'), ('[28,0]', '0 ms')])
 def test_a_context_with_look_ahead(plot, tmp_path, audio, context, wait):
     config = CONFIGS / 'nest_fast-conformer_streaming_multi_latency_tiny.yaml'

@@ -107,3 +107,21 @@ def test_each_choice_of_settings_has_its_own_folder(load_example, tmp_path, spee
         for arguments in ([], [], ['trainer.max_steps=7'], ['--config', 'nest_fast-conformer_streaming_tiny'])
     }
     assert len(folders) == 3 and all(os.path.isfile(folder / 'settings.json') for folder in folders)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('parts, shown', [(['masked'], False), (['next_0', 'next'], True), (['masked', 'next'], True)])
+def test_the_table_says_what_each_row_is_of(load_example, parts, shown):
+    figures = dict(loss=3.0, loss_interval=[2.9, 3.1], accuracy=0.25, accuracy_interval=[0.2, 0.3], perplexity=20.1)
+    row = dict(context=[10, 0], commonest=0.1, look_ahead_ms=0, utterances=4, not_compared=None, **figures)
+    result = dict(
+        contexts=[{**row, 'part': part} for part in parts],
+        codebook=dict(codes_used=60, classes=64, perplexity=41.0, top_share=0.1),
+        not_compared=[],
+    )
+    table = load_example('pretrain_demo').learning_table(result, result)
+    columns = {str(column.header): list(column.cells) for column in table.columns}
+    assert ('part' in columns) == shown and ('masked frames' in table.title) != shown
+    if shown:
+        assert columns['part'] == parts
+    assert columns['loss at start'] == ['3.000'] * len(parts)

@@ -85,6 +85,45 @@ def test_one_context_is_streamed_without_offline(script, model_path, audio_folde
     assert '[6,0]' in printed and 'offline' not in printed
 
 
+@pytest.fixture(scope='module')
+def next_token_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp('next') / 'model.nemo'
+    objective = ('+model.objective=next_token', '+model.next_token.horizons=2')
+    tiny_model('model.encoder.att_context_size=[[4,0],[8,0]]', *objective).save_to(str(path))
+    return path
+
+
+@pytest.mark.unit
+def test_surprise_is_told_second_by_second_reported_and_drawn(script, next_token_path, audio_folder, tmp_path, capsys):
+    report, plot = tmp_path / 'report.json', tmp_path / 'surprise.png'
+    soundfile.write(tmp_path / 'long.wav', np.random.default_rng(0).standard_normal(40000) * 0.1, RATE)
+    arguments = ['--model_path', str(next_token_path), '--audio_path', str(tmp_path / 'long.wav'), '--compare_modes']
+    assert script.main([*arguments, '--report', str(report), '--surprise_plot', str(plot)]) == 0
+    printed = capsys.readouterr().out
+    contexts = json.loads(report.read_text())['audio'][0]['contexts']
+    for entry in contexts:
+        told = [line for line in printed.splitlines() if line.startswith(f"long.wav {entry['att_context_size']}  ")]
+        assert [line.split(':')[0].split()[-1] for line in told] == ['0', '1', '2']
+        assert told[-1].endswith(f"mean so far {entry['mean_surprise']:.2f}")
+        assert entry['token_agreement'] == 1.0
+    assert len(contexts) == 2 and plot.read_bytes().startswith(b'\x89PNG') and plot.stat().st_size > 20000
+
+
+@pytest.mark.unit
+def test_audio_without_a_token_has_no_surprise(script, next_token_path, tmp_path, capsys):
+    soundfile.write(tmp_path / 'short.wav', np.zeros(400), RATE)
+    arguments = ['--model_path', str(next_token_path), '--audio_path', str(tmp_path / 'short.wav')]
+    assert script.main([*arguments, '--surprise', '--surprise_plot', str(tmp_path / 'short.png')]) == 0
+    assert 'nats per token' not in capsys.readouterr().out and (tmp_path / 'short.png').exists()
+
+
+@pytest.mark.unit
+def test_a_model_that_predicts_no_next_tokens_has_no_surprise(script, model_path, audio_folder, capsys):
+    arguments = ['--model_path', str(model_path), '--audio_path', str(audio_folder / 'mono.wav'), '--surprise']
+    assert script.main(arguments) == 2
+    assert 'model.objective next_token or both' in capsys.readouterr().err
+
+
 @pytest.mark.unit
 @pytest.mark.parametrize(
     'changed, reason',
@@ -106,7 +145,16 @@ def test_what_cannot_run_is_said(script, model_path, audio_folder, capsys, monke
 
 @pytest.mark.unit
 @pytest.mark.parametrize(
-    'words', [['--chunk_size', '0'], ['--stdin_rate', '8000'], ['--plot', 'no/folder/x.png'], ['--stdin_pcm']]
+    'words',
+    [
+        ['--chunk_size', '0'],
+        ['--stdin_rate', '8000'],
+        ['--plot', 'no/folder/x.png'],
+        ['--stdin_pcm'],
+        ['--surprise_plot', 'no/x.png'],
+        ['--surprise_reference', '3'],
+        ['--surprise_plot', 'x.png', '--surprise_reference', '0'],
+    ],
 )
 def test_wrong_options_are_refused(script, words):
     with pytest.raises(SystemExit):

@@ -37,6 +37,8 @@ class BatchRecord(NamedTuple):
     """Share of an attention frame's mask frames above which it counts as masked."""
     decoder_offset: int
     """Leading decoder frames that the loss drops."""
+    next_token_offset: Optional[int] = None
+    """Tokens between a frame's own and the first next one that it is asked for; None: it is not asked."""
 
     def masked_share(self) -> torch.Tensor:
         """Return the masked share of each attention frame, [B, M // factor] float32."""

@@ -1,9 +1,10 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Per utterance, what a model knows of masked speech in each context, and how sure that is.
+"""Per utterance, what a model knows of masked and of next tokens in each context, and how sure that is.
 
-Shapes: U utterances.
+Shapes: U utterances, N frames that count, S target frames, C classes, H codebooks.
 """
 
+import zlib
 from dataclasses import dataclass
 from typing import Iterable, Optional, Sequence
 
@@ -14,78 +15,144 @@ from scipy import stats
 from nemo.collections.asr.parts.att_context.context import context_label
 from nemo.collections.asr.parts.att_context.windows import Window
 from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse
-from nemo.collections.asr.parts.ssl_reports.validation import FrameScores, predictions_in_contexts, signal_of
+from nemo.collections.asr.parts.ssl_reports.scores import (
+    MASKED,
+    NEXT_OF_ALL,
+    FrameScores,
+    next_token_scores_of,
+    parts_of,
+)
+from nemo.collections.asr.parts.ssl_reports.validation import passes_in_contexts, predictions_in_contexts, signal_of
 
 NUMBERS_AT_ONCE = 10**7  # of resampled utterances held in memory
 
 
 class UtteranceScores:
-    """Sums over the masked frames of each utterance, in one context."""
+    """Sums over the frames of each utterance that count, in one part of an objective and one context.
 
-    def __init__(self):
+    Args:
+        classes: C.
+        books: H.
+    """
+
+    def __init__(self, classes: int, books: int = 1):
         self._sums: list[np.ndarray] = []
+        self._digests: list[np.ndarray] = []
+        self._counts = torch.zeros(books, classes, dtype=torch.int64)  # of the targets
 
     def add(self, draws: Sequence[FrameScores], utterances: int) -> None:
-        """Add a batch of so many utterances, masked and predicted in several draws."""
-        likelihood, correct, index = (torch.cat(part) for part in zip(*draws))
+        """Add a batch of so many utterances, predicted in several draws of masks or at several horizons."""
+        likelihood, correct, index, targets = (torch.cat(part) for part in zip(*draws))
         columns = torch.stack((likelihood, correct, torch.ones_like(correct)), dim=1).double()
         sums = columns.new_zeros(utterances, columns.shape[1]).index_add_(0, index, columns)
         self._sums.append(sums.cpu().numpy())
+        self._counts += _counts(targets, *self._counts.shape).cpu()
+        self._digests.append(_digests(draws, utterances))
 
     def columns(self) -> np.ndarray:
-        """Return negative log-likelihood, correct predictions and masked frames, [3, U] float64."""
+        """Return negative log-likelihood, correct predictions and frames that count, [3, U] float64."""
         return np.concatenate(self._sums).T if self._sums else np.zeros((3, 0))
+
+    def digests(self) -> np.ndarray:
+        """Return a number for each utterance that stands for its targets in their order, [U] int64."""
+        return np.concatenate(self._digests) if self._digests else np.zeros(0, dtype=np.int64)
+
+    @property
+    def commonest(self) -> float:
+        """The accuracy of always guessing the commonest target; the mean over codebooks."""
+        return (self._counts.amax(dim=1) / self._counts.sum(dim=1).clamp(min=1)).mean().item()
+
+    @property
+    def unigram_entropy(self) -> float:
+        """The loss, in nats, of knowing how common each target is and nothing else; the mean over codebooks."""
+        shares = self._counts.double() / self._counts.sum(dim=1, keepdim=True).clamp(min=1)
+        return torch.special.entr(shares).sum(dim=1).mean().item()
 
 
 @dataclass
 class ModelScores:
     """What :func:`evaluate` found."""
 
-    contexts: dict[str, UtteranceScores]
-    """By the context's label."""
-    commonest: float
-    """The accuracy of always guessing the commonest token of the masked frames; the mean over codebooks."""
+    parts: dict[str, dict[str, UtteranceScores]]
+    """By part of the objective, and by the context's label; a part ``next`` sums up over all horizons."""
     codebook: dict[str, float]
-    """The codebook's use by all targets, masked or not."""
+    """The codebook's use by all targets, whether predicted or not."""
+    tokens: np.ndarray
+    """A number for each utterance that stands for all its targets, [U] int64."""
+    offsets: dict[str, int]
+    """How many tokens after its own the first is that a frame is asked for, by context; empty without next tokens."""
+
+    @property
+    def contexts(self) -> dict[str, UtteranceScores]:
+        """The masked tokens, by the context's label.
+
+        Raises:
+            KeyError: if the objective has none.
+        """
+        return self.parts[MASKED]
 
 
 def evaluate(
     model, batches: Iterable, contexts: Sequence, seed: int = 0, window: Optional[Window] = None, draws: int = 1
 ) -> ModelScores:
-    """Predict the masked tokens of utterances in each context, on the same masks.
+    """Predict the tokens of utterances in each context, by every part of the model's objective.
 
-    The model is put into eval mode. Masks depend on the seed, on each utterance, on the masking's configuration and on
-    ``window`` only: batches may be cut in any way.
+    The model is put into eval mode. Masked tokens are predicted on the same masks in each context. Masks depend on the
+    seed, on each utterance, on the masking's configuration and on ``window`` only: batches may be cut in any way. Next
+    tokens are predicted from what is not masked, so that a model of both objectives answers the same question as one
+    of next tokens alone.
 
     Args:
         model: an ``EncDecMaskedTokenPredModel``.
         batches: of its own data loader, on any device.
         contexts: that its encoder can follow.
         seed: of the masks.
-        window: that the masks are drawn for; see ``predictions_in_contexts``.
+        window: that the masks are drawn for; see ``passes_in_contexts``.
         draws: how often each utterance is masked, with the seeds from ``seed`` on: for more masked frames.
+
+    Raises:
+        ValueError: with the reason, if next tokens are asked for where a context leaves none unheard.
     """
     model.eval()
     classes, books = model.quantizer.num_classes, model.quantizer.num_books
-    scores = {context_label(context): UtteranceScores() for context in contexts}
     use = CodebookUse(classes, books, batches_covered=2**62, blocks=1)
-    guesses = torch.zeros(books, classes, dtype=torch.int64)
+    parts = parts_of(model) + [NEXT_OF_ALL] * model.predicts_next_tokens
+    labels = [context_label(context) for context in contexts]
+    scores = {part: {label: UtteranceScores(classes, books) for label in labels} for part in parts}
+    tokens, offsets = [], {}
     with torch.inference_mode():
         for batch in batches:
             batch = model.transfer_batch_to_device(batch, model.device, 0)
-            utterances = signal_of(batch)[0].shape[0]
-            found = {label: [] for label in scores}
-            for draw in range(draws):
-                drawn = predictions_in_contexts(model, batch, contexts, seed + draw, window)
-                for context, predictions, record in drawn:
-                    found[context_label(context)].append(FrameScores.of(predictions, model.loss))
-                guesses += _counts(predictions.targets, books, classes).cpu()  # the same in every context
+            found: dict[tuple[str, str], list[FrameScores]] = {}
+            if model.predicts_masked_tokens:
+                record = _predict_masked(model, batch, contexts, range(seed, seed + draws), window, found)
+            if model.predicts_next_tokens:
+                record = _predict_next(model, batch, contexts, found, offsets)
+            for (part, label), scored in found.items():
+                scores[part][label].add(scored, signal_of(batch)[0].shape[0])
             use.update(record.tokens, record.token_lengths)
-            for label, scored in found.items():
-                scores[label].add(scored, utterances)
-    commonest = (guesses.amax(dim=1) / guesses.sum(dim=1).clamp(min=1)).mean().item()
+            tokens += [_digest(row[:length]) for row, length in zip(record.tokens, record.token_lengths.tolist())]
     codebook = {name: value.item() for name, value in use.statistics()._asdict().items()}
-    return ModelScores(scores, commonest, {**codebook, 'classes': classes})
+    return ModelScores(scores, {**codebook, 'classes': classes}, np.array(tokens, dtype=np.int64), offsets)
+
+
+def _predict_masked(model, batch, contexts, seeds, window, found: dict):
+    """Add the scores of each draw to ``found``; returns the record of a forward pass."""
+    for seed in seeds:
+        for context, predictions, record in predictions_in_contexts(model, batch, contexts, seed, window):
+            drawn = found.setdefault((MASKED, context_label(context)), [])
+            drawn.append(FrameScores.of(predictions, model.loss))
+    return record
+
+
+def _predict_next(model, batch, contexts, found: dict, offsets: dict[str, int]):
+    """Add the scores of each horizon, and of all, to ``found``; returns the record of a forward pass."""
+    for context, record in passes_in_contexts(model, batch, contexts, seed=0, masked=False):
+        label, horizons = context_label(context), next_token_scores_of(model, record)
+        offsets[label] = record.next_token_offset
+        found.update({(part, label): [scored] for part, scored in horizons.items()})
+        found[NEXT_OF_ALL, label] = list(horizons.values())
+    return record
 
 
 def _counts(targets: torch.Tensor, books: int, classes: int) -> torch.Tensor:
@@ -93,6 +160,21 @@ def _counts(targets: torch.Tensor, books: int, classes: int) -> torch.Tensor:
     offsets = torch.arange(books, device=targets.device) * classes
     counts = torch.bincount((targets.view(-1, books) + offsets).flatten(), minlength=books * classes)
     return counts.view(books, classes)
+
+
+def _digest(targets: torch.Tensor, before: int = 0) -> int:
+    """Return a number that stands for targets [N] or [N, H] in their order, after those of another number."""
+    return zlib.crc32(targets.cpu().contiguous().numpy().tobytes(), before)
+
+
+def _digests(draws: Sequence[FrameScores], utterances: int) -> np.ndarray:
+    """Return such a number for each utterance, through all draws, [U] int64."""
+    digests = np.zeros(utterances, dtype=np.int64)
+    for draw in draws:
+        targets, index = draw.targets.cpu(), draw.utterances.cpu()
+        for utterance in range(utterances):
+            digests[utterance] = _digest(targets[index == utterance], int(digests[utterance]))
+    return digests
 
 
 @dataclass(frozen=True)
@@ -141,21 +223,59 @@ def ratio_of_sums(
 
 
 def summarize(scores: UtteranceScores, resamples: int, confidence: float, seed: int) -> dict[str, Estimate]:
-    """Return loss (nats per masked frame), accuracy and perplexity with their intervals."""
+    """Return loss (nats per frame that counts), accuracy and perplexity with their intervals."""
     likelihood, correct, frames = scores.columns()
     loss = ratio_of_sums(likelihood, frames, resamples, confidence, seed)
     accuracy = ratio_of_sums(correct, frames, resamples, confidence, seed)
     return {'loss': loss, 'accuracy': accuracy, 'perplexity': loss.map(np.exp)}
 
 
+def why_not_compared(scores: ModelScores, reference: ModelScores, part: str, label: str) -> Optional[str]:
+    """Return why the losses of two models cannot be compared in a part and a context, in words; None: they can.
+
+    They can where both were asked the same: for the same tokens, in the same frames of the same utterances.
+
+    Args:
+        scores: of the model that the words call "it".
+        reference: of the model that they call "the first".
+        part: of the objective of either.
+        label: of a context of ``scores``.
+    """
+    for who, model in (('it', scores), ('the first', reference)):
+        if part not in model.parts:
+            return f'{who} has no such part'
+    if label not in reference.parts[part]:
+        return 'the first was not asked in this context'
+    if not np.array_equal(scores.tokens, reference.tokens):
+        return "its targets are other tokens than the first's: they come from another quantizer or other features"
+    pair = scores.parts[part][label], reference.parts[part][label]
+    frames = (one.columns()[2] for one in pair)
+    if np.array_equal(*frames) and np.array_equal(*(one.digests() for one in pair)):
+        return None
+    return _why_other_frames(scores, reference, part, label)
+
+
+def _why_other_frames(scores: ModelScores, reference: ModelScores, part: str, label: str) -> str:
+    """Return why two models that have the same tokens were not asked for the same ones."""
+    if part == MASKED:
+        return 'other frames are masked for it: its masking has other settings'
+    offsets = scores.offsets[label], reference.offsets[label]
+    if offsets[0] != offsets[1]:
+        return "its horizons begin {} tokens after a frame's own, the first's {}".format(*offsets)
+    horizons = [len(model.parts.keys() - {MASKED, NEXT_OF_ALL}) for model in (scores, reference)]
+    if part == NEXT_OF_ALL and horizons[0] != horizons[1]:
+        return 'it has {} horizons, the first {}'.format(*horizons)
+    return "its utterances have other numbers of frames than the first's"
+
+
 def loss_difference(
     scores: UtteranceScores, reference: UtteranceScores, resamples: int, confidence: float, seed: int
-) -> Optional[Estimate]:
+) -> Estimate:
     """Return by how much the loss is above the reference's, utterance against utterance.
 
-    None where the two did not predict the same numbers of frames of the same utterances: where nothing is paired.
+    Args:
+        scores, reference: of the same frames, see :func:`why_not_compared`.
+        resamples, confidence, seed: as in :func:`ratio_of_sums`.
     """
-    (likelihood, _, frames), (other, _, other_frames) = scores.columns(), reference.columns()
-    if not np.array_equal(frames, other_frames):
-        return None
+    (likelihood, _, frames), (other, _, _) = scores.columns(), reference.columns()
     return ratio_of_sums(likelihood - other, frames, resamples, confidence, seed)

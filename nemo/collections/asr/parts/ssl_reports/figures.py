@@ -1,16 +1,18 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Pictures of masking, attention windows and learning curves, legible in black-and-white print.
+"""Pictures of masking, surprise, attention windows and learning curves, legible in black-and-white print.
 
 Each function returns a ``matplotlib.figure.Figure``, without pyplot and its global state. Matplotlib is imported when
 a picture is made; :func:`require_matplotlib` finds out beforehand whether it can be.
 
-Shapes: D features, T feature frames, M mask frames, A attention frames.
+Shapes: D features, T feature frames, M mask frames, A attention frames, S target frames.
 """
 
 import math
+import re
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Mapping, Optional, Sequence
+from typing import Callable, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
@@ -24,6 +26,7 @@ MARKERS = 'osD^vxP*'
 GREYS = ('0.0', '0.3', '0.0', '0.45', '0.2', '0.0', '0.5', '0.3')
 DOTS_PER_INCH = 120
 FORMATS = ('png', 'svg')
+PART = re.compile('masked|next_[0-9]+')  # of an objective, as the last part of a curve's name
 
 
 def require_matplotlib(wanted_by: str) -> None:
@@ -60,8 +63,19 @@ def masked_spectrogram(
     figure = _figure(height=4.6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[5, 1])
     seconds = features.shape[1] * hop_seconds
+    post_conv = masks.shape[0] < features.shape[1]
+    unit = hop_seconds * (factor if post_conv else 1)
+    _draw_spectrogram(upper, features, seconds, title)
+    _draw_blocks(upper, masks, unit)
+    _draw_attention_frames(lower, masks, 1 if post_conv else factor, hop_seconds * factor, unanswerable)
+    lower.set_xlabel(f'seconds (a feature frame: {1000 * hop_seconds:g} ms)')
+    lower.set_xlim(0, max(seconds, unit))
+    return figure
+
+
+def _draw_spectrogram(axis, features: np.ndarray, seconds: float, title: str) -> None:
     low, high = np.percentile(features, (5, 99.5)) if features.size else (0, 1)
-    upper.imshow(
+    axis.imshow(
         features,
         origin='lower',
         aspect='auto',
@@ -71,19 +85,17 @@ def masked_spectrogram(
         vmin=low,
         vmax=high,
     )
-    post_conv = masks.shape[0] < features.shape[1]
-    unit = hop_seconds * (factor if post_conv else 1)
+    axis.set_ylabel('feature')
+    axis.set_title(title, fontsize=10)
+
+
+def _draw_blocks(axis, masks: np.ndarray, unit: float) -> None:
+    """Hatch what is masked [M], of frames of so many seconds."""
     for index, (start, end) in enumerate(_runs(masks > 0)):
         block = dict(facecolor='white', alpha=0.75, hatch='////', edgecolor='black', linewidth=0)
-        upper.axvspan(start * unit, end * unit, label=None if index else 'masked', **block)
-    upper.set_ylabel('feature')
-    upper.set_title(title, fontsize=10)
-    _draw_attention_frames(lower, masks, 1 if post_conv else factor, hop_seconds * factor, unanswerable)
-    lower.set_xlabel(f'seconds (a feature frame: {1000 * hop_seconds:g} ms)')
-    lower.set_xlim(0, max(seconds, unit))
-    if upper.get_legend_handles_labels()[1]:
-        upper.legend(loc='upper right', fontsize=8, framealpha=1)
-    return figure
+        axis.axvspan(start * unit, end * unit, label=None if index else 'masked', **block)
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(loc='upper right', fontsize=8, framealpha=1)
 
 
 def _draw_attention_frames(axis, masks, factor: int, frame_seconds: float, unanswerable) -> None:
@@ -101,6 +113,48 @@ def _draw_attention_frames(axis, masks, factor: int, frame_seconds: float, unans
     axis.set_ylim(0, 1)
     axis.set_ylabel(f'frames of\n{1000 * frame_seconds:g} ms', rotation=0, ha='right', va='center', fontsize=8)
     axis.legend(loc='upper center', bbox_to_anchor=(0.5, -0.75), ncols=len(states), fontsize=8, frameon=False)
+
+
+def surprise_over_time(
+    features: np.ndarray,
+    surprise: np.ndarray,
+    hop_seconds: float,
+    factor: int,
+    classes: Optional[int] = None,
+    masks: Optional[np.ndarray] = None,
+    title: str = '',
+):
+    """Draw a spectrogram, and below how surprising each of its tokens was for a model that predicts the next one.
+
+    Args:
+        features: [D, T].
+        surprise: nats of each token [S], of ``factor`` feature frames each; NaN where it was not predicted.
+        hop_seconds: length of a feature frame.
+        factor: feature frames per token.
+        classes: of the tokens, for a line at the surprise of one who knows nothing; None leaves it out.
+        masks: [M] as in :func:`masked_spectrogram`, where the model heard what was not masked alone; None: it heard all.
+        title: of the picture.
+    """
+    figure = _figure(height=4.6)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[5, 3])
+    seconds, token_seconds = features.shape[1] * hop_seconds, hop_seconds * factor
+    _draw_spectrogram(upper, features, seconds, title)
+    if masks is not None:
+        _draw_blocks(upper, masks, token_seconds if masks.shape[0] < features.shape[1] else hop_seconds)
+    edges = np.arange(surprise.shape[0] + 1) * token_seconds
+    lower.stairs(surprise, edges, fill=True, facecolor='0.75', edgecolor='0.2', linewidth=0.8)
+    if np.isfinite(surprise).any():
+        mean = float(np.nanmean(surprise))
+        lower.axhline(mean, color='black', linewidth=1, linestyle='--', label=f'mean, {mean:.2f}')
+    if classes is not None:
+        label = f'all {classes} tokens alike, {math.log(classes):.2f}'
+        lower.axhline(math.log(classes), color='black', linewidth=1, linestyle=':', label=label)
+    lower.set_ylabel('surprise of\nthe next token\n(nats)', fontsize=9)
+    lower.set_ylim(bottom=0)
+    lower.set_xlim(0, max(seconds, token_seconds))
+    lower.set_xlabel(f'seconds (a token: {1000 * token_seconds:g} ms)')
+    figure.legend(*lower.get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=8, frameon=False)
+    return figure
 
 
 def attention_windows(
@@ -149,12 +203,23 @@ def attention_windows(
     return figure
 
 
+class _Panel(NamedTuple):
+    """One of several plots over the same steps."""
+
+    label: str
+    height: float
+    draw: Callable  # takes the axis
+
+
 def learning_curves(curves: Mapping[str, Sequence[tuple[float, float]]], title: str = ''):
     """Draw loss and accuracy for each context over training steps, and the ceiling of the curriculum if there was one.
 
+    The parts of an objective that predicts next tokens have panels of their own: the horizons, and masked tokens
+    beside them.
+
     Args:
-        curves: (step, value) pairs by metric name: ``val_loss/ctx_40_0``, ``val_accuracy/ctx_40_0``,
-            ``train_loss/ctx_40_0``, ``att_context_ceiling_left``; others are passed over.
+        curves: (step, value) pairs by metric name: ``val_loss/ctx_40_0``, ``val_loss/ctx_40_0/next_0``,
+            ``val_accuracy/ctx_40_0``, ``train_loss/ctx_40_0``, ``att_context_ceiling_left``; others are passed over.
         title: of the picture.
 
     Raises:
@@ -163,24 +228,14 @@ def learning_curves(curves: Mapping[str, Sequence[tuple[float, float]]], title: 
     contexts = contexts_in(curves)
     if not contexts:
         raise ValueError("there is no val_loss/ctx_... or train_loss/ctx_... in these logs")
-    ceiling = curves.get('att_context_ceiling_left', ())
-    panels = ['loss (nats per masked frame)']
-    if any(name.startswith('val_accuracy/ctx_') for name in curves):
-        panels.append('masked-token accuracy (%)')
-    if ceiling:
-        panels.append('ceiling on the left\ncontext (frames)')
-    ratios = [1 if 'ceiling' in name else 2.2 for name in panels]
-    figure = _figure(height=1.0 + 1.25 * sum(ratios))
+    panels = _panels(curves, contexts)
+    figure = _figure(height=1.0 + 1.25 * sum(panel.height for panel in panels))
+    ratios = [panel.height for panel in panels]
     axes = np.atleast_1d(figure.subplots(len(panels), 1, sharex=True, height_ratios=ratios))
-    for axis, label in zip(axes, panels):
-        axis.set_ylabel(label, fontsize=9)
+    for axis, panel in zip(axes, panels):
+        axis.set_ylabel(panel.label, fontsize=9)
         axis.grid(alpha=0.35, linewidth=0.5)
-    for index, context in enumerate(contexts):
-        _draw_context(axes, curves, context, index)
-    if ceiling:
-        steps, lefts = zip(*sorted(ceiling))
-        axes[-1].step(steps, [math.nan if left < 0 else left for left in lefts], where='post', color='black')
-        axes[-1].set_ylim(bottom=0)
+        panel.draw(axis)
     axes[-1].set_xlabel('optimizer steps')
     figure.suptitle(title, fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -188,10 +243,41 @@ def learning_curves(curves: Mapping[str, Sequence[tuple[float, float]]], title: 
     return figure
 
 
+def _panels(curves, contexts: list[str]) -> list[_Panel]:
+    """Return the plots that there are curves for."""
+    parts = parts_in(curves)
+    if not parts:
+        loss, accuracy = 'loss (nats per masked frame)', 'masked-token accuracy (%)'
+    elif 'masked' in parts:
+        loss, accuracy = 'loss (nats, parts\nadded up)', 'accuracy (%)'
+    else:
+        loss, accuracy = 'loss (nats per\nnext token)', 'next-token accuracy (%)'
+    of_parts = [f'/ctx_{context}/{part}' for context in contexts for part in parts]
+    panels = [_Panel(loss, 2.2, partial(_draw_losses, curves=curves, contexts=contexts))]
+    if any(f'val_loss{name}' in curves for name in of_parts):
+        draw = partial(_draw_parts, curves=curves, metric='val_loss', contexts=contexts, parts=parts)
+        panels.append(_Panel('loss of each part\n(nats, in validation)', 2.2, draw))
+    if any(f'val_accuracy/ctx_{context}' in curves for context in contexts):
+        panels.append(_Panel(accuracy, 2.2, partial(_draw_accuracies, curves=curves, contexts=contexts)))
+    elif any(f'val_accuracy{name}' in curves for name in of_parts):
+        draw = partial(_draw_parts, curves=curves, metric='val_accuracy', contexts=contexts, parts=parts, scale=100)
+        panels.append(_Panel('accuracy in each part\n(%)', 2.2, draw))
+    ceiling = curves.get('att_context_ceiling_left', ())
+    if ceiling:
+        panels.append(_Panel('ceiling on the left\ncontext (frames)', 1, partial(_draw_ceiling, ceiling=ceiling)))
+    return panels
+
+
 def contexts_in(curves: Mapping) -> list[str]:
     """Return the contexts' labels that curves are named after, the narrowest first."""
     names = [name.partition('/ctx_')[2] for name in curves if name.startswith(('val_loss/ctx_', 'train_loss/ctx_'))]
-    return sorted(set(names), key=_breadth)
+    return sorted({name.partition('/')[0] for name in names}, key=_breadth)
+
+
+def parts_in(curves: Mapping) -> list[str]:
+    """Return the parts of an objective that losses are named after, ``masked`` first; empty for masked tokens alone."""
+    names = {name.rpartition('/')[2] for name in curves if name.startswith(('val_loss/', 'train_loss/'))}
+    return sorted(filter(PART.fullmatch, names), key=lambda part: int(part.partition('next_')[2] or -1))
 
 
 def _breadth(label: str) -> tuple:
@@ -206,22 +292,68 @@ def _named(label: str) -> str:
     return f"chunks of {sizes.replace('_', ' ')}" if sizes else f"[{kind.replace('_', ', ')}]"
 
 
-def _draw_context(axes, curves, context: str, index: int) -> None:
-    named = _named(context)
-    style = dict(linestyle=LINE_STYLES[index % len(LINE_STYLES)], color=GREYS[index % len(GREYS)], linewidth=1.4)
-    size = max(8 - 1.5 * index, 3)  # lines that lie on each other show their marks one inside the other
-    marks = dict(marker=MARKERS[index % len(MARKERS)], markersize=size, markerfacecolor='none')
-    trained = _smooth(curves.get(f'train_loss/ctx_{context}', ()))
-    validated = curves.get(f'val_loss/ctx_{context}', ())
-    if trained:
-        label = f'{named} in training, smoothed'
-        axes[0].plot(*zip(*trained), **{**style, 'linewidth': 0.7}, alpha=0.7, label=label)
-    if validated:
-        axes[0].plot(*zip(*sorted(validated)), **style, **marks, label=f'{named} in validation')
-    accuracy = curves.get(f'val_accuracy/ctx_{context}', ())
-    if accuracy:
-        steps, shares = zip(*sorted(accuracy))
-        axes[1].plot(steps, [100 * share for share in shares], **style, **marks)
+def _style_of(index: int) -> dict:
+    """Return the line of the context with this index."""
+    return dict(linestyle=LINE_STYLES[index % len(LINE_STYLES)], color=GREYS[index % len(GREYS)], linewidth=1.4)
+
+
+def _marks_of(index: int) -> dict:
+    """Return the marks of its validations; where lines lie on each other they stand one inside the other."""
+    size = max(8 - 1.5 * index, 3)
+    return dict(marker=MARKERS[index % len(MARKERS)], markersize=size, markerfacecolor='none')
+
+
+def _draw_losses(axis, curves, contexts: list[str]) -> None:
+    for index, context in enumerate(contexts):
+        trained = _smooth(curves.get(f'train_loss/ctx_{context}', ()))
+        validated = curves.get(f'val_loss/ctx_{context}', ())
+        if trained:
+            label = f'{_named(context)} in training, smoothed'
+            axis.plot(*zip(*trained), **{**_style_of(index), 'linewidth': 0.7}, alpha=0.7, label=label)
+        if validated:
+            label = f'{_named(context)} in validation'
+            axis.plot(*zip(*sorted(validated)), **_style_of(index), **_marks_of(index), label=label)
+
+
+def _draw_accuracies(axis, curves, contexts: list[str]) -> None:
+    for index, context in enumerate(contexts):
+        accuracy = curves.get(f'val_accuracy/ctx_{context}', ())
+        if accuracy:
+            steps, shares = zip(*sorted(accuracy))
+            axis.plot(steps, [100 * share for share in shares], **_style_of(index), **_marks_of(index))
+
+
+def _draw_parts(axis, curves, metric: str, contexts: list[str], parts: list[str], scale: float = 1) -> None:
+    """Draw the parts' curves as thin lines, in each context's style, and name each bundle of lines at its end."""
+    ends: dict[str, list[float]] = {}
+    for part in parts:
+        for index, context in enumerate(contexts):
+            curve = curves.get(f'{metric}/ctx_{context}/{part}', ())
+            if curve:
+                steps, values = zip(*sorted(curve))
+                thin = {**_style_of(index), 'linewidth': 0.8, 'marker': '.', 'markersize': 3}
+                axis.plot(steps, [scale * value for value in values], **thin)
+                ends.setdefault(part, []).append(scale * values[-1])
+    _name_ends(axis, {part: sum(values) / len(values) for part, values in ends.items()})
+
+
+def _name_ends(axis, heights: Mapping[str, float]) -> None:
+    """Write names at the right edge of a plot, each near its height and none over another."""
+    bottom, top = axis.get_ylim()
+    names = sorted((name for name in heights if math.isfinite(heights[name])), key=heights.get)
+    line, written = 0.06 * (top - bottom), {}
+    for index, name in enumerate(names):  # from below: above the one before
+        written[name] = max(heights[name], written[names[index - 1]] + line if index else bottom)
+    for index, name in enumerate(reversed(names)):  # and from above, where that ran out of the plot
+        written[name] = min(written[name], top - index * line)
+        axis.annotate(name, (1.01, written[name]), xycoords=('axes fraction', 'data'), va='center', fontsize=8)
+    axis.set_ylim(bottom, top)
+
+
+def _draw_ceiling(axis, ceiling) -> None:
+    steps, lefts = zip(*sorted(ceiling))
+    axis.step(steps, [math.nan if left < 0 else left for left in lefts], where='post', color='black')
+    axis.set_ylim(bottom=0)
 
 
 def _smooth(curve, points: int = 40) -> list[tuple[float, float]]:

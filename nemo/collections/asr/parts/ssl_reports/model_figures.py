@@ -1,5 +1,8 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Pictures of a model: what it masks, whom it attends to, how it learns; in TensorBoard, too."""
+"""Pictures of a model: what it masks, what surprises it, whom it attends to, how it learns; in TensorBoard, too.
+
+Shapes: D features, T feature frames, M mask frames, S target frames.
+"""
 
 from typing import NamedTuple, Optional
 
@@ -18,14 +21,17 @@ from nemo.collections.asr.parts.att_context.receptive_field import (
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window
 from nemo.collections.asr.parts.ssl_reports import figures
 from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
+from nemo.collections.asr.parts.utils.next_token_frames import decode
 
 
-class MaskedUtterance(NamedTuple):
-    """One utterance as a model's forward pass masked it."""
+class SeenUtterance(NamedTuple):
+    """One utterance as a model's forward pass saw it."""
 
     features: np.ndarray  # [D, T], clean
-    masks: np.ndarray  # [M], 1 where masked
+    masks: Optional[np.ndarray]  # [M], 1 where masked; None: the model's objective masks nothing
+    surprise: Optional[np.ndarray]  # nats of each token [S], NaN where not predicted; None: it predicts no next tokens
     window: Window  # what the tightest layer saw in the pass
+    context: Optional[list]  # of the pass; None: the encoder has none
 
 
 def hop_seconds(model) -> float:
@@ -47,8 +53,8 @@ def look_ahead_title(model, context) -> str:
     return f'{list(context)}, look-ahead {look_ahead_text(look_ahead_ms(model.encoder, context, attention_frame_ms(model)))}'
 
 
-def masked_utterance(model, record: BatchRecord, index: int = 0) -> MaskedUtterance:
-    """Return an utterance as a forward pass masked it.
+def seen_utterance(model, record: BatchRecord, index: int = 0) -> SeenUtterance:
+    """Return an utterance as a forward pass saw it.
 
     Args:
         model: an ``EncDecMaskedTokenPredModel``, in the context of the pass.
@@ -56,12 +62,39 @@ def masked_utterance(model, record: BatchRecord, index: int = 0) -> MaskedUttera
         index: of the utterance.
     """
     features = record.features[index, :, : int(record.feature_lengths[index])].detach().float().cpu().numpy()
-    masks = record.masks[index, 0, : int(record.mask_lengths[index])].float().cpu().numpy()
+    masks = surprise = None
+    if model.predicts_masked_tokens:
+        masks = record.masks[index, 0, : int(record.mask_lengths[index])].float().cpu().numpy()
+    if model.predicts_next_tokens and record.encoded is not None:
+        surprise = surprise_of(model, record, index)
     window = tightest_window_of(model.encoder) or Window(AttContext(UNLIMITED, UNLIMITED))
-    return MaskedUtterance(features, masks, window)
+    context = getattr(model.encoder, 'att_context_size', None)
+    return SeenUtterance(features, masks, surprise, window, None if context is None else list(context))
 
 
-def draw_masks(model, utterance: MaskedUtterance, title: str = ''):
+def surprise_of(model, record: BatchRecord, index: int = 0) -> np.ndarray:
+    """Return how surprising each token of an utterance was as the next one, in nats; decodes that utterance alone.
+
+    Args:
+        model: one that predicts next tokens.
+        record: of a forward pass, with what the encoder made.
+        index: of the utterance.
+
+    Returns:
+        [S], the mean over the codebooks; NaN where a token was not predicted: no frame comes as far before it.
+    """
+    one, loss, ahead = slice(index, index + 1), model.next_token_loss, record.next_token_offset
+    lengths = record.encoded_lengths[one], record.token_lengths[one]
+    with torch.no_grad():
+        frames, targets, _ = loss.align(record.encoded[one].transpose(1, 2), record.tokens[one], ahead, *lengths)
+        lost, counted = loss.of_horizon(decode(model.next_token_decoders[0], frames[0]), targets[0, :, 0])
+    surprise = np.full(int(record.token_lengths[index]), np.nan)
+    where = counted.nonzero().squeeze(1)
+    surprise[(where + ahead).cpu().numpy()] = lost[where].float().cpu().numpy()
+    return surprise
+
+
+def draw_masks(model, utterance: SeenUtterance, title: str = ''):
     """Draw what a model masked of an utterance; see ``masked_spectrogram``."""
     factor = model.encoder.subsampling_factor
     masks = torch.from_numpy(utterance.masks).view(1, 1, -1)
@@ -70,6 +103,35 @@ def draw_masks(model, utterance: MaskedUtterance, title: str = ''):
     return figures.masked_spectrogram(
         utterance.features, utterance.masks, hop_seconds(model), factor, unanswerable, title
     )
+
+
+def draw_surprise(model, utterance: SeenUtterance, title: str = ''):
+    """Draw how surprising each token of an utterance was for a model; see ``surprise_over_time``."""
+    return figures.surprise_over_time(
+        utterance.features,
+        utterance.surprise,
+        hop_seconds(model),
+        model.encoder.subsampling_factor,
+        model.quantizer.num_classes,
+        utterance.masks,
+        title,
+    )
+
+
+def draw_utterance(model, utterance: SeenUtterance, of: str) -> dict:
+    """Return the pictures of an utterance that the model's objective makes, by their names.
+
+    Args:
+        model: that saw it.
+        utterance: as it was seen.
+        of: what it is, for the titles.
+    """
+    drawn = {}
+    if utterance.masks is not None:
+        drawn['masked_spectrogram'] = draw_masks(model, utterance, of)
+    if utterance.surprise is not None:
+        drawn['surprise'] = draw_surprise(model, utterance, f'{of}, heard in context {utterance.context}')
+    return drawn
 
 
 def draw_attention(
@@ -102,32 +164,36 @@ def draw_attention(
 class ContextFigures:
     """Puts pictures of each validation into TensorBoard; on the first rank, where there is TensorBoard.
 
-    ``contexts/masked_spectrogram`` and ``contexts/attention_windows`` of the first utterance, and
-    ``contexts/learning_curves`` of the validations in this process.
+    ``contexts/masked_spectrogram`` or, of next tokens, ``contexts/surprise`` (both, if the objective is both) and
+    ``contexts/attention_windows`` of the first utterance, and ``contexts/learning_curves`` of the validations in this
+    process.
     """
 
     def __init__(self):
-        self._utterance: Optional[MaskedUtterance] = None
+        self._utterance: Optional[SeenUtterance] = None
         self._curves: dict[str, list[tuple[float, float]]] = {}
 
     def keep(self, model, record: BatchRecord) -> None:
-        """Keep the first utterance of a validation; to be called after each of its forward passes, in its context."""
-        if self._utterance is None and model.trainer.is_global_zero and _experiments(model.trainer):
-            self._utterance = masked_utterance(model, record)
+        """Keep the first utterance of a validation; to be called after each of its forward passes, in its context.
+
+        On every rank: where weights are sharded all ranks must decode together.
+        """
+        if self._utterance is None and _experiments(model.trainer):
+            self._utterance = seen_utterance(model, record)
 
     def log(self, model) -> None:
         """Draw and log, at the end of a validation."""
         trainer, utterance = model.trainer, self._utterance
         self._utterance = None
-        if utterance is None or trainer.sanity_checking:
+        if utterance is None or trainer.sanity_checking or not trainer.is_global_zero:
             return
         for name, figure in self._draw(model, utterance).items():
             for experiment in _experiments(trainer):
                 experiment.add_figure(f'contexts/{name}', figure, global_step=trainer.global_step, close=False)
 
-    def _draw(self, model, utterance: MaskedUtterance) -> dict:
+    def _draw(self, model, utterance: SeenUtterance) -> dict:
         step, encoder = model.trainer.global_step, model.encoder
-        drawn = {'masked_spectrogram': draw_masks(model, utterance, f'first validation utterance, step {step}')}
+        drawn = draw_utterance(model, utterance, f'first validation utterance, step {step}')
         if getattr(encoder, 'att_context_style', None) in STYLES:
             frames = max(utterance.features.shape[1] // encoder.subsampling_factor, 1)
             context = AttContext.parse(encoder.att_context_size)

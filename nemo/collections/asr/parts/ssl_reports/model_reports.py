@@ -14,6 +14,7 @@ from nemo.collections.asr.parts.ssl_reports.audit import TrainingAudit
 from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse
 from nemo.collections.asr.parts.ssl_reports.model_figures import ContextFigures, attention_frame_ms
+from nemo.collections.asr.parts.ssl_reports.next_token_audit import counted_shares
 from nemo.collections.asr.parts.ssl_reports.validation import ContextValidation
 from nemo.utils import logging
 
@@ -54,25 +55,38 @@ class ModelReports:
         """
         if record is None:
             return {}
-        audit = {} if self.audit is None else self.audit.step(record, model.encoder, attention_frame_ms(model))
-        return {**self.of_masks(model, record), **self._codebook_logs(record), **audit}
+        return {**self.of_masks(model, record), **self._codebook_logs(record), **self._audit_logs(model, record)}
+
+    def _audit_logs(self, model, record: BatchRecord) -> Logs:
+        """Audit what a batch was asked for, if that is wanted."""
+        if self.audit is None:
+            return {}
+        logs = counted_shares(record, len(model.next_token_decoders)) if model.predicts_next_tokens else {}
+        if model.predicts_masked_tokens:
+            logs.update(self.audit.step(record, model.encoder, attention_frame_ms(model)))
+        return logs
 
     def of_masks(self, model, record: Optional[BatchRecord], prefix: str = '') -> Logs:
-        """Return the present context and what the masks left to answer in it; scalars on the masks' device."""
+        """Return the present context, and what the masks, if any, left to answer in it; scalars on their device."""
         if record is None:
             return {}
-        share = record.masked_share()
-        masked_frames = record.masks[:, 0].sum(dtype=torch.float32)
-        logs = {f'{prefix}masked_share': masked_frames / record.mask_lengths.sum().clamp(min=1)}
-        encoder = model.encoder
+        encoder, logs = model.encoder, {}
         window = tightest_window_of(encoder)
         if window is not None:
             left, right = encoder.att_context_size[0], encoder.att_context_size[-1]
+            logs[f'{prefix}att_context_left'], logs[f'{prefix}att_context_right'] = float(left), float(right)
+        if record.next_token_offset is not None:
+            logs[f'{prefix}next_token_offset'] = float(record.next_token_offset)
+        if not model.predicts_masked_tokens:
+            return logs
+        share = record.masked_share()
+        masked_frames = record.masks[:, 0].sum(dtype=torch.float32)
+        logs[f'{prefix}masked_share'] = masked_frames / record.mask_lengths.sum().clamp(min=1)
+        if window is not None:
             whole_frames = torch.div(record.mask_lengths, record.factor, rounding_mode='floor')
             unanswerable = unanswerable_frames(share, window, record.threshold, whole_frames).sum()
             masked = (share > record.threshold).sum()
             logs[f'{prefix}unanswerable_share'] = unanswerable / masked.clamp(min=1)
-            logs[f'{prefix}att_context_left'], logs[f'{prefix}att_context_right'] = float(left), float(right)
         return logs
 
     def _codebook_logs(self, record: BatchRecord) -> Logs:
@@ -91,6 +105,12 @@ class ModelReports:
                 f"The targets have collapsed: {reason}. The loss will fall and nothing will be learned. Set "
                 "model.target_normalize: per_feature, or normalise the features (model.preprocessor.normalize)."
             )
+
+    def targets_were_refined(self) -> None:
+        """Begin to count the targets anew, for each code now stands for others; looks at the old ones once more."""
+        if self.codebook_use is not None and self.codebook_use.batches:
+            self._warn_if_targets_collapsed()
+            self.codebook_use.forget()
 
     def end_of_training(self) -> None:
         """Look at the targets once more: a short run may never have completed a block of batches."""

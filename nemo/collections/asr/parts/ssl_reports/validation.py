@@ -5,13 +5,11 @@ Shapes: N frames that count, C classes, H codebooks.
 """
 
 import warnings
-from typing import Callable, Iterator, NamedTuple, Optional, Sequence
+from typing import Callable, Iterator, Optional, Sequence
 
 import torch
 import torchmetrics
-from torchmetrics.classification import MulticlassAccuracy
 
-from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, context_label
 from nemo.collections.asr.parts.att_context.encoder_protocol import tightest_window_of
 from nemo.collections.asr.parts.att_context.receptive_field import look_ahead_ms, look_ahead_text
@@ -20,6 +18,14 @@ from nemo.collections.asr.parts.ssl_reports.audit import audit_masks, layer_wind
 from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.fixed_masks import FixedMasks, utterance_seeds
 from nemo.collections.asr.parts.ssl_reports.model_figures import attention_frame_ms
+from nemo.collections.asr.parts.ssl_reports.scores import (
+    MASKED,
+    NEXT_OF_ALL,
+    FrameScores,
+    parts_of,
+    scores_of,
+    without_placeholder,
+)
 from nemo.collections.asr.parts.utils.known_keys import VALIDATION_MASK_KEYS, check_known
 from nemo.collections.asr.parts.utils.masked_frames import MaskedPredictions
 from nemo.utils import logging
@@ -73,26 +79,10 @@ def tightest_of(encoder, contexts: Sequence) -> Window:
     return tightest_window(windows)
 
 
-class FrameScores(NamedTuple):
-    """How well the frames that count were predicted; over several codebooks the mean."""
-
-    negative_log_likelihood: torch.Tensor  # [N] float32
-    correct: torch.Tensor  # [N] float32: the share of the codebooks' tokens that were the likeliest
-    utterances: torch.Tensor  # [N] int64: index in the batch
-
-    @classmethod
-    def of(cls, predictions: MaskedPredictions, loss) -> 'FrameScores':
-        """Score predictions of frames that all count, by the loss of their model; there may be none."""
-        log_probs, targets, utterances = predictions
-        correct = (log_probs.argmax(dim=1) == targets).float()
-        correct = correct.mean(dim=1) if targets.dim() == 2 else correct
-        return cls(loss.of_frames(log_probs, targets, reduction='none'), correct, utterances)
-
-
-def predictions_in_contexts(
-    model, batch, contexts: Sequence, seed: int, window: Optional[Window] = None
-) -> Iterator[tuple[list, MaskedPredictions, BatchRecord]]:
-    """Predict the masked frames of a batch in each context, on the same masks.
+def passes_in_contexts(
+    model, batch, contexts: Sequence, seed: int, window: Optional[Window] = None, masked: bool = True
+) -> Iterator[tuple[list, BatchRecord]]:
+    """Run a batch in each context, on the same masks; what is done with a pass is done within its context.
 
     The masks are a function of the seed, each utterance's audio, the masking's configuration and ``window``.
 
@@ -103,21 +93,23 @@ def predictions_in_contexts(
         seed: of the masks.
         window: that the masks are drawn for; None: the tightest of ``contexts``, so that what is masked can be
             answered in each.
+        masked: whether anything is masked.
     """
-    window = tightest_of(model.encoder, contexts) if window is None else window
-    masking = FixedMasks(model.mask_processor, utterance_seeds(*signal_of(batch), seed), window)
+    masking = None
+    if masked:
+        window = tightest_of(model.encoder, contexts) if window is None else window
+        masking = FixedMasks(model.mask_processor, utterance_seeds(*signal_of(batch), seed), window)
     for context in contexts:
         with model.encoder.using_att_context_size(context):
-            predictions, record = model.predict_batch(batch, masking)
-            yield context, _of_frames_that_count(predictions), record
+            yield context, model.encode_batch(batch, masking)
 
 
-def _of_frames_that_count(predictions: MaskedPredictions) -> MaskedPredictions:
-    """Leave the frame out that stands for none; N may then be 0."""
-    if predictions.targets.shape[0] > 1:
-        return predictions
-    counted = (predictions.targets != IGNORED_TARGET).flatten()[:1]
-    return MaskedPredictions(*(part[counted] for part in predictions))
+def predictions_in_contexts(
+    model, batch, contexts: Sequence, seed: int, window: Optional[Window] = None
+) -> Iterator[tuple[list, MaskedPredictions, BatchRecord]]:
+    """Predict the masked frames of a batch in each context; arguments as in :func:`passes_in_contexts`."""
+    for context, record in passes_in_contexts(model, batch, contexts, seed, window):
+        yield context, without_placeholder(model.predictions_of(record)), record
 
 
 def signal_of(batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,8 +153,7 @@ class ContextValidation:
     def __init__(self, model, contexts='all', masks=None):
         self._wanted = contexts
         self.seed, self.window = _parse_mask_options(masks)
-        self.num_classes = getattr(model.quantizer, 'num_classes', None)
-        if not hasattr(model.loss, 'of_frames') or self.num_classes is None:
+        if not hasattr(model.loss, 'of_frames') or getattr(model.quantizer, 'num_classes', None) is None:
             raise ValueError(
                 "model.validate_contexts must know which frames count and how many classes there are; the loss "
                 f"{type(model.loss).__name__} and the quantizer {type(model.quantizer).__name__} do not tell"
@@ -171,6 +162,12 @@ class ContextValidation:
         self._tell_look_ahead(model)
         self._metrics: list[dict[str, torchmetrics.Metric]] = []  # of each data loader
         self._results: list[dict[str, torch.Tensor]] = []
+        self._next_token_weight: Optional[float] = None  # where the loss is the sum of two parts
+
+    @property
+    def contexts(self) -> list:
+        """Those that the next validation runs in."""
+        return self._running
 
     def _tell_look_ahead(self, model) -> None:
         """Log what the contexts of validation mean in latency."""
@@ -184,19 +181,20 @@ class ContextValidation:
         """Forget what was summed up; every rank makes ready for every data loader, whatever it will get to see."""
         by_hand = model.att_context_set_by_hand
         self._running = parse_contexts(self._wanted, model.encoder) if by_hand is None else [by_hand]
+        self._next_token_weight = model.next_token_weight if model.objective == 'both' else None
         self._metrics = [self._new_metrics(model) for _ in range(loaders)]
         self._results = []
 
     def _new_metrics(self, model) -> dict[str, torchmetrics.Metric]:
-        metrics, has_windows = {'masked_share': WeightedMean()}, bool(layer_windows_of(model.encoder))
+        masks = [] if not model.predicts_masked_tokens else ['masked_share']
+        has_windows = masks and layer_windows_of(model.encoder)
+        names = masks + [
+            f'unanswerable_share/ctx_{context_label(context)}' for context in self._running if has_windows
+        ]
         for label in map(context_label, self._running):
-            metrics[f'loss/ctx_{label}'] = WeightedMean()
-            metrics[f'accuracy/ctx_{label}'] = MulticlassAccuracy(
-                self.num_classes, average='micro', validate_args=False
-            )
-            if has_windows:
-                metrics[f'unanswerable_share/ctx_{label}'] = WeightedMean()
-        return {name: metric.to(model.device) for name, metric in metrics.items()}
+            places = [place for part in parts_of(model) for place in _places(model.objective, label, part)]
+            names += [f'{name}/{place}' for place in places for name in ('loss', 'accuracy')]
+        return {name: WeightedMean().to(model.device) for name in dict.fromkeys(names)}
 
     def step(
         self, model, batch, dataloader_idx: int, after_each: Callable = lambda model, record: None
@@ -212,18 +210,19 @@ class ContextValidation:
         if dataloader_idx >= len(self._metrics):  # a step by hand, outside of a trainer's loop
             self.start(model, dataloader_idx + 1)
         metrics, losses = self._metrics[dataloader_idx], []
-        for context, predictions, record in predictions_in_contexts(
-            model, batch, self._running, self.seed, self.window
-        ):
-            label, frames = context_label(context), predictions.utterances.shape[0]
-            likelihood = model.loss.of_frames(predictions.log_probs, predictions.targets, reduction='none')
-            total = likelihood.sum(dtype=torch.float64)
-            metrics[f'loss/ctx_{label}'].update(total, frames)
-            if frames:
-                guesses = predictions.log_probs.argmax(dim=1)
-                metrics[f'accuracy/ctx_{label}'].update(guesses.flatten(), predictions.targets.flatten())
-            losses.append(total.float() / max(frames, 1))
-            self._count_masks(record, layer_windows_of(model.encoder), metrics, label, first=len(losses) == 1)
+        passes = passes_in_contexts(
+            model, batch, self._running, self.seed, self.window, masked=model.predicts_masked_tokens
+        )
+        for context, record in passes:
+            label, scores = context_label(context), scores_of(model, record)
+            for part, score in scores.items():
+                frames = score.utterances.shape[0]
+                for place in _places(model.objective, label, part):
+                    metrics[f'loss/{place}'].update(score.negative_log_likelihood.sum(dtype=torch.float64), frames)
+                    metrics[f'accuracy/{place}'].update(score.correct.sum(dtype=torch.float64), frames)
+            losses.append(_loss_of(model, scores))
+            if model.predicts_masked_tokens:
+                self._count_masks(record, layer_windows_of(model.encoder), metrics, label, first=len(losses) == 1)
             after_each(model, record)
         return torch.stack(losses).mean()
 
@@ -244,14 +243,19 @@ class ContextValidation:
         with warnings.catch_warnings():  # a rank without batches computes before any update, as it should
             warnings.filterwarnings('ignore', message='.*``compute`` method.*before the ``update`` method')
             found = {f'{mode}_{name}': metric.compute() for name, metric in metrics.items()}
+        places = [name.removeprefix('loss/') for name in metrics if name.startswith('loss/')]
+        found.update({f'{mode}_perplexity/{place}': found[f'{mode}_loss/{place}'].exp() for place in places})
         labels = [context_label(context) for context in self._running]
-        for label in labels:
-            found[f'{mode}_perplexity/ctx_{label}'] = found[f'{mode}_loss/ctx_{label}'].exp()
-        for name in ('loss', 'accuracy'):
+        if self._next_token_weight is not None:  # the sum of two losses has neither accuracy nor perplexity
+            for label in labels:
+                masked, following = (found[f'{mode}_loss/ctx_{label}/{part}'] for part in (MASKED, NEXT_OF_ALL))
+                found[f'{mode}_loss/ctx_{label}'] = masked + self._next_token_weight * following
+        for name in ('loss', 'accuracy') if self._next_token_weight is None else ('loss',):
             found[f'{mode}_{name}'] = torch.stack([found[f'{mode}_{name}/ctx_{label}'] for label in labels]).mean()
-        found[f'{mode}_perplexity'] = found[f'{mode}_loss'].exp()
+        if self._next_token_weight is None:
+            found[f'{mode}_perplexity'] = found[f'{mode}_loss'].exp()
         if found[f'{mode}_loss'].isnan():
-            logging.warning(f"{mode}_loss is NaN: no masked frame counted, or the model's outputs are not finite")
+            logging.warning(f"{mode}_loss is NaN: no frame counted, or the model's outputs are not finite")
         return found
 
     def summary(self, mode: str, dataloader_idx: int = 0) -> dict:
@@ -263,6 +267,27 @@ class ContextValidation:
             self.finish(mode)
         found = self._results[dataloader_idx]
         return {f'{mode}_loss': found[f'{mode}_loss'], 'log': dict(found)}
+
+
+def _places(objective: str, label: str, part: str) -> list[str]:
+    """Return what a part's figures in a context are filed under; the last place sums up over all horizons."""
+    if objective == 'masked':
+        return [f'ctx_{label}']
+    if part == MASKED:
+        return [f'ctx_{label}/{part}']
+    return [f'ctx_{label}/{part}', f'ctx_{label}' if objective == 'next_token' else f'ctx_{label}/{NEXT_OF_ALL}']
+
+
+def _loss_of(model, scores: dict[str, FrameScores]) -> torch.Tensor:
+    """Return the objective's loss of a forward pass, a scalar; 0 of a part without frames."""
+    totals = {part: score.negative_log_likelihood.sum(dtype=torch.float64) for part, score in scores.items()}
+    frames = {part: score.utterances.shape[0] for part, score in scores.items()}
+    masked = totals[MASKED].float() / max(frames[MASKED], 1) if MASKED in scores else None
+    if not model.predicts_next_tokens:
+        return masked
+    horizons = [part for part in scores if part != MASKED]
+    total, count = (sum(values[part] for part in horizons) for values in (totals, frames))
+    return model.combined_loss(masked, total.float() / max(count, 1))
 
 
 def _parse_mask_options(options) -> tuple[int, Optional[Window]]:

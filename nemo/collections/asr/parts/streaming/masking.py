@@ -6,8 +6,6 @@ on from step to step and the frames that answer lie on one grid, however the str
 masking module that does not take ``stream`` is called for the frames received so far that the attention reaches, with
 ``current_frame`` their number; then the part of its masks that lies on the new frames is kept.
 
-Targets are normalised as in training, but by the statistics of the frames received so far.
-
 Shapes: F features (or the encoder's width), M mask frames, S target frames, A attention frames, C classes,
 H codebooks.
 """
@@ -19,10 +17,9 @@ import torch
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED
 from nemo.collections.asr.parts.att_context.masking_context import follows_context, takes
-from nemo.collections.asr.parts.streaming.state import MaskedStream
+from nemo.collections.asr.parts.streaming.state import MaskedStream, joined
 
 LONGEST_REACH = 400  # attention frames that a mask is drawn over where the left context has no limit
-SMALLEST_STD = 1e-5  # as in NeMo's per_feature normalisation
 
 
 @dataclass
@@ -54,16 +51,16 @@ class LiveMasking:
     def __init__(self, model, context):
         if not all(hasattr(model, name) for name in ('mask_processor', 'quantizer', 'loss')):
             raise ValueError(f"apply_mask needs a masked token prediction model; {type(model).__name__} is none")
+        if not getattr(model, 'predicts_masked_tokens', True):
+            raise ValueError(f"apply_mask: model.objective is {model.objective}, which predicts no masked tokens")
         if not follows_context(model.mask_processor):
             raise ValueError(f"apply_mask: {type(model.mask_processor).__name__} does not take current_frame")
         if not hasattr(model.loss, 'of_frames'):
             raise ValueError(f"apply_mask: {type(model.loss).__name__} does not tell which frames count")
         self.model, self.context = model, context
-        self.pre_conv = model.pre_encoder is None
         with model.encoder.using_att_context_size(context):
             left = model.encoder.tightest_left_context()
         self.reach = (LONGEST_REACH if left == UNLIMITED else left) * model.mask_frames_per_attention_frame
-        self._combined = getattr(model.quantizer, 'combine_time_steps', 1)
 
     @property
     def decoder_offset(self) -> int:
@@ -79,11 +76,9 @@ class LiveMasking:
     def new_stream(self, device) -> MaskedStream:
         """The state of a stream before its first frame."""
         features = self.model.mask_processor.mask_embedding.shape[0]
-        empty = torch.zeros(features, 0, device=device)
-        sums = torch.zeros(features, dtype=torch.float64, device=device)
         masking = self.model.mask_processor
         time_line = masking.new_stream(1, device) if takes(masking, 'stream') else None
-        return MaskedStream(empty, empty, sums, sums, time_line=time_line)
+        return MaskedStream(torch.zeros(features, 0, device=device), time_line=time_line)
 
     def time_line_after(self, count: int, recent: torch.Tensor) -> Optional[dict]:
         """Return a time line, as a plain dict, for a stream of which it is not known what was masked.
@@ -119,7 +114,6 @@ class LiveMasking:
             stream.time_line.forget(drawn_over.shape[1] - new)
         masked, masks = self._draw(stream, drawn_over)
         stream.recent = drawn_over[:, max(drawn_over.shape[1] - self.reach, 0) :].clone()
-        self._make_targets(stream, frames)
         masked, masks = masked[:, -new:], masks[:1, -new:]
         stream.masks = masks if stream.masks is None else torch.cat((stream.masks, masks), dim=1)
         return masked, masks
@@ -134,20 +128,9 @@ class LiveMasking:
         )
         return masked[0], masks[0]
 
-    def _make_targets(self, stream: MaskedStream, frames: torch.Tensor) -> None:
-        """Make targets of the new frames; those that make no whole target wait."""
-        stream.count += frames.shape[1]
-        stream.total = stream.total + frames.double().sum(dim=1)
-        stream.squares = stream.squares + frames.double().square().sum(dim=1)
-        frames = torch.cat((stream.waiting, frames), dim=1)
-        whole = frames.shape[1] // self._combined * self._combined
-        stream.waiting, frames = frames[:, whole:].clone(), frames[:, :whole]
-        if whole == 0:
-            return
-        if self.model.target_normalize == 'per_feature':
-            frames = _standardize(stream, frames)
-        tokens = self.model.quantizer(input_signal=frames.unsqueeze(0))[1][0]
-        stream.tokens = tokens if stream.tokens is None else torch.cat((stream.tokens, tokens))
+    def take_targets(self, stream: MaskedStream, tokens: Optional[torch.Tensor]) -> None:
+        """Take new targets [S] or [S, H]; None is nothing. The state moves on."""
+        stream.tokens = joined(stream.tokens, tokens)
 
     def score(self, stream: MaskedStream, log_probs: torch.Tensor) -> StepLoss:
         """Take new predictions; return the loss of all masked frames that now have target and prediction.
@@ -156,9 +139,7 @@ class LiveMasking:
             stream: its state, which moves on.
             log_probs: [A, C] or [A, C, H].
         """
-        if stream.log_probs is not None:
-            log_probs = torch.cat((stream.log_probs, log_probs))
-        stream.log_probs = log_probs
+        stream.log_probs = log_probs = joined(stream.log_probs, log_probs)
         if stream.tokens is None or not log_probs.shape[0]:
             return StepLoss(log_probs.new_zeros(()))
         loss, masks = self.model.loss, stream.masks.unsqueeze(0)
@@ -168,11 +149,3 @@ class LiveMasking:
         stream.log_probs, stream.tokens = log_probs[ready:].clone(), stream.tokens[ready:]
         stream.masks = stream.masks[:, ready * getattr(loss, 'mlm_loss', loss).combine_time_steps :]
         return StepLoss(lost[counted[0]].sum(), int(counted.sum()))
-
-
-def _standardize(stream: MaskedStream, frames: torch.Tensor) -> torch.Tensor:
-    """Give every feature zero mean and unit variance by the statistics of the stream so far."""
-    mean = stream.total / stream.count
-    variance = (stream.squares - stream.count * mean.square()).clamp(min=0) / max(stream.count - 1, 1)
-    std = variance.sqrt() + SMALLEST_STD
-    return ((frames.double() - mean[:, None]) / std[:, None]).to(frames.dtype)

@@ -6,8 +6,8 @@
         output = session.step(samples)                  # output.encoded [1, D, frames], usually 0 or 1 frames
     output = session.finish()
 
-Shapes: B streams, N samples, F features, T feature frames, D the encoder's width, A attention frames, C classes,
-H codebooks.
+Shapes: B streams, N samples, F features, T feature frames, M mask frames, D the encoder's width, A attention frames,
+S target frames, K horizons, C classes, H codebooks.
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,13 @@ from typing import Optional, Sequence
 import torch
 
 from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.streaming.decoding import decode_frames, decoder_of
 from nemo.collections.asr.parts.streaming.encoder import StreamingEncoder
 from nemo.collections.asr.parts.streaming.features import StreamingFeatures
 from nemo.collections.asr.parts.streaming.masking import LiveMasking, StepLoss
-from nemo.collections.asr.parts.streaming.state import MaskedStream, StreamState, copy_tensors
+from nemo.collections.asr.parts.streaming.state import StreamState, copy_tensors
+from nemo.collections.asr.parts.streaming.surprise import LiveSurprise
+from nemo.collections.asr.parts.streaming.targets import LiveTargets
 
 PIECE = 64  # attention frames of samples that are worked on at once, however many come
 
@@ -52,6 +55,16 @@ class StreamingOutput:
     """With ``apply_mask``: nats per masked frame, over the frames whose target and prediction this step completed."""
     masked_frames: int = 0
     """With ``apply_mask``: how many frames that is."""
+    next_tokens: Optional[torch.Tensor] = None
+    """With ``return_surprise``: the likeliest token of each horizon for each new frame, [B, A, K] or [B, A, K, H]
+    int64. Frame j predicts at horizon k token j + ``session.next_token_offset`` + k."""
+    surprise: Optional[torch.Tensor] = None
+    """With ``return_surprise``: nats (the mean over the codebooks) of each token that was predicted at the first horizon
+    and is known since this step, [B, S]."""
+    surprise_lengths: Optional[torch.Tensor] = None
+    """How many of these each stream has, [B] int64."""
+    surprise_start: Optional[torch.Tensor] = None
+    """Which token of its stream the first of these is, from 0, or will be if there is none yet, [B] int64."""
 
     @classmethod
     def concatenate(cls, outputs: Sequence['StreamingOutput']) -> 'StreamingOutput':
@@ -66,12 +79,15 @@ class StreamingOutput:
             return outputs[0]
         lengths = [output.lengths for output in outputs]
         joined = dict(lengths=sum(lengths), current_frame=outputs[-1].current_frame)
+        joined['surprise_start'] = outputs[0].surprise_start
         for name, dim, counts in (
             ('encoded', 2, 'lengths'),
             ('log_probs', 1, 'lengths'),
             ('tokens', 1, 'lengths'),
             ('features', 2, 'feature_lengths'),
             ('masks', 1, 'mask_lengths'),
+            ('next_tokens', 1, 'lengths'),
+            ('surprise', 1, 'surprise_lengths'),
         ):
             if getattr(outputs[0], name) is not None:
                 sizes = [getattr(output, counts) for output in outputs]
@@ -100,6 +116,9 @@ class StreamingSession:
         return_features: whether to give the features.
         apply_mask: whether to mask, to watch the loss of an SSL model live; see ``LiveMasking``. Draws from torch's
             generator.
+        return_surprise: whether to predict the next tokens, and to say of each token, once it is there, how surprising
+            it was; for a model whose objective predicts next tokens, see ``LiveSurprise``. With ``apply_mask`` they
+            are predicted from the masked stream, as ``model.objective: both`` trains it.
 
     Raises:
         ValueError: if the model's configuration cannot stream, with the reason, or lacks what is asked for.
@@ -114,6 +133,7 @@ class StreamingSession:
         return_tokens: bool = False,
         return_features: bool = False,
         apply_mask: bool = False,
+        return_surprise: bool = False,
     ):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; it must be 1 stream or more")
@@ -126,9 +146,11 @@ class StreamingSession:
         self._front_end = StreamingFeatures(preprocessor)
         self._encoder = StreamingEncoder(encoder, self.att_context)
         self._masking = LiveMasking(model, self.att_context) if apply_mask else None
+        self._surprise = LiveSurprise(model, self.att_context) if return_surprise else None
+        self._targets = LiveTargets(model) if apply_mask or return_surprise else None
         self.return_log_probs, self.return_tokens = return_log_probs, return_tokens
         self.return_features = return_features
-        self._decoder = _decoder_of(model) if return_log_probs or return_tokens or apply_mask else None
+        self._decoder = decoder_of(model) if return_log_probs or return_tokens or apply_mask else None
         self.reset()
 
     @property
@@ -149,6 +171,11 @@ class StreamingSession:
         the attention (in ``regular`` style of all layers together).
         """
         return self._front_end.look_ahead + self._encoder.look_ahead * self.frame_samples
+
+    @property
+    def next_token_offset(self) -> Optional[int]:
+        """How many tokens after its own a frame predicts at the first horizon; None without ``return_surprise``."""
+        return None if self._surprise is None else self._surprise.offset
 
     @property
     def cache_bytes_per_stream(self) -> int:
@@ -177,13 +204,15 @@ class StreamingSession:
             self._ended = [False] * self.batch_size
             self._tails = [self._front_end.new_tail() for _ in range(self.batch_size)]
             self._encoded = self._encoder.new_state(self.batch_size, self._front_end.features)
-            self._masked = [self._new_masked_stream() for _ in range(self.batch_size)]
+            self._masked, self._targeted, self._surprised = ([None] * self.batch_size for _ in range(3))
+            for row in range(self.batch_size):
+                self._forget_targets(row)
             return
         for row in streams:
             if not 0 <= row < self.batch_size:
                 raise ValueError(f"reset: there is no stream {row}; the session has {self.batch_size}")
             self._ended[row], self._tails[row] = False, self._front_end.new_tail()
-            self._masked[row] = self._new_masked_stream()
+            self._forget_targets(row)
             self._encoder.forget(self._encoded, row)
 
     def step(self, samples, lengths=None, ended=None) -> StreamingOutput:
@@ -231,6 +260,7 @@ class StreamingSession:
         if not isinstance(state, dict) or 'settings' not in state:
             raise ValueError("load_state_dict: this is no state of a StreamingSession")
         mine, theirs = self._settings(), state['settings']
+        theirs = {'return_surprise': False, **theirs}  # before version 3 there was none
         other = [name for name in mine if mine[name] != theirs.get(name)]
         if other:
             raise ValueError(
@@ -240,9 +270,10 @@ class StreamingSession:
         restored = StreamState.from_dict(state, self._masking, self._encoder.device)
         self._ended, self._tails = restored.ended, restored.tails
         self._encoded, self._masked = restored.encoder, restored.masked
+        self._targeted, self._surprised = restored.targets, restored.surprised
 
     def _state(self) -> StreamState:
-        return StreamState(self._ended, self._tails, self._encoded, self._masked)
+        return StreamState(self._ended, self._tails, self._encoded, self._masked, self._targeted, self._surprised)
 
     def _settings(self) -> dict:
         encoder = self._encoder
@@ -256,10 +287,19 @@ class StreamingSession:
             'features': self._front_end.features,
             'hop': self._front_end.hop,
             'apply_mask': self._masking is not None,
+            'return_surprise': self._surprise is not None,
         }
 
-    def _new_masked_stream(self) -> Optional[MaskedStream]:
-        return None if self._masking is None else self._masking.new_stream(self._encoder.device)
+    def _forget_targets(self, row: int) -> None:
+        """Begin a stream anew for those that make its targets, mask it or predict them."""
+        device = self._encoder.device
+        if self._targets is not None:
+            width = self._front_end.features if self._targets.pre_conv else self._encoder.encoder.d_model
+            self._targeted[row] = self._targets.new_stream(width, device)
+        if self._masking is not None:
+            self._masked[row] = self._masking.new_stream(device)
+        if self._surprise is not None:
+            self._surprised[row] = self._surprise.new_stream()
 
     def _check_eval_mode(self) -> None:
         if any(module.training for module in self._modules):
@@ -312,20 +352,30 @@ class StreamingSession:
     def _advance_by(self, pieces: list[torch.Tensor], ends: list[bool]) -> StreamingOutput:
         features = self._front_end.step(self._tails, pieces, ends)
         masks = [feature[:0, :0] for feature in features]
-        masked, replace = features, None
-        if self._masking is not None and self._masking.pre_conv:
-            masked, masks = map(list, zip(*(self._masking.mask(*pair) for pair in zip(self._masked, features))))
-        elif self._masking is not None:
+        seen, replace = features, None
+        if self._targets is not None and self._targets.pre_conv:
+            seen = [self._take_mask_frames(row, frames, masks) for row, frames in enumerate(features)]
+        elif self._targets is not None:
 
-            def mask_subsampled(rows, frames):
-                results = [self._masking.mask(self._masked[row], x.T) for row, x in zip(rows, frames)]
-                for row, (_, mask) in zip(rows, results):
-                    masks[row] = mask
-                return torch.stack([x.T for x, _ in results])
+            def replace(rows, frames):
+                return torch.stack([self._take_mask_frames(row, x.T, masks).T for row, x in zip(rows, frames)])
 
-            replace = mask_subsampled
-        encoded = self._encoder.step(self._encoded, masked, ends, replace)
+        encoded = self._encoder.step(self._encoded, seen, ends, replace)
         return self._output(encoded, features, masks)
+
+    def _take_mask_frames(self, row: int, frames: torch.Tensor, masks: list[torch.Tensor]) -> torch.Tensor:
+        """Take a stream's new mask frames [F, M]: make their targets, and return them as the encoder is to see them.
+
+        What of them is masked goes to ``masks[row]``.
+        """
+        tokens = self._targets.make(self._targeted[row], frames)
+        if self._surprise is not None:
+            self._surprise.take_tokens(self._surprised[row], tokens)
+        if self._masking is None:
+            return frames
+        self._masking.take_targets(self._masked[row], tokens)
+        seen, masks[row] = self._masking.mask(self._masked[row], frames)
+        return seen
 
     def _output(self, encoded, features, masks) -> StreamingOutput:
         stacked, lengths = _pad(encoded)
@@ -338,18 +388,16 @@ class StreamingSession:
             masks, output.mask_lengths = _pad([mask if mask.numel() else mask.new_zeros(1, 0) for mask in masks])
             output.masks = masks[:, 0]
             self._score(output)
+        if self._surprise is not None:
+            self._compare(output)
         if not self.return_log_probs:
             output.log_probs = None
         return output
 
     def _predict(self, output: StreamingOutput) -> None:
         """Run the decoder, which takes each frame by itself."""
-        if output.encoded.shape[2]:
-            output.log_probs = self._decoder(encoder_output=output.encoded)
-        else:  # a convolution takes no empty input; the classes are the same for any frame
-            frame = output.encoded.new_zeros(*output.encoded.shape[:2], 1)
-            output.log_probs = self._decoder(encoder_output=frame)[:, :0]
-        valid = torch.arange(output.encoded.shape[2], device=output.lengths.device) < output.lengths[:, None]
+        output.log_probs = decode_frames(self._decoder, output.encoded)
+        valid = _valid(output)
         shape = valid.shape + (1,) * (output.log_probs.dim() - 2)
         output.log_probs = output.log_probs * valid.view(shape)
         if self.return_tokens:
@@ -363,6 +411,18 @@ class StreamingSession:
         step = StepLoss(sum(loss.total for loss in losses), sum(loss.frames for loss in losses))
         output.loss, output.masked_frames = step.mean, step.frames
 
+    def _compare(self, output: StreamingOutput) -> None:
+        """Predict the next tokens, and compare those that have come with what was predicted of them."""
+        output.next_tokens, log_probs = self._surprise.predict(output.encoded, _valid(output))
+        start = [stream.start for stream in self._surprised]
+        output.surprise_start = torch.tensor(start, device=output.lengths.device)
+        surprise = [
+            self._surprise.score(stream, predicted[:length])
+            for stream, predicted, length in zip(self._surprised, log_probs, output.lengths.tolist())
+        ]
+        stacked, output.surprise_lengths = _pad([row.unsqueeze(0) for row in surprise])
+        output.surprise = stacked[:, 0]
+
 
 def _parts(model) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Return preprocessor and encoder of a model, or of the pair of them."""
@@ -373,13 +433,9 @@ def _parts(model) -> tuple[torch.nn.Module, torch.nn.Module]:
     return model.preprocessor, model.encoder
 
 
-def _decoder_of(model):
-    decoder = getattr(model, 'decoder', None)
-    if 'encoder_output' not in (getattr(decoder, 'input_types', None) or {}):
-        raise ValueError(
-            f"log-probabilities and tokens need a decoder that takes encoder_output; {type(model).__name__} has none"
-        )
-    return decoder
+def _valid(output: StreamingOutput) -> torch.Tensor:
+    """Return which frames are a stream's own, [B, A], True where they are."""
+    return torch.arange(output.encoded.shape[2], device=output.lengths.device) < output.lengths[:, None]
 
 
 def _row_values(values, batch_size: int, name: str) -> list:

@@ -12,7 +12,9 @@ import torch
 
 from nemo.collections.asr.modules.ssl_modules.masked_time_line import MaskedTimeLine
 
-VERSION = 2  # of what StreamState.to_dict returns; 1 had none written down
+VERSION = (
+    3  # of what StreamState.to_dict returns; 1 had none written down, 2 had the targets in what masking remembers
+)
 
 
 @dataclass
@@ -53,19 +55,25 @@ class EncoderState:
 
 
 @dataclass
-class MaskedStream:
-    """The state of one stream that is masked."""
+class TargetStream:
+    """The state of one stream of which targets are made."""
 
-    recent: torch.Tensor
-    """The last mask frames as they were received, as far as a mask is drawn over them, [F, M]."""
     waiting: torch.Tensor
-    """Those that do not make a whole target yet, [F, M]."""
+    """Mask frames that do not make a whole target yet, [F, M]."""
     total: torch.Tensor
     """Sum over the frames received, [F] float64."""
     squares: torch.Tensor
     """Sum of their squares, [F] float64."""
     count: int = 0
     """Mask frames received."""
+
+
+@dataclass
+class MaskedStream:
+    """The state of one stream that is masked."""
+
+    recent: torch.Tensor
+    """The last mask frames as they were received, as far as a mask is drawn over them, [F, M]."""
     masks: Optional[torch.Tensor] = None
     """Of frames without a loss so far, [1, M]."""
     tokens: Optional[torch.Tensor] = None
@@ -74,6 +82,20 @@ class MaskedStream:
     """Predictions without a loss so far, behind ``decoder_offset`` that the loss drops, [A, C] or [A, C, H]."""
     time_line: Optional[MaskedTimeLine] = None
     """What was drawn so far; None for a masking module that does not take it."""
+
+
+@dataclass
+class SurprisedStream:
+    """The state of one stream whose tokens are compared with what was predicted of them."""
+
+    start: int
+    """Index of the token whose surprise is the next to be known."""
+    unasked: int
+    """Tokens still to come that no frame is asked for: those before the first frame's."""
+    tokens: Optional[torch.Tensor] = None
+    """Tokens without a prediction so far, [S] or [S, H]."""
+    log_probs: Optional[torch.Tensor] = None
+    """Predictions at the first horizon without a token so far, [A, C] or [A, C, H]."""
 
 
 @dataclass
@@ -88,6 +110,10 @@ class StreamState:
     """The state between the features and the encoder's outputs."""
     masked: list[Optional[MaskedStream]]
     """What masking remembers of each stream; None without masking."""
+    targets: list[Optional[TargetStream]]
+    """What the targets of each stream need of its past; None where none are made."""
+    surprised: list[Optional[SurprisedStream]]
+    """What was predicted of each stream and is not known yet; None where nobody asks."""
 
     def to_dict(self) -> dict:
         """Return a copy as plain containers and tensors, for torch.save or pickle."""
@@ -103,14 +129,20 @@ class StreamState:
             device: where the tensors go.
         """
         state = copy_tensors(state, device)
-        if state.get('version', 1) == 1:
+        version = state.get('version', 1)
+        if version == 1:
             state['masked'] = [_masked_of_version_1(stream, masking) for stream in state['masked']]
+        if version < 3:
+            state['targets'] = [_targets_of_version_2(stream) for stream in state['masked']]
+            state['surprised'] = [None] * len(state['masked'])
         layers = [LayerCache(**layer) for layer in state['encoder'].pop('layers')]
         return cls(
             state['ended'],
             [SampleTail(**tail) for tail in state['tails']],
             EncoderState(**state['encoder'], layers=layers),
             [None if stream is None else _masked_stream(stream) for stream in state['masked']],
+            [None if stream is None else TargetStream(**stream) for stream in state['targets']],
+            [None if stream is None else SurprisedStream(**stream) for stream in state['surprised']],
         )
 
     def bytes(self) -> int:
@@ -124,6 +156,8 @@ class StreamState:
             'tails': [vars(tail) for tail in self.tails],
             'encoder': {**encoder, 'layers': [vars(cache) for cache in self.encoder.layers]},
             'masked': [None if stream is None else _plain_masked(stream) for stream in self.masked],
+            'targets': [None if stream is None else vars(stream) for stream in self.targets],
+            'surprised': [None if stream is None else vars(stream) for stream in self.surprised],
         }
 
 
@@ -156,6 +190,18 @@ def _masked_of_version_1(stream: Optional[dict], masking) -> Optional[dict]:
         for name in ('log_probs', 'tokens'):
             stream[name] = None if stream[name] is None else stream[name].squeeze(-1)
     return stream
+
+
+def _targets_of_version_2(stream: Optional[dict]) -> Optional[dict]:
+    """Take out of what masking remembered in version 2 what belongs to the targets."""
+    return None if stream is None else {name: stream.pop(name) for name in ('waiting', 'total', 'squares', 'count')}
+
+
+def joined(earlier: Optional[torch.Tensor], new: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    """Join what waits with what is new along the first dimension; None is nothing."""
+    if earlier is None or new is None:
+        return new if earlier is None else earlier
+    return torch.cat((earlier, new))
 
 
 def copy_tensors(state, device=None):

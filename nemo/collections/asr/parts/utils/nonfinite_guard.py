@@ -10,6 +10,7 @@ from typing import Iterator, Optional
 
 import torch
 
+from nemo.collections.asr.parts.utils.logged_numbers import numbers_on_the_host
 from nemo.utils import logging
 
 LARGEST_SAMPLE = 1e15  # the power of a louder frame overflows float32, and with it the features
@@ -71,8 +72,9 @@ class NonFiniteGuard:
         else:
             self._skip_step(parameters)
         if self._skips_nonfinite() or (self.cfg.get('train_ds') or {}).get('skip_bad_audio'):
-            self.log('skipped_steps', float(self._skipped_steps))
-            self.log('skipped_utterances', float(self._skipped_utterances))
+            counts = {'skipped_steps': self._skipped_steps, 'skipped_utterances': self._skipped_utterances}
+            for name, count in numbers_on_the_host(counts).items():
+                self.log(name, count)
 
     def _skip_step(self, parameters) -> None:
         where = f"the gradients of step {self.trainer.global_step} are not all finite"

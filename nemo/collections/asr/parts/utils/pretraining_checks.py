@@ -14,12 +14,15 @@ from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.context_sampler import FIELD as SAMPLER
 from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler
 from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
+from nemo.collections.asr.parts.mixins.objective_mixin import NextTokenOptions, check_objective
 from nemo.collections.asr.parts.utils.known_keys import (
     ATT_CONTEXT_SAMPLER_KEYS,
     DATA_KEYS,
     DATA_SECTIONS,
     MODEL_KEYS,
+    NEXT_TOKEN_KEYS,
     OPTIONAL_SECTIONS,
+    REFINE_KEYS,
     RESUMABLE_KEYS,
     SCHEDULE_KEYS,
     SECTIONS,
@@ -60,6 +63,7 @@ def check_pretraining_config(cfg: DictConfig) -> None:
             raise ValueError(f"the config has no section model.{section}")
     check_contexts(cfg.model.encoder)
     check_mask_position(cfg.model)
+    NextTokenOptions.parse(cfg.model.get('next_token'), check_objective(cfg.model))
     check_data('model.train_ds', cfg.model.train_ds)
     if cfg.model.get('validation_ds'):
         check_data('model.validation_ds', cfg.model.validation_ds)
@@ -95,6 +99,8 @@ def _own_sections() -> dict[str, Iterable[str]]:
     own = {
         'curriculum': _constructor_arguments(AttContextCurriculum),
         'model.validation_masks': VALIDATION_MASK_KEYS,
+        'model.next_token': NEXT_TOKEN_KEYS,
+        'model.quantizer.refine': REFINE_KEYS,
         'model.encoder.layer_att_context_size': SCHEDULE_KEYS,
         SAMPLER: ATT_CONTEXT_SAMPLER_KEYS,
         'trainer': _constructor_arguments(pl.Trainer),

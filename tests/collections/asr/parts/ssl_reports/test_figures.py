@@ -54,6 +54,38 @@ class TestMaskedSpectrogram:
             figures.save_figure(figures.masked_spectrogram(features, masks, 0.01, 8), tmp_path / 'picture')
 
 
+class TestSurprise:
+    FEATURES = TestMaskedSpectrogram.FEATURES
+    SURPRISE = np.array([np.nan, 2.0, 4.0, 0.5, np.nan])  # five tokens of 80 ms
+
+    @pytest.mark.unit
+    def test_each_token_has_its_height_where_it_lies_in_time(self):
+        figure = figures.surprise_over_time(self.FEATURES, self.SURPRISE, 0.01, 8, classes=64, title='a title')
+        upper, lower = figure.axes
+        values, edges, _ = lower.patches[0].get_data()
+        np.testing.assert_array_equal(values, self.SURPRISE)
+        assert edges == pytest.approx([0, 0.08, 0.16, 0.24, 0.32, 0.4]) and not upper.patches
+        assert [line.get_ydata()[0] for line in lower.lines] == pytest.approx([6.5 / 3, math.log(64)])
+        written = texts(figure)
+        for expected in ('a title', 'surprise of\nthe next token\n(nats)', 'mean, 2.17', 'all 64 tokens alike, 4.16'):
+            assert expected in written
+        assert 'mask' not in written and 'seconds (a token: 80 ms)' in written
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('masks', [np.repeat([0, 1, 1, 0, 0], 8), np.array([0, 1, 1, 0, 0])])
+    def test_what_was_not_heard_is_hatched(self, masks):
+        upper = figures.surprise_over_time(self.FEATURES, self.SURPRISE, 0.01, 8, masks=masks).axes[0]
+        (block,) = upper.patches
+        assert (round(block.get_x(), 4), round(block.get_width(), 4)) == (0.08, 0.16)
+
+    @pytest.mark.unit
+    def test_no_token_at_all(self, tmp_path):
+        for features, surprise in ((self.FEATURES, np.full(5, np.nan)), (self.FEATURES[:, :3], np.zeros(0))):
+            figure = figures.surprise_over_time(features, surprise, 0.01, 8)
+            figures.save_figure(figure, tmp_path / 'picture')
+            assert 'mean' not in texts(figure)
+
+
 class TestAttentionWindows:
     @pytest.mark.unit
     def test_bars(self):
@@ -104,6 +136,39 @@ class TestLearningCurves:
         assert figures.contexts_in(curves) == [*contexts, 'chunk_1', 'chunk_4_to_7', 'chunk_16_to_31']
         (loss,) = figures.learning_curves(curves).axes
         assert loss.lines[-1].get_label() == 'chunks of 16 to 31 in training, smoothed'
+
+    @pytest.mark.unit
+    def test_horizons_are_no_contexts_and_have_a_panel_of_their_own(self):
+        curves = {'train_loss/next_0': [(1, 3.0)], 'train_loss/ctx_10_0': [(1, 3.5)]}
+        for context in ('40_0', '10_0'):
+            for place, height in (('', 3.0), ('/next_10', 4.0), ('/next_2', 3.2), ('/next_0', 2.0)):
+                curves[f'val_loss/ctx_{context}{place}'] = [(20, height), (10, height + 1)]
+                curves[f'val_accuracy/ctx_{context}{place}'] = [(10, 0.1)]
+        assert figures.contexts_in(curves) == ['10_0', '40_0']
+        assert figures.parts_in(curves) == ['next_0', 'next_2', 'next_10']
+        figure = figures.learning_curves(curves)
+        loss, horizons, accuracy = figure.axes
+        assert len(loss.lines) == 3 and len(horizons.lines) == 6 and len(accuracy.lines) == 2
+        assert horizons.lines[0].get_xydata().tolist() == [[10, 3], [20, 2]]
+        names = {text.get_text(): text.xy[1] for text in horizons.texts}
+        assert list(names) == ['next_10', 'next_2', 'next_0'] and names['next_0'] == pytest.approx(2)
+        assert 'mask' not in texts(figure) and 'loss (nats per\nnext token)' in texts(figure)
+
+    @pytest.mark.unit
+    def test_both_objectives(self):
+        curves = {}
+        for part in ('', '/masked', '/next', '/next_0', '/next_1'):
+            curves[f'val_loss/ctx_10_0{part}'] = [(10, 4.0), (20, 3.0)]
+            if part:
+                curves[f'val_accuracy/ctx_10_0{part}'] = [(10, 0.25), (20, float('nan'))]
+        figure = figures.learning_curves(curves)
+        loss, parts, accuracies = figure.axes
+        assert [len(axis.lines) for axis in figure.axes] == [1, 3, 3]
+        assert accuracies.lines[0].get_ydata()[0] == 25 and not accuracies.texts  # no end to write names at
+        heights = [text.xy[1] for text in parts.texts]
+        assert [text.get_text() for text in parts.texts] == ['next_1', 'next_0', 'masked']
+        assert heights == sorted(heights, reverse=True) and len(set(heights)) == 3  # lines on each other
+        assert 'parts\nadded up' in texts(figure) and 'masked frame' not in texts(figure)
 
     @pytest.mark.unit
     def test_without_accuracy_ceiling_or_anything(self):

@@ -6,7 +6,7 @@ from tiny_nest import POST_CONV, tiny_model
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
 from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
 
-MORE_MASKS = ('model.masking.mask_prob=0.03', 'model.target_normalize=null')
+OFTEN_MASKED_PLAIN_TARGETS = ('model.masking.mask_prob=0.03', 'model.target_normalize=null')
 MORE_POST_CONV = (*POST_CONV, 'model.masking.block_size=16', 'model.masking.mask_prob=0.1')
 
 
@@ -29,7 +29,7 @@ def watched(model):
 
 @pytest.mark.unit
 def test_masking_sees_the_frames_received_and_the_window_and_no_more():
-    model = tiny_model(*MORE_MASKS).eval()
+    model = tiny_model(*OFTEN_MASKED_PLAIN_TARGETS).eval()
     calls = watched(model)
     session = StreamingSession(model, 1, [4, 0], apply_mask=True)
     received = []
@@ -48,7 +48,7 @@ def test_masking_sees_the_frames_received_and_the_window_and_no_more():
 @pytest.mark.parametrize('offset', [0, 1])
 def test_the_loss_is_that_of_the_offline_forward_with_the_same_masks(overrides, offset):
     cls = EncDecMaskedTokenPredModel if overrides else EncDecDenoiseMaskedTokenPredModel
-    model = tiny_model(*MORE_MASKS, *overrides, f'model.loss.decoder_offset={offset}', cls=cls).eval()
+    model = tiny_model(*OFTEN_MASKED_PLAIN_TARGETS, *overrides, f'model.loss.decoder_offset={offset}', cls=cls).eval()
     torch.manual_seed(0)
     session = StreamingSession(model, 2, [20, 0], apply_mask=True, return_log_probs=True, return_features=True)
     samples = noise(2, 48000)
@@ -84,7 +84,7 @@ def test_targets_are_normalised_by_what_was_received():
     torch.manual_seed(0)
     session = StreamingSession(model, 1, [20, 0], apply_mask=True)
     session.step(samples)
-    stream = session._masked[0]
+    stream = session._targeted[0]
     features, length = model.preprocessor(input_signal=samples, length=torch.tensor([64000]))
     features = features[0, :, : stream.count].double()
     torch.testing.assert_close(stream.total / stream.count, features.mean(dim=1), atol=1e-6, rtol=0)
@@ -94,7 +94,7 @@ def test_targets_are_normalised_by_what_was_received():
 
 @pytest.mark.unit
 def test_a_masked_stream_is_saved_restored_and_reset():
-    model = tiny_model(*MORE_MASKS).eval()
+    model = tiny_model(*OFTEN_MASKED_PLAIN_TARGETS).eval()
     session, other = (StreamingSession(model, 1, [20, 0], apply_mask=True) for _ in range(2))
     session.step(noise(1, 16000))
     other.load_state_dict(session.state_dict())
@@ -104,7 +104,7 @@ def test_a_masked_stream_is_saved_restored_and_reset():
         outputs.append(going_on.step(noise(1, 16000)))
     assert torch.equal(outputs[0].masks, outputs[1].masks) and torch.equal(outputs[0].loss, outputs[1].loss)
     session.reset([0])
-    assert session._masked[0].count == 0
+    assert session._targeted[0].count == 0 and session._masked[0].masks is None
 
 
 @pytest.mark.unit

@@ -8,6 +8,7 @@ import torch
 from fresh_process import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_streams import PIECES, TOTALS, noise, stream
 from omegaconf import OmegaConf
 from tiny_nest import POST_CONV, tiny_config, tiny_model
 
@@ -46,13 +47,6 @@ def model_of(case: str):
     return tiny_model(THREE_LAYERS, *CASES[case][0], cls=cls).eval()
 
 
-def noise(*shape, seed=0):
-    """Noise whose colour and level change, so that frames differ."""
-    generator = torch.Generator().manual_seed(seed)
-    level = torch.rand(shape[0], shape[1] // 1500 + 1, generator=generator).repeat_interleave(1500, dim=1)
-    return torch.randn(*shape, generator=generator) * 0.3 * level[:, : shape[1]] ** 3
-
-
 @torch.no_grad()
 def offline(model, samples, lengths, context):
     """Return what the model's own forward gives in eval mode: features, encoded and log-probabilities with lengths."""
@@ -60,18 +54,6 @@ def offline(model, samples, lengths, context):
         features, feature_lengths = model.preprocessor(input_signal=samples, length=torch.tensor(lengths))
         encoded, encoded_lengths = model.encoder(audio_signal=features, length=feature_lengths)
     return features, feature_lengths, encoded, encoded_lengths, model.decoder(encoder_output=encoded)
-
-
-def stream(session, samples, lengths, sizes) -> StreamingOutput:
-    """Feed ragged streams in pieces of these sizes, in turn; each ends with its last samples, or later."""
-    position, outputs, index = 0, [], 0
-    while position < max(lengths):
-        size = sizes[index % len(sizes)]
-        counts = [max(min(length - position, size), 0) for length in lengths]
-        ended = [index % 2 == 0 and 0 <= length - position <= size for length in lengths]
-        outputs.append(session.step(samples[:, position : position + size], counts, ended))
-        position, index = position + size, index + 1
-    return StreamingOutput.concatenate(outputs + ([] if all(session.ended) else [session.finish()]))
 
 
 def assert_equal(output, expected):
@@ -102,10 +84,6 @@ def check(model, context, samples, lengths, sizes, **settings):
     output = stream(session, samples, lengths, sizes)
     assert_equal(output, offline(model, samples, lengths, context))
     return output
-
-
-PIECES = st.lists(st.one_of(st.integers(1, 400), st.integers(1, 6000), st.integers(1, 200000)), min_size=1, max_size=5)
-TOTALS = st.one_of(st.integers(0, 2000), st.integers(0, 3 * RATE))
 
 
 @pytest.mark.unit

@@ -1,0 +1,137 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Loss of next-token prediction (NEST-RQ, https://arxiv.org/abs/2409.08680). New in this project.
+
+Shapes: B batch, T encoder frames, S target frames, F frames in common, K horizons, N frames that count, C classes,
+H codebooks.
+"""
+
+from typing import Optional
+
+import torch
+
+from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET, MLMLoss, MultiMLMLoss
+from nemo.core import Loss, typecheck
+from nemo.core.neural_types import LengthsType, LossType, NeuralType
+
+
+class NextTokenLoss(Loss):
+    """Mean negative log-likelihood of the tokens that come next, over frames and horizons.
+
+    Frame j is asked for the tokens j + offset ... j + offset + K - 1, one for each horizon. Every pair of a frame and
+    a horizon whose token exists counts alike. Without any the loss is zero and still back-propagates. Needs no
+    host-device sync.
+
+    Args:
+        horizons: K.
+        num_decoders: H; the loss of a pair is the mean over the codebooks.
+        squeeze_single: whether a single codebook comes without its dimension.
+
+    Raises:
+        ValueError: if there is no horizon.
+    """
+
+    def __init__(self, horizons: int = 4, num_decoders: int = 1, squeeze_single: bool = True):
+        super().__init__()
+        if isinstance(horizons, bool) or not isinstance(horizons, int) or horizons < 1:
+            raise ValueError(f"model.next_token.horizons is {horizons!r}; it must be 1 token or more")
+        self.horizons = horizons
+        squeezed = squeeze_single and num_decoders == 1
+        self.frame_loss = MLMLoss() if squeezed else MultiMLMLoss(num_decoders=num_decoders)
+
+    @property
+    def input_types(self):
+        """Returns definitions of module input types"""
+        lengths = NeuralType(tuple('B'), LengthsType(), optional=True)
+        return {
+            'decoder_outputs': NeuralType(),
+            'targets': NeuralType(),
+            'offset': NeuralType(optional=True),
+            'decoder_lengths': lengths,
+            'target_lengths': lengths,
+        }
+
+    @property
+    def output_types(self):
+        """Returns definitions of module output types"""
+        return {'loss': NeuralType(elements_type=LossType())}
+
+    @typecheck()
+    def forward(self, decoder_outputs, targets, offset=0, decoder_lengths=None, target_lengths=None):
+        """Compute the loss from the log-probabilities of all horizons.
+
+        A model decodes one horizon after the other instead, see ``next_token_frames.of_horizons``.
+
+        Args:
+            decoder_outputs: log-probabilities [B, T, K, C] or [B, T, K, C, H], any floating dtype.
+            targets: tokens [B, S] or [B, S, H] int64; -100 is left out.
+            offset: tokens between a frame's own and the first that it is asked for, 0 or more.
+            decoder_lengths, target_lengths: valid frames [B]; None counts all.
+
+        Returns:
+            The loss, a scalar; float32 for half-precision inputs, else the dtype of ``decoder_outputs``.
+        """
+        outputs, wanted, _ = self.align(decoder_outputs, targets, offset, decoder_lengths, target_lengths)
+        total = count = 0
+        for horizon in range(self.horizons):
+            lost, counted = self.of_horizon(outputs[:, :, horizon], wanted[:, :, horizon])
+            total, count = total + lost.sum(), count + counted.sum()
+        return total / count.clamp(min=1)
+
+    def of_horizon(self, log_probs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of each frame at one horizon, and which of them count.
+
+        Args:
+            log_probs: [..., C] or [..., C, H], any floating dtype.
+            targets: tokens [...] or [..., H] int64; -100 where a frame does not count.
+
+        Returns:
+            negative log-likelihood [...], 0 where a frame does not count, and the frames that count [...] bool.
+        """
+        counted = targets != IGNORED_TARGET
+        if isinstance(self.frame_loss, MultiMLMLoss):
+            counted = counted.any(dim=-1)
+        return self.frame_loss.of_frames(log_probs, targets, reduction='none'), counted
+
+    def align(
+        self,
+        encoded: torch.Tensor,
+        tokens: torch.Tensor,
+        offset: int,
+        decoder_lengths: Optional[torch.Tensor] = None,
+        target_lengths: Optional[torch.Tensor] = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pair frames with the tokens that they are asked for.
+
+        Args:
+            encoded: [B, T, ...]: the encoder's output, or what was decoded of it.
+            tokens: [B, S] or [B, S, H] int64.
+            offset, decoder_lengths, target_lengths: as in :meth:`forward`.
+
+        Returns:
+            frames [B, F, ...], a view with F at least 1; their tokens [B, F, K] or [B, F, K, H], -100 where there is
+            none; and the frames with a token at the first horizon, hence at any, [B, F] bool.
+
+        Raises:
+            ValueError: if the offset is negative.
+        """
+        if offset < 0:
+            raise ValueError(f"offset is {offset}; it must be 0 tokens or more")
+        frames = min(encoded.shape[1], max(tokens.shape[1] - offset, 1))
+        wanted = _without_padding(tokens, target_lengths)[:, offset:]
+        missing = max(frames + self.horizons - 1 - wanted.shape[1], 0)
+        ending = wanted.new_full((wanted.shape[0], missing, *wanted.shape[2:]), IGNORED_TARGET)
+        wanted = torch.cat((wanted, ending), dim=1)[:, : frames + self.horizons - 1]
+        wanted = wanted.unfold(1, self.horizons, 1).movedim(-1, 2)
+        if decoder_lengths is not None:
+            beyond = torch.arange(frames, device=tokens.device) >= decoder_lengths.to(tokens.device).unsqueeze(1)
+            wanted = wanted.masked_fill(beyond.view(*beyond.shape, *[1] * (wanted.dim() - 2)), IGNORED_TARGET)
+        counted = wanted[:, :, 0] != IGNORED_TARGET
+        return encoded[:, :frames], wanted, counted if counted.dim() == 2 else counted.any(dim=-1)
+
+
+def _without_padding(tokens: torch.Tensor, lengths: Optional[torch.Tensor]) -> torch.Tensor:
+    """Return tokens [B, S] or [B, S, H] with -100 at and beyond their lengths."""
+    if lengths is None:
+        return tokens
+    beyond = torch.arange(tokens.shape[1], device=tokens.device) >= lengths.to(tokens.device).unsqueeze(1)
+    return tokens.masked_fill(beyond.view(*beyond.shape, *[1] * (tokens.dim() - 2)), IGNORED_TARGET)

@@ -1,0 +1,99 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""How surprising a live stream is to a model that predicts the next tokens.
+
+Frame j predicts, at the first horizon, token j + offset, of which it has heard nothing but, perhaps, the first feature.
+The token is known once its own frames have arrived; until then the prediction waits. Tokens before the first frame's
+are predicted by none. At the end of a stream some predictions are left over, for their tokens never come.
+
+Shapes: B streams, D the encoder's width, A attention frames, S target frames, K horizons, C classes, H codebooks.
+"""
+
+from typing import Optional
+
+import torch
+
+from nemo.collections.asr.parts.streaming.decoding import decode_frames
+from nemo.collections.asr.parts.streaming.state import SurprisedStream, joined
+
+
+class LiveSurprise:
+    """Predicts the next tokens of streams, and compares them with what came.
+
+    Args:
+        model: whose objective predicts next tokens: ``model.objective`` is ``next_token`` or ``both``.
+        context: the attention context that the streams are encoded in.
+
+    Raises:
+        ValueError: with the reason, if the model predicts no next tokens, or not in this context.
+    """
+
+    def __init__(self, model, context):
+        if not getattr(model, 'predicts_next_tokens', False):
+            kind, objective = type(model).__name__, getattr(model, 'objective', None)
+            raise ValueError(
+                "return_surprise is True; it needs a model that was asked for the next tokens, with model.objective "
+                f"next_token or both, and this {kind} " + (f"has {objective}" if objective else "has no objective")
+            )
+        combined = getattr(model.quantizer, 'combine_time_steps', 1)
+        if combined != model.mask_frames_per_attention_frame:
+            raise ValueError(
+                f"return_surprise: model.quantizer.combine_time_steps is {combined}; it must be "
+                f"{model.mask_frames_per_attention_frame}, the feature frames of an encoder frame"
+            )
+        with model.encoder.using_att_context_size(context):
+            try:
+                self.offset = model.next_token_offset()
+            except ValueError as error:
+                raise ValueError(f"return_surprise: {error}") from error
+        self.decoders, self.loss = model.next_token_decoders, model.next_token_loss
+
+    def new_stream(self) -> SurprisedStream:
+        """The state of a stream before its first frame."""
+        return SurprisedStream(start=self.offset, unasked=self.offset)
+
+    def predict(self, encoded: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predict the next tokens of new frames, one horizon after the other.
+
+        Args:
+            encoded: [B, D, A].
+            valid: which frames are a stream's own, [B, A], True where they are.
+
+        Returns:
+            the likeliest tokens [B, A, K] or [B, A, K, H] int64, 0 where there is no frame; and the log-probabilities
+            of the first horizon, [B, A, C] or [B, A, C, H].
+        """
+        likeliest, first = [], None
+        for decoder in self.decoders:
+            log_probs = decode_frames(decoder, encoded)
+            likeliest.append(log_probs.argmax(dim=2))
+            first = log_probs if first is None else first
+        tokens = torch.stack(likeliest, dim=2)
+        return tokens * valid.view(*valid.shape, *[1] * (tokens.dim() - 2)), first
+
+    def take_tokens(self, stream: SurprisedStream, tokens: Optional[torch.Tensor]) -> None:
+        """Take new tokens [S] or [S, H]; None is nothing. The state moves on."""
+        if tokens is None:
+            return
+        unasked = min(stream.unasked, tokens.shape[0])
+        stream.unasked -= unasked
+        stream.tokens = joined(stream.tokens, tokens[unasked:])
+
+    def score(self, stream: SurprisedStream, log_probs: torch.Tensor) -> torch.Tensor:
+        """Take new predictions; return the surprise of all tokens that have now come and were predicted.
+
+        Args:
+            stream: its state, which moves on.
+            log_probs: of the first horizon, [A, C] or [A, C, H].
+
+        Returns:
+            nats of each token, the mean over its codebooks, [S].
+        """
+        log_probs = joined(stream.log_probs, log_probs)
+        ready = 0 if stream.tokens is None else min(log_probs.shape[0], stream.tokens.shape[0])
+        stream.log_probs = log_probs[ready:].clone()
+        if not ready:
+            return log_probs.new_zeros(0)
+        surprise, _ = self.loss.of_horizon(log_probs[:ready], stream.tokens[:ready])
+        stream.tokens = stream.tokens[ready:].clone()
+        stream.start += ready
+        return surprise

@@ -1,0 +1,129 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""NextTokenLoss: which token each frame is asked for at each horizon, and the loss of it.
+
+Shapes: B batch, T encoder frames, S target frames, K horizons, C classes, H codebooks.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo.collections.asr.losses.ssl_losses.next_token import NextTokenLoss
+
+NONE = -100
+
+
+def by_hand(log_probs, tokens, offset, horizons, encoded_lengths, token_lengths):
+    """The loss of log-probabilities [B, T, K, C, H] and tokens [B, S, H], by loops over everything."""
+    total, count = 0.0, 0
+    for row in range(log_probs.shape[0]):
+        for frame in range(min(log_probs.shape[1], int(encoded_lengths[row]))):
+            for horizon in range(horizons):
+                wanted = frame + offset + horizon
+                if wanted < min(int(token_lengths[row]), tokens.shape[1]):
+                    books = range(tokens.shape[2])
+                    chosen = [log_probs[row, frame, horizon, tokens[row, wanted, book], book] for book in books]
+                    total, count = total - sum(chosen) / len(chosen), count + 1
+    return total / max(count, 1), count
+
+
+@pytest.mark.unit
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_loss_and_gradient_equal_a_plain_loop(data):
+    draw = data.draw
+    batch, frames, targets = draw(st.integers(1, 3)), draw(st.integers(1, 7)), draw(st.integers(1, 7))
+    horizons, books, offset = draw(st.integers(1, 4)), draw(st.integers(1, 2)), draw(st.integers(0, 8))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    logits = torch.randn(batch, frames, horizons, 5, books, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(0, 5, (batch, targets, books), generator=generator)
+    encoded_lengths = torch.tensor(draw(st.lists(st.integers(0, frames), min_size=batch, max_size=batch)))
+    token_lengths = torch.tensor(draw(st.lists(st.integers(0, targets), min_size=batch, max_size=batch)))
+    squeezed = books == 1 and draw(st.booleans())
+    loss = NextTokenLoss(horizons, books, squeeze_single=squeezed)
+
+    gradients, losses = [], []
+    for ours in (True, False):
+        leaf = logits.clone().requires_grad_()
+        log_probs = leaf.log_softmax(dim=3)
+        if ours:
+            given_probs, given_tokens = (log_probs[..., 0], tokens[..., 0]) if squeezed else (log_probs, tokens)
+            value = loss(
+                decoder_outputs=given_probs,
+                targets=given_tokens,
+                offset=offset,
+                decoder_lengths=encoded_lengths,
+                target_lengths=token_lengths,
+            )
+        else:
+            value, count = by_hand(log_probs, tokens, offset, horizons, encoded_lengths, token_lengths)
+            value = value + 0 * log_probs.sum()
+        value.backward()
+        losses.append(value.detach()), gradients.append(leaf.grad)
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-9)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.unit
+def test_frames_are_paired_with_the_tokens_behind_the_offset():
+    encoded = torch.arange(5.0).view(1, 5, 1)
+    tokens = torch.tensor([[10, 11, 12, 13, 14, 15]])
+    frames, wanted, counted = NextTokenLoss(horizons=3).align(encoded, tokens, offset=2)
+    assert frames[0, :, 0].tolist() == [0, 1, 2, 3]  # frame 4 would be asked for token 6 on
+    assert wanted[0].tolist() == [[12, 13, 14], [13, 14, 15], [14, 15, NONE], [15, NONE, NONE]]
+    assert counted[0].tolist() == [True] * 4
+
+
+@pytest.mark.unit
+def test_padding_of_frames_and_of_tokens_is_left_out():
+    encoded, tokens = torch.zeros(2, 4, 1), torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    lengths = torch.tensor([4, 2]), torch.tensor([3, 4])
+    _, wanted, counted = NextTokenLoss(horizons=2).align(encoded, tokens, 0, *lengths)
+    assert wanted[0].tolist() == [[1, 2], [2, 3], [3, NONE], [NONE, NONE]]
+    assert wanted[1].tolist() == [[5, 6], [6, 7], [NONE, NONE], [NONE, NONE]]
+    assert counted.tolist() == [[True, True, True, False], [True, True, False, False]]
+
+
+@pytest.mark.unit
+def test_without_any_next_token_the_loss_is_zero_and_back_propagates():
+    logits = torch.randn(2, 3, 2, 5, requires_grad=True)
+    loss = NextTokenLoss(horizons=2)(
+        decoder_outputs=logits.log_softmax(dim=-1), targets=torch.zeros(2, 3, dtype=torch.int64), offset=9
+    )
+    loss.backward()
+    assert loss == 0 and not logits.grad.any()
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype):
+    log_probs = torch.randn(2, 50, 2, 5).log_softmax(dim=-1)
+    tokens = torch.randint(0, 5, (2, 50))
+    loss = NextTokenLoss(horizons=2)
+    half = loss(decoder_outputs=log_probs.to(dtype), targets=tokens)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, loss(decoder_outputs=log_probs, targets=tokens), rtol=0.01, atol=0)
+
+
+@pytest.mark.unit
+def test_needs_no_values_of_tensors():
+    log_probs = torch.empty(2, 6, 3, 5, device='meta')
+    tokens = torch.empty(2, 6, dtype=torch.int64, device='meta')
+    lengths = torch.empty(2, dtype=torch.int64, device='meta')
+    loss = NextTokenLoss(horizons=3)
+    made = loss(decoder_outputs=log_probs, targets=tokens, decoder_lengths=lengths, target_lengths=lengths)
+    assert made.shape == () and made.device.type == 'meta'
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('horizons', [0, -1, 1.5, True, None])
+def test_horizons_must_be_a_number_of_tokens(horizons):
+    with pytest.raises(ValueError, match='model.next_token.horizons is .*1 token or more'):
+        NextTokenLoss(horizons=horizons)
+
+
+@pytest.mark.unit
+def test_a_negative_offset_is_refused():
+    with pytest.raises(ValueError, match='offset is -1'):
+        NextTokenLoss().align(torch.zeros(1, 4, 1), torch.zeros(1, 4, dtype=torch.int64), -1)

@@ -1,0 +1,438 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Next-token prediction in the models: nothing leaks, and everything around the loss goes on as with masked tokens."""
+
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from ranks import run_on_two_ranks
+from tiny_nest import HIERARCHY, POST_CONV, batches, fit, noise_batch, signals, tiny_model, trainer
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+from nemo.collections.asr.losses.ssl_losses.next_token import NextTokenLoss
+from nemo.collections.asr.models.ssl_models import EncDecMaskedTokenPredModel
+from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
+from nemo.collections.asr.parts.submodules.conformer_modules import ConformerLayer
+
+NEXT, BOTH = '+model.objective=next_token', '+model.objective=both'
+OBJECTIVES = pytest.mark.parametrize('objective', [NEXT, BOTH], ids=['next_token', 'both'])
+POSITIONS = pytest.mark.parametrize('position', [(), POST_CONV], ids=['pre_conv', 'post_conv'])
+TWO = 'model.encoder.n_layers=2'
+FRAMES, FACTOR = 14, 8
+WAYS = {
+    'causal': (TWO, 'model.encoder.att_context_size=[3,0]'),
+    'all of the past': (TWO, 'model.encoder.att_context_size=[-1,0]'),
+    'look-ahead': (TWO, 'model.encoder.att_context_size=[3,2]'),
+    'chunks': (TWO, 'model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[4,3]'),
+    'layers': (*HIERARCHY, 'model.encoder.att_context_size=[-1,1]'),
+    'convolutions ahead': (TWO, 'model.encoder.att_context_size=[3,0]', 'model.encoder.conv_context_size=[4,4]'),
+    'subsampling ahead': (TWO, 'model.encoder.att_context_size=[3,0]', 'model.encoder.causal_downsampling=false'),
+    'sampled': (
+        TWO,
+        'model.encoder.att_context_style=chunked_limited',
+        'model.encoder.att_context_size=[-1,0]',
+        '+model.encoder.att_context_sampler={full_prob: 0, chunk_size: [2, 5]}',
+    ),
+}
+EVERY_WAY = pytest.mark.parametrize('way', WAYS)
+
+
+def model_of(way: str, position=(), *overrides: str):
+    return tiny_model(NEXT, *WAYS[way], *position, *overrides).train()
+
+
+def log_probs_of(model, features) -> torch.Tensor:
+    """Encode features [1, F, T] as a step of training does; returns every horizon's log-probabilities, [A, K * C]."""
+    lengths = torch.tensor([features.shape[2]])
+    record = model._encode((features.detach(), lengths), (features, lengths), None)
+    decoded = [decoder(encoder_output=record.encoded)[0].flatten(1) for decoder in model.next_token_decoders]
+    return torch.cat(decoded, dim=1)
+
+
+def first_to_predict(frame: int, offset: int, horizon: int, way: str, post_conv: bool) -> int:
+    """The first feature that a frame's horizon is to predict on.
+
+    Token i begins with feature 8 i, which frame i has heard. Behind the subsampling it is frame i, which ends with feature
+    8 i, or 8 i + 7 where the subsampling looks ahead; what is new in it begins 8 features before.
+    """
+    ahead = FACTOR - 1 if post_conv and way == 'subsampling ahead' else 0
+    return max(FACTOR * (frame + offset - post_conv + horizon) + ahead + 1, 0)
+
+
+@pytest.mark.unit
+@EVERY_WAY
+@POSITIONS
+def test_no_gradient_comes_from_what_is_to_be_predicted(way, position):
+    """And it would, if the offset were smaller by one."""
+    model = model_of(way, position)
+    leaks_if_wrong = False
+    with model.encoder.using_att_context_size(model.encoder.draw_att_context_size(1)):
+        offset = model.next_token_offset()
+        features = torch.randn(1, 80, FRAMES * FACTOR, requires_grad=True)
+        # of the subsampling behind the convolutions no gradient comes: its frames are the targets
+        if position:
+            model.pre_encoder.forward = lambda x, lengths: model.pre_encoder.pre_encode(x=x, lengths=lengths)
+            model.pre_encoder.get_current_mask = lambda: torch.zeros(1, 1, 1)
+            model.pre_encoder.get_current_feat = lambda: torch.zeros(1, FRAMES, model.encoder.d_model)
+        outputs = log_probs_of(model, features)
+        for frame in range(FRAMES):
+            gradient, *_ = torch.autograd.grad(outputs[frame].square().sum(), features, retain_graph=True)
+            gradient = gradient[0].abs().sum(dim=0)
+            unheard = first_to_predict(frame, offset, 0, way, bool(position))
+            assert not gradient[unheard:].any(), (frame, offset)
+            leaks_if_wrong |= bool(gradient[first_to_predict(frame, offset - 1, 0, way, bool(position)) :].any())
+    assert leaks_if_wrong
+
+
+@pytest.mark.unit
+@EVERY_WAY
+@POSITIONS
+@torch.no_grad()
+def test_perturbing_what_is_to_be_predicted_changes_nothing(way, position):
+    model = model_of(way, position, 'model.encoder.dropout=0')
+    with model.encoder.using_att_context_size(model.encoder.draw_att_context_size(2)):
+        offset = model.next_token_offset()
+        features = torch.randn(1, 80, FRAMES * FACTOR)
+        before = log_probs_of(model, features)
+        changed_if_wrong = False
+        for frame in (0, 5, 7):
+            for horizon in range(2):
+                perturbed = features.clone()
+                perturbed[:, :, first_to_predict(frame, offset, horizon, way, bool(position)) :] += 3.0
+                torch.testing.assert_close(log_probs_of(model, perturbed)[frame], before[frame], rtol=0, atol=1e-6)
+        for frame in range(4, min(8, FRAMES - offset)):  # each place in a chunk of 4
+            perturbed = features.clone()
+            perturbed[:, :, first_to_predict(frame, offset - 1, 0, way, bool(position)) :] += 3.0
+            changed_if_wrong |= not torch.allclose(log_probs_of(model, perturbed)[frame], before[frame], atol=1e-4)
+    assert changed_if_wrong
+
+
+@pytest.mark.unit
+@OBJECTIVES
+@POSITIONS
+@pytest.mark.parametrize('books', [1, 2])
+def test_the_loss_of_a_step_is_that_of_all_log_probabilities(objective, position, books):
+    overrides = (f'model.num_books={books}', '+model.next_token.horizons=3')
+    weight = ('+model.next_token.weight=0.25',) if objective == BOTH else ()
+    model = tiny_model(objective, *position, *overrides, *weight).eval()
+    with model.encoder.using_att_context_size([10, 0]):
+        masking = model._own_masking()
+        record = model.encode_batch(noise_batch((2.0, 1.1)), masking)
+        losses = model.losses_of(record)
+    log_probs = torch.stack([d(encoder_output=record.encoded) for d in model.next_token_decoders], dim=2)
+    expected = NextTokenLoss(3, books, squeeze_single=False)(
+        decoder_outputs=log_probs,
+        targets=record.tokens,
+        offset=1 if position else 0,
+        decoder_lengths=record.encoded_lengths,
+        target_lengths=record.token_lengths,
+    )
+    if objective == BOTH:
+        masked = model.loss(
+            masks=record.masks,
+            decoder_outputs=model.decoder(encoder_output=record.encoded),
+            targets=record.tokens,
+            decoder_lengths=record.encoded_lengths,
+        )
+        torch.testing.assert_close(losses.parts['masked'], masked)
+        expected = masked + 0.25 * expected
+    else:
+        assert not record.masks.any() and 'masked' not in losses.parts
+    torch.testing.assert_close(losses.loss, expected)
+    assert [name for name in losses.parts if name != 'masked'] == ['next_0', 'next_1', 'next_2']
+
+
+@pytest.mark.unit
+def test_tokens_come_from_clean_audio_and_the_encoder_hears_the_noisy_one():
+    model = tiny_model(NEXT).eval()
+    batch = noise_batch((1.0,))
+    louder = batch.__class__(**{**vars(batch), 'noisy_audio': batch.noisy_audio + 0.3 * torch.randn(1, 16000)})
+    records = [model.encode_batch(each, None) for each in (batch, louder)]
+    assert torch.equal(records[0].tokens, records[1].tokens)
+    assert not torch.allclose(records[0].encoded, records[1].encoded)
+
+
+@pytest.mark.unit
+@POSITIONS
+def test_next_token_prediction_calls_no_masking(position):
+    model = tiny_model(NEXT, *position)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError('masked')
+
+    model.mask_processor.forward = refuse
+    run = trainer(2, val_check_interval=1, limit_test_batches=1)
+    model.set_trainer(run)
+    run.fit(model, train_dataloaders=batches(2), val_dataloaders=batches(1))
+    run.test(model, dataloaders=batches(1), verbose=False)
+    assert len(run.logger.column('train_loss')) == 2
+
+
+@pytest.mark.unit
+@OBJECTIVES
+@pytest.mark.parametrize('way', ['causal', 'chunks', 'layers', 'sampled'])
+def test_a_training_learns_and_logs_each_horizon(objective, way):
+    model = tiny_model(objective, *WAYS[way], 'model.optim.lr=5', 'model.optim.sched.warmup_steps=2')
+    run = fit(model, batches(1, (2.0, 1.5)), max_steps=30, max_epochs=-1)
+    for name in ('train_loss', 'train_loss/next_0', 'train_loss/next_3'):
+        curve = run.logger.column(name)
+        assert len(curve) == 30 and sum(curve[-5:]) < 0.9 * sum(curve[:5]), name
+    names = set().union(*run.logger.steps.values())
+    assert ('train_loss/masked' in names) == ('masked_share' in names) == (objective == BOTH)
+    assert {'next_token_offset', 'att_context_left', 'codebook/perplexity'} <= names
+    assert {f'audit/counted_share/next_{horizon}' for horizon in range(4)} <= names
+    assert ('audit/masked_share' in names) == (objective == BOTH)
+
+
+@pytest.mark.unit
+@OBJECTIVES
+def test_validation_reports_each_context_and_horizon(objective):
+    model = tiny_model(objective, 'model.encoder.att_context_size=[[4,0],[-1,0]]', '+model.next_token.horizons=2')
+    run = trainer(1)
+    model.set_trainer(run)
+    found = run.validate(model, dataloaders=batches(2, (2.0, 1.2)), verbose=False)[0]
+    for label in ('ctx_4_0', 'ctx_unlimited_0'):
+        for part in ('next_0', 'next_1') + (('masked', 'next') if objective == BOTH else ()):
+            assert {f'val_{name}/{label}/{part}' for name in ('loss', 'accuracy', 'perplexity')} <= set(found)
+    if objective == BOTH:
+        whole = found['val_loss/ctx_4_0/masked'] + found['val_loss/ctx_4_0/next']
+        assert 'val_accuracy' not in found and 'val_perplexity' not in found
+    else:
+        whole = found['val_loss/ctx_4_0']
+        assert 'val_masked_share' not in found and 0 <= found['val_accuracy'] <= 1
+    assert found['val_loss/ctx_4_0'] == pytest.approx(whole, rel=1e-6)
+    assert found['val_loss'] == pytest.approx((whole + found['val_loss/ctx_unlimited_0']) / 2, rel=1e-6)
+
+
+@pytest.mark.unit
+def test_validation_equals_loops_over_frames():
+    model = tiny_model(NEXT, 'model.encoder.att_context_size=[4,0]', '+model.next_token.horizons=2').eval()
+    run = trainer(1)
+    model.set_trainer(run)
+    found = run.validate(model, dataloaders=batches(2, (2.0, 1.2)), verbose=False)[0]
+    lost, right, count = ([0.0, 0.0] for _ in range(3))
+    with torch.no_grad():
+        for batch in batches(2, (2.0, 1.2)):
+            record = model.encode_batch(batch, None)
+            for row in range(2):
+                frames, tokens = int(record.encoded_lengths[row]), int(record.token_lengths[row])
+                for frame in range(frames):
+                    for horizon in range(2):
+                        if frame + horizon < tokens:
+                            encoded = record.encoded[row : row + 1, :, frame : frame + 1]
+                            log_probs = model.next_token_decoders[horizon](encoder_output=encoded)[0, 0, :, 0]
+                            token = record.tokens[row, frame + horizon, 0]
+                            lost[horizon] -= float(log_probs[token])
+                            right[horizon] += float(log_probs.argmax() == token)
+                            count[horizon] += 1
+    for horizon in range(2):
+        assert found[f'val_loss/ctx_4_0/next_{horizon}'] == pytest.approx(lost[horizon] / count[horizon], rel=1e-5)
+        assert found[f'val_accuracy/ctx_4_0/next_{horizon}'] == pytest.approx(right[horizon] / count[horizon])
+    assert found['val_loss'] == pytest.approx(sum(lost) / sum(count), rel=1e-5)
+    assert found['val_accuracy'] == pytest.approx(sum(right) / sum(count), rel=1e-5)
+
+
+@pytest.mark.unit
+@OBJECTIVES
+def test_without_validate_contexts_the_parts_are_reported_for_the_default_context(objective):
+    model = tiny_model(objective, '~model.validate_contexts')
+    run = trainer(1)
+    model.set_trainer(run)
+    found = run.validate(model, dataloaders=batches(2), verbose=False)[0]
+    assert {'val_loss', 'val_loss/next_0', 'val_loss/next_3', 'val_att_context_left'} <= set(found)
+    assert ('val_loss/masked' in found) == (objective == BOTH)
+
+
+@pytest.mark.unit
+def test_a_model_without_noise_predicts_next_tokens_too():
+    model = tiny_model(NEXT, cls=EncDecMaskedTokenPredModel)
+    run = fit(model, batches(2, as_tuples=True), max_steps=2)
+    assert len(run.logger.column('train_loss/next_0')) == 2
+
+
+NO_DITHER = 'model.preprocessor.dither=0'  # NeMo adds it to the batch in place, which comes again here
+
+
+class SeedOfStep(Callback):
+    """Lets each step draw its masks by its number."""
+
+    def on_train_batch_start(self, trainer, *args):
+        """Seed torch."""
+        torch.manual_seed(trainer.global_step)
+
+
+@pytest.mark.unit
+@OBJECTIVES
+def test_a_resumed_run_is_the_uninterrupted_one(objective, tmp_path):
+    overrides = (objective, 'model.encoder.att_context_size=[[4,0],[8,0],[-1,0]]', NO_DITHER)
+    at_half = ModelCheckpoint(tmp_path, filename='{step}', every_n_train_steps=3, save_top_k=-1)
+    milestones = [[0, [4, 0]], [4, [-1, 0]]]
+    settings = dict(max_epochs=-1)
+    curriculum = AttContextCurriculum(milestones=milestones)
+    model = tiny_model(*overrides)
+    callbacks = [at_half, curriculum, SeedOfStep()]
+    whole = fit(model, batches(1), 6, callbacks=callbacks, enable_checkpointing=True, **settings)
+    resumed = tiny_model(*overrides, seed=1)
+    curriculum = AttContextCurriculum(milestones=milestones)
+    run = fit(resumed, batches(1), 6, tmp_path / 'step=3.ckpt', callbacks=[curriculum, SeedOfStep()], **settings)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=1e-7, msg=name)
+    assert run.logger.column('train_loss') == pytest.approx(whole.logger.column('train_loss')[3:], rel=1e-6)
+
+
+@pytest.mark.unit
+def test_a_run_cannot_go_on_with_another_objective(tmp_path):
+    at_end = ModelCheckpoint(tmp_path, filename='{step}', every_n_train_steps=1)
+    fit(tiny_model(), batches(1), 1, callbacks=[at_end], enable_checkpointing=True)
+    with pytest.raises(ValueError, match='model.objective is next_token with 4 horizons; the checkpoint .*init_from'):
+        fit(tiny_model(NEXT), batches(1), 2, ckpt_path=tmp_path / 'step=1.ckpt')
+
+
+@pytest.mark.unit
+@OBJECTIVES
+@pytest.mark.parametrize('precision', ['bf16-mixed', 'bf16-true'])
+def test_lower_precision_learns_as_full(objective, precision):
+    full, lower = (
+        fit(tiny_model(objective), batches(3), max_steps=2, precision=asked).logger.column('train_loss')
+        for asked in ('32-true', precision)
+    )
+    assert lower == pytest.approx(full, rel=0.1 if precision == 'bf16-true' else 0.02)
+
+
+@pytest.mark.unit
+@OBJECTIVES
+def test_activation_checkpointing_changes_no_gradient(objective):
+    gradients = []
+    for checkpointed in (False, True):
+        model = tiny_model(objective, TWO, NO_DITHER).train()
+        if checkpointed:
+            apply_activation_checkpointing(model.encoder, check_fn=lambda module: isinstance(module, ConformerLayer))
+        torch.manual_seed(0)
+        with model.encoder.using_att_context_size([10, 0]):
+            model.losses_of(model.encode_batch(noise_batch(), model._own_masking())).loss.backward()
+        gradients.append([weight.grad for weight in model.parameters() if weight.grad is not None])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+@pytest.mark.unit
+def test_a_saved_model_keeps_its_objective(tmp_path):
+    model = tiny_model(NEXT, '+model.next_token.horizons=2').eval()
+    model.save_to(tmp_path / 'model.nemo')
+    restored = type(model).restore_from(str(tmp_path / 'model.nemo'), map_location='cpu').eval()
+    assert restored.objective == 'next_token' and len(restored.next_token_decoders) == 2
+    found = [each(**signals(noise_batch()), apply_mask=False)[0] for each in (model, restored)]
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.unit
+def test_forward_gives_the_first_next_token_where_that_alone_is_asked_for():
+    model = tiny_model(NEXT).eval()
+    with torch.no_grad():
+        log_probs, *_ = model(**signals(noise_batch()))
+        record = model.encode_batch(noise_batch(), None)
+    torch.testing.assert_close(log_probs, model.next_token_decoders[0](encoder_output=record.encoded))
+
+
+@pytest.mark.unit
+@OBJECTIVES
+@pytest.mark.parametrize(
+    ('overrides', 'message'),
+    [
+        (('model.encoder.att_context_size=[[4,0],[-1,-1]]',), r'att_context_size \[-1, -1\] .*whole utterance'),
+        (('model.encoder.conv_norm_type=batch_norm',), 'conv_norm_type is batch_norm'),
+        (('model.validate_contexts=[[4,0],[4,-1]]',), r'att_context_size \[4, -1\] .*whole utterance'),
+        (
+            (
+                'model.encoder.att_context_style=chunked_limited',
+                'model.encoder.att_context_size=[-1,0]',
+                '+model.encoder.att_context_sampler={full_prob: 0.5, chunk_size: [1, 4]}',
+            ),
+            'att_context_sampler.full_prob is 0.5; .*it must be 0',
+        ),
+        (
+            ('model.quantizer.combine_time_steps=4', 'model.loss.combine_time_steps=4'),
+            'model.quantizer.combine_time_steps is 4; .*it must be 8',
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_step(objective, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        fit(tiny_model(objective, *overrides), batches(1), 1)
+
+
+class WithForwardOfItsOwn(EncDecMaskedTokenPredModel):
+    """As people have written them for stock NeMo."""
+
+    def forward(self, **kwargs):
+        """Do as the parent."""
+        return super().forward(**kwargs)
+
+
+@pytest.mark.unit
+def test_a_model_with_a_forward_of_its_own_is_refused():
+    with pytest.raises(ValueError, match='model.objective is next_token, which decodes frame by frame: WithForward'):
+        tiny_model(NEXT, '~model.validate_contexts', cls=WithForwardOfItsOwn)
+
+
+@pytest.mark.integration
+def test_two_ranks_train_one_model_and_every_weight_gets_a_gradient(tmp_path):
+    """DistributedDataParallel fails on a weight without one."""
+    first, second = run_on_two_ranks(Path(__file__).with_name('objectives_run.py'), tmp_path)
+    assert first == second and first['next_token']['losses'] and first['both']['losses']
+
+
+REFINED = '+model.quantizer.refine={every_n_steps: 2, until_step: 4, decay: 0.5}'
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('objective', ['+model.objective=masked', NEXT], ids=['masked', 'next_token'])
+@pytest.mark.parametrize('accumulated', [1, 2])
+def test_codebooks_are_refined_as_often_as_asked(objective, accumulated):
+    model = tiny_model(objective, REFINED)
+    before = model.quantizer.codebooks.clone()
+    settings = dict(max_epochs=-1, accumulate_grad_batches=accumulated)
+    with mock.patch.object(model.quantizer.refinement, 'refine', wraps=model.quantizer.refinement.refine) as refine:
+        run = fit(model, batches(2, (2.0, 1.5)), 7, **settings)
+    assert [call.args[1] for call in refine.call_args_list] == [2, 4]
+    assert run.logger.column('codebook/replaced_codes')
+    assert not torch.equal(model.quantizer.codebooks, before)
+    norms = model.quantizer.codebooks.norm(dim=-1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+    assert 0 <= run.logger.column('codebook/changed_share')[0] <= 1
+
+
+@pytest.mark.unit
+def test_validation_observes_no_targets():
+    model = tiny_model(REFINED)
+    run = trainer(1)
+    model.set_trainer(run)
+    run.validate(model, dataloaders=batches(1), verbose=False)
+    model.train().predict_masked(noise_batch())
+    assert not model.quantizer.refinement.observed.any()
+
+
+@pytest.mark.unit
+def test_a_resumed_refinement_is_the_uninterrupted_one(tmp_path):
+    """From a checkpoint between two refinements, and one at a refinement, which is not done twice."""
+    kept = ModelCheckpoint(tmp_path, filename='{step}', every_n_train_steps=1, save_top_k=-1)
+    settings = dict(max_epochs=-1)
+    whole = tiny_model(NEXT, REFINED, NO_DITHER)
+    fit(whole, batches(1, (2.0,)), 6, callbacks=[kept, SeedOfStep()], enable_checkpointing=True, **settings)
+    for step in (2, 3, 4):
+        resumed = tiny_model(NEXT, REFINED, NO_DITHER, seed=1)
+        fit(resumed, batches(1, (2.0,)), 6, tmp_path / f'step={step}.ckpt', callbacks=[SeedOfStep()], **settings)
+        torch.testing.assert_close(resumed.quantizer.codebooks, whole.quantizer.codebooks, rtol=0, atol=1e-12)
+
+
+@pytest.mark.unit
+def test_principal_components_are_refused_behind_the_subsampling(tmp_path):
+    file, ones = tmp_path / 'pca.npz', np.ones(16)
+    arrays = dict(components=np.eye(80)[:16], eigenvalues=ones, combine_time_steps=1, features=80)
+    np.savez(file, variance_share=ones / 16, count=100, normalization='per_feature', **arrays)
+    overrides = ('+model.quantizer.projection=pca', f"+model.quantizer.projection_file='{file}'")
+    with pytest.raises(ValueError, match='projection.*post_conv|post_conv.*projection'):
+        tiny_model(*overrides, *POST_CONV, 'model.encoder.d_model=80')

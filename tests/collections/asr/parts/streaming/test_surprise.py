@@ -1,0 +1,271 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+import functools
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from live_streams import PIECES, TOTALS, noise, stream
+from tiny_nest import POST_CONV, tiny_model
+
+from nemo.collections.asr.losses.ssl_losses.next_token import NextTokenLoss
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
+from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
+from nemo.collections.asr.parts.streaming.surprise import LiveSurprise
+
+NEXT = ('+model.objective=next_token', '+model.next_token.horizons=2', 'model.encoder.n_layers=2')
+PLAIN = 'model.target_normalize=null'
+CHUNKED = ('model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[[8,3],[4,1]]')
+CASES = {  # name: overrides, context, offset
+    'causal': ((PLAIN,), [4, 0], 0),
+    'running statistics': ((), [4, 0], 0),
+    'all of the past': ((PLAIN,), [-1, 0], 0),
+    'look-ahead': ((PLAIN, 'model.encoder.att_context_size=[[6,2]]'), [6, 2], 4),
+    'chunked': ((PLAIN, *CHUNKED), [8, 3], 3),
+    'chunked, layers hear less': ((*CHUNKED, '+model.encoder.layer_att_context_size=[[4,1],[8,1]]'), [8, 3], 1),
+    'codebooks': (('model.num_books=3',), [4, 0], 0),
+    'one codebook without its dimension': ((PLAIN, 'model.squeeze_single=true'), [4, 0], 0),
+    'post conv': ((PLAIN, *POST_CONV), [4, 0], 1),
+    'post conv, running statistics, look-ahead': (POST_CONV, [6, 1], 3),
+    'both': ((PLAIN, '+model.objective=both'), [4, 0], 0),
+    'factor 4': ((PLAIN, 'model.encoder.subsampling_factor=4', 'model.quantizer.combine_time_steps=4'), [4, 0], 0),
+}
+
+
+@functools.lru_cache(maxsize=None)
+def model_of(case: str):
+    overrides = CASES[case][0]
+    cls = EncDecMaskedTokenPredModel if 'post conv' in case else EncDecDenoiseMaskedTokenPredModel
+    return tiny_model(*NEXT[any('objective' in override for override in overrides) :], *overrides, cls=cls).eval()
+
+
+def tokens_by_definition(model, frames: torch.Tensor) -> torch.Tensor:
+    """Tokens [S] or [S, H] of frames [F, M], each standardised by the frames up to its own last one."""
+    combined = model.quantizer.combine_time_steps
+    tokens = []
+    for end in range(combined, frames.shape[1] + 1, combined):
+        own, heard = frames[:, end - combined : end], frames[:, :end].double()
+        if model.target_normalize == 'per_feature':
+            std = heard.std(dim=1, keepdim=True) if end > 1 else torch.zeros(len(heard), 1)
+            own = ((own.double() - heard.mean(dim=1, keepdim=True)) / (std + 1e-5)).float()
+        tokens.append(model.quantizer(input_signal=own.unsqueeze(0))[1][0, 0])
+    return torch.stack(tokens) if tokens else torch.zeros(0, dtype=torch.int64)
+
+
+@torch.no_grad()
+def by_definition(model, samples, context, offset):
+    """Surprise [S] and next tokens [A, K] or [A, K, H] of one whole stream [1, N]."""
+    with model.encoder.using_att_context_size(context):
+        frames, length = model.preprocessor(input_signal=samples, length=torch.tensor([samples.shape[1]]))
+        encoded, encoded_length = model.encoder(audio_signal=frames, length=length)
+        if model.pre_encoder is not None:
+            frames, length = model.pre_encoder.pre_encode(x=frames.transpose(1, 2), lengths=length)
+            frames = frames.transpose(1, 2)
+    tokens = tokens_by_definition(model, frames[0, :, :length])
+    predictions = [decoder(encoder_output=encoded)[0, :encoded_length] for decoder in model.next_token_decoders]
+    surprise = []
+    for frame in range(min(int(encoded_length), len(tokens) - offset)):
+        of_books = predictions[0][frame].view(model.quantizer.num_classes, -1)
+        wanted = tokens[frame + offset].view(-1)
+        surprise.append(-sum(of_books[token, book] for book, token in enumerate(wanted)) / len(wanted))
+    return torch.tensor(surprise), torch.stack([log_probs.argmax(dim=1) for log_probs in predictions], dim=1)
+
+
+def check(case, lengths, sizes):
+    model, (_, context, offset) = model_of(case), CASES[case]
+    samples = noise(len(lengths), max(lengths), seed=sum(lengths))
+    session = StreamingSession(model, len(lengths), context, return_surprise=True)
+    assert session.next_token_offset == offset
+    output = stream(session, samples, lengths, sizes)
+    for row, length in enumerate(lengths):
+        if not length:
+            continue
+        surprise, likeliest = by_definition(model, samples[row : row + 1, :length], context, offset)
+        assert output.surprise_lengths[row] == len(surprise) and output.surprise_start[row] == offset
+        apart = (output.surprise[row, : len(surprise)] - surprise).abs() > 1e-4
+        assert apart.sum() <= (1 if 'post conv' in case else 0)  # a token between two codes, decided by rounding
+        others = output.next_tokens[row, : len(likeliest)] != likeliest
+        assert others.sum() <= 1  # the same of the two likeliest tokens
+        assert output.next_tokens[row, len(likeliest) :].eq(0).all()
+    return output
+
+
+@pytest.mark.unit
+@settings(max_examples=25)
+@given(st.data())
+def test_any_pieces_of_ragged_streams_equal_the_definition(data):
+    case = data.draw(st.sampled_from(list(CASES)))
+    lengths = data.draw(st.lists(TOTALS, min_size=1, max_size=3))
+    sizes = data.draw(PIECES)
+    most = 40 * max(sum(sizes) // len(sizes), 25)
+    lengths = [min(length, most) for length in lengths]
+    lengths[0] = max(lengths[0], 1)
+    check(case, lengths, sizes)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('case', CASES)
+def test_chunks_of_one_frame_equal_the_definition(case):
+    output = check(case, [30007, 16 * 1280], [1280])
+    assert output.surprise[0].std() > 1e-3  # else agreement would say little
+
+
+@pytest.mark.unit
+def test_the_shapes_are_those_of_horizons_and_codebooks():
+    assert check('causal', [9000], [9000]).next_tokens.shape == (1, 8, 2, 1)
+    assert check('one codebook without its dimension', [9000], [9000]).next_tokens.shape == (1, 8, 2)
+    assert check('codebooks', [9000], [9000]).next_tokens.shape == (1, 8, 2, 3)
+    nothing = StreamingSession(model_of('codebooks'), 2, [4, 0], return_surprise=True).step(torch.zeros(2, 0))
+    assert nothing.next_tokens.shape == (2, 0, 2, 3) and nothing.surprise.shape == (2, 0)
+    assert nothing.surprise_lengths.tolist() == nothing.surprise_start.tolist() == [0, 0]
+
+
+@pytest.mark.unit
+def test_a_token_is_known_seven_features_after_its_prediction():
+    session = StreamingSession(model_of('causal'), 1, [4, 0], return_surprise=True)
+    hop, known = session.frame_samples // 8, []
+    for feature, samples in enumerate(noise(1, 40 * hop + 200).split([200, *[hop] * 40], dim=1)):
+        output = session.step(samples)
+        if feature % 8 == 0:  # feature j of the preprocessor is complete half a window after its centre
+            assert int(output.lengths) == 1
+        known += [(feature, int(output.surprise_start))] * int(output.surprise_lengths)
+    assert known == [(7, 0), (15, 1), (23, 2), (31, 3), (39, 4)]
+
+
+def literal(offset):
+    """Two classes, one decoder that always says 1/4 and 3/4; frames of one feature."""
+    log_probs = torch.tensor([0.25, 0.75]).log()
+    model = SimpleNamespace(
+        predicts_next_tokens=True,
+        quantizer=SimpleNamespace(combine_time_steps=8),
+        mask_frames_per_attention_frame=8,
+        encoder=SimpleNamespace(using_att_context_size=lambda context: nullcontext()),
+        next_token_offset=lambda: offset,
+        next_token_decoders=[lambda encoder_output: log_probs.expand(1, encoder_output.shape[2], 2)],
+        next_token_loss=NextTokenLoss(1),
+    )
+    return LiveSurprise(model, None), log_probs
+
+
+@pytest.mark.unit
+def test_what_comes_first_waits_for_the_other():
+    live, log_probs = literal(offset=2)
+    state, rare, likely = live.new_stream(), *(-log_probs)
+
+    def after(tokens, frames):
+        live.take_tokens(state, None if tokens is None else torch.tensor(tokens))
+        return live.score(state, log_probs.expand(frames, 2)).tolist(), state.start
+
+    assert after(None, frames=2) == ([], 2)  # they predict tokens 2 and 3
+    assert after([0], frames=0) == ([], 2)  # token 0 is predicted by none, nor is token 1
+    assert after([1, 0, 1], frames=0) == ([rare, likely], 4)
+    assert after([0, 0], frames=1) == ([rare], 5)  # token 5 waits for its prediction
+    assert after(None, frames=1) == ([rare], 6)
+    assert (len(state.tokens), len(state.log_probs)) == (0, 0)
+
+
+@pytest.mark.unit
+def test_frames_that_are_none_have_no_likeliest_token():
+    live, _ = literal(offset=0)
+    tokens, log_probs = live.predict(torch.zeros(1, 3, 4), torch.tensor([[True, True, False, False]]))
+    assert tokens.tolist() == [[[1], [1], [0], [0]]] and log_probs.shape == (1, 4, 2)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('case', ['causal', 'chunked, layers hear less', 'post conv, running statistics, look-ahead'])
+def test_a_saved_state_goes_on_in_another_session(case, tmp_path):
+    model, samples = model_of(case), noise(2, 20000)
+
+    def session():
+        return StreamingSession(model, 2, CASES[case][1], return_surprise=True)
+
+    first, other, whole = session(), session(), session()
+    parts = [first.step(samples[:, :9000], [9000, 7000])]
+    torch.save(first.state_dict(), tmp_path / 'state.pt')
+    first.step(samples)  # what goes on here must not reach the saved state
+    other.load_state_dict(torch.load(tmp_path / 'state.pt', weights_only=True))
+    parts += [other.step(samples[:, 9000:]), other.finish()]
+    expected = [whole.step(samples[:, :9000], [9000, 7000]), whole.step(samples[:, 9000:]), whole.finish()]
+    for mine, theirs in zip(parts, expected):
+        for name in ('next_tokens', 'surprise', 'surprise_lengths', 'surprise_start'):
+            assert torch.equal(getattr(mine, name), getattr(theirs, name))
+    joined = StreamingOutput.concatenate(parts)
+    assert joined.surprise_start.tolist() == [CASES[case][2]] * 2
+    assert torch.equal(joined.surprise_lengths, sum(part.surprise_lengths for part in parts))
+
+
+@pytest.mark.unit
+def test_a_stream_begins_anew_while_another_goes_on():
+    model, samples = model_of('look-ahead'), noise(1, 20000)
+    alone = StreamingSession(model, 1, [6, 2], return_surprise=True).step(samples)
+    session = StreamingSession(model, 2, [6, 2], return_surprise=True)
+    session.step(noise(2, 12345, seed=1))
+    session.reset([1])
+    output = session.step(samples.repeat(2, 1))
+    count = int(output.surprise_lengths[1])
+    assert output.surprise_start.tolist()[1] == 4 < output.surprise_start.tolist()[0]
+    assert count == int(alone.surprise_lengths)
+    torch.testing.assert_close(output.surprise[1, :count], alone.surprise[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.unit
+def test_what_waits_is_bounded():
+    def bytes_after(seconds):
+        session = StreamingSession(model_of('chunked'), 1, [8, 3], return_surprise=True)
+        session.step(noise(1, seconds * 16000))
+        assert len(session._surprised[0].log_probs) <= 4
+        return session.cache_bytes_per_stream
+
+    assert bytes_after(4) == bytes_after(12)
+
+
+@pytest.mark.unit
+def test_a_model_of_both_objectives_is_masked_and_asked_at_once():
+    model, samples = model_of('both'), noise(1, 48000)
+    session = StreamingSession(model, 1, [10, 0], apply_mask=True, return_surprise=True)
+    torch.manual_seed(0)
+    output = session.step(samples, None, [True])
+    assert output.masked_frames > 0 and output.loss > 0
+    # the encoder hears what was masked, and is asked for clean tokens
+    features, length = model.preprocessor(input_signal=samples, length=torch.tensor([48000]))
+    masks = torch.nn.functional.pad(output.masks, (0, features.shape[2] - output.masks.shape[1])).unsqueeze(1)
+    masked = torch.where(masks > 0, model.mask_processor.mask_embedding.view(1, -1, 1), features)
+    with torch.no_grad(), model.encoder.using_att_context_size([10, 0]):
+        encoded, _ = model.encoder(audio_signal=masked, length=length)
+        log_probs = model.next_token_decoders[0](encoder_output=encoded)[0]
+    tokens = tokens_by_definition(model, features[0, :, :length])
+    expected = -log_probs[: len(tokens)].gather(1, tokens.unsqueeze(1)).flatten()
+    torch.testing.assert_close(output.surprise[0], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.unit
+def test_what_cannot_be_asked_is_refused_with_the_reason():
+    plain = tiny_model().eval()
+    for model, reason in [
+        (plain, 'model.objective next_token or both, and this EncDecDenoiseMaskedTokenPredModel has masked'),
+        ((plain.preprocessor, plain.encoder), 'and this tuple has no objective'),
+        (tiny_model(*NEXT, 'model.quantizer.combine_time_steps=4').eval(), 'combine_time_steps is 4; it must be 8'),
+        (tiny_model(*NEXT, 'model.encoder.conv_norm_type=batch_norm').eval(), 'return_surprise: .*conv_norm_type'),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            StreamingSession(model, return_surprise=True)
+    with pytest.raises(ValueError, match='apply_mask: model.objective is next_token, which predicts no masked tokens'):
+        StreamingSession(model_of('causal'), apply_mask=True)
+
+
+@pytest.mark.unit
+def test_a_state_of_a_session_that_did_not_ask_is_refused():
+    model = model_of('causal')
+    without, asking = StreamingSession(model), StreamingSession(model, return_surprise=True)
+    with pytest.raises(ValueError, match=r'another return_surprise \(False, here True\)'):
+        asking.load_state_dict(without.state_dict())
+    with pytest.raises(ValueError, match=r'another return_surprise \(True, here False\)'):
+        without.load_state_dict(asking.state_dict())
+    old = without.state_dict()
+    del old['settings']['return_surprise'], old['targets'], old['surprised']
+    old['version'] = 2
+    with pytest.raises(ValueError, match=r'another return_surprise \(False, here True\)'):
+        asking.load_state_dict(old)
+    without.load_state_dict(old)
