@@ -9,6 +9,7 @@ from setuptools import Command, setup
 from setuptools.command.build import build
 
 FINDER = "nemo_streaming_ssl"
+PATCH_SET = ("nemo/**/*.py", "examples/**/*.py", "examples/**/*.yaml")  # with what ``examples TARGET`` copies out
 START_UP = {
     f"{FINDER}.pth": f"import {FINDER}; {FINDER}.install()\n",  # CPython up to 3.17
     f"{FINDER}.start": f"{FINDER}:install\n",  # PEP 829, CPython 3.15 and later
@@ -42,7 +43,7 @@ class BuildPatchSet(Command):
                 self.copy_file(source, os.path.join(tree, source))
 
     def get_source_files(self):
-        return sorted(glob("nemo/**/*.py", recursive=True))
+        return sorted(file for pattern in PATCH_SET for file in glob(pattern, recursive=True))
 
     def get_outputs(self):
         if self.editable_mode:

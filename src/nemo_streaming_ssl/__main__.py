@@ -1,17 +1,47 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""``python -m nemo_streaming_ssl``: which NeMo, active or not and why, which modules. Exits with 1 if inactive."""
+"""``python -m nemo_streaming_ssl``: which NeMo, active or not and why, which modules. Exits with 1 if inactive.
 
+``python -m nemo_streaming_ssl examples TARGET`` copies the example scripts and their configs to TARGET.
+"""
+
+import argparse
 import sys
 
+from nemo_streaming_ssl.examples import copy_examples
 from nemo_streaming_ssl.report import report_lines, require_active
 
 
-def main():
+def main(argv=None):
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m nemo_streaming_ssl", description=__doc__.split("\n\n")[0])
+    examples = parser.add_subparsers(dest="command", metavar="examples TARGET").add_parser(
+        "examples", help="copy the example scripts and their configs to a folder"
+    )
+    examples.add_argument("target", help="a folder that is not there yet")
+    options = parser.parse_args(argv)
+    return copy_out(options.target) if options.command == "examples" else report()
+
+
+def report():
+    """Say what is active; return the exit status."""
     print("\n".join(report_lines()))
     try:
         require_active()
     except RuntimeError:
         return 1
+    return 0
+
+
+def copy_out(target):
+    """Copy the examples; return the exit status."""
+    try:
+        count = copy_examples(target)
+    except (ValueError, OSError) as error:
+        print(f"nemo_streaming_ssl: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"{target}: {count} files; the scripts are in {target}/asr/speech_pretraining, the configs in {target}/asr/conf"
+    )
     return 0
 
 

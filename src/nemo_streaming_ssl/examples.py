@@ -1,0 +1,42 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Copy the example scripts and their configs out of the installed package."""
+
+import os
+import shutil
+import tempfile
+
+from nemo_streaming_ssl import patch_tree
+
+COPIED = (".py", ".yaml")
+
+
+def copy_examples(target):
+    """Copy ``examples/`` to a folder that is not there yet, whole or not at all.
+
+    Args:
+        target: the folder to make; its parent must be there.
+
+    Returns:
+        The number of files.
+
+    Raises:
+        ValueError: if the target is there already, or has no parent folder, or this installation has no examples.
+    """
+    source, target = os.path.join(patch_tree(), "examples"), os.path.abspath(target)
+    if os.path.lexists(target):
+        raise ValueError(f"{target} is there already; name a folder that is not, or remove it first")
+    if not os.path.isdir(os.path.dirname(target)):
+        raise ValueError(f"{target}: there is no folder {os.path.dirname(target)} to make it in")
+    if not os.path.isdir(source):
+        raise ValueError(f"this installation has no examples: there is no folder {source}")
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(target), prefix=".examples-") as beside:
+        made = os.path.join(beside, "examples")
+        shutil.copytree(source, made, ignore=_all_but_scripts_and_configs)
+        os.rename(made, target)
+    return sum(len(files) for _, _, files in os.walk(target))
+
+
+def _all_but_scripts_and_configs(folder, names):
+    """Return what ``copytree`` is to leave out: caches, and whatever else lies in a checkout."""
+    kept = (name for name in names if name.endswith(COPIED) or os.path.isdir(os.path.join(folder, name)))
+    return set(names) - set(kept) | {"__pycache__"}

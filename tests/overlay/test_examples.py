@@ -1,0 +1,65 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""``python -m nemo_streaming_ssl examples TARGET``: scripts and configs out of the installed package."""
+
+import shutil
+
+import pytest
+
+from nemo_streaming_ssl import PatchFinder
+from nemo_streaming_ssl.examples import copy_examples
+
+
+def files_in(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A patch set with examples, caches, and a file that is neither script nor config."""
+    folder = tmp_path / "tree" / "examples"
+    for name in ("asr/train.py", "asr/conf/tiny.yaml", "asr/__pycache__/train.pyc", "asr/notes.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    monkeypatch.setattr(PatchFinder, "tree", str(tmp_path / "tree"))
+    return folder
+
+
+@pytest.mark.unit
+def test_scripts_and_configs_are_copied(tree, tmp_path):
+    assert copy_examples(tmp_path / "mine") == 2
+    assert files_in(tmp_path / "mine") == ["asr/conf/tiny.yaml", "asr/train.py"]
+    assert (tmp_path / "mine/asr/train.py").read_text() == "asr/train.py"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "tree"]  # and nothing is left beside
+
+
+@pytest.mark.unit
+def test_what_is_there_is_not_touched(tree, tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="mine is there already"):
+        copy_examples(tmp_path / "mine")
+    assert not list((tmp_path / "mine").iterdir())
+
+
+@pytest.mark.unit
+def test_a_missing_parent_is_named(tree, tmp_path):
+    with pytest.raises(ValueError, match="there is no folder .*nowhere to make it in"):
+        copy_examples(tmp_path / "nowhere" / "mine")
+
+
+@pytest.mark.unit
+def test_an_installation_without_examples_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(PatchFinder, "tree", str(tmp_path))
+    with pytest.raises(ValueError, match="this installation has no examples"):
+        copy_examples(tmp_path / "mine")
+
+
+@pytest.mark.integration
+def test_the_wheel_has_the_examples_of_the_checkout(fresh_venv, small_project, checkout, run, tmp_path):
+    shutil.copytree(checkout / "examples", small_project / "examples")
+    fresh_venv.install(small_project)
+    command = (fresh_venv.python, "-m", "nemo_streaming_ssl", "examples", tmp_path / "mine")
+    assert f"{tmp_path / 'mine'}: " in run(*command).stdout
+    wanted = [name for name in files_in(checkout / "examples") if name.endswith((".py", ".yaml"))]
+    assert files_in(tmp_path / "mine") == wanted
+    again = run(*command, check=False)
+    assert again.returncode == 1 and "is there already" in again.stderr
