@@ -12,9 +12,8 @@ import torch
 
 from nemo.collections.asr.modules.ssl_modules.masked_time_line import MaskedTimeLine
 
-VERSION = (
-    3  # of what StreamState.to_dict returns; 1 had none written down, 2 had the targets in what masking remembers
-)
+# Of what StreamState.to_dict returns; 1 had none written down, 2 had the targets in what masking remembers.
+VERSION = 3
 
 
 @dataclass

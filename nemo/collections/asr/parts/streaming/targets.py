@@ -75,7 +75,8 @@ def _running_statistics(
     totals = torch.cat((stream.total.unsqueeze(1), frames), dim=1).cumsum(dim=1)[:, 1:]
     squares = torch.cat((stream.squares.unsqueeze(1), frames.square()), dim=1).cumsum(dim=1)[:, 1:]
     counts = torch.arange(stream.count + 1, stream.count + 1 + frames.shape[1], device=frames.device)
-    stream.total, stream.squares, stream.count = totals[:, -1].clone(), squares[:, -1].clone(), int(counts[-1])
+    stream.total, stream.squares = totals[:, -1].clone(), squares[:, -1].clone()
+    stream.count += frames.shape[1]
     totals, squares, counts = (each[..., first::stride] for each in (totals, squares, counts))
     mean = totals / counts
     variance = (squares - counts * mean.square()).clamp(min=0) / (counts - 1).clamp(min=1)
