@@ -17,6 +17,7 @@ TESTS ?= tests
 JOBS ?= $(shell nproc)
 PYTEST_ARGS ?=
 BENCH ?=
+GPU_CHECK ?=
 SOURCES := $(wildcard src nemo examples tests benchmarks .ci setup.py)
 
 # The stamps are named after what they stand for: other pins, another packaging or another place mean another stamp.
@@ -25,6 +26,7 @@ REQUIREMENTS_STAMP := $(VENV)/.requirements-$(shell cat $(REQUIREMENTS) | cksum 
 PROJECT_STAMP := $(VENV)/.project-$(shell { cat $(REQUIREMENTS) setup.py; pwd; } | cksum | cut -d' ' -f1)
 UNFINISHED := $(VENV).unfinished
 AUDIT_VENV := .venv/audit
+WORKFLOWS_VENV := .venv/workflows
 OWN_VENV := $(filter file,$(origin VENV))
 PIP_QUIET := $(if $(CI),--quiet)
 
@@ -35,11 +37,11 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test pretrain bench lint format licences audit clean
+.PHONY: help venv test pretrain bench gpu-check lint format licences audit clean
 
 help: ## list the targets
 	@echo "Targets, each with NEMO=2.5.3, 2.7.3 or 3.0.0 (now $(NEMO)):"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
 	@echo "The environment is $(VENV) (VENV=... for another), made with $(PYTHON_BOOTSTRAP) (PYTHON_BOOTSTRAP=...)."
 
 venv: $(PROJECT_STAMP) ## make the environment: NeMo, everything for tests and demo, this project (editable)
@@ -57,12 +59,22 @@ bench: $(PROJECT_STAMP) ## time the training step against stock NeMo, half an ho
 	@echo "== Timing a training step and its parts with NeMo $(NEMO)"
 	$(PYTHON) benchmarks/training_step.py $(BENCH)
 
-lint: $(PROJECT_STAMP) ## check the formatting (black, isort) and which way the imports point (import-linter)
+gpu-check: $(PROJECT_STAMP) ## on a machine with a GPU: its tests, benchmarks and a report (GPU_CHECK=... for arguments)
+	@echo "== Checking what needs a GPU with NeMo $(NEMO)"
+	$(PYTHON) .ci/gpu_check.py $(GPU_CHECK)
+
+lint: $(PROJECT_STAMP) ## check the formatting (black, isort), which way imports point, and the workflows
 	@echo "== Checking the formatting of $(SOURCES)"
 	$(PYTHON) -m black --check --quiet $(SOURCES) || $(PYTHON) -m black --check $(SOURCES)
 	$(PYTHON) -m isort --check-only $(SOURCES)
 	@echo "== Checking which way the imports of the patch set point"
 	$(PYTHON) .ci/import_contract.py
+	@echo "== Checking the workflows"
+	@test -x $(WORKFLOWS_VENV)/bin/check-jsonschema || { $(PYTHON_BOOTSTRAP) -m venv $(WORKFLOWS_VENV) && \
+		$(WORKFLOWS_VENV)/bin/python -m pip install --quiet -r requirements/workflows.txt; } || \
+		{ echo "lint: THE WORKFLOWS WERE NOT CHECKED: check-jsonschema cannot be installed here"; exit 0; }
+	@test ! -x $(WORKFLOWS_VENV)/bin/check-jsonschema || \
+		$(WORKFLOWS_VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(PROJECT_STAMP) ## format the sources
 	$(PYTHON) -m isort $(SOURCES)

@@ -51,19 +51,39 @@ def timed(run: Callable[[], object], at_least: float = 0.0) -> Seconds:
     One run of a few milliseconds says little: threads of the process that ran before may still be spinning.
     """
     runs, until = [], time.perf_counter() + at_least
+    once = _once_on_a_gpu if gpu_is_in_use() else _once
     while not runs or time.perf_counter() < until:
-        wait_for_device()
-        start = time.perf_counter(), time.process_time()
-        run()
-        wait_for_device()
-        runs.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        runs.append(once(run))
     return Seconds(*map(statistics.median, zip(*runs)))
+
+
+def _once(run: Callable[[], object]) -> Seconds:
+    start = time.perf_counter(), time.process_time()
+    run()
+    return Seconds(time.perf_counter() - start[0], time.process_time() - start[1])
+
+
+def _once_on_a_gpu(run: Callable[[], object]) -> Seconds:
+    """Time a run by the GPU's own clock, from an idle GPU on."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start = time.process_time()
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return Seconds(begin.elapsed_time(end) / 1000, time.process_time() - start)
 
 
 def wait_for_device() -> None:
     """Wait for a GPU to finish, where there is one in use."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if gpu_is_in_use():
         torch.cuda.synchronize()
+
+
+def gpu_is_in_use() -> bool:
+    """Whether this process computes on a GPU."""
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
 def in_turn(runs: dict, turns: int, what: str = 'turns') -> dict[str, list[Seconds]]:
@@ -91,10 +111,10 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
     return Ratio(*(statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3))
 
 
-def machine_rates() -> dict:
-    """This machine's rates: operations of a float32 matrix product, and bytes copied, each in a second."""
+def machine_rates(device: str = 'cpu') -> dict:
+    """A device's rates: operations of a float32 matrix product, and bytes copied, each in a second."""
     size = 2048
-    matrix, source = torch.randn(size, size), torch.empty(COPIED, dtype=torch.uint8)
+    matrix, source = torch.randn(size, size, device=device), torch.empty(COPIED, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     product = min(timed(lambda: matrix @ matrix).clock for _ in range(5))
     copy = min(timed(lambda: target.copy_(source)).clock for _ in range(5))
@@ -113,7 +133,7 @@ def peak_memory(run: Callable[[], object]) -> float:
     Raises:
         OSError: where the system does not tell (only Linux does, for CPU memory).
     """
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if gpu_is_in_use():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()

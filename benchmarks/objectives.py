@@ -119,23 +119,28 @@ def figures_of(evaluated: dict) -> list[dict]:
     return [{**row, 'codebook': model['codebook']['perplexity']} for row in model['contexts']]
 
 
+def parts_of(results: list[dict]) -> list[str]:
+    """Return the parts of all objectives, without the sum over horizons."""
+    rows = (row for result in results for evaluated in result['evaluated'].values() for row in figures_of(evaluated))
+    return sorted({row['part'] for row in rows} - {'next'})
+
+
 def table(results: list[dict]) -> str:
-    """Lay the results out: for each arm and part the loss and the unigram entropy, over the contexts."""
+    """Lay out how far below the unigram entropy of its tokens each part came, from the worst context to the best."""
+    parts = parts_of(results)
     rows = [
-        '| speech | objective | targets | codebook perplexity | part | loss, by context | unigram entropy | below it |',
-        '| --- | --- | --- | ---: | --- | --- | ---: | ---: |',
+        '| speech | objective | targets | codebook perplexity | unigram entropy | ' + ' | '.join(parts) + ' |',
+        '| --- | --- | --- | ---: | ---: |' + ' --- |' * len(parts),
     ]
     for result in results:
         for speech, evaluated in result['evaluated'].items():
             found = figures_of(evaluated)
-            for part in dict.fromkeys(row['part'] for row in found):
-                here = [row for row in found if row['part'] == part]
-                below = [row['unigram_entropy'] - row['loss'] for row in here]
-                losses = ', '.join(f"{row['loss']:.3f}" for row in here)
-                rows.append(
-                    f"| {speech} | {result['objective']} | {result['targets']} | {here[0]['codebook']:.0f} | {part} | "
-                    f"{losses} | {here[0]['unigram_entropy']:.3f} | {min(below):+.3f} to {max(below):+.3f} |"
-                )
+            cells = [speech, result['objective'], result['targets'], f"{found[0]['codebook']:.0f}"]
+            cells.append(f"{found[0]['unigram_entropy']:.2f}")
+            for part in parts:
+                below = [row['unigram_entropy'] - row['loss'] for row in found if row['part'] == part]
+                cells.append(f'{min(below):+.2f} to {max(below):+.2f}' if below else '')
+            rows.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(rows)
 
 

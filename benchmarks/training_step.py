@@ -40,6 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument('--step-turns', type=int, default=5, help='timed runs of each variant of a whole step')
     parser.add_argument('--stock', nargs='*', default=[], help='other environments whose stock NeMo to time, too')
     parser.add_argument('--quick', action='store_true', help='one small case of each part, to see that it runs')
+    parser.add_argument('--device', default='cpu', help='cuda, to time a GPU by its own events')
     parser.add_argument('--output', type=Path, default=Path('benchmarks/results'), help='folder of the JSON and plot')
     options = parser.parse_args()
     if min(options.turns, options.step_turns) < 2:
@@ -67,7 +68,7 @@ def cases(options: argparse.Namespace) -> list[dict]:
             made.append(
                 dict(part='step', batch=batch, seconds=seconds, d_model=d_model, layers=layers, contexts=contexts)
             )
-    return [case for case in made if case['part'] in options.only]
+    return [dict(case, device=options.device) for case in made if case['part'] in options.only]
 
 
 def describe(case: dict) -> str:
@@ -176,7 +177,11 @@ def main() -> None:
     options = arguments()
     variants = environments(options)
     machine = dict(
-        nemo=version('nemo_toolkit'), torch=torch.__version__, threads=torch.get_num_threads(), **machine_rates()
+        nemo=version('nemo_toolkit'),
+        torch=torch.__version__,
+        device=options.device,
+        threads=torch.get_num_threads(),
+        **machine_rates(options.device),
     )
     results = []
     for case in tqdm(cases(options), desc='cases', unit='case'):
@@ -189,7 +194,8 @@ def main() -> None:
     )
     print(table(results, machine))
     options.output.mkdir(parents=True, exist_ok=True)
-    written = options.output / f"training_step-{machine['nemo']}.json"
+    suffix = '' if options.device == 'cpu' else f"-{options.device.split(':')[0]}"
+    written = options.output / f"training_step-{machine['nemo']}{suffix}.json"
     with replacing(written) as unfinished:
         unfinished.write_text(json.dumps(dict(machine=machine, results=results), indent=1))
     plot(results, written.with_suffix('.png'))

@@ -42,12 +42,17 @@ def is_patched() -> bool:
     return PatchFinder in sys.meta_path
 
 
+def device_of(case: dict) -> str:
+    """Where a case runs: on the CPU, if it does not say."""
+    return case.get('device', 'cpu')
+
+
 def masking(case: dict) -> Run:
     """Mask a batch of features; the patched module within a left context of 40 attention frames, as in training."""
     from nemo.collections.asr.modules import RandomBlockMasking
 
     kind = dict(mask_prob=0.01, block_size=40) if case['overlap'] else dict(mask_prob=0.5, block_size=48)
-    module = RandomBlockMasking(FEATURES, allow_overlap=case['overlap'], **kind)
+    module = RandomBlockMasking(FEATURES, allow_overlap=case['overlap'], **kind).to(device_of(case))
     context = {}
     if is_patched():
         module.subsampling_factor = FACTOR
@@ -63,7 +68,7 @@ def quantizer(case: dict) -> Run:
 
     module = RandomProjectionVectorQuantizer(
         FEATURES, CODE_DIM, CLASSES, num_books=1, dist_fn='l2', combine_time_steps=FACTOR
-    )
+    ).to(device_of(case))
     features, _ = feature_batch(case)
     features = features[..., : features.shape[2] // FACTOR * FACTOR]
     moved = features.numel() * features.element_size()
@@ -76,13 +81,13 @@ def decoder_and_loss(case: dict) -> Run:
     from nemo.collections.asr.modules import MultiSoftmaxDecoder
 
     frames = int(case['seconds'] / HOP_SECONDS) // FACTOR
-    batch, width = case['batch'], case['d_model']
-    decoder = MultiSoftmaxDecoder(width, CLASSES, use_bias=True)
+    batch, width, device = case['batch'], case['d_model'], device_of(case)
+    decoder = MultiSoftmaxDecoder(width, CLASSES, use_bias=True).to(device)
     loss = MultiMLMLoss(combine_time_steps=FACTOR)
-    encoded = torch.randn(batch, width, frames, requires_grad=True)
-    tokens = torch.randint(CLASSES, (batch, frames, 1))
-    lengths = torch.full((batch,), frames)
-    hidden = (torch.arange(frames) // 5 % 3 == 0).float().repeat_interleave(FACTOR)
+    encoded = torch.randn(batch, width, frames, device=device, requires_grad=True)
+    tokens = torch.randint(CLASSES, (batch, frames, 1), device=device)
+    lengths = torch.full((batch,), frames, device=device)
+    hidden = (torch.arange(frames, device=device) // 5 % 3 == 0).float().repeat_interleave(FACTOR)
     masks = hidden.expand(batch, FEATURES, -1)
 
     def whole():
@@ -122,13 +127,14 @@ def step_model(case: dict):
     from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch
     from nemo.collections.asr.models import EncDecDenoiseMaskedTokenPredModel
 
-    model = EncDecDenoiseMaskedTokenPredModel(step_config(case))
+    model = EncDecDenoiseMaskedTokenPredModel(step_config(case)).to(device_of(case))
     model._trainer = SimpleNamespace(global_step=0)
     model.log_dict = lambda *args, **kwargs: None  # NeMo hands a step's log to the trainer
     model.train()
     model._optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     samples = int(case['seconds'] * 16000)
-    audio, lengths = torch.randn(case['batch'], samples) * 0.1, torch.full((case['batch'],), samples)
+    audio = torch.randn(case['batch'], samples, device=device_of(case)) * 0.1
+    lengths = torch.full((case['batch'],), samples, device=device_of(case))
     ids = [str(index) for index in range(case['batch'])]
     return model, AudioNoiseBatch(ids, audio, lengths, audio * 0.1, lengths, audio * 1.1, lengths)
 
@@ -158,7 +164,8 @@ def step_config(case: dict):
 def feature_batch(case: dict):
     """Features [B, D, T] of so many seconds, and their lengths [B]."""
     frames = int(case['seconds'] / HOP_SECONDS)
-    return torch.randn(case['batch'], FEATURES, frames), torch.full((case['batch'],), frames)
+    shape = case['batch'], FEATURES, frames
+    return torch.randn(shape, device=device_of(case)), torch.full(shape[:1], frames, device=device_of(case))
 
 
 PARTS = {'masking': masking, 'quantizer': quantizer, 'decoder and loss': decoder_and_loss, 'step': step}

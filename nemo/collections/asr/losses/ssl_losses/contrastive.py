@@ -61,7 +61,8 @@ class ContrastiveLoss(_up.ContrastiveLoss):
         masked &= real
         # The last frames have no output any more, and are not real.
         decoder_outputs = F.pad(decoder_outputs[:, self.decoder_offset :], (0, 0, 0, min(self.decoder_offset, frames)))
-        outputs, positives = decoder_outputs[masked], targets[masked]  # [M, C]
+        index = masked.flatten().nonzero().squeeze(1)  # waits once; by a mask both would, and their backward passes
+        outputs, positives = (frames.flatten(0, 1).index_select(0, index) for frames in (decoder_outputs, targets))
         if len(outputs):
             loss = self._cross_entropy(outputs, positives, targets, masked, real)
         else:

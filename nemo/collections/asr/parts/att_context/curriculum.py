@@ -5,6 +5,7 @@ import math
 from typing import Optional
 
 import lightning.pytorch as pl
+import torch
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, tightest
 from nemo.collections.asr.parts.att_context.masking_context import follow_left_context, followed_left_context
@@ -81,7 +82,7 @@ class AttContextCurriculum(pl.Callback):
         left = UNLIMITED if ceiling is None else ceiling.left
         own = [context.left for context in encoder.layer_att_contexts() if context is not None]
         self._set_masking(pl_module, tightest(left, *own))
-        pl_module.log('att_context_ceiling_left', float(left))
+        pl_module.log('att_context_ceiling_left', torch.tensor(float(left)))  # a number would go to the device
 
     def on_validation_start(self, trainer, pl_module) -> None:
         """Validate with the configured masking; the encoder follows a ceiling only in training."""

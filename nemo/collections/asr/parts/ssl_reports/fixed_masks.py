@@ -41,7 +41,7 @@ def utterance_seeds(signal: torch.Tensor, lengths: torch.Tensor, seed: int) -> l
         bits = chosen.contiguous().view(torch.int32).long().flatten(1)
         weights = 2 * torch.arange(bits.shape[1], device=signal.device) + 1  # odd: no bit of a sample is lost
         hashes = (bits * weights).sum(dim=1)  # wraps around, the same in any order
-    pairs = zip(hashes.tolist(), lengths.tolist())
+    pairs = torch.stack([hashes, lengths], dim=1).tolist()  # the one wait
     return [random.Random(f'{seed}:{length}:{value}').getrandbits(32) for value, length in pairs]
 
 

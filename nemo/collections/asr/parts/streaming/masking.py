@@ -108,7 +108,7 @@ class LiveMasking:
         new = frames.shape[1]
         if new == 0:
             return frames, frames[:1]
-        drawn_over = torch.cat((stream.recent, frames), dim=1)
+        drawn_over = torch.cat((stream.recent.to(frames.dtype), frames), dim=1)
         drawn_over = drawn_over[:, max(drawn_over.shape[1] - max(self.reach, new), 0) :]
         if stream.time_line is not None:
             stream.time_line.forget(drawn_over.shape[1] - new)

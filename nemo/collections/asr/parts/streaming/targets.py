@@ -61,6 +61,8 @@ class LiveTargets:
         if self.model.target_normalize == 'per_feature':
             mean, std = (each.repeat_interleave(self.combined, dim=1) for each in (mean, std))
             frames = ((frames.double() - mean) / std).to(frames.dtype)
+        projection = getattr(self.model.quantizer, 'proj', None)  # of a model in half precision
+        frames = frames if projection is None else frames.to(projection.weight.dtype)
         return self.model.quantizer(input_signal=frames.unsqueeze(0))[1][0]
 
 

@@ -269,3 +269,13 @@ def test_a_state_of_a_session_that_did_not_ask_is_refused():
     with pytest.raises(ValueError, match=r'another return_surprise \(False, here True\)'):
         asking.load_state_dict(old)
     without.load_state_dict(old)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_is_watched_too(dtype):
+    model = tiny_model('+model.objective=both').to(dtype).eval()
+    session = StreamingSession(model, att_context_size=[10, 0], return_surprise=True, apply_mask=True)
+    output = session.step(torch.randn(1, 24000, generator=torch.Generator().manual_seed(0)) * 0.1)
+    assert output.encoded.dtype == dtype and output.surprise.shape[1] > 10
+    assert output.surprise.isfinite().all() and output.loss.isfinite()

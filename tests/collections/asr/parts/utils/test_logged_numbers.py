@@ -9,7 +9,10 @@ from nemo.collections.asr.parts.utils.logged_numbers import numbers_on_the_host
 def test_numbers_become_tensors_of_the_host_and_tensors_stay_as_they_are():
     loss = torch.zeros((), device='meta')
     found = numbers_on_the_host({'step': 3, 'rate': 0.5, 'loss': loss})
-    assert found['loss'] is loss and {name: found[name].item() for name in ('step', 'rate')} == {'step': 3, 'rate': 0.5}
+    assert found['loss'] is loss and {name: found[name].item() for name in ('step', 'rate')} == {
+        'step': 3,
+        'rate': 0.5,
+    }
     assert all(found[name].device.type == 'cpu' and found[name].dtype == torch.float32 for name in ('step', 'rate'))
 
 

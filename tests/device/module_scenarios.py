@@ -1,0 +1,173 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Scenarios of single modules: masking, quantizer, encoder, decoder, losses.
+
+A scenario takes a ``Place`` and returns what it computed, to be compared with the CPU's.
+"""
+
+from functools import partial
+from itertools import product
+
+import torch
+from device.place import Place
+from tiny_encoder import WITHOUT_DROPOUT, tiny_encoder
+
+from nemo.collections.asr.losses.ssl_losses.contrastive import ContrastiveLoss
+from nemo.collections.asr.losses.ssl_losses.mlm import MLMLoss, MultiMLMLoss
+from nemo.collections.asr.losses.ssl_losses.next_token import NextTokenLoss
+from nemo.collections.asr.modules.ssl_modules.masking import RandomBlockMasking
+from nemo.collections.asr.modules.ssl_modules.multi_softmax_decoder import MultiSoftmaxDecoder
+from nemo.collections.asr.modules.ssl_modules.quantizers import RandomProjectionVectorQuantizer
+from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.windows import Window
+from nemo.collections.asr.parts.utils.masked_frames import predict_counted
+
+FEATURES, FRAMES, FACTOR, CLASSES = 8, 160, 8, 32
+LENGTHS = 160, 90
+STREAMS, NEW_FRAMES = 2, 24
+
+
+def masking(place: Place, moved: bool) -> list:
+    """Mask in every mode; the module is moved to the device, or was forgotten on the CPU."""
+    features, lengths, found = place.random(2, FEATURES, FRAMES), place.whole(*LENGTHS), []
+    calls = (
+        {},
+        {'effective_left_context': 5},
+        {'effective_window': Window(AttContext(4, 3))},
+        {'effective_left_context': 5, 'current_frame': 120},
+        {'effective_left_context': 5, 'current_frame': place.whole(130, 70)},
+        {'current_frame': lengths},
+    )
+    for overlap, causal, call in product((True, False), (True, False), calls):
+        settings = dict(mask_prob=0.02 if overlap else 0.4, block_size=16, allow_overlap=overlap, causal=causal)
+        module = RandomBlockMasking(FEATURES, subsampling_factor=FACTOR, **settings)
+        module = place.put(module) if moved else module
+        found += module(input_feats=features, input_lengths=lengths, **call)
+    found += module.forward_causal(features, lengths)
+    return found
+
+
+def masking_of_streams(place: Place) -> list:
+    """Mask live streams, frame after frame."""
+    module = place.put(RandomBlockMasking(FEATURES, block_size=8, allow_overlap=True, mask_prob=0.05))
+    stream, window = module.new_stream(STREAMS, place.device), Window(AttContext(5, 0))
+    features = place.random(STREAMS, FEATURES, NEW_FRAMES)
+    lengths = place.whole(*[NEW_FRAMES] * STREAMS)
+    return module(input_feats=features, input_lengths=lengths, stream=stream, effective_window=window)
+
+
+def quantizer(place: Place, distance: str, books: int) -> list:
+    """Find the tokens of features."""
+    kind = dict(combine_time_steps=FACTOR, dist_fn=distance, squeeze_single=books == 1)
+    module = place.put(RandomProjectionVectorQuantizer(FEATURES, 4, CLASSES, books, **kind))
+    return list(module(input_signal=place.random(2, FEATURES, FRAMES)))
+
+
+def encoder(place: Place, **settings) -> list:
+    """Encode, forward and backward, in a limited context; gradients are what is compared, too."""
+    module = place.put(tiny_encoder(n_layers=2, **{**WITHOUT_DROPOUT, **settings})).train()
+    features, lengths = place.random(2, FEATURES, FRAMES), place.whole(*LENGTHS)
+    with place.autocast():
+        encoded, lengths = module(audio_signal=features, length=lengths)
+    if not torch.is_grad_enabled():
+        return [encoded, lengths]
+    encoded.float().square().mean().backward()
+    return [encoded, lengths, *(weight.grad for weight in module.parameters() if weight.grad is not None)]
+
+
+def decoder(place: Place, books: int) -> list:
+    """Decode every frame."""
+    module = place.put(MultiSoftmaxDecoder(FEATURES, CLASSES, num_decoders=books, squeeze_single=books == 1))
+    with place.autocast():
+        return [module(encoder_output=place.random(2, FEATURES, 20))]
+
+
+def decoding_of_masked_frames(place: Place) -> list:
+    """Decode the frames that count, and no others."""
+    module = place.put(MultiSoftmaxDecoder(FEATURES, CLASSES, squeeze_single=True))
+    masks = place.put((torch.arange(FRAMES) // 24 % 3 == 0).float().expand(2, FEATURES, -1))
+    frames = place.random(2, FEATURES, 20), place.put(torch.arange(40).view(2, 20) % CLASSES), masks
+    loss = MLMLoss(combine_time_steps=FACTOR)
+    with place.autocast():
+        found = predict_counted(module, loss, *frames, place.whole(20, 11))
+        return [*found, loss.of_frames(*found[:2])]
+
+
+def masked_loss(place: Place, books: int) -> list:
+    """The loss of masked tokens, with lengths and an offset."""
+    shape = (2, 20, CLASSES) if books == 1 else (2, 20, CLASSES, books)
+    log_probs = place.random(*shape, requires_grad=True)
+    targets = place.put(torch.arange(40 * books).view(shape[:2] if books == 1 else (2, 20, books)) % CLASSES)
+    masks = place.put((torch.arange(FRAMES) // 24 % 3 == 0).float().expand(2, FEATURES, -1))
+    kind = dict(combine_time_steps=FACTOR, decoder_offset=1)
+    loss = MLMLoss(**kind) if books == 1 else MultiMLMLoss(num_decoders=books, **kind)
+    value = loss(decoder_outputs=log_probs, targets=targets, decoder_lengths=place.whole(20, 11), masks=masks)
+    return [value, *_gradient(value, log_probs)]
+
+
+def next_token_loss(place: Place) -> list:
+    """The loss of next tokens."""
+    log_probs = place.random(2, 20, 3, CLASSES, requires_grad=True)
+    targets, lengths = place.put(torch.arange(40).view(2, 20) % CLASSES), place.whole(20, 11)
+    value = NextTokenLoss(horizons=3)(
+        decoder_outputs=log_probs, targets=targets, offset=1, decoder_lengths=lengths, target_lengths=lengths
+    )
+    return [value, *_gradient(value, log_probs)]
+
+
+def contrastive_loss(place: Place, same_utterance: bool) -> list:
+    """NeMo's contrastive loss, with negatives of the utterance or of the batch."""
+    kind = dict(num_negatives=5, combine_time_steps=1, sample_from_same_utterance_only=same_utterance)
+    loss = place.put(ContrastiveLoss(in_dim=FEATURES, proj_dim=FEATURES, **kind))
+    masks = place.put((torch.arange(20) % 3 == 0).float().expand(2, FEATURES, -1))
+    outputs = place.random(2, 20, FEATURES, requires_grad=True)
+    value = loss(
+        spectrograms=place.random(2, FEATURES, 20, seed=1),
+        spec_masks=masks,
+        decoder_outputs=outputs,
+        decoder_lengths=place.whole(20, 11),
+    )
+    return [value, *_gradient(value, outputs)]
+
+
+def _gradient(value, inputs) -> list:
+    return [torch.autograd.grad(value, inputs)[0]] if torch.is_grad_enabled() else []
+
+
+REGULAR = dict(att_context_size=[6, 0])
+CHUNKED = dict(att_context_size=[8, 3], att_context_style='chunked_limited')
+LAYERS = dict(att_context_size=[8, 0], layer_att_context_size=[[4, 0], [8, 0]])
+ENCODERS = {
+    'regular': {**REGULAR, 'blockwise_attention': 'off'},
+    'regular, block by block': {**REGULAR, 'blockwise_attention': 'on'},
+    'regular, SDPA': {**REGULAR, 'blockwise_attention': 'off', 'use_pytorch_sdpa': True},
+    'regular, SDPA, block by block': {**REGULAR, 'blockwise_attention': 'on', 'use_pytorch_sdpa': True},
+    'chunked': {**CHUNKED, 'blockwise_attention': 'off'},
+    'chunked, block by block': {**CHUNKED, 'blockwise_attention': 'on'},
+    'contexts by layer': {**LAYERS, 'blockwise_attention': 'off'},
+    'contexts by layer, block by block': {**LAYERS, 'blockwise_attention': 'on'},
+    'abs_pos': {**REGULAR, 'self_attention_model': 'abs_pos', 'blockwise_attention': 'off'},
+    'abs_pos, SDPA, block by block': {
+        **REGULAR,
+        'self_attention_model': 'abs_pos',
+        'blockwise_attention': 'on',
+        'use_pytorch_sdpa': True,
+    },
+    'unlimited': dict(att_context_size=[-1, -1], conv_context_size=None, causal_downsampling=False),
+}
+
+MODULES = {
+    'masking': partial(masking, moved=True),
+    'masking, module not moved': partial(masking, moved=False),
+    'masking of live streams': masking_of_streams,
+    'quantizer': partial(quantizer, distance='l2', books=1),
+    'quantizer, cosine, two codebooks': partial(quantizer, distance='cosine', books=2),
+    'decoder': partial(decoder, books=1),
+    'decoder, two codebooks': partial(decoder, books=2),
+    'decoder, masked frames only': decoding_of_masked_frames,
+    'masked loss': partial(masked_loss, books=1),
+    'masked loss, two codebooks': partial(masked_loss, books=2),
+    'next-token loss': next_token_loss,
+    'contrastive loss, utterance': partial(contrastive_loss, same_utterance=True),
+    'contrastive loss, batch': partial(contrastive_loss, same_utterance=False),
+    **{f'encoder, {name}': partial(encoder, **settings) for name, settings in ENCODERS.items()},
+}

@@ -1,0 +1,80 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Scenario of a whole run of Lightning's trainer: what its steps ask of the host, logging included."""
+
+from contextlib import ExitStack
+
+from device.host_traffic import recorded, unrecorded
+from device.place import Place
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from tiny_nest import RecordingLogger, batches, fit, tiny_model
+
+WARM_UP, STEPS = 3, 6  # the first steps make the states of the metrics and of the optimizer
+WITHOUT_DROPOUT = [f'model.encoder.{kind}=0' for kind in ('dropout', 'dropout_pre_encoder', 'dropout_att')]
+
+
+class FakeAccelerator(Accelerator):
+    """What Lightning asks of an accelerator."""
+
+    def setup_device(self, device):
+        """There is nothing to set up."""
+
+    def teardown(self):
+        """There is nothing to clear up."""
+
+    @staticmethod
+    def parse_devices(devices):
+        return [0]
+
+    @staticmethod
+    def get_parallel_devices(devices):
+        return devices
+
+    @staticmethod
+    def auto_device_count():
+        return 1
+
+    @staticmethod
+    def is_available():
+        return True
+
+    @staticmethod
+    def name():
+        return 'fakegpu'
+
+
+class WatchSteps(Callback):
+    """Records the traffic of whole steps, from the end of one batch to the next; not what starts and ends a run."""
+
+    def __init__(self, traffic):
+        self._traffic, self._watching = traffic, ExitStack()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == WARM_UP - 1:
+            self._watching.enter_context(recorded(self._traffic))
+
+    def on_train_end(self, trainer, pl_module):
+        self._watching.close()
+
+
+def run_of_the_trainer(place: Place, *overrides: str, log_every: int = 100) -> list:
+    """Train for some steps under Lightning; returns the logged losses, and the weights."""
+    with unrecorded() as traffic:
+        model = tiny_model(*WITHOUT_DROPOUT, 'model.audit_every_n_batches=1', *overrides)
+        settings = dict(log_every_n_steps=log_every, logger=RecordingLogger(), callbacks=[WatchSteps(traffic)])
+        if place.device.type != 'cpu':
+            settings['accelerator'] = FakeAccelerator()
+            settings['strategy'] = SingleDeviceStrategy(place.device)
+        if place.precision == 'autocast bfloat16':
+            settings['plugins'] = [MixedPrecision('bf16-mixed', place.device.type)]
+        run = fit(model, batches(STEPS), STEPS, **settings)
+        return [*run.logger.column('train_loss'), *model.parameters()]
+
+
+TRAINER = {
+    'run of the trainer': run_of_the_trainer,
+    'run of the trainer, both objectives': lambda place: run_of_the_trainer(place, '+model.objective=both'),
+    'run of the trainer, bad gradients skipped': lambda place: run_of_the_trainer(place, 'model.skip_nan_grad=true'),
+}
