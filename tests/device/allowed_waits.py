@@ -35,7 +35,7 @@ class Allowed(NamedTuple):
 COUNT = 'the number of frames that count is the size of the tensors that follow'
 GRADIENTS = 'whether the gradients are finite must be known before the optimizer changes the weights'
 SEEDS = 'the masks of a validation are drawn from the audio itself, utterance by utterance'
-STREAMS = 'live streams will lose their loop over streams (issue 14)'
+STREAMS = 'a session walks over its streams one by one, on the host'
 UTTERANCES = 'negatives come from the same utterance, so many for each: the count is a size'
 MASKED_FILES = 'parts/utils/masked_frames.py', 'select_counted'
 GUARD_FILES = 'parts/utils/nonfinite_guard.py', 'gradients_are_finite'
