@@ -88,7 +88,7 @@ def test_the_subsampling_looks_as_far_ahead_as_its_gradient_reaches(subsampling,
 def test_an_encoder_that_may_hear_its_next_tokens_is_refused(changes, reason):
     try:
         made = encoder(**changes)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         pytest.skip(f'this NeMo cannot build such an encoder: {error}')
     with pytest.raises(ValueError, match=f'the encoder cannot predict next tokens: .*{reason}'):
         next_token_offset(made, after_subsampling=False)
