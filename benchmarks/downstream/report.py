@@ -231,14 +231,20 @@ def figures(results: Results) -> str:
             f'## Fine-tuned on {minutes} minutes',
             'Phone error rate in %:',
             rates_table(results, minutes),
-            'Differences in points; below 0 the first named is better, * where the interval leaves 0 out:',
-            differences_table(results, minutes),
+        ]
+        if results.pairs():
+            parts += [
+                'Differences in points; below 0 the first named is better, * where the interval leaves 0 out:',
+                differences_table(results, minutes),
+            ]
+    if results.pairs():
+        parts += [
+            '## What that comes to',
+            f'An arm helps if it is better, 0 outside the interval, in {NEEDED} contexts or more with both amounts of '
+            'speech, and worse in none.',
+            verdicts_table(results),
         ]
     parts += [
-        '## What that comes to',
-        f'An arm helps if it is better, 0 outside the interval, in {NEEDED} contexts or more with both amounts of '
-        'speech, and worse in none.',
-        verdicts_table(results),
         '## What was masked',
         masks_table(results),
         live_sentence(results),
