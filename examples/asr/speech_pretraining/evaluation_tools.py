@@ -195,8 +195,12 @@ def with_interval(row: dict, name: str, form: str) -> str:
 
 def write_results(path: Path, results: list[dict], settings: dict) -> None:
     """Write everything as JSON, whole or not at all; what is not a number becomes null."""
-    text = json.dumps(_without_nan({'settings': settings, 'models': results}), indent=2, allow_nan=False)
-    write_text(path.resolve(), text + '\n')
+    write_json(path, {'settings': settings, 'models': results})
+
+
+def write_json(path: Path, contents: dict) -> None:
+    """Write JSON, whole or not at all; what is not a number becomes null."""
+    write_text(path.resolve(), json.dumps(_without_nan(contents), indent=2, allow_nan=False) + '\n')
 
 
 def _without_nan(value):

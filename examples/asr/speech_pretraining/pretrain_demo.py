@@ -1,9 +1,11 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Pre-train a tiny streaming encoder from nothing, restore it, and say what it has learned. ``make pretrain`` runs it.
+"""Pre-train a tiny streaming encoder from nothing, say what it has learned, and make a recogniser of it.
 
     python pretrain_demo.py [--manifest train.json --validation-manifest validation.json] [--output outputs]
 
-Without manifests it makes a synthetic corpus first. Each choice of data and settings has a folder of its own under
+``make pretrain`` runs it. Without manifests it makes a synthetic corpus first. A recogniser of characters is fine-tuned
+twice on a few minutes of the transcripts, from the pre-trained encoder and from scratch; where the manifests have no
+``text`` it is left out. Each choice of data and settings has a folder of its own under
 ``--output``; started again after an interruption it goes on from the last checkpoint there.
 """
 
@@ -16,14 +18,13 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import demo_stages
+from demo_stages import say
 from script_tools import manifest_seconds, require_patches
 
-HERE = Path(__file__).resolve().parent
-CONFIG = 'nest_hierarchical_streaming_tiny'
+CONFIG = 'nest_next_token_demo'
 SEED = 0
-EVALUATION = argparse.Namespace(
-    mask_context=None, draws=2, seed=SEED, resamples=1000, confidence=0.95, batch_size=8, num_workers=0
-)
+RECOGNISER_STEPS = 110
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -34,10 +35,15 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument('--noise-manifest', help='noise to mix in; optional')
     parser.add_argument('--output', default='outputs', type=Path, help='where everything goes')
     parser.add_argument('--config', default=CONFIG, help='name of a config in examples/asr/conf/ssl/nest')
+    parser.add_argument(
+        '--recogniser-steps', type=int, default=RECOGNISER_STEPS, help='of fine-tuning, twice; 0 leaves it out'
+    )
     parser.add_argument('overrides', nargs='*', help='Hydra overrides, such as trainer.max_steps=2000')
     options = parser.parse_args(argv)
     if bool(options.manifest) != bool(options.validation_manifest):
         parser.error('--manifest and --validation-manifest (MANIFEST and VAL_MANIFEST) go together')
+    if options.recogniser_steps < 0:
+        parser.error(f'--recogniser-steps is {options.recogniser_steps}; it must be 0 or more')
     return options
 
 
@@ -48,7 +54,7 @@ def data_of(options: argparse.Namespace) -> dict:
         return dict(zip(('train', 'validation', 'noise'), [path and str(Path(path).resolve()) for path in given]))
     folder = options.output / 'speech_corpus'
     say(f'Making a synthetic speech corpus in {folder}')
-    run('make_speech_corpus.py', '--output', folder, stdout=subprocess.DEVNULL)
+    demo_stages.run('make_speech_corpus.py', '--output', folder, stdout=subprocess.DEVNULL)
     data = {role: str(folder.resolve() / f'{role}_manifest.json') for role in ('train', 'validation', 'noise')}
     say(', '.join(f'{role}: {manifest_seconds(path) / 60:.1f} minutes' for role, path in data.items()))
     return data
@@ -66,13 +72,14 @@ def run_folder(options: argparse.Namespace, data: dict) -> Path:
     text = json.dumps(settings, indent=2, sort_keys=True)
     folder = options.output / f"pretrain-{settings['nemo']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'settings.json').write_text(text)
+    partial = folder / 'settings.json.partial'  # nemo.utils.atomic_files would have to wait for NeMo
+    partial.write_text(text)
+    os.replace(partial, folder / 'settings.json')
     return folder
 
 
 def overrides_for(options: argparse.Namespace, data: dict, folder: Path) -> list[str]:
     """Return the Hydra overrides of the training run."""
-    log_dir = folder.resolve() / 'run'
     noise = data['noise'] or 'null'
     return [
         f"model.train_ds.manifest_filepath='{data['train']}'",
@@ -80,8 +87,8 @@ def overrides_for(options: argparse.Namespace, data: dict, folder: Path) -> list
         f"model.validation_ds.manifest_filepath='{data['validation']}'",
         f"model.preprocessor.normalize='{folder.resolve() / 'feature_stats.yaml'}'",
         f"seed={SEED}",
-        "trainer.check_val_every_n_epoch=2",  # each runs in several contexts and draws pictures
-        f"+exp_manager.explicit_log_dir='{log_dir}'",
+        "trainer.val_check_interval=50",  # steps; each validation runs in several contexts and draws pictures
+        "trainer.check_val_every_n_epoch=null",
         *options.overrides,
     ]
 
@@ -93,110 +100,33 @@ def train(options: argparse.Namespace, data: dict, folder: Path) -> Path:
         say(f'{model_file} is there already: no training (remove {folder} to train anew)')
         return model_file
     say('Computing the feature statistics of the corpus')
-    run('compute_feature_stats.py', '--manifest', data['train'], '--output', folder / 'feature_stats.yaml')
+    demo_stages.run('compute_feature_stats.py', '--manifest', data['train'], '--output', folder / 'feature_stats.yaml')
     say(f"Training; TensorBoard logs are in {folder / 'run'}")
     overrides = overrides_for(options, data, folder)
-    run('hierarchical_streaming_nest.py', '--config-name', options.config, *overrides)
-    saved = sorted((folder / 'run' / 'checkpoints').glob('*.nemo'), key=os.path.getmtime)
-    if not saved:
-        raise SystemExit(f"pretrain_demo: the training left no .nemo file in {folder / 'run' / 'checkpoints'}")
-    os.replace(saved[-1], model_file)
+    demo_stages.train('hierarchical_streaming_nest.py', options.config, overrides, folder / 'run', model_file)
     return model_file
 
 
-def run(script: str, *arguments, **streams) -> None:
-    """Run a script of this folder in a fresh interpreter; if it fails, end this one with the same status.
-
-    Args:
-        script: file name of the script.
-        arguments: the command line; anything that ``str`` turns into its words.
-        streams: ``stdout`` and so on, as ``subprocess.run`` takes them.
-    """
-    command = [sys.executable, str(HERE / script), *map(str, arguments)]
-    status = subprocess.run(command, check=False, **streams).returncode
-    if status:
-        raise SystemExit(status)
-
-
-def say(text: str) -> None:
-    """Print a line that stands out between NeMo's."""
-    print(f'== {text}', flush=True)
-
-
 def report(options: argparse.Namespace, data: dict, folder: Path, model_file: Path) -> None:
-    """Restore the model, print what it has learned beside an untrained one, and draw pictures of it."""
+    """Restore the model, print and draw what it has learned, and make a recogniser of it."""
     # Imported here, for the corpus is made without waiting for NeMo.
-    import lightning.pytorch as pl
-    from evaluation_tools import contexts_of, evaluate_models, reasons_of, write_results
+    import demo_recogniser
+    import demo_report
     from rich.console import Console
-    from streaming_tools import chunk_seconds, parity_line, stream_one, streamable_contexts
 
     from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 
     say(f'Restoring {model_file}')
     trained = EncDecDenoiseMaskedTokenPredModel.restore_from(str(model_file), map_location='cpu')
-    pl.seed_everything(SEED)  # as the training script does: the same initial weights
-    untrained = EncDecDenoiseMaskedTokenPredModel(trained.cfg)
-    models = {'start': untrained, 'end': trained}
-    contexts = {name: contexts_of(model, 'all', name) for name, model in models.items()}
-    results = evaluate_models(models, contexts, data['validation'], EVALUATION)
-    write_results(folder / 'learned.json', results, vars(EVALUATION))
     console = Console(width=120 if not sys.stdout.isatty() else None)
-    console.print(learning_table(*results))
-    for reason in reasons_of(results[1]):
-        say(f'Start and end cannot be compared in {reason}')
-    for context in streamable_contexts(trained.eval()):
-        say(
-            parity_line(stream_one(trained, first_audio(data['validation']), chunk_seconds(trained, context), context))
-        )
-    draw(model_file, first_audio(data['validation']), folder)
+    results, audio = demo_report.evaluate(trained, data['validation']), first_audio(data['validation'])
+    demo_report.show(results, console)
+    demo_report.show_parity(trained, audio)
+    demo_report.draw(model_file, audio, folder)
+    steps = options.recogniser_steps
+    rates = demo_recogniser.compare(data, folder / f'recogniser-{steps}-steps', model_file, steps, console)
+    demo_report.write_learned(folder / 'learned.json', results, rates)
     say(f"Model: {model_file}; figures: {folder / 'learned.json'}; tensorboard --logdir {folder / 'run'}")
-
-
-def learning_table(start: dict, end: dict):
-    """Lay out the results of :func:`evaluate_models` for a model before and after its training."""
-    from evaluation_tools import with_interval
-    from rich.table import Table
-
-    from nemo.collections.asr.parts.att_context.receptive_field import look_ahead_text
-
-    use = end['codebook']
-    masked_only = all(row['part'] == 'masked' for row in end['contexts'])
-    table = Table(
-        title=f"What was learned, on {'masked frames of ' * masked_only}the validation data",
-        caption=f"in brackets: 95% intervals over {end['contexts'][0]['utterances']} utterances; targets: "
-        f"{use['codes_used']:.0f} of {use['classes']} codes used, perplexity {use['perplexity']:.0f}, the commonest "
-        f"for {use['top_share']:.1%} of the frames",
-    )
-    table.add_column('context')
-    table.add_column('look-ahead', justify='right')
-    if not masked_only:
-        table.add_column('part')
-    columns = ['loss at start', 'at end', 'accuracy at start', 'at end', 'perplexity at end', 'always the commonest']
-    for name in columns:
-        table.add_column(name, justify='right')
-    for before, after in zip(start['contexts'], end['contexts'], strict=True):
-        cells = [after['part']] * (not masked_only)
-        cells += [f"{before['loss']:.3f}", with_interval(after, 'loss', '{:.3f}')]
-        cells += [f"{before['accuracy']:.2%}", with_interval(after, 'accuracy', '{:.2%}')]
-        cells += [f"{after['perplexity']:.1f}", f"{after['commonest']:.2%}"]
-        table.add_row(', '.join(map(str, after['context'])), look_ahead_text(after['look_ahead_ms']), *cells)
-    return table
-
-
-def draw(model_file: Path, audio: str, folder: Path) -> None:
-    """Draw what the model masks, whom it attends to and how it learned, into the folder's ``pictures``."""
-    from nemo.collections.asr.parts.ssl_reports.figures import learning_curves
-    from nemo.collections.asr.parts.ssl_reports.training_logs import read_curves
-
-    say(f"Pictures in {folder / 'pictures'}")
-    made_from = ['--model_path', model_file, '--audio_path', audio]
-    try:
-        learning_curves(read_curves(folder / 'run'))
-        made_from += ['--logs', folder / 'run']
-    except ValueError as error:  # such as a run too short to log any
-        say(f'No learning curves: {error}')
-    run('plot_contexts.py', *made_from, '--output', folder / 'pictures')
 
 
 def first_audio(manifest: str) -> str:

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import random
+import re
 import subprocess
 import sys
 import wave
@@ -69,12 +70,19 @@ class TestCorpus:
     def test_has_about_the_length_asked_for(self, corpus):
         assert sum(item["duration"] for item in entries(corpus, "train")) == pytest.approx(60 * MINUTES, rel=0.4)
 
-    def test_many_voices_at_different_levels(self, corpus):
+    def test_its_voices_speak_at_different_levels(self, maker, corpus):
         train = entries(corpus, "train")
-        assert len({item["speaker"] for item in train}) == len(train)
+        assert {item["speaker"] for item in train} == set(maker.VOICES)
         levels = [20 * np.log10(samples_of(corpus, item).std() / 32768) for item in train]
         assert -31 < min(levels) < max(levels) < -21
         assert max(levels) - min(levels) > 0.5
+
+    @pytest.mark.parametrize("split", SPLITS[:2])
+    def test_texts_are_plain_and_slow_enough_for_a_character_in_80_ms(self, corpus, split):
+        for item in entries(corpus, split):
+            assert re.fullmatch(r"[a-z']+( [a-z']+)*", item["text"])
+            doubled = sum(first == second for first, second in zip(item["text"], item["text"][1:]))
+            assert len(item["text"]) + doubled < item["duration"] / 0.08
 
     def test_nemo_reads_the_manifests(self, corpus):
         from nemo.collections.asr.data.ssl_dataset import load_noise_audio, load_noise_manifest
@@ -124,40 +132,27 @@ class TestPlan:
         texts = {name: {sentence for item in items for sentence in item.sentences} for name, items in splits.items()}
         voices = {name: {item.speaker for item in items} for name, items in splits.items()}
         assert not texts["train"] & texts["validation"]
-        assert len(voices["train"]) == len(maker.TRAIN_VARIANTS)
-        assert voices["validation"] & voices["train"]
-        assert {speaker.voice.split("+")[1] for speaker in voices["validation"] - voices["train"]} == set(
-            maker.HELD_OUT_VARIANTS
-        )
+        assert {speaker.voice for speaker in voices["train"]} == set(maker.VOICES)
+        assert voices["validation"] > voices["train"]
+        unknown = {speaker.voice for speaker in voices["validation"] - voices["train"]}
+        assert unknown == set(maker.HELD_OUT_VOICES)
         assert sum(item.target for item in splits["train"]) == pytest.approx(1200, abs=14)
-        assert len({word for text in texts["train"] for word in text.lower().split()}) > 500
 
     @pytest.mark.unit
     def test_is_a_function_of_the_seed(self, maker):
         assert maker.plan_corpus(1, 3) == maker.plan_corpus(1, 3) != maker.plan_corpus(1, 4)
 
-    @pytest.mark.unit
-    @pytest.mark.parametrize("split", SPLITS[:2])
-    def test_every_language_makes_sentences(self, maker, split):
-        for language in maker.GRAMMARS:
-            sentence = maker.make_sentence(random.Random(0), language, split)
-            assert sentence[-1] in ".?" and not {"{", "}", "|"} & set(sentence)
-
     @pytest.mark.integration
     def test_espeak_has_every_voice(self, maker):
         synthesiser = maker.Synthesiser()
-        speakers = maker.make_speakers(random.Random(0), maker.TRAIN_VARIANTS + maker.HELD_OUT_VARIANTS)
-        for speaker in speakers:
+        for speaker in maker.make_speakers(random.Random(0), maker.VOICES + maker.HELD_OUT_VOICES):
             synthesiser.choose(speaker, seed=0)
             assert len(synthesiser.say("a short test")) > 4000
-        for accents in maker.ACCENTS.values():
-            for accent in accents:
-                synthesiser.choose(maker.Speaker("en", accent, 150, 50, 50), seed=0)
 
     @pytest.mark.unit
     def test_espeak_refuses_an_unknown_voice(self, maker):
         with pytest.raises(ValueError, match="no voice xx-nonsense"):
-            maker.Synthesiser().choose(maker.Speaker("xx", "xx-nonsense", 150, 50, 50), seed=0)
+            maker.Synthesiser().choose(maker.Speaker("xx-nonsense", 150, 50, 50), seed=0)
 
 
 class TestErrors:

@@ -23,14 +23,15 @@ def test_trains_restores_and_reports_and_does_not_train_twice(tmp_path, speech_c
         'model.encoder.layer_att_context_size=null',
         '~curriculum',
     ]
-    command = ['--output', str(tmp_path), *manifests, *small]
-    for said, start in (
-        ('Training; TensorBoard logs are in', cold_start),
-        ('is there already: no training', warm_start),
+    command = ['--output', str(tmp_path), *manifests, '--config', 'nest_hierarchical_streaming_tiny', *small]
+    for steps, start, *said in (
+        ('0', cold_start, 'Training; TensorBoard logs are in', 'The recogniser is left out: it is to have 0 steps'),
+        ('2', warm_start, 'is there already: no training', 'Fine-tuning a recogniser', 'the words as they come'),
+        ('2', warm_start, 'is there already: no training', 'is there already: no fine-tuning'),
     ):
-        done = start(*command)
+        done = start(*command, f'--recogniser-steps={steps}')
         assert done.returncode == 0, done.stderr[-3000:]
-        assert said in done.stdout and 'What was learned' in done.stdout
+        assert all(text in done.stdout for text in [*said, 'What was learned'])
         assert 'largest difference to offline' in done.stdout
         (folder,) = tmp_path.glob('pretrain-*')
         assert (folder / 'model.nemo').exists() and list(folder.glob('run/**/events.out.tfevents.*'))
@@ -41,22 +42,25 @@ def test_trains_restores_and_reports_and_does_not_train_twice(tmp_path, speech_c
     for before, after in zip(start['contexts'], end['contexts']):
         assert before['masked_frames'] == after['masked_frames'] > 0
         assert before['commonest'] == after['commonest'] and before['loss'] != after['loss']
+    rates = json.loads((folder / 'learned.json').read_text())['recogniser']
+    assert [list(rates[arm]) for arm in ('pretrained', 'scratch')] == 2 * [['40_0', '20_0', '10_0']]
 
 
 # The script, and those that it runs, in processes that have imported NeMo.
 WARM = """
 import sys
+import demo_stages
 import fresh_process
 import pretrain_demo
 
 def run(script, *arguments, **streams):
-    done = fresh_process.run_python(pretrain_demo.HERE / script, *arguments)
+    done = fresh_process.run_python(demo_stages.HERE / script, *arguments)
     print(done.stdout)
     print(done.stderr, file=sys.stderr)
     if done.returncode:
         raise SystemExit(done.returncode)
 
-pretrain_demo.run = run
+demo_stages.run = run
 pretrain_demo.main()
 """
 
@@ -73,12 +77,28 @@ def warm_start(*arguments):
 
 
 @pytest.mark.integration
+def test_half_of_the_demo_learns_and_makes_a_better_recogniser(tmp_path):
+    """The demo's own corpus and config, in half of the steps, and the thresholds that the whole demo is to keep."""
+    shorter = ['trainer.max_steps=200', 'trainer.val_check_interval=200', 'model.log_figures=false']
+    done = warm_start('--output', str(tmp_path), '--recogniser-steps=70', *shorter)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = tmp_path.glob('pretrain-*/learned.json')
+    learned = json.loads(file.read_text())
+    assert list(learned['contexts']) == list(learned['recogniser']['scratch']) == ['40_0', '20_0', '10_0']
+    for context, row in learned['contexts'].items():
+        assert row['loss_end'] < row['unigram_entropy'] - 0.5 < row['loss_start'], context
+        assert row['accuracy_end'] > 2 * row['commonest_share'], context
+        rates = {arm: learned['recogniser'][arm][context] for arm in ('pretrained', 'scratch')}
+        assert rates['pretrained'] < 0.75 * rates['scratch'], (context, rates)
+
+
+@pytest.mark.integration
 def test_dynamic_chunks_are_validated_in_a_fixed_list_and_streamed_in_each_size(tmp_path, speech_corpus):
     manifests = [f'{option}={speech_corpus}/{name}_manifest.json' for option, name in DATA]
     small = [override for override in SMALL if not override.endswith('=null')]
     small += ['trainer.max_steps=2', 'trainer.log_every_n_steps=1']
     config = ['--config', 'nest_fast-conformer_dynamic_chunk_tiny']
-    done = warm_start('--output', str(tmp_path), *manifests, *config, *small)
+    done = warm_start('--output', str(tmp_path), *manifests, *config, '--recogniser-steps=0', *small)
     assert done.returncode == 0, done.stderr[-3000:]
     streamed = re.findall(r'in context (\[.*?\]): largest difference to offline (\S+),', done.stdout)
     assert [context for context, _ in streamed] == ['[42, 13]', '[40, 3]', '[40, 0]']  # chunks of 14, 4 and 1 frames
@@ -107,21 +127,3 @@ def test_each_choice_of_settings_has_its_own_folder(load_example, tmp_path, spee
         for arguments in ([], [], ['trainer.max_steps=7'], ['--config', 'nest_fast-conformer_streaming_tiny'])
     }
     assert len(folders) == 3 and all(os.path.isfile(folder / 'settings.json') for folder in folders)
-
-
-@pytest.mark.unit
-@pytest.mark.parametrize('parts, shown', [(['masked'], False), (['next_0', 'next'], True), (['masked', 'next'], True)])
-def test_the_table_says_what_each_row_is_of(load_example, parts, shown):
-    figures = dict(loss=3.0, loss_interval=[2.9, 3.1], accuracy=0.25, accuracy_interval=[0.2, 0.3], perplexity=20.1)
-    row = dict(context=[10, 0], commonest=0.1, look_ahead_ms=0, utterances=4, not_compared=None, **figures)
-    result = dict(
-        contexts=[{**row, 'part': part} for part in parts],
-        codebook=dict(codes_used=60, classes=64, perplexity=41.0, top_share=0.1),
-        not_compared=[],
-    )
-    table = load_example('pretrain_demo').learning_table(result, result)
-    columns = {str(column.header): list(column.cells) for column in table.columns}
-    assert ('part' in columns) == shown and ('masked frames' in table.title) != shown
-    if shown:
-        assert columns['part'] == parts
-    assert columns['loss at start'] == ['3.000'] * len(parts)

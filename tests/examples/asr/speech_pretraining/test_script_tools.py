@@ -17,7 +17,15 @@ from omegaconf import OmegaConf
 
 FOLDER = Path(__file__).resolve().parents[4] / 'examples/asr/speech_pretraining'
 TREES = {path.stem: ast.parse(path.read_text(encoding='utf-8')) for path in sorted(FOLDER.glob('*.py'))}
-TOOLS = ['evaluation_tools', 'script_tools', 'streaming_tools']
+TOOLS = [
+    'corpus_sentences',
+    'demo_recogniser',
+    'demo_report',
+    'demo_stages',
+    'evaluation_tools',
+    'script_tools',
+    'streaming_tools',
+]
 SCRIPTS = [name for name in TREES if name not in TOOLS]
 GUARD = 'require_patches'
 RATE = 16000

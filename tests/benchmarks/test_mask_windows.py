@@ -1,0 +1,38 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""The picture of what masks ask shows what the masking draws."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / 'benchmarks/mask_windows.py'
+
+
+@pytest.fixture(scope='module')
+def script():
+    spec = importlib.util.spec_from_file_location('mask_windows', SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.unit
+def test_only_stock_masks_leave_frames_without_an_answer(script):
+    stock, own = script.mean_shares(5, 4.0).values()
+    assert stock > 0.1 and own == 0
+
+
+@pytest.mark.unit
+def test_the_picture_marks_the_window_of_a_frame_without_an_answer(script, tmp_path):
+    rows = script.draw_masks(5, 8.0, 28)
+    stock, own = rows.values()
+    assert stock.masked.shape == own.masked.shape == (100,)
+    shown = stock.unanswerable.nonzero().max().item()
+    for axis in script.figure(rows, 5).axes:
+        *cells, window = axis.patches
+        assert len(cells) == 100 and (window.get_x(), window.get_width()) == (shown - 5, 6)
+    with pytest.raises(ValueError, match='take another --seed'):
+        script.figure({'own': own}, 5)
+    script.main([f"--output={tmp_path / 'picture.png'}", '--seconds=4'])
+    assert (tmp_path / 'picture.png').read_bytes().startswith(b'\x89PNG')
