@@ -1,11 +1,44 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Ragged streams of noise, cut in any way, for the tests of live streaming."""
+"""Models that stream, and ragged streams of noise, cut in any way, for the tests of live streaming."""
+
+import functools
 
 import torch
 from hypothesis import strategies as st
-from tiny_nest import SAMPLE_RATE
+from tiny_nest import POST_CONV, SAMPLE_RATE, tiny_model
 
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
 from nemo.collections.asr.parts.streaming.session import StreamingOutput
+
+THREE_LAYERS = 'model.encoder.n_layers=3'
+CHUNKED = ('model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[[8,3],[4,1]]')
+SCHEDULE = '+model.encoder.layer_att_context_size=[[0,[2,0]],[1,[4,0]],[2,[8,0]]]'
+CASES = {  # name: overrides, contexts
+    'regular': ((), ([4, 0], [10, 0], [0, 0], [-1, 0])),
+    'look-ahead': (('model.encoder.att_context_size=[[6,2]]',), ([6, 2], [-1, 1])),
+    'factor 4': (('model.encoder.subsampling_factor=4',), ([6, 0], [-1, 0])),
+    'chunked': (CHUNKED, ([8, 3], [4, 1], [6, 0], [-1, 3], [0, 3])),
+    'schedule': ((SCHEDULE,), ([6, 0], [-1, 0])),
+    'schedule, look-ahead': (
+        ('model.encoder.att_context_size=[[8,3]]', '+model.encoder.layer_att_context_size=[[4,1],[8,3],[2,0]]'),
+        ([8, 3], [-1, 3]),
+    ),
+    'schedule, chunked': ((*CHUNKED, '+model.encoder.layer_att_context_size=[[4,1],[8,-1],[-1,0]]'), ([8, 3],)),
+    'sdpa': (('+model.encoder.use_pytorch_sdpa=true',), ([4, 0], [-1, 0])),
+    'batch norm': (('model.encoder.conv_norm_type=batch_norm',), ([4, 0],)),
+    'post conv': (
+        POST_CONV,
+        ([4, 0],),
+    ),
+    'codebooks': (('model.num_books=2',), ([4, 0],)),
+}
+
+
+@functools.lru_cache(maxsize=None)
+def model_of(case: str):
+    cls = EncDecMaskedTokenPredModel if case in ('post conv', 'factor 4') else EncDecDenoiseMaskedTokenPredModel
+    return tiny_model(THREE_LAYERS, *CASES[case][0], cls=cls).eval()
+
 
 PIECES = st.lists(st.one_of(st.integers(1, 400), st.integers(1, 6000), st.integers(1, 200000)), min_size=1, max_size=5)
 TOTALS = st.one_of(st.integers(0, 2000), st.integers(0, 3 * SAMPLE_RATE))

@@ -139,7 +139,7 @@ class StreamingEncoder:
             if not final:
                 whole = -(-received // self.factor) // self.chunk * self.chunk
                 new = whole - frames
-                if not new:
+                if new <= 0:  # a stream that has ended in a part of a chunk has more than whole ones
                     continue
                 width = self.factor * (whole - 1) + 1 - start
             key = (final, skipped, width, new, min(frames, sum(self.waits)))

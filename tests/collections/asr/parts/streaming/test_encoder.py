@@ -119,3 +119,16 @@ def test_nemos_own_streaming_is_set_up_alike_with_masking_after_the_convolutions
         encoder.set_default_att_context_size([10, 0])
     assert vars(post_conv.streaming_cfg) == vars(pre_conv.streaming_cfg)
     assert pre_conv.streaming_cfg.chunk_size == [1, 8]
+
+
+@pytest.mark.unit
+def test_a_stream_that_ended_in_a_part_of_a_chunk_is_left_alone():
+    encoder = encoder_of(att_context_style='chunked_limited', att_context_size=[[8, 3]])
+    streaming = StreamingEncoder(encoder, AttContext(8, 3))
+    state = streaming.new_state(2, 80)
+    with torch.inference_mode():
+        streaming.step(state, [torch.randn(80, 1), torch.randn(80, 2)], [True, True])
+        ended = [frames.shape for frames in state.features], list(state.frames)
+        later = streaming.step(state, [torch.zeros(80, 0)] * 2, [False, False])
+    assert [frames.shape[1] for frames in later] == [0, 0]
+    assert ended == ([frames.shape for frames in state.features], list(state.frames))

@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 import functools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import soundfile
@@ -8,43 +9,14 @@ import torch
 from fresh_process import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_streams import PIECES, TOTALS, noise, stream
+from live_streams import CASES, PIECES, THREE_LAYERS, TOTALS, model_of, noise, stream
 from omegaconf import OmegaConf
-from tiny_nest import POST_CONV, tiny_config, tiny_model
+from tiny_nest import tiny_config, tiny_model
 
 from nemo.collections.asr.models import EncDecCTCModel
-from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
 from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
 
 RATE = 16000
-THREE_LAYERS = 'model.encoder.n_layers=3'
-CHUNKED = ('model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[[8,3],[4,1]]')
-SCHEDULE = '+model.encoder.layer_att_context_size=[[0,[2,0]],[1,[4,0]],[2,[8,0]]]'
-CASES = {  # name: overrides, contexts
-    'regular': ((), ([4, 0], [10, 0], [0, 0], [-1, 0])),
-    'look-ahead': (('model.encoder.att_context_size=[[6,2]]',), ([6, 2], [-1, 1])),
-    'factor 4': (('model.encoder.subsampling_factor=4',), ([6, 0], [-1, 0])),
-    'chunked': (CHUNKED, ([8, 3], [4, 1], [6, 0], [-1, 3], [0, 3])),
-    'schedule': ((SCHEDULE,), ([6, 0], [-1, 0])),
-    'schedule, look-ahead': (
-        ('model.encoder.att_context_size=[[8,3]]', '+model.encoder.layer_att_context_size=[[4,1],[8,3],[2,0]]'),
-        ([8, 3], [-1, 3]),
-    ),
-    'schedule, chunked': ((*CHUNKED, '+model.encoder.layer_att_context_size=[[4,1],[8,-1],[-1,0]]'), ([8, 3],)),
-    'sdpa': (('+model.encoder.use_pytorch_sdpa=true',), ([4, 0], [-1, 0])),
-    'batch norm': (('model.encoder.conv_norm_type=batch_norm',), ([4, 0],)),
-    'post conv': (
-        POST_CONV,
-        ([4, 0],),
-    ),
-    'codebooks': (('model.num_books=2',), ([4, 0],)),
-}
-
-
-@functools.lru_cache(maxsize=None)
-def model_of(case: str):
-    cls = EncDecMaskedTokenPredModel if case in ('post conv', 'factor 4') else EncDecDenoiseMaskedTokenPredModel
-    return tiny_model(THREE_LAYERS, *CASES[case][0], cls=cls).eval()
 
 
 @torch.no_grad()
@@ -277,14 +249,17 @@ def test_a_killed_process_is_carried_on_by_another(tmp_path):
 
 @pytest.mark.unit
 def test_state_is_bounded_where_the_context_is_and_grows_where_it_is_not():
-    def bytes_after(context, seconds):
-        session = StreamingSession(model_of('regular'), 1, context)
+    def bytes_after(context, seconds, fast):
+        session = StreamingSession(model_of('regular'), 1, context, fast=fast)
         session.step(noise(1, seconds * RATE))
         return session.cache_bytes_per_stream
 
-    assert bytes_after([10, 0], 4) == bytes_after([10, 0], 12)
-    frames = 8 * RATE // 1280
-    assert bytes_after([-1, 0], 12) - bytes_after([-1, 0], 4) == 3 * frames * 16 * 4  # layers, d_model, float32
+    frame = 3 * 16 * 4  # layers, d_model, float32
+    for fast in ('auto', 'off'):
+        assert bytes_after([10, 0], 4, fast) == bytes_after([10, 0], 12, fast)
+    assert bytes_after([-1, 0], 12, 'off') - bytes_after([-1, 0], 4, 'off') == 8 * RATE // 1280 * frame
+    slots = 256 - 64  # twice as many until 150 frames fit; keys and values
+    assert bytes_after([-1, 0], 12, 'auto') - bytes_after([-1, 0], 4, 'auto') == slots * 2 * frame
 
 
 @pytest.mark.unit
@@ -378,6 +353,54 @@ def test_wrong_settings_are_refused():
         StreamingSession(tiny_model().train())
     with pytest.raises(ValueError, match='there is no output'):
         StreamingOutput.concatenate([])
+
+
+@pytest.mark.unit
+def test_sessions_of_a_model_run_in_several_threads_at_once():
+    model, contexts = model_of('regular'), ([4, 0], [-1, 0], [6, 2], [10, 0])
+    samples = noise(4, 40000)
+
+    def run(row):
+        session = StreamingSession(model, 1, contexts[row])
+        return stream(session, samples[row : row + 1], [40000], [700])
+
+    alone = [run(row) for row in range(4)]
+    for _ in range(3):
+        with ThreadPoolExecutor(4) as threads:
+            for mine, expected in zip(threads.map(run, range(4)), alone):
+                assert torch.equal(mine.encoded, expected.encoded)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.15), (torch.float16, 0.02)])
+def test_half_precision_streams(dtype, tolerance):
+    model = tiny_model(THREE_LAYERS).to(dtype).eval()
+    expected = offline(tiny_model(THREE_LAYERS).eval(), noise(2, 20000), [20000, 9000], [4, 0])[2]
+    session = StreamingSession(model, 2, [4, 0], return_tokens=True)
+    output = stream(session, noise(2, 20000), [20000, 9000], [1280])
+    assert session.why_not_fast is None and output.encoded.dtype == dtype
+    for row, length in enumerate(output.lengths.tolist()):
+        difference = output.encoded[row, :, :length].float() - expected[row, :, :length]
+        assert difference.abs().mean() < tolerance
+
+
+@pytest.mark.unit
+def test_what_the_batched_way_does_not_know_takes_the_other_and_says_why():
+    model = tiny_model(THREE_LAYERS).eval()
+    assert StreamingSession(model).why_not_fast is None
+    assert StreamingSession(model, fast='off').why_not_fast == "fast is 'off'"
+    assert 'each stream by itself' in StreamingSession(model, 1, [4, 0], apply_mask=True).why_not_fast
+    expected = stream(StreamingSession(model, 1, [4, 0]), noise(1, 9000), [9000], [1280])
+    handle = model.encoder.layers[1].norm_out.register_forward_hook(lambda module, inputs, output: output)
+    session = StreamingSession(model, 1, [4, 0])
+    assert session.why_not_fast == 'encoder.layers[1]: norm_out has forward hooks'
+    output = stream(session, noise(1, 9000), [9000], [1280])
+    torch.testing.assert_close(output.encoded, expected.encoded, atol=1e-5, rtol=0)
+    handle.remove()
+    with pytest.raises(ValueError, match=r"fast is True; it must be one of \('auto', 'off'\)"):
+        StreamingSession(model, fast=True)
+    with pytest.raises(ValueError, match='was saved by a fast session'):
+        StreamingSession(model, fast='off').load_state_dict(StreamingSession(model).state_dict())
 
 
 @pytest.mark.unit

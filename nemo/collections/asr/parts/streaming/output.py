@@ -1,0 +1,98 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""What a step of live streams gives out.
+
+Shapes: B streams, F features, T feature frames, M mask frames, D the encoder's width, A attention frames, S target frames,
+K horizons, C classes, H codebooks.
+"""
+
+from dataclasses import dataclass
+from typing import Optional, Sequence
+
+import torch
+
+
+@dataclass
+class StreamingOutput:
+    """What one step gave out. Frames at or beyond a stream's length are 0."""
+
+    encoded: torch.Tensor
+    """Encoder frames, [B, D, A]."""
+    lengths: torch.Tensor
+    """How many of them each stream has, [B] int64."""
+    current_frame: torch.Tensor
+    """Mask frames received by each stream since its beginning, [B] int64: feature frames, or attention frames for a
+    model that masks after its convolutions."""
+    log_probs: Optional[torch.Tensor] = None
+    """With ``return_log_probs``: [B, A, C] or [B, A, C, H], as the model's decoder gives them."""
+    tokens: Optional[torch.Tensor] = None
+    """With ``return_tokens``: the likeliest class of each frame, [B, A] or [B, A, H] int64; for a CTC model the greedy
+    path, blanks and repetitions included."""
+    features: Optional[torch.Tensor] = None
+    """With ``return_features``: new feature frames, before masking, [B, F, T]."""
+    feature_lengths: Optional[torch.Tensor] = None
+    """How many of them each stream has, [B] int64."""
+    masks: Optional[torch.Tensor] = None
+    """With ``apply_mask``: which of the new mask frames are masked, [B, M], 1 where masked."""
+    mask_lengths: Optional[torch.Tensor] = None
+    """How many mask frames are new in each stream, [B] int64."""
+    loss: Optional[torch.Tensor] = None
+    """With ``apply_mask``: nats per masked frame, over the frames whose target and prediction this step completed."""
+    masked_frames: int = 0
+    """With ``apply_mask``: how many frames that is."""
+    next_tokens: Optional[torch.Tensor] = None
+    """With ``return_surprise``: the likeliest token of each horizon for each new frame, [B, A, K] or [B, A, K, H]
+    int64. Frame j predicts at horizon k token j + ``session.next_token_offset`` + k."""
+    surprise: Optional[torch.Tensor] = None
+    """With ``return_surprise``: nats (the mean over the codebooks) of each token that was predicted at the first horizon
+    and is known since this step, [B, S]."""
+    surprise_lengths: Optional[torch.Tensor] = None
+    """How many of these each stream has, [B] int64."""
+    surprise_start: Optional[torch.Tensor] = None
+    """Which token of its stream the first of these is, from 0, or will be if there is none yet, [B] int64."""
+
+    @classmethod
+    def concatenate(cls, outputs: Sequence['StreamingOutput']) -> 'StreamingOutput':
+        """Join outputs of consecutive steps, stream by stream; ``loss`` becomes that of all masked frames.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if not outputs:
+            raise ValueError("concatenate: there is no output to join")
+        if len(outputs) == 1:
+            return outputs[0]
+        lengths = [output.lengths for output in outputs]
+        joined = dict(lengths=sum(lengths), current_frame=outputs[-1].current_frame)
+        joined['surprise_start'] = outputs[0].surprise_start
+        for name, dim, counts in (
+            ('encoded', 2, 'lengths'),
+            ('log_probs', 1, 'lengths'),
+            ('tokens', 1, 'lengths'),
+            ('features', 2, 'feature_lengths'),
+            ('masks', 1, 'mask_lengths'),
+            ('next_tokens', 1, 'lengths'),
+            ('surprise', 1, 'surprise_lengths'),
+        ):
+            if getattr(outputs[0], name) is not None:
+                sizes = [getattr(output, counts) for output in outputs]
+                joined[name] = _join([getattr(output, name) for output in outputs], sizes, dim)
+                joined[counts] = sum(sizes)
+        if outputs[0].loss is not None:
+            joined['masked_frames'] = sum(output.masked_frames for output in outputs)
+            total = sum(output.loss * output.masked_frames for output in outputs)
+            joined['loss'] = total / max(joined['masked_frames'], 1)
+        return cls(**joined)
+
+
+def _join(tensors, lengths, dim: int) -> torch.Tensor:
+    """Join tensors of consecutive steps along ``dim``, leaving out the padding of each stream."""
+    rows = []
+    for row in range(tensors[0].shape[0]):
+        parts = [tensor[row].narrow(dim - 1, 0, int(length[row])) for tensor, length in zip(tensors, lengths)]
+        rows.append(torch.cat(parts, dim=dim - 1).transpose(0, dim - 1))
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, dim)
+
+
+def valid_frames(output: StreamingOutput) -> torch.Tensor:
+    """Return which frames are a stream's own, [B, A], True where they are."""
+    return torch.arange(output.encoded.shape[2], device=output.lengths.device) < output.lengths[:, None]

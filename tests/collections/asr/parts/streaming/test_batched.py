@@ -1,0 +1,77 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Streams of one batch in any phase: each is as it would be alone."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from live_streams import CASES, model_of, noise
+
+from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
+
+CASES_HERE = ['regular', 'look-ahead', 'chunked', 'schedule, look-ahead']
+
+
+@pytest.mark.unit
+@settings(max_examples=15)
+@given(st.data())
+def test_streams_that_join_end_and_begin_anew_at_any_time_equal_the_other_way(data):
+    case = data.draw(st.sampled_from(CASES_HERE))
+    context = data.draw(st.sampled_from(CASES[case][1]))
+    batch = data.draw(st.sampled_from([2, 3, 9]))  # below and above the number that pushes several frames at once
+    model, samples = model_of(case), noise(batch, 120000, seed=batch)
+    ways = [StreamingSession(model, batch, context, fast=fast) for fast in ('auto', 'off')]
+    position = np.zeros(batch, int)
+    for _ in range(data.draw(st.integers(2, 8))):
+        count = data.draw(st.lists(st.integers(0, 9000), min_size=batch, max_size=batch))
+        ends = data.draw(st.lists(st.booleans(), min_size=batch, max_size=batch))
+        count = [0 if over else number for over, number in zip(ways[0].ended, count)]
+        piece = torch.stack([samples[row, start : start + 9000] for row, start in enumerate(position)])
+        mine, expected = (session.step(piece, count, ends) for session in ways)
+        assert mine.lengths.tolist() == expected.lengths.tolist()
+        torch.testing.assert_close(mine.encoded, expected.encoded, atol=2e-5, rtol=0)
+        position += count
+        again = [row for row, over in enumerate(ways[0].ended) if over and data.draw(st.booleans())]
+        for session in ways:
+            session.reset(again)
+        assert ways[0].current_frame.tolist() == ways[1].current_frame.tolist()
+
+
+@pytest.mark.unit
+def test_a_step_has_no_python_of_its_own_for_each_stream():
+    """16 streams in as many phases make a step as many calls as 9 do; more are taken 16 at a time by the convolutions."""
+
+    def calls(batch):
+        session = StreamingSession(model_of('regular'), batch, [4, 0])
+        phases = [37 * row % 1280 for row in range(batch)]
+        session.step(noise(batch, 1280), phases)
+        session.step(noise(batch, 12800))
+        counted = 0
+
+        def count(frame, event, argument):
+            nonlocal counted
+            counted += event in ('call', 'c_call')
+
+        samples = noise(batch, 1280)
+        sys.setprofile(count)
+        try:
+            session.step(samples)
+        finally:
+            sys.setprofile(None)
+        return counted
+
+    assert abs(calls(16) - calls(9)) < 7
+    assert calls(64) - calls(48) == calls(48) - calls(32)
+
+
+@pytest.mark.unit
+def test_minutes_are_taken_at_once_in_bounded_memory():
+    session = StreamingSession(model_of('regular'), 1, [4, 0])
+    before = session.cache_bytes_per_stream
+    output = session.step(noise(1, 5 * 60 * 16000))
+    assert output.lengths.item() == 5 * 60 * 16000 // 1280 and session.cache_bytes_per_stream == before
+    parts = [session.step(piece) for piece in noise(1, 9600).split(1280, dim=1)]
+    assert StreamingOutput.concatenate(parts).lengths.item() == 8

@@ -1,0 +1,40 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""A prepared linear layer computes what torch's does, whatever layout it reads."""
+
+import pytest
+import torch
+
+from nemo.collections.asr.parts.streaming import linear
+from nemo.collections.asr.parts.streaming.linear import PreparedLinear
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('rows', [1, 2, 3, 40])
+@pytest.mark.parametrize('size', [(32, 16), (512, 1024)])
+@pytest.mark.parametrize('packs', [True, False])
+@pytest.mark.parametrize('bias', [True, False])
+def test_it_equals_torchs_for_any_number_of_rows(rows, size, packs, bias, monkeypatch):
+    if not packs:
+        monkeypatch.setattr(linear, 'can_pack', lambda: False)
+    torch.manual_seed(0)
+    layer, inputs = torch.nn.Linear(*size, bias=bias), torch.randn(rows, size[0])
+    prepared = PreparedLinear(layer.weight, layer.bias, 0.5)
+    with torch.inference_mode():
+        torch.testing.assert_close(prepared(inputs), layer(inputs) * 0.5, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions_are_left_as_they_are(dtype):
+    layer = torch.nn.Linear(512, 1024).to(dtype)
+    inputs = torch.randn(2, 512).to(dtype)
+    with torch.inference_mode():
+        assert torch.equal(PreparedLinear(layer.weight, layer.bias)(inputs), layer(inputs))
+
+
+@pytest.mark.unit
+def test_a_pointwise_convolution_is_a_linear_layer():
+    convolution, inputs = torch.nn.Conv1d(6, 4, 1), torch.randn(5, 6)
+    with torch.no_grad():
+        expected = convolution(inputs.unsqueeze(2))[:, :, 0]
+        torch.testing.assert_close(PreparedLinear(convolution.weight, convolution.bias)(inputs), expected)
