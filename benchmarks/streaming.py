@@ -1,192 +1,203 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Stream an hour of audio through an encoder: time per chunk and memory as it goes, beside NeMo's own streaming.
+"""Live streams beside NeMo's own loop and beside streams one by one, in turns: times faster, and streams per core.
 
-    python benchmarks/streaming.py --minutes 60 --nemo_minutes 10
+    OMP_NUM_THREADS=1 python benchmarks/streaming.py --json streams.json --plot docs/pictures/streaming.png
+    python benchmarks/streaming.py --quick                       # two small cases, to see that it runs
+    python benchmarks/streaming.py --only "17 x 512" --profile   # and where the time goes
 
-The session starts from samples; NeMo's ``cache_aware_stream_step`` gets its features for nothing, as its API wants
-them. For ``--nemo_minutes`` the two take turns chunk by chunk, so that whatever else the machine does hits both; then
-a new session streams ``--minutes`` alone. Weights are random: they do not change the time.
+Chunks are of 80 ms, weights random: they do not change the time. Sessions start from samples; NeMo's
+``cache_aware_stream_step`` gets its features for nothing, as its API wants them, and all of its streams are in step. Times
+are CPU times of all threads; ratios are medians over the turns, with their quartiles. How many streams a core runs in real
+time is 80 ms over the time of a step, times the streams. What bounds a step is the greater of two times: to read all weights
+once, and to compute all products, at the rates that this machine shows.
 """
 
 import argparse
 import json
-import resource
-import sys
+import statistics
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
-from measure import timed
-from omegaconf import OmegaConf
-from tqdm import tqdm
+from measure import Ratio, in_turn, machine_rates, ratio, timed
+from streaming_cases import SIZES, NemoStream, SessionStream, model_of_size
 
-from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-from nemo.collections.asr.parts.streaming.session import StreamingSession
 from nemo.utils import logging
+from nemo.utils.atomic_files import replacing
 
-CONFIGS = Path(__file__).resolve().parents[1] / 'examples/asr/conf/ssl/nest'
-SEED = 0
-WINDOW_MINUTES = 5  # of the first and the last minutes that are compared
-CLOCKS = {'wall': 0, 'cpu': 1}  # places in what timed() returns
-WARM_UP_MINUTES = 1  # until caches are full and memory is allocated
+CHUNK_MS = 80
+FILLED = 8  # chunks after the caches are full before anything is timed
+TURN_SECONDS = 0.1  # steps that take less are repeated within a turn
+SAMPLES = 40  # chunks of audio that come again and again
+PARTS = {  # of the profile: the functions that a part is all of
+    'mel': ('batched.py', '_take'),
+    'subsampling': ('batched.py', '_subsample'),
+    'layers': ('layers.py', 'step'),
+    'what is seen': ('batched.py', '_visible'),
+}
 
 
-class NemoStream:
-    """NeMo's cache-aware streaming of one encoder, on features computed beforehand."""
+class Case(NamedTuple):
+    """What is run."""
 
-    def __init__(self, encoder, context):
-        encoder.set_default_att_context_size(context)
-        self.encoder, self.cfg = encoder, encoder.streaming_cfg
-        self.caches = encoder.get_initial_cache_state(batch_size=1)
-        self.first, self.shift = self.cfg.shift_size
-        self.overlap = self.cfg.pre_encode_cache_size[1]
+    size: str
+    streams: int
+    left: int
+    frames: int = 1
+    """Of 80 ms in a chunk; NeMo's loop is left out where there are more than one."""
 
-    def step(self, features: torch.Tensor, index: int) -> None:
-        """Run chunk ``index`` of features [1, F, T]; with causal subsampling the first chunk is one frame."""
-        end = self.first + index * self.shift
-        before = min(end - self.shift, self.overlap)  # NeMo fills up with zeros
-        chunk = features[:, :, end - self.shift - before : end] if index else features[:, :, :end]
-        if index:
-            chunk = torch.nn.functional.pad(chunk, (self.overlap - before, 0))
-        _, _, *self.caches = self.encoder.cache_aware_stream_step(
-            processed_signal=chunk,
-            processed_signal_length=torch.tensor([chunk.shape[2]]),
-            cache_last_channel=self.caches[0],
-            cache_last_time=self.caches[1],
-            cache_last_channel_len=self.caches[2],
-            keep_all_outputs=False,
-            drop_extra_pre_encoded=self.cfg.drop_extra_pre_encoded if index else 0,
-        )
+
+CASES = [
+    *(Case(size, 1, left) for size in ('tiny', '17 x 512') for left in (10, 40, 80, 320)),
+    *(Case('8 x 512', 32, left) for left in (40, 80)),
+    *(Case(size, streams, 40) for size in ('tiny', '8 x 256') for streams in (8, 32, 128)),
+    Case('8 x 256', 1, 40),
+    Case('17 x 512', 8, 80),
+    *(Case(size, 1, 40, 4) for size in ('tiny', '17 x 512')),
+]
+QUICK = [Case('tiny', 1, 10), Case('tiny', 4, 10)]
 
 
 def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
-    parser.add_argument('--minutes', type=float, default=60, help='of audio')
-    parser.add_argument('--nemo_minutes', type=float, default=10, help='of audio in turns with NeMo')
-    parser.add_argument('--config', default='nest_fast-conformer_streaming_tiny', help='in examples/asr/conf/ssl/nest')
-    parser.add_argument('--context', type=int, nargs=2, default=[40, 0], metavar=('LEFT', 'RIGHT'))
-    parser.add_argument('--output', type=Path, help='a JSON file for the figures')
-    return parser.parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--turns', type=int, default=11, help='timed steps of each')
+    parser.add_argument('--only', choices=list(SIZES), help='one size of model')
+    parser.add_argument('--quick', action='store_true', help='two small cases, to see that it runs')
+    parser.add_argument('--profile', action='store_true', help='say where the time of the session goes')
+    parser.add_argument('--json', type=Path, help='write the figures to this file')
+    parser.add_argument('--plot', type=Path, help='draw the streams per core to this file')
+    options = parser.parse_args(argv)
+    if options.turns < 2:
+        parser.error('--turns must be 2 or more: a ratio needs its spread')
+    return options
 
 
-def model_of(config: str) -> EncDecDenoiseMaskedTokenPredModel:
-    """Build the model of a shipped config, with random weights and without data."""
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        cfg = compose(config, overrides=['model.train_ds=null', 'model.validation_ds=null']).model
-    OmegaConf.resolve(cfg)
-    torch.manual_seed(SEED)
-    return EncDecDenoiseMaskedTokenPredModel(cfg).eval()
+def runs_of(case: Case, model) -> dict:
+    """Return what takes turns in a case, by name, their caches filled."""
+    samples = torch.randn(case.streams, SAMPLES * CHUNK_MS * 16, generator=torch.Generator().manual_seed(0)) * 0.1
+    session = partial(SessionStream, model, [case.left, 0], samples, case.frames)
+    runs = {'session': session(), 'one by one': session(fast='off')}
+    if case.streams > 1:
+        runs['mixed phases'] = session(mixed=True)
+    if case.frames == 1:
+        runs['nemo'] = NemoStream(model, [case.left, 0], samples)
+    for name, run in runs.items():
+        steps = FILLED + (case.left // case.frames if name != 'nemo' else 0)  # its cache has its size from the start
+        for _ in range(steps):
+            run.step()
+    return runs
 
 
-def resident_mb() -> float:
-    """Resident memory of this process now, in MB."""
-    try:
-        pages = int(Path('/proc/self/statm').read_text().split()[1])
-    except FileNotFoundError:  # not Linux: the largest so far
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return pages * resource.getpagesize() / 2**20
-
-
-@torch.no_grad()
-def measure(options: argparse.Namespace) -> dict:
-    """Stream, and return the figures: milliseconds per chunk, MB of memory."""
-    model = model_of(options.config)
-    session = StreamingSession(model, att_context_size=options.context)
-    chunk = session.frame_samples * (session.att_context.right + 1)
-    per_minute = round(60 * session.sample_rate / chunk)
-    minute = torch.randn(1, per_minute * chunk) * 0.1  # the same again and again, so that it takes no memory
-    result = {
-        'config': options.config,
-        'context': options.context,
-        'minutes': options.minutes,
-        'threads': torch.get_num_threads(),
-    }
-    if options.nemo_minutes:
-        result.update(beside_nemo(options, model, minute, chunk, round(options.nemo_minutes * per_minute)))
-    result.update(alone(session, minute, chunk, round(options.minutes * per_minute)))
-    result['old_beside_new'] = old_beside_new(
-        session, StreamingSession(model, att_context_size=options.context), minute
-    )
+def measure(case: Case, turns: int, rates: dict, profiled: bool = False) -> dict:
+    """Time a case; returns its figures."""
+    model = model_of_size(case.size)
+    runs = runs_of(case, model)
+    name = f'{case.size}, {case.streams} streams, left {case.left}'
+    found = in_turn({name: partial(timed, run.step, TURN_SECONDS) for name, run in runs.items()}, turns, name)
+    cpu = {run: [seconds.cpu for seconds in each] for run, each in found.items()}
+    result = {**case._asdict(), 'ms': {run: 1000 * statistics.median(times) for run, times in cpu.items()}}
+    result['times_faster'] = {run: ratio(times, cpu['session'])._asdict() for run, times in cpu.items()}
+    per_frame = {run: ms / case.frames for run, ms in result['ms'].items()}
+    result['streams_per_core'] = {run: case.streams * CHUNK_MS / ms for run, ms in per_frame.items()}
+    result['bound_ms'] = bound_ms(model, case, rates)
+    result['state_bytes'] = runs['session'].session.cache_bytes_per_stream
+    if profiled:
+        result['profile'] = profile(runs['session'])
     return result
 
 
-def beside_nemo(options, model, minute: torch.Tensor, chunk: int, chunks: int) -> dict:
-    """Time session and NeMo in turns."""
-    session = StreamingSession(model, att_context_size=options.context)
-    nemo = NemoStream(model.encoder, options.context)
-    features, _ = model.preprocessor(input_signal=minute, length=torch.tensor([minute.shape[1]]))
-    per_minute = minute.shape[1] // chunk
-    ours, theirs = [], []
-    for index in tqdm(range(chunks), desc='session and NeMo', mininterval=5):
-        samples = minute[:, index % per_minute * chunk :][:, :chunk]
-        ours.append(timed(lambda: session.step(samples)))
-        theirs.append(timed(lambda: nemo.step(features, index if index == 0 else 1 + (index - 1) % (per_minute - 2))))
-    warm = min(WARM_UP_MINUTES * per_minute, chunks // 2)
-    result = {}
-    for name, clock in CLOCKS.items():
-        mine, nemos = (percentile([times[clock] for times in side[warm:]], 0.5) for side in (ours, theirs))
-        result[f'beside_nemo_{name}'] = {'session_p50_ms': mine, 'nemo_p50_ms': nemos, 'session_to_nemo': mine / nemos}
-    return result
+def bound_ms(model, case: Case, rates: dict) -> float:
+    """Return the least milliseconds of a step: those of reading the weights, or of computing with them."""
+    weights = sum(parameter.numel() for layer in model.encoder.layers for parameter in layer.parameters())
+    reading = 4 * weights / rates['bytes_per_second']
+    computing = 2 * weights * case.streams * case.frames / rates['operations_per_second']
+    return 1000 * max(reading, computing)
 
 
-def alone(session: StreamingSession, minute: torch.Tensor, chunk: int, chunks: int) -> dict:
-    """Time the session from its first minute to its last, and watch its memory."""
-    per_minute = minute.shape[1] // chunk
-    # allocated beforehand: a growing list would look like the session's memory
-    seconds, memory = np.zeros((chunks, 2)), []
-    for index in tqdm(range(chunks), desc='session', mininterval=5):
-        samples = minute[:, index % per_minute * chunk :][:, :chunk]
-        seconds[index] = timed(lambda: session.step(samples))
-        if index % per_minute == per_minute - 1:
-            memory.append({'resident': resident_mb(), 'state': session.cache_bytes_per_stream / 2**20})
-    warm = min(WARM_UP_MINUTES * per_minute, chunks // 3)
-    window = min(WINDOW_MINUTES * per_minute, (chunks - warm) // 2)
-    result = {'memory_mb_after_each_tenth': memory[:: max(len(memory) // 10, 1)] + memory[-1:]}
-    for name, clock in CLOCKS.items():
-        times = seconds[:, clock].tolist()
-        first, last = percentile(times[warm : warm + window], 0.5), percentile(times[-window:], 0.5)
-        result[name] = {
-            'p50_ms': percentile(times, 0.5),
-            'p95_ms': percentile(times, 0.95),
-            'p50_first_minutes_ms': first,
-            'p50_last_minutes_ms': last,
-            'last_to_first': last / first,
-            'real_time_factor': sum(times) / (60 * chunks / per_minute),
-        }
-    return result
+def profile(run: SessionStream) -> dict[str, float]:
+    """Return which share of a session's time each part takes, by Python's profiler, which makes Python itself slower."""
+    import cProfile
+    import pstats
+
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(20):
+        run.step()
+    profiler.disable()
+    stats = pstats.Stats(profiler).stats
+    whole = sum(own for _, _, own, _, _ in stats.values())
+    cumulative = {(Path(file).name, function): total for (file, _, function), (_, _, _, total, _) in stats.items()}
+    shares = {part: cumulative.get(function, 0.0) / whole for part, function in PARTS.items()}
+    shares['the rest'] = 1 - sum(shares.values())
+    in_python = sum(own for (file, _, _), (_, _, own, _, _) in stats.items() if file != '~')
+    return {**shares, 'Python itself, of all parts': in_python / whole}
 
 
-def old_beside_new(old: StreamingSession, new: StreamingSession, minute: torch.Tensor) -> dict:
-    """Time two sessions in turns for a minute, after a minute of the new one: a busy machine hits both alike."""
-    chunk = old.frame_samples * (old.att_context.right + 1)
-    new.step(minute)
-    times = [
-        [timed(lambda: session.step(samples)) for session in (old, new)] for samples in minute.split(chunk, dim=1)
-    ]
-    result = {}
-    for name, clock in CLOCKS.items():
-        ages = [percentile([pair[age][clock] for pair in times], 0.5) for age in range(2)]
-        result[name] = {'old_p50_ms': ages[0], 'new_p50_ms': ages[1], 'old_to_new': ages[0] / ages[1]}
-    return result
+def table(results: list[dict]) -> str:
+    """Lay the figures out as Markdown."""
+    head = '| model | streams | left | frames | session, ms | against NeMo | against one by one | mixed phases | bound, ms |'
+    rows = [head + ' streams per core |', '| --- |' + ' ---: |' * 9]
+    for found in results:
+        faster = {name: Ratio(**values) for name, values in found['times_faster'].items()}
+        mixed = f"{faster['mixed phases'].median:.2f} x the time" if 'mixed phases' in faster else '-'
+        cells = [found['size'], found['streams'], found['left'], found['frames'], f"{found['ms']['session']:.2f}"]
+        cells += [_times(faster.get('nemo')), _times(faster['one by one']), mixed, f"{found['bound_ms']:.2f}"]
+        per_core = found['streams_per_core']
+        cells.append(f"{per_core['session']:.1f} (one by one {per_core['one by one']:.1f})")
+        rows.append('| ' + ' | '.join(map(str, cells)) + ' |')
+    return '\n'.join(rows)
 
 
-def percentile(seconds: list[float], share: float) -> float:
-    """A percentile of times in seconds, in milliseconds."""
-    return sorted(seconds)[min(int(share * len(seconds)), len(seconds) - 1)] * 1000
+def _times(faster) -> str:
+    return '-' if faster is None else f'{faster.median:.2f} x ({faster.low:.2f} to {faster.high:.2f})'
+
+
+def plot(results: list[dict], path: Path) -> None:
+    """Draw the streams per core over the number of streams, a line for each size and way."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4), layout='constrained')
+    axis = figure.subplots()
+    for number, size in enumerate(dict.fromkeys(found['size'] for found in results)):
+        own = sorted(
+            (
+                found
+                for found in results
+                if found['size'] == size and found['left'] in (40, 80) and found['frames'] == 1
+            ),
+            key=lambda found: found['streams'],
+        )
+        for way, style in (('session', '-'), ('mixed phases', ':'), ('one by one', '--')):
+            points = [(found['streams'], found['streams_per_core'][way]) for found in own if way in found['ms']]
+            if points:
+                axis.plot(*zip(*points), style, marker='o', ms=4, color=f'C{number}', label=f'{size}, {way}')
+    axis.set(xscale='log', yscale='log', xlabel='streams in a session', ylabel='real-time streams per core')
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)
+    with replacing(path) as partial_file:
+        figure.savefig(partial_file, dpi=120, format='png', metadata={'Software': None})
 
 
 def main(argv=None) -> None:
-    """Measure, print, write."""
+    """Time, and print the table."""
     options = arguments(argv)
     logging.setLevel(logging.ERROR)
-    result = measure(options)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.output:
-        options.output.write_text(text + '\n')
+    rates = machine_rates()
+    cases = [case for case in (QUICK if options.quick else CASES) if options.only in (None, case.size)]
+    results = [measure(case, options.turns, rates, options.profile) for case in cases]
+    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads')
+    print(table(results))
+    for found in results if options.profile else ():
+        shares = ', '.join(f'{part} {share:.0%}' for part, share in found['profile'].items())
+        print(f"{found['size']}, {found['streams']} streams, left {found['left']}: {shares}")
+    if options.json:
+        with replacing(options.json) as partial_file:
+            partial_file.write_text(json.dumps({'rates': rates, 'cases': results}, indent=1) + '\n')
+    if options.plot:
+        plot(results, options.plot)
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()

@@ -115,21 +115,19 @@ def read_entry(entry: dict, rate: int):
 
 def words_as_they_come(model, samples, context) -> Iterator[tuple[float, str]]:
     """Stream samples [N] through a CTC model; yield the seconds heard and the text so far at every new word."""
-    from nemo.collections.asr.parts.streaming.session import StreamingSession
+    from nemo.collections.asr.parts.streaming.transcriber import StreamingTranscriber
 
-    rate, labels = sample_rate_of(model), list(model.decoder.vocabulary)
-    session = StreamingSession(model, att_context_size=context, return_tokens=True)
+    rate = sample_rate_of(model)
+    transcriber = StreamingTranscriber(model, att_context_size=context)
     pieces = torch.from_numpy(samples).unsqueeze(0).split(max(round(chunk_seconds(model, context) * rate), 1), dim=1)
-    tokens, heard, words = [], 0, 0
+    heard, words = 0, 0
     for piece in pieces:
-        tokens += session.step(piece).tokens[0].tolist()
+        (transcript,) = transcriber.step(piece)
         heard += piece.shape[1]
-        text = spell(tokens, labels)
-        if text.count(' ') > words:  # the word before the space is complete
-            words = text.count(' ')
-            yield heard / rate, text[: text.rindex(' ')]
-    tokens += session.finish().tokens[0].tolist()
-    yield heard / rate, spell(tokens, labels)
+        if len(transcript.final_words) > words:
+            words = len(transcript.final_words)
+            yield heard / rate, ' '.join(word.text for word in transcript.final_words)
+    yield heard / rate, transcriber.finish()[0].text
 
 
 def show_stream(model, manifest: Path) -> None:

@@ -7,7 +7,9 @@
     python streaming_inference_example.py --model_path model.nemo --audio_path call.wav --surprise_plot surprise.png \
         --surprise_reference 3.02
 
-Any NeMo model with a causal Conformer encoder and a preprocessor will do: an SSL model or a fine-tuned CTC model.
+Any NeMo model with a causal Conformer encoder and a preprocessor will do: an SSL model, or a fine-tuned CTC, RNNT or hybrid
+model. These show their words as they come (of a manifest's files the whole texts), how late each word was, and where the
+manifest has a text the word and character error rates.
 Audio of another rate or of several channels is resampled and mixed down. Without --compare_modes it streams in one
 context; with it in each of the model's, and runs the offline forward beside it.
 
@@ -41,7 +43,9 @@ from script_tools import (
 from streaming_tools import (
     Streamed,
     compare_with_offline,
+    error_rates,
     parity_line,
+    quantile,
     smoothed,
     stream,
     stream_samples,
@@ -131,6 +135,7 @@ def _entry(item: dict, folder: Path) -> tuple[str, dict]:
         'offset': float(item.get('offset') or 0),
         'duration': None if item.get('duration') is None else float(item['duration']),
     }
+    part['text'] = item.get('text')
     return str(audio), part
 
 
@@ -177,7 +182,8 @@ def stream_file(model, samples: np.ndarray, options, name: str) -> list[Streamed
 
 def _stream_samples(model, samples: np.ndarray, options, context, name: str) -> Streamed:
     """Stream samples [N] in one context, as the options say."""
-    return stream_samples(model, samples, options.chunk_size, context, f'{name} {context}', options.surprise)
+    words = options.manifest is None
+    return stream_samples(model, samples, options.chunk_size, context, f'{name} {context}', options.surprise, words)
 
 
 def contexts_of(model, options) -> list:
@@ -373,8 +379,12 @@ def run(options: argparse.Namespace, model) -> tuple[list[tuple[str, list[Stream
         try:
             if error is not None:
                 raise ValueError(error)
+            text = entry.pop('text', None)
             samples = read_audio(rate=sample_rate_of(model), **entry)
-            done.append((name, stream_file(model, samples, options, Path(name).name)))
+            results = stream_file(model, samples, options, Path(name).name)
+            for result in results:
+                result.reference = text
+            done.append((name, results))
         except ValueError as problem:
             print(f'ERROR {problem}', file=sys.stderr)
             failed.append({'audio': name, 'error': str(problem)})
@@ -391,6 +401,7 @@ def write_report(options, done, failed) -> None:
             {'audio': name, 'seconds': results[0].seconds, 'contexts': [result.figures() for result in results]}
             for name, results in done
         ],
+        'recognition': recognition(done),
         'failed': failed,
     }
     write_text(options.report.resolve(), json.dumps(report, indent=2) + '\n')
@@ -406,6 +417,43 @@ def show(done: list[tuple[str, list[Streamed]]]) -> None:
         for result in results:
             if result.largest_difference is not None:
                 print(parity_line(result))
+            if result.text is not None:
+                print(f'{result.context} heard: {result.text}')
+        if results[0].reference:
+            print(f'said: {results[0].reference}')
+    for context, rates in recognition(done).items():
+        late = (
+            ''
+            if rates['word_latency_ms_p50'] is None
+            else (
+                f", words certain {rates['word_latency_ms_p50']:.0f} ms (p50) and {rates['word_latency_ms_p95']:.0f} ms (p95) "
+                'after their last frame'
+            )
+        )
+        errors = (
+            f"word errors {rates['wer']:.1%}, character errors {rates['cer']:.1%}"
+            if 'wer' in rates
+            else 'no text to compare'
+        )
+        print(f'== Recognised in context {context}: {errors}{late}')
+
+
+def recognition(done: list[tuple[str, list[Streamed]]]) -> dict[str, dict]:
+    """Return, for each context that words were recognised in, the error rates of all audio with a text, and latencies."""
+    by_context: dict[str, list[Streamed]] = {}
+    for _, results in done:
+        for result in results:
+            if result.text is not None:
+                by_context.setdefault(str(result.context), []).append(result)
+    found = {}
+    for context, results in by_context.items():
+        late = sorted(1000 * seconds for result in results for seconds in result.word_latencies)
+        found[context] = {f'word_latency_ms_p{share:.0f}': quantile(late, share / 100) for share in (50, 95)}
+        compared = [result for result in results if result.reference]
+        if compared:
+            texts = [result.text for result in compared], [result.reference for result in compared]
+            found[context].update(error_rates(*texts))
+    return found
 
 
 def main(argv=None) -> int:

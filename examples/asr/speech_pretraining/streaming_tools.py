@@ -40,6 +40,15 @@ class Streamed:
     """Seconds of audio in a token."""
     settling: float = 0.0
     """Seconds at the beginning that the mean surprise leaves out."""
+    word_latencies: list[float] = field(default_factory=list)
+    """Of each word, seconds of audio from the end of its last frame until it was certain."""
+    reference: Optional[str] = None
+    """What was said, where that is known."""
+
+    @property
+    def text(self) -> Optional[str]:
+        """What a recogniser heard; None for other models."""
+        return None if self.output.transcripts is None else self.output.transcripts[0].text
 
     @property
     def surprise(self) -> Optional[np.ndarray]:
@@ -69,14 +78,47 @@ class Streamed:
             'frames': int(self.output.lengths[0]),
             'look_ahead_ms': self.look_ahead_ms,
             'cache_bytes_per_stream': self.cache_bytes,
-            'chunk_ms_p50': _quantile(times, 0.5),
-            'chunk_ms_p95': _quantile(times, 0.95),
-            'chunk_ms_max': _quantile(times, 1.0),
+            'chunk_ms_p50': quantile(times, 0.5),
+            'chunk_ms_p95': quantile(times, 0.95),
+            'chunk_ms_max': quantile(times, 1.0),
             'real_time_factor': round(sum(times) / 1000 / self.seconds, 4) if self.seconds else None,
             'largest_difference': self.largest_difference,
             'token_agreement': self.token_agreement,
             'mean_surprise': self.mean_surprise,
+            'text': self.text,
+            'word_latency_ms_p50': quantile(sorted(1000 * seconds for seconds in self.word_latencies), 0.5),
+            'word_latency_ms_p95': quantile(sorted(1000 * seconds for seconds in self.word_latencies), 0.95),
+            **(error_rates([self.text], [self.reference]) if self.text is not None and self.reference else {}),
         }
+
+
+def error_rates(heard: list[str], said: list[str]) -> dict[str, float]:
+    """Return ``wer`` and ``cer``, the word and the character error rate of all texts together, by NeMo's metric."""
+    from nemo.collections.asr.metrics.wer import word_error_rate
+
+    rates = {name: word_error_rate(heard, said, use_cer=name == 'cer') for name in ('wer', 'cer')}
+    return {name: round(float(rate), 4) for name, rate in rates.items()}
+
+
+class WordMeter:
+    """Says each word of a stream as soon as it will not change any more.
+
+    Args:
+        name: what the lines begin with.
+        result: gets the latency of each word.
+    """
+
+    def __init__(self, name: str, result: Streamed):
+        self.name, self.result, self._words = name, result, 0
+
+    def take(self, output) -> Iterator[str]:
+        """Yield a line for each word that is certain now, given a step's ``StreamingOutput`` of one stream."""
+        words = output.transcripts[0].final_words
+        for word in words[self._words :]:
+            late = max(self.result.seconds - word.end, 0.0)
+            self.result.word_latencies.append(late)
+            yield f'{self.name}  {self.result.seconds:6.2f} s  {word.text}  (until {word.end:.2f} s, {1000 * late:.0f} ms ago)'
+        self._words = len(words)
 
 
 class SurpriseMeter:
@@ -127,7 +169,7 @@ def smoothed(values: np.ndarray, width: int) -> np.ndarray:
     return (totals[end] - totals[begin]) / (end - begin)
 
 
-def _quantile(times: list[float], share: float) -> Optional[float]:
+def quantile(times: list[float], share: float) -> Optional[float]:
     """Return the time that this share of the sorted times stays below; None if there are no times."""
     return round(times[min(int(share * len(times)), len(times) - 1)], 3) if times else None
 
@@ -137,8 +179,19 @@ def has_tokens(model) -> bool:
     return 'encoder_output' in (getattr(getattr(model, 'decoder', None), 'input_types', None) or {})
 
 
+def has_text(model) -> bool:
+    """Return whether the model recognises words: whether it has one of NeMo's decodings of CTC or RNNT."""
+    return getattr(model, 'decoding', None) is not None
+
+
 def stream(
-    model, chunks, context=None, total: Optional[float] = None, name: str = 'stream', surprise: bool = False
+    model,
+    chunks,
+    context=None,
+    total: Optional[float] = None,
+    name: str = 'stream',
+    surprise: bool = False,
+    words: bool = True,
 ) -> Streamed:
     """Stream pieces of samples through the model, with a progress bar in seconds of audio.
 
@@ -149,15 +202,18 @@ def stream(
         total: seconds of all pieces, if known.
         name: on the progress bar.
         surprise: whether to print how surprising each second was to a model that predicts next tokens.
+        words: whether to print the words of a recogniser as they come.
     """
     from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
 
-    asked = dict(return_tokens=has_tokens(model), return_features=True, return_surprise=surprise)
+    asked = dict(return_tokens=has_tokens(model), return_text=has_text(model))
+    asked.update(return_features=True, return_surprise=surprise)
     session = StreamingSession(model, att_context_size=context, **asked)
     result = Streamed(session.att_context.as_list(), 1000 * session.look_ahead_samples / session.sample_rate)
     result.token_seconds = session.frame_samples / session.sample_rate
     result.settling = settling_seconds(model)
     meter = SurpriseMeter(result.token_seconds, name, result.settling) if surprise else None
+    words_meter = WordMeter(name, result) if has_text(model) else None
     outputs = []
     with _progress_bar(total, name) as progress:
         for samples in chunks:
@@ -165,10 +221,14 @@ def stream(
             progress.update(samples.shape[1] / session.sample_rate)
             if meter is not None:
                 _print_beside_bar(meter.take(outputs[-1]))
-            if total is None:
+            if words_meter is not None:
+                _print_beside_bar(words_meter.take(outputs[-1]), words)
+            if total is None and words_meter is None:
                 _show_last_token(progress, outputs[-1].tokens)
     result.cache_bytes = session.cache_bytes_per_stream
     outputs.append(session.finish())
+    if words_meter is not None:
+        _print_beside_bar(words_meter.take(outputs[-1]), words)
     if meter is not None:
         _print_beside_bar(meter.take(outputs[-1]))
         _print_beside_bar(meter.finish())
@@ -184,9 +244,11 @@ def _progress_bar(total: Optional[float], name: str) -> tqdm:
     return tqdm(total=total, desc=name, bar_format=form, mininterval=0.2)
 
 
-def _print_beside_bar(lines: Iterator[str]) -> None:
-    """Print lines at once, without breaking the progress bar."""
+def _print_beside_bar(lines: Iterator[str], shown: bool = True) -> None:
+    """Print lines at once, without breaking the progress bar; or only work them out."""
     for line in lines:
+        if not shown:
+            continue
         tqdm.write(line)
         sys.stdout.flush()
 
@@ -207,12 +269,12 @@ def _show_last_token(progress: tqdm, tokens: Optional[torch.Tensor]) -> None:
 
 
 def stream_samples(
-    model, samples: np.ndarray, chunk_size: float, context, name: str, surprise: bool = False
+    model, samples: np.ndarray, chunk_size: float, context, name: str, surprise: bool = False, words: bool = True
 ) -> Streamed:
     """Stream samples [N] in steps of ``chunk_size`` seconds; the other arguments are those of :func:`stream`."""
     rate = sample_rate_of(model)
     chunks = _chunks_of(samples, max(round(chunk_size * rate), 1))
-    return stream(model, chunks, context, len(samples) / rate, name, surprise)
+    return stream(model, chunks, context, len(samples) / rate, name, surprise, words)
 
 
 def _chunks_of(samples: np.ndarray, size: int) -> Iterator[torch.Tensor]:
@@ -275,7 +337,7 @@ def chunk_seconds(model, context) -> float:
 def stream_one(model, audio_path, chunk_size: float = 0.08, context=None) -> Streamed:
     """Stream a file in one context and compare it with offline: for :func:`parity_line`."""
     samples = read_audio(Path(audio_path), sample_rate_of(model))
-    streamed = stream_samples(model, samples, chunk_size, context, 'streaming')
+    streamed = stream_samples(model, samples, chunk_size, context, 'streaming', words=False)
     compare_with_offline(model, samples, streamed)
     return streamed
 

@@ -2,6 +2,7 @@
 import argparse
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import soundfile
 from fresh_process import run_python
 from tiny_nest import tiny_model
+from tiny_recogniser import tiny_recogniser
 
 SCRIPT = Path(__file__).resolve().parents[4] / 'examples/asr/speech_pretraining/streaming_inference_example.py'
 RATE = 16000
@@ -47,6 +49,25 @@ def test_pcm_of_another_rate_is_resampled_as_it_comes(script):
     assert abs(len(joined) - RATE) <= 16
     expected = np.sin(np.arange(len(joined)) * 0.15) * 20000 / 32768
     np.testing.assert_allclose(joined[500:-500], expected[500:-500], atol=0.01)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('kind', ['ctc', 'rnnt'])
+def test_a_recogniser_shows_its_words_their_latency_and_its_errors(script, kind, audio_folder, tmp_path, capsys):
+    tiny_recogniser(kind).save_to(str(tmp_path / 'model.nemo'))
+    arguments = ['--model_path', str(tmp_path / 'model.nemo'), '--att_context_size', '[10,0]']
+    report, manifest = tmp_path / 'report.json', audio_folder / 'texts.json'
+    manifest.write_text(lines({'audio_filepath': 'mono.wav', 'text': 'a ban'}, {'audio_filepath': 'mono.wav'}))
+    assert script.main([*arguments, '--manifest', str(manifest), '--report', str(report)]) == 0
+    printed, content = capsys.readouterr().out, json.loads(report.read_text())
+    first, second = (entry['contexts'][0] for entry in content['audio'])
+    assert first['text'] == second['text'] and len(first['text']) > 3
+    assert 'wer' not in second and 0 < first['cer'] == content['recognition']['[10, 0]']['cer']
+    assert f"[10, 0] heard: {first['text']}" in printed and 'said: a ban' in printed and 'word errors' in printed
+    assert first['word_latency_ms_p95'] >= first['word_latency_ms_p50'] >= 0
+    assert script.main([*arguments, '--audio_path', str(audio_folder / 'mono.wav')]) == 0
+    words = re.findall(r' s  (\S+)  \(until .* ms ago\)', capsys.readouterr().out)
+    assert words == first['text'].split()
 
 
 def lines(*entries):

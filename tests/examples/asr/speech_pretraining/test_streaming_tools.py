@@ -25,7 +25,7 @@ def test_the_parity_line(tools, audio_folder):
     [([], [None, None, None]), ([4.0], [4.0, 4.0, 4.0]), ([float(n) for n in range(40, 0, -1)], [21.0, 39.0, 40.0])],
 )
 def test_figures_of_the_steps_times(tools, times, expected):
-    output = SimpleNamespace(lengths=torch.tensor([7]), surprise=None)
+    output = SimpleNamespace(lengths=torch.tensor([7]), surprise=None, transcripts=None)
     figures = tools.Streamed([4, 0], 12.5, seconds=2.0, chunk_ms=times, output=output).figures()
     assert [figures[f'chunk_ms_{name}'] for name in ('p50', 'p95', 'max')] == expected
     assert figures['frames'] == 7 and figures['real_time_factor'] == pytest.approx(sum(times) / 2000, abs=1e-4)

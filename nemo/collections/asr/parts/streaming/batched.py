@@ -30,6 +30,7 @@ from nemo.collections.asr.parts.streaming.rings import BatchedState, LayerRings
 BLOCK = 4  # frames that a few streams push at once where they have them
 FEW = 8  # streams
 GROWTH = 64  # slots of a ring without a limit, to begin with
+NEVER = np.iinfo(np.int64).max // 2  # where a stream ends that does not
 KEPT = 512  # masks and places of steps that come again
 
 
@@ -52,7 +53,7 @@ class BatchedStreams:
     """
 
     def __init__(self, front_end: StreamingFeatures, encoder: StreamingEncoder, batch: int):
-        self.encoder, self.batch = encoder, batch
+        self.encoder, self.batch, self.device, self.dtype = encoder, batch, encoder.device, encoder.dtype
         self.factor, self.chunk, self.style = encoder.factor, encoder.chunk, encoder.encoder.att_context_style
         self.block = max(self.chunk, BLOCK if batch <= FEW and self.chunk == 1 else 1)
         self.unit = self.block * self.factor * front_end.hop  # samples that are taken at once
@@ -62,6 +63,8 @@ class BatchedStreams:
         self.behind = np.cumsum([0, *encoder.waits[:-1]]).tolist()  # of each layer, in frames
         scale = encoder.encoder.pos_enc.xscale
         self.scale = 1.0 if scale is None else float(scale)
+        self._unlimited = [window.context.left == UNLIMITED for window in encoder.windows]
+        self._layers = list(zip(encoder.windows, self.behind, encoder.waits))
         self._kept: dict = {}
 
     @staticmethod
@@ -73,9 +76,7 @@ class BatchedStreams:
         """Return the state before the first sample."""
         weights, batch = PreparedEncoder.of(self.encoder.encoder, by_value=True), self.batch
         counts = (np.zeros(batch, np.int64) for _ in range(3))
-        features = torch.zeros(
-            batch, self.feature_ring, self.mel.features, dtype=self.encoder.dtype, device=self.encoder.device
-        )
+        features = torch.zeros(batch, self.feature_ring, self.mel.features, dtype=self.dtype, device=self.device)
         layers = [
             layer.new_rings(batch, self.slots(window), waits)
             for layer, window, waits in zip(weights.layers, self.encoder.windows, self.encoder.waits)
@@ -92,7 +93,7 @@ class BatchedStreams:
 
     def is_unlimited(self, layer: int) -> bool:
         """Return whether a layer sees all of the past."""
-        return self.encoder.windows[layer].context.left == UNLIMITED
+        return self._unlimited[layer]
 
     def forget(self, state: BatchedState, rows: list[int]) -> None:
         """Set streams back to their beginning."""
@@ -119,19 +120,19 @@ class BatchedStreams:
             keep_features: whether to return the features, too.
 
         Returns:
-            the features [B, T, F] and how many each stream has [B] (None without them), the encoder's frames [B, A, D] and how many each has [B];
-            zeros behind them; counts are numpy's.
+            the features [B, T, F] and how many each stream has [B] (None without them), the encoder's frames [B, A, D] and
+            how many each has [B]; zeros behind them; counts are numpy's.
         """
         weights = PreparedEncoder.of(self.encoder.encoder)
         features, frames = _Gathered(self.batch) if keep_features else None, _Gathered(self.batch)
         count = max(-(-samples.shape[1] // self.unit), 1)
         for index in range(count):
             start = index * self.unit
-            some = np.clip(lengths - start, 0, self.unit)
+            some = lengths if count == 1 else np.clip(lengths - start, 0, self.unit)
             last = ends if index == count - 1 else np.zeros_like(ends)
             self._take(state, samples[:, start : start + self.unit], some, last, features)
             self._push_all(weights, state, last, frames)
-        like = dict(dtype=self.encoder.dtype, device=self.encoder.device)
+        like = dict(dtype=self.dtype, device=self.device)
         found = features.result(self.mel.features, **like) if keep_features else (None, None)
         return *found, *frames.result(self.encoder.width, **like)
 
@@ -163,7 +164,7 @@ class BatchedStreams:
     def _write_features(self, ring: torch.Tensor, found, active, first, valid) -> None:
         """Put features [R, T, F] into their places in the rings."""
         size, count = ring.shape[1], valid.shape[1]
-        if len(active) == self.batch and valid.all() and (first == first[0]).all():
+        if len(active) == self.batch and _are_alike(first) and valid.all():
             start = int(first[0]) % size
             room = min(size - start, count)
             ring[:, start : start + room] = found[:, :room]
@@ -177,71 +178,76 @@ class BatchedStreams:
 
     def _push_all(self, weights: PreparedEncoder, state: BatchedState, ends: np.ndarray, out: '_Gathered') -> None:
         """Push all frames that are due through the layers."""
-        whole = -(-state.featured // self.factor) // self.chunk * self.chunk
-        total = self._total(state)
-        never = np.iinfo(np.int64).max // 2
-        ending = _Ends(np.where(ends, state.featured, never), np.where(ends, total, never))
-        due = np.where(ends, total + self.lag, whole) - state.frames
-        due = -(-due // self.chunk) * self.chunk  # of the last chunk all frames, were they said or not
-        while due.max() > 0:
-            count = self.block if (due >= self.block).any() else 1
+        due = -(-state.featured // self.factor) // self.chunk * self.chunk - state.frames
+        ending = None
+        if ends.any():
+            total = self._total(state)
+            ending = _Ends(np.where(ends, state.featured, NEVER), np.where(ends, total, NEVER))
+            due = np.where(ends, total + self.lag - state.frames, due)
+            due = -(-due // self.chunk) * self.chunk  # of the last chunk all frames, were they said or not
+        most = due.max()
+        while most > 0:
+            count = self.block if most >= self.block else 1
             active = np.flatnonzero(due >= count)
             self._push(weights, state, active, count, ending, out)
             state.frames[active] += count
             due[active] -= count
+            most = due.max()
 
-    def _push(self, weights: PreparedEncoder, state: BatchedState, active, count: int, ends: _Ends, out) -> None:
+    def _push(
+        self, weights: PreparedEncoder, state: BatchedState, active, count: int, ends: Optional[_Ends], out
+    ) -> None:
         """Push some frames of the streams ``active`` through all layers."""
         rows, first = self._rows(active), state.frames[active]
-        last = ends.frames[active]
+        last = None if ends is None else ends.frames[active]
         frames = self._subsample(weights, state, rows, active, count, ends)
         if self.scale != 1.0:
             frames = frames * self.scale
         seen: dict = {}
         for index, (layer, rings) in enumerate(zip(weights.layers, state.layers)):
-            window, waits, behind = self.encoder.windows[index], self.encoder.waits[index], self.behind[index]
-            if self.is_unlimited(index):
+            key = window, behind, waits = self._layers[index]
+            if self._unlimited[index]:
                 give_slots(rings, int(first.max()) - behind + count)
-            key = window, behind, waits
-            if key not in seen:
-                seen[key] = self._visible(window, rings.keys_values.shape[3], waits, first - behind, count, last)
-            visible, future, past = seen[key]
+            found = seen.get(key)
+            if found is None:
+                found = self._visible(window, rings.keys_values.shape[3], waits, first - behind, count, last)
+                seen[key] = found
+            visible, future, past = found
             frames = layer.step(rings, frames, rows, visible, weights.positions(index, future, past))
         if weights.out is not None:
             frames = weights.out(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
         place = first[:, None] - self.lag + np.arange(count)
-        valid = (place >= 0) & (place < last[:, None])
+        valid = place >= 0 if last is None else (place >= 0) & (place < last[:, None])
         if valid.any():
             out.add(frames, active, valid)
 
-    def _subsample(self, weights: PreparedEncoder, state: BatchedState, rows, active, count: int, ends: _Ends):
+    def _subsample(
+        self, weights: PreparedEncoder, state: BatchedState, rows, active, count: int, ends: Optional[_Ends]
+    ):
         """Return the frames that enter the first layer, [R, Q, D]."""
         first = self.factor * (state.frames[active] - 1) + 1  # feature of each
         width = self.factor * count
         ring, size = state.features, self.feature_ring
-        if (first == first[0]).all():
+        if _are_alike(first):
             start = int(first[0]) % size
             own = ring if rows is None else ring[rows]
             found = own[:, start : start + width]
             if start + width > size:
                 found = torch.cat((found, own[:, : start + width - size]), dim=1)
         else:
-            places = torch.from_numpy((first[:, None] + np.arange(width)) % size).to(ring.device)
-            index = torch.arange(self.batch, device=ring.device) if rows is None else rows
+            places = self._tensor((first[:, None] + np.arange(width)) % size)
+            index = torch.arange(self.batch, device=self.device) if rows is None else rows
             found = ring[index[:, None], places]
-        place, total = first[:, None] + np.arange(width), ends.features[active][:, None]
-        begins = left = None
-        if (first < 0).any():
-            begins = torch.from_numpy(first < 0).to(ring.device)
-        if (place >= total).any():
-            left = torch.from_numpy(np.clip(total[:, 0] - first, 0, width)).to(ring.device)
-        if begins is not None or left is not None:
-            there = torch.from_numpy((place >= 0) & (place < total)).to(ring.device)
-            found = found * there.unsqueeze(2)
+        begins = self._tensor(first < 0) if first.min() < 0 else None
+        if begins is None and ends is None:
+            return weights.subsampling.step(state.subsampling, found, rows)
+        place, total = first[:, None] + np.arange(width), NEVER if ends is None else ends.features[active][:, None]
+        found = found * self._tensor((place >= 0) & (place < total)).unsqueeze(2)
+        left = None if ends is None else self._tensor(np.clip(total[:, 0] - first, 0, width))
         return weights.subsampling.step(state.subsampling, found, rows, begins, left)
 
-    def _visible(self, window: Window, slots: int, waits: int, first: np.ndarray, count: int, last: np.ndarray):
-        """Return what the queries of a step see, and how far the table of positions has to reach.
+    def _visible(self, window: Window, slots: int, waits: int, first: np.ndarray, count: int, last) -> tuple:
+        """Return what the queries of a step see, and how far ahead and behind the table of positions has to reach.
 
         Args:
             window: of the layer.
@@ -249,37 +255,32 @@ class BatchedStreams:
             waits: frames that it waits.
             first: position of the first frame that arrives, [R].
             count: Q.
-            last: position behind the last frame of each stream, [R].
+            last: position behind the last frame of each stream, [R]; None: none ends.
         """
-        context = window.context
+        context, alike = window.context, _are_alike(first)
+        unlimited = context.left == UNLIMITED
         future = self.chunk - 1 if self.style == 'chunked_limited' else context.right
-        past = slots - 1 if context.left == UNLIMITED else context.left + (self.chunk - 1)
-        steady = context.left != UNLIMITED and first.min() >= slots + waits and (first + count <= last).all()
-        together = bool((first == first[0]).all())
-        key = None
-        if steady and together:
-            key = window, waits, count, int(first[0]) % (slots * self.chunk)
-            if key in self._kept:
-                return self._kept[key]
-        visible = self._compute_visible(
-            window, slots, waits, first[:1] if together else first, count, last, future, past
-        )
-        if key is not None:
+        past = slots - 1 if unlimited else context.left + (self.chunk - 1)
+        if not alike or unlimited or last is not None or first[0] < slots + waits:
+            first = first[:1] if alike else first
+            return self._compute_visible(window, slots, waits, first, count, last, future, past), future, past
+        key = window, waits, count, int(first[0]) % (slots * self.chunk)  # it comes again and again
+        if key not in self._kept:
             if len(self._kept) >= KEPT:
                 self._kept.clear()
+            visible = self._compute_visible(window, slots, waits, first[:1], count, None, future, past)
             self._kept[key] = visible, future, past
-        return visible, future, past
+        return self._kept[key]
 
     def _compute_visible(self, window, slots, waits, first, count, last, future, past) -> Visible:
         arriving = first[:, None] + np.arange(count)  # [R, Q]
         newest = arriving[:, -1:, None]
-        slot = np.arange(slots)
-        held = newest - (newest - slot) % slots  # the frame that each slot holds, [R, 1, S]
+        held = newest - (newest - np.arange(slots)) % slots  # the frame that each slot holds, [R, 1, S]
         query = arriving[:, :, None] - waits  # [R, Q, 1]
         ages = np.clip(query - held, -future, past) + future
         sees = window.sees(torch.from_numpy(np.maximum(query, 0)), torch.from_numpy(held)).numpy()
         hidden = ~sees | (held < 0)
-        if (arriving[:, -1] >= last.min()).any():
+        if last is not None:
             hidden = hidden | (held >= last[:, None, None])
         began = query >= 0
         alike = len(first) == 1
@@ -292,10 +293,10 @@ class BatchedStreams:
         )
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.encoder.device)
+        return torch.from_numpy(values).to(self.device)
 
     def _rows(self, active: np.ndarray) -> Optional[torch.Tensor]:
-        return None if len(active) == self.batch else torch.from_numpy(active).to(self.encoder.device)
+        return None if len(active) == self.batch else self._tensor(active)
 
 
 class _Gathered:
@@ -324,6 +325,10 @@ class _Gathered:
             to_row, to_place, from_row, from_column = index
             joined[to_row, to_place] = frames[from_row, from_column].to(dtype)
         return joined, self.counts
+
+
+def _are_alike(counts: np.ndarray) -> bool:
+    return len(counts) == 1 or bool((counts == counts[0]).all())
 
 
 def give_slots(rings: LayerRings, needed: int) -> None:

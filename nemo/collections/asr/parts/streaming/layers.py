@@ -161,11 +161,21 @@ class PreparedLayer:
         by_position = _of_ages(by_position.view(self.heads, rows, count, -1), visible.ages)
         query = (query + self.bias_u).view(rows, count, *by_heads[1:]).transpose(1, 2)  # [R, H, Q, K]
         keys, values = keys_values.unbind(1)
+        if rows == 1:
+            return self._attend_alone(query[0], keys[0], values[0], by_position[:, 0], visible.hidden)
         scores = torch.matmul(query, keys.transpose(2, 3)).add_(by_position.transpose(0, 1))
         if visible.hidden is not None:
             scores.masked_fill_(visible.hidden, HIDDEN)
         attended = torch.matmul(torch.softmax(scores, -1), values)
         return self.out(attended.transpose(1, 2).reshape(-1, self.width))
+
+    def _attend_alone(self, query, keys, values, by_position, hidden) -> torch.Tensor:
+        """The same for one stream, in fewer calls: query [H, Q, K], keys and values [H, S, K], scores [H, Q, S]."""
+        scores = torch.baddbmm(by_position, query, keys.transpose(1, 2))
+        if hidden is not None:
+            scores.masked_fill_(hidden[0], HIDDEN)
+        attended = torch.bmm(torch.softmax(scores, -1), values)
+        return self.out(attended.transpose(0, 1).reshape(-1, self.width))
 
     def _convolve(self, rings: LayerRings, frames: torch.Tensor, shape, rows, began) -> torch.Tensor:
         """Return the convolution module's output, [R * Q, D] like its input."""

@@ -60,7 +60,7 @@ class OneByOne:
             self._forget_targets(row)
             self._encoder.forget(self._encoded, row)
 
-    def received(self, encoder_frames: bool, ended: list[bool]) -> torch.Tensor:
+    def received(self, encoder_frames: bool, ended) -> torch.Tensor:
         """Return how many feature frames, or encoder frames, each stream has received, [B] int64."""
         return torch.tensor(
             self._encoded.frames if encoder_frames else self._encoded.received, device=self._encoder.device

@@ -49,6 +49,8 @@ class StreamingOutput:
     """How many of these each stream has, [B] int64."""
     surprise_start: Optional[torch.Tensor] = None
     """Which token of its stream the first of these is, from 0, or will be if there is none yet, [B] int64."""
+    transcripts: Optional[list] = None
+    """With ``return_text``: a ``Transcript`` of each stream, of all that it has said so far."""
 
     @classmethod
     def concatenate(cls, outputs: Sequence['StreamingOutput']) -> 'StreamingOutput':
@@ -63,7 +65,7 @@ class StreamingOutput:
             return outputs[0]
         lengths = [output.lengths for output in outputs]
         joined = dict(lengths=sum(lengths), current_frame=outputs[-1].current_frame)
-        joined['surprise_start'] = outputs[0].surprise_start
+        joined['surprise_start'], joined['transcripts'] = outputs[0].surprise_start, outputs[-1].transcripts
         for name, dim, counts in (
             ('encoded', 2, 'lengths'),
             ('log_probs', 1, 'lengths'),

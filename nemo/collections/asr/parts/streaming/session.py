@@ -23,9 +23,9 @@ from nemo.collections.asr.parts.streaming.features import StreamingFeatures
 from nemo.collections.asr.parts.streaming.masking import LiveMasking
 from nemo.collections.asr.parts.streaming.one_by_one import OneByOne
 from nemo.collections.asr.parts.streaming.output import StreamingOutput, valid_frames
-from nemo.collections.asr.parts.streaming.state import copy_tensors
 from nemo.collections.asr.parts.streaming.surprise import LiveSurprise
 from nemo.collections.asr.parts.streaming.targets import LiveTargets
+from nemo.collections.asr.parts.streaming.text import LiveText
 from nemo.collections.asr.parts.streaming.together import Together
 
 FAST = ('auto', 'off')
@@ -50,6 +50,7 @@ class StreamingSession:
         return_surprise: whether to predict the next tokens, and to say of each token, once it is there, how surprising
             it was; for a model whose objective predicts next tokens, see ``LiveSurprise``. With ``apply_mask`` they
             are predicted from the masked stream, as ``model.objective: both`` trains it.
+        return_text: whether to give the text of each stream, of a CTC, RNNT or hybrid model; see ``text.py``.
         fast: 'auto' runs all streams as one batch, with cached keys and values and weights arranged for it (which all
             sessions of the encoder share); 'off' runs NeMo's own layers, as does 'auto' where ``why_not_fast`` says why.
 
@@ -68,6 +69,7 @@ class StreamingSession:
         apply_mask: bool = False,
         return_surprise: bool = False,
         fast: str = 'auto',
+        return_text: bool = False,
     ):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; it must be 1 stream or more")
@@ -87,9 +89,12 @@ class StreamingSession:
         self.return_log_probs, self.return_tokens = return_log_probs, return_tokens
         self.return_features = return_features
         self._decoder = decoder_of(model) if return_log_probs or return_tokens or apply_mask else None
+        self._text = None
+        if return_text:
+            self._text = LiveText(model, batch_size, self.frame_samples / self.sample_rate)
         self.why_not_fast = self._why_not_fast(fast)
         self._way = self._new_way()
-        self._ended = [False] * batch_size
+        self._ended = np.zeros(batch_size, bool)
 
     def _new_way(self) -> Union[Together, OneByOne]:
         if self.why_not_fast is None:
@@ -131,7 +136,7 @@ class StreamingSession:
     @property
     def cache_bytes_per_stream(self) -> int:
         """Bytes of state now, per stream; they grow only where the left context is unlimited."""
-        return self._way.state(self._ended).bytes() // self.batch_size
+        return self._way.state(self._ended.tolist()).bytes() // self.batch_size
 
     @property
     def current_frame(self) -> torch.Tensor:
@@ -142,7 +147,7 @@ class StreamingSession:
     @property
     def ended(self) -> tuple[bool, ...]:
         """For each stream, whether it has ended."""
-        return tuple(self._ended)
+        return tuple(self._ended.tolist())
 
     def reset(self, streams: Optional[Sequence[int]] = None) -> None:
         """Begin anew; all streams, or those with these indices while the others go on.
@@ -151,14 +156,18 @@ class StreamingSession:
             ValueError: if an index is out of range.
         """
         if streams is None:
-            self._ended = [False] * self.batch_size
+            self._ended = np.zeros(self.batch_size, bool)
             self._way.reset()
+            if self._text is not None:
+                self._text.reset()
             return
         for row in streams:
             if not 0 <= row < self.batch_size:
                 raise ValueError(f"reset: there is no stream {row}; the session has {self.batch_size}")
             self._ended[row] = False
         self._way.forget(list(streams))
+        if self._text is not None:
+            self._text.forget(list(streams))
 
     def step(self, samples, lengths=None, ended=None) -> StreamingOutput:
         """Take samples and give out all frames that they complete.
@@ -185,14 +194,15 @@ class StreamingSession:
             ValueError: if all of them have ended already.
         """
         self._check_eval_mode()
-        if all(self._ended):
+        if self._ended.all():
             raise ValueError("finish: every stream has ended already; reset() begins anew")
         nothing = torch.zeros(self.batch_size, 0, device=self._front_end.device)
-        return self._advance(nothing, np.zeros(self.batch_size, np.int64), ~np.array(self._ended))
+        return self._advance(nothing, np.zeros(self.batch_size, np.int64), ~self._ended)
 
     def state_dict(self) -> dict:
         """Return a copy of all state: plain containers and tensors, for torch.save or pickle."""
-        return {'settings': self._settings(), **self._way.state(self._ended).to_dict()}
+        text = {} if self._text is None else {'text': self._text.state()}
+        return {'settings': self._settings(), **self._way.state(self._ended.tolist()).to_dict(), **text}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where another session on the same model was.
@@ -203,14 +213,16 @@ class StreamingSession:
         if not isinstance(state, dict) or 'settings' not in state:
             raise ValueError("load_state_dict: this is no state of a StreamingSession")
         mine, theirs = self._settings(), state['settings']
-        theirs = {'return_surprise': False, **theirs}  # before version 3 there was none
+        theirs = {'return_surprise': False, 'return_text': False, **theirs}  # these came later
         other = [name for name in mine if mine[name] != theirs.get(name)]
         if other:
             raise ValueError(
                 "load_state_dict: the state comes from a session with another "
                 + ', '.join(f'{name} ({theirs.get(name)}, here {mine[name]})' for name in other)
             )
-        self._ended = self._way.load(state)
+        self._ended = np.array(self._way.load(state), bool)
+        if self._text is not None:
+            self._text.load(state['text'])
 
     def _settings(self) -> dict:
         encoder = self._encoder
@@ -225,6 +237,7 @@ class StreamingSession:
             'hop': self._front_end.hop,
             'apply_mask': self._masking is not None,
             'return_surprise': self._surprise is not None,
+            'return_text': self._text is not None,
         }
 
     def _check_eval_mode(self) -> None:
@@ -248,7 +261,7 @@ class StreamingSession:
                 raise ValueError(f"samples of stream {row} hold NaN or infinite values")
 
     def _checked_lengths(self, lengths, available: int) -> np.ndarray:
-        ended = np.array(self._ended)
+        ended = self._ended
         if lengths is None:
             if ended.all():
                 raise ValueError("step: every stream has ended; reset() begins anew")
@@ -266,7 +279,7 @@ class StreamingSession:
     def _checked_ends(self, ended) -> np.ndarray:
         if ended is None:
             return np.zeros(self.batch_size, bool)
-        return np.array(_row_values(ended, self.batch_size, 'ended')).astype(bool) & ~np.array(self._ended)
+        return np.array(_row_values(ended, self.batch_size, 'ended')).astype(bool) & ~self._ended
 
     def _advance(self, samples: torch.Tensor, lengths: np.ndarray, ends: np.ndarray) -> StreamingOutput:
         with torch.inference_mode():
@@ -278,12 +291,19 @@ class StreamingSession:
                 output = self._way.advance(
                     samples, lengths.tolist(), ends.tolist(), self.return_features, self._predict
                 )
-        self._ended = (np.array(self._ended) | ends).tolist()
+        self._ended = self._ended | ends
+        if self._text is not None:
+            with torch.inference_mode():
+                self._text.take(output.encoded, output.lengths.tolist())
+            output.transcripts = self._text.transcripts(self._ended)
         output.current_frame = self.current_frame
         if not self.return_log_probs:
             output.log_probs = None
         # tensors made in inference mode could not be used in training
-        return StreamingOutput(**{name: copy_tensors(value) for name, value in vars(output).items()})
+        for name, value in vars(output).items():
+            if isinstance(value, torch.Tensor):
+                setattr(output, name, value.clone())
+        return output
 
     def _predict(self, output: StreamingOutput) -> None:
         """Run the decoder, which takes each frame by itself."""

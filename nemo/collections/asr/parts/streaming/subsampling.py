@@ -12,7 +12,6 @@ Shapes: R rows (streams), Q encoder frames, T frames of a stage, F its frequenci
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from nemo.collections.asr.parts.streaming.linear import PreparedLinear
@@ -44,7 +43,7 @@ class _Stage:
 
     def __call__(self, frames: torch.Tensor) -> torch.Tensor:
         """Return [R, T, F', C'] before the activation, for frames [R, 2 * T + 1, F, C] of which the first is cached."""
-        frames = F.pad(frames, (0, 0, KERNEL - 1, STRIDE - 1))
+        frames = torch.constant_pad_nd(frames, (0, 0, KERNEL - 1, STRIDE - 1))
         rows, count, width, _ = frames.shape
         count, width = (count - KERNEL) // STRIDE + 1, (width - KERNEL) // STRIDE + 1
         if self.depthwise is None:

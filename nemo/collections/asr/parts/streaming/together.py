@@ -6,6 +6,8 @@ The counterpart of ``one_by_one.py``, for :class:`StreamingSession`; the work is
 Shapes: B streams, N samples.
 """
 
+from contextlib import nullcontext
+
 import numpy as np
 import torch
 
@@ -35,10 +37,10 @@ class Together:
         """Begin some streams anew."""
         self._streams.forget(self._rings, rows)
 
-    def received(self, encoder_frames: bool, ended: list[bool]) -> torch.Tensor:
+    def received(self, encoder_frames: bool, ended: np.ndarray) -> torch.Tensor:
         """Return how many feature frames, or encoder frames, each stream has received, [B] int64."""
-        counts = self._streams.frames_of(self._rings, np.array(ended)) if encoder_frames else self._rings.featured
-        return torch.from_numpy(counts.copy()).to(self._streams.encoder.device, non_blocking=True)
+        counts = self._streams.frames_of(self._rings, ended) if encoder_frames else self._rings.featured
+        return torch.from_numpy(counts.copy()).to(self._streams.device, non_blocking=True)
 
     def state(self, ended: list[bool]) -> BatchedState:
         """Return all state; it is not copied."""
@@ -47,7 +49,7 @@ class Together:
 
     def load(self, state: dict) -> list[bool]:
         """Take a saved state, of this way or of the other; returns which of its streams have ended."""
-        device = self._streams.encoder.device
+        device = self._streams.device
         if state.get('version', 1) == VERSION:
             self._rings = BatchedState.from_dict(state, device)
             return self._rings.ended
@@ -59,9 +61,10 @@ class Together:
     def advance(self, samples, lengths: np.ndarray, ends: np.ndarray, keep_features: bool) -> StreamingOutput:
         """Take samples [B, N], which may be on another device, and return what they complete."""
         streams = self._streams
-        device = streams.encoder.device
-        with torch.autocast(device.type, enabled=False):
-            found = streams.step(self._rings, samples.to(device, non_blocking=True), lengths, ends, keep_features)
+        device = streams.device
+        samples = samples.to(device, non_blocking=True)
+        with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext():
+            found = streams.step(self._rings, samples, lengths, ends, keep_features)
         features, feature_counts, encoded, counts = found
         output = StreamingOutput(encoded.transpose(1, 2), torch.from_numpy(counts).to(device, non_blocking=True), None)
         if keep_features:
