@@ -4,7 +4,8 @@
 A convolution of 3 frames in steps of 2 sees, for its frame i, the frames 2 * i - 2 ... 2 * i before it: two of them are new
 to each output, one is the last of the step before. So encoder frame i takes the feature frames factor * (i - 1) + 1 ...
 factor * i, and no frame is computed twice. Frames before a stream's first, and behind its last, are zero before each
-convolution, as offline has them. Channels are last in memory, so that convolutions are matrix products.
+convolution, as offline has them: the activation of a bias is not. Channels are last in memory, so that mixing them is a
+matrix product.
 
 Shapes: R rows (streams), Q encoder frames, T frames of a stage, F its frequencies, C channels, D the encoder's width.
 """
@@ -12,13 +13,14 @@ Shapes: R rows (streams), Q encoder frames, T frames of a stage, F its frequenci
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from nemo.collections.asr.parts.streaming.linear import PreparedLinear
 
 KERNEL, STRIDE = 3, 2
 BLOCK = 16  # rows whose intermediate results stay in the processor's cache
-SMALL = 1 << 16  # numbers that are faster added up at once than place by place
+SMALL = 1 << 15  # inputs of a convolution for which its set-up takes longer than a sum of products
 
 
 class _Stage:
@@ -27,39 +29,43 @@ class _Stage:
     Args:
         convolution: over one channel, over all of them, or over each by itself.
         pointwise: the mixture of channels behind the last kind; else None.
+        activation: behind both.
     """
 
-    def __init__(self, convolution: nn.Conv2d, pointwise: Optional[nn.Conv2d]):
-        weight = convolution.weight.detach()
-        self.channels = weight.shape[0]
-        self.depthwise = None
-        if convolution.groups == 1:  # inputs in the order frame, frequency, channel
-            self.mixed = PreparedLinear(weight.permute(0, 2, 3, 1).flatten(1), convolution.bias)
+    def __init__(self, convolution: nn.Conv2d, pointwise: Optional[nn.Conv2d], activation: nn.Module):
+        self.channels = convolution.out_channels
+        relu = isinstance(activation, nn.ReLU)
+        self._activation = None if relu else activation
+        if pointwise is None:  # inputs in the order frame, frequency, channel
+            self._weight = None
+            self._mixed = PreparedLinear(convolution.weight.permute(0, 2, 3, 1), convolution.bias, relu=relu)
             return
-        self.depthwise = weight[:, 0].permute(1, 2, 0).flatten(0, 1).contiguous()  # [9, C]
-        bias = convolution.bias
-        self.bias = torch.zeros_like(self.depthwise[0]) if bias is None else bias.detach()
-        self.mixed = PreparedLinear(pointwise.weight.flatten(1), pointwise.bias)
+        self._mixed = PreparedLinear(pointwise.weight, pointwise.bias, relu=relu)
+        self._bias = None if convolution.bias is None else convolution.bias.detach()
+        self._weight = weight = convolution.weight.detach().contiguous(memory_format=torch.channels_last)
+        sums = weight.device.type == 'cpu' and weight.dtype == torch.float32
+        self._taps = weight.permute(2, 3, 0, 1).reshape(KERNEL, KERNEL, 1, 1, -1) if sums else None
 
     def __call__(self, frames: torch.Tensor) -> torch.Tensor:
-        """Return [R, T, F', C'] before the activation, for frames [R, 2 * T + 1, F, C] of which the first is cached."""
-        frames = torch.constant_pad_nd(frames, (0, 0, KERNEL - 1, STRIDE - 1))
-        rows, count, width, _ = frames.shape
-        count, width = (count - KERNEL) // STRIDE + 1, (width - KERNEL) // STRIDE + 1
-        if self.depthwise is None:
-            patches = frames.unfold(1, KERNEL, STRIDE).unfold(2, KERNEL, STRIDE).permute(0, 1, 2, 4, 5, 3)
-            return self.mixed(patches.reshape(rows * count * width, -1)).view(rows, count, width, -1)
-        if rows * count * width * self.channels <= SMALL:
-            patches = frames.unfold(1, KERNEL, STRIDE).unfold(2, KERNEL, STRIDE).permute(0, 4, 5, 1, 2, 3)
-            mixed = (patches * self.depthwise.view(KERNEL, KERNEL, 1, 1, -1)).flatten(1, 2).sum(1).add_(self.bias)
-            return self.mixed(mixed.view(-1, self.channels)).view(rows, count, width, -1)
-        last = STRIDE * count - 1, STRIDE * width - 1
-        mixed = None
-        for place, weight in enumerate(self.depthwise):
-            time, frequency = divmod(place, KERNEL)
-            tap = frames[:, time : time + last[0] : STRIDE, frequency : frequency + last[1] : STRIDE]
-            mixed = torch.addcmul(self.bias, tap, weight) if mixed is None else mixed.addcmul_(tap, weight)
-        return self.mixed(mixed.flatten(0, 2)).view(rows, count, width, -1)
+        """Return [R, T, F', C'] for frames [R, 2 * T + 1, F, C] of which the first is cached."""
+        if self._weight is None:
+            inputs = _patches(frames).permute(0, 1, 2, 4, 5, 3).flatten(3)
+        elif self._taps is not None and frames.numel() <= SMALL:
+            inputs = (_patches(frames).permute(0, 4, 5, 1, 2, 3) * self._taps).flatten(1, 2).sum(1)
+            inputs = inputs if self._bias is None else inputs.add_(self._bias)
+        else:
+            inputs = self._convolved(frames)
+        outputs = self._mixed(inputs.reshape(-1, inputs.shape[3])).view(*inputs.shape[:3], -1)
+        outputs = outputs if self._activation is None else self._activation(outputs)
+        return outputs[:, :, : frames.shape[2] // STRIDE + 1]
+
+    def _convolved(self, frames: torch.Tensor) -> torch.Tensor:
+        """Return the convolution [R, T, F', C'], with one frequency too many where those of the frames are odd."""
+        # To pad both sides alike costs nothing, to pad one side is a copy.
+        padding = 0, KERNEL - 1
+        channels_first = frames.permute(0, 3, 1, 2)
+        outputs = F.conv2d(channels_first, self._weight, self._bias, STRIDE, padding, groups=self.channels)
+        return outputs.permute(0, 2, 3, 1)
 
 
 class IncrementalSubsampling:
@@ -70,20 +76,17 @@ class IncrementalSubsampling:
     """
 
     def __init__(self, subsampling: nn.Module):
-        layers = [layer for layer in subsampling.conv if isinstance(layer, nn.Conv2d)]
-        self.activations = [layer for layer in subsampling.conv if not isinstance(layer, nn.Conv2d)]
-        self.stages = []
-        for layer, following in zip(layers, [*layers[1:], None]):
-            if layer.stride != (1, 1):
-                mixes = following is not None and following.stride == (1, 1)
-                self.stages.append(_Stage(layer, following if mixes else None))
+        self.stages, pending = [], []
+        for layer in subsampling.conv:
+            pending.append(layer)
+            if not isinstance(layer, nn.Conv2d):
+                self.stages.append(_Stage(pending[0], pending[1] if len(pending) > 2 else None, layer))
+                pending = []
         self.factor, self.features = subsampling.subsampling_factor, subsampling._feat_in
         weight = subsampling.out.weight.detach()
         channels = self.stages[-1].channels
-        weight = (
-            weight.view(len(weight), channels, -1).transpose(1, 2).flatten(1)
-        )  # ours have frequency before channel
-        self.out = PreparedLinear(weight, subsampling.out.bias)
+        by_frequency = weight.view(len(weight), channels, -1).transpose(1, 2)  # ours have frequency before channel
+        self.out = PreparedLinear(by_frequency.flatten(1), subsampling.out.bias)
         self.dtype, self.device = weight.dtype, weight.device
 
     def new_caches(self, batch: int) -> list[torch.Tensor]:
@@ -98,7 +101,7 @@ class IncrementalSubsampling:
         self,
         caches: list[torch.Tensor],
         features: torch.Tensor,
-        rows: Optional[torch.Tensor],
+        rows: Optional[torch.Tensor] = None,
         begins: Optional[torch.Tensor] = None,
         left: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
@@ -106,33 +109,40 @@ class IncrementalSubsampling:
 
         Args:
             caches: of :meth:`new_caches`; change in place.
-            features: [R, factor * Q, F], those that these frames take; 0 before the first and behind the last.
+            features: [R, factor * Q, F], those that these frames take.
             rows: which rows of the caches these are, [R]; None: all.
-            begins: whether a row's first frame is the first of its stream, [R] bool; None: none is.
-            left: of how many of the features there are any, [R] int64, where streams end; None: of all.
+            begins: whether a row's first frame is the first of its stream, [R] bool; None: none is. Its caches, and the
+                features before the stream's first, count as zeros, whatever they are.
+            left: of how many of the features there are any, [R] int64, where streams end; None: of all. Those behind count as
+                zeros, whatever they are. A stream without any begins, and has factor - 1 left: those before it.
         """
         count = features.shape[0]
-        if count <= BLOCK or begins is not None or left is not None:
-            return self._step(caches, features, slice(0, count) if rows is None else rows, begins, left)
+        size = BLOCK if features.device.type == 'cpu' else max(count, 1)
         parts = []
-        for start in range(0, count, BLOCK):
-            part = slice(start, min(start + BLOCK, count))
-            parts.append(self._step(caches, features[part], part if rows is None else rows[part], None, None))
-        return torch.cat(parts)
+        for start in range(0, count, size):
+            part = slice(start, min(start + size, count))
+            places = part if rows is None else rows[part]
+            began, remain = (None if values is None else values[part] for values in (begins, left))
+            parts.append(self._step(caches, features[part], places, began, remain))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _step(self, caches, features, rows, begins, left) -> torch.Tensor:
-        frames = features.unsqueeze(-1)
-        ahead = self.factor
-        for index, (stage, cache, activation) in enumerate(zip(self.stages, caches, self.activations)):
-            joined = torch.cat((cache[rows], frames), dim=1)
+        frames, ahead = features.unsqueeze(-1), self.factor
+        for stage, cache in zip(self.stages, caches):
+            frames = torch.cat((cache[rows], frames), dim=1)
+            if begins is not None:
+                frames[:, :ahead].masked_fill_(begins[:, None, None, None], 0.0)
+            if left is not None:
+                behind = torch.arange(frames.shape[1], device=left.device) > left[:, None]
+                frames.masked_fill_(behind[:, :, None, None], 0.0)
+                left = torch.div(left + 1, STRIDE, rounding_mode='floor')
             cache[rows] = frames[:, -1:]
-            frames = activation(stage(joined))
+            frames = stage(frames)
             ahead //= STRIDE
-            if index + 1 < len(self.stages):
-                if begins is not None and ahead > 1:  # before the stream's first: the activation of a bias is not 0
-                    frames[:, : ahead - 1].mul_(~begins[:, None, None, None])
-                if left is not None:
-                    left = torch.div(left + 1, STRIDE, rounding_mode='floor')
-                    there = torch.arange(frames.shape[1], device=left.device) < left[:, None]
-                    frames = frames * there[:, :, None, None]
         return self.out(frames.flatten(2).flatten(0, 1)).view(len(frames), frames.shape[1], -1)
+
+
+def _patches(frames: torch.Tensor) -> torch.Tensor:
+    """Return what each output of a convolution sees, [R, T, F', C, 3, 3], of frames [R, 2 * T + 1, F, C]."""
+    padded = torch.constant_pad_nd(frames, (0, 0, KERNEL - 1, STRIDE - 1))
+    return padded.unfold(1, KERNEL, STRIDE).unfold(2, KERNEL, STRIDE)

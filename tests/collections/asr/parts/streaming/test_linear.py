@@ -38,3 +38,15 @@ def test_a_pointwise_convolution_is_a_linear_layer():
     with torch.no_grad():
         expected = convolution(inputs.unsqueeze(2))[:, :, 0]
         torch.testing.assert_close(PreparedLinear(convolution.weight, convolution.bias)(inputs), expected)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('rows', [1, 40])
+@pytest.mark.parametrize('size', [(32, 16), (512, 1024)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_relu_may_follow(rows, size, dtype):
+    torch.manual_seed(0)
+    layer, inputs = torch.nn.Linear(*size).to(dtype), torch.randn(rows, size[0]).to(dtype)
+    with torch.inference_mode():
+        found = PreparedLinear(layer.weight, layer.bias, relu=True)(inputs)
+        torch.testing.assert_close(found, layer(inputs).relu(), atol=1e-5, rtol=1e-5)

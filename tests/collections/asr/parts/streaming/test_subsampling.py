@@ -1,82 +1,189 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """Subsampling frame by frame gives what NeMo's gives of the whole."""
 
+import copy
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo.collections.asr.parts.streaming import linear
 from nemo.collections.asr.parts.streaming.subsampling import IncrementalSubsampling
 from nemo.collections.asr.parts.submodules.subsampling import ConvSubsampling
 
-FEATURES, WIDTH = 20, 12
+FEATURES, WIDTH, CHANNELS = 20, 12, 6
+KINDS = st.sampled_from(['dw_striding', 'striding'])
+FACTORS = st.sampled_from([2, 4, 8, 16])
+LENGTHS = st.lists(st.integers(0, 70), min_size=1, max_size=5)
 
 
-def subsampling_of(kind: str, factor: int) -> ConvSubsampling:
+def subsampling_of(kind='dw_striding', factor=8, channels=CHANNELS, features=FEATURES, activation=None):
+    """NeMo's, with weights and biases that let every dependence show."""
     torch.manual_seed(0)
-    return ConvSubsampling(kind, factor, FEATURES, WIDTH, conv_channels=6, is_causal=True).eval()
+    activation = torch.nn.ReLU(True) if activation is None else activation
+    found = ConvSubsampling(kind, factor, features, WIDTH, channels, activation=activation, is_causal=True)
+    for parameter in found.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return found.eval()
+
+
+def features_of(lengths, features=FEATURES, seed=1):
+    return torch.randn(len(lengths), max(*lengths, 1), features, generator=torch.Generator().manual_seed(seed))
+
+
+def excerpt(features, lengths, row: int, first: int, count: int):
+    """Features of an utterance; before it and behind it lies what must not be looked at."""
+    found = torch.full((count, features.shape[2]), 1e6)
+    start, end = max(first, 0), min(first + count, lengths[row])
+    if start < end:
+        found[start - first : end - first] = features[row, start:end]
+    return found
+
+
+def assert_near(found, expected):
+    torch.testing.assert_close(found, expected, atol=2e-6 * max(expected.abs().max().item(), 1.0), rtol=0)
 
 
 @torch.no_grad()
-def in_steps(incremental, features: torch.Tensor, lengths: list[int], sizes: list[int]) -> torch.Tensor:
-    """Give ragged utterances [B, T, F] some frames at a time."""
-    caches, factor, frame, parts = incremental.new_caches(len(features)), incremental.factor, 0, []
-    frames = max(max(length - 2, -1) // factor + 2 for length in lengths)
-    total = torch.tensor(lengths)
-    while frame < frames:
-        count = sizes[len(parts) % len(sizes)]
-        first = factor * (frame - 1) + 1
-        places = torch.arange(first, first + factor * count)
-        there = (places >= 0) & (places < total[:, None])
-        piece = features[:, places.clamp(0, features.shape[1] - 1)] * there.unsqueeze(2)
-        begins = torch.full((len(features),), frame == 0)
-        left = (total - first).clamp(0, factor * count)
-        parts.append(incremental.step(caches, piece, None, begins if frame == 0 else None, left))
-        frame += count
-    return torch.cat(parts, dim=1)
+def in_any_phases(incremental, caches, features, lengths, sizes, pauses):
+    """Step each stream at its own times, some frames at once, past its end; returns the frames of each [Q, D]."""
+    factor, outputs, moment = incremental.factor, [[] for _ in lengths], 0
+    frames, whole = [0] * len(lengths), [max(math.ceil((length - 1) / factor) + 1, 1) for length in lengths]
+    while any(count < most for count, most in zip(frames, whole)):
+        active = [
+            row for row in range(len(lengths)) if frames[row] < whole[row] and (moment + row) % pauses[row % 3] == 0
+        ]
+        count = sizes[moment % len(sizes)]
+        moment += 1
+        if not active:
+            continue
+        first = [factor * (frames[row] - 1) + 1 for row in active]
+        pieces = [excerpt(features, lengths, row, at, factor * count) for row, at in zip(active, first)]
+        left = torch.tensor([min(max(lengths[row] - at, 0), factor * count) for row, at in zip(active, first)])
+        begins = torch.tensor(first) < 0
+        rows = None if len(active) == len(lengths) else torch.tensor(active)
+        ending = left if (left < factor * count).any() else None
+        found = incremental.step(caches, torch.stack(pieces), rows, begins if begins.any() else None, ending)
+        for row, new in zip(active, found):
+            outputs[row].append(new)
+            frames[row] += count
+    return [torch.cat(parts) for parts in outputs]
 
 
 @pytest.mark.unit
-@settings(max_examples=20)
+@settings(max_examples=60)
 @given(
-    st.sampled_from(['dw_striding', 'striding']),
-    st.sampled_from([2, 4, 8]),
-    st.lists(st.integers(0, 70), min_size=1, max_size=4),
+    KINDS,
+    FACTORS,
+    LENGTHS,
     st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    st.lists(st.integers(1, 3), min_size=3, max_size=3),
+    st.sampled_from([20, 21, 80]),
 )
-def test_any_steps_of_ragged_utterances_equal_the_whole(kind, factor, lengths, sizes):
-    subsampling = subsampling_of(kind, factor)
-    features = torch.randn(len(lengths), max(max(lengths), 1), FEATURES, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        whole, counts = subsampling(x=features, lengths=torch.tensor(lengths))
-    found = in_steps(IncrementalSubsampling(subsampling), features, lengths, sizes)
-    for row, count in enumerate(counts.tolist()):
-        torch.testing.assert_close(found[row, :count], whole[row, :count], atol=1e-5, rtol=0)
+def test_frames_of_streams_in_any_phases_equal_the_whole(kind, factor, lengths, sizes, pauses, width):
+    subsampling = subsampling_of(kind, factor, features=width)
+    incremental = IncrementalSubsampling(subsampling)
+    caches = incremental.new_caches(len(lengths))
+    for seed in range(2):  # the second time in rows that others have left
+        features = features_of(lengths, width, seed)
+        with torch.no_grad():
+            whole, counts = subsampling(x=features, lengths=torch.tensor(lengths))
+        found = in_any_phases(incremental, caches, features, lengths, sizes, pauses)
+        for row, count in enumerate(counts.tolist()):
+            assert_near(found[row][:count], whole[row, :count])
 
 
 @pytest.mark.unit
-def test_many_rows_and_large_ones_are_no_different():
-    subsampling = subsampling_of('dw_striding', 8)
-    incremental, features = IncrementalSubsampling(subsampling), torch.randn(40, 33, FEATURES)
-    caches = incremental.new_caches(40)
-    padded = torch.nn.functional.pad(features, (0, 0, 7, 0))
+@pytest.mark.parametrize('channels', [CHANNELS, 64, 256])  # summed, convolved, packed
+@pytest.mark.parametrize('batch', [1, 3, 40])
+def test_few_and_many_streams_of_any_width_equal_the_whole(channels, batch):
+    subsampling, features = subsampling_of(channels=channels), features_of([17] * batch)
+    incremental = IncrementalSubsampling(subsampling)
+    caches, padded = incremental.new_caches(batch), torch.nn.functional.pad(features, (0, 0, 7, 0))
     with torch.no_grad():
-        whole, _ = subsampling(x=features, lengths=torch.full((40,), 33))
-        for frame in range(5):
-            begins = torch.full((40,), True) if frame == 0 else None
+        whole, _ = subsampling(x=features, lengths=torch.full((batch,), 17))
+        for frame in range(3):
+            begins = torch.full((batch,), True) if frame == 0 else None
             found = incremental.step(caches, padded[:, 8 * frame : 8 * frame + 8], None, begins)
-            torch.testing.assert_close(found[:, 0], whole[:, frame], atol=1e-5, rtol=0)
+            assert_near(found[:, 0], whole[:, frame])
 
 
 @pytest.mark.unit
-def test_rows_that_are_left_out_keep_their_place():
-    subsampling = subsampling_of('striding', 4)
-    incremental, features = IncrementalSubsampling(subsampling), torch.randn(3, 16, FEATURES)
-    together, apart = incremental.new_caches(3), incremental.new_caches(3)
+def test_rows_in_any_order_are_those_of_their_streams():
+    incremental, features = IncrementalSubsampling(subsampling_of()), features_of([16] * 20)
+    together, apart = incremental.new_caches(20), incremental.new_caches(20)
+    rows = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        for frame in range(4):
-            piece = features[:, 4 * frame : 4 * frame + 4]
-            expected = incremental.step(together, piece, None)
-            for rows in (torch.tensor([2]), torch.tensor([0, 1])):
-                found = incremental.step(apart, piece[rows], rows)
-                torch.testing.assert_close(found, expected[rows], atol=1e-6, rtol=0)
+        for frame in range(2):
+            piece = features[:, 8 * frame : 8 * frame + 8]
+            expected = incremental.step(together, piece)
+            assert_near(incremental.step(apart, piece[rows], rows), expected[rows])
+    for mine, theirs in zip(apart, together):
+        assert_near(mine, theirs)
+
+
+@pytest.mark.unit
+def test_a_stream_that_is_left_out_keeps_its_caches():
+    incremental, features = IncrementalSubsampling(subsampling_of()), features_of([8] * 3)
+    caches = incremental.new_caches(3)
+    with torch.no_grad():
+        incremental.step(caches, features)
+        before = copy.deepcopy(caches)
+        incremental.step(caches, features[:1], torch.tensor([1]))
+    for cache, earlier in zip(caches, before):
+        assert torch.equal(cache[0], earlier[0]) and torch.equal(cache[2], earlier[2])
+        assert not torch.equal(cache[1], earlier[1])
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize('kind', ['dw_striding', 'striding'])
+def test_half_precision_is_as_near_to_the_whole_as_its_digits_allow(kind, dtype, tolerance):
+    subsampling, features = subsampling_of(kind), features_of([17] * 2)
+    with torch.no_grad():
+        whole, _ = subsampling(x=features, lengths=torch.tensor([17, 17]))
+    incremental = IncrementalSubsampling(subsampling.to(dtype))
+    caches = incremental.new_caches(2)
+    padded = torch.nn.functional.pad(features, (0, 0, 7, 0)).to(dtype)
+    began = torch.tensor([True, True])
+    with torch.no_grad():
+        found = [
+            incremental.step(caches, padded[:, at : at + 8], None, began if at == 0 else None) for at in (0, 8, 16)
+        ]
+    found = torch.cat(found, dim=1)
+    assert found.dtype == dtype and all(cache.dtype == dtype for cache in caches)
+    torch.testing.assert_close(found.float(), whole, atol=tolerance * whole.abs().max().item(), rtol=0)
+
+
+@pytest.mark.unit
+def test_other_activations_are_theirs():
+    subsampling, features = subsampling_of(activation=torch.nn.SiLU(), channels=256), features_of([9])
+    incremental = IncrementalSubsampling(subsampling)
+    caches, padded = incremental.new_caches(1), torch.nn.functional.pad(features, (0, 0, 7, 0))
+    with torch.no_grad():
+        whole, _ = subsampling(x=features, lengths=torch.tensor([9]))
+        assert_near(incremental.step(caches, padded[:, :8], None, torch.tensor([True])), whole[:, :1])
+        assert_near(incremental.step(caches, padded[:, 8:16]), whole[:, 1:])
+
+
+@pytest.mark.unit
+def test_without_packed_products_the_frames_are_the_same(monkeypatch):
+    subsampling, features = subsampling_of(channels=256), features_of([8] * 4)
+    packed = IncrementalSubsampling(subsampling)
+    monkeypatch.setattr(linear, 'can_pack', lambda: False)
+    plain = IncrementalSubsampling(subsampling)
+    with torch.no_grad():
+        assert_near(*(each.step(each.new_caches(4), features) for each in (packed, plain)))
+
+
+@pytest.mark.unit
+def test_all_happens_on_the_device_and_the_host_waits_for_nothing():
+    # a tensor of the meta device has no values to wait for, and mixes with no other device's
+    incremental = IncrementalSubsampling(subsampling_of().to('meta'))
+    caches = incremental.new_caches(40)
+    features = torch.zeros(20, 16, FEATURES, device='meta')
+    rows, left = (torch.zeros(20, dtype=torch.int64, device='meta') for _ in range(2))
+    found = incremental.step(caches, features, rows, rows == 0, left)
+    assert found.device.type == 'meta' and found.shape == (20, 2, WIDTH)

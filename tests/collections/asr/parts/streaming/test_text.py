@@ -73,7 +73,9 @@ def test_what_is_said_stays_said_and_words_have_their_times(kind):
             assert later.text.startswith(earlier.text)
             assert later.words[: len(earlier.final_words)] == earlier.final_words
         times = [(word.start, word.end) for word in mine[-1].words]
-        assert times == sorted(times) and all(0 <= start < end <= LENGTHS[row] / 16000 + 2 * FRAME for start, end in times)
+        assert times == sorted(times) and all(
+            0 <= start < end <= LENGTHS[row] / 16000 + 2 * FRAME for start, end in times
+        )
 
 
 @pytest.mark.unit
