@@ -91,6 +91,12 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument(
         '--surprise_reference', type=float, help='nats of usual speech, for --surprise_plot (the mean of the audio)'
     )
+    parser.add_argument(
+        '--weights',
+        default='float32',
+        choices=('float32', 'bfloat16', 'int8'),
+        help='what weights are held in (float32)',
+    )
     parser.add_argument('--report', type=Path, help='a JSON file for the figures')
     parser.add_argument('--device', default='cpu', help='where the model runs (cpu)')
     options = parser.parse_args(argv)
@@ -182,8 +188,8 @@ def stream_file(model, samples: np.ndarray, options, name: str) -> list[Streamed
 
 def _stream_samples(model, samples: np.ndarray, options, context, name: str) -> Streamed:
     """Stream samples [N] in one context, as the options say."""
-    words = options.manifest is None
-    return stream_samples(model, samples, options.chunk_size, context, f'{name} {context}', options.surprise, words)
+    settings = dict(surprise=options.surprise, words=options.manifest is None, weights=options.weights)
+    return stream_samples(model, samples, options.chunk_size, context, f'{name} {context}', **settings)
 
 
 def contexts_of(model, options) -> list:
@@ -207,7 +213,8 @@ def stream_stdin(model, options) -> list[Streamed]:
     heard: list[np.ndarray] = []
     pieces = stdin_chunks(sys.stdin.buffer, options.stdin_rate or rate, rate, options.chunk_size, heard)
     first, *others = contexts_of(model, options)
-    results = [stream(model, pieces, first, name=f'stdin {first}', surprise=options.surprise)]
+    settings = dict(surprise=options.surprise, weights=options.weights)
+    results = [stream(model, pieces, first, name=f'stdin {first}', **settings)]
     if not heard:
         raise ValueError('stdin: there were no samples in the pipe')
     if options.compare_modes:
@@ -485,7 +492,7 @@ def _check_can_stream(model, options) -> None:
     from nemo.collections.asr.parts.streaming.session import StreamingSession
 
     for context in contexts_of(model, options):
-        StreamingSession(model, att_context_size=context, return_surprise=options.surprise)
+        StreamingSession(model, att_context_size=context, return_surprise=options.surprise, weights=options.weights)
 
 
 if __name__ == '__main__':

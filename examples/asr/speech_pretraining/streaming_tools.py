@@ -192,6 +192,7 @@ def stream(
     name: str = 'stream',
     surprise: bool = False,
     words: bool = True,
+    weights: str = 'float32',
 ) -> Streamed:
     """Stream pieces of samples through the model, with a progress bar in seconds of audio.
 
@@ -203,11 +204,12 @@ def stream(
         name: on the progress bar.
         surprise: whether to print how surprising each second was to a model that predicts next tokens.
         words: whether to print the words of a recogniser as they come.
+        weights: what the weights are held in, as the session has it.
     """
     from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
 
     asked = dict(return_tokens=has_tokens(model), return_text=has_text(model))
-    asked.update(return_features=True, return_surprise=surprise)
+    asked.update(return_features=True, return_surprise=surprise, weights=weights)
     session = StreamingSession(model, att_context_size=context, **asked)
     result = Streamed(session.att_context.as_list(), 1000 * session.look_ahead_samples / session.sample_rate)
     result.token_seconds = session.frame_samples / session.sample_rate
@@ -268,13 +270,11 @@ def _show_last_token(progress: tqdm, tokens: Optional[torch.Tensor]) -> None:
         progress.set_postfix_str(f'token {tokens[0, -1].flatten().tolist()}', refresh=False)
 
 
-def stream_samples(
-    model, samples: np.ndarray, chunk_size: float, context, name: str, surprise: bool = False, words: bool = True
-) -> Streamed:
+def stream_samples(model, samples: np.ndarray, chunk_size: float, context, name: str, **settings) -> Streamed:
     """Stream samples [N] in steps of ``chunk_size`` seconds; the other arguments are those of :func:`stream`."""
     rate = sample_rate_of(model)
     chunks = _chunks_of(samples, max(round(chunk_size * rate), 1))
-    return stream(model, chunks, context, len(samples) / rate, name, surprise, words)
+    return stream(model, chunks, context, len(samples) / rate, name, **settings)
 
 
 def _chunks_of(samples: np.ndarray, size: int) -> Iterator[torch.Tensor]:

@@ -68,6 +68,10 @@ def test_a_recogniser_shows_its_words_their_latency_and_its_errors(script, kind,
     assert script.main([*arguments, '--audio_path', str(audio_folder / 'mono.wav')]) == 0
     words = re.findall(r' s  (\S+)  \(until .* ms ago\)', capsys.readouterr().out)
     assert words == first['text'].split()
+    small = ['--audio_path', str(audio_folder / 'mono.wav'), '--weights', 'int8', '--compare_modes']
+    assert script.main([*arguments, *small]) == 0
+    difference = float(re.search(r'largest difference to offline (\S+?),', capsys.readouterr().out)[1])
+    assert 1e-3 < difference < 1
 
 
 def lines(*entries):

@@ -50,11 +50,15 @@ class BatchedStreams:
         front_end: of the preprocessor.
         encoder: of the encoder and the context, as NeMo's layers run it.
         batch: B.
+        precision: of the layers' weights, see :class:`PreparedLinear`.
     """
 
-    def __init__(self, front_end: StreamingFeatures, encoder: StreamingEncoder, batch: int):
+    def __init__(
+        self, front_end: StreamingFeatures, encoder: StreamingEncoder, batch: int, precision: str = 'float32'
+    ):
         self.encoder, self.batch, self.device, self.dtype = encoder, batch, encoder.device, encoder.dtype
         self.factor, self.chunk, self.style = encoder.factor, encoder.chunk, encoder.encoder.att_context_style
+        self.precision = precision
         self.block = max(self.chunk, BLOCK if batch <= FEW and self.chunk == 1 else 1)
         self.unit = self.block * self.factor * front_end.hop  # samples that are taken at once
         self.mel = BatchedMel(front_end, self.unit)
@@ -72,9 +76,13 @@ class BatchedStreams:
         """Return why a model cannot be run in this way, or None."""
         return BatchedMel.why_not(front_end.preprocessor.featurizer) or prepared.why_not(encoder.encoder)
 
+    def weights(self) -> PreparedEncoder:
+        """Return the weights, as they are now."""
+        return PreparedEncoder.of(self.encoder.encoder, self.precision)
+
     def new_state(self) -> BatchedState:
         """Return the state before the first sample."""
-        weights, batch = PreparedEncoder.of(self.encoder.encoder, by_value=True), self.batch
+        weights, batch = PreparedEncoder.of(self.encoder.encoder, self.precision, by_value=True), self.batch
         counts = (np.zeros(batch, np.int64) for _ in range(3))
         features = torch.zeros(batch, self.feature_ring, self.mel.features, dtype=self.dtype, device=self.device)
         layers = [
@@ -123,7 +131,7 @@ class BatchedStreams:
             the features [B, T, F] and how many each stream has [B] (None without them), the encoder's frames [B, A, D] and
             how many each has [B]; zeros behind them; counts are numpy's.
         """
-        weights = PreparedEncoder.of(self.encoder.encoder)
+        weights = self.weights()
         features, frames = _Gathered(self.batch) if keep_features else None, _Gathered(self.batch)
         count = max(-(-samples.shape[1] // self.unit), 1)
         for index in range(count):

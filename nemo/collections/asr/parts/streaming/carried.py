@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from nemo.collections.asr.parts.streaming.batched import BatchedStreams, give_slots
-from nemo.collections.asr.parts.streaming.prepared import PreparedEncoder
 from nemo.collections.asr.parts.streaming.rings import BatchedState
 from nemo.collections.asr.parts.streaming.state import StreamState
 
@@ -23,7 +22,7 @@ def carried_on(earlier: StreamState, streams: BatchedStreams) -> BatchedState:
         earlier: their state; streams of the same number, model and context.
         streams: what runs the batch.
     """
-    state, weights = streams.new_state(), PreparedEncoder.of(streams.encoder.encoder)
+    state, weights = streams.new_state(), streams.weights()
     for row in range(streams.batch):
         _carry_samples(earlier, state, row)
         _carry_features(earlier, state, row, streams, weights)

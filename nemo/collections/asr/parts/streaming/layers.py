@@ -14,6 +14,7 @@ Shapes: R rows (streams), Q frames of a step, D the encoder's width, H heads, K 
 
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import Optional
 
 import torch
@@ -55,9 +56,10 @@ class PreparedLayer:
 
     Args:
         layer: the layer; its adapters are called where they are.
+        precision: of its linear layers, see :class:`PreparedLinear`.
     """
 
-    def __init__(self, layer: torch.nn.Module):
+    def __init__(self, layer: torch.nn.Module, precision: str = 'float32'):
         attention, convolution = layer.self_attn, layer.conv
         self.heads, self.head_width = attention.h, attention.d_k
         self.width = self.heads * self.head_width
@@ -65,18 +67,19 @@ class PreparedLayer:
         self.norm_first, self.norm_second = _Norm(layer.norm_feed_forward1), _Norm(layer.norm_feed_forward2)
         self.norm_attention, self.norm_convolution = _Norm(layer.norm_self_att), _Norm(layer.norm_conv)
         self.norm_out = _Norm(layer.norm_out)
-        self.first = _feed_forward(layer.feed_forward1, layer.fc_factor)
-        self.second = _feed_forward(layer.feed_forward2, layer.fc_factor)
+        linear = partial(PreparedLinear, precision=precision)
+        self.first = _feed_forward(layer.feed_forward1, layer.fc_factor, linear)
+        self.second = _feed_forward(layer.feed_forward2, layer.fc_factor, linear)
         self.projections = _joined(
-            [attention.linear_q, attention.linear_k, attention.linear_v], [scale, 1.0, 1.0]
+            [attention.linear_q, attention.linear_k, attention.linear_v], [scale, 1.0, 1.0], linear
         )  # query, key and value in one product
-        self.out = PreparedLinear(attention.linear_out.weight, attention.linear_out.bias)
+        self.out = linear(attention.linear_out.weight, attention.linear_out.bias)
         self.position_weight = attention.linear_pos.weight.detach()
         self.bias_u, self.bias_v = (
             (bias.detach() * scale).flatten() for bias in (attention.pos_bias_u, attention.pos_bias_v)
         )
-        self.pointwise1 = PreparedLinear(convolution.pointwise_conv1.weight, convolution.pointwise_conv1.bias)
-        self.pointwise2 = PreparedLinear(convolution.pointwise_conv2.weight, convolution.pointwise_conv2.bias)
+        self.pointwise1 = linear(convolution.pointwise_conv1.weight, convolution.pointwise_conv1.bias)
+        self.pointwise2 = linear(convolution.pointwise_conv2.weight, convolution.pointwise_conv2.bias)
         depthwise = convolution.depthwise_conv
         self.taps = depthwise.weight.detach()[:, 0].t().contiguous()  # [kernel, D]
         self.tap_bias = torch.zeros_like(self.taps[0]) if depthwise.bias is None else depthwise.bias.detach()
@@ -217,10 +220,10 @@ def why_not(layer: torch.nn.Module) -> Optional[str]:
     return None
 
 
-def _feed_forward(module, scale: float) -> tuple[PreparedLinear, PreparedLinear]:
+def _feed_forward(module, scale: float, linear) -> tuple[PreparedLinear, PreparedLinear]:
     return (
-        PreparedLinear(module.linear1.weight, module.linear1.bias),
-        PreparedLinear(module.linear2.weight, module.linear2.bias, scale),
+        linear(module.linear1.weight, module.linear1.bias),
+        linear(module.linear2.weight, module.linear2.bias, scale),
     )
 
 
@@ -229,13 +232,13 @@ def _apply(feed_forward: tuple[PreparedLinear, PreparedLinear], frames: torch.Te
     return outer(F.silu(inner(frames), inplace=True))
 
 
-def _joined(linears: list, scales: list[float]) -> PreparedLinear:
+def _joined(linears: list, scales: list[float], linear) -> PreparedLinear:
     """Return several linear layers of the same input as one."""
-    weight = torch.cat([linear.weight.detach() * scale for linear, scale in zip(linears, scales)])
+    weight = torch.cat([each.weight.detach() * scale for each, scale in zip(linears, scales)])
     if linears[0].bias is None:
-        return PreparedLinear(weight)
-    bias = torch.cat([linear.bias.detach() * scale for linear, scale in zip(linears, scales)])
-    return PreparedLinear(weight, bias)
+        return linear(weight)
+    bias = torch.cat([each.bias.detach() * scale for each, scale in zip(linears, scales)])
+    return linear(weight, bias)
 
 
 def _convolution_norm(convolution):

@@ -8,6 +8,7 @@ to twice as fast for one row. Elsewhere (other devices, other dtypes) it is ``F.
 Shapes: N rows, I inputs, O outputs.
 """
 
+import warnings
 from typing import Optional
 
 import torch
@@ -28,10 +29,17 @@ class PreparedLinear:
         bias: [O] or None.
         scale: what weights and bias are multiplied by.
         relu: whether a ReLU follows.
+        precision: one of ``PRECISIONS``; a smaller one than float32 is for float32 weights on a CPU, and rounds them:
+            'bfloat16' weights and inputs; 'int8' weights, a scale for each output, and inputs, a scale for each call.
     """
 
     def __init__(
-        self, weight: torch.Tensor, bias: Optional[torch.Tensor] = None, scale: float = 1.0, relu: bool = False
+        self,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor] = None,
+        scale: float = 1.0,
+        relu: bool = False,
+        precision: str = 'float32',
     ):
         weight = weight.detach().flatten(1)
         bias = None if bias is None else bias.detach()
@@ -44,9 +52,17 @@ class PreparedLinear:
         self._packed_from = NEVER  # rows
         if chooses and can_pack():
             self._packed_from = max(FEW + 1, -(-WORTH_PACKING // weight.numel()))
+        self._small = None
+        if precision != 'float32':
+            with torch.inference_mode(False), torch.no_grad():
+                self._small = _SMALL_WEIGHTS[precision](self.weight, self.bias)
+            self.weight = self.bias = None  # kept in the small precision only
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Return [N, O] for rows [N, I], which have the dtype of the weights: a session switches autocast off."""
+        if self._small is not None:
+            outputs = self._small(rows)
+            return outputs.relu_() if self.relu else outputs
         if rows.shape[0] >= self._packed_from:
             weight, activation = self._layout('packed', self._pack), 'relu' if self.relu else 'none'
             return torch.ops.mkldnn._linear_pointwise(rows, weight, self.bias, activation, [], '')
@@ -67,6 +83,60 @@ class PreparedLinear:
 
     def _pack(self) -> torch.Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKED_FOR)
+
+
+class _BFloat16:
+    """A linear layer in bfloat16, packed where torch can."""
+
+    def __init__(self, weight: torch.Tensor, bias: Optional[torch.Tensor]):
+        self.weight, self.bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
+        self._packs = can_pack()
+        if self._packs:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKED_FOR)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        rows = rows.bfloat16()
+        if not self._packs:
+            return F.linear(rows, self.weight, self.bias).float()
+        return torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, 'none', [], '').float()
+
+
+class _Int8:
+    """A linear layer with int8 weights, whose inputs are quantised as they come, by torch's own operators."""
+
+    def __init__(self, weight: torch.Tensor, bias: Optional[torch.Tensor]):
+        largest = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+        scales, zeros = (largest / 127).double(), torch.zeros(len(weight), dtype=torch.long)
+        with warnings.catch_warnings():  # torch says that a later release will not have these
+            warnings.simplefilter('ignore')
+            quantised = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+            self.packed = torch.ops.quantized.linear_prepack(quantised, bias)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.ops.quantized.linear_dynamic(rows.contiguous(), self.packed, True)
+
+
+_SMALL_WEIGHTS = {'bfloat16': _BFloat16, 'int8': _Int8}
+PRECISIONS = 'float32', *_SMALL_WEIGHTS
+
+
+def check_precision(precision: str, weight: torch.Tensor) -> None:
+    """Raise ValueError if weights cannot be held in a precision, with the reason.
+
+    Args:
+        precision: asked for.
+        weight: one of the weights.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"weights is {precision!r}; it must be one of {PRECISIONS}")
+    if precision == 'float32':
+        return
+    if weight.device.type != 'cpu' or weight.dtype != torch.float32:
+        raise ValueError(
+            f"weights is {precision!r}, which is for float32 models on a CPU; this one is {weight.dtype} on {weight.device}"
+        )
+    if precision == 'int8' and not hasattr(torch.ops.quantized, 'linear_dynamic'):
+        raise ValueError(f"weights is 'int8'; torch {torch.__version__} has no dynamic int8 linear layers")
 
 
 def can_pack() -> bool:

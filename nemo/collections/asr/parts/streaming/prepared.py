@@ -65,31 +65,33 @@ class PreparedEncoder:
 
     Args:
         encoder: in eval mode.
+        precision: of the layers' weights, see :class:`PreparedLinear`.
     """
 
-    def __init__(self, encoder: torch.nn.Module):
+    def __init__(self, encoder: torch.nn.Module, precision: str = 'float32'):
         self._encoder = weakref.ref(encoder)
         parts = [_subsampling_of(encoder), encoder.layers]
         self._seen = _Seen(parts if encoder.out_proj is None else [*parts, encoder.out_proj])
         with torch.inference_mode(False), torch.no_grad():
             self.subsampling = IncrementalSubsampling(_subsampling_of(encoder))
-            self.layers = [layers.PreparedLayer(layer) for layer in encoder.layers]
+            self.layers = [layers.PreparedLayer(layer, precision) for layer in encoder.layers]
             out = encoder.out_proj
             self.out = None if out is None else PreparedLinear(out.weight, out.bias)
         self._positions: dict = {}
 
     @classmethod
-    def of(cls, encoder: torch.nn.Module, by_value: bool = False) -> 'PreparedEncoder':
+    def of(cls, encoder: torch.nn.Module, precision: str = 'float32', by_value: bool = False) -> 'PreparedEncoder':
         """Return what is prepared of an encoder, after preparing it if its weights are others than before.
 
         Args:
             encoder: the encoder.
+            precision: of the layers' weights.
             by_value: whether to look at the weights' values, too, which takes a pass over them.
         """
-        found = _PREPARED.get(encoder)
+        found = _PREPARED.setdefault(encoder, {}).get(precision)
         if found is None or not found._seen.holds() or (by_value and not found._seen.has_values()):
             with _LOCK:
-                found = _PREPARED[encoder] = cls(encoder)
+                found = _PREPARED[encoder][precision] = cls(encoder, precision)
         return found
 
     def positions(self, index: int, future: int, past: int) -> torch.Tensor:

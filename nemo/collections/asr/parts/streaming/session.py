@@ -20,6 +20,7 @@ from nemo.collections.asr.parts.streaming.batched import BatchedStreams
 from nemo.collections.asr.parts.streaming.decoding import decode_frames, decoder_of
 from nemo.collections.asr.parts.streaming.encoder import StreamingEncoder
 from nemo.collections.asr.parts.streaming.features import StreamingFeatures
+from nemo.collections.asr.parts.streaming.linear import check_precision
 from nemo.collections.asr.parts.streaming.masking import LiveMasking
 from nemo.collections.asr.parts.streaming.one_by_one import OneByOne
 from nemo.collections.asr.parts.streaming.output import StreamingOutput, valid_frames
@@ -53,6 +54,8 @@ class StreamingSession:
         return_text: whether to give the text of each stream, of a CTC, RNNT or hybrid model; see ``text.py``.
         fast: 'auto' runs all streams as one batch, with cached keys and values and weights arranged for it (which all
             sessions of the encoder share); 'off' runs NeMo's own layers, as does 'auto' where ``why_not_fast`` says why.
+        weights: what the layers' weights are held in, on a CPU: 'float32'; 'bfloat16' and 'int8' are smaller and faster, and
+            no longer equal to offline.
 
     Raises:
         ValueError: if the model's configuration cannot stream, with the reason, or lacks what is asked for.
@@ -70,6 +73,7 @@ class StreamingSession:
         return_surprise: bool = False,
         fast: str = 'auto',
         return_text: bool = False,
+        weights: str = 'float32',
     ):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; it must be 1 stream or more")
@@ -93,12 +97,17 @@ class StreamingSession:
         if return_text:
             self._text = LiveText(model, batch_size, self.frame_samples / self.sample_rate)
         self.why_not_fast = self._why_not_fast(fast)
-        self._way = self._new_way()
+        check_precision(weights, next(encoder.parameters()))
+        if weights != 'float32' and self.why_not_fast is not None:
+            raise ValueError(
+                f"weights is {weights!r}, which needs streams that run as one batch; but {self.why_not_fast}"
+            )
+        self._way = self._new_way(weights)
         self._ended = np.zeros(batch_size, bool)
 
-    def _new_way(self) -> Union[Together, OneByOne]:
+    def _new_way(self, weights: str) -> Union[Together, OneByOne]:
         if self.why_not_fast is None:
-            return Together(BatchedStreams(self._front_end, self._encoder, self.batch_size))
+            return Together(BatchedStreams(self._front_end, self._encoder, self.batch_size, weights))
         watching = self._masking, self._surprise, self._targets
         return OneByOne(self._front_end, self._encoder, self.batch_size, *watching)
 

@@ -22,14 +22,18 @@ class StreamingTranscriber:
         model: a CTC, RNNT or hybrid model with an encoder that streams; its decoding must be greedy.
         batch_size: B.
         att_context_size: the context; None: the encoder's default.
-        fast: as of the session.
+        fast, weights: as of the session.
 
     Raises:
         ValueError: as the session does, and if the model has no text.
     """
 
-    def __init__(self, model, batch_size: int = 1, att_context_size=None, fast: str = 'auto'):
-        self.session = StreamingSession(model, batch_size, att_context_size, fast=fast, return_text=True)
+    def __init__(
+        self, model, batch_size: int = 1, att_context_size=None, fast: str = 'auto', weights: str = 'float32'
+    ):
+        self.session = StreamingSession(
+            model, batch_size, att_context_size, fast=fast, return_text=True, weights=weights
+        )
 
     def step(self, samples, lengths=None, ended=None) -> list[Transcript]:
         """Take samples [B, N], and return what each stream has said so far; arguments and errors are the session's."""

@@ -50,3 +50,28 @@ def test_a_relu_may_follow(rows, size, dtype):
     with torch.inference_mode():
         found = PreparedLinear(layer.weight, layer.bias, relu=True)(inputs)
         torch.testing.assert_close(found, layer(inputs).relu(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('precision, tolerance', [('bfloat16', 0.01), ('int8', 0.03)])
+@pytest.mark.parametrize('packs', [True, False])
+def test_smaller_weights_come_near(precision, tolerance, packs, monkeypatch):
+    if not packs:
+        monkeypatch.setattr(linear, 'can_pack', lambda: False)
+    torch.manual_seed(0)
+    layer, inputs = torch.nn.Linear(64, 48), torch.randn(3, 64)
+    with torch.inference_mode():
+        found = PreparedLinear(layer.weight, layer.bias, precision=precision)(inputs)
+        assert found.dtype == torch.float32
+        assert 0 < (found - layer(inputs)).norm() / layer(inputs).norm() < tolerance
+
+
+@pytest.mark.unit
+def test_smaller_weights_are_for_float32_on_a_cpu():
+    weight = torch.zeros(2, 2)
+    linear.check_precision('float32', weight.half())
+    linear.check_precision('int8', weight)
+    with pytest.raises(ValueError, match="weights is 'int4'; it must be one of"):
+        linear.check_precision('int4', weight)
+    with pytest.raises(ValueError, match='for float32 models on a CPU; this one is torch.float16'):
+        linear.check_precision('int8', weight.half())

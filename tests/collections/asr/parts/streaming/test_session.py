@@ -385,6 +385,20 @@ def test_half_precision_streams(dtype, tolerance):
 
 
 @pytest.mark.unit
+@pytest.mark.parametrize('weights, near', [('bfloat16', 0.03), ('int8', 0.1)])
+def test_smaller_weights_give_nearly_the_same(weights, near):
+    model, samples = model_of('regular'), noise(2, 20000)
+    whole, small = (
+        stream(StreamingSession(model, 2, [4, 0], weights=each), samples, [20000, 9000], [1280])
+        for each in ('float32', weights)
+    )
+    assert small.lengths.tolist() == whole.lengths.tolist()
+    assert 0 < (small.encoded - whole.encoded).norm() / whole.encoded.norm() < near
+    with pytest.raises(ValueError, match=f"weights is '{weights}', which needs streams that run as one batch"):
+        StreamingSession(model, 2, [4, 0], weights=weights, fast='off')
+
+
+@pytest.mark.unit
 def test_what_the_batched_way_does_not_know_takes_the_other_and_says_why():
     model = tiny_model(THREE_LAYERS).eval()
     assert StreamingSession(model).why_not_fast is None
