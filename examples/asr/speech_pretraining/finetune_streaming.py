@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Fine-tune a pre-trained streaming encoder to recognise speech, by CTC, RNNT or both over characters.
+"""Fine-tune a pre-trained streaming encoder to recognise speech, by CTC, RNNT or both, over characters or word pieces.
 
     python finetune_streaming.py --config-name=streaming_ctc \
         init_from_nemo_model.pretrained.path=NEST.nemo \
@@ -7,9 +7,11 @@
         model.validation_ds.manifest_filepath=validation.json \
         exp_manager.exp_dir=experiments
 
-``--config-name=streaming_rnnt`` makes a transducer, ``streaming_hybrid`` one with a CTC decoder beside it. The preprocessor and the encoder are built as those of the
-pre-trained model, so features and contexts, those of the layers included, are what the weights have learned;
-``model.preprocessor`` and ``model.encoder`` replace single settings. The .nemo that results is streamed by
+``--config-name=streaming_rnnt`` makes a transducer, ``streaming_hybrid`` one with a CTC decoder beside it. Characters are
+recognised, or with ``model.tokenizer='{dir: TOKENIZER, type: bpe}'`` the word pieces of a tokenizer that NeMo's
+``process_asr_text_tokenizer.py`` made. The preprocessor and the encoder are built as those of the pre-trained model, so
+features and contexts, those of the layers included, are what the weights have learned; ``model.preprocessor`` and
+``model.encoder`` replace single settings. The .nemo that results is streamed by
 ``StreamingSession`` and ``streaming_inference_example.py``. A run that was interrupted goes on where it was.
 """
 
@@ -28,7 +30,14 @@ from pathlib import Path
 import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo.collections.asr.models import EncDecCTCModel, EncDecHybridRNNTCTCModel, EncDecRNNTModel
+from nemo.collections.asr.models import (
+    EncDecCTCModel,
+    EncDecCTCModelBPE,
+    EncDecHybridRNNTCTCBPEModel,
+    EncDecHybridRNNTCTCModel,
+    EncDecRNNTBPEModel,
+    EncDecRNNTModel,
+)
 from nemo.collections.asr.parts.ssl_reports.model_figures import look_ahead_title
 from nemo.collections.asr.parts.streaming.session import StreamingSession
 from nemo.collections.asr.parts.utils.pretraining_checks import check_contexts, check_data, check_known_keys
@@ -56,10 +65,7 @@ def prepare(cfg: DictConfig) -> DictConfig:
     with open_dict(cfg):
         for section in TAKEN_OVER:
             cfg.model[section] = OmegaConf.merge(pretrained[section], cfg.model.get(section) or {})
-        if cfg.model.labels is None:
-            cfg.model.labels = characters(cfg.model.train_ds)
-        for section in ('train_ds', 'validation_ds'):
-            cfg.model[section].labels = cfg.model.labels
+        name_tokens(cfg.model)
         if 'model_defaults' in cfg.model:
             encoder = cfg.model.encoder
             cfg.model.model_defaults.enc_hidden = (
@@ -87,6 +93,30 @@ def pretrained_config(cfg: DictConfig) -> DictConfig:
     if lacking:
         raise ValueError(f"{name}: the model of {path} has no {' and no '.join(lacking)}")
     return config
+
+
+def name_tokens(model: DictConfig) -> None:
+    """Fill in what is recognised: characters, or the word pieces of a tokenizer.
+
+    Raises:
+        ValueError: as :func:`characters` does; if both are given; if the tokenizer's folder has no tokenizer.
+    """
+    if model.get('tokenizer') is None:
+        model.pop('tokenizer', None)
+        if model.labels is None:
+            model.labels = characters(model.train_ds)
+        for section in ('train_ds', 'validation_ds'):
+            model[section].labels = model.labels
+        return
+    if model.labels is not None:
+        raise ValueError("model.labels and model.tokenizer are both given; the tokens are of one of them")
+    folder = model.tokenizer.get('dir')
+    if folder is None or not Path(folder).is_dir():
+        raise ValueError(f"model.tokenizer.dir is {folder}; it must be the folder of a tokenizer")
+    model.pop('labels')
+    for decoder in (model.decoder, model.get('aux_ctc', {}).get('decoder', {})):
+        if 'num_classes' in decoder:  # of a CTC decoder
+            decoder.num_classes, decoder.vocabulary = -1, []
 
 
 def characters(train_ds: DictConfig) -> list[str]:
@@ -128,9 +158,12 @@ def build(cfg: DictConfig):
 
 def model_class(cfg: DictConfig) -> type:
     """Return the class that the sections of a model's config ask for: RNNT with a joint network, CTC, or both."""
+    pieces = cfg.get('tokenizer') is not None
     if cfg.get('joint') is None:
-        return EncDecCTCModel
-    return EncDecRNNTModel if cfg.get('aux_ctc') is None else EncDecHybridRNNTCTCModel
+        return EncDecCTCModelBPE if pieces else EncDecCTCModel
+    if cfg.get('aux_ctc') is None:
+        return EncDecRNNTBPEModel if pieces else EncDecRNNTModel
+    return EncDecHybridRNNTCTCBPEModel if pieces else EncDecHybridRNNTCTCModel
 
 
 def check_can_stream(model) -> None:

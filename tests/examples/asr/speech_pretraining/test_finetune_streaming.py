@@ -12,7 +12,16 @@ from fresh_process import run_python
 from hydra import compose, initialize_config_dir
 from tiny_nest import POST_CONV, SMALL, tiny_model
 
-from nemo.collections.asr.models import EncDecCTCModel, EncDecHybridRNNTCTCModel, EncDecRNNTModel
+from word_pieces import make_tokenizer
+
+from nemo.collections.asr.models import (
+    EncDecCTCModel,
+    EncDecCTCModelBPE,
+    EncDecHybridRNNTCTCBPEModel,
+    EncDecHybridRNNTCTCModel,
+    EncDecRNNTBPEModel,
+    EncDecRNNTModel,
+)
 from nemo.collections.asr.parts.att_context import AttContextCurriculum, StreamingSession
 from nemo.collections.asr.parts.streaming.session import StreamingOutput
 
@@ -287,3 +296,33 @@ def test_from_the_pretraining_script_to_a_stream_by_commands_alone(tmp_path, spe
 def run(folder, script, *arguments):
     done = run_python(EXAMPLES / 'speech_pretraining' / script, *arguments, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'kind, made',
+    [('ctc', EncDecCTCModelBPE), ('rnnt', EncDecRNNTBPEModel), ('hybrid', EncDecHybridRNNTCTCBPEModel)],
+)
+def test_word_pieces_of_a_tokenizer_are_recognised(script, kind, made, pretrained, speech_corpus, tmp_path):
+    tokenizer = f"model.tokenizer={{dir: '{make_tokenizer(tmp_path)}', type: bpe}}"
+    name = f'streaming_{kind}'
+    run, model = script.build(script.prepare(config(name, pretrained, speech_corpus, tokenizer, 'exp_manager=null')))
+    assert type(model) is made and len(model.tokenizer.vocab) == 64
+    assert_starts_from(model, pretrained)
+    run.limit_val_batches = 1
+    run.fit(model)
+    assert run.global_step == 3 and 'val_wer' in run.callback_metrics
+    model.save_to(str(tmp_path / 'tuned.nemo'))
+    restored = made.restore_from(str(tmp_path / 'tuned.nemo'), map_location='cpu').eval()
+    assert stream(restored, utterance(speech_corpus), return_text=True)[-1].transcripts[0].final
+
+
+@pytest.mark.unit
+def test_a_tokenizer_that_is_not_there_or_not_alone_is_refused(script, pretrained, speech_corpus, tmp_path):
+    def prepared(*overrides):
+        return script.prepare(config('streaming_ctc', pretrained, speech_corpus, *overrides))
+
+    with pytest.raises(ValueError, match='model.tokenizer.dir is /nowhere; it must be the folder of a tokenizer'):
+        prepared('model.tokenizer={dir: /nowhere, type: bpe}')
+    with pytest.raises(ValueError, match='model.labels and model.tokenizer are both given'):
+        prepared(f"model.tokenizer={{dir: '{tmp_path}', type: bpe}}", 'model.labels=[a,b]')

@@ -8,12 +8,13 @@ import torch
 
 
 def decoder_of(model) -> torch.nn.Module:
-    """Return the decoder that the model's own forward runs: where it predicts nothing but next tokens, the first one's.
+    """Return the decoder that the model's own forward runs: where it predicts nothing but next tokens, the first one's; of
+    a hybrid model the CTC decoder, for a transducer's takes no frame by itself.
 
     Raises:
         ValueError: if the model has no decoder that takes encoder frames alone.
     """
-    decoder = getattr(model, 'decoder', None)
+    decoder = getattr(model, 'ctc_decoder', None) or getattr(model, 'decoder', None)
     if not getattr(model, 'predicts_masked_tokens', True):
         decoder = model.next_token_decoders[0]
     if 'encoder_output' not in (getattr(decoder, 'input_types', None) or {}):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 FEW = 2  # rows for which the transposed weights are the fastest, whatever their size
-SMALL = 2**16  # weights below which nothing is faster than F.linear for few rows
+SMALL = 2**16  # weights below which nothing is faster than F.linear for a few rows, but for one
 NEVER = 2**62
 WORTH_PACKING = 2**20  # multiplications for which packed weights are the faster ones
 PACKED_FOR = 16  # rows that oneDNN is told of when it packs; it takes any number
@@ -47,7 +47,7 @@ class PreparedLinear:
             weight, bias = weight * scale, None if bias is None else bias * scale
         self.weight, self.bias, self.relu = weight.contiguous(), bias, relu
         self._layouts: dict = {}
-        chooses = weight.device.type == 'cpu' and weight.dtype == torch.float32
+        self._chooses = chooses = weight.device.type == 'cpu' and weight.dtype == torch.float32
         self._transposes = chooses and weight.numel() >= SMALL
         self._packed_from = NEVER  # rows
         if chooses and can_pack():
@@ -63,11 +63,14 @@ class PreparedLinear:
         if self._small is not None:
             outputs = self._small(rows)
             return outputs.relu_() if self.relu else outputs
-        if rows.shape[0] >= self._packed_from:
+        count = rows.shape[0]
+        if count >= self._packed_from:
             weight, activation = self._layout('packed', self._pack), 'relu' if self.relu else 'none'
             return torch.ops.mkldnn._linear_pointwise(rows, weight, self.bias, activation, [], '')
-        if self._transposes:
-            weight = self._layout('transposed', lambda: self.weight.t().contiguous())
+        if self._transposes or (count == 1 and self._chooses):
+            weight = self._layouts.get('transposed')
+            if weight is None:
+                weight = self._layout('transposed', lambda: self.weight.t().contiguous())
             outputs = rows @ weight if self.bias is None else torch.addmm(self.bias, rows, weight)
         else:
             outputs = F.linear(rows, self.weight, self.bias)

@@ -3,6 +3,7 @@
 
 import threading
 import weakref
+from operator import attrgetter
 from operator import is_ as _is
 from typing import Optional
 
@@ -12,6 +13,7 @@ from nemo.collections.asr.parts.streaming import layers
 from nemo.collections.asr.parts.streaming.linear import PreparedLinear
 from nemo.collections.asr.parts.streaming.subsampling import IncrementalSubsampling
 
+_VERSION, _PLACE = attrgetter('_version'), torch.Tensor.data_ptr
 _LOCK = threading.RLock()
 _PREPARED: 'weakref.WeakKeyDictionary' = weakref.WeakKeyDictionary()
 
@@ -46,8 +48,8 @@ class _Seen:
     def holds(self) -> bool:
         """Return whether all are the same tensors, in the same places, and nobody has written to them."""
         return (
-            [tensor._version for tensor in self._counted] == self._versions
-            and [tensor.data_ptr() for tensor in self._tensors] == self._places
+            list(map(_VERSION, self._counted)) == self._versions
+            and list(map(_PLACE, self._tensors)) == self._places
             and all(map(_is, map(dict.get, self._owners, self._names), self._tensors))
         )
 

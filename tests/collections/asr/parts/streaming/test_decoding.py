@@ -3,6 +3,7 @@ import pytest
 import torch
 from live_streams import noise
 from tiny_nest import tiny_model
+from tiny_recogniser import tiny_recogniser
 
 from nemo.collections.asr.parts.streaming.decoding import decode_frames, decoder_of
 from nemo.collections.asr.parts.streaming.session import StreamingSession
@@ -36,3 +37,12 @@ def test_of_no_frames_there_are_no_log_probabilities(override, shape):
 def test_a_model_without_a_decoder_is_refused():
     with pytest.raises(ValueError, match='need a decoder that takes encoder_output; Linear has none'):
         decoder_of(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.unit
+def test_frames_of_a_hybrid_model_are_those_of_its_ctc_decoder():
+    model = tiny_recogniser('hybrid')
+    assert decoder_of(model) is model.ctc_decoder
+    samples = noise(1, 16000)
+    output = StreamingSession(model, 1, [8, 0], return_tokens=True).step(samples, None, [True])
+    assert torch.equal(output.tokens, model.ctc_decoder(encoder_output=output.encoded).argmax(dim=2))

@@ -1,0 +1,47 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Patch of NeMo's ``cache_aware_pipeline_builder.py``: pipelines over live streams that equal offline."""
+
+from collections.abc import Mapping
+
+from nemo.collections.asr.inference.pipelines.live_pipelines import LiveCTCPipeline, LiveRNNTPipeline
+from nemo.utils import logging
+from nemo_streaming_ssl import upstream
+
+_up = upstream(globals())
+
+KEY = 'streaming.live'
+
+
+class CacheAwarePipelineBuilder(_up.CacheAwarePipelineBuilder):
+    """NeMo's builder of cache-aware pipelines, with one more key.
+
+    ``streaming.live: auto | true | false`` (``auto``): whether streams equal offline, see ``live_pipelines.py``. ``auto``:
+    for models that normalise by fixed statistics, which NeMo's own pipelines leave out.
+    """
+
+    @classmethod
+    def build_cache_aware_ctc_pipeline(cls, cfg):
+        """Build the pipeline of a CTC model.
+
+        Raises:
+            ValueError: if ``streaming.live`` is no such value, or is on and the model cannot stream.
+        """
+        return cls._build_pipeline(cfg, cls.get_ctc_decoding_cfg(), _up.CacheAwareCTCPipeline, LiveCTCPipeline)
+
+    @classmethod
+    def build_cache_aware_rnnt_pipeline(cls, cfg):
+        """Build the pipeline of an RNNT model; errors are those of the CTC one."""
+        return cls._build_pipeline(cfg, cls.get_rnnt_decoding_cfg(cfg), _up.CacheAwareRNNTPipeline, LiveRNNTPipeline)
+
+    @classmethod
+    def _build_pipeline(cls, cfg, decoding_cfg, stock: type, live: type):
+        choice = cfg.streaming.get('live', 'auto')
+        if choice not in (True, False, 'auto'):
+            raise ValueError(f"{KEY} is {choice!r}; it must be auto, true or false")
+        asr_model = cls._build_asr(cfg, decoding_cfg)
+        if choice == 'auto':
+            choice = isinstance(asr_model.asr_model_cfg.preprocessor.get('normalize'), Mapping)
+        pipeline_class = live if choice else stock
+        logging.info(f"{KEY}: {choice}; the pipeline is a {pipeline_class.__name__}")
+        itn_model = cls._build_itn(cfg, input_is_lower_cased=True)
+        return pipeline_class(cfg, asr_model, itn_model, cls._build_nmt(cfg))

@@ -1,0 +1,185 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""NeMo's pipelines say what the offline forward says, of models with contexts of the layers' own, too."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from omegaconf import OmegaConf
+from tiny_recogniser import tiny_recogniser
+from word_pieces import make_tokenizer
+
+pytest.importorskip('nemo.collections.asr.inference', reason='this NeMo has no streaming pipelines')
+
+from nemo.collections.asr.inference.factory.pipeline_builder import PipelineBuilder
+from nemo.collections.asr.inference.pipelines.cache_aware_ctc_pipeline import CacheAwareCTCPipeline
+from nemo.collections.asr.inference.pipelines.live_pipelines import LiveCTCPipeline, LiveRNNTPipeline
+from nemo.collections.asr.inference.streaming.framing.request import FeatureBuffer, Frame
+from nemo.collections.asr.inference.streaming.framing.request_options import ASRRequestOptions
+
+LENGTHS = (40000, 23456, 61234, 900)  # samples; the last is shorter than a frame of the encoder
+STATISTICS = {'fixed_mean': [-8.0] * 80, 'fixed_std': [4.0] * 80}
+CONTEXTS = {
+    'one context': ['model.encoder.att_context_size=[6,0]'],
+    "layers' contexts": [
+        'model.encoder.att_context_size=[6,0]',
+        '+model.encoder.layer_att_context_size=[[0,[3,0]],[1,[6,0]]]',
+    ],
+    'look-ahead': ['model.encoder.att_context_size=[6,1]'],
+}
+CONFIG = Path(__file__).resolve().parents[5] / 'examples/asr/conf/asr_streaming_inference/cache_aware.yaml'
+SETTINGS = {'log_level': 40, 'streaming': {'batch_size': 3, 'num_slots': 3}, 'endpointing': {'stop_history_eou': -1}}
+
+
+@pytest.fixture(scope='module')
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp('tokenizer'))
+
+
+@pytest.fixture(scope='module')
+def audio(tmp_path_factory):
+    """Files of tones of a tenth of a second, in noise."""
+    folder, random = tmp_path_factory.mktemp('audio'), np.random.default_rng(0)
+    for index, length in enumerate(LENGTHS):
+        pitch = np.repeat(random.uniform(100, 6000, size=length // 1600 + 1), 1600)[:length]
+        samples = 0.2 * np.sin(2 * np.pi * np.cumsum(pitch) / 16000) + 0.01 * random.standard_normal(length)
+        soundfile.write(folder / f'{index}.wav', samples, 16000, subtype='FLOAT')
+    return [str(folder / f'{index}.wav') for index in range(len(LENGTHS))]
+
+
+@pytest.fixture(scope='module')
+def saved(tokenizer, tmp_path_factory):
+    """Makes models and returns them with their files; each once."""
+    folder, made = tmp_path_factory.mktemp('models'), {}
+
+    def of(kind, contexts, normalize=STATISTICS):
+        key = kind, contexts, normalize is not None
+        if key not in made:
+            statistics = 'model.preprocessor.normalize=' + ('NA' if normalize is None else _hydra(normalize))
+            made[key] = tiny_recogniser(kind, *CONTEXTS[contexts], statistics, tokenizer=tokenizer)
+            made[key].save_to(str(folder / f'{len(made)}.nemo'))
+            made[key].path = folder / f'{len(made)}.nemo'
+        return made[key]
+
+    return of
+
+
+def _hydra(statistics: dict) -> str:
+    return '{%s}' % ','.join(f'{key}: {values}' for key, values in statistics.items())
+
+
+def pipeline_of(model, decoding='CTC', **streaming):
+    """Build a pipeline as NeMo's script does, from the shipped config."""
+    asr = {'asr_decoding_type': decoding, 'asr': {'model_name': str(model.path)}, 'streaming': streaming}
+    return PipelineBuilder.build_pipeline(OmegaConf.merge(OmegaConf.load(CONFIG), SETTINGS, asr))
+
+
+@torch.inference_mode()
+def offline(model, path, decoding):
+    """What a model says of a whole file."""
+    samples = torch.from_numpy(soundfile.read(path, dtype='float32')[0]).unsqueeze(0)
+    features, length = model.preprocessor(input_signal=samples, length=torch.tensor([samples.shape[1]]))
+    encoded, length = model.encoder(audio_signal=features, length=length)
+    if decoding == 'RNNT':
+        return model.decoding.rnnt_decoder_predictions_tensor(encoded, length, return_hypotheses=True)[0]
+    log_probs = getattr(model, 'ctc_decoder', model.decoder)(encoder_output=encoded)
+    steps = getattr(model, 'ctc_decoding', model.decoding)
+    found = steps.ctc_decoder_predictions_tensor(log_probs, decoder_lengths=length, return_hypotheses=True)[0]
+    found.path = log_probs[0].argmax(dim=1).tolist()
+    return found
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('contexts', CONTEXTS)
+@pytest.mark.parametrize('kind, decoding', [('ctc', 'CTC'), ('rnnt', 'RNNT'), ('hybrid', 'CTC'), ('hybrid', 'RNNT')])
+def test_words_are_those_of_the_offline_forward(saved, audio, kind, decoding, contexts):
+    model = saved(kind, contexts)
+    pipeline = pipeline_of(model, decoding)
+    assert type(pipeline) is {'CTC': LiveCTCPipeline, 'RNNT': LiveRNNTPipeline}[decoding]
+    said = pipeline.run(audio)  # four files in three slots
+    expected = [offline(model, path, decoding).text.split() for path in audio]
+    assert [said[index]['text'].split() for index in range(len(audio))] == expected
+    assert all(len(''.join(words)) > 8 for words in expected[:-1]), expected
+    again = pipeline.run(audio[::-1])  # nothing is left of the streams before
+    assert [again[index]['text'].split() for index in range(len(audio))] == expected[::-1]
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('contexts', ['one context', 'look-ahead'])
+@pytest.mark.parametrize('kind, decoding', [('ctc', 'CTC'), ('rnnt', 'RNNT')])
+def test_endpointing_looks_at_the_last_frames(saved, audio, kind, decoding, contexts):
+    model = saved(kind, contexts)
+    pipeline = pipeline_of(model, decoding)
+    blank, piece = pipeline.blank_id, int(16000 * pipeline.chunk_size_in_secs)
+    samples = torch.from_numpy(soundfile.read(audio[0], dtype='float32')[0])
+    path = path_of(model, audio[0], decoding, blank)
+    starts = range(0, len(samples) - piece, piece)
+    for start in starts:
+        options = ASRRequestOptions(stop_history_eou=800)  # ten frames, and two more that it leaves
+        frame = Frame(samples[start : start + piece], 7, is_first=start == 0, options=options)
+        pipeline.transcribe_step([frame])
+        emitted = pipeline.frames_given(7)
+        assert pipeline.get_state(7).get_label_buffer() == ([blank] * 12 + path[:emitted])[-12:]
+    assert len(starts) > 5 and emitted > 12 and len(set(path[:emitted])) > 1
+
+
+def path_of(model, path, decoding, blank):
+    """Of each frame the label that a pipeline is told: a CTC path, or the last token that a transducer says in it."""
+    found = offline(model, path, decoding)
+    if decoding == 'CTC':
+        return found.path
+    labels = [blank] * 100
+    for frame, token in zip(found.timestamp.tolist(), found.y_sequence.tolist()):
+        labels[frame] = token
+    return labels
+
+
+@pytest.mark.unit
+def test_an_utterance_that_ends_in_mid_stream_is_final_and_nothing_is_lost(saved, audio):
+    pipeline = pipeline_of(saved('ctc', 'one context'))
+    options = [ASRRequestOptions(stop_history_eou=160) for _ in audio]
+    cut = pipeline.run(audio, options)
+    whole = pipeline.run(audio)
+    for index in range(len(audio)):
+        assert cut[index]['text'].replace(' ', '') == whole[index]['text'].replace(' ', '')
+        ends = [segment.end for segment in whole[index]['segments']]
+        assert ends == sorted(ends) and all(0 <= end <= LENGTHS[index] / 16000 + 0.5 for end in ends)
+
+
+@pytest.mark.unit
+def test_word_times_are_counted_from_the_beginning_of_the_stream(saved, audio):
+    model = saved('ctc', 'look-ahead')
+    segments = pipeline_of(model).run(audio[:1])[0]['segments']
+    said = [frame for frame, token in enumerate(offline(model, audio[0], 'CTC').path) if token != 64]
+    assert segments[0].start == pytest.approx(0.08 * said[0], abs=0.09)
+    assert segments[-1].end == pytest.approx(0.08 * said[-1], abs=0.33)
+
+
+@pytest.mark.unit
+def test_statistics_decide_unless_the_config_does(saved, audio):
+    without = saved('ctc', 'one context', None)
+    assert type(pipeline_of(without)) is CacheAwareCTCPipeline
+    live = pipeline_of(without, live=True)
+    assert type(live) is LiveCTCPipeline
+    assert live.run(audio[:1])[0]['text'].split() == offline(without, audio[0], 'CTC').text.split()
+    assert type(pipeline_of(saved('ctc', 'one context'), live=False)) is CacheAwareCTCPipeline
+    with pytest.raises(ValueError, match="streaming.live is 'maybe'; it must be auto, true or false"):
+        pipeline_of(without, live='maybe')
+
+
+@pytest.mark.unit
+def test_more_streams_than_slots_and_features_are_refused(saved):
+    model = saved('ctc', 'one context')
+    pipeline = pipeline_of(model)
+    frames = [Frame(torch.zeros(1280), stream, is_first=True, options=ASRRequestOptions()) for stream in range(4)]
+    with pytest.raises(RuntimeError, match='streaming.num_slots is 3'):
+        pipeline.transcribe_step(frames)
+    pipeline.reset_session()
+    pipeline.transcribe_step(frames[:3])
+    features = FeatureBuffer(torch.zeros(80, 8), 9, is_first=True, options=ASRRequestOptions())
+    with pytest.raises(ValueError, match='request_type: frame'):
+        pipeline.transcribe_step([features])
+    with pytest.raises(ValueError, match="streaming.request_type is 'feature_buffer'"):
+        pipeline_of(model, request_type='feature_buffer')
