@@ -146,7 +146,7 @@ class BatchedStreams:
 
     def frames_of(self, state: BatchedState, ended: np.ndarray) -> np.ndarray:
         """Return how many frames of each stream have entered the layers, [B]; ``ended`` [B] says which have ended."""
-        return np.where(ended, self._total(state), state.frames)
+        return np.where(ended, self._total(state), state.frames) if ended.any() else state.frames
 
     def _total(self, state: BatchedState) -> np.ndarray:
         """Return how many encoder frames offline makes of the features, [B]."""

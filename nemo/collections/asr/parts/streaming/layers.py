@@ -101,10 +101,13 @@ class PreparedLayer:
             *(torch.zeros(batch, waits, self.width, **like) for _ in range(2)),
         )
 
-    def positions(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the keys of relative positions, [H, K, P], for their embeddings [P, D]."""
+    def positions(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys of relative positions, [H, K, P], and the scores that all queries share, [H, 1, P], for their
+        embeddings [P, D].
+        """
         keys = F.linear(embeddings.to(self.position_weight.dtype), self.position_weight)
-        return keys.view(-1, self.heads, self.head_width).permute(1, 2, 0).contiguous()
+        keys = keys.view(-1, self.heads, self.head_width).permute(1, 2, 0).contiguous()
+        return keys, torch.bmm(self.bias_v.view(self.heads, 1, self.head_width), keys)
 
     def arrive(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return frames behind the first feed-forward [N, D], and queries, keys and values [N, 3 * D], for frames [N, D]."""
@@ -117,7 +120,7 @@ class PreparedLayer:
         frames: torch.Tensor,
         rows: Optional[torch.Tensor],
         visible: Visible,
-        positions: torch.Tensor,
+        positions: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         """Take frames that arrive, and return as many that are emitted, [R, Q, D].
 
@@ -160,7 +163,8 @@ class PreparedLayer:
         """Return the attention's output of scaled queries, both [R * Q, D]."""
         rows = keys_values.shape[0]
         by_heads = (rows * count, self.heads, self.head_width)
-        by_position = torch.bmm((query + self.bias_v).view(by_heads).transpose(0, 1), positions)  # [H, R * Q, P]
+        keys, shared = positions
+        by_position = torch.baddbmm(shared, query.view(by_heads).transpose(0, 1), keys)  # [H, R * Q, P]
         by_position = _of_ages(by_position.view(self.heads, rows, count, -1), visible.ages)
         query = (query + self.bias_u).view(rows, count, *by_heads[1:]).transpose(1, 2)  # [R, H, Q, K]
         keys, values = keys_values.unbind(1)

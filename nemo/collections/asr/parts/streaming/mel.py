@@ -166,9 +166,8 @@ class BatchedMel:
     def _spectrum(self, samples: torch.Tensor, count: int) -> torch.Tensor:
         """Return the magnitudes to the power of ``mag_power``, [R, T, n_fft // 2 + 1] float32."""
         featurizer, length = self.featurizer, self.featurizer.win_length
-        padded = samples.new_zeros(samples.shape[0], count, featurizer.n_fft)
-        windows = padded[:, :, self._left : self._left + length]
-        torch.mul(samples.unfold(1, length, self.hop), featurizer.window.to(torch.float32), out=windows)
+        windows = samples.unfold(1, length, self.hop) * featurizer.window.to(torch.float32)
+        padded = torch.constant_pad_nd(windows, (self._left, featurizer.n_fft - length - self._left))
         real, imaginary = torch.view_as_real(torch.fft.rfft(padded)).unbind(-1)
         power = real.square().addcmul_(imaginary, imaginary)
         if featurizer.mag_power == 2.0:

@@ -96,8 +96,9 @@ class PreparedEncoder:
                 found = _PREPARED[encoder][precision] = cls(encoder, precision)
         return found
 
-    def positions(self, index: int, future: int, past: int) -> torch.Tensor:
-        """Return the keys of a layer's positions, from ``future`` frames ahead to ``past`` behind, [H, K, P].
+    def positions(self, index: int, future: int, past: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys [H, K, P] of a layer's positions, from ``future`` frames ahead to ``past`` behind, and the scores
+        [H, 1, P] that all queries share.
 
         Args:
             index: of the layer.

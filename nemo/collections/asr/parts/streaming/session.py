@@ -80,6 +80,7 @@ class StreamingSession:
         preprocessor, encoder = _parts(model)
         self.batch_size = batch_size
         self._model, self._modules = model, (preprocessor, encoder)
+        self._masks_frames = getattr(model, 'pre_encoder', None) is not None
         if fast not in FAST:
             raise ValueError(f"fast is {fast!r}; it must be one of {FAST}")
         self._check_eval_mode()
@@ -150,8 +151,7 @@ class StreamingSession:
     @property
     def current_frame(self) -> torch.Tensor:
         """Mask frames received so far by each stream, [B] int64; see ``StreamingOutput.current_frame``."""
-        masks_frames = getattr(self._model, 'pre_encoder', None) is not None
-        return self._way.received(masks_frames, self._ended)
+        return self._way.received(self._masks_frames, self._ended)
 
     @property
     def ended(self) -> tuple[bool, ...]:
