@@ -27,6 +27,7 @@ PROJECT_STAMP := $(VENV)/.project-$(shell { cat $(REQUIREMENTS) setup.py; pwd; }
 UNFINISHED := $(VENV).unfinished
 AUDIT_VENV := .venv/audit
 WORKFLOWS_VENV := .venv/workflows
+RELEASE_VENV := .venv/release
 OWN_VENV := $(filter file,$(origin VENV))
 PIP_QUIET := $(if $(CI),--quiet)
 
@@ -37,7 +38,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test pretrain bench gpu-check lint format licences audit clean
+.PHONY: help venv test pretrain bench gpu-check lint format licences audit release clean
 
 help: ## list the targets
 	@echo "Targets, each with NEMO=2.5.3, 2.7.3 or 3.0.0 (now $(NEMO)):"
@@ -89,6 +90,14 @@ audit: ## check the pinned packages for known vulnerabilities (says so where the
 		$(AUDIT_VENV)/bin/python -m pip install --quiet -r requirements/audit.txt; } || \
 		{ echo "audit: NOTHING WAS CHECKED: pip-audit cannot be installed here"; exit 0; }
 	@test ! -x $(AUDIT_VENV)/bin/pip-audit || $(AUDIT_VENV)/bin/python .ci/audit.py $(CONSTRAINTS)
+
+release: ## build sdist and wheel in dist/ and check them, see docs/releasing.md
+	@echo "== Building sdist and wheel"
+	@test -x $(RELEASE_VENV)/bin/twine || { $(PYTHON_BOOTSTRAP) -m venv $(RELEASE_VENV) && \
+		$(RELEASE_VENV)/bin/python -m pip install --quiet -r requirements/release.txt; }
+	rm -rf build dist src/*.egg-info
+	$(RELEASE_VENV)/bin/python -m build --no-isolation --outdir dist .
+	$(RELEASE_VENV)/bin/twine check --strict dist/*
 
 clean: ## remove the environments and what builds and tests leave
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .hypothesis

@@ -4,6 +4,7 @@
 import os
 import shutil
 from glob import glob
+from pathlib import Path
 
 from setuptools import Command, setup
 from setuptools.command.build import build
@@ -59,14 +60,37 @@ class BuildWithPatchSet(build):
     sub_commands = [*build.sub_commands, ("build_patch_set", None)]
 
 
+def names_in(file: str) -> list:
+    """Return the packages that a file of requirements names."""
+    lines = (Path(__file__).parent / file).read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
 setup(
     name="nemo-streaming-ssl",
-    version="0.1.0",
+    version="0.2.0",
     description="Streaming self-supervised speech pre-training: a patch set over NVIDIA NeMo",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["speech", "self-supervised learning", "streaming", "BEST-RQ", "NEST", "Conformer", "NeMo"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Multimedia :: Sound/Audio :: Speech",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.10",
     packages=[FINDER],
     package_dir={"": "src"},
     install_requires=["nemo_toolkit[asr]>=2.5.3,<3.1"],
+    extras_require={"dev": names_in("requirements/test.txt")},
     cmdclass={"build": BuildWithPatchSet, "build_patch_set": BuildPatchSet},
 )

@@ -1,12 +1,14 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """``python -m nemo_streaming_ssl``: which NeMo, active or not and why, which modules. Exits with 1 if inactive.
 
-``python -m nemo_streaming_ssl examples TARGET`` copies the example scripts and their configs to TARGET.
+``python -m nemo_streaming_ssl examples TARGET`` copies the example scripts and their configs to TARGET;
+``python -m nemo_streaming_ssl doctor`` checks all that pre-training needs, and says what to do about what is wrong.
 """
 
 import argparse
 import sys
 
+from nemo_streaming_ssl.doctor import doctor
 from nemo_streaming_ssl.examples import copy_examples
 from nemo_streaming_ssl.report import report_lines, require_active
 
@@ -14,11 +16,13 @@ from nemo_streaming_ssl.report import report_lines, require_active
 def main(argv=None):
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m nemo_streaming_ssl", description=__doc__.split("\n\n")[0])
-    examples = parser.add_subparsers(dest="command", metavar="examples TARGET").add_parser(
-        "examples", help="copy the example scripts and their configs to a folder"
-    )
+    commands = parser.add_subparsers(dest="command", metavar="examples TARGET | doctor")
+    examples = commands.add_parser("examples", help="copy the example scripts and their configs to a folder")
     examples.add_argument("target", help="a folder that is not there yet")
+    commands.add_parser("doctor", help="check the installation, with a step of pre-training")
     options = parser.parse_args(argv)
+    if options.command == "doctor":
+        return doctor()
     return copy_out(options.target) if options.command == "examples" else report()
 
 

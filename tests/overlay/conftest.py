@@ -152,6 +152,12 @@ def project(tmp_path):
     return _copy_project(tmp_path / "project", ["src", "nemo"])
 
 
+@pytest.fixture(scope="module")
+def whole_project(tmp_path_factory):
+    """The same with the examples, as it is released."""
+    return _copy_project(tmp_path_factory.mktemp("whole") / "project", ["src", "nemo", "examples"])
+
+
 @pytest.fixture
 def small_project(tmp_path):
     """The same with a patch set over light modules of the real NeMo, which import in milliseconds."""
@@ -163,8 +169,9 @@ def small_project(tmp_path):
 
 def _copy_project(folder, trees):
     folder.mkdir()
-    for name in ("setup.py", "pyproject.toml"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
         shutil.copy(CHECKOUT / name, folder / name)
+    shutil.copytree(CHECKOUT / "requirements", folder / "requirements")
     for name in trees:
         ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(CHECKOUT / name, folder / name, ignore=ignore)

@@ -33,7 +33,7 @@ if __name__ == "__main__":
 """
 
 REAL = """
-import importlib
+import importlib.util
 import multiprocessing
 import os
 import sys
@@ -43,6 +43,8 @@ from nemo_streaming_ssl.report import patched_modules, require_active
 
 def files(_=None):
     names = [module.name for module in patched_modules()]
+    if importlib.util.find_spec("nemo.collections.asr.inference") is None:  # NeMo before 3.0.0
+        names = [name for name in names if ".asr.inference." not in name]
     require_active(*names)
     return [os.path.realpath(importlib.import_module(name).__file__) for name in names]
 
@@ -131,4 +133,7 @@ def test_real_patch_set_over_the_real_nemo(fresh_venv, project, run, tmp_path, o
     script.write_text(REAL)
     output = run(fresh_venv.python, script, process, cwd=project).stdout
     files = output.partition("FILES\n")[2].split()
-    assert sorted(files) == sorted(str(file) for file in (home / "nemo").rglob("*.py"))
+    later = "/asr/inference/"  # of packages that NeMo 2.5.3 has not
+    wanted = [str(file) for file in (home / "nemo").rglob("*.py")]
+    wanted = [file for file in wanted if later not in file or any(later in each for each in files)]
+    assert sorted(files) == sorted(wanted)

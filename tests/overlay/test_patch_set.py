@@ -8,7 +8,22 @@ import pytest
 from nemo_streaming_ssl import _outside_patch_set, patch_tree
 from nemo_streaming_ssl.report import patched_modules
 
-MODULES = patched_modules()
+LATER = ("nemo/collections/asr/inference",)  # packages that only later NeMo has; 2.5.3 has not
+
+
+def _has_package(folder):
+    import importlib.util
+
+    nemo = Path(importlib.util.find_spec("nemo").origin).parent
+    return (nemo / Path(folder).relative_to("nemo") / "__init__.py").is_file()
+
+
+def _nemo_is_late_enough(module):
+    own = Path(module.file).relative_to(patch_tree()).as_posix()
+    return all(_has_package(package) for package in LATER if own.startswith(package + "/"))
+
+
+MODULES = [module for module in patched_modules() if _nemo_is_late_enough(module)]
 EACH_MODULE = pytest.mark.parametrize("module", MODULES, ids=[module.name for module in MODULES])
 
 
@@ -44,13 +59,6 @@ def test_original_does_not_look_itself_up_while_it_loads(module):
     source = Path(module.original).read_text(encoding="utf-8") if module.original else ""
     assert "import annotations" not in source or not {"ClassVar", "InitVar"} & set(source.replace("[", " ").split())
     assert "sys.modules[__name__]" not in source
-
-
-def _has_package(folder):
-    import importlib.util
-
-    nemo = Path(importlib.util.find_spec("nemo").origin).parent
-    return (nemo / folder.relative_to("nemo") / "__init__.py").is_file()
 
 
 @pytest.mark.unit

@@ -11,7 +11,6 @@ import torch
 from fresh_process import run_python
 from hydra import compose, initialize_config_dir
 from tiny_nest import POST_CONV, SMALL, tiny_model
-
 from word_pieces import make_tokenizer
 
 from nemo.collections.asr.models import (

@@ -167,12 +167,13 @@ class LiveRNNTPipeline(LiveStreams, CacheAwareRNNTPipeline):
 
         NeMo's ``run_greedy_decoder`` takes it that every step has as many frames, and begins with a multiple of them.
         """
+        confidences = getattr(hypothesis, 'non_blank_step_confidence_precomputed', None)  # NeMo 3.0.0, where asked for
         new, labels, offset = self.greedy_rnnt_decoder(
             global_timestamps=hypothesis.timestamp,
             tokens=hypothesis.y_sequence,
             length=count,
             offset=state.offset,
-            confidences=hypothesis.non_blank_step_confidence_precomputed,
+            **({} if confidences is None else {'confidences': confidences}),
         )
         state.set_offset(offset)
         start = first % count  # where the decoder puts frame ``first``

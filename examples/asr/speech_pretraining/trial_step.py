@@ -1,0 +1,71 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Train one step of the tiny streaming config on two seconds of noise: does this installation work?
+
+python trial_step.py
+"""
+
+import sys
+
+from script_tools import require_patches
+
+require_patches(__file__, 'nemo.collections.asr.models.ssl_models', 'nemo.collections.asr.modules.conformer_encoder')
+
+import argparse
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader
+
+from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
+from nemo.utils import logging
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'conf/ssl/nest'
+SAMPLES = 32000  # two seconds
+
+
+def model_without_data() -> EncDecDenoiseMaskedTokenPredModel:
+    """Build the model of the tiny streaming config, with random weights."""
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        cfg = compose('nest_fast-conformer_streaming_tiny', ['model.train_ds=null', 'model.validation_ds=null'])
+    OmegaConf.resolve(cfg.model)
+    return EncDecDenoiseMaskedTokenPredModel(cfg.model)
+
+
+def noise_batch() -> AudioNoiseBatch:
+    """Return a batch of one utterance of noise."""
+    audio, length = torch.randn(1, SAMPLES) * 0.1, torch.tensor([SAMPLES])
+    return AudioNoiseBatch(['noise'], audio, length, audio, length, audio, length)
+
+
+def main(argv=None) -> int:
+    """Train the step; returns the exit status."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    logging.setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    model = model_without_data()
+    trainer = pl.Trainer(
+        max_steps=1,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    began = time.perf_counter()
+    trainer.fit(model, DataLoader([noise_batch()], batch_size=None))
+    loss = float(trainer.callback_metrics['train_loss'])
+    if not loss > 0.0:
+        print(f'trial_step: error: the loss is {loss}', file=sys.stderr)
+        return 1
+    seconds = time.perf_counter() - began
+    print(f'one step on {trainer.strategy.root_device} in {seconds:.1f} s, loss {loss:.2f}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,167 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""``python -m nemo_streaming_ssl doctor``: is all here that pre-training needs, and if not, what to do about it.
+
+It imports nothing of NeMo itself: the trial step runs in a process of its own.
+"""
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from typing import Callable, NamedTuple
+
+from nemo_streaming_ssl import SWITCH, patch_tree
+from nemo_streaming_ssl.report import require_active
+from nemo_streaming_ssl.versions import FIRST_UNTESTED, TESTED, in_tested_range, nemo_version
+
+TRIAL = os.path.join("examples", "asr", "speech_pretraining", "trial_step.py")
+TRIAL_SECONDS = 300  # to import NeMo on a cold disk takes a minute or two
+FREE_MEMORY, FREE_DISK = 4, 5  # GB: of the demo, with some room
+
+
+class Finding(NamedTuple):
+    """What one check found.
+
+    Attributes:
+        name: of what was checked.
+        sound: whether it is as it should be.
+        found: what there is.
+        remedy: what to do, where it is not sound; else ''.
+    """
+
+    name: str
+    sound: bool
+    found: str
+    remedy: str = ""
+
+
+def examine():
+    """Yield the findings, one after another; the trial step comes last and takes longest."""
+    checks = (_python, _nemo, _patches, _torch, _cuda, _audio, _memory, _disk, _trial)
+    for check in checks:
+        yield check()
+
+
+def doctor(say: Callable[[str], None] = print) -> int:
+    """Say what each check found, and return the exit status: 1 if anything is wrong."""
+    wrong = 0
+    for finding in examine():
+        wrong += not finding.sound
+        say(f"{'ok   ' if finding.sound else 'WRONG'} {finding.name}: {finding.found}")
+        if finding.remedy:
+            say(f"      {finding.remedy}")
+    say("All is well." if not wrong else f"{wrong} to mend, see above.")
+    return int(bool(wrong))
+
+
+def _python() -> Finding:
+    found = f"{sys.version.split()[0]}, {sys.executable}"
+    sound = sys.version_info >= (3, 10)
+    return Finding("Python", sound, found, "" if sound else "Install Python 3.10 or later; 3.11 was tested.")
+
+
+def _nemo() -> Finding:
+    version = nemo_version()
+    wanted = f'pip install "nemo_toolkit[asr]>={TESTED[0]},<{FIRST_UNTESTED[0]}.{FIRST_UNTESTED[1]}"'
+    if version is None:
+        return Finding("NeMo", False, "not installed", f"Run {wanted}")
+    sound = in_tested_range(version)
+    return Finding("NeMo", sound, version, "" if sound else f"Tested were {', '.join(TESTED)}. Run {wanted}")
+
+
+def _patches() -> Finding:
+    try:
+        require_active()
+    except RuntimeError as error:
+        return Finding(
+            "patches", False, str(error), f"Install this project in the same environment, and leave {SWITCH} unset."
+        )
+    return Finding("patches", True, f"in use, from {os.path.join(patch_tree(), 'nemo')}")
+
+
+def _torch() -> Finding:
+    try:
+        import torch
+    except Exception as error:  # a library that is missing, or made for another machine: any error
+        return Finding("torch", False, repr(error), "Install torch for this machine, see https://pytorch.org.")
+    return Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads")
+
+
+def _cuda() -> Finding:
+    try:
+        import torch
+    except Exception:
+        return Finding("CUDA", False, "unknown without torch", "Mend torch first.")
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return Finding("CUDA", True, ", ".join(names))
+    if torch.version.cuda is None:
+        return Finding("CUDA", True, "none: this torch is for CPUs; trainer.accelerator=cpu")
+    if shutil.which("nvidia-smi") is None:
+        return Finding("CUDA", True, "none: no NVIDIA driver here; trainer.accelerator=cpu")
+    return Finding(
+        "CUDA",
+        False,
+        f"there is a driver, but torch {torch.__version__} cannot use it",
+        f"Compare the CUDA version that nvidia-smi shows with torch's, {torch.version.cuda}; update the driver or torch.",
+    )
+
+
+def _audio() -> Finding:
+    remedy = 'Run pip install --force-reinstall "soundfile"; on Linux it may need the package libsndfile1.'
+    try:
+        import numpy
+        import soundfile
+
+        samples = (numpy.arange(-800, 800) * 20).astype("int16")
+        for kind in ("WAV", "FLAC"):
+            file = io.BytesIO()
+            soundfile.write(file, samples, 16000, format=kind, subtype="PCM_16")
+            file.seek(0)
+            read, rate = soundfile.read(file, dtype="int16")
+            if rate != 16000 or not numpy.array_equal(read, samples):
+                return Finding("audio", False, f"{kind} reads other samples than were written", remedy)
+    except Exception as error:
+        return Finding("audio", False, repr(error), remedy)
+    return Finding("audio", True, f"soundfile {soundfile.__version__} writes and reads WAV and FLAC")
+
+
+def _memory() -> Finding:
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+        free = max(free, _available())
+    except (AttributeError, ValueError, OSError):  # of other systems than Linux
+        return Finding("memory", True, "this system does not say how much is free")
+    sound = free >= FREE_MEMORY
+    remedy = "" if sound else f"The demo takes up to {FREE_MEMORY} GB; end other programs, or train elsewhere."
+    return Finding("memory", sound, f"{free:.1f} GB free", remedy)
+
+
+def _available() -> float:
+    """Return the GB that Linux could free for a new program; 0 if it does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024 / 1e9
+    except (OSError, KeyError, ValueError):
+        return 0.0
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(os.getcwd()).free / 1e9
+    sound = free >= FREE_DISK
+    remedy = "" if sound else f"Checkpoints of the demo take up to {FREE_DISK} GB; work in another folder."
+    return Finding("disk", sound, f"{free:.1f} GB free in {os.getcwd()}", remedy)
+
+
+def _trial() -> Finding:
+    name, script = "a pre-training step", os.path.join(patch_tree(), TRIAL)
+    command = f"Run {sys.executable} {script} to see all of it."
+    try:
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=TRIAL_SECONDS)
+    except subprocess.TimeoutExpired:
+        return Finding(name, False, f"not done after {TRIAL_SECONDS} s", command)
+    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    said = lines[-1] if lines else f"exit status {done.returncode}"
+    return Finding(name, done.returncode == 0, said, "" if done.returncode == 0 else command)

@@ -1,0 +1,129 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""``python -m nemo_streaming_ssl doctor``: what is wrong is named, with what to do about it."""
+
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+import soundfile
+import torch
+
+from nemo_streaming_ssl import PatchFinder, doctor
+from nemo_streaming_ssl.__main__ import main
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def found(name):
+    """The finding of one check, by its function."""
+    return getattr(doctor, f"_{name}")()
+
+
+@pytest.mark.integration
+def test_a_sound_installation_trains_a_step(capsys):
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("ok ") for line in lines[:-1]) and lines[-1] == "All is well."
+    assert "a pre-training step: one step on" in lines[-2] and "loss" in lines[-2]
+
+
+@pytest.mark.unit
+def test_each_thing_that_is_wrong_is_said_with_its_remedy(monkeypatch, capsys):
+    findings = [doctor.Finding("disk", False, "full", "Make room."), doctor.Finding("torch", True, "2.0")]
+    monkeypatch.setattr(doctor, "examine", lambda: iter(findings))
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "WRONG disk: full",
+        "      Make room.",
+        "ok    torch: 2.0",
+        "1 to mend, see above.",
+    ]
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("version, sound", [("2.5.3", True), ("3.0.1", True), ("2.4.0", False), (None, False)])
+def test_nemo_has_to_be_one_of_those_tested(monkeypatch, version, sound):
+    monkeypatch.setattr(doctor, "nemo_version", lambda: version)
+    finding = found("nemo")
+    assert finding.sound is sound
+    assert sound or 'pip install "nemo_toolkit[asr]>=2.5.3,<3.1"' in finding.remedy
+
+
+@pytest.mark.unit
+def test_inactive_patches_are_wrong(monkeypatch):
+    def inactive():
+        raise RuntimeError("stock NeMo is in use")
+
+    monkeypatch.setattr(doctor, "require_active", inactive)
+    assert found("patches") == doctor.Finding(
+        "patches",
+        False,
+        "stock NeMo is in use",
+        "Install this project in the same environment, and leave NEMO_STREAMING_SSL unset.",
+    )
+
+
+@pytest.mark.unit
+def test_a_driver_that_torch_cannot_use_is_wrong_and_no_driver_is_not(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert found("cuda").sound
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    finding = found("cuda")
+    assert not finding.sound and "13.0" in finding.remedy
+
+
+@pytest.mark.unit
+def test_torch_that_cannot_be_imported_is_wrong(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert not found("torch").sound and not found("cuda").sound
+
+
+@pytest.mark.unit
+def test_audio_that_cannot_be_read_is_wrong(monkeypatch):
+    assert found("audio").sound
+
+    def broken(*arguments, **options):
+        raise RuntimeError("no decoder")
+
+    monkeypatch.setattr(soundfile, "read", broken)
+    finding = found("audio")
+    assert not finding.sound and "no decoder" in finding.found and "libsndfile1" in finding.remedy
+
+
+@pytest.mark.unit
+def test_too_little_memory_or_disk_is_wrong(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: Usage(10, 9, int(1e9)))
+    assert found("disk")[1:3] == (False, f"1.0 GB free in {doctor.os.getcwd()}")
+    monkeypatch.setattr(doctor.os, "sysconf", {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.get)
+    monkeypatch.setattr(doctor, "_available", lambda: 0.5)
+    finding = found("memory")
+    assert not finding.sound and finding.found == "0.5 GB free"
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    "script, said",
+    [
+        ("raise SystemExit('trial_step: error: no such config')", "trial_step: error: no such config"),
+        ("raise SystemExit(3)", "exit status 3"),
+    ],
+)
+def test_a_step_that_fails_is_told_by_its_last_line(monkeypatch, tmp_path, script, said):
+    path = tmp_path / doctor.TRIAL
+    path.parent.mkdir(parents=True)
+    path.write_text(script)
+    monkeypatch.setattr(PatchFinder, "tree", str(tmp_path))
+    finding = found("trial")
+    assert not finding.sound and finding.found == said and str(path) in finding.remedy
+
+
+@pytest.mark.unit
+def test_a_step_that_hangs_is_given_up(monkeypatch):
+    def hang(*arguments, timeout, **options):
+        raise subprocess.TimeoutExpired("trial", timeout)
+
+    monkeypatch.setattr(doctor.subprocess, "run", hang)
+    assert found("trial").found == "not done after 300 s"
