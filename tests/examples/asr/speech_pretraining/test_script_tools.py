@@ -41,6 +41,7 @@ COMMANDS = {
     'plot_contexts': ['--logs', 'run', '--output', 'made'],
     'pretrain_demo': ['--output', 'made'],
     'streaming_inference_example': ['--model_path', 'model.nemo', '--audio_path', 'speech.wav'],
+    'trial_step': [],
 }
 
 
