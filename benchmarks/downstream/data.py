@@ -21,7 +21,7 @@ from nemo.collections.asr.parts.preprocessing.segment import AudioSegment
 from nemo.utils.atomic_files import replacing
 
 RATE = 16000
-HELD_OUT = 10  # joined utterances that fine-tuning is validated on
+HELD_OUT = 40  # utterances that fine-tuning is validated on
 ROLES = ('pretraining', 'validation', 'tuning', 'test')
 
 
@@ -186,13 +186,16 @@ def epochs(entries: list[dict], number: int, seed: int) -> list[dict]:
     return ordered[:number]
 
 
-def prepare(sources: dict[str, list[Path]], folder: Path, seconds: float) -> dict[str, list[dict]]:
+def prepare(
+    sources: dict[str, list[Path]], folder: Path, seconds: float, tuning_seconds: float
+) -> dict[str, list[dict]]:
     """Join all data, unless that is done; returns the entries of each role.
 
     Args:
         sources: manifests by role; those of ``tuning`` and ``test`` have ``phones``.
         folder: of the data.
         seconds: see :func:`grouped`.
+        tuning_seconds: the same for the role ``tuning``.
 
     Raises:
         ValueError: naming what cannot be read, or the speakers that are trained and tested on.
@@ -204,4 +207,5 @@ def prepare(sources: dict[str, list[Path]], folder: Path, seconds: float) -> dic
             raise ValueError(f"{role}: {silent[0]} has no phones")
     for role in ('pretraining', 'validation', 'tuning'):
         check_speakers(read[role], read['test'])
-    return {role: write_joined(paths, folder, role, seconds) for role, paths in sources.items()}
+    lengths = {role: tuning_seconds if role == 'tuning' else seconds for role in sources}
+    return {role: write_joined(paths, folder, role, lengths[role]) for role, paths in sources.items()}

@@ -2,7 +2,7 @@
 """Make NeMo manifests of speechocean762, the public corpus of OpenSLR 101, with a phone string for each utterance.
 
     python benchmarks/downstream/prepare_speechocean762.py --corpus speechocean762 --output manifests \
-        [--test-speakers-of benchmarks/downstream/results/synchronised-0.json]
+        [--test-speakers-of benchmarks/downstream/results_first_sizes/synchronised-0.json]
 
 Reads the corpus as its archive unpacks: WAVE/SPEAKERxxxx/*.WAV, train/ and test/ with Kaldi's wav.scp, utt2spk and
 text, and resource/scores.json, whose phones are taken without their stress. Writes OUTPUT/train_manifest.json and

@@ -40,6 +40,7 @@ ROOT = HERE.parents[1]
 SCRIPTS = ROOT / 'examples/asr/speech_pretraining'
 CHECKPOINTS = 500  # steps of pre-training from one to the next
 LONGEST = 120.0  # seconds of an utterance
+FRAMES_OF_A_TARGET = 8  # of 10 ms
 SETUP = 'data'  # the folder of what all arms share
 ROUNDS = {
     'first': list(arms.ARMS),
@@ -155,14 +156,19 @@ class Setup:
         with locked(options.work / 'setup.lock', wait=True):
             settings.claim(options.work)
             sources = {role: getattr(options, role) for role in data.ROLES}
-            self.entries = data.prepare(sources, self.folder, settings.seconds)
+            self.entries = data.prepare(sources, self.folder, settings.seconds, settings.fine_tuning_seconds)
             stages = Stages(self.folder)
             self.statistics = stages.run('feature_stats.yaml', self._make_statistics)
+            self.components = stages.run('components.npz', self._find_components)
             self.masks = json.loads(stages.run('masks.json', self._calibrate).read_text())
             self._choose()
 
     def _make_statistics(self, path: Path) -> None:
         launch(SCRIPTS / 'compute_feature_stats.py', '--manifest', self.manifest('pretraining'), '--output', path)
+
+    def _find_components(self, path: Path) -> None:
+        files = ['--manifest', self.manifest('pretraining'), '--output', self.folder / 'again.yaml', '--pca', path]
+        launch(SCRIPTS / 'compute_feature_stats.py', *files, '--combine_time_steps', FRAMES_OF_A_TARGET)
 
     def _calibrate(self, path: Path) -> None:
         lengths = torch.tensor([int(100 * entry['duration']) for entry in self.entries['pretraining']])
@@ -281,6 +287,8 @@ class Run:
             f'model.train_ds.batch_size={self.settings.pretraining_batch}',
             *(f'model.{part}.max_duration={LONGEST}' for part in ('train_ds', 'validation_ds')),
             f"model.preprocessor.normalize='{setup.statistics}'",
+            '+model.quantizer.projection=pca',
+            f"+model.quantizer.projection_file='{setup.components}'",
             'model.log_figures=false',
             *arms.overrides(self.name, self.settings, self.seed, setup.masks),  # the last of two alike holds
             *validations(steps, CHECKPOINTS),

@@ -18,14 +18,16 @@ class Settings:
     """What all results that are compared have in common."""
 
     seconds: float = 16.0
-    """Utterances of a speaker are joined until they are so long."""
+    """Utterances of a speaker are joined until they are so long, for pre-training and the test."""
+    fine_tuning_seconds: float = 1.0
+    """The same for fine-tuning: as they were said, but for what is shorter than that; CTC learns slowly from long ones."""
     layers: int = 5
     width: int = 128
-    classes: int = 512
+    classes: int = 128
     pretraining_steps: int = 3000
     pretraining_batch: int = 2
     fine_tuning_steps: int = 1000
-    fine_tuning_batch: int = 4
+    fine_tuning_batch: int = 16
     larger_minutes: float = MINUTES[0]
     """Of transcribed speech, in the larger of the two fine-tunings."""
     smaller_minutes: float = MINUTES[1]

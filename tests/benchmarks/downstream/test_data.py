@@ -81,7 +81,7 @@ def test_a_speaker_of_the_test_that_is_trained_on_is_refused(data, make_manifest
     tested = make_manifest(tmp_path, ['y', 'z'], [1.0], prefix='test-')
     sources = dict(pretraining=[trained], validation=[trained], tuning=[trained], test=[tested])
     with pytest.raises(ValueError, match='heard in training, too: y'):
-        data.prepare(sources, tmp_path / 'data', 1.0)
+        data.prepare(sources, tmp_path / 'data', 1.0, 1.0)
 
 
 @pytest.mark.unit
@@ -90,7 +90,7 @@ def test_speech_without_phones_is_refused_where_phones_are_recognised(data, make
     tested = make_manifest(tmp_path, ['z'], [1.0], prefix='test-')
     sources = dict(pretraining=[trained], validation=[trained], tuning=[trained], test=[tested])
     with pytest.raises(ValueError, match='tuning: .*x-0.wav has no phones'):
-        data.prepare(sources, tmp_path / 'data', 1.0)
+        data.prepare(sources, tmp_path / 'data', 1.0, 1.0)
 
 
 @pytest.mark.unit
