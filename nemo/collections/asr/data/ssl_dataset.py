@@ -121,9 +121,25 @@ class LhotseAudioNoiseDataset(_up.LhotseAudioNoiseDataset):
         self.load_audio.skip_bad_audio = skip
 
     def __getitem__(self, cuts):
-        """Return a batch; its ``skipped`` counts what could not be read, too."""
-        batch = super().__getitem__(cuts)
-        batch.skipped = len(cuts) - len(batch.audio_len)
+        """Return a batch; its ``skipped`` counts what could not be read, too.
+
+        NeMo's stacks noises that are as long as their cuts, which fails where these differ.
+        """
+        audios, lengths, sound = self.load_audio(cuts)
+        items = []
+        for cut, audio, length in zip(sound, audios, lengths):
+            noise, noise_length = _up.sample_noise(self.noise_data, cut.sampling_rate, int(length))
+            items.append(
+                _up.AudioNoiseItem(
+                    sample_id=cut.id,
+                    audio=audio[: int(length)],
+                    audio_len=length,
+                    noise=noise,
+                    noise_len=noise_length,
+                )
+            )
+        batch = _up._audio_noise_collate_fn(items, self.batch_augmentor)
+        batch.skipped = len(cuts) - len(items)
         return batch
 
 

@@ -12,7 +12,6 @@ import torch
 from omegaconf import DictConfig, open_dict
 
 from nemo.collections.asr.data.audio_to_text_dali import DALIOutputs
-from nemo.collections.asr.data.loader_options import take_own_options, with_own_options
 from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
 from nemo.collections.asr.parts.att_context.answerability import MASK_THRESHOLD
 from nemo.collections.asr.parts.att_context.context import context_label
@@ -20,6 +19,7 @@ from nemo.collections.asr.parts.att_context.encoder_protocol import why_context_
 from nemo.collections.asr.parts.att_context.masking_context import follows_context
 from nemo.collections.asr.parts.mixins.att_context_mixin import AttContextMixin
 from nemo.collections.asr.parts.mixins.objective_mixin import ObjectiveMixin, hide_nothing
+from nemo.collections.asr.parts.mixins.training_data_mixin import TrainingDataMixin
 from nemo.collections.asr.parts.preprocessing.features import standardize_per_feature
 from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.figures import require_matplotlib
@@ -43,17 +43,15 @@ _up = upstream(globals())
 TARGET_NORMALIZATIONS = (None, 'NA', 'per_feature')
 
 
-class SpeechEncDecSelfSupervisedModel(AttContextMixin, NonFiniteGuard, _up.SpeechEncDecSelfSupervisedModel):
+class SpeechEncDecSelfSupervisedModel(
+    AttContextMixin, TrainingDataMixin, NonFiniteGuard, _up.SpeechEncDecSelfSupervisedModel
+):
     """NeMo's base class of SSL models, with a context that can be set by hand or come with a batch.
 
     Takes NeMo's config, and ``train_ds.synced_contexts`` with the arguments ``context_options``, ``context_probs`` and
     ``seed`` of ``create_synced_context_collate``, which the data loader then uses; ``train_ds.skip_bad_audio`` (see
     ``ssl_dataset``), ``train_ds.resumable`` (see ``make_resumable``) and ``skip_nan_grad`` (see ``NonFiniteGuard``).
     """
-
-    def _setup_dataloader_from_config(self, config):
-        config, own = take_own_options(config)
-        return with_own_options(super()._setup_dataloader_from_config(config), **own)
 
     def training_step(self, batch, batch_idx=0):
         """Run NeMo's training step within one context, and log it."""
@@ -63,6 +61,7 @@ class SpeechEncDecSelfSupervisedModel(AttContextMixin, NonFiniteGuard, _up.Speec
                 label = getattr(self.encoder, 'label_of_drawn', context_label)(context)
                 output['log'][f'train_loss/ctx_{label}'] = output['loss'].detach()
         if 'log' in output:
+            output['log'].update(self._waiting_for_data())
             output['log'] = numbers_on_the_host(output['log'])
         return output
 

@@ -72,7 +72,7 @@ def test_lightning_may_begin_to_iterate_before_it_tells_the_epoch():
 def test_a_finished_epoch_is_followed_by_the_next():
     finished, again = resumable(), resumable()
     epoch(finished, 0)
-    assert finished.state_dict() == {'epoch': 1, 'batches': 0}
+    assert finished.state_dict() == {'epoch': 1, 'batches': 0, 'used': 0, 'ranks': 1}
     again.load_state_dict(finished.state_dict())
     assert [batch.tolist() for batch in again] == [batch for batch, _, _ in epoch(resumable(), 1)]
 
@@ -102,6 +102,53 @@ def test_stays_what_it_is_when_lightning_puts_a_distributed_sampler_in():
     assert set.union(*ranks) == set(range(ITEMS))
 
 
+def shares(ranks, number, stop=None, states=()):
+    """What each of some ranks is given in an epoch, item numbers by batch, and the state that the first leaves."""
+    given, state = [], None
+    for rank in range(ranks):
+        sampler = DistributedSampler(Noisy(), num_replicas=ranks, rank=rank, shuffle=True)
+        loader = _update_dataloader(resumable(), sampler) if ranks > 1 else resumable()
+        if states:
+            loader.load_state_dict(states[0])
+        given.append([[int(item[0]) for item in batch] for batch, _, _ in epoch(loader, number, stop)])
+        state = state or loader.state_dict()
+    return given, state
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('before, after, stop', [(2, 1, 2), (1, 2, 2), (1, 2, 3), (2, 1, 1), (1, 3, 4), (3, 2, 1)])
+def test_goes_on_with_other_ranks_without_repeating_or_losing_more_than_a_batch_of_each(before, after, stop):
+    first, state = shares(before, 1, stop)
+    second, _ = shares(after, 1, states=[state])
+    assert len({len(share) for share in second}) == 1  # none waits for another at the end
+    used = [item for share in first for batch in share for item in batch]
+    rest = [item for share in second for batch in share for item in batch]
+    assert set(used) | set(rest) == set(range(ITEMS))
+    repeated = len(used) + len(rest) - ITEMS
+    assert repeated < 2 * after
+
+
+@pytest.mark.unit
+def test_says_that_the_ranks_are_others(warnings):
+    _, state = shares(2, 1, 2)
+    resumable().load_state_dict(state)
+    assert '2 ranks had used 8 utterances of epoch 1; 1 go on after these' in ''.join(warnings)
+
+
+@pytest.mark.unit
+def test_a_batch_that_is_fetched_ahead_of_the_step_is_not_lost():
+    whole, loader, again = epoch(resumable(), 1), resumable(), resumable()
+    loader.sampler.set_epoch(1)
+    batches = iter(loader)
+    next(batches)
+    loader.start_step()
+    first = torch.rand(2).tolist()
+    next(batches)  # Lightning does, where a loader has no length
+    again.load_state_dict(loader.state_dict())
+    assert first == whole[0][1] and loader.state_dict()['batches'] == 1
+    assert epoch(again, 1) == whole[1:]
+
+
 @pytest.mark.unit
 def test_keeps_what_the_loader_was():
     loader = resumable(drop_last=True)
@@ -126,7 +173,7 @@ class Stream(IterableDataset):
         (DataLoader(Noisy()), {'sed': 1}, 'did you mean train_ds.resumable.seed?'),
         (DataLoader(Noisy()), {'seed': 'x'}, "train_ds.resumable.seed is 'x'; it must be an integer"),
         (DataLoader(Noisy()), {'seed': True}, 'train_ds.resumable.seed is True'),
-        (DataLoader(Stream()), {}, 'needs data from plain manifests'),
+        (DataLoader(Stream()), {}, 'needs data whose position can be told'),
     ],
 )
 def test_refuses(loader, options, message):

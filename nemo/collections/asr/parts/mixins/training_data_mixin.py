@@ -1,0 +1,79 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""What a model does about its training data: own options, the place in the epoch, and the wait. New in this project."""
+
+from typing import Optional
+
+from nemo.collections.asr.data.loader_options import take_own_options, with_own_options
+from nemo.collections.asr.data.resumable_cuts import make_resumable_cuts, reads_cuts, repeatable_config
+from nemo.collections.asr.data.resumable_loader import ResumableDataLoader, ResumableLoader
+from nemo.collections.asr.parts.utils.data_wait import NAME, DataWait
+from nemo.utils import logging
+
+
+class TrainingDataMixin:
+    """Mixin for the SSL models, before NeMo's class.
+
+    Logs ``data_wait_share``: of the time from one step to the next, the share in which there was no batch.
+    """
+
+    _data_wait: Optional[DataWait] = None
+    _share_waited: Optional[float] = None
+
+    def _setup_dataloader_from_config(self, config):
+        config, own = take_own_options(config)
+        if own.get('resumable') is None or not reads_cuts(config):
+            return with_own_options(super()._setup_dataloader_from_config(config), **own)
+        options = own.pop('resumable')
+        config = repeatable_config(config, options)
+        loader = super()._setup_dataloader_from_config(config)
+        if loader is not None:
+            loader = make_resumable_cuts(loader, config, options, self.global_rank, self.world_size)
+        return with_own_options(loader, **own)
+
+    def on_train_start(self):
+        """Count the batches of a resumed epoch as the data loader does; the ranks may be others than before."""
+        super().on_train_start()
+        self._data_wait = DataWait()
+        loader = self._resumable_loader()
+        if not isinstance(loader, ResumableDataLoader):
+            return
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        place = loader.next_batch
+        if progress.completed != place and progress.completed:
+            logging.info(f"Going on with batch {place} of {len(loader)} of the epoch, on {loader.ranks} ranks.")
+            progress.ready = progress.started = progress.processed = progress.completed = place
+
+    def on_train_batch_start(self, batch, batch_idx: int, unused: int = 0):
+        """Seed what the step draws, where the data are resumable, and look at the clock."""
+        loader = self._resumable_loader()
+        if loader is not None:
+            loader.start_step()
+        if self._data_wait is not None:
+            self._share_waited = self._data_wait.step_starts()
+        return super().on_train_batch_start(batch, batch_idx, unused)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx: int, unused: int = 0) -> None:
+        """Look at the clock once more."""
+        super().on_train_batch_end(outputs, batch, batch_idx, unused)
+        if self._data_wait is not None:
+            self._data_wait.step_ends()
+
+    def on_validation_start(self) -> None:
+        """Leave validation out of the wait."""
+        super().on_validation_start()
+        if self._data_wait is not None:
+            self._data_wait.pause()
+
+    def on_validation_end(self) -> None:
+        """Leave validation out of the wait."""
+        super().on_validation_end()
+        if self._data_wait is not None:
+            self._data_wait.pause()
+
+    def _waiting_for_data(self) -> dict[str, float]:
+        """Return what a step logs of the wait before it."""
+        return {} if self._share_waited is None else {NAME: self._share_waited}
+
+    def _resumable_loader(self) -> Optional[ResumableLoader]:
+        loader = getattr(self._trainer, 'train_dataloader', None)
+        return loader if isinstance(loader, ResumableLoader) else None

@@ -1,0 +1,63 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""How much of training is spent waiting for data. New in this project."""
+
+import time
+from collections import deque
+from typing import Callable, Optional
+
+from nemo.utils import logging
+
+NAME = 'data_wait_share'
+SHARE_TO_WARN_OF = 0.2
+STEPS_TO_JUDGE = 50
+
+
+class DataWait:
+    """Measures, by the clock of this process, from the end of a step to the start of the next.
+
+    On a GPU the process runs ahead of the device; what it waits for while the device still works costs nothing, so the
+    share is then an upper bound.
+
+    Args:
+        clock: returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self.clock = clock
+        self.started: Optional[float] = None
+        self.ended: Optional[float] = None
+        self.recent: deque = deque(maxlen=STEPS_TO_JUDGE)
+        self.warned = False
+
+    def step_starts(self) -> Optional[float]:
+        """Take note that a batch is there.
+
+        Returns:
+            the share of the time since the step before began that went by without a batch; None for the first step,
+            and for one before which there was something else, as validation.
+        """
+        now, share = self.clock(), None
+        if self.started is not None and self.ended is not None:
+            share = (now - self.ended) / max(now - self.started, 1e-9)
+            self.recent.append((now - self.ended, now - self.started))
+            self._warn()
+        self.started, self.ended = now, None
+        return share
+
+    def step_ends(self) -> None:
+        """Take note that a step is over."""
+        self.ended = self.clock()
+
+    def pause(self) -> None:
+        """Take note that something else comes before the next step."""
+        self.ended = None
+
+    def _warn(self) -> None:
+        waited, whole = (sum(part) for part in zip(*self.recent))
+        if self.warned or len(self.recent) < STEPS_TO_JUDGE or waited <= SHARE_TO_WARN_OF * whole:
+            return
+        self.warned = True
+        logging.warning(
+            f"{waited / whole:.0%} of the last {len(self.recent)} steps were spent waiting for data ({NAME}). More "
+            "train_ds.num_workers read more at once; shards read faster than single files; see docs/scale.md"
+        )
