@@ -39,6 +39,7 @@ COMMANDS = {
     'hierarchical_streaming_nest': [],
     'make_speech_corpus': ['--output', 'made'],
     'plot_contexts': ['--logs', 'run', '--output', 'made'],
+    'prepare_shards': ['--manifest', 'train.json', '--output', 'made'],
     'pretrain_demo': ['--output', 'made'],
     'streaming_inference_example': ['--model_path', 'model.nemo', '--audio_path', 'speech.wav'],
     'trial_step': [],
