@@ -103,7 +103,9 @@ def make_resumable_cuts(loader: DataLoader, config, options, rank: int, ranks: i
 
     def make_sampler(epoch: int, ranks: int):
         own = {key: derive_seed(seed, key, config.get(key), epoch) % 2**31 for key in SEEDS}
-        of_epoch = OmegaConf.merge(config, {**own, 'num_workers': 0})
+        of_epoch = copy.deepcopy(config)
+        with open_dict(of_epoch):
+            of_epoch.update(own)
         return get_lhotse_dataloader_from_config(of_epoch, 0, ranks, loader.dataset).sampler
 
     return ResumableCutLoader(

@@ -6,6 +6,7 @@ infinite, ends the epoch with an error that names its file, from a data loader's
 of its batch, logged, and counted in the batch's ``skipped``. A batch of which nothing is left is an error.
 """
 
+import io
 import os
 from dataclasses import dataclass
 from typing import Iterator, Optional
@@ -13,6 +14,7 @@ from typing import Iterator, Optional
 import numpy as np
 import soundfile
 import torch
+from lhotse import CutSet
 
 from nemo.collections.asr.parts.utils.nonfinite_guard import samples_are_sound
 from nemo.utils import logging
@@ -167,9 +169,55 @@ class SoundAudioSamples:
         return audios[sound], lengths[sound], cuts.filter(lambda cut: is_sound[cut.id]).to_eager()
 
 
-def load_noise_audio(sample, *args, **kwargs):
+def load_noise_manifest(noise_manifest) -> list[dict]:
+    """Read noise manifests as NeMo does; a folder of shards (``prepare_shards.py``) counts as one.
+
+    Shards can only be read in order, and noise is drawn at random: so they are held in memory, compressed as they are,
+    once for all workers, which are forks.
+
+    Raises:
+        ValueError: if there is a folder without shards.
+    """
+    names = noise_manifest.split(',') if isinstance(noise_manifest, str) else noise_manifest or []
+    entries = []
+    for name in names:
+        entries += _noise_of_shards(name) if os.path.isdir(name) else _load_noise_manifest(name)
+    return entries
+
+
+class _Content(bytes):
+    """A file's content, which NeMo prints with the entry where it cannot read it."""
+
+    def __repr__(self) -> str:
+        return f'<{len(self)} bytes>'
+
+
+def _noise_of_shards(folder: str) -> list[dict]:
+    try:
+        cuts = CutSet.from_shar(in_dir=folder)
+        return [
+            {
+                'audio_filepath': f'{folder}: {cut.id}',
+                'duration': cut.duration,
+                'content': _Content(cut.recording.sources[0].source),
+            }
+            for cut in cuts
+        ]
+    except (AssertionError, IndexError, KeyError, TypeError) as error:  # lhotse's, of a folder that is something else
+        raise ValueError(f"noise_manifest {folder} is a folder, but not one of shards: {error}") from error
+
+
+def load_noise_audio(sample, sample_rate, max_audio_len=None, **kwargs):
     """Load noise as NeMo does; noise that is not sound is an error, after which NeMo takes other noise."""
-    noise, length = _load_noise_audio(sample, *args, **kwargs)
+    read = sample
+    if 'content' in sample:
+        read = {**sample, 'audio_filepath': io.BytesIO(sample['content'])}
+        longest = None if max_audio_len is None else max_audio_len / sample_rate
+        if (
+            longest is not None and longest < sample['duration']
+        ):  # NeMo would open it again for each part that it tries
+            read |= {'offset': np.random.uniform(0, sample['duration'] - longest), 'duration': longest}
+    noise, length = _load_noise_audio(read, sample_rate, max_audio_len, **kwargs)
     _check_samples(noise, sample['audio_filepath'])
     return noise, length
 
@@ -216,9 +264,10 @@ def _sum(values):
     return values.sum() if isinstance(values, np.ndarray) else sum(values)
 
 
-_load_noise_audio = _up.load_noise_audio
+_load_noise_audio, _load_noise_manifest = _up.load_noise_audio, _up.load_noise_manifest
 # NeMo's functions find these in their own module's globals. The last one takes a built-in's place: NeMo asks whether
 # noise is silent with Python's sum over a NumPy array, 15 ms for 16 s of audio, for every utterance.
 _up.AudioNoiseBatch, _up.AudioNoiseDataset = AudioNoiseBatch, AudioNoiseDataset
 _up.TarredAudioNoiseDataset, _up.load_noise_audio = TarredAudioNoiseDataset, load_noise_audio
+_up.load_noise_manifest = load_noise_manifest
 _up.sum = _sum

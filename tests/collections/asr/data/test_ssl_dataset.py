@@ -171,3 +171,45 @@ def test_lhotse_audio(audio, warnings):
     batch = dataset[cuts]
     assert batch.audio.shape[0] == len(batch.audio_len) == 2 and batch.skipped == 1
     assert any('Skipped bad audio: nan' in message for message in warnings)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two noises in a shard: a second and a half of 0.1, and one of 0.2."""
+    files = []
+    for name, level in (('long', 0.1), ('other', 0.2)):
+        soundfile.write(tmp_path / f'{name}.wav', np.full(24000, level), 16000)
+        files.append(tmp_path / f'{name}.wav')
+    (tmp_path / 'shar').mkdir()
+    cuts = CutSet.from_cuts(Recording.from_file(file).to_cut() for file in files)
+    cuts.to_shar(tmp_path / 'shar', fields={'recording': 'flac'})
+    return tmp_path / 'shar'
+
+
+@pytest.mark.unit
+def test_noise_comes_from_shards_too(shards):
+    noises = ssl_dataset.load_noise_manifest(str(shards))
+    assert len(noises) == 2 and len(str(noises)) < 500  # NeMo prints what it cannot read
+    for noise, level in zip(noises, (0.1, 0.2)):
+        for length, sounding in ((16000, 16000), (24000, 24000), (32000, 24000)):
+            samples, found = ssl_dataset.load_noise_audio(noise, 16000, length)
+            assert (len(samples), int(found)) == (length, sounding)
+            assert samples[:sounding].numpy() == pytest.approx(level, abs=1e-3) and not samples[sounding:].any()
+
+
+@pytest.mark.unit
+def test_a_folder_that_has_no_shards_is_refused_as_noise(tmp_path):
+    (tmp_path / 'a.wav').touch()
+    with pytest.raises(ValueError, match='noise_manifest .* is a folder, but not one of shards'):
+        ssl_dataset.load_noise_manifest(str(tmp_path))
+
+
+@pytest.mark.unit
+def test_cuts_of_other_lengths_get_noise_of_their_own_length(audio, shards):
+    dataset = ssl_dataset.LhotseAudioNoiseDataset(noise_manifest=str(shards))
+    cuts = [Recording.from_file(audio / name).to_cut() for name in ('a.wav', 'b.wav')]
+    cuts[1] = cuts[1].truncate(duration=cuts[1].duration / 2)
+    batch = dataset[CutSet.from_cuts(cuts)]
+    assert batch.noise.shape == batch.audio.shape == batch.noisy_audio.shape
+    short = int(batch.audio_len.min())
+    assert batch.noise[1][:short].abs().min() > 0.05 and not batch.noise[1][short:].any()

@@ -37,7 +37,9 @@ def manifest(tmp_path):
 
 
 def pack(shards, manifest, *more):
-    return shards.main(['--manifest', str(manifest), '--output', str(manifest.parent / 'out'), '--shard_size=4', *more])
+    return shards.main(
+        ['--manifest', str(manifest), '--output', str(manifest.parent / 'out'), '--shard_size=4', *more]
+    )
 
 
 def contents(folder):

@@ -38,6 +38,7 @@ from nemo.utils.data_utils import is_datastore_path
 from nemo.utils.exp_manager import CallbackParams, ExpManagerConfig
 from nemo.utils.model_utils import import_class_by_path
 
+SHARD_PARTS = ('cuts', 'recording')
 AUDIO_FILES_LOOKED_FOR = 100  # of each manifest: enough to find a wrong folder, few enough for a million lines
 
 
@@ -223,14 +224,42 @@ def check_data(name: str, data_cfg: DictConfig) -> None:
     """
     if data_cfg.get('noise_manifest'):
         for path in _paths(data_cfg.noise_manifest):
-            check_manifest(path, f'{name}.noise_manifest')
+            if Path(path).is_dir():
+                check_shards(path, f'{name}.noise_manifest')
+            else:
+                check_manifest(path, f'{name}.noise_manifest')
+    if isinstance(data_cfg.get('shar_path'), str):
+        check_shards(data_cfg.shar_path, f'{name}.shar_path')
     if data_cfg.get('is_tarred') or data_cfg.get('input_cfg') or data_cfg.get('shar_path'):
         return
     if not data_cfg.get('manifest_filepath'):
-        raise ValueError(f"{name}.manifest_filepath is {data_cfg.get('manifest_filepath')!r}; it must name a manifest")
+        raise ValueError(
+            f"{name}.manifest_filepath is {data_cfg.get('manifest_filepath')!r}; it must name a manifest"
+            f"{', or shar_path, or input_cfg must name the data' if data_cfg.get('use_lhotse') else ''}"
+        )
     limits = data_cfg.get('min_duration'), data_cfg.get('max_duration')
     for path in _paths(data_cfg.manifest_filepath):
         check_manifest(path, f'{name}.manifest_filepath', *limits)
+
+
+def check_shards(folder: str, name: str) -> None:
+    """Check that a folder has shards as ``prepare_shards.py`` makes them, and that none lacks a part.
+
+    Raises:
+        ValueError: naming the folder and what is missing.
+    """
+    if is_datastore_path(folder) or folder.startswith('pipe:'):
+        return
+    names = {path.name for path in Path(folder).glob('*')}
+    numbers = {part: {name.split('.')[1] for name in names if name.startswith(f'{part}.')} for part in SHARD_PARTS}
+    if not numbers['cuts']:
+        raise ValueError(
+            f"{name}: {folder} has no shards (cuts.000000.jsonl.gz); prepare_shards.py makes them in OUTPUT/shar"
+        )
+    for part in SHARD_PARTS:
+        if numbers[part] != numbers['cuts']:
+            odd = min(numbers[part] ^ numbers['cuts'])
+            raise ValueError(f"{name}: {folder} has shard {odd} only in part: cuts and recording are needed")
 
 
 def _paths(manifests) -> list[str]:

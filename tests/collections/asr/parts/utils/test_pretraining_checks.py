@@ -71,7 +71,16 @@ class TestShippedConfigs:
     @pytest.mark.parametrize('name', CONFIG_NAMES)
     def test_ask_for_the_manifests(self, name):
         with initialize_config_dir(str(CONFIGS.resolve()), version_base=None):
-            assert_error(compose(name), 'model.train_ds.manifest_filepath', 'model.validation_ds.manifest_filepath')
+            asked = ['model.train_ds.manifest_filepath', 'model.validation_ds.manifest_filepath']
+            assert_error(compose(name), *asked['lhotse' in name :])
+
+    @pytest.mark.unit
+    def test_lhotse_data_may_be_of_another_kind_but_must_be_there(self, composed):
+        cfg = composed['nest_fast-conformer_streaming_lhotse'].copy()
+        cfg.model.train_ds.manifest_filepath = None
+        assert_error(cfg, 'model.train_ds.manifest_filepath is None', 'or shar_path, or input_cfg')
+        cfg.model.train_ds.input_cfg = [{'type': 'nemo', 'manifest_filepath': 'x.json'}]
+        check_pretraining_config(cfg)
 
     @pytest.mark.unit
     def test_validation_may_be_left_out(self, cfg):
@@ -273,7 +282,7 @@ class TestManifests:
         check_pretraining_config(cfg)
 
     @pytest.mark.unit
-    @pytest.mark.parametrize('reader', [dict(is_tarred=True), dict(input_cfg='data.yaml'), dict(shar_path='shar')])
+    @pytest.mark.parametrize('reader', [dict(is_tarred=True), dict(input_cfg='data.yaml'), dict(shar_path='pipe:cat')])
     def test_other_readers_are_left_alone(self, cfg, reader):
         cfg.model.train_ds.update(reader, manifest_filepath='shard__OP_0..9_CL_.json')
         check_pretraining_config(cfg)
@@ -290,6 +299,16 @@ class TestManifests:
     @pytest.mark.unit
     def test_noise_is_not_filtered_by_duration(self, cfg, speech):
         cfg.model.train_ds.noise_manifest = write(speech / 'noise.json', [entry('a.wav', 300.0)])
+        check_pretraining_config(cfg)
+
+    @pytest.mark.unit
+    @pytest.mark.parametrize('key', ['shar_path', 'noise_manifest'])
+    def test_shards_are_whole(self, cfg, tmp_path, key):
+        cfg.model.train_ds[key] = str(tmp_path)
+        assert_error(cfg, f'model.train_ds.{key}: {tmp_path} has no shards', 'prepare_shards.py makes them')
+        (tmp_path / 'cuts.000000.jsonl.gz').touch()
+        assert_error(cfg, f'model.train_ds.{key}: {tmp_path} has shard 000000 only in part')
+        (tmp_path / 'recording.000000.tar').touch()
         check_pretraining_config(cfg)
 
     @pytest.mark.unit
