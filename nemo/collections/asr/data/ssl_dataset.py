@@ -261,12 +261,13 @@ def _reason(file: Optional[str], error: Exception) -> str:
 
 
 def _sum(values):
-    return values.sum() if isinstance(values, np.ndarray) else sum(values)
+    return values.any() if isinstance(values, np.ndarray) else sum(values)
 
 
 _load_noise_audio, _load_noise_manifest = _up.load_noise_audio, _up.load_noise_manifest
 # NeMo's functions find these in their own module's globals. The last one takes a built-in's place: NeMo asks whether
-# noise is silent with Python's sum over a NumPy array, 15 ms for 16 s of audio, for every utterance.
+# noise is silent with Python's sum over a NumPy array, 15 ms for 16 s of audio, and takes other noise until the sum is
+# above 0, which is as often below: two readings for each utterance, and none of the noise whose mean is below 0.
 _up.AudioNoiseBatch, _up.AudioNoiseDataset = AudioNoiseBatch, AudioNoiseDataset
 _up.TarredAudioNoiseDataset, _up.load_noise_audio = TarredAudioNoiseDataset, load_noise_audio
 _up.load_noise_manifest = load_noise_manifest

@@ -1,0 +1,74 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""What it takes to read, mix and collate an utterance: patched NeMo against stock, in turns.
+
+    python benchmarks/data_loading.py [--turns 7] [--output benchmarks/results]
+
+CPU time of one process without workers, by the shipped config's augmentation (half of the utterances, one segment) and by
+harder ones. Noise of two minutes lies in one file, of which a part is read for each utterance. Stock NeMo runs in a
+process of its own with the overlay off; both take turns, in changing order.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+
+from measure import CaseProcess, in_turn, ratio
+
+from nemo.utils.atomic_files import replacing
+
+CASES = Path(__file__).with_name('data_loading_cases.py')
+SHIPPED = dict(seconds=16.0, utterances=16, batch=8, prob=0.5, segments=1, format='flac')
+VARIED = {
+    'shipped config, flac of 16 s': {},
+    'wav of 16 s': dict(format='wav'),
+    'wav of 4 s': dict(format='wav', seconds=4.0, utterances=32),
+    'each utterance mixed, flac of 16 s': dict(prob=1.0),
+    'each in up to 4 segments, flac of 16 s': dict(prob=1.0, segments=4),
+}
+TURN_SECONDS = 0.5  # runs that take less are repeated
+
+
+def measure(case: dict, turns: int) -> dict:
+    """Return the milliseconds of CPU time that an utterance takes, and how many times less than in stock NeMo."""
+    names = {'stock': True, 'patched': False}
+    with CaseProcess(CASES, case, True) as stock, CaseProcess(CASES, case, False) as patched:
+        processes = {'stock': stock, 'patched': patched}
+        for name, is_stock in names.items():
+            if processes[name].about()['patched'] == is_stock:
+                raise RuntimeError(f'{name}: the overlay is {"on" if is_stock else "off"} and should not be')
+        runs = in_turn({name: partial(process.run, TURN_SECONDS) for name, process in processes.items()}, turns)
+    cpu = {name: [run.cpu for run in taken] for name, taken in runs.items()}
+    milliseconds = {
+        name: round(1000 * statistics.median(taken) / case['utterances'], 3) for name, taken in cpu.items()
+    }
+    return {'case': case, 'milliseconds': milliseconds, 'times_less': ratio(cpu['stock'], cpu['patched'])._asdict()}
+
+
+def main(argv=None) -> int:
+    """Measure and print a table; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--turns', type=int, default=7)
+    parser.add_argument('--output', type=Path, default=Path('benchmarks/results'), help='folder of the JSON')
+    options = parser.parse_args(argv)
+    if options.turns < 2:
+        parser.error('--turns must be 2 or more: a ratio needs its spread')
+    results = {}
+    print(
+        '| utterances | stock, ms | patched, ms | times less (quartiles) |\n| --- | ---: | ---: | ---: |', flush=True
+    )
+    for name, varied in VARIED.items():
+        results[name] = found = measure({**SHIPPED, **varied}, options.turns)
+        low, median, high = found['times_less'].values()
+        stock, patched = found['milliseconds']['stock'], found['milliseconds']['patched']
+        print(f'| {name} | {stock:.2f} | {patched:.2f} | {median:.1f} ({low:.1f} to {high:.1f}) |', flush=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    with replacing(options.output / 'data_loading.json') as partial_file:
+        partial_file.write_text(json.dumps(results, indent=1) + '\n')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,95 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Noise is mixed as NeMo does it, with segments of the same distribution."""
+
+import itertools
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from tiny_nest import noise_batch
+
+from nemo.collections.asr.modules.ssl_modules import MultiSpeakerNoiseAugmentation, augmentation
+from nemo.collections.asr.modules.ssl_modules.augmentation import SegmentDraws
+
+DRAWS = 20000
+
+
+def lengths_of_nemo(segments, samples):
+    return tuple(Counter(random.choices(range(segments), k=samples)).values())
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('segments, samples', [(2, 3), (3, 4), (4, 2)])
+def test_segments_have_the_lengths_that_nemo_would_draw(segments, samples):
+    """All outcomes are so few that each share can be compared, the order of the lengths included."""
+    random.seed(0)
+    ours = Counter(tuple(SegmentDraws(segments, samples).counts().values()) for _ in range(DRAWS))
+    nemo = Counter(lengths_of_nemo(segments, samples) for _ in range(DRAWS))
+    assert set(ours) == set(nemo)
+    for outcome, count in nemo.items():
+        spread = 5 * np.sqrt(count * (1 - count / DRAWS) * 2)
+        assert abs(ours[outcome] - count) < spread, outcome
+
+
+@pytest.mark.unit
+def test_each_outcome_is_as_likely_as_counting_all_sequences_says():
+    exact = Counter(tuple(Counter(draws).values()) for draws in itertools.product(range(3), repeat=4))
+    random.seed(1)
+    found = Counter(tuple(SegmentDraws(3, 4).counts().values()) for _ in range(DRAWS))
+    for outcome, count in exact.items():
+        share = count / 3**4
+        assert abs(found[outcome] / DRAWS - share) < 5 * np.sqrt(share / DRAWS)
+
+
+@pytest.mark.unit
+def test_one_seed_gives_one_result_and_lengths_add_up():
+    drawn = []
+    for _ in range(2):
+        random.seed(5)
+        drawn.append([SegmentDraws(5, 100000).counts() for _ in range(3)])
+    assert drawn[0] == drawn[1] and drawn[0][0] != drawn[0][1]
+    assert all(sum(counts.values()) == 100000 for counts in drawn[0])
+    assert SegmentDraws(1, 7).counts() == {0: 7} and len(SegmentDraws(2, 7)) == 7
+    with pytest.raises(TypeError, match='count them'):
+        SegmentDraws(2, 7)[0]
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize('noise_ratio', [0.0, 1.0])
+@pytest.mark.parametrize('segments', [1, 4])
+def test_noise_is_mixed_at_the_ratio_asked_for(noise_ratio, segments):
+    augment = MultiSpeakerNoiseAugmentation(
+        prob=1.0,
+        noise_ratio=noise_ratio,
+        min_r_speech=3.0,
+        max_r_speech=3.0,
+        min_r_noise=3.0,
+        max_r_noise=3.0,
+        min_mix_rate=0.5,
+        max_mix_rate=0.5,
+        min_num_segments=segments,
+        max_num_segments=segments,
+        min_num_speakers=1,
+        max_num_speakers=2,
+    )
+    random.seed(0)
+    batch = noise_batch((1.0, 0.6, 0.8))
+    clean = batch.audio.clone()
+    mixed = augment(batch)
+    assert torch.equal(mixed.audio, clean)
+    for noisy, audio, length in zip(mixed.noisy_audio, clean, mixed.audio_len):
+        added = (noisy - audio)[:length]
+        ratio = 10 * torch.log10(audio[:length].square().sum() / added.square().sum())
+        assert ratio.item() == pytest.approx(3.0, abs=0.01)
+        assert 0.4 * length < (added != 0).sum() <= 0.5 * length + 1
+
+
+@pytest.mark.unit
+def test_other_draws_are_pythons_own():
+    random.seed(3)
+    expected = random.choices('ab', k=4), random.choices(range(3), [1, 2, 3], k=4), random.random()
+    random.seed(3)
+    proxy = augmentation._up.random
+    assert (proxy.choices('ab', k=4), proxy.choices(range(3), [1, 2, 3], k=4), proxy.random()) == expected
