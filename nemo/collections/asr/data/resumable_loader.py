@@ -151,16 +151,14 @@ class ResumableDataLoader(ResumableLoader):
 
     def _begin_epoch(self, epoch, used):
         self.dataset.epoch = epoch  # before the workers take their copies
-        share = self._share(epoch)[used // self.ranks :]
-        self._rest = BatchSampler(share.tolist(), self.batch_size, self.drop_last)
+        share = _Indices(self._share(epoch)[used // self.ranks :])
+        self._rest = BatchSampler(share, self.batch_size, self.drop_last)
 
     def _share(self, epoch: int) -> np.ndarray:
         """Return the utterances of this rank in the order of an epoch; all ranks have equally many."""
         indices = np.arange(len(self.dataset))
         if self.shuffled:
-            order = EpochSampler(self.dataset, self.seed)
-            order.set_epoch(epoch)
-            indices = np.fromiter(order, np.int64, len(self.dataset))
+            indices = EpochSampler.order(len(self.dataset), self.seed, epoch).numpy()
         missing = -len(indices) % self.ranks
         return np.resize(indices, len(indices) + missing)[getattr(self.sampler, 'rank', 0) :: self.ranks]
 
@@ -212,8 +210,12 @@ class EpochSampler(RandomSampler):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        self.generator = torch.Generator().manual_seed(derive_seed(self.seed, 'order', self.epoch))
-        return super().__iter__()
+        return iter(_Indices(self.order(len(self.data_source), self.seed, self.epoch).numpy()))
+
+    @staticmethod
+    def order(items: int, seed: int, epoch: int) -> torch.Tensor:
+        """Return an epoch's order, int64 [items]."""
+        return torch.randperm(items, generator=torch.Generator().manual_seed(derive_seed(seed, 'order', epoch)))
 
 
 class InOrder(SequentialSampler):
@@ -224,6 +226,19 @@ class InOrder(SequentialSampler):
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch comes next."""
         self.epoch = epoch
+
+
+class _Indices:
+    """Numbers of utterances; a list of a million Python numbers would take 40 MB."""
+
+    def __init__(self, indices: np.ndarray):
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return map(int, self.indices)
 
 
 class _Rest:

@@ -16,6 +16,7 @@ import soundfile
 import torch
 from lhotse import CutSet
 
+from nemo.collections.asr.data.manifest_entries import entries_read_when_asked_for
 from nemo.collections.asr.parts.utils.nonfinite_guard import samples_are_sound
 from nemo.utils import logging
 from nemo_streaming_ssl import upstream
@@ -82,7 +83,11 @@ class _CollatesWhatIsSound:
 
 
 class AudioNoiseDataset(_CollatesWhatIsSound, _up.AudioNoiseDataset):
-    """NeMo's dataset of noisy audio, with errors that name the file."""
+    """NeMo's dataset of noisy audio, with errors that name the file, and entries that are parsed when asked for."""
+
+    def __init__(self, *args, **kwargs):
+        with entries_read_when_asked_for():
+            super().__init__(*args, **kwargs)
 
     def __getitem__(self, index):
         """Return an utterance with its noise, or what stands for a skipped one.

@@ -3,11 +3,11 @@
 
 import dataclasses
 import inspect
-import json
 from pathlib import Path
-from typing import Iterable, Iterator, Optional
+from typing import Iterable, Optional
 
 import lightning.pytorch as pl
+import numpy as np
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from nemo.collections.asr.parts.att_context.context import AttContext
@@ -33,13 +33,13 @@ from nemo.collections.asr.parts.utils.known_keys import (
     check_spelling,
     nearest_key,
 )
+from nemo.collections.asr.parts.utils.manifest_index import index_of
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
 from nemo.utils.data_utils import is_datastore_path
 from nemo.utils.exp_manager import CallbackParams, ExpManagerConfig
 from nemo.utils.model_utils import import_class_by_path
 
 SHARD_PARTS = ('cuts', 'recording')
-AUDIO_FILES_LOOKED_FOR = 100  # of each manifest: enough to find a wrong folder, few enough for a million lines
 
 
 def check_pretraining_config(cfg: DictConfig) -> None:
@@ -288,18 +288,15 @@ def check_manifest(
         return 0
     if not Path(path).is_file():
         raise ValueError(f"{name}: no file {path}")
-    entries = kept = 0
-    for number, entry in _entries(path, name):
-        if entries < AUDIO_FILES_LOOKED_FOR:
-            _check_audio(entry, path, f'{name}: {path}, line {number}')
-        duration = entry.get('duration')
-        if not isinstance(duration, (int, float, type(None))):
-            raise ValueError(
-                f"{name}: {path}, line {number}: duration is {duration!r}; it must be a number of seconds"
-            )
-        too_short = duration is not None and min_duration is not None and duration < min_duration
-        too_long = duration is not None and max_duration is not None and duration > max_duration
-        entries, kept = entries + 1, kept + (not too_short and not too_long)
+    try:
+        index = index_of(path)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    for number, entry in index.first:
+        _check_audio(entry, path, f'{name}: {path}, line {number}')
+    too_short = index.durations < (-np.inf if min_duration is None else min_duration)  # NaN, unknown, is neither
+    too_long = index.durations > (np.inf if max_duration is None else max_duration)
+    entries, kept = len(index), int((~too_short & ~too_long).sum())
     if not entries:
         raise ValueError(f"{name}: {path} has no entries")
     if not kept:
@@ -308,20 +305,6 @@ def check_manifest(
             f"max_duration = {max_duration} seconds"
         )
     return kept
-
-
-def _entries(path: str, name: str) -> Iterator[tuple[int, dict]]:
-    with open(path, 'rb') as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{name}: {path}, line {number} is no JSON: {error}") from error
-            if not isinstance(entry, dict):
-                raise ValueError(f"{name}: {path}, line {number} is no JSON object")
-            yield number, entry
 
 
 def _check_audio(entry: dict, path: str, where: str) -> None:

@@ -1,0 +1,116 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""The utterances of manifests, parsed when they are asked for. New in this project; takes the place of ``ASRAudioText``.
+
+NeMo makes a Python object of each entry before the first step, and looks for its audio file on the disk: a million take 45 s
+and more, and each worker's copy of them grows as it counts references.
+"""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from os.path import expanduser
+from typing import Callable, Iterator, Optional, Union
+
+import numpy as np
+
+from nemo.collections.asr.data import audio_to_text
+from nemo.collections.asr.parts.utils.manifest_index import index_of
+from nemo.collections.common.parts.preprocessing import collections
+from nemo.utils import logging
+from nemo.utils.data_utils import DataStoreObject
+
+
+class ManifestEntries(Sequence):
+    """What NeMo's collections give, without text: an utterance's item is that of ``ASRAudioText``.
+
+    Args:
+        manifests: paths; those in a data store are fetched as NeMo does.
+        parse: makes a dict of a line and its manifest's name.
+        min_duration: shorter utterances are left out, in seconds.
+        max_duration: the same for longer ones; those whose duration is not said stay.
+        max_number: how many are taken at most; 0 or None: all.
+
+    Raises:
+        ValueError: naming file and line, if there is a line that is no JSON object or has a duration that is no number.
+    """
+
+    def __init__(
+        self,
+        manifests: Union[str, list[str]],
+        parse: Callable[[str, str], dict],
+        min_duration: Optional[float] = None,
+        max_duration: Optional[float] = None,
+        max_number: Optional[int] = None,
+    ):
+        self.parse = parse
+        self.manifests = [manifests] if isinstance(manifests, str) else list(manifests)
+        self.indices = [index_of(expanduser(DataStoreObject(manifest).get())) for manifest in self.manifests]
+        durations = np.concatenate([index.durations for index in self.indices])
+        keep = np.ones(len(durations), bool)
+        keep &= ~(durations < (-np.inf if min_duration is None else min_duration))  # NaN is neither
+        keep &= ~(durations > (np.inf if max_duration is None else max_duration))
+        self.kept = np.flatnonzero(keep)[: max_number or None]
+        self.first_of = np.cumsum([0, *map(len, self.indices)])  # number of the first entry of each manifest
+        self._tell(durations, keep)
+
+    def _tell(self, durations: np.ndarray, keep: np.ndarray) -> None:
+        """Log what NeMo logs."""
+        hours = np.nansum(durations[self.kept]) / 3600
+        logging.info("Dataset loaded with %d files totalling %.2f hours", len(self), hours)
+        logging.info("%d files were filtered totalling %.2f hours", (~keep).sum(), np.nansum(durations[~keep]) / 3600)
+        if np.isnan(durations[self.kept]).any():
+            logging.info("Not all audios have duration information, the total number of hours is inaccurate.")
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = int(self.kept[index])
+        manifest = int(np.searchsorted(self.first_of, number, side='right')) - 1
+        item = self.parse(self.indices[manifest].line(number - int(self.first_of[manifest])), self.manifests[manifest])
+        labels = item.get('token_labels')
+        return collections.ASRAudioText.OUTPUT_TYPE(
+            id=number,
+            audio_file=item['audio_file'],
+            duration=item['duration'],
+            text_tokens=[] if labels is None else labels,
+            offset=item['offset'],
+            text_raw=item['text'],
+            speaker=item['speaker'],
+            orig_sr=item['orig_sr'],
+            lang=item['lang'],
+        )
+
+
+class UtteranceManifestProcessor(audio_to_text.ASRManifestProcessor):
+    """NeMo's manifest processor on :class:`ManifestEntries`; arguments as there."""
+
+    def __init__(  # noqa: NeMo's reads all entries
+        self,
+        manifest_filepath,
+        parser,
+        max_duration=None,
+        min_duration=None,
+        max_utts=0,
+        bos_id=None,
+        eos_id=None,
+        pad_id=0,
+        index_by_file_id=False,
+        manifest_parse_func=None,
+    ):
+        if index_by_file_id or manifest_parse_func is None:
+            raise ValueError("UtteranceManifestProcessor needs manifest_parse_func, and does not index_by_file_id")
+        self.parser, self.bos_id, self.eos_id, self.pad_id = parser, bos_id, eos_id, pad_id
+        self.collection = ManifestEntries(manifest_filepath, manifest_parse_func, min_duration, max_duration, max_utts)
+
+
+@contextmanager
+def entries_read_when_asked_for() -> Iterator[None]:
+    """Let NeMo's datasets that are made in the block have :class:`UtteranceManifestProcessor`."""
+    before = audio_to_text.ASRManifestProcessor
+    audio_to_text.ASRManifestProcessor = UtteranceManifestProcessor
+    try:
+        yield
+    finally:
+        audio_to_text.ASRManifestProcessor = before

@@ -1,0 +1,99 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Entries that are parsed when asked for are those that NeMo reads all at once."""
+
+import json
+import pickle
+
+import pytest
+
+from nemo.collections.asr.data import ssl_dataset
+from nemo.collections.asr.data.manifest_entries import ManifestEntries, UtteranceManifestProcessor
+from nemo.collections.common.parts.preprocessing import collections
+
+PARSE = ssl_dataset._up._parse_manifest_item
+ROWS = [
+    {'audio_filepath': 'a.wav', 'duration': 1.5, 'text': 'one', 'speaker': 'x', 'lang': 'en'},
+    {'audio_filepath': '/there/b.wav', 'duration': 3, 'offset': 2.5, 'orig_sample_rate': 8000},
+    {'audio_filename': 'ç.wav'},
+    {'audio_filepath': 'd.wav', 'duration': 0.2, 'token_labels': [1, 2]},
+    {'audio_filepath': 'e.wav', 'duration': 9.0},
+]
+
+
+@pytest.fixture
+def manifests(tmp_path):
+    """Two manifests of the same rows, with blank lines, one without an end of its last line."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+    paths = [tmp_path / 'first.json', tmp_path / 'second.json']
+    paths[0].write_text('\n'.join([lines[0], '', *lines[1:], '   ', '']), encoding='utf-8')
+    paths[1].write_text('\n'.join(lines), encoding='utf-8')
+    return [str(path) for path in paths]
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'limits', [{}, {'min_duration': 1.0}, {'max_duration': 3.0}, {'min_duration': 1.0, 'max_number': 3}]
+)
+def test_entries_are_nemos(manifests, limits):
+    ours = ManifestEntries(manifests, PARSE, **limits)
+    nemo = collections.ASRAudioText(manifests, parser=None, parse_func=PARSE, **limits)
+    assert len(ours) == len(nemo) and list(ours) == list(nemo)
+    assert ours[-1] == nemo[-1] and ours[1:3] == nemo.data[1:3]
+    with pytest.raises(IndexError):
+        ours[len(nemo)]
+
+
+@pytest.mark.unit
+def test_they_survive_the_way_to_another_process(manifests):
+    entries = ManifestEntries(manifests, PARSE)
+    assert list(pickle.loads(pickle.dumps(entries))) == list(entries)
+
+
+@pytest.mark.unit
+def test_a_file_that_changes_while_it_is_used_is_an_error(manifests):
+    entries = ManifestEntries(manifests, PARSE)
+    with open(manifests[0], 'a') as file:
+        file.write(json.dumps(ROWS[0]) + '\n')
+    with pytest.raises(ValueError, match='first.json was changed while it is in use'):
+        entries[0]
+    assert len(ManifestEntries(manifests, PARSE)) == len(entries) + 1  # read anew
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    'line, message',
+    [
+        ('{"audio', 'first.json, line 9 is no JSON'),
+        ('[1]', 'first.json, line 9 is no JSON object'),
+        ('{"duration": "x"}', "first.json, line 9: duration is 'x'; it must be a number"),
+    ],
+)
+def test_a_bad_line_is_named(manifests, line, message):
+    with open(manifests[0], 'a') as file:
+        file.write('\n' + line)
+    with pytest.raises(ValueError, match=message):
+        ManifestEntries(manifests, PARSE)
+
+
+@pytest.mark.unit
+def test_a_dataset_reads_a_manifest_once(manifests, monkeypatch):
+    from nemo.collections.asr.parts.utils import manifest_index
+    from nemo.collections.asr.parts.utils.pretraining_checks import index_of
+
+    index_of(manifests[1])
+    monkeypatch.setattr(manifest_index, 'ManifestIndex', None)  # no other is made
+    config = dict(manifest_filepath=manifests[1], sample_rate=16000, shuffle=False, min_duration=1.0)
+    dataset = ssl_dataset.get_audio_noise_dataset_from_config(config, 0, 1)
+    assert isinstance(dataset.manifest_processor, UtteranceManifestProcessor) and len(dataset) == 4
+
+
+@pytest.mark.unit
+def test_an_empty_manifest_has_no_entries(tmp_path):
+    (tmp_path / 'empty.json').touch()
+    assert len(ManifestEntries(str(tmp_path / 'empty.json'), PARSE)) == 0
+
+
+@pytest.mark.unit
+def test_other_uses_are_refused(manifests):
+    with pytest.raises(ValueError, match='needs manifest_parse_func'):
+        UtteranceManifestProcessor(manifests, None)
