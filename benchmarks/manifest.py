@@ -4,8 +4,10 @@
     python benchmarks/manifest.py [--lines 1000000] [--workers 2] [--json manifest.json]
 
 Writes a manifest of that many lines, all of one short file, and measures, each in a process of its own: the check of
-the config (`check_manifest`), NeMo's dataset, and the dataset with the first batch that workers give, in a plain and
-in a resumable data loader.
+the config (`check_manifest`), the dataset, the dataset with the first batch that workers give, in a plain and in a
+resumable data loader, and the whole start: the check, the dataset and the first batch, one after the other as in training.
+The same with stock NeMo, but for the check and the resumable loader, which it lacks. Memory is of the process and its
+workers, and what they share counts once.
 """
 
 import argparse
@@ -23,7 +25,8 @@ LINE = {
     'text': 'an utterance of some ten words as manifests often have them',
 }
 MEGABYTE = 1e6
-PARTS = ('check', 'dataset', 'first batch', 'first batch, resumable')
+STOCK = ('dataset, stock NeMo', 'first batch, stock NeMo')
+PARTS = (*STOCK, 'check', 'dataset', 'first batch', 'first batch, resumable', 'whole start, resumable')
 
 
 def write_manifest(folder: Path, lines: int) -> Path:
@@ -60,16 +63,18 @@ def measure(part: str, manifest: str, workers: int) -> dict:
     from torch.utils.data import DataLoader
 
     from nemo.collections.asr.data import ssl_dataset
-    from nemo.collections.asr.data.resumable_loader import make_resumable
-    from nemo.collections.asr.parts.utils.pretraining_checks import check_manifest
+
+    if part not in STOCK:
+        from nemo.collections.asr.data.resumable_loader import make_resumable
+        from nemo.collections.asr.parts.utils.pretraining_checks import check_manifest
 
     before, start = resident_megabytes(), time.perf_counter()
-    if part == 'check':
+    if part.startswith(('check', 'whole')):
         kept = check_manifest(manifest, 'manifest', 0.1, 16.0)
-    else:
+    if not part.startswith('check'):
         config = {'manifest_filepath': manifest, 'sample_rate': 16000, 'shuffle': True, 'max_duration': 16.0}
         kept = dataset = ssl_dataset.get_audio_noise_dataset_from_config(OmegaConf.create(config), 0, 1)
-    if part.startswith('first batch'):
+    if part.startswith(('first batch', 'whole')):
         loader = DataLoader(dataset, 8, shuffle=True, num_workers=workers, collate_fn=dataset.collate_fn)
         kept = iter(make_resumable(loader, {'seed': 0}) if 'resumable' in part else loader)
         next(kept)
@@ -97,7 +102,10 @@ def main(argv=None) -> None:
         for part in PARTS:
             command = [sys.executable, __file__, '--part', part, '--manifest', str(manifest)]
             command += ['--workers', str(options.workers)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+            overlay = {**os.environ, 'NEMO_STREAMING_SSL': '0' if part in STOCK else '1'}
+            done = subprocess.run(
+                command, env=overlay, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
+            )
             results.append(json.loads(done.stdout.splitlines()[-1]))
             print(f"{part:<24} {results[-1]['seconds']:>8.2f} {results[-1]['megabytes']:>9.1f}", flush=True)
     if options.json:

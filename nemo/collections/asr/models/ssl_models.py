@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig, open_dict
 
 from nemo.collections.asr.data.audio_to_text_dali import DALIOutputs
+from nemo.collections.asr.data.training_data_mixin import TrainingDataMixin
 from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
 from nemo.collections.asr.parts.att_context.answerability import MASK_THRESHOLD
 from nemo.collections.asr.parts.att_context.context import context_label
@@ -19,7 +20,6 @@ from nemo.collections.asr.parts.att_context.encoder_protocol import why_context_
 from nemo.collections.asr.parts.att_context.masking_context import follows_context
 from nemo.collections.asr.parts.mixins.att_context_mixin import AttContextMixin
 from nemo.collections.asr.parts.mixins.objective_mixin import ObjectiveMixin, hide_nothing
-from nemo.collections.asr.parts.mixins.training_data_mixin import TrainingDataMixin
 from nemo.collections.asr.parts.preprocessing.features import standardize_per_feature
 from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.figures import require_matplotlib

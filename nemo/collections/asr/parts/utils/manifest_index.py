@@ -55,6 +55,8 @@ class ManifestIndex:
                 if len(self.first) < FIRST:
                     self.first.append(NumberedEntry(number, entry))
             position += len(line)
+        if hasattr(mmap, 'MADV_DONTNEED') and starts:
+            self._content.madvise(mmap.MADV_DONTNEED)  # the system keeps the file at hand, but not for this process
         self.starts, self.durations = np.frombuffer(starts, np.int64), np.frombuffer(durations, np.float64)
 
     def _open(self) -> None:
