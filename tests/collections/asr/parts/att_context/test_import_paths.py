@@ -2,6 +2,7 @@
 """Everything that people import from the paths of version 0.1, and from NeMo's, is there."""
 
 import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from nemo.collections.asr.parts import att_context
 
 ROOT = Path(__file__).resolve().parents[5]
 ASR = 'nemo.collections.asr'
+LATER = f'{ASR}.inference'  # a package that only later NeMo has; 2.5.3 has not
 # What scripts can have imported: in version 0.1 these were the public names of the paths that its pages told of.
 PATHS = {
     f'{ASR}.parts.att_context': [
@@ -106,7 +108,8 @@ def test_the_old_paths_pass_on_what_is_in_the_new_ones():
 def test_what_the_pages_import_is_there():
     found = {pair for page in PAGES for pair in imports_of(page.read_text())}
     assert len(found) > 5
-    missing = [pair for pair in found if not hasattr(importlib.import_module(pair[0]), pair[1])]
+    there = [pair for pair in found if importlib.util.find_spec(LATER) or not pair[0].startswith(f'{LATER}.')]
+    missing = [pair for pair in there if not hasattr(importlib.import_module(pair[0]), pair[1])]
     assert not missing
 
 
