@@ -1,5 +1,8 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""From manifests to shards to a training run on two ranks of two workers each, which is killed and goes on."""
+"""From manifests to shards to a training run on two ranks of two workers each, which is killed and goes on.
+
+On synthetic speech or, where the environment variable ``NEMO_STREAMING_SSL_SPEECH`` names a manifest, on that.
+"""
 
 import json
 import os
@@ -17,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SCRIPT = HERE / 'sharded_training.py'
 PREPARE = ROOT / 'examples/asr/speech_pretraining/prepare_shards.py'
-REAL_SPEECH = ROOT.parent / 'shared/speech/train_manifest.json'  # not part of the project; the tests do without it
+REAL_SPEECH = 'NEMO_STREAMING_SSL_SPEECH'  # an environment variable: a manifest of real speech to train on
 STRIKE, STEPS = 5, 9
 
 
@@ -32,11 +35,11 @@ def first_lines(manifest: Path, lines: int, target: Path) -> Path:
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory, speech_corpus):
-    """Shards of speech, real where there is some, and of noise; and a manifest to validate on."""
+    """Shards of speech, real where a manifest is named, and of noise; and a manifest to validate on."""
 
     def make(folder):
-        source = REAL_SPEECH if REAL_SPEECH.exists() else speech_corpus / 'train_manifest.json'
-        first_lines(source, 30, folder / 'train.json')
+        source = os.environ.get(REAL_SPEECH) or speech_corpus / 'train_manifest.json'
+        first_lines(Path(source), 30, folder / 'train.json')
         first_lines(speech_corpus / 'noise_manifest.json', 3, folder / 'noise.json')
         first_lines(speech_corpus / 'validation_manifest.json', 4, folder / 'validation.json')
         for name in ('train', 'noise'):
