@@ -64,6 +64,11 @@ def tiny_model(*overrides: str, cls=EncDecDenoiseMaskedTokenPredModel, seed: int
     return cls(tiny_config(*overrides).model, **kwargs)
 
 
+def restored_weights(path) -> dict[str, torch.Tensor]:
+    """The weights of a denoising model in a ``.nemo`` file."""
+    return EncDecDenoiseMaskedTokenPredModel.restore_from(str(path), map_location='cpu').state_dict()
+
+
 def noise_batch(seconds=(1.0, 0.6), seed: int = 0) -> AudioNoiseBatch:
     """A batch of coloured noise, one utterance for each length in seconds; clean and noisy signals differ."""
     generator = torch.Generator().manual_seed(seed)

@@ -158,16 +158,13 @@ class Setup:
             sources = {role: getattr(options, role) for role in data.ROLES}
             self.entries = data.prepare(sources, self.folder, settings.seconds, settings.fine_tuning_seconds)
             stages = Stages(self.folder)
+            self.components = self.folder / 'components.npz'  # of the same pass, written before the statistics
             self.statistics = stages.run('feature_stats.yaml', self._make_statistics)
-            self.components = stages.run('components.npz', self._find_components)
             self.masks = json.loads(stages.run('masks.json', self._calibrate).read_text())
             self._choose()
 
     def _make_statistics(self, path: Path) -> None:
-        launch(SCRIPTS / 'compute_feature_stats.py', '--manifest', self.manifest('pretraining'), '--output', path)
-
-    def _find_components(self, path: Path) -> None:
-        files = ['--manifest', self.manifest('pretraining'), '--output', self.folder / 'again.yaml', '--pca', path]
+        files = ['--manifest', self.manifest('pretraining'), '--output', path, '--pca', self.components]
         launch(SCRIPTS / 'compute_feature_stats.py', *files, '--combine_time_steps', FRAMES_OF_A_TARGET)
 
     def _calibrate(self, path: Path) -> None:

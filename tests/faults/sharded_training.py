@@ -10,7 +10,6 @@ At the beginning of step STRIKE rank 1 kills itself, if it was not started befor
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import lightning.pytorch as pl
 import torch
 from omegaconf import open_dict
 from tiny_nest import tiny_config, trainer
+from training_runs import exp_manager_config, kill
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 from nemo.utils.exp_manager import exp_manager
@@ -37,7 +37,7 @@ class Steps(pl.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if self.strike and trainer.global_step == self.strike and trainer.global_rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         waited = trainer.callback_metrics.get('data_wait_share')
@@ -87,11 +87,7 @@ def main(folder: str, shards: str, noise: str, validation: str, strike: str = '0
         check_val_every_n_epoch=None,
         limit_val_batches=2,
     )
-    cfg = tiny_config().exp_manager
-    with open_dict(cfg):
-        cfg.explicit_log_dir, cfg.create_tensorboard_logger = str(folder / 'experiment'), False
-        cfg.exp_dir = cfg.name = None
-    exp_manager(fitter, cfg)
+    exp_manager(fitter, exp_manager_config(folder / 'experiment'))
     model = EncDecDenoiseMaskedTokenPredModel(cfg=model_config(shards, noise, validation), trainer=fitter)
     fitter.fit(model)
     model.save_to(str(folder / 'trained.nemo'))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fresh_process import run_python
 from shared_results import shared_folder
+from tiny_nest import restored_weights as weights
 
 RUNS = Path(__file__).with_name('training_runs.py')
 KILLS = [
@@ -65,12 +66,6 @@ def losses(folder):
 
 def checkpoints(folder, pattern):
     return sorted(Path(folder, 'experiment/checkpoints').glob(pattern))
-
-
-def weights(path):
-    from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-
-    return EncDecDenoiseMaskedTokenPredModel.restore_from(str(path), map_location='cpu').state_dict()
 
 
 @pytest.mark.integration

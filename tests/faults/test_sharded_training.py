@@ -15,6 +15,7 @@ import pytest
 import torch
 from fresh_process import run_python
 from shared_results import shared_folder
+from tiny_nest import restored_weights as weights
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -74,12 +75,6 @@ def steps(folder, rank):
         step, loss, context, _ = json.loads(line)
         assert record.setdefault(step, (loss, tuple(context))) == (loss, tuple(context)), f'step {step} differs'
     return record
-
-
-def weights(path):
-    from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-
-    return EncDecDenoiseMaskedTokenPredModel.restore_from(str(path), map_location='cpu').state_dict()
 
 
 @pytest.fixture(scope='module')

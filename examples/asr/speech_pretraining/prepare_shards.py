@@ -20,7 +20,7 @@ What the entries of the manifests have besides (text, speaker, language) comes a
 
 from script_tools import manifest_lines, report_error, require_patches, write_text
 
-require_patches(__file__, 'nemo.utils.atomic_files')
+require_patches(__file__, 'nemo.collections.asr.data.ssl_dataset')
 
 import argparse
 import hashlib
@@ -40,17 +40,13 @@ from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 from lhotse.shar import SharWriter
 from tqdm import tqdm
 
+from nemo.collections.asr.data.ssl_dataset import LEAST_SHARE_OF_DURATION, BadAudioError
 from nemo.collections.asr.parts.utils.nonfinite_guard import samples_are_sound
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
 
 FORMATS = ('flac', 'wav', 'opus', 'original')
-LEAST_SHARE_OF_DURATION = 0.5  # of what the manifest says; a file with less is most likely cut off
 TOLERANCE = 0.02  # seconds that a duration may differ by when it is read back; codecs pad
 TAKEN = ('audio_filepath', 'audio_filename', 'duration', 'offset', 'text', 'speaker', 'lang')  # have places in a cut
-
-
-class BadAudioError(ValueError):
-    """An utterance that cannot be trained on; says which file, and why."""
 
 
 @dataclass
@@ -161,7 +157,7 @@ class ShardMaker:
     def __init__(self, folder: Path, plan: Plan, stop: bool):
         self.folder, self.plan, self.stop = folder, plan, stop
 
-    def __call__(self, shard: Shard) -> ShardReport:
+    def __call__(self, shard: Shard) -> None:
         """Write a shard, read it back, and put its folder in place.
 
         Raises:
@@ -186,7 +182,6 @@ class ShardMaker:
         report.files = {path.name: digest_of(path) for path in sorted(partial.iterdir())}
         write_text(partial / 'report.json', json.dumps(asdict(report)) + '\n')
         partial.rename(target)
-        return report
 
     def _sound_cut(self, line: Line, number: int, report: ShardReport) -> Optional[MonoCut]:
         try:
@@ -277,20 +272,23 @@ def make_shards(shards: list[Shard], maker: ShardMaker, workers: int) -> list[Sh
     whole = sum(len(shard.lines) for shard in shards)
     done = whole - sum(len(shard.lines) for shard in missing)
     with tqdm(total=whole, initial=done, desc='packing', unit='utterance') as progress:
-        for shard, _ in _finished(missing, maker, workers):
+        for shard in _finished(missing, maker, workers):
             progress.update(len(shard.lines))
     return [read_report(maker.folder / f'{shard.number:06d}') for shard in shards]
 
 
-def _finished(shards: list[Shard], maker: ShardMaker, workers: int) -> Iterator[tuple[Shard, ShardReport]]:
+def _finished(shards: list[Shard], maker: ShardMaker, workers: int) -> Iterator[Shard]:
     if workers <= 1:
-        yield from ((shard, maker(shard)) for shard in shards)
+        for shard in shards:
+            maker(shard)
+            yield shard
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context('fork')) as pool:
         futures = {pool.submit(maker, shard): shard for shard in shards}
         try:
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                future.result()  # raises what the process did
+                yield futures[future]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -45,9 +45,7 @@ class ManifestEntries(Sequence):
         self.manifests = [manifests] if isinstance(manifests, str) else list(manifests)
         self.indices = [index_of(expanduser(DataStoreObject(manifest).get())) for manifest in self.manifests]
         durations = np.concatenate([index.durations for index in self.indices])
-        keep = np.ones(len(durations), bool)
-        keep &= ~(durations < (-np.inf if min_duration is None else min_duration))  # NaN is neither
-        keep &= ~(durations > (np.inf if max_duration is None else max_duration))
+        keep = np.concatenate([index.lasting(min_duration, max_duration) for index in self.indices])
         self.kept = np.flatnonzero(keep)[: max_number or None]
         self.first_of = np.cumsum([0, *map(len, self.indices)])  # number of the first entry of each manifest
         self._tell(durations, keep)

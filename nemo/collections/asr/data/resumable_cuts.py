@@ -207,15 +207,13 @@ class ResumableCutLoader(ResumableLoader):
     def load_state_dict(self, state: dict) -> None:
         """Begin the next epoch where a loader with this state was, on as many ranks or others."""
         super().load_state_dict(state)
-        self._made_for_next = state['made_for']
-
-    _made_for_next = None
+        self.sampler.began_with = state['made_for']
 
     def _begin_epoch(self, epoch, used):
         self._ended = False
-        self.sampler.began_with = self._made_for_next or self.ranks
-        self._made_for_next = None
         self.sampler.used = used
+        if not used:
+            self.sampler.began_with = self.ranks
 
     def _is_over(self, batches):
         return self._ended and batches >= self._given

@@ -64,12 +64,6 @@ class TrainingDataMixin:
         if self._data_wait is not None:
             self._data_wait.pause()
 
-    def on_validation_end(self) -> None:
-        """Leave validation out of the wait."""
-        super().on_validation_end()
-        if self._data_wait is not None:
-            self._data_wait.pause()
-
     def _waiting_for_data(self) -> dict[str, float]:
         """Return what a step logs of the wait before it."""
         return {} if self._share_waited is None else {NAME: self._share_waited}

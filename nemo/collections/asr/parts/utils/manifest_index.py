@@ -11,7 +11,7 @@ import mmap
 import os
 from array import array
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 
@@ -76,6 +76,12 @@ class ManifestIndex:
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def lasting(self, min_duration: Optional[float] = None, max_duration: Optional[float] = None) -> np.ndarray:
+        """Return which entries last from so many seconds to so many, bool [E]; those without a duration do."""
+        too_short = self.durations < (-np.inf if min_duration is None else min_duration)  # NaN is neither
+        too_long = self.durations > (np.inf if max_duration is None else max_duration)
+        return ~too_short & ~too_long
 
     def line(self, index: int) -> str:
         """Return the text of an entry.

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Iterable, Optional
 
 import lightning.pytorch as pl
-import numpy as np
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from nemo.collections.asr.parts.att_context.context import AttContext
@@ -294,9 +293,7 @@ def check_manifest(
         raise ValueError(f"{name}: {error}") from error
     for number, entry in index.first:
         _check_audio(entry, path, f'{name}: {path}, line {number}')
-    too_short = index.durations < (-np.inf if min_duration is None else min_duration)  # NaN, unknown, is neither
-    too_long = index.durations > (np.inf if max_duration is None else max_duration)
-    entries, kept = len(index), int((~too_short & ~too_long).sum())
+    entries, kept = len(index), int(index.lasting(min_duration, max_duration).sum())
     if not entries:
         raise ValueError(f"{name}: {path} has no entries")
     if not kept:
