@@ -23,6 +23,7 @@ SCRIPT = HERE / 'sharded_training.py'
 PREPARE = ROOT / 'examples/asr/speech_pretraining/prepare_shards.py'
 REAL_SPEECH = 'NEMO_STREAMING_SSL_SPEECH'  # an environment variable: a manifest of real speech to train on
 STRIKE, STEPS = 5, 9
+OWN_STORE = {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}  # of each start of the ranks, see docs/scale.md
 
 
 def first_lines(manifest: Path, lines: int, target: Path) -> Path:
@@ -59,7 +60,7 @@ def torchrun(folder, data, *options, strike=0):
     started = time.monotonic()
     done = subprocess.run(
         [str(word) for word in [*command, *words]],
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        env={**os.environ, **OWN_STORE, 'OMP_NUM_THREADS': '1'},
         capture_output=True,
         text=True,
         timeout=600,
