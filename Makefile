@@ -18,7 +18,7 @@ JOBS ?= $(shell nproc)
 PYTEST_ARGS ?=
 BENCH ?=
 GPU_CHECK ?=
-SOURCES := $(wildcard src nemo examples tests benchmarks .ci setup.py)
+SOURCES := $(wildcard src nemo examples tests benchmarks docs .ci setup.py)
 
 # The stamps are named after what they stand for: other pins, another packaging or another place mean another stamp.
 REQUIREMENTS := $(CONSTRAINTS) requirements/runtime.txt requirements/test.txt
@@ -28,6 +28,10 @@ UNFINISHED := $(VENV).unfinished
 AUDIT_VENV := .venv/audit
 WORKFLOWS_VENV := .venv/workflows
 RELEASE_VENV := .venv/release
+DOCS_VENV := .venv/docs
+DOCS_STAMP := $(DOCS_VENV)/.requirements-$(shell cksum < requirements/docs.txt | cut -d' ' -f1)
+SITE := docs/_build
+TUTORIAL := tutorials/asr/Streaming_SSL_Pretraining.ipynb
 OWN_VENV := $(filter file,$(origin VENV))
 PIP_QUIET := $(if $(CI),--quiet)
 
@@ -38,7 +42,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test pretrain bench gpu-check lint format licences audit release clean
+.PHONY: help venv test pretrain bench gpu-check lint format licences audit release docs clean
 
 help: ## list the targets
 	@echo "Targets, each with NEMO=2.5.3, 2.7.3 or 3.0.0 (now $(NEMO)):"
@@ -99,8 +103,16 @@ release: ## build sdist and wheel in dist/ and check them, see docs/releasing.md
 	$(RELEASE_VENV)/bin/python -m build --no-isolation --outdir dist .
 	$(RELEASE_VENV)/bin/twine check --strict dist/*
 
+docs: docs/tutorial.ipynb $(DOCS_STAMP) ## build the site, docs/_build/html; the tutorial is run for it where it changed
+	@echo "== Building the site in $(SITE)/html"
+	rm -rf $(SITE) docs/api
+	$(DOCS_VENV)/bin/sphinx-build -q -W --keep-going -b html docs $(SITE)/html
+	@echo "== Checking public names and links"
+	@$(DOCS_VENV)/bin/sphinx-build -q -b linkcheck docs $(SITE)/linkcheck > $(SITE)/linkcheck.txt 2>&1 || true
+	$(DOCS_VENV)/bin/python .ci/check_site.py $(SITE)/html $(SITE)/linkcheck
+
 clean: ## remove the environments and what builds and tests leave
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .hypothesis
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .hypothesis $(SITE) docs/api docs/tutorial.ipynb
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A mark stands beside the environment from the first step to the last: a half-made one is cleared, never repaired.
@@ -124,4 +136,15 @@ $(PROJECT_STAMP): $(REQUIREMENTS_STAMP)
 	@rm -f $(VENV)/.project-*
 	$(PYTHON) -m pip install $(PIP_QUIET) --no-deps --no-build-isolation --editable .
 	$(PYTHON) -m nemo_streaming_ssl
+	@touch $@
+
+docs/tutorial.ipynb: $(TUTORIAL) docs/run_tutorial.py $(shell find nemo examples -name '*.py' -o -name '*.yaml') | $(PROJECT_STAMP)
+	@echo "== Running the tutorial with NeMo $(NEMO) (some minutes)"
+	$(PYTHON) docs/run_tutorial.py
+
+$(DOCS_STAMP): requirements/docs.txt
+	@echo "== Making $(DOCS_VENV)"
+	@rm -f $(DOCS_VENV)/.requirements-*
+	$(PYTHON_BOOTSTRAP) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet -r requirements/docs.txt
 	@touch $@

@@ -10,7 +10,8 @@ from setuptools import Command, setup
 from setuptools.command.build import build
 
 FINDER = "nemo_streaming_ssl"
-PATCH_SET = ("nemo/**/*.py", "examples/**/*.py", "examples/**/*.yaml")  # with what ``examples TARGET`` copies out
+# With what ``examples TARGET`` copies out and ``docs`` prints.
+PATCH_SET = ("nemo/**/*.py", "examples/**/*.py", "examples/**/*.yaml", "docs/*.md")
 START_UP = {
     f"{FINDER}.pth": f"import {FINDER}; {FINDER}.install()\n",  # CPython up to 3.17
     f"{FINDER}.start": f"{FINDER}:install\n",  # PEP 829, CPython 3.15 and later
@@ -72,6 +73,11 @@ setup(
     description="Streaming self-supervised speech pre-training: a patch set over NVIDIA NeMo",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    project_urls={  # of this project's own there are none yet: docs/releasing.md
+        "NVIDIA NeMo": "https://github.com/NVIDIA/NeMo",
+        "NEST": "https://arxiv.org/abs/2408.13106",
+        "BEST-RQ": "https://arxiv.org/abs/2202.01855",
+    },
     license="Apache-2.0",
     license_files=["LICENSE"],
     keywords=["speech", "self-supervised learning", "streaming", "BEST-RQ", "NEST", "Conformer", "NeMo"],
@@ -91,6 +97,6 @@ setup(
     packages=[FINDER],
     package_dir={"": "src"},
     install_requires=["nemo_toolkit[asr]>=2.5.3,<3.1"],
-    extras_require={"dev": names_in("requirements/test.txt")},
+    extras_require={"dev": names_in("requirements/test.txt"), "docs": names_in("requirements/docs.txt")},
     cmdclass={"build": BuildWithPatchSet, "build_patch_set": BuildPatchSet},
 )

@@ -60,6 +60,7 @@ ARMS = {
     'layers': Arm("synchronised, layers' contexts, curriculum", TIGHTEST, layered=True),
     'next_token': Arm('next tokens, no masks', overrides=('+model.objective=next_token',)),
     'both': Arm('synchronised masks and next tokens', FOLLOWING, ('+model.objective=both',)),
+    'both-stock': Arm('stock masks and next tokens', IGNORING, (*CONTEXT_FREE, '+model.objective=both')),
 }
 MASKED = {name: arm.masks for name, arm in ARMS.items() if arm.masks is not None}
 # Second minus first: what each part adds. Below 0 is better.
@@ -73,6 +74,7 @@ COMPARED = (
     (REFERENCE, 'next_token'),
     (REFERENCE, 'both'),
     ('next_token', 'both'),
+    ('both-stock', 'both'),
 )
 
 

@@ -330,10 +330,9 @@ class Run:
                 '+model.use_cer=true',  # of phones, in the logs
                 f'model.train_ds.max_duration={LONGEST}',
                 f'+model.encoder.att_context_seed={self.seed}',
-                *(f'+model.encoder.{key}={0.1}' for key in ('dropout', 'dropout_att', 'dropout_pre_encoder')),
-                'model.spec_augment.freq_masks=1',
-                'model.spec_augment.time_masks=2',
-                'model.optim.lr=2e-3',
+                'model.spec_augment.freq_masks=0',
+                'model.spec_augment.time_masks=0',
+                'model.optim.lr=1e-3',
                 f'model.optim.sched.warmup_steps={max(1, steps // 10)}',
                 *validations(steps, steps),
             ]

@@ -27,7 +27,7 @@ class Settings:
     pretraining_steps: int = 3000
     pretraining_batch: int = 2
     fine_tuning_steps: int = 1000
-    fine_tuning_batch: int = 16
+    fine_tuning_batch: int = 8
     larger_minutes: float = MINUTES[0]
     """Of transcribed speech, in the larger of the two fine-tunings."""
     smaller_minutes: float = MINUTES[1]

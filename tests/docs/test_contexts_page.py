@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 from tiny_nest import noise_batch, tiny_model
 
-from nemo.collections.asr.parts.att_context import PRESETS, AttContext
+from nemo.collections.asr.parts.att_context import PRESETS, AttContext, AttContextCurriculum, parse_layer_contexts
 from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler
 from nemo.collections.asr.parts.att_context.precedence import context_of_batch
 from nemo.collections.asr.parts.att_context.synced_collate import ContextDraw
@@ -57,7 +57,13 @@ def test_every_snippet_runs(position):
 
 @pytest.mark.unit
 def test_the_configs_are_such():
-    synced, sampled = (OmegaConf.create(config).model for config in snippets('yaml'))
+    synced, layered, curriculum, sampled = (OmegaConf.create(config) for config in snippets('yaml'))
+    synced, sampled = synced.model, sampled.model
+    contexts = parse_layer_contexts(layered.model.encoder.layer_att_context_size, 17, 'layers')
+    assert [context.left for context in contexts] == [40] * 6 + [120] * 6 + [320] * 5
+    assert AttContextCurriculum(**curriculum.curriculum).schedule.at(60000).left == 160
+    path = AttContextCurriculum(start=[40, 0], end=[320, 0], warmup_steps=150000)
+    assert path.schedule.at(75000).left == 180
     ContextDraw.parse(**synced.train_ds.synced_contexts)
     ContextSampler.parse(sampled.encoder.att_context_sampler)
 

@@ -12,7 +12,17 @@ from nemo.collections.asr.parts.utils.pretraining_checks import check_known_keys
 
 SMALL = ['model.encoder.n_heads=2', 'model.encoder.subsampling_conv_channels=8', 'model.train_ds=null']
 SMALL += ['model.validation_ds=null']
-STREAMING = ('scratch', 'stock', 'stock-short', 'synchronised', 'layers', 'next_token', 'both', 'both-refined')
+STREAMING = (
+    'scratch',
+    'stock',
+    'stock-short',
+    'synchronised',
+    'layers',
+    'next_token',
+    'both',
+    'both-stock',
+    'both-refined',
+)
 
 
 @pytest.fixture(scope='module')
@@ -60,7 +70,12 @@ def test_configs_have_known_keys_only_and_differ_where_the_arms_do(load, arms, o
         check_own_sections(cfg)
         differing[name] = sorted(_differences(plain, OmegaConf.to_container(cfg)))
     assert differing['stock'] == differing['stock-short'] == ['model.masking.causal']
-    assert [name for name, arm in arms.ARMS.items() if arm.ignores_context] == ['offline', 'stock', 'stock-short']
+    assert [name for name, arm in arms.ARMS.items() if arm.ignores_context] == [
+        'offline',
+        'stock',
+        'stock-short',
+        'both-stock',
+    ]
     assert differing['layers'] == ['curriculum', 'model.encoder.layer_att_context_size']
     assert differing['next_token'] == ['model.masking.block_size', 'model.masking.mask_prob', 'model.objective']
     assert differing['both'] == ['model.objective']

@@ -36,7 +36,7 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
     """BEST-RQ's targets (https://arxiv.org/abs/2202.01855); by default arguments, weights and results are NeMo's.
 
     NeMo compares each frame with each code by a difference [B, S, H, K, C]. The nearest code is also the one with the
-    largest x . c - |c|^2 / 2, a matrix product.
+    largest ``x . c - |c|^2 / 2``, a matrix product.
 
     Args:
         args, kwargs: NeMo's.
@@ -84,9 +84,9 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
             input_signal: [B, D, T], or [B, T, D] with ``time_ahead``; any floating dtype.
 
         Returns:
-            xq: codes [B, K, S, H], or [B, S, K, H] with ``time_ahead``; in the codebooks' dtype.
-            xid: tokens [B, S, H] int64. One codebook is squeezed with ``squeeze_single``. With several codebooks NeMo
-                orders the elements of ``xq`` by codebook before frame; so do these.
+            the codes ``xq`` [B, K, S, H], or [B, S, K, H] with ``time_ahead``, in the codebooks' dtype, and the tokens
+            ``xid`` [B, S, H] int64. One codebook is squeezed with ``squeeze_single``. With several codebooks NeMo orders
+            the elements of ``xq`` by codebook before frame; so do these.
         """
         frames = self._unit_vectors(input_signal)
         batch, targets = frames.shape[:2]
@@ -126,8 +126,8 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
                 again (gradient accumulation, a resume).
 
         Returns:
-            scalars to log, on the codebooks' device: ``codebook/replaced_codes``, and ``codebook/changed_share``, of
-            the tokens of this rank's last batch, if it has one. Empty where nothing was refined.
+            scalars to log, on the codebooks' device, under ``codebook/replaced_codes``, and ``codebook/changed_share``
+            of the tokens of this rank's last batch, if it has one. Empty where nothing was refined.
         """
         if self.refinement is None or not self.refinement.is_due(step):
             return {}

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Live streaming from raw samples, equal to offline.
+"""Live streaming from raw samples, equal to offline::
 
     session = StreamingSession(model, att_context_size=[40, 0], return_log_probs=True)
     for samples in microphone:                          # [1, n], any n

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Words out of live streams.
+"""Words out of live streams::
 
     transcriber = StreamingTranscriber(model, att_context_size=[70, 0])
     for samples in microphone:                           # [1, n], any n

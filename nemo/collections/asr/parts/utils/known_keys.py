@@ -4,6 +4,8 @@
 import difflib
 from typing import Iterable, Optional
 
+from nemo.collections.asr.parts.utils.config_keys import keys_below, page_of
+
 # Sections of the model's config, and those of them that a model may do without.
 SECTIONS = ('train_ds', 'preprocessor', 'masking', 'quantizer', 'encoder', 'decoder', 'loss')
 OPTIONAL_SECTIONS = ('validation_ds', 'test_ds', 'spec_augment', 'optim')
@@ -46,13 +48,13 @@ TOP_LEVEL_KEYS = (
 )
 OBJECTIVES = ('masked', 'next_token', 'both')
 # Sections that only this project has; in a data section the first two are model.train_ds.synced_contexts and so on.
-SYNCED_CONTEXT_KEYS = ('context_options', 'context_probs', 'seed')
-RESUMABLE_KEYS = ('seed',)
-NEXT_TOKEN_KEYS = ('horizons', 'weight')
-VALIDATION_MASK_KEYS = ('seed', 'left_context')
-SCHEDULE_KEYS = ('anchors', 'interpolate')
-REFINE_KEYS = ('every_n_steps', 'until_step', 'decay')  # of model.quantizer.refine
-ATT_CONTEXT_SAMPLER_KEYS = ('full_prob', 'chunk_size', 'left_chunks', 'left_limited_prob')
+SYNCED_CONTEXT_KEYS = keys_below('model.train_ds.synced_contexts')
+RESUMABLE_KEYS = keys_below('model.train_ds.resumable')
+NEXT_TOKEN_KEYS = keys_below('model.next_token')
+VALIDATION_MASK_KEYS = keys_below('model.validation_masks')
+SCHEDULE_KEYS = keys_below('model.encoder.layer_att_context_size')
+REFINE_KEYS = keys_below('model.quantizer.refine')
+ATT_CONTEXT_SAMPLER_KEYS = keys_below('model.encoder.att_context_sampler')
 
 
 def check_known(section: str, keys: Iterable[str], known: Iterable[str]) -> None:
@@ -71,7 +73,7 @@ def check_known(section: str, keys: Iterable[str], known: Iterable[str]) -> None
         if key not in known:
             nearest = nearest_key(key, known, likeness=0.6)
             hint = f"did you mean {section}.{nearest}?" if nearest else f"{section} takes {', '.join(known)}"
-            raise ValueError(f"{section}.{key} is not known; {hint}")
+            raise ValueError(f"{section}.{key} is not known; {hint}{where_to_read(f'{section}.')}")
 
 
 def check_spelling(section: str, keys: Iterable[str], known: Iterable[str], likeness: float) -> None:
@@ -91,7 +93,17 @@ def check_spelling(section: str, keys: Iterable[str], known: Iterable[str], like
     for key in keys:
         nearest = None if key in known else nearest_key(key, known, likeness)
         if nearest:
-            raise ValueError(f"{prefix}{key} is not known; did you mean {prefix}{nearest}?")
+            meant = f'{prefix}{nearest}'
+            raise ValueError(f"{prefix}{key} is not known; did you mean {meant}?{where_to_read(meant)}")
+
+
+def where_to_read(text: str) -> str:
+    """Return where the first key of this project that a text names is explained, to stand behind an error; or ''."""
+    page = page_of(text)
+    if page is None:
+        return ''
+    name, _, heading = page.partition('#')
+    return f"\nSee docs/{name}.md{heading and f'#{heading}'} (python -m nemo_streaming_ssl docs {name})"
 
 
 def nearest_key(key, known: Iterable[str], likeness: float) -> Optional[str]:

@@ -1,0 +1,53 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""The site, which ``make docs`` builds: Sphinx, MyST for what is Markdown or a notebook, and an API reference from the
+docstrings, which are read and not imported: the site's environment has no NeMo."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+project = 'nemo-streaming-ssl'
+author = 'the nemo-streaming-ssl authors'
+project_copyright = f'2026, {author}'
+release = version = re.search(r'version="([^"]+)"', (ROOT / 'setup.py').read_text(encoding='utf-8'))[1]
+
+extensions = ['myst_nb', 'sphinx.ext.napoleon', 'autoapi.extension', 'sphinx_copybutton']
+exclude_patterns = ['_build']
+
+myst_heading_anchors = 4
+myst_enable_extensions = ['deflist']
+nb_execution_mode = 'off'  # `make docs` runs the tutorial before, where NeMo is
+nb_output_stderr = 'remove'
+napoleon_use_ivar = True
+
+autoapi_dirs = ['../nemo', '../src/nemo_streaming_ssl']
+autoapi_root = 'api'
+autoapi_python_use_implicit_namespaces = True
+autoapi_options = ['members', 'undoc-members', 'show-inheritance', 'show-module-summary']
+autoapi_python_class_content = 'both'
+autoapi_add_toctree_entry = False
+suppress_warnings = ['autoapi.python_import_resolution']  # NeMo itself is not there to be read
+
+html_theme = 'furo'
+html_title = f'{project} {release}'
+html_show_sourcelink = False
+copybutton_selector = 'div.highlight pre'
+
+# Files outside of docs/ that are pages of the site, too: links lead to the page.
+PAGES = {
+    '../CONTRIBUTING.md': 'contributing.md',
+    '../CHANGELOG.md': 'changelog.md',
+    '../benchmarks/downstream/protocol.md': 'protocol.md',
+}
+
+
+def _link_to_pages(app, name, source):
+    """Turn links to files that are included as pages into links to these."""
+    for file, page in PAGES.items():
+        source[0] = source[0].replace(f']({file}', f']({page}')
+
+
+def setup(app):
+    """Called by Sphinx."""
+    app.connect('source-read', _link_to_pages)

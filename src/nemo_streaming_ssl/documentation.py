@@ -1,0 +1,34 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""The pages of the documentation, as they came with the installed package: errors name them."""
+
+import difflib
+from pathlib import Path
+
+from nemo_streaming_ssl import patch_tree
+
+
+def pages():
+    """Return the title of each page, by its name."""
+    found = {}
+    for path in sorted((Path(patch_tree()) / "docs").glob("*.md")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        found[path.stem] = next((line[2:] for line in lines if line.startswith("# ")), path.stem)
+    return found
+
+
+def read_page(name):
+    """Return the text of a page, Markdown.
+
+    Args:
+        name: such as ``contexts``; ``docs/contexts.md#who-wins`` is taken, too.
+
+    Raises:
+        ValueError: if there is no such page, with the nearest one or all that there are.
+    """
+    stem = Path(name.partition("#")[0]).stem
+    known = list(pages())
+    if stem not in known:
+        nearest = difflib.get_close_matches(stem, known, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"the pages are {', '.join(known) or 'not installed'}"
+        raise ValueError(f"there is no page {stem!r}; {hint}")
+    return (Path(patch_tree()) / "docs" / f"{stem}.md").read_text(encoding="utf-8")
