@@ -24,7 +24,7 @@ napoleon_use_ivar = True
 autoapi_dirs = ['../nemo', '../src/nemo_streaming_ssl']
 autoapi_root = 'api'
 autoapi_python_use_implicit_namespaces = True
-autoapi_options = ['members', 'undoc-members', 'show-inheritance', 'show-module-summary']
+autoapi_options = ['members', 'undoc-members', 'show-module-summary']
 autoapi_python_class_content = 'both'
 autoapi_add_toctree_entry = False
 suppress_warnings = ['autoapi.python_import_resolution']  # NeMo itself is not there to be read
@@ -32,6 +32,8 @@ suppress_warnings = ['autoapi.python_import_resolution']  # NeMo itself is not t
 html_theme = 'furo'
 html_title = f'{project} {release}'
 html_show_sourcelink = False
+html_static_path = ['_static']
+html_css_files = ['custom.css']
 copybutton_selector = 'div.highlight pre'
 
 # Files outside of docs/ that are pages of the site, too: links lead to the page.

@@ -38,19 +38,26 @@ def section_of(name):
     return max((section for section in TITLES if name.startswith(f'{section}.')), key=len)
 
 
-def row(key):
-    """Return the row of a key."""
+def row(key, section):
+    """Return the row of a key in the table of its section."""
     page, _, heading = key.page.partition('#')
     link = f"[{page}]({page}.md{heading and f'#{heading}'})"
-    return f'| `{key.name}` | {key.default} | {key.meaning} | {link} |'
+    return f"| `{key.name.removeprefix(f'{section}.')}` | {key.default} | {key.meaning} | {link} |"
 
 
 def tables():
     """Return the tables of all sections, Markdown."""
     lines = []
     for section, title in TITLES.items():
-        rows = [row(key) for key in config_keys() if section_of(key.name) == section]
-        lines += [f'## {title}', '', '| key | default | meaning | more |', '| --- | --- | --- | --- |', *rows, '']
+        rows = [row(key, section) for key in config_keys() if section_of(key.name) == section]
+        lines += [
+            f'## {title}: `{section}`',
+            '',
+            '| key | default | meaning | more |',
+            '| --- | --- | --- | --- |',
+            *rows,
+            '',
+        ]
     return '\n'.join(lines)
 
 

@@ -28,15 +28,11 @@ def run(output: Path) -> None:
     """
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ.setdefault('TUTORIAL_FOLDER', str(Path(folder) / 'tutorial'))
-        os.environ['PATH'] = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
-        NotebookClient(
-            notebook,
-            timeout=LONGEST_CELL,
-            kernel_name='python3',
-            resources={'metadata': {'path': folder}},
-            store_widget_state=False,
-        ).execute()
+        settings = {'TUTORIAL_FOLDER': str(Path(folder) / 'tutorial'), **os.environ}
+        client = NotebookClient(
+            notebook, timeout=LONGEST_CELL, kernel_name='python3', resources={'metadata': {'path': folder}}
+        )
+        client.execute(env=settings)
     partial = output.with_suffix('.partial')
     nbformat.write(notebook, partial)
     os.replace(partial, output)

@@ -8,11 +8,12 @@ from nemo_streaming_ssl import patch_tree
 
 
 def pages():
-    """Return the title of each page, by its name."""
+    """Return the title of each page, by its name; what only includes another file for the site is none."""
     found = {}
     for path in sorted((Path(patch_tree()) / "docs").glob("*.md")):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        found[path.stem] = next((line[2:] for line in lines if line.startswith("# ")), path.stem)
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        if first.startswith("# "):
+            found[path.stem] = first.removeprefix("# ")
     return found
 
 

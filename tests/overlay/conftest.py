@@ -155,7 +155,7 @@ def project(tmp_path):
 @pytest.fixture(scope="module")
 def whole_project(tmp_path_factory):
     """The same with the examples, as it is released."""
-    return _copy_project(tmp_path_factory.mktemp("whole") / "project", ["src", "nemo", "examples"])
+    return _copy_project(tmp_path_factory.mktemp("whole") / "project", ["src", "nemo", "examples", "docs"])
 
 
 @pytest.fixture
@@ -173,6 +173,6 @@ def _copy_project(folder, trees):
         shutil.copy(CHECKOUT / name, folder / name)
     shutil.copytree(CHECKOUT / "requirements", folder / "requirements")
     for name in trees:
-        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "_build", "api", "tutorial.ipynb")
         shutil.copytree(CHECKOUT / name, folder / name, ignore=ignore)
     return folder

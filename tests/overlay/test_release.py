@@ -34,7 +34,7 @@ def _build(kind, source, run, folder):
 
 def files_of(checkout, *folders):
     """Scripts, modules and configs of the checkout, as its history knows them."""
-    kinds = (".py", ".yaml")
+    kinds = (".py", ".yaml", ".md")
     return {
         path.relative_to(checkout).as_posix()
         for folder in folders
@@ -43,12 +43,17 @@ def files_of(checkout, *folders):
     }
 
 
+def pages_of(checkout):
+    """The pages of the documentation, which errors name."""
+    return {f"docs/{path.name}" for path in (checkout / "docs").glob("*.md")}
+
+
 @pytest.mark.integration
 def test_the_sdist_has_patch_set_examples_and_licence(sdist, checkout):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"LICENSE", "README.md", "CHANGELOG.md", "setup.py", "pyproject.toml", "requirements/test.txt"}
-    assert wanted | files_of(checkout, "nemo", "examples", "src") <= names
+    assert wanted | files_of(checkout, "nemo", "examples", "src") | pages_of(checkout) <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
 
 
@@ -59,9 +64,10 @@ def test_the_wheel_has_patch_set_examples_licence_and_description(wheel, checkou
         (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
         said = archive.read(metadata).decode()
     tree = {name.removeprefix("nemo_streaming_ssl/_tree/") for name in names}
-    assert files_of(checkout, "nemo", "examples") <= tree
+    assert files_of(checkout, "nemo", "examples") | pages_of(checkout) <= tree
     assert any(name.endswith("LICENSE") for name in names)
     assert f"Version: {version_of(checkout)}\n" in said and "Provides-Extra: dev" in said
+    assert "Provides-Extra: docs" in said and "Project-URL: NVIDIA NeMo, https://github.com/NVIDIA/NeMo" in said
     assert "Description-Content-Type: text/markdown" in said
     assert (checkout / "README.md").read_text(encoding="utf-8").strip() in said
 

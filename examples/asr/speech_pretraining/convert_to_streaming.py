@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Turn an offline NEST model into a streaming one, to be trained on.
+r"""Turn an offline NEST model into a streaming one, to be trained on.
 
     python convert_to_streaming.py --model_path offline.nemo --output streaming.nemo --stats stats.yaml \
         [--contexts "[[80,0],[160,0],[320,0],[-1,0]]"] [--style regular] [--overwrite]
@@ -261,7 +261,7 @@ def _parsed_contexts(text: str) -> list:
 
 def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description='Turn an offline NEST model into a streaming one, to be trained on.')
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model_path', required=True, help='the offline model, a .nemo file')
     parser.add_argument('--output', required=True, help='the .nemo file to write')
     parser.add_argument(

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Say what pre-trained models know of masked and of coming speech in each attention context, and how sure that is.
+r"""Say what pre-trained models know of masked and of coming speech in each attention context, and how sure that is.
 
     python evaluate_contexts.py --model_path model.nemo --manifest validation.json
     python evaluate_contexts.py --model_path new.nemo old.nemo --manifest validation.json \

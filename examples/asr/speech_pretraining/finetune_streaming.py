@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Fine-tune a pre-trained streaming encoder to recognise speech, by CTC, RNNT or both, over characters or word pieces.
+r"""Fine-tune a pre-trained streaming encoder to recognise speech, by CTC, RNNT or both, over characters or word pieces.
 
     python finetune_streaming.py --config-name=streaming_ctc \
         init_from_nemo_model.pretrained.path=NEST.nemo \
@@ -15,8 +15,9 @@ features and contexts, those of the layers included, are what the weights have l
 ``StreamingSession`` and ``streaming_inference_example.py``. A run that was interrupted goes on where it was.
 """
 
-from script_tools import fit_or_exit, manifest_lines, require_patches
+from script_tools import fit_or_exit, manifest_lines, require_patches, show_help
 
+show_help(__doc__)
 PATCHES_IN_USE = require_patches(
     __file__,
     'nemo.collections.asr.modules.conformer_encoder',

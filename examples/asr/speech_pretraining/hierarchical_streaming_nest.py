@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Pre-train a streaming encoder by denoising masked token prediction (NEST) on one attention context per batch.
+r"""Pre-train a streaming encoder by denoising masked token prediction (NEST) on one attention context per batch.
 
     python hierarchical_streaming_nest.py \
         --config-path=../conf/ssl/nest --config-name=nest_fast-conformer_streaming \
@@ -14,8 +14,9 @@ goes on where it was if it is started again with the same ``exp_manager`` settin
 ``exp_manager.use_datetime_version=false``).
 """
 
-from script_tools import fit_or_exit, require_patches
+from script_tools import fit_or_exit, require_patches, show_help
 
+show_help(__doc__)
 PATCHES_IN_USE = require_patches(
     __file__,
     'nemo.collections.asr.losses.ssl_losses.mlm',

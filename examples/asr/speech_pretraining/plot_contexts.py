@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Draw what a model masks, what surprises it, whom it attends to, and how it learned; as PNG and SVG, for print in grey.
+r"""Draw what a model masks, what surprises it, whom it attends to, and how it learned; as PNG and SVG, for print in grey.
 
     python plot_contexts.py --model_path model.nemo --audio_path speech.wav --output pictures
     python plot_contexts.py --config ../conf/ssl/nest/nest_hierarchical_streaming.yaml --audio_path speech.wav \

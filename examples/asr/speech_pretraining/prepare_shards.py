@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Pack the speech of NeMo manifests into shards (lhotse Shar), which disks and networks read fast.
+r"""Pack the speech of NeMo manifests into shards (lhotse Shar), which disks and networks read fast.
 
     python prepare_shards.py --manifest train_manifest.json --output shards/train --workers 8
     python prepare_shards.py --manifest noise_manifest.json --output shards/noise

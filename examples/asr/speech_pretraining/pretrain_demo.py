@@ -29,7 +29,7 @@ RECOGNISER_STEPS = 110
 
 def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--manifest', help='train manifest; without it a synthetic corpus is made')
     parser.add_argument('--validation-manifest', help='needed with --manifest')
     parser.add_argument('--noise-manifest', help='noise to mix in; optional')

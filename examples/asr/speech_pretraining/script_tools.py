@@ -41,15 +41,38 @@ def require_patches(script: str, *modules: str) -> list[str]:
         raise SystemExit(f'{name_of(script)} needs the patches of nemo-streaming-ssl: {error}') from error
 
 
+def show_help(text: str) -> None:
+    """Print the help of a script that takes its options from a config, and end it, if the command line asks for help.
+
+    Hydra's own help is the whole config. A script calls this before it imports NeMo, which takes longest.
+
+    Args:
+        text: the ``__doc__`` of the script.
+    """
+    if {'-h', '--help'} & set(sys.argv[1:]):
+        print(text.strip())
+        print(
+            '\nEvery key of the config is an option, KEY=VALUE. --cfg job prints the config, --hydra-help what else Hydra takes.'
+        )
+        raise SystemExit(0)
+
+
 def name_of(script: str) -> str:
     """Return the name that messages have for a script, given its ``__file__``."""
     return Path(script).stem
 
 
 def report_error(script: str, error: Exception, status: int) -> int:
-    """Print what stopped the script as one line that begins with its name, and return the exit status."""
-    print(f'{name_of(script)}: error: {error}', file=sys.stderr)
+    """Print what stopped the script, beginning with its name, and the page about it; return the exit status."""
+    print(f'{name_of(script)}: error: {explained(error)}', file=sys.stderr)
     return status
+
+
+def explained(error: Exception) -> str:
+    """Return what an error says, and where the config key is explained that it is about, if it is about one."""
+    from nemo.collections.asr.parts.utils.known_keys import where_to_read
+
+    return f"{error}{'' if 'See docs/' in str(error) else where_to_read(str(error))}"
 
 
 def check_folders(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
@@ -213,5 +236,5 @@ def fit_or_exit(script: str, patches: list[str], cfg, prepare: Callable, build: 
             pl.seed_everything(cfg.seed, workers=True)
         trainer, model = build(cfg)
     except (ValueError, OSError, InstantiationException) as error:
-        raise SystemExit(f'{name_of(script)}: {error}') from error
+        raise SystemExit(f'{name_of(script)}: {explained(error)}') from error
     trainer.fit(model)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-"""Stream audio through a model as it would arrive, and say how long that takes and whether it equals offline.
+r"""Stream audio through a model as it would arrive, and say how long that takes and whether it equals offline.
 
     python streaming_inference_example.py --model_path model.nemo --audio_path speech.wav --compare_modes
     python streaming_inference_example.py --model_path model.nemo --manifest files.json --report report.json
@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from script_tools import (
     check_folders,
+    explained,
     manifest_lines,
     read_audio,
     require_patches,
@@ -472,7 +473,7 @@ def main(argv=None) -> int:
         _check_can_stream(model, options)
         done, failed = run(options, model)
     except ValueError as error:
-        print(f'ERROR {error}', file=sys.stderr)
+        print(f'ERROR {explained(error)}', file=sys.stderr)
         return 2
     show(done)
     if options.plot is not None and done:

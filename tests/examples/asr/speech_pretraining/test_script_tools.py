@@ -160,6 +160,39 @@ def test_each_script_refuses_stock_nemo_in_one_line(name, tmp_path):
     assert line.startswith(f'{name} needs the patches of nemo-streaming-ssl: ') and 'NEMO_STREAMING_SSL=0' in line
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_each_script_has_help_with_an_example(name, tmp_path):
+    command = [sys.executable, str(FOLDER / f'{name}.py'), '--help']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and not list(tmp_path.iterdir()), done.stderr
+    summary, *_ = ast.get_docstring(TREES[name]).splitlines()
+    assert summary in done.stdout
+    example, *_ = [line for line in done.stdout.splitlines() if line.lstrip().startswith(f'python {name}.py')]
+    options = [word for word in example.split() if word.startswith('--')]
+    assert all(option.strip('[]').split('=')[0] in done.stdout.split(example)[1] for option in options[:2])
+
+
+@pytest.mark.unit
+def test_help_is_shown_before_anything_is_imported(tools, monkeypatch, capsys):
+    tools.show_help('What it does.')  # nobody asked
+    monkeypatch.setattr(sys, 'argv', ['script.py', 'a=1', '--help'])
+    with pytest.raises(SystemExit) as ended:
+        tools.show_help('What it does.\n\n    python script.py\n')
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith('What it does.\n\n    python script.py\n\nEvery key of the config')
+
+
+@pytest.mark.unit
+def test_an_error_about_a_key_leads_to_its_page(tools, capsys):
+    tools.report_error('script.py', ValueError('curriculum.milestones is 3; it must be pairs'), status=1)
+    said = capsys.readouterr().err.splitlines()
+    assert said[1] == 'See docs/contexts.md#a-curriculum (python -m nemo_streaming_ssl docs contexts)'
+    assert tools.explained(ValueError('x is 3')) == 'x is 3'
+    twice = tools.explained(ValueError(tools.explained(ValueError('encoder.blockwise_attention is 3'))))
+    assert twice.count('See docs/performance.md#block-wise-attention') == 1
+
+
 @pytest.mark.unit
 def test_the_report_on_the_patches_comes_back_for_the_log(tools):
     lines = tools.require_patches('some/script.py', 'nemo.collections.asr.models.ssl_models')
