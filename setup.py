@@ -12,6 +12,7 @@ from setuptools.command.build import build
 FINDER = "nemo_streaming_ssl"
 # With what ``examples TARGET`` copies out and ``docs`` prints.
 PATCH_SET = ("nemo/**/*.py", "examples/**/*.py", "examples/**/*.yaml", "docs/*.md")
+EXTRAS = {"demo": "demo", "dev": "test", "docs": "docs"}  # and the files of requirements/ that say what they need
 START_UP = {
     f"{FINDER}.pth": f"import {FINDER}; {FINDER}.install()\n",  # CPython up to 3.17
     f"{FINDER}.start": f"{FINDER}:install\n",  # PEP 829, CPython 3.15 and later
@@ -96,7 +97,7 @@ setup(
     python_requires=">=3.10",
     packages=[FINDER],
     package_dir={"": "src"},
-    install_requires=["nemo_toolkit[asr]>=2.5.3,<3.1"],
-    extras_require={"dev": names_in("requirements/test.txt"), "docs": names_in("requirements/docs.txt")},
+    install_requires=names_in("requirements/runtime.txt"),
+    extras_require={extra: names_in(f"requirements/{file}.txt") for extra, file in EXTRAS.items()},
     cmdclass={"build": BuildWithPatchSet, "build_patch_set": BuildPatchSet},
 )
