@@ -17,7 +17,7 @@ import torch
 from lhotse import CutSet
 
 from nemo.collections.asr.data.manifest_entries import entries_read_when_asked_for
-from nemo.collections.asr.parts.utils.nonfinite_guard import samples_are_sound
+from nemo.collections.asr.parts.utils.nonfinite_guard import on_this_rank, samples_are_sound
 from nemo.utils import logging
 from nemo_streaming_ssl import upstream
 
@@ -49,7 +49,9 @@ class _CollatesWhatIsSound:
     def _collate_fn(self, batch) -> AudioNoiseBatch:
         kept = [item for item in batch if not isinstance(item, SkippedItem)]
         if not kept:
-            raise BadAudioError(f"each of the {len(batch)} utterances of a batch is bad; the log names them")
+            raise BadAudioError(
+                f"each of the {len(batch)} utterances of a batch{on_this_rank()} is bad; the log names them"
+            )
         collated = super()._collate_fn(kept)
         collated.skipped = len(batch) - len(kept)
         return collated
@@ -64,10 +66,8 @@ class _CollatesWhatIsSound:
         except Exception as error:  # soundfile, librosa and sox each have their own
             message = str(error) if isinstance(error, BadAudioError) else _reason(entry.audio_file, error)
             if not self.skip_bad_audio:
-                raise BadAudioError(
-                    f"bad audio: {message}; with train_ds.skip_bad_audio: true it would be skipped"
-                ) from error
-        logging.warning(f"Skipped bad audio: {message}")
+                raise _bad_audio(message) from error
+        logging.warning(f"Skipped bad audio{on_this_rank()}: {message}")
         return SkippedItem()
 
     def _check_duration(self, item, entry) -> None:
@@ -112,19 +112,22 @@ class TarredAudioNoiseDataset(_CollatesWhatIsSound, _up.TarredAudioNoiseDataset)
 
 
 class LhotseAudioNoiseDataset(_up.LhotseAudioNoiseDataset):
-    """NeMo's lhotse dataset of noisy audio; lhotse itself skips, and logs, what it cannot read."""
+    """NeMo's lhotse dataset of noisy audio.
+
+    As in NeMo, lhotse skips and logs what it cannot read, unless ``skip_bad_audio`` is set to false.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.load_audio = SoundAudioSamples(self.load_audio)
 
     @property
-    def skip_bad_audio(self) -> bool:
-        """Whether cuts with samples that are NaN or infinite are left out."""
+    def skip_bad_audio(self) -> Optional[bool]:
+        """Whether bad audio is left out; None: what cannot be read, and not what is NaN or infinite."""
         return self.load_audio.skip_bad_audio
 
     @skip_bad_audio.setter
-    def skip_bad_audio(self, skip: bool) -> None:
+    def skip_bad_audio(self, skip: Optional[bool]) -> None:
         self.load_audio.skip_bad_audio = skip
 
     def __getitem__(self, cuts):
@@ -151,27 +154,56 @@ class LhotseAudioNoiseDataset(_up.LhotseAudioNoiseDataset):
 
 
 class SoundAudioSamples:
-    """Wraps lhotse's loading of a batch; cuts with samples that are NaN or infinite are refused or left out."""
+    """Wraps lhotse's loading of a batch, which skips what it cannot read; bad cuts are refused or left out."""
 
-    skip_bad_audio = False
+    skip_bad_audio: Optional[bool] = None
 
     def __init__(self, load_audio):
         self.load_audio = load_audio
 
     def __call__(self, cuts):
-        audios, lengths, cuts = self.load_audio(cuts)
+        audios, lengths, read = self._read(cuts)
         if samples_are_sound(audios):
-            return audios, lengths, cuts
+            return audios, lengths, read
         sound = torch.tensor([samples_are_sound(audio) for audio in audios])
-        names = ', '.join(cut.id for cut, is_sound in zip(cuts, sound.tolist()) if not is_sound)
+        bad = [cut for cut, is_sound in zip(read, sound.tolist()) if not is_sound]
+        message = f"{', '.join(map(_name_of_cut, bad))}: samples that are NaN or infinite"
         if not self.skip_bad_audio or not sound.any():
-            raise BadAudioError(
-                f"bad audio: {names}: samples that are NaN or infinite; with train_ds.skip_bad_audio: true they would "
-                "be skipped, where they are not a whole batch"
-            )
-        logging.warning(f"Skipped bad audio: {names}: samples that are NaN or infinite")
-        is_sound = dict(zip((cut.id for cut in cuts), sound.tolist()))
-        return audios[sound], lengths[sound], cuts.filter(lambda cut: is_sound[cut.id]).to_eager()
+            raise _bad_audio(message)
+        logging.warning(f"Skipped bad audio{on_this_rank()}: {message}")
+        is_sound = dict(zip((cut.id for cut in read), sound.tolist()))
+        return audios[sound], lengths[sound], read.filter(lambda cut: is_sound[cut.id]).to_eager()
+
+    def _read(self, cuts):
+        """Return what lhotse does; where bad audio is not to be skipped, the first cut that it left out is an error."""
+        found = None
+        try:
+            found = self.load_audio(cuts)
+        except Exception as error:  # lhotse's, for a batch of which nothing can be read
+            reason = error
+        read = set() if found is None else {cut.id for cut in found[2]}
+        missing = [cut for cut in cuts if cut.id not in read]
+        if not missing or (found is not None and self.skip_bad_audio is not False):
+            return found
+        try:
+            missing[0].load_audio()
+        except Exception as error:  # the reason, which lhotse has logged only
+            reason = error
+        raise _bad_audio(' '.join(f'{_name_of_cut(missing[0])}: {type(reason).__name__}: {reason}'.split()))
+
+
+def _name_of_cut(cut) -> str:
+    """Return the id of a cut, with its file if it has one; what comes out of shards has none."""
+    source = cut.recording.sources[0].source if cut.has_recording and cut.recording.sources else None
+    return f'{cut.id} ({source})' if isinstance(source, str) else cut.id
+
+
+def _bad_audio(message: str) -> BadAudioError:
+    """Return the error about bad audio that is not to be skipped, or that leaves nothing of a batch."""
+    return BadAudioError(
+        f"bad audio{on_this_rank()}: {message}; with train_ds.skip_bad_audio: true it would be skipped, where it is not a "
+        "whole batch"
+    )
 
 
 def load_noise_manifest(noise_manifest) -> list[dict]:

@@ -20,6 +20,7 @@ from nemo.collections.asr.parts.att_context.encoder_protocol import why_context_
 from nemo.collections.asr.parts.att_context.masking_context import follows_context
 from nemo.collections.asr.parts.mixins.att_context_mixin import AttContextMixin
 from nemo.collections.asr.parts.mixins.objective_mixin import ObjectiveMixin, hide_nothing
+from nemo.collections.asr.parts.mixins.sharded_training_mixin import ShardedTrainingMixin
 from nemo.collections.asr.parts.preprocessing.features import standardize_per_feature
 from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.figures import require_matplotlib
@@ -44,7 +45,11 @@ TARGET_NORMALIZATIONS = (None, 'NA', 'per_feature')
 
 
 class SpeechEncDecSelfSupervisedModel(
-    AttContextMixin, TrainingDataMixin, NonFiniteGuard, _up.SpeechEncDecSelfSupervisedModel
+    AttContextMixin,
+    TrainingDataMixin,
+    NonFiniteGuard,
+    ShardedTrainingMixin,
+    _up.SpeechEncDecSelfSupervisedModel,
 ):
     """NeMo's base class of SSL models, with a context that can be set by hand or come with a batch.
 

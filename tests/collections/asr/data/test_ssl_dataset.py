@@ -1,5 +1,6 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -165,12 +166,30 @@ def test_tarred_audio(audio, tmp_path, skip):
 def test_lhotse_audio(audio, warnings):
     cuts = CutSet.from_cuts(Recording.from_file(audio / name).to_cut() for name in ('a.wav', 'nan.wav', 'b.wav'))
     dataset = ssl_dataset.LhotseAudioNoiseDataset()
-    with pytest.raises(ValueError, match='bad audio: nan.*skip_bad_audio'):
+    with pytest.raises(ValueError, match=r'bad audio: nan \(.*nan.wav\).*skip_bad_audio'):
         dataset[cuts]
     ssl_dataset.set_skip_bad_audio(dataset, True)
     batch = dataset[cuts]
     assert batch.audio.shape[0] == len(batch.audio_len) == 2 and batch.skipped == 1
     assert any('Skipped bad audio: nan' in message for message in warnings)
+
+
+@pytest.mark.unit
+def test_what_lhotse_cannot_read_is_skipped_as_in_nemo_unless_it_must_not_be(audio, tmp_path):
+    for name in ('a.wav', 'b.wav'):
+        shutil.copy(audio / name, tmp_path / name)
+    cuts = CutSet.from_cuts(Recording.from_file(tmp_path / name).to_cut() for name in ('a.wav', 'b.wav')).to_eager()
+    (tmp_path / 'b.wav').write_bytes((audio / 'b.wav').read_bytes()[:20])
+    dataset = ssl_dataset.LhotseAudioNoiseDataset()
+    assert dataset[cuts].skipped == 1  # as in NeMo
+    ssl_dataset.set_skip_bad_audio(dataset, True)
+    assert dataset[cuts].skipped == 1
+    ssl_dataset.set_skip_bad_audio(dataset, False)
+    with pytest.raises(ValueError, match=r'bad audio: b \(.*b.wav\): .*skip_bad_audio'):
+        dataset[cuts]
+    ssl_dataset.set_skip_bad_audio(dataset, True)
+    with pytest.raises(ValueError, match=r'bad audio: b \(.*b.wav\)'):
+        dataset[cuts.subset(last=1)]
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ Shapes: B utterances, N samples.
 
 import copy
 import dataclasses
+import os
 from typing import Iterator, Optional
 
 import torch
@@ -15,6 +16,19 @@ from nemo.utils import logging
 
 LARGEST_SAMPLE = 1e15  # the power of a louder frame overflows float32, and with it the features
 MAX_SKIPPED_IN_A_ROW = 100
+
+
+def on_this_rank() -> str:
+    """Return `` on rank 1`` or the like, to stand in a message; '' where there is one process only.
+
+    In a worker of a data loader it is the rank of its training process, which torchrun and Lightning also leave in the
+    environment.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    else:
+        ranks, rank = int(os.environ.get('WORLD_SIZE', 1)), os.environ.get('RANK', '0')
+    return f' on rank {rank}' if ranks > 1 else ''
 
 
 def samples_are_sound(samples: torch.Tensor) -> bool:
@@ -52,12 +66,14 @@ class NonFiniteGuard:
         names = _names(batch, unsound)
         if not self._skips_nonfinite():
             raise ValueError(
-                f"utterance {names} of a batch has samples that are NaN, infinite or beyond {LARGEST_SAMPLE:g}; "
+                f"utterance {names} of a batch{on_this_rank()} has samples that are NaN, infinite or beyond {LARGEST_SAMPLE:g}; "
                 "with model.skip_nan_grad: true it would be dropped"
             )
         if unsound.all():
-            raise ValueError(f"no utterance of a batch is sound: {names} have samples that are NaN or infinite")
-        logging.warning(f"Dropped utterance {names} of a batch: its samples are NaN or infinite")
+            raise ValueError(
+                f"no utterance of a batch{on_this_rank()} is sound: {names} have samples that are NaN or infinite"
+            )
+        logging.warning(f"Dropped utterance {names} of a batch{on_this_rank()}: its samples are NaN or infinite")
         self._skipped_utterances += int(unsound.sum())
         return _select(batch, ~unsound)
 
@@ -122,7 +138,7 @@ def unsound_utterances(batch) -> Optional[torch.Tensor]:
     unsound = None
     for name, samples in _signals(batch):
         if samples.numel() == 0:
-            raise ValueError(f"a batch is empty: {name} has the shape {list(samples.shape)}")
+            raise ValueError(f"a batch{on_this_rank()} is empty: {name} has the shape {list(samples.shape)}")
         if not samples_are_sound(samples):
             rows = ~(samples.flatten(1).abs() <= LARGEST_SAMPLE).all(dim=1)
             unsound = rows if unsound is None else unsound | rows

@@ -1,0 +1,76 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""Training with weights, gradients and optimizer states divided among ranks. New in this project."""
+
+from contextlib import contextmanager
+from typing import Iterator
+
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+
+
+class ShardedTrainingMixin:
+    """Lets an SSL model train under Lightning's ``ModelParallelStrategy``, by torch's ``fully_shard`` (its second FSDP).
+
+    Config::
+
+        trainer:
+          strategy:
+            _target_: lightning.pytorch.strategies.ModelParallelStrategy
+            data_parallel_size: 8
+            tensor_parallel_size: 1
+            save_distributed_checkpoint: false   # checkpoints that load on any number of ranks, and without sharding
+
+    Each layer of the encoder is gathered when it computes and let go afterwards; what is left of the encoder, and each
+    decoder, is a unit of its own. Other strategies take no notice. ``.nemo`` files have whole weights.
+    """
+
+    def configure_model(self) -> None:
+        """Divide the weights, if the strategy asks for it; Lightning calls this on each rank, before optimizers are made.
+
+        Raises:
+            ValueError: if layers are to be divided among ranks, too (``tensor_parallel_size``).
+        """
+        super().configure_model()
+        mesh = self.device_mesh
+        if mesh is None or self._is_sharded():
+            return
+        if mesh['tensor_parallel'].size() > 1:
+            raise ValueError(
+                f"trainer.strategy.tensor_parallel_size is {mesh['tensor_parallel'].size()}; it must be 1: ranks share "
+                "weights (data_parallel_size), they do not divide a layer's work"
+            )
+        if mesh['data_parallel'].size() > 1:
+            from torch.distributed.fsdp import fully_shard
+
+            for module in self._units_to_shard():
+                fully_shard(module, mesh=mesh['data_parallel'])
+
+    def _units_to_shard(self) -> Iterator[nn.Module]:
+        """Yield what is gathered at a time: inner modules first, and all that have weights to train."""
+        yield from self.encoder.layers
+        for name, module in self.named_children():
+            decoders = module if isinstance(module, nn.ModuleList) else [module]
+            if any(weight.requires_grad for weight in module.parameters()):
+                yield from decoders
+
+    def _is_sharded(self) -> bool:
+        return any(isinstance(weight, DTensor) for weight in self.parameters())
+
+    def save_to(self, save_path: str) -> None:
+        """Save a ``.nemo`` file as NeMo does; sharded weights are gathered, so every rank has to call it."""
+        with self._whole_weights():
+            super().save_to(save_path)
+
+    @contextmanager
+    def _whole_weights(self) -> Iterator[None]:
+        """While the block runs, ``state_dict`` gives whole weights, on the CPU of the first rank."""
+        if not self._is_sharded():
+            yield
+            return
+        whole = get_model_state_dict(self, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        self.state_dict = lambda *args, **kwargs: whole
+        try:
+            yield
+        finally:
+            del self.state_dict
