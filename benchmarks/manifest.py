@@ -6,6 +6,8 @@
 Writes a manifest of that many lines, all of one short file, and measures, each in a process of its own: the check of
 the config (`check_manifest`), the dataset, the dataset with the first batch that workers give, in a plain and in a
 resumable data loader, and the whole start: the check, the dataset and the first batch, one after the other as in training.
+The last is measured again for another rank of the machine, or the next start, which find what the first has left;
+the others find nothing.
 The same with stock NeMo, but for the check and the resumable loader, which it lacks. Memory is of the process and its
 workers, and what they share counts once.
 """
@@ -26,7 +28,15 @@ LINE = {
 }
 MEGABYTE = 1e6
 STOCK = ('dataset, stock NeMo', 'first batch, stock NeMo')
-PARTS = (*STOCK, 'check', 'dataset', 'first batch', 'first batch, resumable', 'whole start, resumable')
+PARTS = (
+    *STOCK,
+    'check',
+    'dataset',
+    'first batch',
+    'first batch, resumable',
+    'whole start, resumable',
+    'whole start, again',
+)
 
 
 def write_manifest(folder: Path, lines: int) -> Path:
@@ -76,7 +86,7 @@ def measure(part: str, manifest: str, workers: int) -> dict:
         kept = dataset = ssl_dataset.get_audio_noise_dataset_from_config(OmegaConf.create(config), 0, 1)
     if part.startswith(('first batch', 'whole')):
         loader = DataLoader(dataset, 8, shuffle=True, num_workers=workers, collate_fn=dataset.collate_fn)
-        kept = iter(make_resumable(loader, {'seed': 0}) if 'resumable' in part else loader)
+        kept = iter(make_resumable(loader, {'seed': 0}) if part.endswith(('resumable', 'again')) else loader)
         next(kept)
     seconds = time.perf_counter() - start
     return {'part': part, 'seconds': round(seconds, 2), 'megabytes': round(resident_megabytes() - before, 1)}
@@ -102,7 +112,9 @@ def main(argv=None) -> None:
         for part in PARTS:
             command = [sys.executable, __file__, '--part', part, '--manifest', str(manifest)]
             command += ['--workers', str(options.workers)]
-            overlay = {**os.environ, 'NEMO_STREAMING_SSL': '0' if part in STOCK else '1'}
+            if not part.endswith('again'):
+                temporary = tempfile.mkdtemp(dir=folder)
+            overlay = {**os.environ, 'NEMO_STREAMING_SSL': '0' if part in STOCK else '1', 'TMPDIR': temporary}
             done = subprocess.run(
                 command, env=overlay, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
             )

@@ -3,19 +3,29 @@
 
 A million entries as Python objects take most of a gigabyte in each process. Here a manifest is read once, in one pass, which
 finds mistakes too; 16 bytes of each entry are kept, and the file itself is mapped into memory, where all workers and
-ranks of a machine share it.
+ranks of a machine share it. Of a large manifest what was found is left in a file of the temporary folder, where the other
+ranks of the machine, and the next start, find it.
 """
 
+import fcntl
+import hashlib
+import itertools
 import json
 import mmap
 import os
+import tempfile
 from array import array
 from functools import lru_cache
-from typing import NamedTuple, Optional
+from pathlib import Path
+from typing import Iterator, NamedTuple, Optional
 
 import numpy as np
 
+from nemo.utils import logging
+from nemo.utils.atomic_files import replacing
+
 FIRST = 100  # entries that are kept as they are, to look at
+SHARED_FROM = 10_000_000  # bytes; a manifest of this size is read in a fifth of a second
 
 
 class NumberedEntry(NamedTuple):
@@ -42,22 +52,36 @@ class ManifestIndex:
     """
 
     def __init__(self, path: str):
-        self.path, self.first = path, []
-        starts, durations = array('q'), array('d')
+        self.path = path
         self._open()
-        position, number = 0, 0
-        for line in iter(self._content.readline, b''):
-            number += 1
-            if not line.isspace():
-                entry = self._parsed(line, number)
-                starts.append(position)
-                durations.append(_seconds(entry.get('duration'), path, number))
-                if len(self.first) < FIRST:
-                    self.first.append(NumberedEntry(number, entry))
-            position += len(line)
-        if hasattr(mmap, 'MADV_DONTNEED') and starts:
+        if self._stamp[1] < SHARED_FROM:
+            self.starts, self.durations = self._read()
+        else:
+            self.starts, self.durations = _once_on_this_machine(path, self._stamp, self._read)
+        self.first = list(itertools.islice(self._entries(), FIRST))
+        if hasattr(mmap, 'MADV_DONTNEED') and len(self.starts):
             self._content.madvise(mmap.MADV_DONTNEED)  # the system keeps the file at hand, but not for this process
-        self.starts, self.durations = np.frombuffer(starts, np.int64), np.frombuffer(durations, np.float64)
+
+    def _read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Read the whole file; return where entries begin and how long they last."""
+        starts, durations = array('q'), array('d')
+        for position, number, entry in self._places():
+            starts.append(position)
+            durations.append(_seconds(entry.get('duration'), self.path, number))
+        return np.frombuffer(starts, np.int64), np.frombuffer(durations, np.float64)
+
+    def _places(self) -> Iterator[tuple[int, int, dict]]:
+        """Yield where each entry begins, the number of its line, and the entry."""
+        self._content.seek(0)
+        position = 0
+        for number, line in enumerate(iter(self._content.readline, b''), 1):
+            if not line.isspace():
+                yield position, number, self._parsed(line, number)
+            position += len(line)
+
+    def _entries(self) -> Iterator[NumberedEntry]:
+        for _, number, entry in self._places():
+            yield NumberedEntry(number, entry)
 
     def _open(self) -> None:
         self._file = open(self.path, 'rb')
@@ -114,6 +138,33 @@ def _seconds(duration, path: str, number: int) -> float:
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
+
+
+def _once_on_this_machine(path: str, stamp: tuple[int, int], read) -> tuple[np.ndarray, np.ndarray]:
+    """Return what ``read`` does, from a file that another process has left, or leave it there; mapped into memory."""
+    kept = _shared_file(path, stamp)
+    try:
+        kept.parent.mkdir(mode=0o700, exist_ok=True)
+        with open(kept.parent / 'lock', 'w') as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of a machine start at the same time: one reads
+            if not kept.exists():
+                found = np.stack([column.view(np.int64) for column in read()])
+                for older in kept.parent.glob(f"{kept.name.partition('-')[0]}-*"):
+                    older.unlink()
+                with replacing(kept) as partial, open(partial, 'wb') as file:
+                    np.save(file, found)
+            starts, durations = np.load(kept, mmap_mode='r')
+        return starts, durations.view(np.float64)
+    except OSError as error:  # no such folder may be made, or the disk is full
+        logging.warning(f"Each process reads {path} for itself: {error}")
+        return read()
+
+
+def _shared_file(path: str, stamp: tuple[int, int]) -> Path:
+    """Return where the index of a manifest is left: below a folder of this user, named after file, time and size."""
+    name = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f'nemo-manifest-index-{os.getuid()}'
+    return folder / f"{name}-{'-'.join(map(str, stamp))}.npy"
 
 
 def index_of(path: str) -> ManifestIndex:

@@ -1,0 +1,98 @@
+# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+"""One process of a machine reads a large manifest, and the others find what it found; entries are in ``test_manifest_entries.py``."""
+
+import json
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+
+from nemo.collections.asr.parts.utils import manifest_index
+from nemo.collections.asr.parts.utils.manifest_index import ManifestIndex
+
+
+@pytest.fixture
+def manifest(tmp_path, monkeypatch):
+    """A manifest that counts as large, with a blank line, and a temporary folder of its own."""
+    (tmp_path / 'temporary').mkdir()
+    monkeypatch.setattr(manifest_index, 'SHARED_FROM', 1)
+    monkeypatch.setattr(manifest_index.tempfile, 'gettempdir', lambda: str(tmp_path / 'temporary'))
+    return write(tmp_path / 'train.json', 300)
+
+
+def write(path, count):
+    rows = [json.dumps({'audio_filepath': f'{number}.wav', 'duration': number / 8}) for number in range(count)]
+    path.write_text('\n\n'.join([rows[0], '\n'.join(rows[1:])]) + '\n')
+    return path
+
+
+def reading(monkeypatch):
+    """How often the whole file is read from now on."""
+    read, count = ManifestIndex._read, []
+    monkeypatch.setattr(ManifestIndex, '_read', lambda index: count.append(1) or read(index))
+    return count
+
+
+def kept(manifest):
+    return list((manifest.parent / 'temporary').rglob('*.npy'))
+
+
+@pytest.mark.unit
+def test_a_second_process_finds_what_the_first_one_found(manifest, monkeypatch):
+    reads = reading(monkeypatch)
+    first, second = ManifestIndex(str(manifest)), ManifestIndex(str(manifest))
+    assert len(reads) == 1 and len(kept(manifest)) == 1
+    for index in (first, second):
+        assert len(index) == 300 and json.loads(index.line(299))['audio_filepath'] == '299.wav'
+        assert [entry.line for entry in index.first[:3]] == [1, 3, 4] and len(index.first) == 100
+        np.testing.assert_array_equal(index.durations, np.arange(300) / 8)
+    monkeypatch.setattr(manifest_index, 'SHARED_FROM', 10**9)
+    alone = ManifestIndex(str(manifest))
+    np.testing.assert_array_equal(alone.starts, second.starts)
+    assert len(reads) == 2
+
+
+def _index(path, start, results):
+    start.wait()
+    results.put((os.getpid(), len(ManifestIndex(path))))
+
+
+@pytest.mark.unit
+def test_ranks_that_start_at_once_leave_one_file(manifest):
+    context = multiprocessing.get_context('fork')
+    start, results = context.Event(), context.Queue()
+    ranks = [context.Process(target=_index, args=(str(manifest), start, results)) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    start.set()
+    assert [results.get(timeout=60)[1] for _ in ranks] == [300] * 4
+    for rank in ranks:
+        rank.join()
+    assert len(kept(manifest)) == 1
+
+
+@pytest.mark.unit
+def test_a_changed_manifest_is_read_anew_and_takes_the_place_of_the_old(manifest, monkeypatch):
+    ManifestIndex(str(manifest))
+    (old,) = kept(manifest)
+    write(manifest, 20)
+    reads = reading(monkeypatch)
+    assert len(ManifestIndex(str(manifest))) == 20 and len(reads) == 1
+    (new,) = kept(manifest)
+    assert new != old
+
+
+@pytest.mark.unit
+def test_a_mistake_is_found_and_nothing_is_left(manifest):
+    manifest.write_text(manifest.read_text() + 'no json\n')
+    with pytest.raises(ValueError, match='line 302 is no JSON'):
+        ManifestIndex(str(manifest))
+    assert not kept(manifest)
+
+
+@pytest.mark.unit
+def test_where_nothing_can_be_left_each_process_reads_for_itself(manifest, monkeypatch, warnings):
+    monkeypatch.setattr(manifest_index.tempfile, 'gettempdir', lambda: str(manifest))  # a file
+    assert len(ManifestIndex(str(manifest))) == 300
+    assert any('Each process reads' in message for message in warnings)
