@@ -108,7 +108,7 @@ def main(argv=None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         manifest = write_manifest(Path(folder), options.lines)
         print(f'{options.lines} lines, {manifest.stat().st_size / MEGABYTE:.0f} MB, {options.workers} workers')
-        print(f"{'part':<24} {'seconds':>8} {'MB added':>9}")
+        print('| part of the start | seconds | MB added |\n| --- | ---: | ---: |')
         for part in PARTS:
             command = [sys.executable, __file__, '--part', part, '--manifest', str(manifest)]
             command += ['--workers', str(options.workers)]
@@ -119,7 +119,7 @@ def main(argv=None) -> None:
                 command, env=overlay, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
             )
             results.append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"{part:<24} {results[-1]['seconds']:>8.2f} {results[-1]['megabytes']:>9.1f}", flush=True)
+            print(f"| {part} | {results[-1]['seconds']:.1f} | {results[-1]['megabytes']:.0f} |", flush=True)
     if options.json:
         from nemo.utils.atomic_files import replacing
 
