@@ -12,22 +12,32 @@ import sys
 from pathlib import Path
 
 
-def tables_in(text: str) -> dict[str, list[str]]:
-    """Return the Markdown tables in a text: under the head of each all its lines, the head included."""
-    found, lines = {}, text.splitlines()
+def tables_in(text: str) -> list[list[str]]:
+    """Return the Markdown tables in a text, each as its lines; the first is its head."""
+    found, lines = [], text.splitlines()
     for number, (head, rule) in enumerate(zip(lines, lines[1:])):
         if head.startswith('|') and rule.startswith('|') and not set(rule) - set('|-: '):
             end = next((later for later in range(number, len(lines)) if not lines[later].startswith('|')), len(lines))
-            found[head] = lines[number:end]
+            found.append(lines[number:end])
     return found
 
 
+def alike(one: list[str], other: list[str]) -> int:
+    """Return how many rows of two tables begin with the same cell."""
+    return len({row.split('|')[1] for row in one[2:]} & {row.split('|')[1] for row in other[2:]})
+
+
 def with_tables(page: str, printed: str) -> tuple[str, int]:
-    """Return a page with its tables replaced by printed ones of the same heads, and how many were."""
-    new, replaced = tables_in(printed), 0
-    for head, old in tables_in(page).items():
-        if head in new:
-            page = page.replace('\n'.join(old), '\n'.join(new[head]), 1)
+    """Return a page with its tables replaced by printed ones of the same heads, and how many were.
+
+    Where several tables of the page have the head, the one whose rows begin most alike is replaced.
+    """
+    replaced = 0
+    for new in tables_in(printed):
+        same = [old for old in tables_in(page) if old[0] == new[0]]
+        if same:
+            old = max(same, key=lambda table: alike(table, new))
+            page = page.replace('\n'.join(old), '\n'.join(new), 1)
             replaced += 1
     return page, replaced
 
