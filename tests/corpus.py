@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """Synthetic speech for the tests."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -26,3 +27,14 @@ def make_small_corpus(directory, minutes=1.5):
     if result.returncode != 0:
         raise RuntimeError(result.stderr)
     return Path(directory)
+
+
+def first_entries(manifest, count):
+    """Return the first entries of a manifest, with absolute paths."""
+    entries = [json.loads(line) for line in manifest.read_text().splitlines()[:count]]
+    return [{**entry, "audio_filepath": str(manifest.parent / entry["audio_filepath"])} for entry in entries]
+
+
+def write_manifest(entries, path):
+    """Write entries as a manifest."""
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))

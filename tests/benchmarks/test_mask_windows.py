@@ -1,20 +1,17 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """The picture of what masks ask shows what the masking draws."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+from load_script import load_script
 
 SCRIPT = Path(__file__).resolve().parents[2] / 'benchmarks/mask_windows.py'
 
 
 @pytest.fixture(scope='module')
 def script():
-    spec = importlib.util.spec_from_file_location('mask_windows', SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.mark.unit

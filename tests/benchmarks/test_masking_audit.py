@@ -1,17 +1,15 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
-import importlib.util
 from pathlib import Path
 
 import pytest
+from load_script import load_script
 
 SCRIPT = Path(__file__).resolve().parents[2] / 'benchmarks/masking_audit.py'
 
 
 @pytest.mark.integration
 def test_every_shipped_config_masks_what_can_be_answered_and_as_much_live_as_offline(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location('masking_audit', SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script(SCRIPT)
     rows = script.main(['--json', str(tmp_path / 'rows.json')])
     assert len({row['config'] for row in rows}) == len(list(script.CONFIGS.glob('*.yaml')))
     for row in rows:

@@ -1,7 +1,6 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """A known vulnerability fails the check, and a check that could not be made is never taken for a clean one."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from load_script import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / '.ci/audit.py'
@@ -80,9 +80,7 @@ def test_packages_that_could_not_be_checked_are_named(tmp_path):
 @pytest.mark.unit
 @pytest.mark.parametrize('version', ['2.5.3', '3.0.0'])
 def test_the_licences_of_all_pins_are_listed(version):
-    spec = importlib.util.spec_from_file_location('licences', ROOT / '.ci/licences.py')
-    licences = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(licences)
+    licences = load_script(ROOT / '.ci/licences.py')
     rows = (ROOT / f'docs/licences-{version}.md').read_text().splitlines()
     listed = dict(row.strip('| ').split(' | ')[:2] for row in rows if row.startswith('| ') and '---' not in row)
     listed.pop('package')

@@ -1,21 +1,18 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """The check of the built site finds a public name without a place in it, and a link that leads nowhere."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from load_script import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope='module')
 def check():
-    spec = importlib.util.spec_from_file_location('check_site', ROOT / '.ci/check_site.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / '.ci/check_site.py')
 
 
 SOURCE = """

@@ -1,7 +1,6 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """The check of a GPU says so where there is none, and reports what passed and what failed where there is one."""
 
-import importlib.util
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from load_script import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / '.ci/gpu_check.py'
@@ -26,10 +26,7 @@ open(path, 'w').write(sys.argv[1])
 
 @pytest.fixture
 def gpu_check():
-    spec = importlib.util.spec_from_file_location('gpu_check', SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def with_a_gpu(gpu_check, monkeypatch, bad=''):

@@ -1,12 +1,12 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """Tables of measurements are those that benchmarks print, and a command puts them into their page."""
 
-import importlib.util
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from load_script import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {path.name: path.read_text(encoding='utf-8') for path in (ROOT / 'docs').glob('*.md')}
@@ -23,10 +23,7 @@ WRITTEN = {
 
 @pytest.fixture(scope='module')
 def write():
-    spec = importlib.util.spec_from_file_location('write_tables', ROOT / 'docs/write_tables.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / 'docs/write_tables.py')
 
 
 PAGE = """# Page

@@ -1,12 +1,12 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """The tutorial runs from its first cell to its last, in small."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import nbformat
 import pytest
+from load_script import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / 'tutorials/asr/Streaming_SSL_Pretraining.ipynb'
@@ -14,10 +14,7 @@ NOTEBOOK = ROOT / 'tutorials/asr/Streaming_SSL_Pretraining.ipynb'
 
 @pytest.fixture
 def run_tutorial():
-    spec = importlib.util.spec_from_file_location('run_tutorial', ROOT / 'docs/run_tutorial.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.run
+    return load_script(ROOT / 'docs/run_tutorial.py').run
 
 
 @pytest.mark.unit

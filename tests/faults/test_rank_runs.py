@@ -3,14 +3,15 @@
 
 import json
 import re
-import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from corpus import first_entries, write_manifest
 from fresh_process import run_python
+from ranks import address_of_ranks
 from shared_results import shared_folder
 from tiny_nest import restored_weights
 
@@ -33,7 +34,6 @@ WELL = [
     'samples-skipped',
     'gradients-skipped',
 ]
-STOPPED = ['unreadable', 'samples', 'gradients', 'empty']
 ON_ONE_RANK = ('alone', 'alone-from-sharded')
 
 
@@ -42,14 +42,11 @@ def manifests(tmp_path_factory, speech_corpus):
     """Short manifests: all sound, and with a file in their midst that is no audio."""
 
     def make(folder):
-        lines = (speech_corpus / 'train_manifest.json').read_text().splitlines()[:UTTERANCES]
-        rows = [json.loads(line) for line in lines]
-        for row in rows:
-            row['audio_filepath'] = str(speech_corpus / row['audio_filepath'])
-        (folder / 'short.json').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+        rows = first_entries(speech_corpus / 'train_manifest.json', UTTERANCES)
+        write_manifest(rows, folder / 'short.json')
         (folder / BAD).write_bytes(b'RIFF, and no more')
         rows[5]['audio_filepath'] = str(folder / BAD)
-        (folder / 'unreadable.json').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+        write_manifest(rows, folder / 'unreadable.json')
 
     return shared_folder(tmp_path_factory, 'rank_manifests', make)
 
@@ -58,15 +55,13 @@ def run_ranks(name, folder, manifests) -> list[tuple[int, str]]:
     """Run on both ranks, or on one; returns the exit status of each, None if it had to be killed, and what it said."""
     (folder / name).mkdir()
     ranks = 1 if name in ON_ONE_RANK else 2
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
+    address = address_of_ranks()
 
     def run(rank):
-        environment = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+        environment = dict(WORLD_SIZE=str(ranks), RANK=str(rank), LOCAL_RANK=str(rank), **address)
         words = [SCRIPT, name, folder, manifests]
         try:
-            done = run_python(*words, timeout=LONGEST, PYTHONPATH=str(HERE.parent), RANK=str(rank), **environment)
+            done = run_python(*words, timeout=LONGEST, PYTHONPATH=str(HERE.parent), **environment)
         except subprocess.TimeoutExpired:
             return None, f'killed after {LONGEST} s'
         return done.returncode, done.stdout + done.stderr

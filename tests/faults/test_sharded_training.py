@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from corpus import first_entries, write_manifest
 from fresh_process import run_python
 from shared_results import shared_folder
 from tiny_nest import restored_weights as weights
@@ -26,24 +27,15 @@ STRIKE, STEPS = 5, 9
 OWN_STORE = {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}  # of each start of the ranks, see docs/scale.md
 
 
-def first_lines(manifest: Path, lines: int, target: Path) -> Path:
-    """Write the first entries of a manifest, with absolute paths."""
-    rows = [json.loads(line) for line in manifest.read_text().splitlines()[:lines]]
-    for row in rows:
-        row['audio_filepath'] = str(manifest.parent / row['audio_filepath'])
-    target.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    return target
-
-
 @pytest.fixture(scope='module')
 def data(tmp_path_factory, speech_corpus):
     """Shards of speech, real where a manifest is named, and of noise; and a manifest to validate on."""
 
     def make(folder):
         source = os.environ.get(REAL_SPEECH) or speech_corpus / 'train_manifest.json'
-        first_lines(Path(source), 30, folder / 'train.json')
-        first_lines(speech_corpus / 'noise_manifest.json', 3, folder / 'noise.json')
-        first_lines(speech_corpus / 'validation_manifest.json', 4, folder / 'validation.json')
+        write_manifest(first_entries(Path(source), 30), folder / 'train.json')
+        write_manifest(first_entries(speech_corpus / 'noise_manifest.json', 3), folder / 'noise.json')
+        write_manifest(first_entries(speech_corpus / 'validation_manifest.json', 4), folder / 'validation.json')
         for name in ('train', 'noise'):
             words = ['--manifest', folder / f'{name}.json', '--output', folder / name, '--shard_size=8', '--workers=2']
             done = run_python(PREPARE, *words)

@@ -58,7 +58,7 @@ class ManifestIndex:
             self.starts, self.durations = self._read()
         else:
             self.starts, self.durations = _once_on_this_machine(path, self._stamp, self._read)
-        self.first = list(itertools.islice(self._entries(), FIRST))
+        self.first = [NumberedEntry(*place[1:]) for place in itertools.islice(self._places(), FIRST)]
         if hasattr(mmap, 'MADV_DONTNEED') and len(self.starts):
             self._content.madvise(mmap.MADV_DONTNEED)  # the system keeps the file at hand, but not for this process
 
@@ -78,10 +78,6 @@ class ManifestIndex:
             if not line.isspace():
                 yield position, number, self._parsed(line, number)
             position += len(line)
-
-    def _entries(self) -> Iterator[NumberedEntry]:
-        for _, number, entry in self._places():
-            yield NumberedEntry(number, entry)
 
     def _open(self) -> None:
         self._file = open(self.path, 'rb')

@@ -1,12 +1,12 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 """The table of config keys says what the code says: names, defaults, and pages that are there."""
 
-import importlib.util
 import inspect
 import re
 from pathlib import Path
 
 import pytest
+from load_script import load_script
 from omegaconf import OmegaConf
 
 from nemo.collections.asr.losses import MLMLoss
@@ -79,9 +79,7 @@ def test_the_page_is_there_and_explains_the_key(key):
 
 @pytest.mark.unit
 def test_the_reference_page_is_written_from_the_table():
-    spec = importlib.util.spec_from_file_location('configuration_page', ROOT / 'docs/configuration_page.py')
-    page = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(page)
+    page = load_script(ROOT / 'docs/configuration_page.py')
     text = page.PAGE.read_text(encoding='utf-8')
     assert page.written(text) == text
     assert len(re.findall(r'^\| `', text, flags=re.MULTILINE)) == len(CONFIG_KEYS)
