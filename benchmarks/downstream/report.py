@@ -29,6 +29,7 @@ SKELETON = f"""# What the objectives and masks are worth to a streaming recognis
 {BEGIN}
 {END}
 """
+BY_SEED = (10, 0)  # the context whose errors are shown run by run
 NEEDED = 3  # contexts, of four, in which an arm must be better with both amounts of speech
 VERDICTS = {-1: 'helps', 0: 'not shown', 1: 'hurts'}
 OPEN = 'open: seeds are missing'
@@ -161,6 +162,28 @@ def differences_table(results: Results, minutes: str) -> str:
     return markdown(['arms', 'seeds', *context_heads()], rows, len(CONTEXTS))
 
 
+def seeds_table(results: Results) -> str:
+    """Lay out the error rate of each run in one context, and the last validation loss of its pre-training."""
+    rows = []
+    for name, seeds in results.by_arm.items():
+        cells = [_run_rate(results, seeds.get(seed), minutes) for minutes in results.minutes for seed in SEEDS]
+        losses = [_last_loss(seeds[seed]) for seed in SEEDS if seed in seeds]
+        rows.append([f'`{name}`', *cells, ', '.join(losses)])
+    heads = [f'{minutes} minutes, seed {seed}' for minutes in results.minutes for seed in SEEDS]
+    return markdown(['arm', *heads, 'last validation loss'], rows, len(heads) + 1)
+
+
+def _run_rate(results: Results, found: dict | None, minutes: str) -> str:
+    if found is None:
+        return '-'
+    return f"{100 * sum(found['errors'][minutes][label_of(BY_SEED)]) / results.phones.sum():.1f}"
+
+
+def _last_loss(found: dict) -> str:
+    losses = (found['pretraining'] or {}).get('val_loss')
+    return '-' if losses is None else f'{losses[-1]:.2f}'
+
+
 def _span(found: Estimate, sign: str = '') -> str:
     return f'{100 * found.low:{sign}.1f} to {100 * found.high:{sign}.1f}'
 
@@ -245,6 +268,9 @@ def figures(results: Results) -> str:
             verdicts_table(results),
         ]
     parts += [
+        '## Run by run',
+        f'Phone error rate in % in `{list(BY_SEED)}`:',
+        seeds_table(results),
         '## What was masked',
         masks_table(results),
         live_sentence(results),

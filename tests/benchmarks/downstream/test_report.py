@@ -30,6 +30,13 @@ VERDICTS = """
 | `synchronised` against `scratch` | open: seeds are missing | open: seeds are missing |
 | `synchronised` against `stock` | open: seeds are missing | open: seeds are missing |
 """
+RUNS = """
+| arm | 60 minutes, seed 0 | 60 minutes, seed 1 | 60 minutes, seed 2 | 10 minutes, seed 0 | 10 minutes, seed 1 | 10 minutes, seed 2 | last validation loss |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| `scratch` | 60.0 | 60.0 | 60.0 | 60.0 | 60.0 | 60.0 | -, -, - |
+| `stock` | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 | 4.50, 4.50, 4.50 |
+| `synchronised` | 40.0 | - | - | 40.0 | - | - | 4.50 |
+"""
 MASKS_TABLE = """
 | arm | block (frames of 10 ms) | mask_prob | masked in training | masked | asked for | mean run (80 ms) | unanswerable | validation loss |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
@@ -86,6 +93,7 @@ def test_the_tables_are_those_worked_out_by_hand(report, folder):
     assert report.rates_table(results, '60') == RATES.strip()
     assert report.differences_table(results, '10') == DIFFERENCES.strip()
     assert report.verdicts_table(results) == VERDICTS.strip()
+    assert report.seeds_table(results) == RUNS.strip()
     assert report.masks_table(results) == MASKS_TABLE.strip()
     assert report.live_sentence(results).startswith('Streamed live, 56 of 56 utterances')
 
