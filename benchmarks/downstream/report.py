@@ -166,22 +166,28 @@ def seeds_table(results: Results) -> str:
     """Lay out the error rate of each run in one context, and the last validation loss of its pre-training."""
     rows = []
     for name, seeds in results.by_arm.items():
-        cells = [_run_rate(results, seeds.get(seed), minutes) for minutes in results.minutes for seed in SEEDS]
+        cells = [_run_rate(results, name, seed, minutes) for minutes in results.minutes for seed in SEEDS]
         losses = [_last_loss(seeds[seed]) for seed in SEEDS if seed in seeds]
         rows.append([f'`{name}`', *cells, ', '.join(losses)])
     heads = [f'{minutes} minutes, seed {seed}' for minutes in results.minutes for seed in SEEDS]
     return markdown(['arm', *heads, 'last validation loss'], rows, len(heads) + 1)
 
 
-def _run_rate(results: Results, found: dict | None, minutes: str) -> str:
-    if found is None:
+def _run_rate(results: Results, name: str, seed: int, minutes: str) -> str:
+    if seed not in results.by_arm[name]:
         return '-'
-    return f"{100 * sum(found['errors'][minutes][label_of(BY_SEED)]) / results.phones.sum():.1f}"
+    errors = results.errors(name, minutes, label_of(BY_SEED), [seed])
+    return f'{100 * errors.sum() / results.phones.sum():.1f}'
 
 
 def _last_loss(found: dict) -> str:
-    losses = (found['pretraining'] or {}).get('val_loss')
+    losses = _logged(found, 'val_loss')
     return '-' if losses is None else f'{losses[-1]:.2f}'
+
+
+def _logged(found: dict, tag: str):
+    """Return what a run's pre-training logged under a tag, None if nothing."""
+    return (found['pretraining'] or {}).get(tag)
 
 
 def _span(found: Estimate, sign: str = '') -> str:
@@ -202,11 +208,11 @@ def masks_table(results: Results) -> str:
     rows = []
     for name, seeds in results.by_arm.items():
         found = next(iter(seeds.values()))
-        masks, logged = found['masks'], found['pretraining'] or {}
+        masks = found['masks']
         texts = [f"{masks['block_size']}", f"{masks['mask_prob']:.4f}"] if masks else ['-', '-']
         texts += [_mean(seeds, 'audit/masked_share', '{:.1%}') if masks else '-']
         texts += [f"{masks[key]:{form}}" if masks else '-' for key, form in MEASURED.items()]
-        losses = logged.get('val_loss')
+        losses = _logged(found, 'val_loss')
         rows.append([f'`{name}`', *texts, '-' if losses is None else f'{losses[0]:.2f} to {losses[1]:.2f}'])
     head = ['arm', 'block (frames of 10 ms)', 'mask_prob', 'masked in training', 'masked', 'asked for']
     return markdown([*head, 'mean run (80 ms)', 'unanswerable', 'validation loss'], rows, len(head) + 2)
@@ -217,7 +223,7 @@ MEASURED = {'masked_share': '.1%', 'counted_share': '.1%', 'mean_run': '.2f', 'u
 
 def _mean(seeds: dict, tag: str, form: str) -> str:
     """Return the mean of what the seeds of an arm logged, as text."""
-    values = [(found['pretraining'] or {}).get(tag) for found in seeds.values()]
+    values = [_logged(found, tag) for found in seeds.values()]
     values = [value for value in values if value is not None]
     return form.format(sum(values) / len(values)) if values else '-'
 

@@ -1,11 +1,11 @@
 # Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
 import functools
-import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import soundfile
 import torch
+from corpus import first_entries
 from fresh_process import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,10 +96,8 @@ def test_samples_one_by_one():
 
 @pytest.mark.unit
 def test_speech_files_equal_offline(speech_corpus):
-    manifest = (speech_corpus / 'validation_manifest.json').read_text().splitlines()[:2]
-    paths = [json.loads(line)['audio_filepath'] for line in manifest]
-    for path in paths:
-        samples, rate = soundfile.read(speech_corpus / path, dtype='float32', always_2d=True)
+    for entry in first_entries(speech_corpus / 'validation_manifest.json', 2):
+        samples, rate = soundfile.read(entry['audio_filepath'], dtype='float32', always_2d=True)
         assert rate == RATE
         samples = torch.from_numpy(samples.T.copy())[:1]
         check(model_of('chunked'), [8, 3], samples, [samples.shape[1]], [592])
