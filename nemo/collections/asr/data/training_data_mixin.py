@@ -4,6 +4,7 @@
 from typing import Optional
 
 from nemo.collections.asr.data.loader_options import take_own_options, with_own_options
+from nemo.collections.asr.data.loader_workers import end_workers_with_their_parent
 from nemo.collections.asr.data.resumable_cuts import make_resumable_cuts, reads_cuts, repeatable_config
 from nemo.collections.asr.data.resumable_loader import ResumableDataLoader, ResumableLoader
 from nemo.collections.asr.parts.utils.data_wait import NAME, DataWait
@@ -20,6 +21,11 @@ class TrainingDataMixin:
     _share_waited: Optional[float] = None
 
     def _setup_dataloader_from_config(self, config):
+        loader = self._make_loader(config)
+        end_workers_with_their_parent(loader)
+        return loader
+
+    def _make_loader(self, config):
         config, own = take_own_options(config)
         if own.get('resumable') is None or not reads_cuts(config):
             return with_own_options(super()._setup_dataloader_from_config(config), **own)
