@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 SCRIPT = Path(__file__).resolve().parents[1] / "examples/asr/speech_pretraining/make_speech_corpus.py"
 
 
@@ -27,6 +29,19 @@ def make_small_corpus(directory, minutes=1.5):
     if result.returncode != 0:
         raise RuntimeError(result.stderr)
     return Path(directory)
+
+
+def data_section(corpus, **options):
+    """Return a section of a model's config that trains on such a corpus, with the options added or in place of its own."""
+    section = {
+        "manifest_filepath": str(corpus / "train_manifest.json"),
+        "noise_manifest": str(corpus / "noise_manifest.json"),
+        "sample_rate": 16000,
+        "batch_size": 2,
+        "shuffle": True,
+        "num_workers": 1,
+    }
+    return OmegaConf.create({**section, **options})
 
 
 def first_entries(manifest, count):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from corpus import data_section
 from fresh_process import run_python
-from omegaconf import OmegaConf
+from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from tiny_nest import tiny_model
 from torch.utils.data import DataLoader, Dataset
 
@@ -74,8 +75,6 @@ def first_draws(loader) -> list[float]:
 
 @pytest.mark.integration
 def test_seeds_workers_as_lightning_does_where_it_is_asked_to(monkeypatch):
-    from lightning.fabric.utilities.data import _auto_add_worker_init_fn
-
     monkeypatch.setenv('PL_SEED_WORKERS', '1')
     stock, ours = (DataLoader(Draws(), num_workers=2) for _ in range(2))
     _auto_add_worker_init_fn(stock, rank=0)
@@ -114,15 +113,6 @@ def names_of_threads(batch) -> list[str]:
     ids=['plain', 'plain, resumable', 'lhotse', 'lhotse, resumable'],
 )
 def test_workers_of_a_models_loader_watch_their_parent(options, speech_corpus):
-    section = {
-        'manifest_filepath': str(speech_corpus / 'train_manifest.json'),
-        'noise_manifest': str(speech_corpus / 'noise_manifest.json'),
-        'sample_rate': 16000,
-        'batch_size': 2,
-        'shuffle': True,
-        'num_workers': 1,
-        **options,
-    }
-    loader = tiny_model()._setup_dataloader_from_config(OmegaConf.create(section))
+    loader = tiny_model()._setup_dataloader_from_config(data_section(speech_corpus, **options))
     loader.collate_fn = names_of_threads
     assert 'end_with_parent' in next(iter(loader))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from corpus import data_section
 from ranks import run_on_two_ranks
 from spies import StepOfBatch, recording_contexts
 from tiny_nest import POSITIONS, POST_CONV, fit, noise_batch, tiny_model
@@ -119,18 +119,7 @@ class TestSyncedBatches:
 
 def data_config(corpus, **kwargs):
     synced = {'context_options': OPTIONS, 'context_probs': PROBABILITIES, 'seed': 5}
-    return OmegaConf.create(
-        {
-            'manifest_filepath': str(corpus / 'train_manifest.json'),
-            'noise_manifest': str(corpus / 'noise_manifest.json'),
-            'sample_rate': 16000,
-            'batch_size': 2,
-            'shuffle': True,
-            'num_workers': 1,
-            'synced_contexts': synced,
-            **kwargs,
-        }
-    )
+    return data_section(corpus, **{'synced_contexts': synced, **kwargs})
 
 
 class TestSyncedContextsInTheConfig:
