@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 # `make` lists what there is. Each NeMo version has an environment of its own; an install that was cut short is redone.
 
 NEMO ?= 3.0.0
@@ -68,10 +68,10 @@ gpu-check: $(PROJECT_STAMP) ## on a machine with a GPU: its tests, benchmarks an
 	@echo "== Checking what needs a GPU with NeMo $(NEMO)"
 	$(PYTHON) .ci/gpu_check.py $(GPU_CHECK)
 
-lint: $(PROJECT_STAMP) ## check the formatting (black, isort), which way imports point, and the workflows
+lint: $(PROJECT_STAMP) ## check formatting and style (ruff), which way imports point, and the workflows
 	@echo "== Checking the formatting of $(SOURCES)"
-	$(PYTHON) -m black --check --quiet $(SOURCES) || $(PYTHON) -m black --check $(SOURCES)
-	$(PYTHON) -m isort --check-only $(SOURCES)
+	$(PYTHON) -m ruff format --check $(SOURCES)
+	$(PYTHON) -m ruff check $(SOURCES)
 	@echo "== Checking which way the imports of the patch set point"
 	$(PYTHON) .ci/import_contract.py
 	@echo "== Checking the workflows"
@@ -82,8 +82,8 @@ lint: $(PROJECT_STAMP) ## check the formatting (black, isort), which way imports
 		$(WORKFLOWS_VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(PROJECT_STAMP) ## format the sources
-	$(PYTHON) -m isort $(SOURCES)
-	$(PYTHON) -m black $(SOURCES)
+	$(PYTHON) -m ruff check --fix $(SOURCES)
+	$(PYTHON) -m ruff format $(SOURCES)
 
 licences: $(PROJECT_STAMP) ## list the licences of all pinned packages in docs/licences-NEMO.md
 	$(PYTHON) .ci/licences.py $(CONSTRAINTS) > docs/licences-$(NEMO).md

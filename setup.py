@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Packaging: the finder is an ordinary package; one build step adds the patch set and the start-up files."""
 
 import os

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Check pinned packages for known vulnerabilities with pip-audit; `make audit` runs it.
 
     python .ci/audit.py requirements/constraints-3.0.0.txt [--allowed requirements/allowed_vulnerabilities.json]

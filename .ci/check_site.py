@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Check the built site: every public name has a place in it, and the links that lead elsewhere lead somewhere.
 
 python .ci/check_site.py docs/_build/html docs/_build/linkcheck

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The first minutes on a GPU: its tests and benchmarks, and one report of them; `make gpu-check` runs it.
 
     python .ci/gpu_check.py [--output gpu-report.md] [--quick]

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Check with import-linter that the patch set's imports point one way; `make lint` runs it.
 
     python .ci/import_contract.py [--tree .]

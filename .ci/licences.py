@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """List the licence of every pinned package, as its own metadata states it; `make licences` writes docs/licences-*.md.
 
 python .ci/licences.py requirements/constraints-3.0.0.txt

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What limited contexts cost block by block, against stock NeMo: time and peak memory, forward and backward.
 
     python benchmarks/attention.py --part encoder                   # 17 layers of 512, 15 s to 10 minutes: takes hours

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What ``attention.py`` times: an encoder or one attention module, by stock NeMo or block by block.
 
 ``attention.py`` runs it in processes of its own, one for each way, with the overlay off for stock NeMo.

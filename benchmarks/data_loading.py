@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What it takes to read, mix and collate an utterance: patched NeMo against stock, in turns.
 
     python benchmarks/data_loading.py [--turns 7] [--output benchmarks/results]

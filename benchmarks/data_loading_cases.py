@@ -1,9 +1,9 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Reads, mixes and collates utterances by NeMo's dataset of noisy audio, stock or patched; run by data_loading.py."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 from measure import serve
 

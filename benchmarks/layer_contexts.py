@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What per-layer attention contexts cost: encoder forward and backward with them, against one context for all layers.
 
     python benchmarks/layer_contexts.py                       # the size of NEST Large, 8 x 16 s, takes minutes on a CPU

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Pre-train on cuts of ten minutes from an hour-long recording: peak memory, seconds and loss of each step.
 
     python benchmarks/long_form_training.py --manifest speech.json                # batch 1, 17 layers of 256

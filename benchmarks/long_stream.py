@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Stream an hour of audio through an encoder: time per chunk and memory as it goes, beside NeMo's own streaming.
 
     python benchmarks/long_stream.py --minutes 60 --nemo_minutes 10

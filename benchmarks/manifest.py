@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What a long manifest costs before the first step: seconds and resident memory, for each part of the start.
 
     python benchmarks/manifest.py [--lines 1000000] [--workers 2] [--json manifest.json]

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Draw what stock masks ask of a streaming encoder, and what masks that follow its context ask.
 
     python benchmarks/mask_windows.py [--output docs/pictures/mask_windows.png] [--left 5] [--seconds 8] [--seed 28]

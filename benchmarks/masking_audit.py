@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What the masking of the shipped configs hides, in each of their contexts, offline and in live streams.
 
     python benchmarks/masking_audit.py [--utterances 480] [--seconds 16] [--json shares.json]

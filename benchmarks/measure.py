@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What benchmarks share: runs in turn, ratios with their spread, peak memory, growth exponents.
 
 Imports nothing of NeMo, so that a case can be built by stock NeMo too, in a process with the overlay off.

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """NeMo's streaming pipelines over a recogniser: how many words differ from offline, live and as NeMo has them.
 
     python benchmarks/nemo_pipelines.py --model recogniser.nemo --manifest validation.json [--decoding RNNT]

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What the guard against NaN costs a training step: looking at the batch and at the gradients, against the step.
 
     python benchmarks/nonfinite_guard.py [--d_model 176] [--layers 16] [--batch 4] [--seconds 16] [--steps 20]

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Time and memory of a training step by objective: masked tokens, the next ones, and both; in turns.
 
     python benchmarks/objective_step.py                  # 16 layers of 176, and 17 of 512

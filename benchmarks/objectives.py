@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Pre-train with each objective and each kind of targets, and say what each has learned beside the unigram entropy.
 
     python benchmarks/objectives.py --train train.json more.json --validation validation.json --output objectives

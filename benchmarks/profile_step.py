@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Where the time of a training step goes: by part of the model, and by operator.
 
     python benchmarks/profile_step.py                         # 4 x 16 s, d_model 176, 16 layers

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What a training step takes by encoder size, audio length, context and precision: memory, operations, and how it scales.
 
     python benchmarks/sizing.py [--batch 120] [--markdown sizing.md]
@@ -133,8 +133,9 @@ def sizes(batch_seconds: float) -> list[str]:
 
 def scaling(batch_seconds: float, operations: float, link: float) -> list[str]:
     """Return the lines of the table of scaling."""
+    columns = ' | '.join('1 rank' if ranks == 1 else f'{ranks} ranks' for ranks in RANKS)
     lines = [
-        f'| encoder | gradients, GB | step, ms | {" | ".join(f"{ranks} rank{'s' * (ranks > 1)}" for ranks in RANKS)} |',
+        f'| encoder | gradients, GB | step, ms | {columns} |',
         f'| --- | ---: | ---: |{" ---: |" * len(RANKS)}',
     ]
     for name, size in SIZES.items():

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Live streams beside NeMo's own loop and beside streams one by one, in turns: times faster, and streams per core.
 
     OMP_NUM_THREADS=1 python benchmarks/streaming.py --json streams.json --plot docs/pictures/streaming.png

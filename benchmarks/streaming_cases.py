@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What the benchmarks of live streams run: models with random weights, NeMo's own streaming, and sessions in any phase."""
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Live streams with smaller weights: how fast, how large, and how often they say the same.
 
     OMP_NUM_THREADS=1 python benchmarks/streaming_weights.py

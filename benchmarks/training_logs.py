@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What the reports of a training step cost: its logs and the audit of its masks, against the step itself.
 
     python benchmarks/training_logs.py                    # 4 x 16 s, 16 layers of 176, 8192 classes

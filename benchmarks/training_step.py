@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Time and memory of a training step and its parts: patched NeMo against stock, in the same run.
 
     python benchmarks/training_step.py                               # all of it: `make bench`, some 20 minutes

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The parts of a training step that ``training_step.py`` times, built alike from stock and from patched NeMo.
 
 ``training_step.py`` runs it in processes of its own, one for each case and each NeMo, with the overlay off for stock.

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """How much more audio two processes of one thread train on than one: a whole step, gradients exchanged by gloo.
 
     python benchmarks/two_processes.py [--turns 7]

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The site, which ``make docs`` builds: Sphinx, MyST for what is Markdown or a notebook, and an API reference from the
 docstrings, which are read and not imported: the site's environment has no NeMo."""
 

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Run the tutorial, and write it with its outputs to where the site takes it from.
 
     python docs/run_tutorial.py [OUTPUT]

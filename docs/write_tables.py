@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Run a benchmark, and put the tables that it prints into a page, in the place of those with the same heads.
 
     python docs/write_tables.py docs/scale.md python benchmarks/two_processes.py --turns 7

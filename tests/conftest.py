@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What all tests share: they run on the patched modules, and GPU tests only where there is a GPU."""
 
 import os

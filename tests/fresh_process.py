@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Processes of their own for scripts that need NeMo, without the twenty seconds that importing NeMo takes in each.
 
 For a test run there are two servers, one with the patches and one with stock NeMo. A server is an interpreter apart

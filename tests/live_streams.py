@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Models that stream, and ragged streams of noise, cut in any way, for the tests of live streaming."""
 
 import functools
@@ -34,7 +34,7 @@ CASES = {  # name: overrides, contexts
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def model_of(case: str):
     cls = EncDecMaskedTokenPredModel if case in ('post conv', 'factor 4') else EncDecDenoiseMaskedTokenPredModel
     return tiny_model(THREE_LAYERS, *CASES[case][0], cls=cls).eval()

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What must come out the same from stock NeMo and from the patched modules, computed by whichever is in use.
 
     NEMO_STREAMING_SSL=0 python stock_cases.py FILE     # stock: saves {case: {name: tensor}}
@@ -315,8 +315,9 @@ def _model_cases():
     yield 'CTC', lambda: _train_asr(_ctc())
     yield 'CTC, streaming', lambda: _train_asr(_ctc(**STREAMING, att_context_size=[8, 0]))
     yield 'RNNT', lambda: _train_asr(_rnnt())
-    yield 'RNNT, streaming', lambda: _train_asr(
-        _rnnt(**STREAMING, att_context_style='chunked_limited', att_context_size=[8, 3])
+    yield (
+        'RNNT, streaming',
+        lambda: _train_asr(_rnnt(**STREAMING, att_context_style='chunked_limited', att_context_size=[8, 3])),
     )
     yield 'hybrid', lambda: _train_asr(_hybrid())
     yield 'contrastive', _train_contrastive

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """A denoising model of the shipped streaming config in a size for tests, data for it, and a training run."""
 
 from pathlib import Path

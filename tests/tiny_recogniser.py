@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Recognisers of random weights in a size for tests, with the encoder of ``tiny_nest``."""
 
 import torch

@@ -1,8 +1,7 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The arms of the comparison, as overrides of one config of pre-training. Nothing but what is said here differs."""
 
 from dataclasses import dataclass
-from typing import Optional
 
 from calibration import Masks
 from settings import CONTEXTS, Settings
@@ -31,7 +30,7 @@ class Arm:
 
     what: str
     """In a few words, for tables."""
-    masks: Optional[Masks] = None
+    masks: Masks | None = None
     """None: nothing is masked."""
     overrides: tuple = ()
     """Of the config of pre-training."""

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Phone error rates and their differences, with intervals from a bootstrap over utterances and seeds.
 
 Shapes: S seeds, U utterances, N resamples.
@@ -9,7 +9,7 @@ an utterance, or lucky in a seed that they share, falls out of their difference.
 """
 
 import functools
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,7 +38,7 @@ def error_rate(errors: np.ndarray, phones: np.ndarray) -> float:
 def estimate(
     errors: np.ndarray,
     phones: np.ndarray,
-    groups: Optional[np.ndarray] = None,
+    groups: np.ndarray | None = None,
     resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
     seed: int = 0,

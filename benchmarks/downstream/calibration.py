@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Masks of all arms that hide the same share of the speech, and of one arm that hide it in runs as long as another's.
 
 The share of an arm is the mean over the contexts that its batches draw alike. It rises with ``mask_prob``, step by

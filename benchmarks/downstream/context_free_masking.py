@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Masking as stock NeMo does it, in a model whose attention has a context: nothing tells it of that."""
 
 import torch

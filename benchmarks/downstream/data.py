@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The data of the comparison: utterances of one speaker joined to long ones, and the subsets to fine-tune on.
 
 Joining is a function of the manifest alone: a speaker's utterances follow each other in the order of the manifest,

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Make NeMo manifests of speechocean762, the public corpus of OpenSLR 101, with a phone string for each utterance.
 
     python benchmarks/downstream/prepare_speechocean762.py --corpus speechocean762 --output manifests \

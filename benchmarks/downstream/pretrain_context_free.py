@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Pre-train as hierarchical_streaming_nest.py does, with masks that ignore the attention's context; run.py calls it.
 
 NeMo makes what a config names from its own modules only, so the masking is put into the model once that is built.

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Say what the results show: tables with intervals, a plot, and the figures of docs/evidence.md.
 
     python benchmarks/downstream/report.py             # from benchmarks/downstream/results

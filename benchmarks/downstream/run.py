@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Run arms of the comparison: pre-train, fine-tune on more and less speech, and count phone errors; see protocol.md.
 
     python benchmarks/downstream/run.py --pretraining train.json tuning.json --validation validation.json \
@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Optional
 
 import arms
 import calibration
@@ -385,7 +384,7 @@ def versions() -> dict:
     return {**found, 'python': platform.python_version(), 'commit': commit.stdout.strip() or None}
 
 
-def run_one(name: str, seed: int, setup: Setup, options: argparse.Namespace) -> Optional[Path]:
+def run_one(name: str, seed: int, setup: Setup, options: argparse.Namespace) -> Path | None:
     """Run one arm with one seed, unless it is done; returns its result, None if another process is at work on it.
 
     Raises:

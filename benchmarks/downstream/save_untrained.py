@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Save the model that a pre-training begins with, for the arm that has none; run.py calls it.
 
 python save_untrained.py --output=untrained.nemo --config=NAME OVERRIDE...

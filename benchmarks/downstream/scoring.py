@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The phone errors of a recogniser in each context: of every utterance at once, and of some streamed live."""
 
 from collections.abc import Sequence

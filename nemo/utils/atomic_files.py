@@ -1,17 +1,17 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Files that are there whole or not at all. New in this project."""
 
 import glob
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Optional, Union
 
 PARTIAL_SUFFIX = '.partial'
 
 
 @contextmanager
-def replacing(path: Union[str, Path]) -> Iterator[Path]:
+def replacing(path: str | Path) -> Iterator[Path]:
     """Give a path to write to; put the file in place once it is written, and only then.
 
     The path is beside the target, so that no second file system comes between. The data are on the disk before the
@@ -39,7 +39,7 @@ def replacing(path: Union[str, Path]) -> Iterator[Path]:
     _flush_to_disk(target.parent)
 
 
-def remove_partial_files(folder: Union[str, Path], name: Optional[str] = None) -> list[Path]:
+def remove_partial_files(folder: str | Path, name: str | None = None) -> list[Path]:
     """Remove what killed processes left in a folder, and return it; a running process keeps its own.
 
     Args:

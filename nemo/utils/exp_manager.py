@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``exp_manager.py``: a run that is resumed at the end of an epoch trains no batch too many."""
 
 from nemo_streaming_ssl import upstream

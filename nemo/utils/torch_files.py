@@ -1,13 +1,12 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """``torch.save`` that says why it failed. New in this project."""
 
 from pathlib import Path
-from typing import Union
 
 import torch
 
 
-def save(content, path: Union[str, Path]) -> None:
+def save(content, path: str | Path) -> None:
     """Save as ``torch.save`` does.
 
     Raises:

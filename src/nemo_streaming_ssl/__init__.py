@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Serve this project's patch set in place of the NeMo modules of the same dotted names.
 
 ``install()`` runs at every interpreter start (from ``nemo_streaming_ssl.pth`` or ``.start``), so this file imports

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """``python -m nemo_streaming_ssl``: which NeMo, active or not and why, which modules. Exits with 1 if inactive.
 
 ``python -m nemo_streaming_ssl examples TARGET`` copies the example scripts and their configs to TARGET;

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """``python -m nemo_streaming_ssl doctor``: is all here that pre-training needs, and if not, what to do about it.
 
 It imports nothing of NeMo itself: the trial step runs in a process of its own.
@@ -9,7 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from nemo_streaming_ssl import SWITCH, patch_tree
 from nemo_streaming_ssl.report import require_active

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Tell whether the patched modules are the ones in use. Imports nothing of NeMo: it only looks at files."""
 
 import os
@@ -6,7 +6,7 @@ import re
 import site
 import sys
 from importlib import import_module, metadata, util
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from nemo_streaming_ssl import SWITCH, PatchFinder, patch_tree
 from nemo_streaming_ssl.versions import FIRST_UNTESTED, TESTED, in_tested_range, nemo_version
@@ -28,7 +28,7 @@ class PatchedModule(NamedTuple):
 
     name: str
     file: str
-    original: Optional[str]
+    original: str | None
     stands_in: bool
 
     @property

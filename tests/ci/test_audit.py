@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """A known vulnerability fails the check, and a check that could not be made is never taken for a clean one."""
 
 import json

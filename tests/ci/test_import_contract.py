@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """An import against the direction fails the check and is named, and so is a module that has no floor."""
 
 import shutil

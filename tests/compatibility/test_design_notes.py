@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What people type who come with snippets from this fork's design notes; each works as it is written there."""
 
 import lightning.pytorch as pl

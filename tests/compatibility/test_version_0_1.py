@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What version 0.1 saved still loads and goes on as it did there; ``version_0_1/README.md`` says what the files are."""
 
 import lightning.pytorch as pl

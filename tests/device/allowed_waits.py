@@ -1,12 +1,13 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The one list of what may make the host wait for a device, or copy between the two; docs/performance.md prints it.
 
 Whatever else a scenario does of the kind fails the tests, and so does what is in the list and no longer happens.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Iterable, NamedTuple
+from typing import NamedTuple
 
 from device.host_traffic import Meeting
 

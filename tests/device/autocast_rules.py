@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What autocast does on a device of torch's PrivateUse1 kind, which has no rules by itself: the main ones of CUDA."""
 
 import torch

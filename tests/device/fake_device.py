@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """A GPU that is not there, for the CPU build of torch: its tensors compute on the CPU, and nothing else is forgiven.
 
 A tensor of the device is a wrapper around one on the CPU. So results are true, whatever hangs on values runs as it

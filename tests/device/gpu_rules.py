@@ -1,10 +1,10 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What torch's operations do on a GPU that they do not do on a CPU: refuse a tensor of the host, wait, copy.
 
 Each function takes ``is_there``, which tells whether a value is a tensor of the device.
 """
 
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from device.host_traffic import note

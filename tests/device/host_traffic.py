@@ -1,11 +1,12 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Where a run would make the host wait for the device, or copy between the two: noted with the function that asks."""
 
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 NEMO_FILE = re.compile(r'.*/(nemo/(?:collections|core|utils)/.*\.py)$')
 OTHER_FILE = re.compile(r'.*/(?:site-packages|tests)/(.*\.py)$')

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Scenarios of whole models: forward, training steps of every objective, validation, live streams."""
 
 import copy

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Scenarios of single modules: masking, quantizer, encoder, decoder, losses.
 
 A scenario takes a ``Place`` and returns what it computed, to be compared with the CPU's.

@@ -1,12 +1,13 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Mistakes that work on a CPU, planted in memory, each with the scenario that must find it.
 
 python planted_mistakes.py       # in a process of its own; prints JSON: what was found of each
 """
 
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import torch

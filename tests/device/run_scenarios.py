@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Runs scenarios on a device that is not there, in a process of its own, and prints what was found as JSON.
 
 python run_scenarios.py fakegpu SCENARIO ...   # forward and backward; also on the CPU, to compare

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The device that is not there refuses what a GPU refuses, and tells what would make the host wait."""
 
 import json

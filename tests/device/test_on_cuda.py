@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What is shown on a real GPU, where there is one; everything here runs on the CPU, too, or on a device that is not there.
 
 The tests that are marked for a GPU have a twin: the same test with ``cpu``, or the same scenario in

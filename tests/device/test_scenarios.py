@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """All that trains, validates and streams, on a GPU that is not there: no mixed devices, and no wait but the known ones."""
 
 import pytest

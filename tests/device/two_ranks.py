@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Two steps on two ranks, by NCCL on two GPUs or by Gloo on two CPU processes; run by test_on_cuda.py.
 
 Usage: two_ranks.py FOLDER, with MASTER_ADDR and MASTER_PORT set, and ``cpu`` or ``cuda`` in FOLDER/device. Each rank has

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The page's tables name every module of the patch set, in the table of its kind, and nothing that is not there."""
 
 import re

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Trains a tiny model as one of two ranks, with a fault on rank 1 if the run has one.
 
     LOCAL_RANK=0 rank_runs.py RUN FOLDER CORPUS & LOCAL_RANK=1 rank_runs.py RUN FOLDER CORPUS

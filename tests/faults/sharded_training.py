@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Trains on shards, on the ranks of a torchrun; started again, it goes on from the last checkpoint.
 
     torchrun --nproc_per_node 2 [--max-restarts 1] sharded_training.py FOLDER SHARDS NOISE_SHARDS VALIDATION [STRIKE]

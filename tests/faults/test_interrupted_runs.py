@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Runs that are killed or meet a full disk lose no checkpoint, and go on as if nothing had happened."""
 
 import json

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """An hour of audio in one file: left out by ``max_duration``, and without it trained on at linear cost."""
 
 import json

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """From manifests to shards to a training run on two ranks of two workers each, which is killed and goes on.
 
 On synthetic speech or, where the environment variable ``NEMO_STREAMING_SSL_SPEECH`` names a manifest, on that.

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Trains tiny models under NeMo's exp_manager, each in a process of its own that faults may strike.
 
     python training_runs.py RUNS.json

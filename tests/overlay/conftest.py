@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Interpreters to look at from outside: one with a stand-in NeMo, and fresh environments to install into."""
 
 import os

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """``python -m nemo_streaming_ssl doctor``: what is wrong is named, with what to do about it."""
 
 import subprocess

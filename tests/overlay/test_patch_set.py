@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The patch set itself, held against the installed NeMo file by file. Nothing is imported."""
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """``python -m nemo_streaming_ssl`` and ``require_active()``: active or not, and the reason why not."""
 
 import sys
@@ -12,11 +12,14 @@ REPORT = """
 
 @pytest.mark.unit
 def test_every_module_is_reported_with_its_file(stand_in):
-    result = stand_in.python(REPORT + """
+    result = stand_in.python(
+        REPORT
+        + """
     for module in patched_modules():
         print(module.kind, module.name, module.file, module.original)
     assert 'nemo' not in sys.modules
-    """)
+    """
+    )
     saw, plane = stand_in.patches / "nemo/tools/saw.py", stand_in.patches / "nemo/tools/plane.py"
     assert result.stdout.splitlines() == [
         f"added nemo.tools.plane {plane} None",
@@ -35,12 +38,15 @@ def test_patch_without_an_original_is_pointed_out(stand_in):
 
 @pytest.mark.unit
 def test_require_active_returns_the_report(stand_in):
-    stand_in.python(REPORT + """
+    stand_in.python(
+        REPORT
+        + """
     lines = require_active('nemo.tools.saw', 'nemo.tools.plane')
     assert lines == report_lines() and 'nemo.tools.saw' in sys.modules
     assert lines[1].startswith('NeMo 3.0.0 in ') and 'in the tested range' in lines[1], lines[1]
     assert lines[2].startswith('active: yes')
-    """)
+    """
+    )
 
 
 @pytest.mark.unit

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The pins are complete, agree with each other, and are what is installed."""
 
 import os
@@ -34,7 +34,7 @@ def test_constraints_pin_the_tests_and_one_nemo(checkout, version):
 @pytest.mark.unit
 def test_tools_that_judge_the_sources_are_the_same_for_each_nemo(checkout):
     pinned = [pins(checkout, version) for version in TESTED]
-    for name in ("black", "isort", "pytest", "hypothesis", "torch", "setuptools", "onnxruntime"):
+    for name in ("ruff", "pytest", "hypothesis", "torch", "setuptools", "onnxruntime"):
         assert len({each[name] for each in pinned}) == 1, name
 
 

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """A run that exp_manager resumes at the end of an epoch trains the batches of the next one, and none twice."""
 
 import pytest

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Compute the mean and standard deviation of every feature over a corpus, in one pass.
 
     python compute_feature_stats.py --manifest train_manifest.json --output stats.yaml [--config model_config.yaml]

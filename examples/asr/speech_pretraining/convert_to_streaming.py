@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 r"""Turn an offline NEST model into a streaming one, to be trained on.
 
     python convert_to_streaming.py --model_path offline.nemo --output streaming.nemo --stats stats.yaml \

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The sentences of the synthetic corpus: a small grammar of commands, numbers, dates and times.
 
 A slot in braces is filled with one of its phrases, whose slots are filled in turn. The vocabulary is small and many words

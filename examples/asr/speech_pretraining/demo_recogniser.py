@@ -1,9 +1,9 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The second part of the demo: a streaming recogniser of characters, from the pre-trained encoder and from scratch."""
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Iterable, Iterator, Optional
 
 import demo_stages
 import torch
@@ -31,7 +31,7 @@ def transcribed(manifest: str, minutes: float = float('inf')) -> list[dict]:
     return found
 
 
-def write_transcripts(data: dict, folder: Path) -> Optional[dict]:
+def write_transcripts(data: dict, folder: Path) -> dict | None:
     """Write manifests of what is transcribed.
 
     Args:
@@ -159,7 +159,7 @@ def error_table(rates: dict, minutes: float):
     return table
 
 
-def compare(data: dict, folder: Path, model_file: Path, steps: int, console) -> Optional[dict]:
+def compare(data: dict, folder: Path, model_file: Path, steps: int, console) -> dict | None:
     """Fine-tune and score both recognisers, print that, and stream a sentence.
 
     Args:

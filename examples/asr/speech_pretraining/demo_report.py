@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The first part of the demo's report: what pre-training has learned, beside an untrained model, and its pictures."""
 
 import argparse

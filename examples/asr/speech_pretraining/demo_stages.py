@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What the parts of the demo share: running a script of this folder as a stage that ends in one file, and saying so.
 
 A stage leaves its file whole or not at all, so the demo can be interrupted anywhere and started again.

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 r"""Say what pre-trained models know of masked and of coming speech in each attention context, and how sure that is.
 
     python evaluate_contexts.py --model_path model.nemo --manifest validation.json
@@ -31,7 +31,6 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Optional
 
 import torch
 from evaluation_tools import contexts_of, evaluate_models, reasons_of, with_interval, write_results
@@ -123,7 +122,7 @@ def _cells(row: dict, result: dict, results: list[dict], masked_only: bool) -> l
     return cells + [_difference_cell(row['loss_difference'])] * several
 
 
-def _difference_cell(difference: Optional[dict]) -> str:
+def _difference_cell(difference: dict | None) -> str:
     """Return by how much the loss is above the first model's, as text."""
     if difference is None:
         return '-'

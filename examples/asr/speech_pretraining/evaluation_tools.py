@@ -1,10 +1,9 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Evaluate models of masked and of next token prediction in their attention contexts, and write the figures."""
 
 import argparse
 import json
 from pathlib import Path
-from typing import Optional
 
 from omegaconf import OmegaConf
 from script_tools import sample_rate_of, write_text
@@ -45,7 +44,7 @@ def loader_of(model, manifest: str, batch_size: int, num_workers: int):
     return model._setup_dataloader_from_config(OmegaConf.create(settings))
 
 
-def masking_window(models: dict, contexts: dict, left: Optional[int]):
+def masking_window(models: dict, contexts: dict, left: int | None):
     """Return the window of this left context; None for it: one that every layer of all models has, each in its contexts.
 
     Returns None if no model masks anything.
@@ -105,7 +104,7 @@ def evaluate_models(models: dict, contexts: dict, manifest: str, options: argpar
     return results
 
 
-def look_ahead_of(model, context) -> Optional[float]:
+def look_ahead_of(model, context) -> float | None:
     """Return how many milliseconds of audio an output of the encoder may wait for; None: for all, or not known."""
     from nemo.collections.asr.parts.att_context.receptive_field import look_ahead_ms
     from nemo.collections.asr.parts.ssl_reports.model_figures import attention_frame_ms

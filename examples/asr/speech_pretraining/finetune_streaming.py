@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 r"""Fine-tune a pre-trained streaming encoder to recognise speech, by CTC, RNNT or both, over characters or word pieces.
 
     python finetune_streaming.py --config-name=streaming_ctc \

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 r"""Pre-train a streaming encoder by denoising masked token prediction (NEST) on one attention context per batch.
 
     python hierarchical_streaming_nest.py \

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Make a speech corpus with transcripts on any machine, in seconds and without a download.
 
     python make_speech_corpus.py --output DIR [--minutes 30] [--seed 0]

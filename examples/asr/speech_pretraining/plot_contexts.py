@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 r"""Draw what a model masks, what surprises it, whom it attends to, and how it learned; as PNG and SVG, for print in grey.
 
     python plot_contexts.py --model_path model.nemo --audio_path speech.wav --output pictures
@@ -28,7 +28,6 @@ import json
 import sys
 from itertools import groupby
 from pathlib import Path
-from typing import Optional
 
 import torch
 from script_tools import read_audio, report_error, require_patches, restore, sample_rate_of
@@ -144,7 +143,7 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
         }
 
 
-def _draw_windows(model, frame: Optional[int], frames: int, context: list):
+def _draw_windows(model, frame: int | None, frames: int, context: list):
     """Return the picture of what one frame attends to; it has ``frames`` attention frames."""
     from nemo.collections.asr.parts.ssl_reports.model_figures import (
         attention_frame_ms,

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 r"""Pack the speech of NeMo manifests into shards (lhotse Shar), which disks and networks read fast.
 
     python prepare_shards.py --manifest train_manifest.json --output shards/train --workers 8
@@ -30,10 +30,11 @@ import os
 import random
 import shutil
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Iterator, NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
@@ -57,10 +58,10 @@ class Plan:
     digests: list[str]
     shard_size: int
     format: str
-    sample_rate: Optional[int]
+    sample_rate: int | None
     min_duration: float
     max_duration: float
-    shuffle: Optional[int]
+    shuffle: int | None
 
     def claim(self, folder: Path) -> None:
         """Make a folder one of this plan.
@@ -183,7 +184,7 @@ class ShardMaker:
         write_text(partial / 'report.json', json.dumps(asdict(report)) + '\n')
         partial.rename(target)
 
-    def _sound_cut(self, line: Line, number: int, report: ShardReport) -> Optional[MonoCut]:
+    def _sound_cut(self, line: Line, number: int, report: ShardReport) -> MonoCut | None:
         try:
             cut = cut_of(line, number)
             if self.plan.sample_rate:

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Pre-train a tiny streaming encoder from nothing, say what it has learned, and make a recogniser of it.
 
     python pretrain_demo.py [--manifest train.json --validation-manifest validation.json] [--output outputs]

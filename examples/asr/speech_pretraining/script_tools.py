@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What the scripts of this folder share: the check of the patches, errors, files, audio, models and training.
 
 No script imports another script. What two of them need is here, in ``streaming_tools.py`` or in ``evaluation_tools.py``.
@@ -9,8 +9,8 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, Optional
 
 import numpy as np
 import soundfile
@@ -126,7 +126,7 @@ def manifest_seconds(path: Path) -> float:
     return sum(json.loads(line)['duration'] for _, line in manifest_lines(path))
 
 
-def read_audio(path: Path, rate: int, offset: float = 0.0, duration: Optional[float] = None) -> np.ndarray:
+def read_audio(path: Path, rate: int, offset: float = 0.0, duration: float | None = None) -> np.ndarray:
     """Read a file as mono samples at ``rate``, float32 [N] with full scale at 1.
 
     Args:
@@ -165,7 +165,7 @@ def _check_complete(audio: soundfile.SoundFile) -> None:
             raise ValueError(f'the file is truncated: {there} of {claimed} bytes of samples are there')
 
 
-def _read_part(audio: soundfile.SoundFile, offset: float, duration: Optional[float]) -> tuple[np.ndarray, int]:
+def _read_part(audio: soundfile.SoundFile, offset: float, duration: float | None) -> tuple[np.ndarray, int]:
     """Return a part of an audio file as float32 [N, channels], and how many samples it should have."""
     audio.seek(min(int(offset * audio.samplerate), audio.frames))
     wanted = audio.frames - audio.tell()

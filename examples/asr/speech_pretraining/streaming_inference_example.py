@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 r"""Stream audio through a model as it would arrive, and say how long that takes and whether it equals offline.
 
     python streaming_inference_example.py --model_path model.nemo --audio_path speech.wav --compare_modes
@@ -25,9 +25,9 @@ import argparse
 import ast
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Optional
 
 import numpy as np
 import torch
@@ -121,7 +121,7 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace)
     options.surprise = options.surprise or options.surprise_plot is not None
 
 
-def manifest_entries(path: Path) -> Iterator[tuple[str, Optional[dict], Optional[str]]]:
+def manifest_entries(path: Path) -> Iterator[tuple[str, dict | None, str | None]]:
     """Yield name, entry and error of each line of a manifest; one of the last two is None.
 
     Raises:
@@ -169,7 +169,7 @@ def stdin_chunks(stream, own_rate: int, rate: int, seconds: float, heard: list) 
             yield torch.from_numpy(samples).unsqueeze(0)
 
 
-def context_of(text: Optional[str]):
+def context_of(text: str | None):
     """Return what --att_context_size says: a pair, a number or the name of a preset."""
     try:
         return ast.literal_eval(text) if text is not None else None
@@ -261,7 +261,7 @@ def draw(path: Path, name: str, results: list[Streamed], model, chunk_size: floa
         _draw_times(axes[2], results, chunk_size)
 
 
-def draw_surprise(path: Path, name: str, results: list[Streamed], model, reference: Optional[float]) -> None:
+def draw_surprise(path: Path, name: str, results: list[Streamed], model, reference: float | None) -> None:
     """Plot spectrogram and surprise over the seconds of one audio; a reference is the surprise of usual speech."""
     with _figure(path, name, results[0], model, [3, 3]) as axes:
         _draw_surprise(axes[1], results, model.quantizer.num_classes, reference)
@@ -327,7 +327,7 @@ def _draw_tokens(axis, result: Streamed) -> None:
     axis.grid(axis='x', alpha=0.3)
 
 
-def _draw_surprise(axis, results: list[Streamed], classes: int, reference: Optional[float]) -> None:
+def _draw_surprise(axis, results: list[Streamed], classes: int, reference: float | None) -> None:
     """Draw the smoothed surprise of each context; of the first one each token, and where it is above the reference."""
     guess, usual = np.log(classes), reference or results[0].mean_surprise
     highest = [guess]
@@ -354,7 +354,7 @@ def _draw_surprise(axis, results: list[Streamed], classes: int, reference: Optio
     axis.grid(alpha=0.3)
 
 
-def _shade_above(axis, seconds: np.ndarray, values: np.ndarray, level: Optional[float]) -> None:
+def _shade_above(axis, seconds: np.ndarray, values: np.ndarray, level: float | None) -> None:
     if level is not None:
         above = dict(where=values > level, interpolate=True)
         axis.fill_between(seconds, values, level, color='C3', alpha=0.35, linewidth=0, **above)

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Stream samples through a model, measure it, and compare the result with the offline forward.
 
 B batch, N samples, D channels of the encoder, T encoder frames, S tokens.
@@ -6,9 +6,9 @@ B batch, N samples, D channels of the encoder, T encoder frames, S tokens.
 
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterator, Optional
 
 import numpy as np
 import torch
@@ -32,9 +32,9 @@ class Streamed:
     """Time of each step."""
     output: object = None
     """The joined ``StreamingOutput``."""
-    largest_difference: Optional[float] = None
+    largest_difference: float | None = None
     """Of encoder outputs, to the offline forward."""
-    token_agreement: Optional[float] = None
+    token_agreement: float | None = None
     """Share of frames with the token of the offline forward."""
     token_seconds: float = 0.08
     """Seconds of audio in a token."""
@@ -42,16 +42,16 @@ class Streamed:
     """Seconds at the beginning that the mean surprise leaves out."""
     word_latencies: list[float] = field(default_factory=list)
     """Of each word, seconds of audio from the end of its last frame until it was certain."""
-    reference: Optional[str] = None
+    reference: str | None = None
     """What was said, where that is known."""
 
     @property
-    def text(self) -> Optional[str]:
+    def text(self) -> str | None:
         """What a recogniser heard; None for other models."""
         return None if self.output.transcripts is None else self.output.transcripts[0].text
 
     @property
-    def surprise(self) -> Optional[np.ndarray]:
+    def surprise(self) -> np.ndarray | None:
         """Nats of each token that was predicted, [S]; None if the session was not asked for them."""
         if self.output.surprise is None:
             return None
@@ -63,7 +63,7 @@ class Streamed:
         return (int(self.output.surprise_start[0]) + np.arange(len(self.surprise))) * self.token_seconds
 
     @property
-    def mean_surprise(self) -> Optional[float]:
+    def mean_surprise(self) -> float | None:
         """Nats per token once the stream has settled; None if nobody asked, or there is no such token."""
         if self.surprise is None:
             return None
@@ -169,7 +169,7 @@ def smoothed(values: np.ndarray, width: int) -> np.ndarray:
     return (totals[end] - totals[begin]) / (end - begin)
 
 
-def quantile(times: list[float], share: float) -> Optional[float]:
+def quantile(times: list[float], share: float) -> float | None:
     """Return the time that this share of the sorted times stays below; None if there are no times."""
     return round(times[min(int(share * len(times)), len(times) - 1)], 3) if times else None
 
@@ -188,7 +188,7 @@ def stream(
     model,
     chunks,
     context=None,
-    total: Optional[float] = None,
+    total: float | None = None,
     name: str = 'stream',
     surprise: bool = False,
     words: bool = True,
@@ -238,7 +238,7 @@ def stream(
     return result
 
 
-def _progress_bar(total: Optional[float], name: str) -> tqdm:
+def _progress_bar(total: float | None, name: str) -> tqdm:
     """Return a bar that counts seconds of audio, up to ``total`` if that is known."""
     form = '{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} s'
     if not total:
@@ -264,7 +264,7 @@ def _timed_step(session, samples: torch.Tensor, result: Streamed):
     return output
 
 
-def _show_last_token(progress: tqdm, tokens: Optional[torch.Tensor]) -> None:
+def _show_last_token(progress: tqdm, tokens: torch.Tensor | None) -> None:
     """Put the last of the tokens [1, T, ...] on the progress bar, if there are any."""
     if tokens is not None and tokens.shape[1]:
         progress.set_postfix_str(f'token {tokens[0, -1].flatten().tolist()}', refresh=False)

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Train one step of the tiny streaming config on two seconds of noise: does this installation work?
 
 python trial_step.py

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``exportable.py``: ONNX export with any torch.
 
 NeMo 2.5.3 leaves the exporter to torch, which since 2.9 takes one that cannot do with NeMo's dynamic axes. Later NeMo

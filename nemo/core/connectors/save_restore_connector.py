@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``save_restore_connector.py``: ``.nemo`` files are whole or not there, and broken ones are named."""
 
 import gzip
@@ -7,8 +7,8 @@ import pickle
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator
 
 from nemo.utils import torch_files
 from nemo.utils.atomic_files import replacing

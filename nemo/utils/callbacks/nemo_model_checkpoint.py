@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``nemo_model_checkpoint.py``: a save that is cut short costs no checkpoint and no resume."""
 
 import os

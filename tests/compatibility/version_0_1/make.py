@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Makes the files of this folder, which later versions must be able to load; it runs on version 0.1 only.
 
     git worktree add 0.1 b3a6f6b
@@ -15,7 +15,6 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -134,7 +133,7 @@ def write_utterances(folder: Path) -> Path:
 class Steps(pl.Callback):
     """Notes the loss, the context and the lengths of each training step; saves a checkpoint after ``STEPS`` if told to."""
 
-    def __init__(self, checkpoint: Optional[Path] = None):
+    def __init__(self, checkpoint: Path | None = None):
         self.checkpoint = checkpoint
         self.record = {'loss': [], 'left_context': [], 'lengths': []}
 

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """A broken ``.nemo`` file is named and leaves nothing behind; a save that fails leaves the earlier file."""
 
 import os

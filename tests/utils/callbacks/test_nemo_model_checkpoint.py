@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Which checkpoints count after a run was cut short; the whole of it is in ``tests/faults``."""
 
 import os

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Options of a data section that NeMo's loaders do not know, applied to the loader that NeMo makes. New in this project."""
 
 import copy

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Workers of a data loader that end with the process they load for. New in this project.
 
 torch's workers look every five seconds whether that process is still there, but only while they wait for the beginning of
@@ -10,7 +10,7 @@ job writes to, so that ``torchrun ... | tee log`` and what waits for it never en
 import multiprocessing
 import os
 import threading
-from typing import Callable, Optional
+from collections.abc import Callable
 
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader
@@ -37,7 +37,7 @@ class _InitWorker:
             to loaders without one.
     """
 
-    def __init__(self, own: Optional[Callable[[int], None]]):
+    def __init__(self, own: Callable[[int], None] | None):
         self.own = own
 
     def __call__(self, worker: int) -> None:

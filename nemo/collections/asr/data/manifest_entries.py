@@ -1,14 +1,13 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The utterances of manifests, parsed when they are asked for. New in this project; takes the place of ``ASRAudioText``.
 
 NeMo makes a Python object of each entry before the first step, and looks for its audio file on the disk: a million take 45 s
 and more, and each worker's copy of them grows as it counts references.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os.path import expanduser
-from typing import Callable, Iterator, Optional, Union
 
 import numpy as np
 
@@ -35,11 +34,11 @@ class ManifestEntries(Sequence):
 
     def __init__(
         self,
-        manifests: Union[str, list[str]],
+        manifests: str | list[str],
         parse: Callable[[str, str], dict],
-        min_duration: Optional[float] = None,
-        max_duration: Optional[float] = None,
-        max_number: Optional[int] = None,
+        min_duration: float | None = None,
+        max_duration: float | None = None,
+        max_number: int | None = None,
     ):
         self.parse = parse
         self.manifests = [manifests] if isinstance(manifests, str) else list(manifests)

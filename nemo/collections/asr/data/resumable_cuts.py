@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Resumable batches of data that lhotse reads: manifests, tarred manifests, lhotse Shar, mixed and bucketed. New here.
 
 lhotse's samplers can save a state, but not with NeMo's constraints on batches, and not for another number of ranks. So a
@@ -13,8 +13,8 @@ takes them, and on another number of ranks the next one is still the next.
 import copy
 import itertools
 import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Callable, Iterator
 
 import numpy as np
 import torch

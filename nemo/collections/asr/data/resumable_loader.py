@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """A data loader that goes on in the middle of an epoch as if it had never stopped. New in this project.
 
 Plain loaders start an epoch anew after a resume: the first utterances come twice, the last never. Here the order of
@@ -11,7 +11,7 @@ epoch stays, and each goes on where all of them together had been.
 
 import hashlib
 import random
-from typing import Iterator, Optional
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
-    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -45,7 +44,7 @@ class ResumableLoader(DataLoader):
     def __init__(self, dataset, *, seed: int = 0, **kwargs):
         self._used_before = self._to_pass = 0  # units, by all ranks, before this start; and before the next
         self._given = 0  # batches, since this start
-        self._steps: Optional[int] = None  # of training, since this start; None: nobody tells
+        self._steps: int | None = None  # of training, since this start; None: nobody tells
         super().__init__(dataset, **kwargs)
         self.seed = seed
 
@@ -141,7 +140,7 @@ class ResumableDataLoader(ResumableLoader):
     """
 
     def __init__(self, dataset, *, seed: int = 0, shuffled: bool = True, **kwargs):  # Lightning reads the names
-        self._rest: Optional[BatchSampler] = None
+        self._rest: BatchSampler | None = None
         super().__init__(dataset, seed=seed, **kwargs)
         self.shuffled = shuffled
 

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``ssl_dataset.py``: bad audio is named, or skipped and counted; no Python loop over noise samples.
 
 ``train_ds.skip_bad_audio``: absent or false, an utterance that cannot be read, or has samples that are NaN or
@@ -8,8 +8,8 @@ of its batch, logged, and counted in the batch's ``skipped``. A batch of which n
 
 import io
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator, Optional
 
 import numpy as np
 import soundfile
@@ -122,12 +122,12 @@ class LhotseAudioNoiseDataset(_up.LhotseAudioNoiseDataset):
         self.load_audio = SoundAudioSamples(self.load_audio)
 
     @property
-    def skip_bad_audio(self) -> Optional[bool]:
+    def skip_bad_audio(self) -> bool | None:
         """Whether bad audio is left out; None: what cannot be read, and not what is NaN or infinite."""
         return self.load_audio.skip_bad_audio
 
     @skip_bad_audio.setter
-    def skip_bad_audio(self, skip: Optional[bool]) -> None:
+    def skip_bad_audio(self, skip: bool | None) -> None:
         self.load_audio.skip_bad_audio = skip
 
     def __getitem__(self, cuts):
@@ -156,7 +156,7 @@ class LhotseAudioNoiseDataset(_up.LhotseAudioNoiseDataset):
 class SoundAudioSamples:
     """Wraps lhotse's loading of a batch, which skips what it cannot read; bad cuts are refused or left out."""
 
-    skip_bad_audio: Optional[bool] = None
+    skip_bad_audio: bool | None = None
 
     def __init__(self, load_audio):
         self.load_audio = load_audio
@@ -282,12 +282,12 @@ def _parts(dataset) -> Iterator:
         yield from _parts(part)
 
 
-def _check_samples(samples: torch.Tensor, file: Optional[str]) -> None:
+def _check_samples(samples: torch.Tensor, file: str | None) -> None:
     if not samples_are_sound(samples):
         raise BadAudioError(f"{file}: samples that are NaN or infinite")
 
 
-def _reason(file: Optional[str], error: Exception) -> str:
+def _reason(file: str | None, error: Exception) -> str:
     """Name a file and say why it cannot be read; NeMo 2.5.3 tries a second decoder, whose error says less."""
     if isinstance(file, str) and os.path.isfile(file):
         try:

@@ -1,7 +1,5 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What a model does about its training data: own options, the place in the epoch, and the wait. New in this project."""
-
-from typing import Optional
 
 from nemo.collections.asr.data.loader_options import take_own_options, with_own_options
 from nemo.collections.asr.data.loader_workers import end_workers_with_their_parent
@@ -17,8 +15,8 @@ class TrainingDataMixin:
     Logs ``data_wait_share``: of the time from one step to the next, the share in which there was no batch.
     """
 
-    _data_wait: Optional[DataWait] = None
-    _share_waited: Optional[float] = None
+    _data_wait: DataWait | None = None
+    _share_waited: float | None = None
 
     def _setup_dataloader_from_config(self, config):
         loader = self._make_loader(config)
@@ -74,6 +72,6 @@ class TrainingDataMixin:
         """Return what a step logs of the wait before it."""
         return {} if self._share_waited is None else {NAME: self._share_waited}
 
-    def _resumable_loader(self) -> Optional[ResumableLoader]:
+    def _resumable_loader(self) -> ResumableLoader | None:
         loader = getattr(self._trainer, 'train_dataloader', None)
         return loader if isinstance(loader, ResumableLoader) else None

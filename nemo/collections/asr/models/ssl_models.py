@@ -1,12 +1,12 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``ssl_models.py``: one attention context per batch, from its draw to the loss.
 
 Shapes: B batch, D features, T feature frames, A attention frames, M mask frames (T or A, by mask position),
 S target frames, C classes, H codebooks.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Callable, Dict, Optional
 
 import torch
 from omegaconf import DictConfig, open_dict
@@ -100,7 +100,7 @@ class EncDecMaskedTokenPredModel(ObjectiveMixin, SpeechEncDecSelfSupervisedModel
     ``objective`` asks for the next tokens instead, or for both: see ``ObjectiveMixin``.
     """
 
-    last_batch: Optional[BatchRecord] = None
+    last_batch: BatchRecord | None = None
     """The record of the last call of ``forward``, which cannot return one: NeMo's own step calls it."""
     _told_whole_decoding = False
 
@@ -219,11 +219,11 @@ class EncDecMaskedTokenPredModel(ObjectiveMixin, SpeechEncDecSelfSupervisedModel
         with self._one_context():
             return self.predict_batch(batch, self._own_masking() if apply_mask else None)[0]
 
-    def encode_batch(self, batch, masking: Optional[Callable]) -> BatchRecord:
+    def encode_batch(self, batch, masking: Callable | None) -> BatchRecord:
         """Mask a batch and encode it, within the pinned context; arguments as in :meth:`predict_batch`."""
         return self._encode(*self.features_of_batch(batch), masking)
 
-    def predict_batch(self, batch, masking: Optional[Callable]) -> tuple[MaskedPredictions, BatchRecord]:
+    def predict_batch(self, batch, masking: Callable | None) -> tuple[MaskedPredictions, BatchRecord]:
         """Mask a batch, encode it and predict the tokens of the frames that count, within the pinned context.
 
         Args:
@@ -252,7 +252,7 @@ class EncDecMaskedTokenPredModel(ObjectiveMixin, SpeechEncDecSelfSupervisedModel
         return not has_forward_of(self, EncDecMaskedTokenPredModel, EncDecDenoiseMaskedTokenPredModel)
 
     @property
-    def whole_decoding_reason(self) -> Optional[str]:
+    def whole_decoding_reason(self) -> str | None:
         """Why each step decodes every frame, not only those that count; None: it does not."""
         if self.forward_of_its_own:
             return f"{type(self).__name__} has a forward of its own"
@@ -292,7 +292,7 @@ class EncDecMaskedTokenPredModel(ObjectiveMixin, SpeechEncDecSelfSupervisedModel
             self._told_whole_decoding = True
         return reason is not None
 
-    def _encode(self, clean, seen, masking: Optional[Callable]) -> BatchRecord:
+    def _encode(self, clean, seen, masking: Callable | None) -> BatchRecord:
         """Mask and encode features, and make the targets, within the pinned context.
 
         Args:
@@ -325,7 +325,7 @@ class EncDecMaskedTokenPredModel(ObjectiveMixin, SpeechEncDecSelfSupervisedModel
             next_token_offset=self.next_token_offset(),
         )
 
-    def _own_masking(self, current_frame=None) -> Optional[Callable]:
+    def _own_masking(self, current_frame=None) -> Callable | None:
         """Return the masking module, bound to the present context; None if the objective masks nothing."""
         if not self.predicts_masked_tokens:
             return None
@@ -474,7 +474,7 @@ class EncDecDenoiseMaskedTokenPredModel(EncDecMaskedTokenPredModel, _up.EncDecDe
         return clean, self.preprocessor(input_signal=batch.noisy_audio, length=batch.noisy_audio_len)
 
 
-def _add_means(averaged: Optional[Dict], outputs: list) -> Optional[Dict]:
+def _add_means(averaged: dict | None, outputs: list) -> dict | None:
     """Add to NeMo's averages and their ``log`` the mean of every metric that it leaves out."""
     if averaged:
         for name in outputs[0].keys() - averaged.keys():

@@ -1,11 +1,10 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``conformer_encoder.py``: who attends to whom, per batch and per layer.
 
 One attention context per batch, known before the encoder runs; each layer attends within it and a context of its own.
 """
 
 import math
-from typing import Optional
 
 import torch
 from omegaconf import OmegaConf, open_dict
@@ -339,7 +338,7 @@ class ConformerEncoder(BatchContext, _up.ConformerEncoder):
         for layer in self.layers:
             layer.self_attn._take_att_context = self._take_layer_context
 
-    def _take_layer_context(self, attention, context: Optional[AttContext]) -> None:
+    def _take_layer_context(self, attention, context: AttContext | None) -> None:
         """Check and store the context that somebody sets on one layer's attention."""
         if context is not None:
             index = [layer.self_attn is attention for layer in self.layers].index(True)
@@ -379,7 +378,7 @@ class ConformerEncoder(BatchContext, _up.ConformerEncoder):
         if not hasattr(self.pre_encode, 'pre_encode'):  # pre-trained with post-conv masking, which wraps it
             wrapped = prefix + 'pre_encode.pre_encode.'
             for name in [name for name in state_dict if name.startswith(wrapped)]:
-                state_dict[f'{prefix}pre_encode.{name[len(wrapped):]}'] = state_dict.pop(name)
+                state_dict[f'{prefix}pre_encode.{name[len(wrapped) :]}'] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if with_weights is not None:
             self._take_layer_contexts_with_weights(*(from_pairs(pairs) for pairs in with_weights.tolist()))

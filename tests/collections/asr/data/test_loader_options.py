@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """That the options reach a model's training is tested in ``test_ssl_models_contexts.py`` and ``test_ssl_dataset.py``."""
 
 import pytest

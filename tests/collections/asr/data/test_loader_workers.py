@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Workers end with the process they load for, whatever they wait for; what the loader's own would do is done."""
 
 import os

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """A loader that is stopped anywhere gives the rest as if it had not been; a whole run is in ``tests/faults``."""
 
 import random

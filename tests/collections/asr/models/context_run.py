@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """A distributed training on two CPU processes; run by test_ssl_models_contexts.py.
 
 Usage: context_run.py FOLDER, with MASTER_ADDR and MASTER_PORT set. Each case trains 50 steps, then once more from the

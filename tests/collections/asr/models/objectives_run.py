@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """A distributed training of each objective on two CPU processes; run by test_ssl_models_objectives.py.
 
 Usage: objectives_run.py FOLDER, with MASTER_ADDR and MASTER_PORT set. Leaves FOLDER/RANK.json: what the weights add up to.

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """One training step on two CPU processes, replicated and sharded; run by test_ssl_models_precision.py.
 
 Usage: sharded_run.py FOLDER, with MASTER_ADDR and MASTER_PORT set. Both ranks have the same batch, so that each must

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """A step that decodes only the frames that count gives the loss and the gradients of one that decodes all of them."""
 
 from contextlib import nullcontext

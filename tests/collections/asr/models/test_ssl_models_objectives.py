@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Next-token prediction in the models: nothing leaks, and everything around the loss goes on as with masked tokens."""
 
 from pathlib import Path

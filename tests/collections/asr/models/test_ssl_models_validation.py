@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Reports of the models' training and validation: on several processes, for checkpoints, in TensorBoard."""
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """A validation in several contexts on two CPU processes; run by test_ssl_models_validation.py.
 
 Usage: validation_run.py FOLDER, with MASTER_ADDR and MASTER_PORT set. Each rank validates and tests its share of six

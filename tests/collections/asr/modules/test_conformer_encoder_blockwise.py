@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Which layers attend block by block, and that it changes nothing but time and memory.
 
 Shapes: B batch, T attention frames.

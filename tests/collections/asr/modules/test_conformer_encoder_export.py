@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Exported encoders with caches: ONNX in onnxruntime, and TorchScript, step by step over a stream.
 
 Shapes: B batch, F features, T feature frames.

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Contexts of the layers' own: what each layer sees, how it is streamed, and that nothing else changes.
 
 Shapes: B batch, A attention frames.

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``cache_aware_pipeline_builder.py``: pipelines over live streams that equal offline."""
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """NeMo's cache-aware pipelines over live streams that equal offline.
 
 NeMo's ``CacheAwareCTCPipeline`` and ``CacheAwareRNNTPipeline`` cut features from each piece of audio by itself, without the

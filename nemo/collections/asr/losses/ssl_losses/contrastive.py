@@ -1,11 +1,9 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``contrastive.py``: negatives are real frames, whatever the utterances' lengths and masks.
 
 Shapes: B batch, D features, T feature frames, A attention frames, C channels, M masked frames of the batch,
 N negatives, G groups of the quantizer.
 """
-
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +138,7 @@ def _combine(features, combined: int, frames: int):
     return features.transpose(1, 2).reshape(features.shape[0], frames, -1)
 
 
-def _real_frames(outputs, lengths: Optional[torch.Tensor], offset: int):
+def _real_frames(outputs, lengths: torch.Tensor | None, offset: int):
     """Return which target frames [B, A] an output so many frames later predicts; without lengths [B], all have one."""
     batch, frames, _ = outputs.shape
     index = torch.arange(offset, offset + frames, device=outputs.device)

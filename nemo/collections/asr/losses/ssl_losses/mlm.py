@@ -1,11 +1,9 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``mlm.py``: masked prediction loss for encoders whose lengths differ from the targets'.
 
 Shapes: B batch, T decoder frames, S target frames, M mask frames (M // combine_time_steps attention frames),
 C classes, H codebooks.
 """
-
-from typing import Optional
 
 import torch
 
@@ -90,8 +88,8 @@ class MLMLoss(_up.MLMLoss):
         self,
         decoder_outputs: torch.Tensor,
         targets: torch.Tensor,
-        masks: Optional[torch.Tensor] = None,
-        decoder_lengths: Optional[torch.Tensor] = None,
+        masks: torch.Tensor | None = None,
+        decoder_lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Cut outputs and targets to their common frames, and tell which of these count.
 

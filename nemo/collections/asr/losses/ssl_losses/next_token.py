@@ -1,11 +1,9 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Loss of next-token prediction (NEST-RQ, https://arxiv.org/abs/2409.08680). New in this project.
 
 Shapes: B batch, T encoder frames, S target frames, F frames in common, K horizons, N frames that count, C classes,
 H codebooks.
 """
-
-from typing import Optional
 
 import torch
 
@@ -97,8 +95,8 @@ class NextTokenLoss(Loss):
         encoded: torch.Tensor,
         tokens: torch.Tensor,
         offset: int,
-        decoder_lengths: Optional[torch.Tensor] = None,
-        target_lengths: Optional[torch.Tensor] = None,
+        decoder_lengths: torch.Tensor | None = None,
+        target_lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Pair frames with the tokens that they are asked for.
 
@@ -129,7 +127,7 @@ class NextTokenLoss(Loss):
         return encoded[:, :frames], wanted, counted if counted.dim() == 2 else counted.any(dim=-1)
 
 
-def _without_padding(tokens: torch.Tensor, lengths: Optional[torch.Tensor]) -> torch.Tensor:
+def _without_padding(tokens: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
     """Return tokens [B, S] or [B, S, H] with -100 at and beyond their lengths."""
     if lengths is None:
         return tokens

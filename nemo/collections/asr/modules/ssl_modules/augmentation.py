@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``augmentation.py``: noise is divided into segments by one draw, not by one for each sample.
 
 NeMo draws a segment for each of the samples that are to be mixed, in Python, and counts them: 8 of the 10 ms that an

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Codebooks that move to where the frames are: spherical k-means, a step every so many training steps.
 
 Every code becomes the direction of the mean of the unit vectors that chose it. A code that hardly any frame chose
@@ -10,7 +10,6 @@ many.
 
 from collections.abc import Mapping
 from numbers import Integral, Real
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +46,9 @@ class CodebookRefinement(nn.Module):
         self.every_n_steps, self.until_step, self.decay = _settings(refine)
         self.observing = True
         """Whether frames still matter, because a refinement is yet to come; :meth:`is_due` keeps it."""
-        self.last_batch: Optional[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = None
+        self.last_batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         """The three arguments of the latest :meth:`observe`; not in checkpoints."""
-        self._refined_step: Optional[int] = 0  # refined_step, without a wait for the device; None: not read yet
+        self._refined_step: int | None = 0  # refined_step, without a wait for the device; None: not read yet
         shape = num_books, num_classes, code_dim + 1
         # Per code, K sums and then a count; of the frames since the last refinement, and of those before, decayed.
         self.register_buffer('observed', torch.zeros(shape, dtype=torch.int64))

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Block masking of streams that never end: what was drawn is remembered, and drawn on. New in this project.
 
 The guards lie on one grid from the beginning of a stream, blocks begin and go on as in ``RandomBlockMasking``, on the
@@ -9,7 +9,7 @@ Shapes: B streams, N new mask frames, T mask frames asked for, A attention frame
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 
@@ -26,10 +26,10 @@ class BlockChances(NamedTuple):
     block: int  # mask frames of a block
     probability: float  # that a frame begins a block; without overlap: that a slot of the grid is masked
     overlap: bool
-    guards: Optional[Window]  # the window that the guards are for; None: there are none
+    guards: Window | None  # the window that the guards are for; None: there are none
 
     @classmethod
-    def of(cls, mask_prob: float, block: int, overlap: bool, most: float, window: Optional[Window]) -> 'BlockChances':
+    def of(cls, mask_prob: float, block: int, overlap: bool, most: float, window: Window | None) -> 'BlockChances':
         """Make up for the guards, so that of all frames the share is masked that is masked of long utterances.
 
         Args:
@@ -113,7 +113,7 @@ class MaskedTimeLine:
             self.free, self.masked_up_to = rank[:, -1:], up_to[:, -1:]
         return allowed & (rank <= up_to)
 
-    def _no_guard(self, index: torch.Tensor, window: Optional[Window]) -> torch.Tensor:
+    def _no_guard(self, index: torch.Tensor, window: Window | None) -> torch.Tensor:
         if window is None:
             return torch.ones_like(index, dtype=torch.bool)
         phase = self.phase

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``masking.py``: block masking that hides only what the attention context can answer.
 
 Shapes: B batch, D features, T mask frames (frames of the tensor that is masked), A attention frames.
@@ -9,8 +9,9 @@ on what is left, and the guards are put back. Whatever is drawn, every masked fr
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Callable, NamedTuple, Optional, Union
+from typing import NamedTuple
 
 import torch
 
@@ -76,7 +77,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         feat_in: int,
         mask_prob: float = 0.5,
         block_size: int = 48,
-        mask_value: Optional[float] = None,
+        mask_value: float | None = None,
         freeze: bool = True,
         allow_overlap: bool = False,
         max_mask_ratio: float = 0.8,
@@ -122,10 +123,10 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         self,
         input_feats: torch.Tensor,
         input_lengths: torch.Tensor,
-        current_frame: Optional[Union[int, torch.Tensor]] = None,
-        effective_left_context: Optional[int] = None,
-        effective_window: Optional[Window] = None,
-        stream: Optional[MaskedTimeLine] = None,
+        current_frame: int | torch.Tensor | None = None,
+        effective_left_context: int | None = None,
+        effective_window: Window | None = None,
+        stream: MaskedTimeLine | None = None,
     ):
         """Mask a batch of features. Draws from torch's generator of the features' device; never waits for it.
 
@@ -177,7 +178,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
     def _draw_and_fill(self, feats, lengths, *args, **kwargs):
         return self.fill(feats, self.draw(lengths.to(feats.device), feats.shape[2], *args, **kwargs))
 
-    def _window(self, effective_left_context: Optional[int], effective_window: Optional[Window]) -> Window:
+    def _window(self, effective_left_context: int | None, effective_window: Window | None) -> Window:
         """Return what an attention frame sees in a call with these arguments."""
         if effective_window is not None:
             return effective_window
@@ -189,11 +190,11 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         self,
         lengths: torch.Tensor,
         frames: int,
-        current_frame: Optional[Union[int, torch.Tensor]] = None,
-        effective_left_context: Optional[int] = None,
-        effective_window: Optional[Window] = None,
-        overlap: Optional[bool] = None,
-        causal: Optional[bool] = None,
+        current_frame: int | torch.Tensor | None = None,
+        effective_left_context: int | None = None,
+        effective_window: Window | None = None,
+        overlap: bool | None = None,
+        causal: bool | None = None,
     ) -> torch.Tensor:
         """Draw which mask frames are masked; from torch's generator of the lengths' device, without a wait for it.
 
@@ -295,7 +296,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         return ~guards.repeat_interleave(self.subsampling_factor, dim=1)[:, :max_time]
 
     @staticmethod
-    def _guards_of(window: Window, causal: bool) -> Optional[Window]:
+    def _guards_of(window: Window, causal: bool) -> Window | None:
         """Return the window that guards are placed for; None where every frame may be masked.
 
         Without a limit to the past only ``causal`` asks for guards: at the beginning, where the past is short.
@@ -434,10 +435,10 @@ class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
     def set_masking_enabled(
         self,
         apply_mask: bool,
-        current_frame: Optional[Union[int, torch.Tensor]] = None,
-        effective_left_context: Optional[int] = None,
-        effective_window: Optional[Window] = None,
-        masking: Optional[Callable] = None,
+        current_frame: int | torch.Tensor | None = None,
+        effective_left_context: int | None = None,
+        effective_window: Window | None = None,
+        masking: Callable | None = None,
     ):
         """Say whether, and how, the coming forward passes mask.
 

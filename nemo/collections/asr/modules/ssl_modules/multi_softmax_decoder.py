@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``multi_softmax_decoder.py``: logits laid out for the softmax over classes.
 
 Shapes: B batch, D features, T frames, C classes, H codebooks.

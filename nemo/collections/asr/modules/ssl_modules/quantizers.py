@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``quantizers.py``: the same tokens and codes by matrix products, in bounded memory.
 
 Beside NeMo's random projection there is one of principal components, and codebooks can be refined in training.
@@ -9,7 +9,6 @@ H codebooks, N frames of the whole batch (B * S).
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Optional
 
 import numpy as np
 import torch
@@ -55,13 +54,13 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
         self,
         *args,
         projection: str = 'random',
-        projection_file: Optional[str] = None,
-        refine: Optional[Mapping] = None,
+        projection_file: str | None = None,
+        refine: Mapping | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.projection = projection
-        self.projection_normalization: Optional[str] = None
+        self.projection_normalization: str | None = None
         """What the features must be normalised by, as ``projection_file`` says; None without one."""
         if _needs_projection(projection, projection_file):
             shape = self.proj.out_features, self.combine_time_steps, self.feat_in
@@ -102,7 +101,7 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
         return codes, tokens
 
     @torch.no_grad()
-    def observe(self, input_signal, lengths: torch.Tensor, tokens: Optional[torch.Tensor] = None) -> None:
+    def observe(self, input_signal, lengths: torch.Tensor, tokens: torch.Tensor | None = None) -> None:
         """Tell the refinement, in a training step, what the quantizer sees; without one this does nothing.
 
         Args:
@@ -179,7 +178,7 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
         return torch.where((frames == 0).all(dim=1), norms.argmin(), tokens)
 
 
-def check_projection(quantizer, mask_position: str, normalization: Optional[str] = None) -> None:
+def check_projection(quantizer, mask_position: str, normalization: str | None = None) -> None:
     """Check that a model's quantizer gets what its projection was computed from; one without a file fits everything.
 
     Args:
@@ -205,7 +204,7 @@ def check_projection(quantizer, mask_position: str, normalization: Optional[str]
         )
 
 
-def _needs_projection(projection: str, projection_file: Optional[str]) -> bool:
+def _needs_projection(projection: str, projection_file: str | None) -> bool:
     """Return whether weights are to be read from ``projection_file``; raise ValueError if the two do not fit."""
     if projection not in PROJECTIONS:
         raise ValueError(f"{_FIELD}.projection is {projection!r}; it must be one of {', '.join(PROJECTIONS)}")

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Attention contexts as values, and what follows from them. NeMo has no such package."""
 
 from nemo.collections.asr.parts.att_context.context import PRESETS, UNLIMITED, AttContext, draw_index, tightest

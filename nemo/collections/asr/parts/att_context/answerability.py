@@ -1,10 +1,8 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Which masked attention frames the attention can answer.
 
 Shapes: B batch, D features, T mask frames, A attention frames (T // factor).
 """
-
-from typing import Optional
 
 import torch
 
@@ -28,7 +26,7 @@ def masked_share_per_frame(masks: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def unanswerable_frames(
-    share: torch.Tensor, window: Window, threshold: float = MASK_THRESHOLD, lengths: Optional[torch.Tensor] = None
+    share: torch.Tensor, window: Window, threshold: float = MASK_THRESHOLD, lengths: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return which attention frames are masked without another, wholly unmasked frame in their window, [B, A] bool.
 

@@ -1,8 +1,8 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The context of a batch, for an encoder: configured, set by hand, drawn, pinned for a whole step, and asked for."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator, Optional
 
 import torch
 from omegaconf import ListConfig
@@ -22,18 +22,18 @@ class BatchContext:
     """
 
     att_context_seed = 0
-    att_context_sampler: Optional[ContextSampler] = None
+    att_context_sampler: ContextSampler | None = None
     """What the contexts of training are drawn from, in place of the configured ones."""
     _att_context_is_pinned = False  # within using_att_context_size
     _assigns_default = True  # whether who assigns att_context_size is NeMo, not a person
-    _pinned_over: Optional[list] = None  # the default, within using_att_context_size
-    _by_hand: Optional[AttContext] = None
-    _by_hand_instead_of: Optional[list] = None  # the default while a context is set by hand
+    _pinned_over: list | None = None  # the default, within using_att_context_size
+    _by_hand: AttContext | None = None
+    _by_hand_instead_of: list | None = None  # the default while a context is set by hand
     _told_by_hand: frozenset = frozenset()  # the contexts whose setting by hand has been logged
     _draws = 0  # steps counted by the encoder itself, where nobody passes one
-    _att_context_ceiling: Optional[AttContext] = None
+    _att_context_ceiling: AttContext | None = None
 
-    def draw_att_context_size(self, step: Optional[int] = None) -> AttContext:
+    def draw_att_context_size(self, step: int | None = None) -> AttContext:
         """Return the context for a batch, without setting it; see :meth:`att_context_of_batch`.
 
         Args:
@@ -42,7 +42,7 @@ class BatchContext:
         """
         return self.att_context_of_batch(step=step)
 
-    def att_context_of_batch(self, with_batch=None, step: Optional[int] = None) -> AttContext:
+    def att_context_of_batch(self, with_batch=None, step: int | None = None) -> AttContext:
         """Return the context that a batch has, without setting it; ``precedence.context_of_batch`` says who wins.
 
         In training ``att_context_sampler`` draws it or, without one, it is drawn from several ``att_context_size_all``
@@ -71,7 +71,7 @@ class BatchContext:
         return self.att_context_sampler.group_label(context)
 
     @torch.compiler.disable  # it would be compiled anew for each step
-    def _drawn_att_context_size(self, step: Optional[int]) -> list[int]:
+    def _drawn_att_context_size(self, step: int | None) -> list[int]:
         if step is None:
             step, self._draws = self._draws, self._draws + 1
         if self.att_context_sampler is not None:
@@ -79,7 +79,7 @@ class BatchContext:
         return list(self.att_context_size_all[draw_index(self.att_context_seed, step, self.att_context_probs)])
 
     @property
-    def att_context_ceiling(self) -> Optional[AttContext]:
+    def att_context_ceiling(self) -> AttContext | None:
         """What narrows every context drawn in training; None: nothing. A curriculum sets it.
 
         Raises:
@@ -179,7 +179,7 @@ class BatchContext:
         self.__dict__['att_context_size'] = att_context_size  # where NeMo's class has it
 
     @property
-    def att_context_by_hand(self) -> Optional[AttContext]:
+    def att_context_by_hand(self) -> AttContext | None:
         """The context that :meth:`set_att_context_size` has set; None: those of the config hold."""
         return self._by_hand
 
@@ -224,11 +224,11 @@ class BatchContext:
             + (', '.join(map(str, known)) if sampler is None else f'those of {sampler}')
         )
 
-    def att_context_state(self) -> tuple[list, Optional[AttContext]]:
+    def att_context_state(self) -> tuple[list, AttContext | None]:
         """Return what :meth:`set_att_context_size` changes: the default, and the context set by hand."""
         return list(self.att_context_size), self._by_hand
 
-    def restore_att_context_state(self, state: tuple[list, Optional[AttContext]]) -> None:
+    def restore_att_context_state(self, state: tuple[list, AttContext | None]) -> None:
         """Go back to what :meth:`att_context_state` returned."""
         default, by_hand = state
         if by_hand is None:

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Attention within a limited context, block by block: the numbers of the masked computation at linear cost.
 
 Queries are cut into blocks, and each block meets only the keys that one of its queries can see, its window. So T x T

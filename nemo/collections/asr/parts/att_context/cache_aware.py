@@ -1,8 +1,7 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What NeMo's cache-aware streaming needs to know of contexts that differ from layer to layer."""
 
 from collections.abc import Sequence
-from typing import Optional
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED
 from nemo.collections.asr.parts.att_context.windows import Window
@@ -65,5 +64,5 @@ def largest_left_context(batch: Window, layers: Sequence[Window], unlimited: int
     Without a limit it is ``unlimited``. Chunks of the cache and of the input then meet.
     """
     lefts: list[int] = [window.context.left for window in layers]
-    longest: Optional[int] = None if UNLIMITED in lefts else max(lefts)
+    longest: int | None = None if UNLIMITED in lefts else max(lefts)
     return -(-(unlimited if longest is None else longest) // batch.chunk) * batch.chunk

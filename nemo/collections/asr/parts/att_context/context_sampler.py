@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Dynamic chunk training: each batch draws how large its chunks are, and how many of them it sees of the past.
 
 One model then streams at any latency of the range, as those of WeNet (https://arxiv.org/abs/2012.05481), SpeechBrain and
@@ -9,7 +9,6 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Optional
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, context_label
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window
@@ -27,7 +26,7 @@ class ContextSampler:
     """Probability from 0 to 1 that a batch has the full context, [-1, -1]: each frame sees the whole utterance."""
     chunk_size: tuple[int, int]
     """The smallest and the largest chunk, in attention frames. A chunk of c frames is a right context of c - 1."""
-    left_chunks: Optional[tuple[int, int]] = None
+    left_chunks: tuple[int, int] | None = None
     """The fewest and the most chunks before its own that a frame sees, where the left context is limited, in chunks."""
     left_limited_prob: float = 0.0
     """Probability from 0 to 1 that the left context of a batch with chunks is limited."""
@@ -151,7 +150,7 @@ def window_of_layer(batch: AttContext, own: AttContext, style: str, where: str) 
     return Window(in_whole_chunks(batch.intersect(own), style), style)
 
 
-def _left(value: Mapping, field: str) -> tuple[Optional[tuple[int, int]], float]:
+def _left(value: Mapping, field: str) -> tuple[tuple[int, int] | None, float]:
     """Read what limits the left context: chunks, and a probability."""
     chunks, probability = value.get('left_chunks'), value.get('left_limited_prob')
     if chunks is None and not probability:

@@ -1,8 +1,7 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """A ceiling on the batches' contexts that moves as training goes on."""
 
 import math
-from typing import Optional
 
 import lightning.pytorch as pl
 import torch
@@ -54,9 +53,9 @@ class AttContextCurriculum(pl.Callback):
             self._field = 'curriculum: the path [[0, start], [warmup_steps, end]]'
             milestones, interpolate = [[0, start], [warmup_steps, end]], 'linear'
         self.schedule = ContextSchedule.parse(milestones, self._field, 'step', interpolate=interpolate)
-        self._masking_before: Optional[int] = None
+        self._masking_before: int | None = None
 
-    def ceiling_at(self, step: int, encoder) -> Optional[AttContext]:
+    def ceiling_at(self, step: int, encoder) -> AttContext | None:
         """Return the ceiling at a global step, None if there is none yet."""
         chunks = []
         drawn = getattr(encoder, 'att_context_sampler', None) is not None  # it rounds to whatever chunk it draws

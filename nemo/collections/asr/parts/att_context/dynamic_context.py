@@ -1,12 +1,12 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Setting a model's context by hand: each way here calls ``model.set_att_context_size``.
 
 Shapes: B batch, N samples, D features, M mask frames, A attention frames, S target frames, C classes, H codebooks.
 """
 
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import Iterator, NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 
@@ -15,10 +15,10 @@ from nemo.collections.asr.parts.att_context.masking_context import follow_left_c
 
 
 class _OfForward(NamedTuple):
-    log_probs: Optional[torch.Tensor]
+    log_probs: torch.Tensor | None
     encoded_lengths: torch.Tensor
-    masks: Optional[torch.Tensor]
-    tokens: Optional[torch.Tensor]
+    masks: torch.Tensor | None
+    tokens: torch.Tensor | None
 
 
 class Processed(_OfForward):

@@ -1,7 +1,8 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What an encoder must have for masking, models and reports to follow its attention context."""
 
-from typing import ContextManager, Optional, Protocol, runtime_checkable
+from contextlib import AbstractContextManager
+from typing import Protocol, runtime_checkable
 
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window
@@ -17,13 +18,13 @@ class FollowsContexts(Protocol):
     att_context_size: list[int]
     """The present context, ``[left, right]`` in attention frames, -1 = unlimited."""
 
-    def att_context_of_batch(self, with_batch=None, step: Optional[int] = None) -> AttContext:
+    def att_context_of_batch(self, with_batch=None, step: int | None = None) -> AttContext:
         """Return the context that a batch has; see ``BatchContext.att_context_of_batch``."""
 
-    def using_att_context_size(self, att_context_size) -> ContextManager[AttContext]:
+    def using_att_context_size(self, att_context_size) -> AbstractContextManager[AttContext]:
         """Pin a context for all forward passes inside."""
 
-    def using_one_att_context_size(self) -> ContextManager[AttContext]:
+    def using_one_att_context_size(self) -> AbstractContextManager[AttContext]:
         """Keep the pinned context, or pin one."""
 
     def tightest_left_context(self) -> int:
@@ -33,7 +34,7 @@ class FollowsContexts(Protocol):
         """Return a window that lies within what each layer sees in the present context."""
 
 
-def tightest_window_of(encoder) -> Optional[Window]:
+def tightest_window_of(encoder) -> Window | None:
     """Return what the tightest layer of an encoder sees at present; None if the encoder does not tell.
 
     An encoder that is no :class:`FollowsContexts` tells by NeMo's attributes: ``att_context_size``, one pair of
@@ -50,7 +51,7 @@ def tightest_window_of(encoder) -> Optional[Window]:
         return None
 
 
-def why_context_is_unknown(encoder) -> Optional[str]:
+def why_context_is_unknown(encoder) -> str | None:
     """Return what an encoder lacks so that masking cannot follow it; None if it lacks nothing."""
     if tightest_window_of(encoder) is not None:
         return None

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Guards: attention frames that masking spares, so that every frame sees one of them in its window.
 
 Whatever else is masked, every masked frame can then be answered. There are as few guards as the window allows: one in

@@ -1,18 +1,17 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Contexts of the layers' own: what a layer attends to, which contexts it may have, and how they are saved.
 
 Shapes: B batch, Q query frames, A attention frames (Q, and those of the cache before them), L layers.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Callable, Optional
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.windows import Window
 
-LayerContexts = tuple[Optional[AttContext], ...]
+LayerContexts = tuple[AttContext | None, ...]
 """For each layer its own context; None for a layer without."""
 
 
@@ -25,10 +24,10 @@ class LayerAttentionMasks:
         effective: for each context of a layer's own (None: a layer without), the one it attends to.
     """
 
-    def __init__(self, masks: Mapping[AttContext, torch.Tensor], effective: Mapping[Optional[AttContext], AttContext]):
+    def __init__(self, masks: Mapping[AttContext, torch.Tensor], effective: Mapping[AttContext | None, AttContext]):
         self.masks, self.effective = masks, effective
 
-    def of(self, own: Optional[AttContext]) -> torch.Tensor:
+    def of(self, own: AttContext | None) -> torch.Tensor:
         """Return the mask of a layer with this context of its own, [B, Q, A] bool, True = hidden, or its stand-in."""
         return self.masks[self.effective[own]]
 

@@ -1,9 +1,8 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What a masking module is told of the attention's context, and whether it listens."""
 
 import functools
 import inspect
-from typing import Optional
 
 import torch
 
@@ -39,7 +38,7 @@ def _class_takes(masking: type, argument: str) -> bool:
     return True
 
 
-def window_arguments(masking, window: Optional[Window]) -> dict:
+def window_arguments(masking, window: Window | None) -> dict:
     """Return the keyword arguments that tell a masking module what the attention sees; none where nothing limits it.
 
     ``effective_left_context`` is the tightest left context that anybody asks for: of the attention, and of what the
@@ -60,7 +59,7 @@ def window_arguments(masking, window: Optional[Window]) -> dict:
     return arguments
 
 
-def followed_left_context(masking) -> Optional[int]:
+def followed_left_context(masking) -> int | None:
     """Return the left context that a masking module was last told to follow; None for one that takes no context."""
     return getattr(masking, 'followed_left_context_size', getattr(masking, 'left_context_size', None))
 

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Which tokens an encoder's output has not heard yet, so that it can be asked for them. New in this project.
 
 NEST-RQ (https://arxiv.org/abs/2409.08680) predicts the next tokens of BEST-RQ with a causal encoder. Here the first of
@@ -6,7 +6,6 @@ them follows from the encoder: from its subsampling, its convolutions and the at
 """
 
 import math
-from typing import Optional
 
 from torch import nn
 
@@ -42,7 +41,7 @@ def next_token_offset(encoder, after_subsampling: bool, att_context_size=None) -
     return look_ahead + math.ceil(_features_ahead(encoder) / encoder.subsampling_factor)
 
 
-def why_no_next_token(encoder, att_context_size=None) -> Optional[str]:
+def why_no_next_token(encoder, att_context_size=None) -> str | None:
     """Return why every token has been heard, or may have been, by an encoder's output; None: there are next ones.
 
     Args:
@@ -71,7 +70,7 @@ def why_no_next_token(encoder, att_context_size=None) -> Optional[str]:
     return None
 
 
-def _features_ahead(encoder) -> Optional[int]:
+def _features_ahead(encoder) -> int | None:
     """Return the last feature that frame 0 of the subsampling has heard; None if that is not known."""
     module = getattr(encoder.pre_encode, 'pre_encode', encoder.pre_encode)  # without the wrapper of post-conv masking
     if isinstance(module, nn.Linear):

@@ -1,7 +1,7 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Who wins, when several say what the attention context is. The table for people is in ``docs/contexts.md``."""
 
-from typing import Callable, Optional
+from collections.abc import Callable
 
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.context_sampler import within_ceiling
@@ -12,10 +12,10 @@ CEILING = 'encoder.att_context_ceiling'  # as errors name it
 
 def context_of_batch(
     default: AttContext,
-    by_hand: Optional[AttContext] = None,
-    with_batch: Optional[AttContext] = None,
-    draw: Optional[Callable[[], AttContext]] = None,
-    ceiling: Optional[AttContext] = None,
+    by_hand: AttContext | None = None,
+    with_batch: AttContext | None = None,
+    draw: Callable[[], AttContext] | None = None,
+    ceiling: AttContext | None = None,
     style: str = 'regular',
     cuts_chunks: bool = False,
 ) -> AttContext:

@@ -1,10 +1,9 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """How far an encoder of several layers sees, and a table of it. Counts attention frames, after subsampling."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window
@@ -43,7 +42,7 @@ def receptive_field(encoder, att_context_size=None) -> ReceptiveField:
     return ReceptiveField(left, right)
 
 
-def look_ahead_ms(encoder, att_context_size, frame_ms: float) -> Optional[float]:
+def look_ahead_ms(encoder, att_context_size, frame_ms: float) -> float | None:
     """Return how many milliseconds of audio after it an output may wait for: the latency of attention and convolutions.
 
     It is that of the frame that waits longest; under ``chunked_limited`` the first of a chunk, and the mean of a chunk
@@ -60,7 +59,7 @@ def look_ahead_ms(encoder, att_context_size, frame_ms: float) -> Optional[float]
     return None if frames == UNLIMITED else frames * frame_ms
 
 
-def look_ahead_text(milliseconds: Optional[float]) -> str:
+def look_ahead_text(milliseconds: float | None) -> str:
     """Return what :func:`look_ahead_ms` found, for people: ``1040 ms``, or ``all`` that follows."""
     return 'all' if milliseconds is None else f'{milliseconds:g} ms'
 

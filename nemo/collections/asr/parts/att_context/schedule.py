@@ -1,10 +1,9 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Contexts that change along something: along an encoder's layers, or along the steps of a training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Callable, Optional
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, shown
 from nemo.utils import logging
@@ -31,9 +30,9 @@ class ContextSchedule:
         anchors,
         field: str,
         unit: str = 'layer',
-        end: Optional[int] = None,
+        end: int | None = None,
         interpolate: str = 'step',
-        check: Optional[Check] = None,
+        check: Check | None = None,
     ) -> 'ContextSchedule':
         """Read a schedule such as ``[[0, [40, 0]], [6, [120, 0]]]``.
 
@@ -79,7 +78,7 @@ class ContextSchedule:
                         "becomes, or ceases to be, unlimited (-1); linear interpolation needs limits on both ends"
                     )
 
-    def at(self, position: int, multiple: int = 1) -> Optional[AttContext]:
+    def at(self, position: int, multiple: int = 1) -> AttContext | None:
         """Return the context at a position, None before the first anchor.
 
         Args:
@@ -102,8 +101,8 @@ class ContextSchedule:
 
 
 def parse_layer_contexts(
-    value, num_layers: int, field: str, multiple: int = 1, check: Optional[Check] = None
-) -> tuple[Optional[AttContext], ...]:
+    value, num_layers: int, field: str, multiple: int = 1, check: Check | None = None
+) -> tuple[AttContext | None, ...]:
     """Return each layer's own context, None for a layer without one.
 
     Args:
@@ -138,7 +137,7 @@ def _is_schedule(value) -> bool:
     return any(_is_sequence(item) and len(item) == 2 and not isinstance(item[1], (int, float)) for item in value)
 
 
-def _one_per_layer(value, num_layers: int, field: str, check: Optional[Check]) -> tuple[Optional[AttContext], ...]:
+def _one_per_layer(value, num_layers: int, field: str, check: Check | None) -> tuple[AttContext | None, ...]:
     items = _items(value, field, 'contexts [left, right], one per layer, or pairs [layer, [left, right]]')
     contexts = []
     for index, item in enumerate(items):
@@ -174,7 +173,7 @@ def _items(value, field: str, wanted: str):
     return value
 
 
-def _parse_anchor(item, where: str, unit: str, end: Optional[int]) -> tuple[int, AttContext]:
+def _parse_anchor(item, where: str, unit: str, end: int | None) -> tuple[int, AttContext]:
     if not _is_sequence(item) or len(item) != 2:
         raise ValueError(f"{where}: it must be a pair [{unit}, [left, right]]")
     position, context = item
@@ -202,7 +201,7 @@ def parse_own_context(value, field: str) -> AttContext:
     return AttContext.parse(value, field=field)
 
 
-def _accept(context: AttContext, where: str, check: Optional[Check]) -> None:
+def _accept(context: AttContext, where: str, check: Check | None) -> None:
     """Check a context as the caller wants it checked, and warn of one without a past."""
     if check is not None:
         check(context, where)

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Batches that carry their attention context from the data loader to the training step.
 
 A worker process can set nothing on the model, so the context travels in the batch: ``batch.att_context``, and beside
@@ -9,9 +9,9 @@ that a resumed run goes on with, its global step. So the model numbers the draw 
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import Any, Callable, Optional
+from typing import Any
 
 from torch.utils.data import get_worker_info
 from torch.utils.data._utils.pin_memory import pin_memory
@@ -77,8 +77,8 @@ class ContextDraw:
 class SyncedBatch(tuple):
     """A batch that was a plain tuple or list, with ``att_context`` and ``context_draw``."""
 
-    att_context: Optional[AttContext] = None
-    context_draw: Optional[ContextDraw] = None
+    att_context: AttContext | None = None
+    context_draw: ContextDraw | None = None
 
     def pin_memory(self) -> 'SyncedBatch':
         """Return the batch in pinned memory; the data loader's own way would lose the context."""
@@ -115,7 +115,10 @@ class SyncedContextCollate:
 
 
 def create_synced_context_collate(
-    base_collate_fn: Callable[..., Any], *arguments, model=None, **by_name  # noqa: see below
+    base_collate_fn: Callable[..., Any],
+    *arguments,
+    model=None,
+    **by_name,  # noqa: see below
 ) -> SyncedContextCollate:
     """Return a collate function that draws an attention context for each batch and sends it along.
 

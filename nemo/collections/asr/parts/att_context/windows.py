@@ -1,12 +1,12 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Which attention frames see which others: the attention styles, said once.
 
 Attention masks, block-wise attention, live streams, receptive fields, masking and audits all ask a :class:`Window`.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Iterable
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, tightest
 

@@ -1,11 +1,12 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """A model whose attention context is set by hand, comes with a batch, or is drawn. New in this project.
 
 The model's encoder decides on the context (``BatchContext``); this tells the masking, and the trainer's batches.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Dict, Iterator, NamedTuple, Optional
+from typing import NamedTuple
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.dynamic_context import sync_masking_to_attention
@@ -22,16 +23,16 @@ from nemo.utils import logging
 class ContextState(NamedTuple):
     """All that setting a context by hand changes, to go back to."""
 
-    encoder: tuple[list, Optional[AttContext]]
+    encoder: tuple[list, AttContext | None]
     """The encoder's ``att_context_state``."""
-    masking_left: Optional[int]
+    masking_left: int | None
     """What the masking follows, in attention frames; None for a masking that takes no context."""
 
 
 class AttContextMixin:
     """Mixin for a model with an ``encoder`` and, where it masks, a ``mask_processor``."""
 
-    _masking_left_before: Optional[int] = None  # where a context is set by hand: what the masking followed before
+    _masking_left_before: int | None = None  # where a context is set by hand: what the masking followed before
 
     def set_att_context_size(self, context) -> None:
         """Attend and mask within this context until told otherwise.
@@ -83,12 +84,12 @@ class AttContextMixin:
             self._masking_left_before = masking_left_before
 
     @property
-    def att_context_set_by_hand(self) -> Optional[list]:
+    def att_context_set_by_hand(self) -> list | None:
         """The context set by hand, on the model or its encoder, that holds at present; None: those of the config."""
         by_hand = getattr(self.encoder, 'att_context_by_hand', None)
         return None if by_hand is None else list(by_hand)
 
-    def masking_arguments(self, current_frame=None) -> Dict:
+    def masking_arguments(self, current_frame=None) -> dict:
         """Return the keyword arguments that bind the masking to the present context; none for one that takes none.
 
         Args:

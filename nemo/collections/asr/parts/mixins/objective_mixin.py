@@ -1,8 +1,9 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What a model is asked for: masked tokens (NEST), the next ones (NEST-RQ), or both. New in this project."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator, NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 
@@ -67,8 +68,8 @@ class ObjectiveMixin:
     """
 
     objective: str = 'masked'
-    next_token_loss: Optional[NextTokenLoss]
-    next_token_decoders: Optional[torch.nn.ModuleList]
+    next_token_loss: NextTokenLoss | None
+    next_token_decoders: torch.nn.ModuleList | None
     next_token_weight: float = 1.0
     _observes_targets = False  # within a training step whose targets are refined
 
@@ -111,7 +112,7 @@ class ObjectiveMixin:
         """Whether the objective asks for the tokens that come next."""
         return self.objective != 'masked'
 
-    def next_token_offset(self) -> Optional[int]:
+    def next_token_offset(self) -> int | None:
         """Return how many tokens after its own a frame is asked for in the present context; None: it is not asked.
 
         Raises:
@@ -222,7 +223,7 @@ class ObjectiveMixin:
         finally:
             self._observes_targets = False
 
-    def combined_loss(self, masked: Optional[torch.Tensor], next_token: torch.Tensor) -> torch.Tensor:
+    def combined_loss(self, masked: torch.Tensor | None, next_token: torch.Tensor) -> torch.Tensor:
         """Return the objective's loss from its parts; ``masked`` is None where nothing is masked."""
         return next_token if masked is None else masked + self.next_token_weight * next_token
 

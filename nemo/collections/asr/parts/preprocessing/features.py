@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Feature normalisation that can stream, and normalisation for the targets of self-supervised training.
 
 Fixed corpus statistics need no look at the utterance, so a live stream can use them from its first frame on. NeMo takes

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What masking asks of the attention: how much is masked, in runs of what length, and what nobody could answer.
 
 Shapes: B batch, D features, M mask frames, A attention frames (M // factor), R run lengths from 0 to the longest.
@@ -6,8 +6,8 @@ Shapes: B batch, D features, M mask frames, A attention frames (M // factor), R 
 Counts stay on the device of the masks: nothing here waits for it but what says so.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Mapping, Optional
 
 import torch
 
@@ -131,7 +131,7 @@ def audit_masks(
     masks: torch.Tensor,
     lengths: torch.Tensor,
     factor: int = 1,
-    windows: Optional[Mapping[str, Window]] = None,
+    windows: Mapping[str, Window] | None = None,
     threshold: float = MASK_THRESHOLD,
 ) -> MaskAudit:
     """Count what these masks hide, and what of it nobody could answer.
@@ -187,7 +187,7 @@ def audit_masking(
     lengths: torch.Tensor,
     features: int,
     factor: int = 1,
-    windows: Optional[Mapping[str, Window]] = None,
+    windows: Mapping[str, Window] | None = None,
     draws: int = 100,
     seed: int = 0,
     threshold: float = MASK_THRESHOLD,
@@ -241,11 +241,11 @@ class TrainingAudit:
             )
         self.every_n_batches = every_n_batches
         self._batches = 0
-        self._empty: Optional[torch.Tensor] = None
-        self._without_mask: Optional[torch.Tensor] = None
+        self._empty: torch.Tensor | None = None
+        self._without_mask: torch.Tensor | None = None
         self._latest: dict[str, torch.Tensor] = {}
 
-    def step(self, record: BatchRecord, encoder, frame_ms: Optional[float] = None) -> dict[str, torch.Tensor]:
+    def step(self, record: BatchRecord, encoder, frame_ms: float | None = None) -> dict[str, torch.Tensor]:
         """Take a training batch in; within its pinned context.
 
         Args:

@@ -1,11 +1,11 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What a forward pass encoded, masked and aimed at, for those who report on it.
 
 Shapes: B batch, D features, T feature frames, A attention frames, M mask frames (T or A, by mask position), S target
 frames, H codebooks.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +15,7 @@ from nemo.collections.asr.parts.att_context.answerability import masked_share_pe
 class BatchRecord(NamedTuple):
     """One forward pass of a model of masked token prediction; it is returned, and handed to the reports."""
 
-    encoded: Optional[torch.Tensor]
+    encoded: torch.Tensor | None
     """What the encoder made, [B, d_model, A]; None in a record that is kept."""
     encoded_lengths: torch.Tensor
     """[B], in decoder frames."""
@@ -37,7 +37,7 @@ class BatchRecord(NamedTuple):
     """Share of an attention frame's mask frames above which it counts as masked."""
     decoder_offset: int
     """Leading decoder frames that the loss drops."""
-    next_token_offset: Optional[int] = None
+    next_token_offset: int | None = None
     """Tokens between a frame's own and the first next one that it is asked for; None: it is not asked."""
 
     def masked_share(self) -> torch.Tensor:

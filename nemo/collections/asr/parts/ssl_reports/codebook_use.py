@@ -1,10 +1,10 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """How much of a codebook the targets use, and whether they have collapsed.
 
 Shapes: B batch, S target frames, H codebooks, C classes.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 
@@ -49,7 +49,7 @@ class CodebookUse:
         """
         self.batches = 0
         self._blocks: list[torch.Tensor] = []  # counts [H, C] each, the oldest first
-        self._total: Optional[torch.Tensor] = None  # their sum
+        self._total: torch.Tensor | None = None  # their sum
 
     def update(self, tokens: torch.Tensor, lengths: torch.Tensor) -> None:
         """Count a batch.
@@ -104,7 +104,7 @@ class CodebookUse:
             'codebook/top_share': statistics.top_share,
         }
 
-    def collapse(self) -> Optional[str]:
+    def collapse(self) -> str | None:
         """Tell in what way the targets have collapsed, or None. Waits for the device: not for every step."""
         used, perplexity, top_share, frames = torch.stack([value.double() for value in self.statistics()]).tolist()
         found = f'{used:.0f} of {self.num_classes} codes, perplexity {perplexity:.1f}, in {frames:.0f} frames'

@@ -1,12 +1,12 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Per utterance, what a model knows of masked and of next tokens in each context, and how sure that is.
 
 Shapes: U utterances, N frames that count, S target frames, C classes, H codebooks.
 """
 
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Iterable, Optional, Sequence
 
 import numpy as np
 import torch
@@ -93,7 +93,7 @@ class ModelScores:
 
 
 def evaluate(
-    model, batches: Iterable, contexts: Sequence, seed: int = 0, window: Optional[Window] = None, draws: int = 1
+    model, batches: Iterable, contexts: Sequence, seed: int = 0, window: Window | None = None, draws: int = 1
 ) -> ModelScores:
     """Predict the tokens of utterances in each context, by every part of the model's objective.
 
@@ -230,7 +230,7 @@ def summarize(scores: UtteranceScores, resamples: int, confidence: float, seed: 
     return {'loss': loss, 'accuracy': accuracy, 'perplexity': loss.map(np.exp)}
 
 
-def why_not_compared(scores: ModelScores, reference: ModelScores, part: str, label: str) -> Optional[str]:
+def why_not_compared(scores: ModelScores, reference: ModelScores, part: str, label: str) -> str | None:
     """Return why the losses of two models cannot be compared in a part and a context, in words; None: they can.
 
     They can where both were asked the same: for the same tokens, in the same frames of the same utterances.

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of masking, surprise, attention windows and learning curves, legible in black-and-white print.
 
 Each function returns a ``matplotlib.figure.Figure``, without pyplot and its global state. Matplotlib is imported when
@@ -9,10 +9,11 @@ Shapes: D features, T feature frames, M mask frames, A attention frames, S targe
 
 import math
 import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Callable, Mapping, NamedTuple, Optional, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def masked_spectrogram(
     masks: np.ndarray,
     hop_seconds: float,
     factor: int,
-    unanswerable: Optional[np.ndarray] = None,
+    unanswerable: np.ndarray | None = None,
     title: str = '',
 ):
     """Draw a spectrogram with its masked blocks, and below what that means for the attention frames.
@@ -120,8 +121,8 @@ def surprise_over_time(
     surprise: np.ndarray,
     hop_seconds: float,
     factor: int,
-    classes: Optional[int] = None,
-    masks: Optional[np.ndarray] = None,
+    classes: int | None = None,
+    masks: np.ndarray | None = None,
     title: str = '',
 ):
     """Draw a spectrogram, and below how surprising each of its tokens was for a model that predicts the next one.
@@ -163,7 +164,7 @@ def attention_windows(
     frame: int,
     frames: int,
     frame_seconds: float,
-    own: Optional[Sequence[Optional[AttContext]]] = None,
+    own: Sequence[AttContext | None] | None = None,
     title: str = '',
 ):
     """Draw what one attention frame attends to in each layer, and what its output depends on through all of them.

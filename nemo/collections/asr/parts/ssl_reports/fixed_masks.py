@@ -1,11 +1,11 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Masks that depend on an utterance's audio and on nothing else, so that measurements can be repeated and compared.
 
 Shapes: B batch, N samples, D features, M mask frames.
 """
 
 import random
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class FixedMasks:
     def __init__(self, masking: torch.nn.Module, seeds: Sequence[int], window: Window):
         self._masking, self._seeds = masking, seeds
         self._arguments = window_arguments(masking, window) if follows_context(masking) else {}
-        self._drawn: Optional[tuple[torch.Tensor, torch.Tensor]] = None
+        self._drawn: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, input_feats: torch.Tensor, input_lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the masked features and the masks, [B, D, M] each."""

@@ -1,10 +1,10 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of a model: what it masks, what surprises it, whom it attends to, how it learns; in TensorBoard, too.
 
 Shapes: D features, T feature frames, M mask frames, S target frames.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,10 +28,10 @@ class SeenUtterance(NamedTuple):
     """One utterance as a model's forward pass saw it."""
 
     features: np.ndarray  # [D, T], clean
-    masks: Optional[np.ndarray]  # [M], 1 where masked; None: the model's objective masks nothing
-    surprise: Optional[np.ndarray]  # nats of each token [S], NaN where not predicted; None: it predicts no next tokens
+    masks: np.ndarray | None  # [M], 1 where masked; None: the model's objective masks nothing
+    surprise: np.ndarray | None  # nats of each token [S], NaN where not predicted; None: it predicts no next tokens
     window: Window  # what the tightest layer saw in the pass
-    context: Optional[list]  # of the pass; None: the encoder has none
+    context: list | None  # of the pass; None: the encoder has none
 
 
 def hop_seconds(model) -> float:
@@ -40,7 +40,7 @@ def hop_seconds(model) -> float:
     return featurizer.hop_length / featurizer.sample_rate
 
 
-def attention_frame_ms(model) -> Optional[float]:
+def attention_frame_ms(model) -> float | None:
     """Return the length of an attention frame, in milliseconds; None if preprocessor and encoder do not tell."""
     try:
         return 1000 * hop_seconds(model) * model.encoder.subsampling_factor
@@ -135,7 +135,7 @@ def draw_utterance(model, utterance: SeenUtterance, of: str) -> dict:
 
 
 def draw_attention(
-    encoder, frame: Optional[int], frames: int, frame_seconds: float, att_context_size=None, title: str = ''
+    encoder, frame: int | None, frames: int, frame_seconds: float, att_context_size=None, title: str = ''
 ):
     """Draw what a frame attends to in each layer of an encoder; see ``attention_windows``.
 
@@ -170,7 +170,7 @@ class ContextFigures:
     """
 
     def __init__(self):
-        self._utterance: Optional[SeenUtterance] = None
+        self._utterance: SeenUtterance | None = None
         self._curves: dict[str, list[tuple[float, float]]] = {}
 
     def keep(self, model, record: BatchRecord) -> None:

@@ -1,10 +1,8 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """All that is reported of a model of masked token prediction; see docs/reports.md.
 
 A model has one such object, also when nothing is asked of it, and each of its hooks asks it with one line.
 """
-
-from typing import Optional
 
 import torch
 
@@ -38,7 +36,7 @@ class ModelReports:
         self.codebook_use = CodebookUse(classes, getattr(model.quantizer, 'num_books', 1)) if classes else None
         self.audit = None if every is None else TrainingAudit(every)
         self.figures = ContextFigures() if cfg.get('log_figures') else None
-        self.validation: Optional[ContextValidation] = None
+        self.validation: ContextValidation | None = None
         if contexts is not None:
             if model.forward_of_its_own:
                 raise ValueError(
@@ -46,7 +44,7 @@ class ModelReports:
                 )
             self.validation = ContextValidation(model, contexts, cfg.get('validation_masks'))
 
-    def of_training_batch(self, model, record: Optional[BatchRecord]) -> Logs:
+    def of_training_batch(self, model, record: BatchRecord | None) -> Logs:
         """Return what to log of a training batch, within its pinned context; scalars on its device.
 
         Args:
@@ -66,7 +64,7 @@ class ModelReports:
             logs.update(self.audit.step(record, model.encoder, attention_frame_ms(model)))
         return logs
 
-    def of_masks(self, model, record: Optional[BatchRecord], prefix: str = '') -> Logs:
+    def of_masks(self, model, record: BatchRecord | None, prefix: str = '') -> Logs:
         """Return the present context, and what the masks, if any, left to answer in it; scalars on their device."""
         if record is None:
             return {}
@@ -126,7 +124,7 @@ class ModelReports:
         """Run a batch in every context of the config; returns its loss."""
         return self.validation.step(model, batch, dataloader_idx, self.keep_for_figures)
 
-    def keep_for_figures(self, model, record: Optional[BatchRecord]) -> None:
+    def keep_for_figures(self, model, record: BatchRecord | None) -> None:
         """Keep an utterance of a validation batch, within its context, for the pictures."""
         if self.figures is not None and record is not None and model._trainer is not None:
             self.figures.keep(model, record)
@@ -136,7 +134,7 @@ class ModelReports:
         if self.validation is not None:
             self.validation.finish(mode)
 
-    def validation_summary(self, mode: str, dataloader_idx: int) -> Optional[dict]:
+    def validation_summary(self, mode: str, dataloader_idx: int) -> dict | None:
         """Return what NeMo's ``multi_validation_epoch_end`` returns; None where the contexts are not asked for."""
         return None if self.validation is None else self.validation.summary(mode, dataloader_idx)
 

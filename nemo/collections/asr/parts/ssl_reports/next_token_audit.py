@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What next-token prediction asks: how many frames have a token at each horizon. New in this project.
 
 Shapes: B batch, K horizons.

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """How well frames were predicted, part by part of a model's objective. New in this project.
 
 A part is ``masked``, the masked tokens, or a horizon: ``next_0``, the first next token of each frame, and so on.

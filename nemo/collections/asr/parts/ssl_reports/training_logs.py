@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The curves of a training run, from what its loggers wrote: TensorBoard's event files or Lightning's metrics.csv."""
 
 import csv

@@ -1,11 +1,11 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What a model knows in each attention context, on the same masks: in validation, and in ``evaluate_contexts.py``.
 
 Shapes: N frames that count, C classes, H codebooks.
 """
 
 import warnings
-from typing import Callable, Iterator, Optional, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torchmetrics
@@ -80,7 +80,7 @@ def tightest_of(encoder, contexts: Sequence) -> Window:
 
 
 def passes_in_contexts(
-    model, batch, contexts: Sequence, seed: int, window: Optional[Window] = None, masked: bool = True
+    model, batch, contexts: Sequence, seed: int, window: Window | None = None, masked: bool = True
 ) -> Iterator[tuple[list, BatchRecord]]:
     """Run a batch in each context, on the same masks; what is done with a pass is done within its context.
 
@@ -105,7 +105,7 @@ def passes_in_contexts(
 
 
 def predictions_in_contexts(
-    model, batch, contexts: Sequence, seed: int, window: Optional[Window] = None
+    model, batch, contexts: Sequence, seed: int, window: Window | None = None
 ) -> Iterator[tuple[list, MaskedPredictions, BatchRecord]]:
     """Predict the masked frames of a batch in each context; arguments as in :func:`passes_in_contexts`."""
     for context, record in passes_in_contexts(model, batch, contexts, seed, window):
@@ -162,7 +162,7 @@ class ContextValidation:
         self._tell_look_ahead(model)
         self._metrics: list[dict[str, torchmetrics.Metric]] = []  # of each data loader
         self._results: list[dict[str, torch.Tensor]] = []
-        self._next_token_weight: Optional[float] = None  # where the loss is the sum of two parts
+        self._next_token_weight: float | None = None  # where the loss is the sum of two parts
 
     @property
     def contexts(self) -> list:
@@ -290,7 +290,7 @@ def _loss_of(model, scores: dict[str, FrameScores]) -> torch.Tensor:
     return model.combined_loss(masked, total.float() / max(count, 1))
 
 
-def _parse_mask_options(options) -> tuple[int, Optional[Window]]:
+def _parse_mask_options(options) -> tuple[int, Window | None]:
     options = dict(options or {})
     check_known('model.validation_masks', options, VALIDATION_MASK_KEYS)
     seed, left = options.get('seed', 0), options.get('left_context')

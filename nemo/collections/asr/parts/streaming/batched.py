@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Many live streams as one batch: from samples to encoder frames, whatever the phase of each.
 
 What each stream has received is counted on the host, and all else follows from these counts: which features are complete,
@@ -12,7 +12,7 @@ with frames that nobody sees until its last is out.
 Shapes: B streams, R rows of them, N samples, F features, Q frames of a push, D the encoder's width, S slots of a ring.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class BatchedStreams:
         self._kept: dict = {}
 
     @staticmethod
-    def why_not(front_end: StreamingFeatures, encoder: StreamingEncoder) -> Optional[str]:
+    def why_not(front_end: StreamingFeatures, encoder: StreamingEncoder) -> str | None:
         """Return why a model cannot be run in this way, or None."""
         return BatchedMel.why_not(front_end.preprocessor.featurizer) or prepared.why_not(encoder.encoder)
 
@@ -152,7 +152,7 @@ class BatchedStreams:
         """Return how many encoder frames offline makes of the features, [B]."""
         return np.maximum(-(-(state.featured - 1) // self.factor) + 1, 1)  # one more than is complete
 
-    def _take(self, state: BatchedState, samples, lengths, ends, gathered: 'Optional[_Gathered]') -> None:
+    def _take(self, state: BatchedState, samples, lengths, ends, gathered: '_Gathered | None') -> None:
         """Take samples, and compute the features that they complete."""
         self.mel.write(state.samples, samples, lengths, state.received)
         state.received += lengths
@@ -203,7 +203,7 @@ class BatchedStreams:
             most = due.max()
 
     def _push(
-        self, weights: PreparedEncoder, state: BatchedState, active, count: int, ends: Optional[_Ends], out
+        self, weights: PreparedEncoder, state: BatchedState, active, count: int, ends: _Ends | None, out
     ) -> None:
         """Push some frames of the streams ``active`` through all layers."""
         rows, first = self._rows(active), state.frames[active]
@@ -229,9 +229,7 @@ class BatchedStreams:
         if valid.any():
             out.add(frames, active, valid)
 
-    def _subsample(
-        self, weights: PreparedEncoder, state: BatchedState, rows, active, count: int, ends: Optional[_Ends]
-    ):
+    def _subsample(self, weights: PreparedEncoder, state: BatchedState, rows, active, count: int, ends: _Ends | None):
         """Return the frames that enter the first layer, [R, Q, D]."""
         first = self.factor * (state.frames[active] - 1) + 1  # feature of each
         width = self.factor * count
@@ -303,7 +301,7 @@ class BatchedStreams:
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device)
 
-    def _rows(self, active: np.ndarray) -> Optional[torch.Tensor]:
+    def _rows(self, active: np.ndarray) -> torch.Tensor | None:
         return None if len(active) == self.batch else self._tensor(active)
 
 

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """States that were saved by sessions of one stream after the other (versions 1 to 3), carried on as one batch.
 
 They hold the inputs of the attention, of which keys and values are made here, once; features instead of the last rows of the

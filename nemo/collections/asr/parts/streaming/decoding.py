@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What a model makes of encoder frames that come a few at a time; its decoders take each frame by itself.
 
 Shapes: B streams, D the encoder's width, A attention frames, C classes, H codebooks.

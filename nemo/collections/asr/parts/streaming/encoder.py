@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """A causal Conformer encoder run on live streams: exact subsampling, and layers with caches.
 
 Subsampling: encoder frame i depends on the features factor * i - (2 * factor - 2) ... factor * i. So an excerpt that
@@ -12,8 +12,8 @@ Shapes: B streams, R rows (the streams of one group), F features, T feature fram
 C cached frames, Q new frames of a layer, A encoder frames given out.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Callable, Optional
 
 import torch
 
@@ -99,7 +99,7 @@ class StreamingEncoder:
         state: EncoderState,
         new_features: list[torch.Tensor],
         ended: list[bool],
-        replace: Optional[Callable] = None,
+        replace: Callable | None = None,
     ) -> list[torch.Tensor]:
         """Take feature frames and return the encoder frames that they complete; the state moves on.
 
@@ -146,7 +146,7 @@ class StreamingEncoder:
             groups.setdefault(key, []).append(row)
         return groups
 
-    def _subsample(self, state, rows, width: int, skipped: int, new: Optional[int]) -> torch.Tensor:
+    def _subsample(self, state, rows, width: int, skipped: int, new: int | None) -> torch.Tensor:
         """Return the new frames [R, Q, D] of excerpts of ``width`` features; all there are, if ``new`` is None."""
         excerpts = torch.stack([state.features[row][:, :width] for row in rows]).transpose(1, 2)
         if width == 0:  # a stream without a frame: NeMo's subsampling makes one of the padding

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Features of live streams, frame for frame those that the preprocessor computes of the whole.
 
 The preprocessor itself is run, on excerpts that begin a few frames early: the frames whose own samples, and the one

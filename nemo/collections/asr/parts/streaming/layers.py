@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Conformer layers for many live streams at once, with cached keys, values and projected positions.
 
 NeMo's layer projects the keys, values and positions of its whole cache anew in each step. Here they are projected once: key j
@@ -15,7 +15,6 @@ Shapes: R rows (streams), Q frames of a step, D the encoder's width, H heads, K 
 import weakref
 from dataclasses import dataclass
 from functools import partial
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +34,9 @@ class Visible:
     """Where the frames that arrive are written, [Q], or [R, Q] of rows in different places."""
     ages: torch.Tensor
     """Row of the positions' table for each query and slot, [Q, S] or [R, Q, S] int64."""
-    hidden: Optional[torch.Tensor]
+    hidden: torch.Tensor | None
     """What is not seen, broadcast to [R, H, Q, S] bool; None: all is."""
-    began: Optional[torch.Tensor]
+    began: torch.Tensor | None
     """Whether an emitted frame is one of its stream, [R or 1, Q, 1] bool; None: all are."""
 
 
@@ -118,7 +117,7 @@ class PreparedLayer:
         self,
         rings: LayerRings,
         frames: torch.Tensor,
-        rows: Optional[torch.Tensor],
+        rows: torch.Tensor | None,
         visible: Visible,
         positions: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
@@ -205,7 +204,7 @@ class PreparedLayer:
         return self.pointwise2(F.silu(self.convolution_norm(mixed), inplace=True))
 
 
-def why_not(layer: torch.nn.Module) -> Optional[str]:
+def why_not(layer: torch.nn.Module) -> str | None:
     """Return why a layer cannot be run in this way, or None."""
     convolution = layer.conv
     if convolution.pointwise_activation != 'glu_':

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Linear layers whose weights lie in memory as the kernel for so much work reads them fastest.
 
 Measured on x86 CPUs, float32: oneDNN's products with packed weights take half the time of ``F.linear``, but some ten
@@ -9,7 +9,6 @@ Shapes: N rows, I inputs, O outputs.
 """
 
 import warnings
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +35,7 @@ class PreparedLinear:
     def __init__(
         self,
         weight: torch.Tensor,
-        bias: Optional[torch.Tensor] = None,
+        bias: torch.Tensor | None = None,
         scale: float = 1.0,
         relu: bool = False,
         precision: str = 'float32',
@@ -91,7 +90,7 @@ class PreparedLinear:
 class _BFloat16:
     """A linear layer in bfloat16, packed where torch can."""
 
-    def __init__(self, weight: torch.Tensor, bias: Optional[torch.Tensor]):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         self.weight, self.bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
         self._packs = can_pack()
         if self._packs:
@@ -107,7 +106,7 @@ class _BFloat16:
 class _Int8:
     """A linear layer with int8 weights, whose inputs are quantised as they come, by torch's own operators."""
 
-    def __init__(self, weight: torch.Tensor, bias: Optional[torch.Tensor]):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         largest = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
         scales, zeros = (largest / 127).double(), torch.zeros(len(weight), dtype=torch.long)
         with warnings.catch_warnings():  # torch says that a later release will not have these

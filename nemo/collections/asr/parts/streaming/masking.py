@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Masking inside a live stream, and the loss of the masked frames as they come.
 
 What has been encoded stays encoded: only new frames are masked. What was drawn before is remembered, so that blocks go
@@ -11,7 +11,6 @@ H codebooks.
 """
 
 from dataclasses import dataclass, field
-from typing import Optional
 
 import torch
 
@@ -80,7 +79,7 @@ class LiveMasking:
         time_line = masking.new_stream(1, device) if takes(masking, 'stream') else None
         return MaskedStream(torch.zeros(features, 0, device=device), time_line=time_line)
 
-    def time_line_after(self, count: int, recent: torch.Tensor) -> Optional[dict]:
+    def time_line_after(self, count: int, recent: torch.Tensor) -> dict | None:
         """Return a time line, as a plain dict, for a stream of which it is not known what was masked.
 
         Args:
@@ -128,7 +127,7 @@ class LiveMasking:
         )
         return masked[0], masks[0]
 
-    def take_targets(self, stream: MaskedStream, tokens: Optional[torch.Tensor]) -> None:
+    def take_targets(self, stream: MaskedStream, tokens: torch.Tensor | None) -> None:
         """Take new targets [S] or [S, H]; None is nothing. The state moves on."""
         stream.tokens = joined(stream.tokens, tokens)
 

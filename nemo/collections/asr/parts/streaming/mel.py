@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Mel features of many live streams at once, each frame computed once.
 
 Sample s of a stream lies at s % S in its ring. What has been received is counted on the host, as a function of the lengths
@@ -13,7 +13,6 @@ Shapes: B streams, R rows of them, N samples, S samples of a ring, W samples of 
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Optional
 
 import numpy as np
 import torch
@@ -50,7 +49,7 @@ class BatchedMel:
         self._places: dict = {}
 
     @staticmethod
-    def why_not(featurizer) -> Optional[str]:
+    def why_not(featurizer) -> str | None:
         """Return why these features cannot be computed in this way, or None."""
         if featurizer.use_grads:
             return 'preprocessor.use_grads is true'
@@ -96,7 +95,7 @@ class BatchedMel:
         return np.where(ended, whole, np.clip(heard, 0, whole))
 
     def frames(
-        self, ring: torch.Tensor, rows: Optional[torch.Tensor], first: np.ndarray, count: int, received: np.ndarray
+        self, ring: torch.Tensor, rows: torch.Tensor | None, first: np.ndarray, count: int, received: np.ndarray
     ) -> torch.Tensor:
         """Return frames of some rows, [R, T, F], in the dtype that the preprocessor gives out, computed in float32.
 
@@ -138,7 +137,7 @@ class BatchedMel:
         # a row is an excerpt of the table: to copy it takes a fifth of the time of computing it
         return table.unfold(0, count, 1).index_select(0, _to(ring.device, start))
 
-    def _emphasised(self, samples: torch.Tensor, inside: Optional[torch.Tensor]) -> torch.Tensor:
+    def _emphasised(self, samples: torch.Tensor, inside: torch.Tensor | None) -> torch.Tensor:
         """Return all but the first of the samples [R, W] with preemphasis; zero where not ``inside`` [R, W]."""
         if inside is not None:  # filled and not multiplied, for what a stream left in the ring may be no number
             samples = samples.masked_fill(~inside, 0.0)
@@ -175,7 +174,7 @@ class BatchedMel:
         return power.sqrt_() if featurizer.mag_power == 1.0 else power.sqrt_().pow_(featurizer.mag_power)
 
 
-def _inside(device: torch.device, start: np.ndarray, span: int, received: np.ndarray) -> Optional[torch.Tensor]:
+def _inside(device: torch.device, start: np.ndarray, span: int, received: np.ndarray) -> torch.Tensor | None:
     """Return which of ``span`` samples from ``start`` [R] on a stream has, [R, W] bool; None: all."""
     if start.min() >= 0 and (start + span <= received).all():
         return None

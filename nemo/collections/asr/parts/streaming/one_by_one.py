@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Live streams one by one through NeMo's own layers: for what the batched way does not know, and to check it by.
 
 Streams that agree in what is new run in one call; masks, targets and what was predicted belong to each stream by itself.
@@ -7,7 +7,7 @@ Several sessions of a model may take turns, but not run at once: a call tells th
 Shapes: B streams, N samples, F features, T feature frames, M mask frames, D the encoder's width, A attention frames.
 """
 
-from typing import Callable, Optional
+from collections.abc import Callable
 
 import torch
 
@@ -37,9 +37,9 @@ class OneByOne:
         front_end: StreamingFeatures,
         encoder: StreamingEncoder,
         batch: int,
-        masking: Optional[LiveMasking],
-        surprise: Optional[LiveSurprise],
-        targets: Optional[LiveTargets],
+        masking: LiveMasking | None,
+        surprise: LiveSurprise | None,
+        targets: LiveTargets | None,
     ):
         self._front_end, self._encoder, self.batch = front_end, encoder, batch
         self._masking, self._surprise, self._targets = masking, surprise, targets

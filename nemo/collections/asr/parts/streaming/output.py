@@ -1,12 +1,12 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What a step of live streams gives out.
 
 Shapes: B streams, F features, T feature frames, M mask frames, D the encoder's width, A attention frames, S target frames,
 K horizons, C classes, H codebooks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Sequence
 
 import torch
 
@@ -22,34 +22,34 @@ class StreamingOutput:
     current_frame: torch.Tensor
     """Mask frames received by each stream since its beginning, [B] int64: feature frames, or attention frames for a
     model that masks after its convolutions."""
-    log_probs: Optional[torch.Tensor] = None
+    log_probs: torch.Tensor | None = None
     """With ``return_log_probs``: [B, A, C] or [B, A, C, H], as the model's decoder gives them."""
-    tokens: Optional[torch.Tensor] = None
+    tokens: torch.Tensor | None = None
     """With ``return_tokens``: the likeliest class of each frame, [B, A] or [B, A, H] int64; for a CTC model the greedy
     path, blanks and repetitions included."""
-    features: Optional[torch.Tensor] = None
+    features: torch.Tensor | None = None
     """With ``return_features``: new feature frames, before masking, [B, F, T]."""
-    feature_lengths: Optional[torch.Tensor] = None
+    feature_lengths: torch.Tensor | None = None
     """How many of them each stream has, [B] int64."""
-    masks: Optional[torch.Tensor] = None
+    masks: torch.Tensor | None = None
     """With ``apply_mask``: which of the new mask frames are masked, [B, M], 1 where masked."""
-    mask_lengths: Optional[torch.Tensor] = None
+    mask_lengths: torch.Tensor | None = None
     """How many mask frames are new in each stream, [B] int64."""
-    loss: Optional[torch.Tensor] = None
+    loss: torch.Tensor | None = None
     """With ``apply_mask``: nats per masked frame, over the frames whose target and prediction this step completed."""
     masked_frames: int = 0
     """With ``apply_mask``: how many frames that is."""
-    next_tokens: Optional[torch.Tensor] = None
+    next_tokens: torch.Tensor | None = None
     """With ``return_surprise``: the likeliest token of each horizon for each new frame, [B, A, K] or [B, A, K, H]
     int64. Frame j predicts at horizon k token j + ``session.next_token_offset`` + k."""
-    surprise: Optional[torch.Tensor] = None
+    surprise: torch.Tensor | None = None
     """With ``return_surprise``: nats (the mean over the codebooks) of each token that was predicted at the first horizon
     and is known since this step, [B, S]."""
-    surprise_lengths: Optional[torch.Tensor] = None
+    surprise_lengths: torch.Tensor | None = None
     """How many of these each stream has, [B] int64."""
-    surprise_start: Optional[torch.Tensor] = None
+    surprise_start: torch.Tensor | None = None
     """Which token of its stream the first of these is, from 0, or will be if there is none yet, [B] int64."""
-    transcripts: Optional[list] = None
+    transcripts: list | None = None
     """With ``return_text``: a ``Transcript`` of each stream, of all that it has said so far."""
 
     @classmethod

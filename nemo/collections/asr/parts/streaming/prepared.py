@@ -1,11 +1,10 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The weights of an encoder as live streams want them: prepared once, shared by all sessions, and anew when they change."""
 
 import threading
 import weakref
 from operator import attrgetter
 from operator import is_ as _is
-from typing import Optional
 
 import torch
 
@@ -112,7 +111,7 @@ class PreparedEncoder:
         return self._positions[key]
 
 
-def why_not(encoder: torch.nn.Module) -> Optional[str]:
+def why_not(encoder: torch.nn.Module) -> str | None:
     """Return why an encoder's weights cannot be prepared, or None."""
     for index, layer in enumerate(encoder.layers):
         reason = layers.why_not(layer)

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """All that live streams remember which run as one batch.
 
 Shapes: B streams, N samples, T feature frames, F features (or frequencies), C channels, D the encoder's width, H heads, S slots

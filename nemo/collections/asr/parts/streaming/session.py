@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Live streaming from raw samples, equal to offline::
 
     session = StreamingSession(model, att_context_size=[40, 0], return_log_probs=True)
@@ -10,7 +10,7 @@ Shapes: B streams, N samples, F features, T feature frames, M mask frames, D the
 S target frames, K horizons, C classes, H codebooks.
 """
 
-from typing import Optional, Sequence, Union
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -106,13 +106,13 @@ class StreamingSession:
         self._way = self._new_way(weights)
         self._ended = np.zeros(batch_size, bool)
 
-    def _new_way(self, weights: str) -> Union[Together, OneByOne]:
+    def _new_way(self, weights: str) -> Together | OneByOne:
         if self.why_not_fast is None:
             return Together(BatchedStreams(self._front_end, self._encoder, self.batch_size, weights))
         watching = self._masking, self._surprise, self._targets
         return OneByOne(self._front_end, self._encoder, self.batch_size, *watching)
 
-    def _why_not_fast(self, fast: str) -> Optional[str]:
+    def _why_not_fast(self, fast: str) -> str | None:
         if fast == 'off':
             return "fast is 'off'"
         if self._targets is not None:
@@ -139,7 +139,7 @@ class StreamingSession:
         return self._front_end.look_ahead + self._encoder.look_ahead * self.frame_samples
 
     @property
-    def next_token_offset(self) -> Optional[int]:
+    def next_token_offset(self) -> int | None:
         """How many tokens after its own a frame predicts at the first horizon; None without ``return_surprise``."""
         return None if self._surprise is None else self._surprise.offset
 
@@ -158,7 +158,7 @@ class StreamingSession:
         """For each stream, whether it has ended."""
         return tuple(self._ended.tolist())
 
-    def reset(self, streams: Optional[Sequence[int]] = None) -> None:
+    def reset(self, streams: Sequence[int] | None = None) -> None:
         """Begin anew; all streams, or those with these indices while the others go on.
 
         Raises:

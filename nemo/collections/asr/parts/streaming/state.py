@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """All that live streams remember, as values that can be saved and restored.
 
 Shapes: B streams, N samples, F features (or the encoder's width), T feature frames, M mask frames, S target frames,
@@ -6,7 +6,6 @@ D the encoder's width, C cached frames or classes, A attention frames, H codeboo
 """
 
 from dataclasses import dataclass, field
-from typing import Optional
 
 import torch
 
@@ -73,13 +72,13 @@ class MaskedStream:
 
     recent: torch.Tensor
     """The last mask frames as they were received, as far as a mask is drawn over them, [F, M]."""
-    masks: Optional[torch.Tensor] = None
+    masks: torch.Tensor | None = None
     """Of frames without a loss so far, [1, M]."""
-    tokens: Optional[torch.Tensor] = None
+    tokens: torch.Tensor | None = None
     """Targets without a loss so far, [S] or [S, H]."""
-    log_probs: Optional[torch.Tensor] = None
+    log_probs: torch.Tensor | None = None
     """Predictions without a loss so far, behind ``decoder_offset`` that the loss drops, [A, C] or [A, C, H]."""
-    time_line: Optional[MaskedTimeLine] = None
+    time_line: MaskedTimeLine | None = None
     """What was drawn so far; None for a masking module that does not take it."""
 
 
@@ -91,9 +90,9 @@ class SurprisedStream:
     """Index of the token whose surprise is the next to be known."""
     unasked: int
     """Tokens still to come that no frame is asked for: those before the first frame's."""
-    tokens: Optional[torch.Tensor] = None
+    tokens: torch.Tensor | None = None
     """Tokens without a prediction so far, [S] or [S, H]."""
-    log_probs: Optional[torch.Tensor] = None
+    log_probs: torch.Tensor | None = None
     """Predictions at the first horizon without a token so far, [A, C] or [A, C, H]."""
 
 
@@ -107,11 +106,11 @@ class StreamState:
     """The samples of each stream that coming features need."""
     encoder: EncoderState
     """The state between the features and the encoder's outputs."""
-    masked: list[Optional[MaskedStream]]
+    masked: list[MaskedStream | None]
     """What masking remembers of each stream; None without masking."""
-    targets: list[Optional[TargetStream]]
+    targets: list[TargetStream | None]
     """What the targets of each stream need of its past; None where none are made."""
-    surprised: list[Optional[SurprisedStream]]
+    surprised: list[SurprisedStream | None]
     """What was predicted of each stream and is not known yet; None where nobody asks."""
 
     def to_dict(self) -> dict:
@@ -170,7 +169,7 @@ def _masked_stream(stream: dict) -> MaskedStream:
     return MaskedStream(**{**stream, 'time_line': None if time_line is None else MaskedTimeLine(**time_line)})
 
 
-def _masked_of_version_1(stream: Optional[dict], masking) -> Optional[dict]:
+def _masked_of_version_1(stream: dict | None, masking) -> dict | None:
     """Read what masking remembered in version 1.
 
     Some names were others, there was always a dimension for codebooks, of the predictions those that the loss drops
@@ -191,12 +190,12 @@ def _masked_of_version_1(stream: Optional[dict], masking) -> Optional[dict]:
     return stream
 
 
-def _targets_of_version_2(stream: Optional[dict]) -> Optional[dict]:
+def _targets_of_version_2(stream: dict | None) -> dict | None:
     """Take out of what masking remembered in version 2 what belongs to the targets."""
     return None if stream is None else {name: stream.pop(name) for name in ('waiting', 'total', 'squares', 'count')}
 
 
-def joined(earlier: Optional[torch.Tensor], new: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+def joined(earlier: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
     """Join what waits with what is new along the first dimension; None is nothing."""
     if earlier is None or new is None:
         return new if earlier is None else earlier

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Causal subsampling of many live streams at once; each convolution keeps the row that its next output needs.
 
 A convolution of 3 frames in steps of 2 sees, for its frame i, the frames 2 * i - 2 ... 2 * i before it: two of them are new
@@ -9,8 +9,6 @@ matrix product.
 
 Shapes: R rows (streams), Q encoder frames, T frames of a stage, F its frequencies, C channels, D the encoder's width.
 """
-
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +30,7 @@ class _Stage:
         activation: behind both.
     """
 
-    def __init__(self, convolution: nn.Conv2d, pointwise: Optional[nn.Conv2d], activation: nn.Module):
+    def __init__(self, convolution: nn.Conv2d, pointwise: nn.Conv2d | None, activation: nn.Module):
         self.channels = convolution.out_channels
         relu = isinstance(activation, nn.ReLU)
         self._activation = None if relu else activation
@@ -101,9 +99,9 @@ class IncrementalSubsampling:
         self,
         caches: list[torch.Tensor],
         features: torch.Tensor,
-        rows: Optional[torch.Tensor] = None,
-        begins: Optional[torch.Tensor] = None,
-        left: Optional[torch.Tensor] = None,
+        rows: torch.Tensor | None = None,
+        begins: torch.Tensor | None = None,
+        left: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the next encoder frames of some rows, [R, Q, D].
 

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """How surprising a live stream is to a model that predicts the next tokens.
 
 Frame j predicts, at the first horizon, token j + offset, of which it has heard nothing but, perhaps, the first feature.
@@ -7,8 +7,6 @@ are predicted by none. At the end of a stream some predictions are left over, fo
 
 Shapes: B streams, D the encoder's width, A attention frames, S target frames, K horizons, C classes, H codebooks.
 """
-
-from typing import Optional
 
 import torch
 
@@ -70,7 +68,7 @@ class LiveSurprise:
         tokens = torch.stack(likeliest, dim=2)
         return tokens * valid.view(*valid.shape, *[1] * (tokens.dim() - 2)), first
 
-    def take_tokens(self, stream: SurprisedStream, tokens: Optional[torch.Tensor]) -> None:
+    def take_tokens(self, stream: SurprisedStream, tokens: torch.Tensor | None) -> None:
         """Take new tokens [S] or [S, H]; None is nothing. The state moves on."""
         if tokens is None:
             return

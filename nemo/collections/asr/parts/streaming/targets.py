@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The targets of live streams, as they come: each token as soon as all its frames are there.
 
 Where the model standardises its targets (``target_normalize: per_feature``), the statistics of the whole utterance are
@@ -7,8 +7,6 @@ that it does not depend on how the stream is cut.
 
 Shapes: F features (or the encoder's width), M mask frames, S target frames, H codebooks.
 """
-
-from typing import Optional
 
 import torch
 
@@ -39,7 +37,7 @@ class LiveTargets:
         sums = torch.zeros(features, dtype=torch.float64, device=device)
         return TargetStream(torch.zeros(features, 0, device=device), sums, sums)
 
-    def make(self, stream: TargetStream, frames: torch.Tensor) -> Optional[torch.Tensor]:
+    def make(self, stream: TargetStream, frames: torch.Tensor) -> torch.Tensor | None:
         """Take new mask frames and make the tokens that they complete; the others wait.
 
         Args:

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The text of live streams: tokens that are decided on, frame by frame, by a CTC, an RNNT or a hybrid model.
 
 Greedy decoding decides once and for all: what was said stays said, and only the last word may still grow. A CTC path loses its
@@ -8,7 +8,6 @@ Shapes: B streams, R rows of them, D the encoder's width, A attention frames.
 """
 
 import dataclasses
-from typing import Optional
 
 import torch
 
@@ -125,7 +124,7 @@ class _CTC:
         return found, [path[row][count - 1] for row, count in enumerate(counts)]
 
     @staticmethod
-    def to_plain(memory: Optional[int]) -> Optional[int]:
+    def to_plain(memory: int | None) -> int | None:
         """Return what is remembered, as it is."""
         return memory
 
@@ -160,7 +159,7 @@ class _RNNT:
         return found, memory
 
     @staticmethod
-    def to_plain(memory: Optional[Hypothesis]) -> Optional[dict]:
+    def to_plain(memory: Hypothesis | None) -> dict | None:
         """Return a hypothesis as plain containers and tensors.
 
         Raises:
@@ -171,7 +170,7 @@ class _RNNT:
         return {'state': _plain(memory.dec_state), 'last_token': _plain(memory.last_token)}
 
     @staticmethod
-    def from_plain(memory: Optional[dict]) -> Optional[Hypothesis]:
+    def from_plain(memory: dict | None) -> Hypothesis | None:
         """Return the hypothesis of what :meth:`to_plain` returned."""
         if memory is None:
             return None
@@ -179,7 +178,7 @@ class _RNNT:
         return Hypothesis(0.0, [], dec_state=state, last_token=_unplain(memory['last_token']))
 
 
-def _go_on(memory: Optional[Hypothesis]) -> Optional[Hypothesis]:
+def _go_on(memory: Hypothesis | None) -> Hypothesis | None:
     """Return a hypothesis that goes on, with nothing said yet."""
     if memory is None:
         return None

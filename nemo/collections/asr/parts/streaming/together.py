@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Live streams together, as one batch: the way that a session takes wherever it can.
 
 The counterpart of ``one_by_one.py``, for :class:`StreamingSession`; the work is that of ``batched.py``.

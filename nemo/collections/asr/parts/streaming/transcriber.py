@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Words out of live streams::
 
     transcriber = StreamingTranscriber(model, att_context_size=[70, 0])
@@ -9,7 +9,7 @@
 Shapes: B streams, N samples.
 """
 
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 from nemo.collections.asr.parts.streaming.session import StreamingSession
 from nemo.collections.asr.parts.streaming.text import Transcript
@@ -43,7 +43,7 @@ class StreamingTranscriber:
         """End all streams, and return all that each has said."""
         return self.session.finish().transcripts
 
-    def reset(self, streams: Optional[Sequence[int]] = None) -> None:
+    def reset(self, streams: Sequence[int] | None = None) -> None:
         """Begin anew; all streams, or those with these indices."""
         self.session.reset(streams)
 

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Words of tokens: which token begins one, and when each was heard.
 
 What the tokens are is asked of NeMo's decoding class: characters, pieces of SentencePiece, or word pieces.

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``conformer_modules.py``: a layer attends within its own context."""
 
 from nemo.collections.asr.parts.att_context.layer_contexts import LayerAttentionMasks

@@ -1,13 +1,13 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``multi_head_attention.py``: a context for each layer, and limited ones at linear cost.
 
 Shapes: B batch, H heads, T attention frames, D features of a head, N blocks, C queries of a block, W keys of its
 window.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Callable, Optional
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +28,16 @@ class MultiHeadAttention(_up.MultiHeadAttention):
     Given a :class:`BlockwiseMask` it computes block by block what NeMo computes from the mask [B, T, T].
     """
 
-    _att_context: Optional[AttContext] = None
-    _take_att_context: Optional[Callable] = None  # the encoder's method that checks a new context and stores it
+    _att_context: AttContext | None = None
+    _take_att_context: Callable | None = None  # the encoder's method that checks a new context and stores it
 
     @property
-    def att_context(self) -> Optional[AttContext]:
+    def att_context(self) -> AttContext | None:
         """The context of this layer, in attention frames; None: the batch's. See ``att_context_size``."""
         return self._att_context
 
     @property
-    def att_context_size(self) -> Optional[list[int]]:
+    def att_context_size(self) -> list[int] | None:
         """The context of this layer, ``[left, right]`` in attention frames, or None.
 
         The layer attends within the intersection of this and the batch's context; -1 narrows nothing on its side.

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``subsampling.py``: the padding is masked once for each convolution, where it stands.
 
 Shapes: B batch, C channels, T frames, D features.

@@ -1,11 +1,10 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Every config key that only this project knows: its default, what it means, and the page that explains it.
 
 ``docs/configuration.md`` is written from this table, and errors take their pages from it. New in this project.
 """
 
 from dataclasses import dataclass
-from typing import Optional
 
 
 @dataclass(frozen=True)
@@ -261,7 +260,7 @@ def keys_below(section: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.partition('.')[0] for name in inside))
 
 
-def page_of(text: str) -> Optional[str]:
+def page_of(text: str) -> str | None:
     """Return the page about the first key of this project that a text names, None if it names none.
 
     Args:

@@ -1,9 +1,9 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """How much of training is spent waiting for data. New in this project."""
 
 import time
 from collections import deque
-from typing import Callable, Optional
+from collections.abc import Callable
 
 from nemo.utils import logging
 
@@ -24,12 +24,12 @@ class DataWait:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self.clock = clock
-        self.started: Optional[float] = None
-        self.ended: Optional[float] = None
+        self.started: float | None = None
+        self.ended: float | None = None
         self.recent: deque = deque(maxlen=STEPS_TO_JUDGE)
         self.warned = False
 
-    def step_starts(self) -> Optional[float]:
+    def step_starts(self) -> float | None:
         """Take note that a batch is there.
 
         Returns:

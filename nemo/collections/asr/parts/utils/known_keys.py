@@ -1,8 +1,8 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The config keys that only this project knows, and the one check for keys that nobody knows. New in this project."""
 
 import difflib
-from typing import Iterable, Optional
+from collections.abc import Iterable
 
 from nemo.collections.asr.parts.utils.config_keys import keys_below, page_of
 
@@ -106,7 +106,7 @@ def where_to_read(text: str) -> str:
     return f"\nSee docs/{name}.md{heading and f'#{heading}'} (python -m nemo_streaming_ssl docs {name})"
 
 
-def nearest_key(key, known: Iterable[str], likeness: float) -> Optional[str]:
+def nearest_key(key, known: Iterable[str], likeness: float) -> str | None:
     """Return the known key that is most like this one, None if none is like it enough (from 0 to 1)."""
     found = difflib.get_close_matches(str(key), list(known), n=1, cutoff=likeness)
     return found[0] if found else None

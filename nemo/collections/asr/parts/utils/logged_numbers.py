@@ -1,11 +1,9 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Numbers to log that stay where they are. New in this project."""
-
-from typing import Union
 
 import torch
 
-Logs = dict[str, Union[float, torch.Tensor]]
+Logs = dict[str, float | torch.Tensor]
 
 
 def numbers_on_the_host(logs: Logs) -> dict[str, torch.Tensor]:

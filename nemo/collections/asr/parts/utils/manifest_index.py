@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Where the entries of a manifest stand, and how long they last: what is kept of it in memory. New in this project.
 
 A million entries as Python objects take most of a gigabyte in each process. Here a manifest is read once, in one pass, which
@@ -15,9 +15,10 @@ import mmap
 import os
 import tempfile
 from array import array
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Iterator, NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 
@@ -97,7 +98,7 @@ class ManifestIndex:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def lasting(self, min_duration: Optional[float] = None, max_duration: Optional[float] = None) -> np.ndarray:
+    def lasting(self, min_duration: float | None = None, max_duration: float | None = None) -> np.ndarray:
         """Return which entries last from so many seconds to so many, bool [E]; those without a duration do."""
         too_short = self.durations < (-np.inf if min_duration is None else min_duration)  # NaN is neither
         too_long = self.durations > (np.inf if max_duration is None else max_duration)

@@ -1,11 +1,11 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The frames that count in a masked prediction loss, and whether they can be decoded without the others.
 
 Shapes: B batch, F frames that decoder, masks and targets have in common, N frames that count, C classes, H codebooks.
 """
 
 import inspect
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 
@@ -57,7 +57,7 @@ def predict_counted(decoder, loss, encoded, tokens, masks, lengths) -> MaskedPre
     return MaskedPredictions(log_probs, targets, utterances)
 
 
-def why_not_frame_by_frame(decoder: torch.nn.Module, loss: torch.nn.Module) -> Optional[str]:
+def why_not_frame_by_frame(decoder: torch.nn.Module, loss: torch.nn.Module) -> str | None:
     """Tell why this decoder and this loss cannot be given the frames that count alone; None: they can.
 
     Only those known to treat each frame by itself can: ``MultiSoftmaxDecoder`` of one 1 x 1 convolution, with

@@ -1,11 +1,12 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Next tokens decoded from the frames that count alone, one horizon after the other. New in this project.
 
 Shapes: B batch, D the encoder's width, T encoder frames, S target frames, N frames that count, K horizons, C classes,
 H codebooks.
 """
 
-from typing import Iterator, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Keep samples and gradients that are no numbers away from the weights. New in this project.
 
 Shapes: B utterances, N samples.
@@ -7,7 +7,7 @@ Shapes: B utterances, N samples.
 import copy
 import dataclasses
 import os
-from typing import Iterator, Optional
+from collections.abc import Iterator
 
 import torch
 
@@ -127,7 +127,7 @@ def gradients_are_finite(parameters) -> bool:
     return bool(is_finite)
 
 
-def unsound_utterances(batch) -> Optional[torch.Tensor]:
+def unsound_utterances(batch) -> torch.Tensor | None:
     """Return which utterances [B] of a batch have unsound samples, None if none has.
 
     Tensors on a device are passed over, for looking at them means to wait.

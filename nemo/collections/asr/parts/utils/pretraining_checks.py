@@ -1,10 +1,10 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Check a pre-training config before any work is done, so that a mistake ends in one clear error. New in this project."""
 
 import dataclasses
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable, Optional
 
 import lightning.pytorch as pl
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -138,7 +138,7 @@ def _check_arguments(name: str, section: DictConfig) -> None:
             raise ValueError(f"{name}.{key} is not an argument of {target.__name__}; {hint}")
 
 
-def _constructor_arguments(target) -> Optional[set[str]]:
+def _constructor_arguments(target) -> set[str] | None:
     """Names that a class's constructor takes, through its parents where it passes ``**kwargs`` on; None for any."""
     names = set()
     for cls in inspect.getmro(target) if inspect.isclass(target) else [target]:
@@ -266,9 +266,7 @@ def _paths(manifests) -> list[str]:
     return [name for entry in names for name in ([entry] if isinstance(entry, str) else entry)]
 
 
-def check_manifest(
-    path: str, name: str, min_duration: Optional[float] = None, max_duration: Optional[float] = None
-) -> int:
+def check_manifest(path: str, name: str, min_duration: float | None = None, max_duration: float | None = None) -> int:
     """Check that a manifest can be read and leaves something to train on.
 
     Args:

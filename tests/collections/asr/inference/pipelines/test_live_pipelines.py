@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """NeMo's pipelines say what the offline forward says, of models with contexts of the layers' own, too."""
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The masked prediction loss: stock's value where stock works, and a value where stock fails.
 
 Shapes: B batch, T decoder frames, S target frames, M mask frames, C classes, H codebooks.

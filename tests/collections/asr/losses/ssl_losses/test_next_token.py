@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """NextTokenLoss: which token each frame is asked for at each horizon, and the loss of it.
 
 Shapes: B batch, T encoder frames, S target frames, K horizons, C classes, H codebooks.

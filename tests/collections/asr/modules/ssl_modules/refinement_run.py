@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Codebook refinement on two CPU processes, and on one; run by test_codebook_refinement.py.
 
 Usage: refinement_run.py FOLDER, with MASTER_ADDR and MASTER_PORT set. Each rank has half of the utterances of each

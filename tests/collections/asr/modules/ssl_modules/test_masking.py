@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Which frames are hidden: the invariants of block masking, and stock's distribution where they leave room.
 
 Shapes: B batch, D features, T mask frames, A attention frames (T / factor, rounded up).

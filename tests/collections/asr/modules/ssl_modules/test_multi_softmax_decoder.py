@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The decoder gives NeMo's log-probabilities and gradients, and keeps NeMo's way where its layers are others."""
 
 import pytest

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Tokens and codes of the quantizer: NeMo's, from matrix products in bounded memory; and projections from a file."""
 
 from unittest import mock

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 import ast
 from collections import Counter
 from dataclasses import FrozenInstanceError
@@ -53,7 +53,9 @@ class TestAttContext:
         bad = (
             written[1]
             if written == [0, -2]
-            else written[0] if isinstance(written, list) and len(written) == 2 else written
+            else written[0]
+            if isinstance(written, list) and len(written) == 2
+            else written
         )
         assert repr(bad) in str(error.value)
 

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What an encoder must have to be followed, and what is read of one that has only NeMo's attributes."""
 
 import re

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """ObjectiveMixin: what a config may ask for, and weights of one objective in a model of another."""
 
 import pytest

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What is divided, and what is refused; whole runs on two ranks are in ``tests/faults/test_rank_runs.py``."""
 
 import pytest

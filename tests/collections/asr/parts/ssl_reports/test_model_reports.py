@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """What is reported in training and validation is tested in ``test_ssl_models.py`` and ``test_ssl_models_validation.py``."""
 
 import pytest

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """That a stream goes on from a saved state is tested in ``test_session.py``; here is what the state holds."""
 
 import io

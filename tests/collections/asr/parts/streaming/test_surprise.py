@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 import functools
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ CASES = {  # name: overrides, context, offset
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def model_of(case: str):
     overrides = CASES[case][0]
     cls = EncDecMaskedTokenPredModel if 'post conv' in case else EncDecDenoiseMaskedTokenPredModel

@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """The text of live streams is what NeMo's decoding makes of the whole."""
 
 import functools
@@ -20,12 +20,12 @@ LENGTHS = [40000, 17000, 29000]
 KINDS = ['ctc', 'rnnt', 'hybrid']
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def model_of(kind):
     return tiny_recogniser(kind)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def offline(kind):
     """Return the hypotheses of NeMo's own decoding of three whole utterances."""
     model = model_of(kind)

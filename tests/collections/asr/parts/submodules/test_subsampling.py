@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Subsampling gives NeMo's frames, lengths and gradients, with fewer passes over the padding."""
 
 from unittest import mock

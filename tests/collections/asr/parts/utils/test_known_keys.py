@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """That each section of a config is checked is tested with those who read it, mostly in ``test_pretraining_checks.py``."""
 
 import pytest

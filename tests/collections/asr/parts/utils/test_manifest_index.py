@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """One process of a machine reads a large manifest, and the others find what it found; entries are in ``test_manifest_entries.py``."""
 
 import json

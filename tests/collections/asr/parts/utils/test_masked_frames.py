@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """That a model decodes no other frames is tested in ``test_ssl_models_masked_decoding.py``."""
 
 import pytest

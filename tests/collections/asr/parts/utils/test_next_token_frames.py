@@ -1,4 +1,4 @@
-# Copyright (c) 2026, the nemo-streaming-ssl authors. Apache-2.0 licence.
+# SPDX-License-Identifier: Apache-2.0
 """Next tokens decoded from the frames that count, one horizon after the other: the loss of all log-probabilities.
 
 Shapes: B batch, D the encoder's width, T encoder frames, S target frames, K horizons, C classes, H codebooks.
