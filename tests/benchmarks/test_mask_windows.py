@@ -14,13 +14,11 @@ def script():
     return load_script(SCRIPT)
 
 
-@pytest.mark.unit
 def test_only_stock_masks_leave_frames_without_an_answer(script):
     stock, own = script.mean_shares(5, 4.0).values()
     assert stock > 0.1 and own == 0
 
 
-@pytest.mark.unit
 def test_the_picture_marks_the_window_of_a_frame_without_an_answer(script, tmp_path):
     rows = script.draw_masks(5, 8.0, 28)
     stock, own = rows.values()

@@ -40,7 +40,6 @@ def audit(tmp_path, answer, allowed='{}'):
     return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
 
 
-@pytest.mark.unit
 def test_a_known_vulnerability_fails(tmp_path):
     done = audit(tmp_path, [VULNERABLE, SOUND])
     assert done.returncode == 1
@@ -48,14 +47,12 @@ def test_a_known_vulnerability_fails(tmp_path):
     assert '2 packages of pins.txt checked, 1 problems' in done.stdout
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('name', ['PYSEC-2018-28', 'CVE-2018-18074'])
 def test_an_allowed_one_is_shown_with_its_reason(tmp_path, name):
     done = audit(tmp_path, [VULNERABLE, SOUND], json.dumps({name: 'no URL comes from users'}))
     assert done.returncode == 0 and 'allowed: no URL comes from users' in done.stdout
 
 
-@pytest.mark.unit
 def test_the_list_of_allowed_ones_stays_short(tmp_path):
     done = audit(tmp_path, [SOUND], json.dumps({'CVE-1': 'old'}))
     assert done.returncode == 1 and 'CVE-1 is allowed, but no longer found' in done.stdout
@@ -64,20 +61,17 @@ def test_the_list_of_allowed_ones_stays_short(tmp_path):
     assert done.returncode == 1 and 'CVE-1 has no reason' in done.stderr
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('answer', ['unreachable', [UNKNOWN]])
 def test_a_check_that_could_not_be_made_is_said_and_no_failure(tmp_path, answer):
     done = audit(tmp_path, answer)
     assert done.returncode == 0 and 'NOTHING WAS CHECKED' in done.stdout and ' 0 problems' not in done.stdout
 
 
-@pytest.mark.unit
 def test_packages_that_could_not_be_checked_are_named(tmp_path):
     done = audit(tmp_path, [SOUND, UNKNOWN])
     assert done.returncode == 0 and '1 of 2 packages COULD NOT BE CHECKED: torch' in done.stdout
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('version', ['2.5.3', '3.0.0'])
 def test_the_licences_of_all_pins_are_listed(version):
     licences = load_script(ROOT / '.ci/licences.py')

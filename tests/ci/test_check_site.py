@@ -28,13 +28,11 @@ class _Box:
 """
 
 
-@pytest.mark.unit
 def test_public_names_are_those_without_an_underscore(check, tmp_path):
     (tmp_path / 'tools.py').write_text(SOURCE)
     assert check.public_names(tmp_path / 'tools.py', 'a.tools') == ['a.tools.work', 'a.tools.Tool', 'a.tools.Tool.use']
 
 
-@pytest.mark.unit
 def test_all_of_the_patch_set_and_of_the_overlay_is_looked_at(check):
     modules = check.modules()
     session, package = 'nemo.collections.asr.parts.streaming.session', 'nemo.collections.asr.parts.att_context'
@@ -42,7 +40,6 @@ def test_all_of_the_patch_set_and_of_the_overlay_is_looked_at(check):
     assert 'nemo_streaming_ssl.__main__' not in modules
 
 
-@pytest.mark.unit
 def test_a_name_without_a_place_is_found(check):
     every = {name for module, path in check.modules().items() for name in check.public_names(path, module)}
     assert check.without_page(every) == []
@@ -54,7 +51,6 @@ def link(status, info, uri='https://example.org'):
     return json.dumps({'filename': 'page.md', 'lineno': 3, 'status': status, 'uri': uri, 'info': info}) + '\n'
 
 
-@pytest.mark.unit
 def test_broken_links_are_told_from_those_that_cannot_be_asked_for(check):
     unreached = link('broken', 'Max retries exceeded with url: / (NameResolutionError: Failed to resolve)')
     output = link('working', '') + unreached + link('broken', '404 Client Error', 'https://example.org/gone') + '\n'

@@ -40,7 +40,6 @@ def with_a_gpu(gpu_check, monkeypatch, bad=''):
     monkeypatch.setattr(gpu_check, 'BENCHMARKS', dict.fromkeys(gpu_check.BENCHMARKS, prints))
 
 
-@pytest.mark.unit
 @pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
 def test_without_a_gpu_it_says_so_and_ends_with_1(tmp_path):
     command = [sys.executable, str(SCRIPT), '--output', str(tmp_path / 'report.md')]
@@ -49,7 +48,6 @@ def test_without_a_gpu_it_says_so_and_ends_with_1(tmp_path):
     assert 'NOTHING WAS CHECKED' in done.stdout and 'finds no GPU here' in done.stdout
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('bad', ['', BAD], ids=['all passed', 'one failed'])
 def test_the_report_has_device_tests_and_ratios(gpu_check, monkeypatch, tmp_path, bad):
     with_a_gpu(gpu_check, monkeypatch, bad)
@@ -63,7 +61,6 @@ def test_the_report_has_device_tests_and_ratios(gpu_check, monkeypatch, tmp_path
     assert report.count('stock / blocks | 2.0') == 2 * len(gpu_check.BENCHMARKS)  # the command, and what it printed
 
 
-@pytest.mark.unit
 def test_a_benchmark_that_fails_fails_the_check(gpu_check, monkeypatch, tmp_path):
     with_a_gpu(gpu_check, monkeypatch)
     monkeypatch.setitem(gpu_check.BENCHMARKS, 'Training step', ('-c', "import sys; sys.exit('out of memory')"))
@@ -72,13 +69,11 @@ def test_a_benchmark_that_fails_fails_the_check(gpu_check, monkeypatch, tmp_path
     assert '## Training step: FAILED' in report and 'out of memory' in report
 
 
-@pytest.mark.unit
 def test_tests_that_all_skip_are_no_success(gpu_check):
     root = ElementTree.fromstring('<testsuite><testcase name="test"><skipped/></testcase></testsuite>')
     assert gpu_check.test_table(root)[1] is False
 
 
-@pytest.mark.unit
 def test_the_commands_have_options_that_there_are(gpu_check):
     for title, (script, *options) in gpu_check.BENCHMARKS.items():
         source = (ROOT / script).read_text()

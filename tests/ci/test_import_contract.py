@@ -28,14 +28,12 @@ def tree(tmp_path):
     return tmp_path
 
 
-@pytest.mark.unit
 def test_the_patch_set_keeps_the_contract():
     returncode, report = check(ROOT)
     assert returncode == 0, report
     assert ' 0 broken' in report
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ('file', 'line', 'named'),
     [
@@ -80,7 +78,6 @@ def test_an_import_against_the_direction_is_named(tree, file, line, named):
     assert named in report
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('file', [f'{ASR}/parts/forgotten/thing.py', f'{ASR}/parts/utils/known_keys_too.py'])
 def test_a_module_without_a_floor_is_named(tree, file):
     (tree / file).parent.mkdir(exist_ok=True)

@@ -34,7 +34,6 @@ def commands() -> list:
     return found
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('command', commands())
 def test_a_step_is_a_make_target(command):
     make, target, *variables = command.split()
@@ -46,7 +45,6 @@ def test_a_step_is_a_make_target(command):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.unit
 def test_the_workflows_do_what_ci_does():
     asked = [command.values[0] for command in commands()]
     wanted = re.findall(r'^make .*', (ROOT / '.ci/run').read_text(), flags=re.MULTILINE)
@@ -54,7 +52,6 @@ def test_the_workflows_do_what_ci_does():
     assert {'make test NEMO=3.0.0 TESTS=tests/device', 'make gpu-check NEMO=3.0.0'} <= set(asked)
 
 
-@pytest.mark.unit
 def test_a_gpu_is_asked_for_nightly_and_by_a_label():
     workflow = yaml.safe_load((ROOT / '.github/workflows/gpu.yml').read_text())
     on = workflow[True]  # YAML takes `on` for a truth value

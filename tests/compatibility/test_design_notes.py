@@ -21,14 +21,12 @@ def batch():
 
 
 class TestMasking:
-    @pytest.mark.unit
     def test_on_the_meta_device(self):
         masking = RandomBlockMasking(feat_in=80, causal=True)
         features = torch.randn(4, 80, 1000, device='meta').half()
         masked, masks = masking(input_feats=features, input_lengths=torch.tensor([1000, 900, 800, 700], device='meta'))
         assert masked.device.type == masks.device.type == 'meta' and masked.dtype == masks.dtype == torch.float16
 
-    @pytest.mark.unit
     @pytest.mark.run_only_on('GPU')
     def test_on_a_gpu_in_half_precision(self):
         masking = RandomBlockMasking(feat_in=80, causal=True)
@@ -38,7 +36,6 @@ class TestMasking:
 
 
 class TestLosses:
-    @pytest.mark.unit
     @pytest.mark.parametrize('frames', [211, 209])
     @pytest.mark.parametrize('dtype', [torch.bool, torch.float32])
     def test_masks_of_two_dimensions(self, frames, dtype):
@@ -54,14 +51,12 @@ class TestLosses:
 
 
 class TestSyncedCollate:
-    @pytest.mark.unit
     def test_with_a_model_by_position(self, batch):
         model = tiny_model()
         collate_fn = create_synced_context_collate(lambda samples: samples[0], model, OPTIONS, PROBABILITIES)
         for made in DataLoader([batch, batch], batch_size=1, collate_fn=collate_fn):
             assert list(made.att_context) in OPTIONS
 
-    @pytest.mark.unit
     def test_with_a_model_by_name(self, batch):
         model = tiny_model()
         collate_fn = create_synced_context_collate(
@@ -100,7 +95,6 @@ class TestContextsByHand:
             fit(model, batches(2), max_steps=4, max_epochs=-1, callbacks=[WidenContext()])
         assert record.attention == [[10, 0], [10, 0], [20, 0], [20, 0]] and record.masking == [10, 10, 20, 20]
 
-    @pytest.mark.unit
     def test_by_the_wrapper(self, batch):
         dynamic = EnhancedDynamicContextModel(tiny_model())
         dynamic.set_context(mode_or_context='low')
@@ -113,7 +107,6 @@ class TestContextsByHand:
         assert len(log_probs) == len(tokens) == 2
 
 
-@pytest.mark.unit
 def test_the_clean_signal_alone(batch):
     model = tiny_model().eval()
     log_probs, _, masks, _ = model(input_signal=batch.audio, input_signal_length=batch.audio_len, apply_mask=False)
@@ -121,7 +114,6 @@ def test_the_clean_signal_alone(batch):
 
 
 class TestLayers:
-    @pytest.mark.unit
     def test_a_left_context_alone(self):
         encoder = tiny_model('model.encoder.n_layers=2').encoder
         encoder.layers[0].self_attention.att_context_size = [40]
@@ -131,7 +123,6 @@ class TestLayers:
         encoder.set_layer_att_context_size([[0, [40]]])
         assert encoder.tightest_left_context() == 10  # that of the batch
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('layers', [1, 2, 4])
     def test_an_anchor_without_brackets_is_explained(self, layers):
         encoder = tiny_model(f'model.encoder.n_layers={layers}').encoder

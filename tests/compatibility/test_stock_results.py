@@ -65,6 +65,5 @@ def differences_of(expected, found, exact: bool):
                 yield f'{name} differs by {largest:.1e}'
 
 
-@pytest.mark.unit
 def test_every_argument_of_the_encoder_is_varied():
     assert stock_cases.uncovered_arguments() == set()

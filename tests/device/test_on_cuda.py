@@ -80,7 +80,6 @@ class TestDesignNotes:
     """The tests that the design notes of the fork ask for, as they write them."""
 
     @DEVICES
-    @pytest.mark.unit
     def test_masking_in_half_precision(self, device):
         masking = RandomBlockMasking(feat_in=80, causal=True, left_context_size=10).to(device)
         features = torch.randn(4, 80, 400, device=device).half()
@@ -89,7 +88,6 @@ class TestDesignNotes:
         assert masked.dtype == masks.dtype == torch.float16 and masks.any()
 
     @DEVICES
-    @pytest.mark.unit
     @pytest.mark.parametrize('as_tensor', [False, True])
     def test_masking_of_the_last_frames_received(self, device, as_tensor):
         masking = RandomBlockMasking(feat_in=80, block_size=8, mask_prob=0.5).to(device)
@@ -101,7 +99,6 @@ class TestDesignNotes:
         assert masks[:, :, 30:50].any() and not masks[:, :, 50:].any() and not masks[:, :, :30].any()
 
     @DEVICES
-    @pytest.mark.unit
     def test_a_module_that_was_not_moved_masks_all_the_same(self, device):
         masking = RandomBlockMasking(feat_in=8, block_size=8)
         features = torch.randn(2, 8, 100, device=device)
@@ -111,7 +108,6 @@ class TestDesignNotes:
 
 class TestLossAndTargets:
     @DEVICES
-    @pytest.mark.unit
     @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
     def test_the_loss_is_that_of_double_precision(self, device, dtype):
         log_probs = torch.randn(4, 21, 32).log_softmax(-1).to(dtype)
@@ -124,7 +120,6 @@ class TestLossAndTargets:
         assert found.device.type == device and found.item() == pytest.approx(expected.item(), rel=1e-4)
 
     @DEVICES
-    @pytest.mark.unit
     def test_nothing_masked_is_a_loss_of_zero_with_a_gradient(self, device):
         log_probs = torch.zeros(2, 10, 4, device=device, requires_grad=True)
         loss = MLMLoss()(
@@ -136,7 +131,6 @@ class TestLossAndTargets:
         assert loss.item() == 0 and not log_probs.grad.any()
 
     @DEVICES
-    @pytest.mark.unit
     @pytest.mark.parametrize('distance', ['l2', 'cosine'])
     def test_the_tokens_are_those_of_the_cpu(self, device, distance):
         module = RandomProjectionVectorQuantizer(80, 16, 512, 1, dist_fn=distance, combine_time_steps=8).eval()
@@ -147,7 +141,6 @@ class TestLossAndTargets:
         assert (found.cpu() == expected).float().mean() > 0.99  # two codes may be as near as each other
 
     @DEVICES
-    @pytest.mark.unit
     @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
     def test_bad_gradients_are_seen(self, device, bad):
         weights = [torch.nn.Parameter(torch.ones(3, 2, device=device)) for _ in range(3)]
@@ -160,7 +153,6 @@ class TestLossAndTargets:
 
 class TestAttention:
     @DEVICES
-    @pytest.mark.unit
     @pytest.mark.parametrize('kind', ['regular', 'regular, SDPA', 'chunked', 'contexts by layer', 'abs_pos'])
     def test_blocks_give_stocks_outputs_and_gradients(self, device, kind):
         encoder = tiny_encoder(n_layers=2, **{**WITHOUT_DROPOUT, **ENCODERS[kind]}).to(device).train()

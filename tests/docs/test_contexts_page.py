@@ -22,7 +22,6 @@ def first_of(samples):
     return samples[0]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('position', ['pre_conv', 'post_conv'])
 def test_every_snippet_runs(position):
     model = tiny_model(
@@ -55,7 +54,6 @@ def test_every_snippet_runs(position):
         assert any(entry in snippet for snippet in snippets('python'))
 
 
-@pytest.mark.unit
 def test_the_configs_are_such():
     synced, layered, curriculum, sampled = (OmegaConf.create(config) for config in snippets('yaml'))
     synced, sampled = synced.model, sampled.model
@@ -68,13 +66,11 @@ def test_the_configs_are_such():
     ContextSampler.parse(sampled.encoder.att_context_sampler)
 
 
-@pytest.mark.unit
 def test_the_presets_are_these():
     rows = re.findall(r'^\| `(\w+)` \| `\[(-?\d+), (\d+)\]`', PAGE, flags=re.MULTILINE)
     assert {name: (int(left), int(right)) for name, left, right in rows} == PRESETS
 
 
-@pytest.mark.unit
 def test_who_wins_is_said_in_the_order_of_the_code():
     """Each of the first four rows wins over those below it, and the fifth narrows whatever wins."""
     rows = re.findall(r'^\| (\d) \| ([^|]+) \|', PAGE, flags=re.MULTILINE)

@@ -32,25 +32,21 @@ def floors_of_contract():
     return [layer.replace('nemo.collections.asr.', '').replace('.', '/') for layer in layers if layer]
 
 
-@pytest.mark.unit
 def test_every_folder_of_the_layout_is_there():
     missing = [folder for folder in folders_of_layout() if not (ROOT / folder).is_dir()]
     assert not missing
 
 
-@pytest.mark.unit
 def test_every_folder_of_the_patch_set_is_in_the_layout():
     assert {file.parent.as_posix() for file in FILES} <= set(folders_of_layout())
     assert len(set(folders_of_layout())) == len(folders_of_layout())
 
 
-@pytest.mark.unit
 def test_the_picture_has_the_floors_of_the_contract():
     (picture,) = re.findall(r'```text\n(.*?)```', PAGE, flags=re.DOTALL)
     assert [line.strip() for line in picture.splitlines() if line.strip() != 'v'] == floors_of_contract()
 
 
-@pytest.mark.unit
 def test_no_folder_holds_most_of_the_patch_set():
     lines = Counter()
     for file, count in FILES.items():
@@ -59,7 +55,6 @@ def test_no_folder_holds_most_of_the_patch_set():
     assert not too_large
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('file, most', MOST_LINES.items())
 def test_the_largest_files_stay_small(file, most):
     assert FILES[Path(file)] <= most

@@ -33,14 +33,12 @@ def modules_named(kind):
     return [name if name.startswith('nemo.') else f'nemo.collections.asr.{name}' for name in names]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('kind', KINDS)
 def test_the_modules_named_are_those_of_the_tree(kind):
     """Both ways: each is named, once, in the table of its kind, and what is named exists."""
     assert sorted(modules_named(kind)) == sorted(module.name for module in patched_modules() if module.kind == kind)
 
 
-@pytest.mark.unit
 def test_the_tests_named_exist():
     named = {name: completed(tests, '/') for name, _, _, tests, _ in table(KINDS['patched'])}
     assert all(named.values())
@@ -48,7 +46,6 @@ def test_the_tests_named_exist():
     assert not missing
 
 
-@pytest.mark.unit
 def test_the_pages_it_links_to_exist():
     pages = re.findall(r'\]\((\w+\.md)(?:#[\w-]+)?\)', PAGE)
     assert pages and all((ROOT / 'docs' / page).is_file() for page in pages)

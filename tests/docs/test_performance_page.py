@@ -3,12 +3,10 @@
 
 from pathlib import Path
 
-import pytest
 from device.allowed_waits import as_markdown
 
 PAGE = Path(__file__).resolve().parents[2] / 'docs/performance.md'
 
 
-@pytest.mark.unit
 def test_the_page_has_the_list_of_the_tests():
     assert as_markdown() in PAGE.read_text()

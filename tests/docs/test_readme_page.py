@@ -4,7 +4,6 @@
 import re
 from pathlib import Path
 
-import pytest
 import torch
 from tiny_nest import tiny_config
 
@@ -14,19 +13,16 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / 'README.md').read_text()
 
 
-@pytest.mark.unit
 def test_it_is_read_in_a_minute():
     assert len(README.splitlines()) <= 90
 
 
-@pytest.mark.unit
 def test_its_links_and_pictures_are_there():
     found = re.findall(r'\]\(((?!http)[^)#]+)', README)
     assert len(found) > 10
     assert not [path for path in found if not (ROOT / path).is_file()]
 
 
-@pytest.mark.unit
 def test_its_code_runs_as_it_is(monkeypatch):
     (code,) = re.findall(r'```python\n(.*?)```', README, flags=re.DOTALL)
     model = EncDecDenoiseMaskedTokenPredModel(tiny_config('model.encoder.n_layers=3').model)

@@ -2,7 +2,6 @@
 import re
 from pathlib import Path
 
-import pytest
 import torch
 from omegaconf import OmegaConf
 from tiny_nest import CONFIGS
@@ -15,7 +14,6 @@ def snippets(language):
     return re.findall(rf'```{language}\n(.*?)```', PAGE, flags=re.DOTALL)
 
 
-@pytest.mark.unit
 def test_the_snippet_runs():
     (snippet,) = snippets('python')
     names = {}
@@ -24,14 +22,12 @@ def test_the_snippet_runs():
     assert isinstance(names['audit'].runs, torch.Tensor)
 
 
-@pytest.mark.unit
 def test_the_keys_are_those_of_the_streaming_configs():
     (keys,) = (OmegaConf.create(snippet).model for snippet in snippets('yaml'))
     config = OmegaConf.load(CONFIGS / 'nest_fast-conformer_streaming.yaml').model
     assert len(keys) == 4 and all(config[name] == value for name, value in keys.items())
 
 
-@pytest.mark.unit
 def test_its_pictures_are_there():
     pictures = re.findall(r'!\[.*?\]\((.*?)\)', PAGE)
     assert len(pictures) == 3 and all((PAGE_FILE.parent / picture).is_file() for picture in pictures)

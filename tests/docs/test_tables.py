@@ -40,7 +40,6 @@ PAGE = """# Page
 PRINTED = "some words\n| a | b |\n| --- | ---: |\n| 5 | 6 |\n3 done\n"
 
 
-@pytest.mark.unit
 def test_a_table_takes_the_place_of_the_one_with_its_head(write):
     text, count = write.with_tables(PAGE, PRINTED)
     assert count == 1 and text == PAGE.replace('| 1 | 2 |\n| 3 | 4 |', '| 5 | 6 |')
@@ -48,7 +47,6 @@ def test_a_table_takes_the_place_of_the_one_with_its_head(write):
     assert write.with_tables(PAGE, 'no table') == (PAGE, 0)
 
 
-@pytest.mark.unit
 def test_of_several_with_the_same_head_the_one_with_the_same_rows_is_meant(write):
     second = '| a | b |\n| --- | ---: |\n| 7 | 8 |\n| 9 | 0 |\n'
     printed = '| a | b |\n| --- | ---: |\n| 9 | 1 |\n| 7 | 2 |\n'
@@ -56,7 +54,6 @@ def test_of_several_with_the_same_head_the_one_with_the_same_rows_is_meant(write
     assert count == 1 and text == PAGE + printed
 
 
-@pytest.mark.unit
 def test_a_command_writes_its_page(write, tmp_path, capfd):
     page = tmp_path / 'page.md'
     page.write_text(PAGE)
@@ -69,7 +66,6 @@ def test_a_command_writes_its_page(write, tmp_path, capfd):
     assert [path.name for path in tmp_path.iterdir()] == ['page.md']
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('name', WRITTEN)
 def test_the_tables_of_a_page_have_the_heads_that_the_benchmark_prints(write, name):
     source = (ROOT / f'benchmarks/{name}.py').read_text(encoding='utf-8')

@@ -17,7 +17,6 @@ def run_tutorial():
     return load_script(ROOT / 'docs/run_tutorial.py').run
 
 
-@pytest.mark.unit
 def test_no_outputs_are_committed():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
@@ -47,7 +46,6 @@ def test_every_cell_runs(run_tutorial, speech_corpus, tmp_path, monkeypatch):
     assert (tmp_path / 'work/recogniser.nemo').is_file()
 
 
-@pytest.mark.unit
 def test_a_cell_that_fails_writes_nothing(run_tutorial, tmp_path, monkeypatch):
     module = run_tutorial.__globals__
     broken = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('1 / 0')])

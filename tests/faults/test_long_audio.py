@@ -43,7 +43,6 @@ def dataset(manifest, **more):
     return ssl_dataset.get_audio_noise_dataset_from_config(OmegaConf.create(config), 0, 1)
 
 
-@pytest.mark.unit
 def test_max_duration_leaves_it_out(manifest):
     assert len(dataset(manifest)) == 2
     [item] = dataset(manifest, max_duration=16.0)

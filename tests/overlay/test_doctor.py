@@ -28,7 +28,6 @@ def test_a_sound_installation_trains_a_step(capsys):
     assert "a pre-training step: one step on" in lines[-2] and "loss" in lines[-2]
 
 
-@pytest.mark.unit
 def test_each_thing_that_is_wrong_is_said_with_its_remedy(monkeypatch, capsys):
     findings = [doctor.Finding("disk", False, "full", "Make room."), doctor.Finding("torch", True, "2.0")]
     monkeypatch.setattr(doctor, "examine", lambda: iter(findings))
@@ -41,7 +40,6 @@ def test_each_thing_that_is_wrong_is_said_with_its_remedy(monkeypatch, capsys):
     ]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize("version, sound", [("2.5.3", True), ("3.0.1", True), ("2.4.0", False), (None, False)])
 def test_nemo_has_to_be_one_of_those_tested(monkeypatch, version, sound):
     monkeypatch.setattr(doctor, "nemo_version", lambda: version)
@@ -50,7 +48,6 @@ def test_nemo_has_to_be_one_of_those_tested(monkeypatch, version, sound):
     assert sound or 'pip install "nemo_toolkit[asr]>=2.5.3,<3.1"' in finding.remedy
 
 
-@pytest.mark.unit
 def test_inactive_patches_are_wrong(monkeypatch):
     def inactive():
         raise RuntimeError("stock NeMo is in use")
@@ -64,7 +61,6 @@ def test_inactive_patches_are_wrong(monkeypatch):
     )
 
 
-@pytest.mark.unit
 def test_a_driver_that_torch_cannot_use_is_wrong_and_no_driver_is_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -75,13 +71,11 @@ def test_a_driver_that_torch_cannot_use_is_wrong_and_no_driver_is_not(monkeypatc
     assert not finding.sound and "13.0" in finding.remedy
 
 
-@pytest.mark.unit
 def test_torch_that_cannot_be_imported_is_wrong(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert not found("torch").sound and not found("cuda").sound
 
 
-@pytest.mark.unit
 def test_audio_that_cannot_be_read_is_wrong(monkeypatch):
     assert found("audio").sound
 
@@ -93,7 +87,6 @@ def test_audio_that_cannot_be_read_is_wrong(monkeypatch):
     assert not finding.sound and "no decoder" in finding.found and "libsndfile1" in finding.remedy
 
 
-@pytest.mark.unit
 def test_too_little_memory_or_disk_is_wrong(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: Usage(10, 9, int(1e9)))
     assert found("disk")[1:3] == (False, f"1.0 GB free in {doctor.os.getcwd()}")
@@ -103,7 +96,6 @@ def test_too_little_memory_or_disk_is_wrong(monkeypatch):
     assert not finding.sound and finding.found == "0.5 GB free"
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     "script, said",
     [
@@ -120,7 +112,6 @@ def test_a_step_that_fails_is_told_by_its_last_line(monkeypatch, tmp_path, scrip
     assert not finding.sound and finding.found == said and str(path) in finding.remedy
 
 
-@pytest.mark.unit
 def test_a_step_that_hangs_is_given_up(monkeypatch):
     def hang(*arguments, timeout, **options):
         raise subprocess.TimeoutExpired("trial", timeout)

@@ -8,7 +8,6 @@ from nemo_streaming_ssl.__main__ import main
 from nemo_streaming_ssl.documentation import pages, read_page
 
 
-@pytest.mark.unit
 def test_all_pages_are_listed_with_their_titles(checkout, capsys):
     assert main(["docs"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
@@ -17,14 +16,12 @@ def test_all_pages_are_listed_with_their_titles(checkout, capsys):
     assert pages()["streaming"] == "Live streaming"
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize("name", ["contexts", "contexts.md", "docs/contexts.md#who-wins"])
 def test_a_page_is_printed_however_an_error_names_it(checkout, capsys, name):
     assert main(["docs", name]) == 0
     assert capsys.readouterr().out == (checkout / "docs/contexts.md").read_text(encoding="utf-8") + "\n"
 
 
-@pytest.mark.unit
 def test_a_page_that_is_not_there_is_an_error_with_the_nearest(capsys):
     assert main(["docs", "context"]) == 1
     assert "there is no page 'context'; did you mean contexts?" in capsys.readouterr().err
@@ -32,7 +29,6 @@ def test_a_page_that_is_not_there_is_an_error_with_the_nearest(capsys):
         read_page("zzz")
 
 
-@pytest.mark.unit
 def test_an_installation_without_pages_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(PatchFinder, "tree", str(tmp_path))
     assert pages() == {}

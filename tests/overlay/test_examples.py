@@ -24,7 +24,6 @@ def tree(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.mark.unit
 def test_scripts_and_configs_are_copied(tree, tmp_path):
     assert copy_examples(tmp_path / "mine") == 2
     assert files_in(tmp_path / "mine") == ["asr/conf/tiny.yaml", "asr/train.py"]
@@ -32,7 +31,6 @@ def test_scripts_and_configs_are_copied(tree, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "tree"]  # and nothing is left beside
 
 
-@pytest.mark.unit
 def test_what_is_there_is_not_touched(tree, tmp_path):
     (tmp_path / "mine").mkdir()
     with pytest.raises(ValueError, match="mine is there already"):
@@ -40,13 +38,11 @@ def test_what_is_there_is_not_touched(tree, tmp_path):
     assert not list((tmp_path / "mine").iterdir())
 
 
-@pytest.mark.unit
 def test_a_missing_parent_is_named(tree, tmp_path):
     with pytest.raises(ValueError, match="there is no folder .*nowhere to make it in"):
         copy_examples(tmp_path / "nowhere" / "mine")
 
 
-@pytest.mark.unit
 def test_an_installation_without_examples_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(PatchFinder, "tree", str(tmp_path))
     with pytest.raises(ValueError, match="this installation has no examples"):

@@ -4,7 +4,6 @@
 import pytest
 
 
-@pytest.mark.unit
 def test_patched_module_is_served_everywhere(stand_in):
     stand_in.python("""
         import nemo.tools, nemo.tools.saw, nemo.tools.plane
@@ -14,7 +13,6 @@ def test_patched_module_is_served_everywhere(stand_in):
         """)
 
 
-@pytest.mark.unit
 def test_upstream_keeps_names_and_dotted_path(stand_in):
     stand_in.python("""
         import pickle, sys
@@ -29,7 +27,6 @@ def test_upstream_keeps_names_and_dotted_path(stand_in):
         """)
 
 
-@pytest.mark.unit
 def test_reload_keeps_the_original(stand_in):
     stand_in.python("""
         import importlib
@@ -40,7 +37,6 @@ def test_reload_keeps_the_original(stand_in):
         """)
 
 
-@pytest.mark.unit
 def test_source_is_the_patched_file(stand_in):
     stand_in.python("""
         import importlib.resources, inspect
@@ -51,7 +47,6 @@ def test_source_is_the_patched_file(stand_in):
         """)
 
 
-@pytest.mark.unit
 def test_patched_package_keeps_its_other_submodules(stand_in):
     stand_in.add_patches(
         {"tools/__init__.py": "from nemo_streaming_ssl import upstream\nupstream(globals())\nMINE = 1\n"}
@@ -63,7 +58,6 @@ def test_patched_package_keeps_its_other_submodules(stand_in):
         """)
 
 
-@pytest.mark.unit
 def test_lazy_names_of_the_original_stay(stand_in):
     stand_in.add_nemo({"tools/lazy.py": "def __getattr__(name): return name.upper()\n__author__ = 'stock'\n"})
     stand_in.add_patches({"tools/lazy.py": "import nemo_streaming_ssl\nnemo_streaming_ssl.upstream(globals())\n"})
@@ -73,7 +67,6 @@ def test_lazy_names_of_the_original_stay(stand_in):
         """)
 
 
-@pytest.mark.unit
 def test_added_package(stand_in):
     stand_in.add_patches({"shed/__init__.py": "from .door import DOOR\n", "shed/door.py": "DOOR = 1\n"})
     stand_in.python("""
@@ -82,7 +75,6 @@ def test_added_package(stand_in):
         """)
 
 
-@pytest.mark.unit
 def test_threads_share_one_patched_module(stand_in):
     stand_in.add_nemo(
         {"tools/__init__.py": ""}
@@ -100,7 +92,6 @@ def test_threads_share_one_patched_module(stand_in):
         """)
 
 
-@pytest.mark.unit
 def test_install_is_idempotent_and_first(stand_in):
     stand_in.python("""
         install(); install()
@@ -108,7 +99,6 @@ def test_install_is_idempotent_and_first(stand_in):
         """)
 
 
-@pytest.mark.unit
 def test_switch_leaves_stock_nemo_alone(stand_in):
     code = """
         install()
@@ -118,7 +108,6 @@ def test_switch_leaves_stock_nemo_alone(stand_in):
     stand_in.python(code, NEMO_STREAMING_SSL="0")
 
 
-@pytest.mark.unit
 def test_finder_answers_for_nothing_else(stand_in):
     stand_in.add_patches({"__init__.py": "raise AssertionError('nemo itself is never patched')\n"})
     stand_in.add_patches({"folder/notes.txt": "no module here\n"})
@@ -132,7 +121,6 @@ def test_finder_answers_for_nothing_else(stand_in):
         """)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     "nemo, patch, error",
     [

@@ -27,19 +27,16 @@ MODULES = [module for module in patched_modules() if _nemo_is_late_enough(module
 EACH_MODULE = pytest.mark.parametrize("module", MODULES, ids=[module.name for module in MODULES])
 
 
-@pytest.mark.unit
 def test_there_is_a_patch_set():
     assert {module.kind for module in MODULES} == {"patched", "added"}
 
 
-@pytest.mark.unit
 @EACH_MODULE
 def test_stands_in_for_a_module_that_nemo_has(module):
     """Who calls ``upstream()`` has an original; who has one must call it, or names that others import go missing."""
     assert module.stands_in == (module.original is not None)
 
 
-@pytest.mark.unit
 @EACH_MODULE
 def test_every_folder_on_the_way_is_a_package(module):
     for folder in Path(module.file).relative_to(patch_tree()).parents[:-1]:
@@ -47,12 +44,10 @@ def test_every_folder_on_the_way_is_a_package(module):
         assert in_patch_set or _has_package(folder), f"{folder} needs an __init__.py: NeMo has no such package"
 
 
-@pytest.mark.unit
 def test_nemo_itself_is_not_shadowed_from_the_checkouts_root(checkout):
     assert not (checkout / "nemo" / "__init__.py").exists()
 
 
-@pytest.mark.unit
 @EACH_MODULE
 def test_original_does_not_look_itself_up_while_it_loads(module):
     """An original loads beside ``sys.modules``: there dataclasses would miss a ClassVar that is a mere string."""
@@ -61,7 +56,6 @@ def test_original_does_not_look_itself_up_while_it_loads(module):
     assert "sys.modules[__name__]" not in source
 
 
-@pytest.mark.unit
 def test_nemo_is_found_in_an_environment_inside_the_checkout(checkout):
     nemo = f"{checkout}/.venv/nemo-3.0.0/lib/python3.11/site-packages/nemo/collections/asr"
     assert _outside_patch_set([nemo, f"{checkout}/nemo/collections/asr"]) == [nemo]

@@ -79,7 +79,6 @@ def version_of(checkout):
     return found
 
 
-@pytest.mark.unit
 def test_the_changelog_has_the_version(checkout):
     headings = [line for line in (checkout / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")]
     assert headings[0].startswith(f"## {version_of(checkout)} - ")

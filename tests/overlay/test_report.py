@@ -3,14 +3,11 @@
 
 import sys
 
-import pytest
-
 REPORT = """
     from nemo_streaming_ssl.report import patched_modules, report_lines, require_active
     """
 
 
-@pytest.mark.unit
 def test_every_module_is_reported_with_its_file(stand_in):
     result = stand_in.python(
         REPORT
@@ -27,7 +24,6 @@ def test_every_module_is_reported_with_its_file(stand_in):
     ]
 
 
-@pytest.mark.unit
 def test_patch_without_an_original_is_pointed_out(stand_in):
     stand_in.add_patches({"gone.py": "import nemo_streaming_ssl as own\n\nstock = own.upstream(globals())\n"})
     lines = stand_in.python(REPORT + "\n    print(*report_lines(), sep='\\n')").stdout.splitlines()
@@ -36,7 +32,6 @@ def test_patch_without_an_original_is_pointed_out(stand_in):
     )
 
 
-@pytest.mark.unit
 def test_require_active_returns_the_report(stand_in):
     stand_in.python(
         REPORT
@@ -49,13 +44,11 @@ def test_require_active_returns_the_report(stand_in):
     )
 
 
-@pytest.mark.unit
 def test_require_active_rejects_unknown_names(stand_in):
     result = stand_in.python(REPORT + "\n    require_active('nemo.tools.saw', 'nemo.tools.nail')", check=False)
     assert result.stderr.strip().endswith("ValueError: the patch set has no module nemo.tools.nail")
 
 
-@pytest.mark.unit
 def test_stock_module_imported_first_is_an_error(stand_in):
     code = """
     import nemo.tools.saw, os
@@ -67,14 +60,12 @@ def test_stock_module_imported_first_is_an_error(stand_in):
     assert "RuntimeError: the patched NeMo modules are not in use: NeMo's own nemo.tools.saw was" in result.stderr
 
 
-@pytest.mark.unit
 def test_untested_version_is_reported(stand_in):
     stand_in.add_nemo({"__init__.py": "__version__ = '3.1.0'\n"})
     result = stand_in.python(REPORT + "\n    import nemo\n    print(report_lines()[1])")
     assert "NOT in the tested range" in result.stdout
 
 
-@pytest.mark.unit
 def test_command_in_this_environment(run):
     code = """
 import runpy, sys
@@ -89,26 +80,22 @@ except SystemExit as end:
     assert any(line.startswith("patched  nemo.collections.asr.") for line in lines)
 
 
-@pytest.mark.unit
 def test_command_when_switched_off(run):
     result = run(sys.executable, "-m", "nemo_streaming_ssl", check=False, NEMO_STREAMING_SSL="0")
     assert result.returncode == 1 and "active: NO, switched off by NEMO_STREAMING_SSL=0" in result.stdout
 
 
-@pytest.mark.unit
 def test_command_without_start_up_files(run, checkout):
     result = run(sys.executable, "-S", "-m", "nemo_streaming_ssl", check=False, PYTHONPATH=checkout / "src")
     assert result.returncode == 1 and "python -S" in result.stdout and "NeMo: not found" in result.stdout
 
 
-@pytest.mark.unit
 def test_command_in_an_environment_without_the_start_up_file(fresh_venv, run, checkout):
     result = run(fresh_venv.python, "-m", "nemo_streaming_ssl", check=False, PYTHONPATH=checkout / "src")
     assert result.returncode == 1
     assert "has the start-up file nemo_streaming_ssl.pth (pip install --target, or" in result.stdout
 
 
-@pytest.mark.unit
 def test_without_nemo(run, checkout):
     code = f"""
 import sys

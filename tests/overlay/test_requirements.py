@@ -22,7 +22,6 @@ def _lines(file):
     return [line for line in lines if line and not line.startswith("#")]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize("version", TESTED)
 def test_constraints_pin_the_tests_and_one_nemo(checkout, version):
     pinned = pins(checkout, version)
@@ -31,14 +30,12 @@ def test_constraints_pin_the_tests_and_one_nemo(checkout, version):
     assert set(_lines(checkout / "requirements" / "test.txt")) <= set(pinned)
 
 
-@pytest.mark.unit
 def test_tools_that_judge_the_sources_are_the_same_for_each_nemo(checkout):
     pinned = [pins(checkout, version) for version in TESTED]
     for name in ("ruff", "pytest", "hypothesis", "torch", "setuptools", "onnxruntime"):
         assert len({each[name] for each in pinned}) == 1, name
 
 
-@pytest.mark.unit
 def test_runtime_requirements_are_those_of_the_package(checkout):
     required = [requirement.replace(" ", "") for requirement in metadata.requires("nemo-streaming-ssl")]
     wanted = [requirement for requirement in required if ";extra==" not in requirement]

@@ -8,7 +8,6 @@ import pytest
 from nemo_streaming_ssl import versions
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     "version", ["2.5.3", "2.5.3.post1", "2.6.0rc1", "2.10", "3.0.0rc1", "3.0", "3.0.7+cu12", "v3.0.0"]
 )
@@ -16,7 +15,6 @@ def test_inside_the_tested_range(version):
     assert versions.in_tested_range(version)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     "version", ["2.5.2", "2.5.3rc0", "2.5.3.dev1", "2.5", "3.1", "3.1.0rc1", "3.1.dev0", "10.0", "main", ""]
 )
@@ -24,7 +22,6 @@ def test_outside_the_tested_range(version):
     assert not versions.in_tested_range(version)
 
 
-@pytest.mark.unit
 def test_untested_version_warns_once_on_the_first_patched_import(stand_in):
     stand_in.add_nemo({"__init__.py": "__version__ = '9.8.7'\n", "plain.py": "", "tools/__init__.py": ""})
     stand_in.python("""
@@ -41,12 +38,10 @@ def test_untested_version_warns_once_on_the_first_patched_import(stand_in):
         """)
 
 
-@pytest.mark.unit
 def test_tested_version_does_not_warn(stand_in):
     assert stand_in.python("import nemo.tools.saw", "-W", "error").stderr == ""
 
 
-@pytest.mark.unit
 def test_unknown_version_warns(monkeypatch):
     def not_installed(name):
         raise metadata.PackageNotFoundError(name)

@@ -7,7 +7,6 @@ import pytest
 from nemo.utils.atomic_files import remove_partial_files, replacing
 
 
-@pytest.mark.unit
 def test_the_new_file_takes_the_old_ones_place(tmp_path):
     target = tmp_path / 'report.json'
     target.write_text('old')
@@ -17,7 +16,6 @@ def test_the_new_file_takes_the_old_ones_place(tmp_path):
     assert target.read_text() == 'new' and list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('error', [RuntimeError('no'), KeyboardInterrupt(), OSError(28, 'No space left on device')])
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
     target = tmp_path / 'report.json'
@@ -29,7 +27,6 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
     assert target.read_text() == 'old' and list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.unit
 def test_an_os_error_names_the_target_and_the_cause(tmp_path):
     with pytest.raises(
         OSError, match=re.escape(f'could not write {tmp_path}/a.nemo: No space left on device')
@@ -53,7 +50,6 @@ def killed_while_writing(target):
     return child
 
 
-@pytest.mark.unit
 def test_the_next_write_clears_what_a_killed_one_left(tmp_path):
     for name in ('a.ckpt', 'b.ckpt'):
         killed_while_writing(tmp_path / name)
@@ -63,7 +59,6 @@ def test_the_next_write_clears_what_a_killed_one_left(tmp_path):
     assert sorted(path.name.rpartition('.')[2] for path in tmp_path.iterdir()) == ['ckpt', 'partial']
 
 
-@pytest.mark.unit
 def test_only_what_dead_processes_left_is_cleared(tmp_path):
     child = killed_while_writing(tmp_path / 'a.ckpt')
     mine = tmp_path / f'.b.ckpt.{os.getpid()}.partial'

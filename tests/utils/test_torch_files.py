@@ -8,13 +8,11 @@ import torch
 from nemo.utils import torch_files
 
 
-@pytest.mark.unit
 def test_saves_what_torch_loads(tmp_path):
     torch_files.save({'weight': torch.arange(5)}, tmp_path / 'a.ckpt')
     assert torch.load(tmp_path / 'a.ckpt')['weight'].tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.unit
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
 def test_a_full_disk_is_named_with_the_file():
     with pytest.raises(OSError, match='could not write /dev/full: No space left on device') as error:
@@ -22,7 +20,6 @@ def test_a_full_disk_is_named_with_the_file():
     assert error.value.errno == errno.ENOSPC
 
 
-@pytest.mark.unit
 def test_what_cannot_be_pickled_is_torchs_error(tmp_path):
     with pytest.raises(Exception, match='pickle|lambda'):
         torch_files.save(lambda: 0, tmp_path / 'a.ckpt')

@@ -45,7 +45,6 @@ def config(load, arms, words):
         return compose(arms.CONFIG, overrides=words)
 
 
-@pytest.mark.unit
 def test_every_streaming_arm_begins_with_the_same_encoder_and_another_seed_with_another(load, arms, overrides):
     build = load('save_untrained').build
     first = build(arms.CONFIG, overrides('synchronised'))
@@ -60,7 +59,6 @@ def test_every_streaming_arm_begins_with_the_same_encoder_and_another_seed_with_
     assert not torch.equal(torch.nn.utils.parameters_to_vector(other.encoder.parameters()), weights)
 
 
-@pytest.mark.unit
 def test_configs_have_known_keys_only_and_differ_where_the_arms_do(load, arms, overrides):
     plain = OmegaConf.to_container(config(load, arms, overrides('synchronised')))
     differing = {}
@@ -102,26 +100,22 @@ def _differences(one, other, at=''):
         yield from _differences(one.get(key), other.get(key), f'{at}.{key}')
 
 
-@pytest.mark.unit
 def test_layers_and_ceilings_go_from_the_tightest_context_to_the_widest(load, arms):
     made = arms.overrides('layers', load('settings').Settings(), 0, {})
     assert made[-2].endswith('=[[0, [5, 0]], [2, [10, 0]], [4, [20, 0]]]')
     assert made[-1] == '+curriculum={milestones: [[0, [5, 0]], [1000, [10, 0]], [2000, [20, 0]]]}'
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('name', ['nonsense', 'scratch-refined', 'both-refined-refined'])
 def test_an_unknown_arm_is_refused_with_the_names_that_there_are(arms, name):
     with pytest.raises(ValueError, match=f'--arm is {name!r}; it must be one of scratch, offline, stock'):
         arms.find(name)
 
 
-@pytest.mark.unit
 def test_arms_are_compared_with_those_that_there_are(arms):
     assert arms.compared(['scratch', 'both', 'both-refined']) == [('scratch', 'both'), ('both', 'both-refined')]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'changed, message',
     [(dict(layers=0), '--layers is 0; it must be above 0'), (dict(smaller_minutes=60.0), '--smaller_minutes is 60.0')],
@@ -131,7 +125,6 @@ def test_settings_that_cannot_work_are_refused(load, changed, message):
         load('settings').Settings(**changed)
 
 
-@pytest.mark.unit
 def test_a_working_folder_of_other_settings_is_refused(load, tmp_path):
     settings = load('settings')
     settings.Settings().claim(tmp_path)

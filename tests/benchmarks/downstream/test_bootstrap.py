@@ -16,7 +16,6 @@ def utterances(seeds, number, seed=0):
     return generator.binomial(phones, 0.3, (seeds, number)), phones
 
 
-@pytest.mark.unit
 def test_rates_by_hand(bootstrap):
     errors, phones = np.array([[1, 0, 5], [3, 0, 1]]), np.array([10, 5, 5])
     assert bootstrap.error_rate(errors, phones) == 10 / 40
@@ -24,7 +23,6 @@ def test_rates_by_hand(bootstrap):
     assert found.value == 0.25 and found.low < 0.25 < found.high
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('paired', [False, True])
 def test_with_one_seed_the_interval_is_scipys(bootstrap, paired):
     errors, phones = utterances(1, 150)
@@ -45,7 +43,6 @@ def test_with_one_seed_the_interval_is_scipys(bootstrap, paired):
     assert ours.high == pytest.approx(theirs.high, abs=0.03 * width)
 
 
-@pytest.mark.unit
 def test_seeds_that_differ_widen_the_interval(bootstrap):
     errors, phones = utterances(3, 100)
     shifted = errors + np.array([[0], [4], [8]])
@@ -53,7 +50,6 @@ def test_seeds_that_differ_widen_the_interval(bootstrap):
     assert unlike.high - unlike.low > 3 * (alike.high - alike.low)
 
 
-@pytest.mark.unit
 def test_what_is_hard_for_both_falls_out_of_a_difference(bootstrap):
     errors, phones = utterances(3, 100)
     better = errors - 2  # in every utterance and seed
@@ -63,7 +59,6 @@ def test_what_is_hard_for_both_falls_out_of_a_difference(bootstrap):
     assert bootstrap.Estimate(0.1, -0.1, 0.2).sign == 0 and bootstrap.Estimate(0.1, 0.05, 0.2).sign == 1
 
 
-@pytest.mark.unit
 def test_speakers_whose_utterances_are_alike_widen_the_interval(bootstrap):
     phones, speakers = np.full(40, 50), np.repeat(np.arange(4), 10)
     errors = 5.0 + 5 * speakers[None]
@@ -72,7 +67,6 @@ def test_speakers_whose_utterances_are_alike_widen_the_interval(bootstrap):
     assert by_speaker.high - by_speaker.low > 2 * (by_utterance.high - by_utterance.low)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('errors', [np.zeros(3), np.zeros((0, 3)), np.zeros((2, 4))])
 def test_errors_that_do_not_fit_the_utterances_are_refused(bootstrap, errors):
     with pytest.raises(ValueError, match='for 3 utterances; it must be'):

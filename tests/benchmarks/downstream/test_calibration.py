@@ -22,7 +22,6 @@ def masks(calibration):
     }
 
 
-@pytest.mark.unit
 def test_shares_are_matched_and_runs_where_they_are_to_be(calibration, masks):
     found = calibration.calibrated(masks, 'synchronised', 'stock-short', LENGTHS)
     wanted = found['synchronised']
@@ -35,14 +34,12 @@ def test_shares_are_matched_and_runs_where_they_are_to_be(calibration, masks):
     assert found['stock-short']['mean_run'] == pytest.approx(wanted['mean_run'], rel=0.1)
 
 
-@pytest.mark.unit
 def test_masks_like_the_references_are_left_as_they_are(calibration, masks):
     same = {'synchronised': masks['synchronised'], 'both': masks['synchronised']}
     found = calibration.calibrated(same, 'synchronised', 'none', LENGTHS)
     assert found['both'] == found['synchronised']
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('context', [[5, 0], [-1, 0]])
 def test_context_free_masks_do_not_follow_the_model(load, context):
     masking_class = load('context_free_masking').ContextFreeMasking

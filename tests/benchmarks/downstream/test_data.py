@@ -24,13 +24,11 @@ def names(groups):
     return [' '.join(entry['audio_filepath'] for entry in group) for group in groups]
 
 
-@pytest.mark.unit
 def test_utterances_of_one_speaker_are_joined_in_their_order_until_they_are_long_enough(data):
     entries = said(a=[4, 6, 5, 5, 1], b=[12, 3], c=[7])
     assert names(data.grouped(entries, 10)) == ['a0 a1', 'a2 a3 a4', 'b0 b1', 'c0']
 
 
-@pytest.mark.unit
 def test_all_speech_is_used_once_and_nobody_with_enough_of_it_is_left_short(data):
     entries = said(a=[3.0, 2.5, 4.1, 0.7] * 9, b=[1.3] * 20, c=[16.0], d=[15.9])
     groups = data.grouped(entries, 16)
@@ -41,7 +39,6 @@ def test_all_speech_is_used_once_and_nobody_with_enough_of_it_is_left_short(data
     assert all(length >= 16 for speaker, length in lengths.items() if speaker != 'd') and lengths['d'] == 15.9
 
 
-@pytest.mark.unit
 def test_joined_audio_and_phones_follow_each_other(data, load, make_manifest, tmp_path):
     manifest = make_manifest(tmp_path / 'raw', ['x', 'y'], [0.5, 0.75])
     entries = data.write_joined([manifest], tmp_path, 'test', 1.0)
@@ -52,7 +49,6 @@ def test_joined_audio_and_phones_follow_each_other(data, load, make_manifest, tm
     assert rate == 16000 and abs(whole - (parts[0] + parts[1])).max() <= 1 and entries[0]['duration'] == 1.25
 
 
-@pytest.mark.unit
 def test_joining_twice_gives_the_same_files_and_joining_again_leaves_them_alone(data, make_manifest, tmp_path):
     manifest = make_manifest(tmp_path / 'raw', ['x', 'y'], [0.5, 0.75])
     for folder in ('one', 'two'):
@@ -68,14 +64,12 @@ def test_joining_twice_gives_the_same_files_and_joining_again_leaves_them_alone(
         data.write_joined([other], tmp_path / 'one', 'test', 1.0)
 
 
-@pytest.mark.unit
 def test_digests_tell_data_apart(data):
     entries = [{'utterance': 'a', 'duration': 1.0, 'text': 'x', 'audio_filepath': 'here'}]
     assert data.digest(entries) == data.digest([{**entries[0], 'audio_filepath': 'there'}])
     assert data.digest(entries) != data.digest([{**entries[0], 'text': 'y'}])
 
 
-@pytest.mark.unit
 def test_a_speaker_of_the_test_that_is_trained_on_is_refused(data, make_manifest, tmp_path):
     trained = make_manifest(tmp_path, ['x', 'y'], [1.0])
     tested = make_manifest(tmp_path, ['y', 'z'], [1.0], prefix='test-')
@@ -84,7 +78,6 @@ def test_a_speaker_of_the_test_that_is_trained_on_is_refused(data, make_manifest
         data.prepare(sources, tmp_path / 'data', 1.0, 1.0)
 
 
-@pytest.mark.unit
 def test_speech_without_phones_is_refused_where_phones_are_recognised(data, make_manifest, tmp_path):
     trained = make_manifest(tmp_path, ['x'], [1.0], phones=None)
     tested = make_manifest(tmp_path, ['z'], [1.0], prefix='test-')
@@ -93,7 +86,6 @@ def test_speech_without_phones_is_refused_where_phones_are_recognised(data, make
         data.prepare(sources, tmp_path / 'data', 1.0, 1.0)
 
 
-@pytest.mark.unit
 def test_a_smaller_subset_begins_a_larger_one_and_both_have_many_speakers(data):
     ordered = data.in_turn(said(a=[20, 20, 20], b=[30, 30], c=[10]))
     assert [entry['audio_filepath'] for entry in ordered] == ['a0', 'b0', 'c0', 'a1', 'b1', 'a2']
@@ -102,7 +94,6 @@ def test_a_smaller_subset_begins_a_larger_one_and_both_have_many_speakers(data):
         data.subset(ordered, 3)
 
 
-@pytest.mark.unit
 def test_the_order_of_fine_tuning_depends_on_the_seed_and_goes_through_all_before_any_comes_again(data):
     entries = [{'name': name} for name in 'abcde']
     order = data.epochs(entries, 12, seed=0)
@@ -112,7 +103,6 @@ def test_the_order_of_fine_tuning_depends_on_the_seed_and_goes_through_all_befor
         assert sorted(entry['name'] for entry in epoch) == list('abcde')
 
 
-@pytest.mark.unit
 def test_a_manifest_without_speakers_is_refused_by_its_name(data, tmp_path):
     path = tmp_path / 'm.json'
     path.write_text(json.dumps({'audio_filepath': 'a.wav', 'duration': 1}) + '\n')

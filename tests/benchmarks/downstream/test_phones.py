@@ -10,7 +10,6 @@ def phones(load):
     return load('phones')
 
 
-@pytest.mark.unit
 def test_each_phone_is_one_character_that_nemos_parser_takes_as_it_is(phones):
     assert len(set(phones.PHONES)) == len(set(phones.CHARACTERS)) == 39
     text = phones.spell(' '.join(phones.PHONES))
@@ -18,14 +17,12 @@ def test_each_phone_is_one_character_that_nemos_parser_takes_as_it_is(phones):
     assert make_parser(list(phones.CHARACTERS), do_normalize=False)(text) == list(range(39))
 
 
-@pytest.mark.unit
 def test_stress_is_dropped_and_what_is_no_phone_is_refused(phones):
     assert phones.spell('B EH0 R') == phones.spell('B EH1 R') == phones.spell('B EH R')
     with pytest.raises(ValueError, match="x.wav: 'QQ' is no phone"):
         phones.spell('B QQ', 'x.wav')
 
 
-@pytest.mark.unit
 def test_a_path_is_read_without_blanks_and_repetitions(phones):
     blank = len(phones.CHARACTERS)
     path = torch.tensor([blank, 0, 0, blank, 0, 1, 1, 2, blank])
@@ -33,7 +30,6 @@ def test_a_path_is_read_without_blanks_and_repetitions(phones):
     assert phones.read_path(torch.full((3,), blank)) == phones.read_path(torch.tensor([], dtype=torch.long)) == ''
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'heard, said, errors',
     [
@@ -50,7 +46,6 @@ def test_errors_by_hand(phones, heard, said, errors):
     assert phones.errors([phones.spell(heard)], [phones.spell(said)]) == [errors]
 
 
-@pytest.mark.unit
 def test_errors_are_counted_utterance_by_utterance(phones):
     assert phones.errors(['ab', '', 'abc'], ['ab', 'ab', 'xbc']) == [0, 2, 1]
     assert phones.errors([], []) == []

@@ -41,7 +41,6 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.unit
 def test_the_manifests_have_audio_text_phones_and_speakers(script, corpus, tmp_path, capsys):
     output = tmp_path / 'manifests'
     assert script.main(['--corpus', str(corpus), '--output', str(output)]) == 0
@@ -56,7 +55,6 @@ def test_the_manifests_have_audio_text_phones_and_speakers(script, corpus, tmp_p
     assert [entry['speaker'] for entry in read(output / 'test_manifest.json')] == ['so-0003', 'so-0049']
 
 
-@pytest.mark.unit
 def test_the_test_can_be_that_of_a_result(script, corpus, tmp_path):
     result = tmp_path / 'result.json'
     result.write_text(json.dumps({'test': {'speakers': ['so-0049', 'so-0049']}}))
@@ -66,7 +64,6 @@ def test_the_test_can_be_that_of_a_result(script, corpus, tmp_path):
     assert len(read(tmp_path / 'out/train_manifest.json')) == 2
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'break_it, message',
     [
@@ -86,7 +83,6 @@ def test_what_is_missing_is_named_and_nothing_is_written(script, corpus, tmp_pat
     assert not output.exists()
 
 
-@pytest.mark.unit
 def test_an_utterance_without_phones_or_with_others_is_refused(script):
     with pytest.raises(ValueError, match='here: there are no phones'):
         script.phone_string({'words': []}, 'here')

@@ -87,7 +87,6 @@ def folder(tmp_path):
     return write(tmp_path / 'results', *results, result('synchronised', 0, [0.4, 0.4, 0.4, 0.5]))
 
 
-@pytest.mark.unit
 def test_the_tables_are_those_worked_out_by_hand(report, folder):
     results = report.Results(folder)
     assert report.rates_table(results, '60') == RATES.strip()
@@ -98,14 +97,12 @@ def test_the_tables_are_those_worked_out_by_hand(report, folder):
     assert report.live_sentence(results).startswith('Streamed live, 56 of 56 utterances')
 
 
-@pytest.mark.unit
 def test_what_is_missing_is_said(report, folder):
     text = report.figures(report.Results(folder))
     assert '**Not all runs are done.** Missing: offline-0, offline-1, ' in text
     assert 'synchronised-1, synchronised-2' in text and 'both-refined' not in text
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'shares, word',
     [
@@ -120,7 +117,6 @@ def test_verdicts_need_three_contexts_and_none_against(report, tmp_path, shares,
     assert report.verdict(report.Results(folder), 'stock', 'synchronised') == word
 
 
-@pytest.mark.unit
 def test_verdicts_need_both_amounts_of_speech(report, tmp_path):
     alike, better = seeds_of('stock', [0.5] * 4), seeds_of('synchronised', [0.4] * 4)
     for found in better:
@@ -129,7 +125,6 @@ def test_verdicts_need_both_amounts_of_speech(report, tmp_path):
     assert report.verdict(results, 'stock', 'synchronised') == 'not shown'
 
 
-@pytest.mark.unit
 def test_the_page_keeps_peoples_words_and_is_checked(report, folder, tmp_path, capsys):
     page, plot, figures = tmp_path / 'evidence.md', tmp_path / 'plot.png', tmp_path / 'figures.json'
     words = ['--results', str(folder), '--page', str(page), '--plot', str(plot), '--json', str(figures)]
@@ -147,7 +142,6 @@ def test_the_page_keeps_peoples_words_and_is_checked(report, folder, tmp_path, c
     assert report.main([*words, '--check']) == 1 and page.read_text() == text
 
 
-@pytest.mark.unit
 def test_without_results_it_says_so(report, tmp_path):
     (tmp_path / 'results').mkdir()
     assert report.figures(report.Results(tmp_path / 'results')).startswith(
@@ -155,7 +149,6 @@ def test_without_results_it_says_so(report, tmp_path):
     )
 
 
-@pytest.mark.unit
 def test_results_that_do_not_compare_are_refused(report, folder):
     other = result('both', 0, [0.5] * 4)
     write(folder, {**other, 'settings': {'layers': 4}})
@@ -169,7 +162,6 @@ def test_results_that_do_not_compare_are_refused(report, folder):
         report.Results(folder)
 
 
-@pytest.mark.unit
 def test_the_committed_page_says_what_the_committed_results_do(report):
     if not any((report.HERE / 'results').glob('*.json')):
         pytest.skip('no result is committed yet')

@@ -73,7 +73,6 @@ def assert_resumes(run, command, path):
     assert run.main([*words[:-1], '--live_utterances=1', '--arm', 'stock-short']) == 2  # other settings
 
 
-@pytest.mark.unit
 def test_what_another_process_works_on_is_left_to_it(run, tmp_path):
     with run.locked(tmp_path / 'a.lock', wait=False) as free:
         assert free
@@ -83,14 +82,12 @@ def test_what_another_process_works_on_is_left_to_it(run, tmp_path):
         assert free
 
 
-@pytest.mark.unit
 def test_checkpoints_come_at_whole_parts_of_a_run(run):
     assert run.validations(3000, 500)[:2] == ['trainer.max_steps=3000', 'trainer.val_check_interval=500']
     assert run.validations(7, 5)[1] == 'trainer.val_check_interval=1'
     assert run.validations(20, 20)[1] == 'trainer.val_check_interval=20'
 
 
-@pytest.mark.unit
 def test_a_mistake_ends_in_one_message_before_any_work(run, tmp_path, capsys):
     words = [f'--{role}={tmp_path}/none.json' for role in ('pretraining', 'validation', 'tuning', 'test')]
     words += [f"--work={tmp_path / 'work'}"]

@@ -44,7 +44,6 @@ def entries(load, make_manifest, tmp_path_factory):
     return load('data').write_joined([manifest], folder, 'test', 2.0)
 
 
-@pytest.mark.unit
 def test_live_phones_are_those_heard_at_once_in_every_context(scoring, model, entries):
     found = scoring.score(model, entries)
     assert all(len(text) > 5 for texts in found['heard'].values() for text in texts)
@@ -56,7 +55,6 @@ def test_live_phones_are_those_heard_at_once_in_every_context(scoring, model, en
         assert of['errors'] == of['errors_offline'] == sum(found['errors'][label][:2]) > 0
 
 
-@pytest.mark.unit
 def test_a_recogniser_of_something_else_is_refused(scoring, model, tmp_path, monkeypatch):
     path = tmp_path / 'model.nemo'
     model.save_to(str(path))

@@ -23,7 +23,6 @@ PUBLIC = [
 ]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('package, name', PUBLIC)
 def test_a_public_name_is_the_patched_class(package, name):
     cls = getattr(importlib.import_module(package), name, None)

@@ -28,7 +28,6 @@ class Doubles(NeuralModule, Exportable):
         return self.scale * x
 
 
-@pytest.mark.unit
 def test_onnx_export_traces_and_serves_any_batch(tmp_path):
     from onnxruntime import InferenceSession
 
@@ -40,7 +39,6 @@ def test_onnx_export_traces_and_serves_any_batch(tmp_path):
     assert (session.run(None, {'x': numbers})[0] == 2 * numbers).all()
 
 
-@pytest.mark.unit
 def test_a_failed_export_leaves_torch_as_it_was(tmp_path, monkeypatch):
     asked = []
 

@@ -62,7 +62,6 @@ def broken(path, how):
     return bytes(content)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'how',
     [
@@ -83,7 +82,6 @@ def extract(path, folder):
     return CLASS.extract_state_dict_from(str(path), str(folder))
 
 
-@pytest.mark.unit
 def test_a_whole_file_loads_as_before(saved, tmp_path):
     restored, original = CLASS.restore_from(str(saved), map_location='cpu').state_dict(), tiny_model().state_dict()
     assert all(torch.equal(restored[name], weight) for name, weight in original.items())
@@ -93,7 +91,6 @@ def test_a_whole_file_loads_as_before(saved, tmp_path):
         CLASS.restore_from(str(tmp_path / 'none.nemo'))
 
 
-@pytest.mark.unit
 def test_a_failing_save_names_the_file_and_leaves_the_earlier_one(saved, tmp_path, monkeypatch):
     path = tmp_path / 'model.nemo'
     path.write_bytes(saved.read_bytes())
@@ -146,7 +143,6 @@ def test_a_payload_in_the_weights_is_refused_as_by_stock(saved, tmp_path):
     assert not (tmp_path / 'ran').exists()
 
 
-@pytest.mark.unit
 def test_nothing_here_unpickles_or_evaluates(checkout_sources):
     """No file of the patch set or the scripts calls what runs code from data."""
     calls = re.compile(

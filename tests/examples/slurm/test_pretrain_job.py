@@ -6,7 +6,6 @@ import shlex
 import subprocess
 from pathlib import Path
 
-import pytest
 from hydra import compose, initialize_config_dir
 
 SCRIPT = Path(__file__).resolve().parents[3] / 'examples/slurm/pretrain.sbatch'
@@ -25,7 +24,6 @@ def command(*overrides, dry='1', **environment):
     return shlex.split(done.stdout)
 
 
-@pytest.mark.unit
 def test_each_task_gets_a_config_that_can_be_composed():
     words = command(
         'model.train_ds.shar_path=/data/my shards/shar',
@@ -43,7 +41,6 @@ def test_each_task_gets_a_config_that_can_be_composed():
     assert cfg.model.train_ds.shar_path == '/data/my shards/shar'
 
 
-@pytest.mark.unit
 def test_without_a_dry_run_srun_is_called(tmp_path):
     srun = tmp_path / 'srun'
     srun.write_text('#!/bin/bash\nprintf "%q " "called" "$@"\n')

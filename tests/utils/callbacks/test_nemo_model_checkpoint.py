@@ -21,7 +21,6 @@ def mark(path):
     NeMoModelCheckpoint.set_checkpoint_unfinished_marker(path)
 
 
-@pytest.mark.unit
 def test_of_two_last_checkpoints_the_newer_counts(tmp_path):
     old = save(tmp_path / 'm--epoch=1-last.ckpt', 2, 1000)
     new = save(tmp_path / 'm--epoch=0-last.ckpt', 4, 2000)
@@ -31,7 +30,6 @@ def test_of_two_last_checkpoints_the_newer_counts(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([new, best])
 
 
-@pytest.mark.unit
 def test_a_whole_checkpoint_counts_in_spite_of_its_mark(tmp_path):
     last = save(tmp_path / 'm-last.ckpt', 2, 1000)
     mark(last)  # NeMo overwrites a checkpoint of the same name, and was killed before it was replaced
@@ -40,7 +38,6 @@ def test_a_whole_checkpoint_counts_in_spite_of_its_mark(tmp_path):
     assert list(tmp_path.iterdir()) == [last]
 
 
-@pytest.mark.unit
 def test_half_a_checkpoint_does_not_count(tmp_path):
     old, half = save(tmp_path / 'm-a-last.ckpt', 2, 1000), tmp_path / 'm-b-last.ckpt'
     half.write_bytes(old.read_bytes()[:-100])
@@ -50,7 +47,6 @@ def test_half_a_checkpoint_does_not_count(tmp_path):
     assert list(tmp_path.iterdir()) == [old]
 
 
-@pytest.mark.unit
 def test_distributed_checkpoints_are_left_to_nemo(tmp_path):
     folder = tmp_path / 'm-last'
     folder.mkdir()
@@ -59,7 +55,6 @@ def test_distributed_checkpoints_are_left_to_nemo(tmp_path):
     assert NeMoModelCheckpoint.is_checkpoint_unfinished(folder)
 
 
-@pytest.mark.unit
 def test_a_failing_save_leaves_the_earlier_checkpoint(tmp_path):
     path = save(tmp_path / 'm.ckpt', 2, 1000)
     before = path.read_bytes()

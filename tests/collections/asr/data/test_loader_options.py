@@ -10,7 +10,6 @@ from nemo.collections.asr.data.loader_options import take_own_options, with_own_
 SYNCED = {'context_options': [[10, 0], [20, 0]], 'seed': 5}
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('kind', [dict, OmegaConf.create])
 def test_own_options_are_taken_out_of_a_copy(kind):
     section = kind({'batch_size': 2, 'synced_contexts': SYNCED, 'resumable': None})
@@ -19,14 +18,12 @@ def test_own_options_are_taken_out_of_a_copy(kind):
     assert section['synced_contexts'] == SYNCED
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('section', [None, {'batch_size': 2}])
 def test_a_section_without_them_is_passed_on_as_it_is(section):
     rest, own = take_own_options(section)
     assert rest is section and own == {}
 
 
-@pytest.mark.unit
 def test_without_a_loader_or_an_option_nothing_changes():
     loader = DataLoader([1, 2])
     collate = loader.collate_fn
@@ -34,7 +31,6 @@ def test_without_a_loader_or_an_option_nothing_changes():
     assert with_own_options(loader) is loader and loader.collate_fn is collate
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'options, message',
     [
@@ -47,7 +43,6 @@ def test_bad_contexts_are_refused_by_name(options, message):
         with_own_options(DataLoader([1, 2]), synced_contexts=options)
 
 
-@pytest.mark.unit
 def test_contexts_need_a_loader_that_collates():
     with pytest.raises(ValueError, match='synced_contexts needs a torch data loader; list collates nothing'):
         with_own_options([1, 2], synced_contexts=SYNCED)

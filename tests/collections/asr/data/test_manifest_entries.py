@@ -30,7 +30,6 @@ def manifests(tmp_path):
     return [str(path) for path in paths]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'limits', [{}, {'min_duration': 1.0}, {'max_duration': 3.0}, {'min_duration': 1.0, 'max_number': 3}]
 )
@@ -43,13 +42,11 @@ def test_entries_are_nemos(manifests, limits):
         ours[len(nemo)]
 
 
-@pytest.mark.unit
 def test_they_survive_the_way_to_another_process(manifests):
     entries = ManifestEntries(manifests, PARSE)
     assert list(pickle.loads(pickle.dumps(entries))) == list(entries)
 
 
-@pytest.mark.unit
 def test_a_file_that_changes_while_it_is_used_is_an_error(manifests):
     entries = ManifestEntries(manifests, PARSE)
     with open(manifests[0], 'a') as file:
@@ -59,7 +56,6 @@ def test_a_file_that_changes_while_it_is_used_is_an_error(manifests):
     assert len(ManifestEntries(manifests, PARSE)) == len(entries) + 1  # read anew
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'line, message',
     [
@@ -75,7 +71,6 @@ def test_a_bad_line_is_named(manifests, line, message):
         ManifestEntries(manifests, PARSE)
 
 
-@pytest.mark.unit
 def test_a_dataset_reads_a_manifest_once(manifests, monkeypatch):
     from nemo.collections.asr.parts.utils import manifest_index
     from nemo.collections.asr.parts.utils.pretraining_checks import index_of
@@ -87,13 +82,11 @@ def test_a_dataset_reads_a_manifest_once(manifests, monkeypatch):
     assert isinstance(dataset.manifest_processor, UtteranceManifestProcessor) and len(dataset) == 4
 
 
-@pytest.mark.unit
 def test_an_empty_manifest_has_no_entries(tmp_path):
     (tmp_path / 'empty.json').touch()
     assert len(ManifestEntries(str(tmp_path / 'empty.json'), PARSE)) == 0
 
 
-@pytest.mark.unit
 def test_other_uses_are_refused(manifests):
     with pytest.raises(ValueError, match='needs manifest_parse_func'):
         UtteranceManifestProcessor(manifests, None)

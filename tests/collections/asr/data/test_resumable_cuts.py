@@ -92,7 +92,6 @@ def epoch(batches, number, stop=9):
     return given
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('name', ['manifest', 'bucketed', 'shar', 'tarred', 'mixed'])
 @pytest.mark.parametrize('workers', [0, 2])
 def test_goes_on_where_it_was_with_any_number_of_workers(corpus, name, workers):
@@ -106,7 +105,6 @@ def test_goes_on_where_it_was_with_any_number_of_workers(corpus, name, workers):
     assert epoch(loader(corpus, name, seed=4), 0) != whole[0]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('name', ['manifest', 'bucketed', 'shar', 'tarred'])
 def test_an_epoch_has_each_utterance_once_and_is_followed_by_the_next(corpus, name):
     batches, again = loader(corpus, name), loader(corpus, name)
@@ -137,7 +135,6 @@ def shares(folder, name, ranks, number, stop=99, state=None):
     return given, left
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('name', ['manifest', 'bucketed', 'shar'])
 @pytest.mark.parametrize('before, after', [(2, 2), (2, 1), (1, 2)])
 def test_goes_on_with_other_ranks_without_repeating_or_losing_more_than_a_batch_of_each(corpus, name, before, after):
@@ -152,7 +149,6 @@ def test_goes_on_with_other_ranks_without_repeating_or_losing_more_than_a_batch_
     assert len({len(share) for share in second}) == 1
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'name, more, message',
     [
@@ -169,7 +165,6 @@ def test_what_cannot_be_exact_is_refused_with_the_reason(corpus, name, more, mes
         loader(corpus, name, **more)
 
 
-@pytest.mark.unit
 def test_the_generators_of_the_process_are_left_alone(corpus):
     batches = loader(corpus, 'manifest', workers=1)
     torch.manual_seed(0)

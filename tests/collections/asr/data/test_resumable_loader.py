@@ -44,7 +44,6 @@ def epoch(loader, number, stop=None):
     return given
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('shuffle', [True, False])
 def test_goes_on_where_it_was(workers, shuffle):
@@ -58,7 +57,6 @@ def test_goes_on_where_it_was(workers, shuffle):
     assert epoch(again, 2) == whole[2]
 
 
-@pytest.mark.unit
 def test_lightning_may_begin_to_iterate_before_it_tells_the_epoch():
     stopped, again = resumable(2), resumable(2)
     epoch(stopped, 1, stop=2)
@@ -68,7 +66,6 @@ def test_lightning_may_begin_to_iterate_before_it_tells_the_epoch():
     assert [batch.tolist() for batch in batches] == [batch for batch, _, _ in epoch(resumable(), 1)[2:]]
 
 
-@pytest.mark.unit
 def test_a_finished_epoch_is_followed_by_the_next():
     finished, again = resumable(), resumable()
     epoch(finished, 0)
@@ -77,7 +74,6 @@ def test_a_finished_epoch_is_followed_by_the_next():
     assert [batch.tolist() for batch in again] == [batch for batch, _, _ in epoch(resumable(), 1)]
 
 
-@pytest.mark.unit
 def test_epochs_and_seeds_differ_and_each_item_comes_once():
     loader = resumable()
     orders = [[int(item[0]) for batch, _, _ in epoch(loader, number) for item in batch] for number in (0, 1)]
@@ -88,7 +84,6 @@ def test_epochs_and_seeds_differ_and_each_item_comes_once():
     assert len({draw for _, _, draw in in_order[0]}) == 6
 
 
-@pytest.mark.unit
 def test_stays_what_it_is_when_lightning_puts_a_distributed_sampler_in():
     ranks = []
     for rank in (0, 1):
@@ -115,7 +110,6 @@ def shares(ranks, number, stop=None, states=()):
     return given, state
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('before, after, stop', [(2, 1, 2), (1, 2, 2), (1, 2, 3), (2, 1, 1), (1, 3, 4), (3, 2, 1)])
 def test_goes_on_with_other_ranks_without_repeating_or_losing_more_than_a_batch_of_each(before, after, stop):
     first, state = shares(before, 1, stop)
@@ -128,14 +122,12 @@ def test_goes_on_with_other_ranks_without_repeating_or_losing_more_than_a_batch_
     assert repeated < 2 * after
 
 
-@pytest.mark.unit
 def test_says_that_the_ranks_are_others(warnings):
     _, state = shares(2, 1, 2)
     resumable().load_state_dict(state)
     assert '2 ranks had used 8 utterances of epoch 1; 1 go on after these' in ''.join(warnings)
 
 
-@pytest.mark.unit
 def test_a_batch_that_is_fetched_ahead_of_the_step_is_not_lost():
     whole, loader, again = epoch(resumable(), 1), resumable(), resumable()
     loader.sampler.set_epoch(1)
@@ -149,13 +141,11 @@ def test_a_batch_that_is_fetched_ahead_of_the_step_is_not_lost():
     assert epoch(again, 1) == whole[1:]
 
 
-@pytest.mark.unit
 def test_keeps_what_the_loader_was():
     loader = resumable(drop_last=True)
     assert len(loader) == len(list(loader)) == 5 and loader.batch_size == 2 and loader.collate_fn is collate
 
 
-@pytest.mark.unit
 def test_seeds_do_not_depend_on_the_process():
     assert derive_seed(3, 'step', 0, 1, 2) == 3201826510695193048
     assert derive_seed(3, 'step', 0, 1, 2) != derive_seed(3, 'step', 0, 12)
@@ -166,7 +156,6 @@ class Stream(IterableDataset):
         return iter(range(3))
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'loader, options, message',
     [

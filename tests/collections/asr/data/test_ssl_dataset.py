@@ -25,7 +25,6 @@ class CountingArray(np.ndarray):
         return super().__iter__()
 
 
-@pytest.mark.unit
 def test_noise_is_loaded_without_a_python_loop_over_its_samples(tmp_path, monkeypatch):
     soundfile.write(tmp_path / 'noise.wav', np.full(16000, 0.25), 16000)
     load = ssl_dataset._up.AudioSegment.from_file
@@ -43,7 +42,6 @@ def test_noise_is_loaded_without_a_python_loop_over_its_samples(tmp_path, monkey
     assert CountingArray.iterations == 0
 
 
-@pytest.mark.unit
 def test_a_manifest_of_noise_is_read_as_before(tmp_path):
     soundfile.write(tmp_path / 'noise.wav', np.full(8000, 0.1), 16000)
     (tmp_path / 'noise.json').write_text(json.dumps({'audio_filepath': 'noise.wav', 'duration': 0.5}))
@@ -88,7 +86,6 @@ def data_loader(path, workers=0, batch_size=4, skip_bad_audio=None, **more):
     return with_own_options(loader, skip_bad_audio=skip_bad_audio)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('name', BAD)
 @pytest.mark.parametrize('workers', [0, 1])
 def test_bad_audio_ends_the_epoch_and_is_named(audio, name, workers):
@@ -100,7 +97,6 @@ def test_bad_audio_ends_the_epoch_and_is_named(audio, name, workers):
     assert 'train_ds.skip_bad_audio: true' in str(error.value)
 
 
-@pytest.mark.unit
 def test_bad_audio_is_skipped_named_and_counted(audio, warnings):
     path = manifest(audio, 'a.wav', *BAD, 'cut.wav', 'b.wav', 'c.wav', duration=2.5)
     batches = list(data_loader(path, skip_bad_audio=True))
@@ -110,27 +106,23 @@ def test_bad_audio_is_skipped_named_and_counted(audio, warnings):
         assert sum(f'{name}' in message and 'Skipped bad audio' in message for message in warnings) == 1
 
 
-@pytest.mark.unit
 def test_the_count_passes_a_worker_and_an_augmentor(audio):
     noise = {'batch_augmentor': {'_target_': 'nemo.collections.asr.modules.ssl_modules.MultiSpeakerNoiseAugmentation'}}
     loader = data_loader(manifest(audio, 'a.wav', 'nan.wav', 'b.wav'), 1, skip_bad_audio=True, **noise)
     assert [batch.skipped for batch in loader] == [1]
 
 
-@pytest.mark.unit
 def test_a_batch_of_nothing_but_bad_audio_is_an_error(audio):
     with pytest.raises(ValueError, match='each of the 2 utterances of a batch is bad'):
         list(data_loader(manifest(audio, 'junk.wav', 'nan.wav'), skip_bad_audio=True))
 
 
-@pytest.mark.unit
 def test_audio_that_was_cut_off_is_a_warning_where_nothing_is_skipped(audio, warnings):
     [batch] = data_loader(manifest(audio, 'a.wav', 'cut.wav', duration=3.0))
     assert batch.audio.shape[0] == 2
     assert any('cut.wav lasts' in message and 'may be cut off' in message for message in warnings)
 
 
-@pytest.mark.unit
 def test_bad_noise_is_not_mixed_in(audio, warnings):
     loader = data_loader(manifest(audio, 'a.wav', 'b.wav'), noise_manifest=manifest(audio, 'nan.wav'))
     [batch] = loader
@@ -138,7 +130,6 @@ def test_bad_noise_is_not_mixed_in(audio, warnings):
     assert any('nan.wav: samples that are NaN' in message for message in warnings)
 
 
-@pytest.mark.unit
 def test_skip_bad_audio_is_true_or_false(audio):
     with pytest.raises(ValueError, match="skip_bad_audio is 'often'; it must be true or false"):
         data_loader(manifest(audio, 'a.wav'), skip_bad_audio='often')
@@ -146,7 +137,6 @@ def test_skip_bad_audio_is_true_or_false(audio):
         ssl_dataset.set_skip_bad_audio([], True)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('skip', [False, True])
 def test_tarred_audio(audio, tmp_path, skip):
     names = ['a.wav', 'nan.wav', 'junk.wav', 'b.wav']
@@ -162,7 +152,6 @@ def test_tarred_audio(audio, tmp_path, skip):
             list(loader)
 
 
-@pytest.mark.unit
 def test_lhotse_audio(audio, warnings):
     cuts = CutSet.from_cuts(Recording.from_file(audio / name).to_cut() for name in ('a.wav', 'nan.wav', 'b.wav'))
     dataset = ssl_dataset.LhotseAudioNoiseDataset()
@@ -174,7 +163,6 @@ def test_lhotse_audio(audio, warnings):
     assert any('Skipped bad audio: nan' in message for message in warnings)
 
 
-@pytest.mark.unit
 def test_what_lhotse_cannot_read_is_skipped_as_in_nemo_unless_it_must_not_be(audio, tmp_path):
     for name in ('a.wav', 'b.wav'):
         shutil.copy(audio / name, tmp_path / name)
@@ -205,7 +193,6 @@ def shards(tmp_path):
     return tmp_path / 'shar'
 
 
-@pytest.mark.unit
 def test_noise_comes_from_shards_too(shards):
     noises = ssl_dataset.load_noise_manifest(str(shards))
     assert len(noises) == 2 and len(str(noises)) < 500  # NeMo prints what it cannot read
@@ -216,14 +203,12 @@ def test_noise_comes_from_shards_too(shards):
             assert samples[:sounding].numpy() == pytest.approx(level, abs=1e-3) and not samples[sounding:].any()
 
 
-@pytest.mark.unit
 def test_a_folder_that_has_no_shards_is_refused_as_noise(tmp_path):
     (tmp_path / 'a.wav').touch()
     with pytest.raises(ValueError, match='noise_manifest .* is a folder, but not one of shards'):
         ssl_dataset.load_noise_manifest(str(tmp_path))
 
 
-@pytest.mark.unit
 def test_cuts_of_other_lengths_get_noise_of_their_own_length(audio, shards):
     dataset = ssl_dataset.LhotseAudioNoiseDataset(noise_manifest=str(shards))
     cuts = [Recording.from_file(audio / name).to_cut() for name in ('a.wav', 'b.wav')]

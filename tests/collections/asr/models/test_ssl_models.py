@@ -103,7 +103,6 @@ def printed_after(marker, *arguments, **settings):
     return next(line for line in result.stdout.splitlines() if line.startswith(marker))[len(marker) :]
 
 
-@pytest.mark.unit
 @MODELS
 @POSITIONS
 def test_forward_outside_a_step_pins_one_context_and_leaves_nothing_behind(cls, position):
@@ -119,7 +118,6 @@ def test_forward_outside_a_step_pins_one_context_and_leaves_nothing_behind(cls, 
     assert model.encoder.att_context_size == before
 
 
-@pytest.mark.unit
 @POSITIONS
 def test_a_pinned_context_is_not_drawn_again(position):
     model = tiny_model(*position).train()
@@ -129,7 +127,6 @@ def test_a_pinned_context_is_not_drawn_again(position):
     assert spy.masking == [20] * 5 and spy.attention == [[20, 0]] * 5
 
 
-@pytest.mark.unit
 @MODELS
 @POSITIONS
 @pytest.mark.parametrize('as_tensor', [False, True])
@@ -145,7 +142,6 @@ def test_current_frame_bounds_the_mask(cls, position, as_tensor):
             assert not masks[:, current:].any() and not masks[:, : current - 10 * factor].any()
 
 
-@pytest.mark.unit
 @MODELS
 def test_per_feature_targets_are_those_of_a_model_that_normalises_its_features(cls):
     raw = tiny_model(cls=cls).eval()
@@ -159,7 +155,6 @@ def test_per_feature_targets_are_those_of_a_model_that_normalises_its_features(c
         assert torch.equal(raw_tokens[row, :frames], normalised_tokens[row, :frames])
 
 
-@pytest.mark.unit
 @POSITIONS
 def test_per_feature_targets_do_not_change_with_the_level_of_the_signal(position):
     model = tiny_model(*position, '+model.preprocessor.log_zero_guard_value=1e-20').eval()
@@ -175,13 +170,11 @@ def test_per_feature_targets_do_not_change_with_the_level_of_the_signal(position
     assert torch.equal(quiet[0, :20], loud[0, :20])
 
 
-@pytest.mark.unit
 def test_an_unknown_target_normalisation_is_refused():
     with pytest.raises(ValueError, match=r"target_normalize is 'per_utterance'.*per_feature"):
         tiny_model('model.target_normalize=per_utterance')
 
 
-@pytest.mark.unit
 def test_features_and_samples_exclude_each_other():
     model = tiny_model().eval()
     batch = noise_batch()
@@ -198,7 +191,6 @@ def test_features_and_samples_exclude_each_other():
     torch.testing.assert_close(of_features[0], model(**arguments)[0])
 
 
-@pytest.mark.unit
 def test_a_masking_module_without_contexts_still_masks(monkeypatch):
     warnings = []
     monkeypatch.setattr(ssl_models.logging, 'warning', lambda message, *_: warnings.append(message))
@@ -224,7 +216,6 @@ def test_a_masking_module_without_contexts_still_masks(monkeypatch):
         model(**forward_arguments(model, noise_batch()), apply_mask=True, current_frame=8)
 
 
-@pytest.mark.unit
 def test_a_post_conv_model_keeps_its_block_size_through_saving_and_restoring(tmp_path):
     model = tiny_model(*POST_CONV)
     assert model.mask_processor.block_size == 16 // 8
@@ -234,7 +225,6 @@ def test_a_post_conv_model_keeps_its_block_size_through_saving_and_restoring(tmp
         assert model.mask_processor.block_size == 16 // 8
 
 
-@pytest.mark.unit
 def test_layer_contexts_set_at_run_time_are_in_the_saved_config(tmp_path):
     model = tiny_model()
     model.encoder.set_layer_att_context_size([[0, [6, 0]]])
@@ -245,7 +235,6 @@ def test_layer_contexts_set_at_run_time_are_in_the_saved_config(tmp_path):
     assert restored.encoder.tightest_left_context() == 6
 
 
-@pytest.mark.unit
 @POSITIONS
 @pytest.mark.parametrize('from_features', [False, True])
 def test_where_nothing_is_masked_the_clean_signal_may_come_alone(position, from_features):
@@ -266,7 +255,6 @@ def test_where_nothing_is_masked_the_clean_signal_may_come_alone(position, from_
             model(**clean, **{name: half}, apply_mask=False)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'overrides, message',
     [
@@ -280,7 +268,6 @@ def test_training_refuses_targets_that_cannot_align(overrides, message):
         fit(model, batches(1), max_steps=1)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'overrides, warns',
     [
@@ -304,7 +291,6 @@ def test_training_warns_of_an_encoder_that_has_not_heard_its_targets(overrides, 
     assert len(told) == warns
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'name', sorted({'nest_fast-conformer_streaming', *(path.stem for path in CONFIGS.glob('*_tiny.yaml'))})
 )

@@ -42,7 +42,6 @@ def assert_streams_as_offline(model, context, seconds=4.0):
 
 
 class TestConfigs:
-    @pytest.mark.unit
     @pytest.mark.parametrize('name', CONFIG_NAMES)
     def test_it_composes_and_passes_the_checks(self, name):
         with initialize_config_dir(str(CONFIGS), version_base=None):
@@ -55,7 +54,6 @@ class TestConfigs:
         assert cfg.model.encoder.att_context_style == 'chunked_limited' and cfg.model.loss.decoder_offset == 1
         assert (cfg.model.encoder.get('att_context_sampler') is not None) == (DYNAMIC in name)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('name', CONFIG_NAMES)
     def test_the_latency_beside_each_context_is_that_of_the_encoder(self, name):
         encoder = model_of(name).encoder
@@ -67,11 +65,9 @@ class TestConfigs:
             stated = {None: 'the whole utterance', 0: ' 0 ms'}.get(wait)
             assert (stated or f'up to {wait:g} ms, {wait / 2:g} ms on average') in line
 
-    @pytest.mark.unit
     def test_nvidias_contexts(self):
         assert model_of(MULTI_LATENCY).encoder.att_context_size_all == [[70, 13], [70, 6], [70, 1], [70, 0]]
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('name', CONFIG_NAMES)
     def test_it_trains_and_streams_equal_to_offline(self, name):
         model = model_of(name, 'model.encoder.n_layers=2')
@@ -86,7 +82,6 @@ class TestConfigs:
 
 
 class TestSampledTraining:
-    @pytest.mark.unit
     def test_attention_and_masking_follow_each_draw_and_validation_draws_nothing(self):
         model = tiny_model(*SAMPLED)
         sampler = model.encoder.att_context_sampler
@@ -102,7 +97,6 @@ class TestSampledTraining:
             model.inference_pass(noise_batch(), mode='val', apply_mask=True)
         assert record.attention == [[8, 3], [6, 1], [6, 0]]  # model.validate_contexts: all
 
-    @pytest.mark.unit
     def test_the_losses_are_logged_for_groups_of_chunks(self):
         model = tiny_model(*SAMPLED)
         run = fit(model, batches(12), max_steps=12)
@@ -112,7 +106,6 @@ class TestSampledTraining:
         assert {name.removeprefix('train_loss/ctx_') for name in names} <= groups | configured
         assert len(names) > 2
 
-    @pytest.mark.unit
     def test_a_resumed_run_draws_what_the_whole_one_draws(self, tmp_path):
         whole = fit(tiny_model(*SAMPLED), batches(6), max_steps=6).logger.column('att_context_right')
         first = fit(tiny_model(*SAMPLED), batches(6), max_steps=3)
@@ -120,7 +113,6 @@ class TestSampledTraining:
         rest = fit(tiny_model(*SAMPLED), batches(6), max_steps=6, ckpt_path=tmp_path / 'half.ckpt')
         assert first.logger.column('att_context_right') + rest.logger.column('att_context_right') == whole
 
-    @pytest.mark.unit
     def test_by_hand_wins_then_what_comes_with_the_batch(self):
         encoder = tiny_model(*SAMPLED).encoder.train()
         assert encoder.att_context_of_batch(AttContext(8, 7), step=0) == AttContext(8, 7)
@@ -130,7 +122,6 @@ class TestSampledTraining:
         assert encoder.draw_att_context_size(0) == encoder.att_context_sampler.draw(0, 0)
         assert encoder.eval().draw_att_context_size(0) == AttContext(8, 3)
 
-    @pytest.mark.unit
     def test_a_synced_collates_contexts_take_the_place_of_the_draw(self):
         model = tiny_model(*SAMPLED)
         collate = create_synced_context_collate(lambda samples: samples[0], context_options=[[8, 1]])
@@ -138,20 +129,17 @@ class TestSampledTraining:
         run = fit(model, loader, max_steps=3)
         assert run.logger.column('att_context_right') == [1, 1, 1]
 
-    @pytest.mark.unit
     def test_without_the_model_the_encoder_counts_its_own_draws(self):
         encoder = tiny_model(*SAMPLED).encoder.train()
         drawn = [encoder.draw_att_context_size() for _ in range(4)]
         assert drawn == [encoder.att_context_sampler.draw(0, step) for step in range(4)]
 
-    @pytest.mark.unit
     def test_it_travels_in_the_nemo_file(self, tmp_path):
         model = tiny_model(*SAMPLED)
         model.save_to(str(tmp_path / 'model.nemo'))
         restored = EncDecDenoiseMaskedTokenPredModel.restore_from(str(tmp_path / 'model.nemo'))
         assert restored.encoder.att_context_sampler == model.encoder.att_context_sampler
 
-    @pytest.mark.unit
     def test_block_by_block_the_loss_is_the_same(self):
         losses = []
         for choice in ('off', 'on'):
@@ -159,7 +147,6 @@ class TestSampledTraining:
             losses.append(fit(model, batches(5, seconds=(2.0, 1.5)), max_steps=5).logger.column('train_loss'))
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
-    @pytest.mark.unit
     def test_a_context_set_by_hand_is_known_if_it_can_be_drawn(self):
         encoder = tiny_model(*SAMPLED).encoder
         with pytest.MonkeyPatch.context() as patch:
@@ -170,7 +157,6 @@ class TestSampledTraining:
             encoder.set_att_context_size([70, 13])
             assert 'it was on those of att_context_sampler' in warned[0]
 
-    @pytest.mark.unit
     def test_validation_tells_the_look_ahead_of_each_context(self):
         with pytest.MonkeyPatch.context() as patch:
             told = []
@@ -180,7 +166,6 @@ class TestSampledTraining:
             )
         assert 'Validation in contexts [8, 3] (look-ahead 240 ms), [-1, -1] (look-ahead all)' in told
 
-    @pytest.mark.unit
     def test_the_table_of_contexts_says_what_is_drawn(self):
         table = context_table(tiny_model(*SAMPLED).encoder, FRAME_MS)
         assert 'else chunks with a look-ahead of 0 to 400 ms' in table
@@ -189,7 +174,6 @@ class TestSampledTraining:
 class TestWithLayersAndCurriculum:
     LAYERS = ['model.encoder.n_layers=2', '+model.encoder.layer_att_context_size=[[4,-1],[3,0]]']
 
-    @pytest.mark.unit
     def test_layers_see_whole_chunks_of_what_is_drawn(self):
         encoder = tiny_model(*SAMPLED, *self.LAYERS).encoder
         effective = {
@@ -203,24 +187,20 @@ class TestWithLayersAndCurriculum:
             (-1, 0): [[4, 0], [3, 0]],
         }
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('context', [[8, 3], [6, 1], [6, 0], [-1, 4]])
     def test_they_stream_equal_to_offline(self, context):
         assert_streams_as_offline(tiny_model(*SAMPLED, *self.LAYERS), context, seconds=2.0)
 
-    @pytest.mark.unit
     def test_everything_masked_can_be_answered_in_each_layer(self):
         model = tiny_model(*SAMPLED, *self.LAYERS, 'model.audit_every_n_batches=1')
         run = fit(model, batches(10, seconds=(3.0, 2.0)), max_steps=10)
         names = [name for name in run.logger.steps[0] if name.startswith('audit/unanswerable_share')]
         assert names and all(run.logger.column(name) == [0] * 10 for name in names)
 
-    @pytest.mark.unit
     def test_a_layer_with_chunks_of_its_own_must_fit_every_chunk(self):
         with pytest.raises(InstantiationException, match=r'item 0.*right context is 1; .*chunk_size.: \[1, 6\]'):
             tiny_model(*SAMPLED, 'model.encoder.n_layers=1', '+model.encoder.layer_att_context_size=[[4,1]]')
 
-    @pytest.mark.unit
     def test_a_curriculum_cuts_the_chunks_and_rounds_the_past_down(self):
         model = tiny_model(*SAMPLED)
         curriculum = AttContextCurriculum(milestones=[[0, [4, 0]], [4, [5, 2]], [8, [-1, -1]]])
@@ -234,14 +214,12 @@ class TestWithLayersAndCurriculum:
             assert right == expected and left in (0, 3, 4, 5) and left % (right + 1) == 0
         assert found[8:] == [tuple(context) for context in drawn[8:]]
 
-    @pytest.mark.unit
     def test_a_linear_curriculum_needs_no_common_chunk(self):
         model = tiny_model(*SAMPLED)
         curriculum = AttContextCurriculum(start=[4, 0], end=[20, 5], warmup_steps=8)
         ceilings = [curriculum.ceiling_at(step, model.encoder).as_list() for step in (0, 4, 8)]
         assert ceilings == [[4, 0], [12, 2], [20, 5]]
 
-    @pytest.mark.unit
     def test_a_ceiling_that_a_layer_cannot_follow_is_refused_before_training(self):
         sampler = '{full_prob: 0, chunk_size: [4, 4]}'
         model = tiny_model(
@@ -257,7 +235,6 @@ class TestWithLayersAndCurriculum:
 
 
 class TestChecks:
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'section, message',
         [
@@ -272,7 +249,6 @@ class TestChecks:
         with pytest.raises(ValueError, match=r'model\.encoder\.att_context_sampler.*' + message):
             check_contexts(encoder)
 
-    @pytest.mark.unit
     def test_probabilities_of_the_list_would_be_passed_over(self):
         encoder = OmegaConf.create(
             {
@@ -285,7 +261,6 @@ class TestChecks:
         with pytest.raises(ValueError, match=r'att_context_probs is \[0.5, 0.5\], but .*att_context_sampler draws'):
             check_contexts(encoder)
 
-    @pytest.mark.unit
     def test_an_attention_with_a_built_in_context_cannot_sample(self):
         with pytest.raises(
             InstantiationException, match='model.encoder.att_context_sampler: self_attention_model rel_pos_local'

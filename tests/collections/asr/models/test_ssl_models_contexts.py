@@ -74,7 +74,6 @@ class TestSyncedBatches:
         assert record.attention == expected_contexts(8)  # across epochs of 5
         assert record.masking == [context[0] for context in record.attention] == run.logger.column('att_context_left')
 
-    @pytest.mark.unit
     @POSITIONS
     def test_a_hierarchical_encoder_follows_its_batches(self, position):
         model = tiny_model(
@@ -96,7 +95,6 @@ class TestSyncedBatches:
         contexts = context_of_each_step(batches_of.steps, record.attention)
         assert len(record.attention) > 8 and contexts == dict(enumerate(expected_contexts(8)))
 
-    @pytest.mark.unit
     def test_a_context_set_by_hand_comes_first_and_a_ceiling_narrows(self):
         model = tiny_model()
         model.set_att_context_size([40, 0])
@@ -109,7 +107,6 @@ class TestSyncedBatches:
             fit(model, synced_loader(), max_steps=2)
         assert record.masking == [5, 5]
 
-    @pytest.mark.unit
     def test_a_batch_without_a_trainer_keeps_its_context(self):
         model = tiny_model(cls=EncDecMaskedTokenPredModel)
         for batch in synced_loader(as_tuple):
@@ -153,7 +150,6 @@ class TestSyncedContextsInTheConfig:
             fit(model, model._train_dl, max_steps=4, max_epochs=-1)
         assert record.attention == expected_contexts(4)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'synced, message',
         [

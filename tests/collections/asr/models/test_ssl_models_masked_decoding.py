@@ -41,7 +41,6 @@ def loss_and_gradients(model, compute, autocast=False):
     return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('autocast', [False, True], ids=['float32', 'bf16-mixed'])
 @pytest.mark.parametrize(
     'overrides',
@@ -65,7 +64,6 @@ def test_loss_and_gradients_equal_those_of_all_frames(overrides, autocast):
     assert (gradients - expected_gradients).norm() <= tolerance * expected_gradients.norm()
 
 
-@pytest.mark.unit
 def test_a_training_runs_losses_are_those_of_whole_decoding():
     """Three steps, by the trainer: one way as shipped, one with NeMo's own training step."""
     losses = []
@@ -79,7 +77,6 @@ def test_a_training_runs_losses_are_those_of_whole_decoding():
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.unit
 def test_predictions_name_their_utterance_and_are_those_of_forward():
     model = tiny_model('model.loss.decoder_offset=1', *SQUEEZED).eval()
     batch = noise_batch((2.0, 1.3, 1.6), seed=2)
@@ -102,7 +99,6 @@ def test_predictions_name_their_utterance_and_are_those_of_forward():
     torch.testing.assert_close(predictions.log_probs, expected)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('overrides', [(), TWO_BOOKS], ids=['one book', 'two books'])
 def test_without_a_frame_that_counts_the_loss_is_zero_and_every_gradient_is_there(overrides):
     model = tiny_model(*overrides).train()
@@ -115,7 +111,6 @@ def test_without_a_frame_that_counts_the_loss_is_zero_and_every_gradient_is_ther
     assert all(p.grad is not None and not p.grad.any() for p in trained.values())
 
 
-@pytest.mark.unit
 def test_the_decoder_sees_no_frame_but_those_that_count():
     model = tiny_model().train()
     seen = []
@@ -166,7 +161,6 @@ def with_model_of_user(model):
     model.__class__ = OwnForward
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'change, named',
     [
@@ -189,7 +183,6 @@ def test_what_may_need_all_frames_gets_them_and_one_line_says_so(change, named):
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
 
 
-@pytest.mark.unit
 def test_a_users_decoder_and_loss_are_used_in_training():
     plain, halved = tiny_model(), tiny_model()
     with_loss_of_user(halved)
@@ -200,7 +193,6 @@ def test_a_users_decoder_and_loss_are_used_in_training():
     assert losses[1] == pytest.approx(losses[0] / 2, rel=1e-5)
 
 
-@pytest.mark.unit
 def test_a_single_loss_over_a_codebook_that_is_not_squeezed_is_left_to_nemos_own_error():
     config = tiny_config()
     with open_dict(config.model):

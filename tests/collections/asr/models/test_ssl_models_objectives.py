@@ -62,7 +62,6 @@ def first_to_predict(frame: int, offset: int, horizon: int, way: str, post_conv:
     return max(FACTOR * (frame + offset - post_conv + horizon) + ahead + 1, 0)
 
 
-@pytest.mark.unit
 @EVERY_WAY
 @POSITIONS
 def test_no_gradient_comes_from_what_is_to_be_predicted(way, position):
@@ -87,7 +86,6 @@ def test_no_gradient_comes_from_what_is_to_be_predicted(way, position):
     assert leaks_if_wrong
 
 
-@pytest.mark.unit
 @EVERY_WAY
 @POSITIONS
 @torch.no_grad()
@@ -110,7 +108,6 @@ def test_perturbing_what_is_to_be_predicted_changes_nothing(way, position):
     assert changed_if_wrong
 
 
-@pytest.mark.unit
 @OBJECTIVES
 @POSITIONS
 @pytest.mark.parametrize('books', [1, 2])
@@ -145,7 +142,6 @@ def test_the_loss_of_a_step_is_that_of_all_log_probabilities(objective, position
     assert [name for name in losses.parts if name != 'masked'] == ['next_0', 'next_1', 'next_2']
 
 
-@pytest.mark.unit
 def test_tokens_come_from_clean_audio_and_the_encoder_hears_the_noisy_one():
     model = tiny_model(NEXT).eval()
     batch = noise_batch((1.0,))
@@ -155,7 +151,6 @@ def test_tokens_come_from_clean_audio_and_the_encoder_hears_the_noisy_one():
     assert not torch.allclose(records[0].encoded, records[1].encoded)
 
 
-@pytest.mark.unit
 @POSITIONS
 def test_next_token_prediction_calls_no_masking(position):
     model = tiny_model(NEXT, *position)
@@ -171,7 +166,6 @@ def test_next_token_prediction_calls_no_masking(position):
     assert len(run.logger.column('train_loss')) == 2
 
 
-@pytest.mark.unit
 @OBJECTIVES
 @pytest.mark.parametrize('way', ['layers', 'sampled'])
 def test_a_training_learns_and_logs_each_horizon(objective, way):
@@ -187,7 +181,6 @@ def test_a_training_learns_and_logs_each_horizon(objective, way):
     assert ('audit/masked_share' in names) == (objective == BOTH)
 
 
-@pytest.mark.unit
 @OBJECTIVES
 def test_validation_reports_each_context_and_horizon(objective):
     model = tiny_model(objective, 'model.encoder.att_context_size=[[4,0],[-1,0]]', '+model.next_token.horizons=2')
@@ -207,7 +200,6 @@ def test_validation_reports_each_context_and_horizon(objective):
     assert found['val_loss'] == pytest.approx((whole + found['val_loss/ctx_unlimited_0']) / 2, rel=1e-6)
 
 
-@pytest.mark.unit
 def test_validation_equals_loops_over_frames():
     model = tiny_model(NEXT, 'model.encoder.att_context_size=[4,0]', '+model.next_token.horizons=2').eval()
     run = trainer(1)
@@ -235,7 +227,6 @@ def test_validation_equals_loops_over_frames():
     assert found['val_accuracy'] == pytest.approx(sum(right) / sum(count), rel=1e-5)
 
 
-@pytest.mark.unit
 @OBJECTIVES
 def test_without_validate_contexts_the_parts_are_reported_for_the_default_context(objective):
     model = tiny_model(objective, '~model.validate_contexts')
@@ -246,7 +237,6 @@ def test_without_validate_contexts_the_parts_are_reported_for_the_default_contex
     assert ('val_loss/masked' in found) == (objective == BOTH)
 
 
-@pytest.mark.unit
 def test_a_model_without_noise_predicts_next_tokens_too():
     model = tiny_model(NEXT, cls=EncDecMaskedTokenPredModel)
     run = fit(model, batches(2, as_tuples=True), max_steps=2)
@@ -264,7 +254,6 @@ class SeedOfStep(Callback):
         torch.manual_seed(trainer.global_step)
 
 
-@pytest.mark.unit
 @OBJECTIVES
 def test_a_resumed_run_is_the_uninterrupted_one(objective, tmp_path):
     overrides = (objective, 'model.encoder.att_context_size=[[4,0],[8,0],[-1,0]]', NO_DITHER)
@@ -283,7 +272,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(objective, tmp_path):
     assert run.logger.column('train_loss') == pytest.approx(whole.logger.column('train_loss')[3:], rel=1e-6)
 
 
-@pytest.mark.unit
 def test_a_run_cannot_go_on_with_another_objective(tmp_path):
     at_end = ModelCheckpoint(tmp_path, filename='{step}', every_n_train_steps=1)
     fit(tiny_model(), batches(1), 1, callbacks=[at_end], enable_checkpointing=True)
@@ -291,7 +279,6 @@ def test_a_run_cannot_go_on_with_another_objective(tmp_path):
         fit(tiny_model(NEXT), batches(1), 2, ckpt_path=tmp_path / 'step=1.ckpt')
 
 
-@pytest.mark.unit
 @OBJECTIVES
 @pytest.mark.parametrize('precision', ['bf16-mixed', 'bf16-true'])
 def test_lower_precision_learns_as_full(objective, precision):
@@ -302,7 +289,6 @@ def test_lower_precision_learns_as_full(objective, precision):
     assert lower == pytest.approx(full, rel=0.1 if precision == 'bf16-true' else 0.02)
 
 
-@pytest.mark.unit
 @OBJECTIVES
 def test_activation_checkpointing_changes_no_gradient(objective):
     gradients = []
@@ -318,7 +304,6 @@ def test_activation_checkpointing_changes_no_gradient(objective):
         torch.testing.assert_close(checkpointed, plain)
 
 
-@pytest.mark.unit
 def test_a_saved_model_keeps_its_objective(tmp_path):
     model = tiny_model(NEXT, '+model.next_token.horizons=2').eval()
     model.save_to(tmp_path / 'model.nemo')
@@ -328,7 +313,6 @@ def test_a_saved_model_keeps_its_objective(tmp_path):
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.unit
 def test_forward_gives_the_first_next_token_where_that_alone_is_asked_for():
     model = tiny_model(NEXT).eval()
     with torch.no_grad():
@@ -337,7 +321,6 @@ def test_forward_gives_the_first_next_token_where_that_alone_is_asked_for():
     torch.testing.assert_close(log_probs, model.next_token_decoders[0](encoder_output=record.encoded))
 
 
-@pytest.mark.unit
 @OBJECTIVES
 @pytest.mark.parametrize(
     ('overrides', 'message'),
@@ -372,7 +355,6 @@ class WithForwardOfItsOwn(EncDecMaskedTokenPredModel):
         return super().forward(**kwargs)
 
 
-@pytest.mark.unit
 def test_a_model_with_a_forward_of_its_own_is_refused():
     with pytest.raises(ValueError, match='model.objective is next_token, which decodes frame by frame: WithForward'):
         tiny_model(NEXT, '~model.validate_contexts', cls=WithForwardOfItsOwn)
@@ -388,7 +370,6 @@ def test_two_ranks_train_one_model_and_every_weight_gets_a_gradient(tmp_path):
 REFINED = '+model.quantizer.refine={every_n_steps: 2, until_step: 4, decay: 0.5}'
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('objective', ['+model.objective=masked', NEXT], ids=['masked', 'next_token'])
 @pytest.mark.parametrize('accumulated', [1, 2])
 def test_codebooks_are_refined_as_often_as_asked(objective, accumulated):
@@ -405,7 +386,6 @@ def test_codebooks_are_refined_as_often_as_asked(objective, accumulated):
     assert 0 <= run.logger.column('codebook/changed_share')[0] <= 1
 
 
-@pytest.mark.unit
 def test_validation_observes_no_targets():
     model = tiny_model(REFINED)
     run = trainer(1)
@@ -415,7 +395,6 @@ def test_validation_observes_no_targets():
     assert not model.quantizer.refinement.observed.any()
 
 
-@pytest.mark.unit
 def test_a_resumed_refinement_is_the_uninterrupted_one(tmp_path):
     """From a checkpoint between two refinements, and one at a refinement, which is not done twice."""
     kept = ModelCheckpoint(tmp_path, filename='{step}', every_n_train_steps=1, save_top_k=-1)
@@ -428,7 +407,6 @@ def test_a_resumed_refinement_is_the_uninterrupted_one(tmp_path):
         torch.testing.assert_close(resumed.quantizer.codebooks, whole.quantizer.codebooks, rtol=0, atol=1e-12)
 
 
-@pytest.mark.unit
 def test_principal_components_are_refused_behind_the_subsampling(tmp_path):
     file, ones = tmp_path / 'pca.npz', np.ones(16)
     arrays = dict(components=np.eye(80)[:16], eigenvalues=ones, combine_time_steps=1, features=80)

@@ -27,7 +27,6 @@ def loss_and_gradients(model):
     return loss.item(), {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_autocast_gives_nearly_the_same_loss_and_gradients(dtype):
     expected, gradients = loss_and_gradients(tiny_model(*TWO_LAYERS))
@@ -39,7 +38,6 @@ def test_autocast_gives_nearly_the_same_loss_and_gradients(dtype):
     assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.995
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('precision', ['16-mixed', 'bf16-true'])  # Lightning takes bf16-mixed for 16-mixed on CPUs
 def test_training_in_lower_precision_learns_as_in_full(precision):
     full, lower = (
@@ -50,7 +48,6 @@ def test_training_in_lower_precision_learns_as_in_full(precision):
     assert lower == pytest.approx(full, rel=allowed) and len(lower) == 2
 
 
-@pytest.mark.unit
 def test_a_compiled_encoder_follows_each_context_and_is_compiled_once_for_each():
     encoder = tiny_model(*TWO_LAYERS, 'model.encoder.att_context_size=[[40,0],[20,0],[5,0]]').encoder.eval()
     features, lengths = torch.randn(2, 80, 160), torch.tensor([160, 100])
@@ -72,7 +69,6 @@ def test_a_compiled_encoder_follows_each_context_and_is_compiled_once_for_each()
     torch.testing.assert_close(found, encoder(audio_signal=features, length=lengths)[0], atol=1e-6, rtol=0)
 
 
-@pytest.mark.unit
 def test_a_compiled_encoder_that_draws_for_itself_is_compiled_once_for_each_context():
     encoder = tiny_model('model.encoder.att_context_size=[[20,0],[5,0]]').encoder.train()
     twin = tiny_model('model.encoder.att_context_size=[[20,0],[5,0]]').encoder.train()
@@ -87,7 +83,6 @@ def test_a_compiled_encoder_that_draws_for_itself_is_compiled_once_for_each_cont
     assert counter.frame_count == 2
 
 
-@pytest.mark.unit
 def test_a_model_trains_with_its_encoder_compiled_in_place():
     plain, compiled = tiny_model(*TWO_LAYERS), tiny_model(*TWO_LAYERS)
     torch._dynamo.reset()
@@ -100,7 +95,6 @@ def test_a_model_trains_with_its_encoder_compiled_in_place():
     assert compiled.state_dict().keys() == plain.state_dict().keys()
 
 
-@pytest.mark.unit
 def test_checkpointed_layers_give_the_same_gradients_and_keep_their_contexts():
     plain, checkpointed = tiny_model(*TWO_LAYERS), tiny_model(*TWO_LAYERS)
     apply_activation_checkpointing(checkpointed.encoder, check_fn=lambda module: isinstance(module, ConformerLayer))

@@ -115,7 +115,6 @@ def test_pictures_are_off_where_they_are_not_wanted_or_cannot_be_had(tmp_path, m
     assert model.reports.figures is None and run.global_step == 1
 
 
-@pytest.mark.unit
 def test_a_step_by_hand_needs_no_trainer():
     model = tiny_model().eval()
     with torch.no_grad():

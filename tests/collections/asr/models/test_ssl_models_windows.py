@@ -31,7 +31,6 @@ def model_of(contexts, style, *overrides):
     return tiny_model(f'model.encoder.att_context_size={str(contexts).replace(" ", "")}', *overrides)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('contexts, style', LOOK_AHEADS)
 def test_masks_are_answered_by_what_the_attention_sees_and_take_their_normal_share(contexts, style):
     model, lengths = model_of(contexts, style), torch.full((240,), 1600)
@@ -52,7 +51,6 @@ def test_training_masks_and_learns_within_them(contexts, style):
     assert min(run.logger.column('train_loss')) > 0
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('contexts, style', [([[0, 0]], 'regular'), ([[10, 0], [0, 0]], 'chunked_limited')])
 def test_a_context_in_which_nothing_could_be_predicted_is_refused_before_training(contexts, style):
     with pytest.raises(ValueError, match=r'model.encoder.att_context_size \[0, 0\]: no layer sees any frame beside'):
@@ -61,7 +59,6 @@ def test_a_context_in_which_nothing_could_be_predicted_is_refused_before_trainin
         fit(model_of([[10, 0]], 'regular', '+model.masking.left_context_size=0'), batches(1), max_steps=1)
 
 
-@pytest.mark.unit
 def test_a_layer_that_sees_itself_alone_is_left_out_of_what_masking_asks(warnings):
     layers = 'model.encoder.n_layers=3', '+model.encoder.layer_att_context_size=[[20,0],[0,0],[6,0]]'
     model = model_of([[10, 0]], 'regular', *layers)
@@ -71,7 +68,6 @@ def test_a_layer_that_sees_itself_alone_is_left_out_of_what_masking_asks(warning
     assert masks.any()
 
 
-@pytest.mark.unit
 def test_the_tightest_window_is_within_that_of_every_layer():
     layers = 'model.encoder.n_layers=3', '+model.encoder.layer_att_context_size=[[16,3],[8,1],[24,-1]]'
     encoder = model_of([[24, 7]], 'chunked_limited', *layers).encoder
@@ -110,7 +106,6 @@ class TestOtherEncoders:
         cfg = tiny_config('~model.validate_contexts', '~model.audit_every_n_batches', '~model.log_figures').model
         return EncDecDenoiseMaskedTokenPredModel(cfg)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'attributes, expected',
         [
@@ -130,7 +125,6 @@ class TestOtherEncoders:
         with torch.no_grad():
             assert model(**signals(noise_batch((4.0, 3.0))), apply_mask=True)[2].any()
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'attributes, reason',
         [
@@ -160,7 +154,6 @@ class TestOtherMaskings:
         def forward(self, input_feats, input_lengths):
             return input_feats, torch.zeros_like(input_feats)
 
-    @pytest.mark.unit
     def test_a_forward_that_passes_keywords_on_is_asked_by_keyword(self):
         model = model_of([[8, 3]], 'chunked_limited')
         model.mask_processor = self.PassesOn(80, 0.5, 16, subsampling_factor=8)
@@ -169,12 +162,10 @@ class TestOtherMaskings:
         assert model.mask_processor.asked['effective_left_context'] == 8
         assert model.mask_processor.asked['effective_window'].context.right == 3
 
-    @pytest.mark.unit
     def test_others(self):
         assert follows_context(self.PassesOnToNeMo()) and not follows_context(self.Regardless())
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'context, style, seconds',
     [
@@ -197,7 +188,6 @@ def test_masks_of_a_live_stream_are_answered_however_it_is_cut(context, style, s
     assert audit.frames_masked > 50 and audit.unanswerable['layers'] == 0
 
 
-@pytest.mark.unit
 def test_an_earlier_limit_does_not_stay_with_the_masking():
     model = tiny_model()
     model.set_att_context_size([20, 0])
@@ -212,7 +202,6 @@ def test_an_earlier_limit_does_not_stay_with_the_masking():
         assert model.masking_arguments()['effective_left_context'] == -1
 
 
-@pytest.mark.unit
 def test_what_is_set_by_hand_inside_a_block_stays_and_is_taken_back_to_the_default():
     encoder = tiny_model().encoder
     with encoder.using_att_context_size([20, 0]):

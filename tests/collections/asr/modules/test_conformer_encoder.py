@@ -36,7 +36,6 @@ def attended():
         yield contexts
 
 
-@pytest.mark.unit
 def test_the_draw_is_a_pure_function_of_seed_and_step():
     one, other = encoder(), encoder(seed=1)
     torch.manual_seed(5)
@@ -47,7 +46,6 @@ def test_the_draw_is_a_pure_function_of_seed_and_step():
     assert draws != [reseeded.draw_att_context_size(step) for step in range(50)]
 
 
-@pytest.mark.unit
 def test_the_draw_is_the_same_in_another_process():
     script = (
         "from nemo.collections.asr.parts.att_context.context import draw_index\n"
@@ -60,7 +58,6 @@ def test_the_draw_is_the_same_in_another_process():
     assert line == f"DRAWS {[CONTEXTS.index(module.draw_att_context_size(step).as_list()) for step in range(40)]}"
 
 
-@pytest.mark.unit
 def test_the_draw_follows_the_probabilities():
     module = encoder(att_context_probs=[0.6, 0.3, 0.1])
     counts = Counter(module.draw_att_context_size(step).left for step in range(3000))
@@ -68,7 +65,6 @@ def test_the_draw_follows_the_probabilities():
         assert counts[left] / 3000 == pytest.approx(probability, abs=0.03)
 
 
-@pytest.mark.unit
 def test_ten_equal_probabilities_are_a_distribution():
     contexts = [[left, 0] for left in range(1, 11)]
     assert encoder(contexts, att_context_probs=[0.1] * 10).att_context_probs == pytest.approx([0.1] * 10)
@@ -76,14 +72,12 @@ def test_ten_equal_probabilities_are_a_distribution():
         encoder(contexts, att_context_probs=[0.2] * 10)
 
 
-@pytest.mark.unit
 def test_evaluation_and_a_single_context_draw_nothing():
     module = encoder().eval()
     assert {module.draw_att_context_size(step) for step in range(20)} == {AttContext(4, 0)}
     assert encoder([6, 0]).draw_att_context_size(3) == AttContext(6, 0)
 
 
-@pytest.mark.unit
 def test_a_pinned_context_is_what_the_forward_uses_and_nothing_is_left(attended):
     module = encoder().train()
     for context in ([8, 0], (4, 0), 5, AttContext(-1, 0)):
@@ -100,7 +94,6 @@ def test_a_pinned_context_is_what_the_forward_uses_and_nothing_is_left(attended)
     assert module.att_context_size == [4, 0]
 
 
-@pytest.mark.unit
 def test_unpinned_training_forwards_draw_by_their_own_count(attended):
     module = encoder().train()
     for _ in range(10):
@@ -109,7 +102,6 @@ def test_unpinned_training_forwards_draw_by_their_own_count(attended):
     assert module.att_context_size == [4, 0]
 
 
-@pytest.mark.unit
 def test_the_context_decides_who_sees_a_changed_frame():
     module = encoder(n_layers=1).eval()
     signal, lengths = features(frames=160, batch=1)
@@ -122,7 +114,6 @@ def test_the_context_decides_who_sees_a_changed_frame():
         assert seen == list(range(10, 10 + left + 6))
 
 
-@pytest.mark.unit
 def test_tightest_left_context():
     module = encoder()
     assert module.tightest_left_context() == 4
@@ -130,14 +121,12 @@ def test_tightest_left_context():
         assert module.tightest_left_context() == -1
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('value', ['loud', [1, 2, 3], [-2, 0], [1.5, 0], None])
 def test_no_context_is_refused_by_name(value):
     with pytest.raises(ValueError, match='encoder.att_context_size'), encoder().using_att_context_size(value):
         pass
 
 
-@pytest.mark.unit
 def test_contexts_that_the_attention_cannot_follow_are_refused():
     chunked = encoder([[8, 3], [4, 1]], att_context_style='chunked_limited')
     with chunked.using_att_context_size([12, 3]):
@@ -154,7 +143,6 @@ def test_contexts_that_the_attention_cannot_follow_are_refused():
         pass
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('offline', [False, True], ids=['streaming', 'offline'])
 def test_one_context_gives_stocks_results_bit_for_bit(offline):
     settings = dict(causal_downsampling=False, conv_norm_type='batch_norm', conv_context_size=None) if offline else {}
@@ -171,7 +159,6 @@ def stock_forward(module):
     return stock(audio_signal=features()[0], length=features()[1])
 
 
-@pytest.mark.unit
 def test_adapters_follow():
     registered = adapter_mixins.get_registered_adapter(ConformerEncoder)
     assert registered.base_class is ConformerEncoder and registered.adapter_class is ConformerEncoderAdapter
@@ -179,6 +166,5 @@ def test_adapters_follow():
     assert adapter_mixins.get_registered_adapter(ConformerEncoderAdapter).base_class is ConformerEncoder
 
 
-@pytest.mark.unit
 def test_the_state_dict_is_stocks():
     assert not [name for name in encoder().state_dict() if 'context' in name or 'draw' in name]

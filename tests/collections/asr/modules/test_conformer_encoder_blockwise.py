@@ -51,18 +51,15 @@ def masks(monkeypatch):
 
 
 class TestWhoAttendsInBlocks:
-    @pytest.mark.unit
     def test_on_takes_every_limited_layer_and_only_those(self, masks):
         encoder = make_encoder(att_context_size=[-1, 0], layer_att_context_size=[[4, 0], None, [8, -1], [6, 0]])
         encode(encoder, torch.randn(2, 20, 16))
         assert masks == [('blocks', 4), (2, 20, 20), ('blocks', 8), ('blocks', 6)]
 
-    @pytest.mark.unit
     def test_off_takes_none(self, masks):
         encode(make_encoder(blockwise_attention='off'), torch.randn(1, 200, 16))
         assert masks == [(1, 200, 200)] * 4
 
-    @pytest.mark.unit
     def test_auto_is_the_default_and_waits_for_long_audio(self, masks):
         encoder = ConformerEncoder(**TINY_ENCODER, **WITHOUT_DROPOUT, att_context_size=[8, 0]).eval()
         assert encoder.blockwise_attention == 'auto'
@@ -70,13 +67,11 @@ class TestWhoAttendsInBlocks:
         encode(encoder, torch.randn(1, 200, 16))
         assert masks == [(1, 20, 20)] * 4 + [('blocks', 8)] * 4
 
-    @pytest.mark.unit
     def test_auto_decides_for_each_context(self, masks):
         contexts = dict(att_context_size=[60, 0], layer_att_context_size=[[0, [4, 0]], [2, [60, 0]]])
         encode(make_encoder(blockwise_attention='auto', **contexts), torch.randn(1, 140, 16))
         assert masks == [('blocks', 4)] * 2 + [(1, 140, 140)] * 2
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('choice', ['auto', 'on'])
     def test_cached_steps_and_traces_keep_nemos_way(self, masks, choice):
         encoder = make_encoder(blockwise_attention=choice)
@@ -95,7 +90,6 @@ class TestWhoAttendsInBlocks:
         torch.jit.trace(lambda frames: encode(encoder, frames), torch.randn(1, 200, 16), check_trace=False)
         assert masks == [(1, 200, 200)] * 4
 
-    @pytest.mark.unit
     def test_the_choice_is_checked_and_can_be_changed(self):
         encoder = make_encoder(blockwise_attention=False)  # what YAML makes of off
         assert encoder.blockwise_attention == 'off'
@@ -106,7 +100,6 @@ class TestWhoAttendsInBlocks:
         with pytest.raises(ValueError, match='model.encoder.blockwise_attention is 2'):
             make_encoder(blockwise_attention=2)
 
-    @pytest.mark.unit
     def test_other_attention_is_left_alone(self):
         encoder = make_encoder(self_attention_model='rel_pos_local_attn', att_context_size=[4, 4])
         stock = make_encoder(
@@ -117,7 +110,6 @@ class TestWhoAttendsInBlocks:
 
 
 class TestNothingElseChanges:
-    @pytest.mark.unit
     @pytest.mark.parametrize('model, sdpa', KINDS)
     @pytest.mark.parametrize('style, context', [('regular', [6, 2]), ('chunked_limited', [8, 3])])
     def test_outputs_and_gradients_of_a_ragged_batch(self, model, sdpa, style, context):
@@ -139,7 +131,6 @@ class TestNothingElseChanges:
         for name, gradient in gradients.items():
             assert (gradient - ours[name]).abs().max() < 1e-5 * largest, name
 
-    @pytest.mark.unit
     def test_through_subsampling_and_reduction(self):
         """After a reduction inside the stack the masks are made anew, for fewer frames."""
         reduced = dict(reduction='striding', reduction_position=1, reduction_factor=2)
@@ -152,7 +143,6 @@ class TestNothingElseChanges:
         assert torch.equal(found_lengths, expected_lengths)
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('heads', [1, 2])
     def test_attention_adapters_attend_in_blocks_too(self, heads, masks):
         encoder = make_encoder(kind=ConformerEncoderAdapter, layer_att_context_size=SCHEDULE)
@@ -167,11 +157,9 @@ class TestNothingElseChanges:
         assert (found - unadapted).abs().max() > 0.1
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
-    @pytest.mark.unit
     def test_the_state_dict(self):
         assert make_encoder().state_dict().keys() == make_encoder(blockwise_attention='off').state_dict().keys()
 
-    @pytest.mark.unit
     def test_activation_checkpointing(self):
         encoder = make_encoder(layer_att_context_size=SCHEDULE).train()
         frames = torch.randn(1, 60, 16, requires_grad=True)
@@ -185,7 +173,6 @@ class TestNothingElseChanges:
         encode(encoder, frames).square().sum().backward()
         torch.testing.assert_close(frames.grad, expected)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('schedule', [None, SCHEDULE])
     def test_no_tensor_grows_with_the_square_of_the_audio(self, schedule):
         encoder, largest = make_encoder(layer_att_context_size=schedule).train(), []

@@ -52,7 +52,6 @@ def stream(step, encoder):
     return torch.cat(encoded, dim=2), caches
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'name, suffix',
     [(name, '.onnx') for name in ENCODERS] + [('layers', '.ts'), ('chunked layers, sdpa', '.ts')],
@@ -69,7 +68,6 @@ def test_an_exported_stream_is_that_of_pytorch(name, suffix, tmp_path):
         torch.testing.assert_close(ours, theirs, atol=allowed, rtol=0)
 
 
-@pytest.mark.unit
 def test_the_layers_contexts_are_in_the_exported_graph(tmp_path):
     encoder = tiny_encoder(n_layers=2, **ENCODERS['layers'])
     encoder.export_cache_support = True
@@ -79,7 +77,6 @@ def test_the_layers_contexts_are_in_the_exported_graph(tmp_path):
     assert (stream(encoder.forward_for_export, encoder)[0] - narrowed).abs().max() > 1e-2
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('suffix', ['.onnx', '.ts'])
 def test_a_whole_utterance_of_any_length(suffix, tmp_path):
     encoder = tiny_encoder(n_layers=2, att_context_size=[4, 0], layer_att_context_size=[[0, [2, 0]]])

@@ -72,7 +72,6 @@ def found_dependences(encoder):
 
 
 class TestWhatEachLayerSees:
-    @pytest.mark.unit
     @pytest.mark.parametrize('blockwise', ['off', 'on'])
     @pytest.mark.parametrize('model, sdpa', ATTENTIONS)
     @pytest.mark.parametrize('style, batches, layers', HIERARCHIES)
@@ -103,7 +102,6 @@ class TestWhatEachLayerSees:
         if field.left < FRAMES // 2 and field.right < FRAMES // 2:
             assert (query - key).max() == field.left and (key - query).max() == field.right
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('model, sdpa', ATTENTIONS)
     def test_an_attribute_binds_one_layer_and_unset_leaves_no_trace(self, model, sdpa):
         encoder = tiny_encoder(self_attention_model=model, use_pytorch_sdpa=sdpa, att_context_size=[8, 2])
@@ -126,7 +124,6 @@ class TestWhatEachLayerSees:
         assert torch.equal(encode(encoder, frames, lengths), before)
         assert torch.equal(encode(by_method, frames, lengths), before)
 
-    @pytest.mark.unit
     def test_a_copy_follows_its_own_contexts(self):
         encoder = tiny_encoder(att_context_size=[8, 0], layer_att_context_size=[[0, [4, 0]]])
         for twin in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
@@ -134,7 +131,6 @@ class TestWhatEachLayerSees:
             assert twin.tightest_left_context() == 2 and encoder.tightest_left_context() == 4
             assert twin.layers[1].self_attention._take_att_context.__self__ is twin
 
-    @pytest.mark.unit
     def test_no_mask_is_built_twice_for_a_context(self):
         encoder = tiny_encoder(att_context_size=[8, 0], layer_att_context_size=[[2, 0], [4, 0], [2, 0], [-1, -1]])
         with recording_attention() as built:
@@ -144,7 +140,6 @@ class TestWhatEachLayerSees:
             encode(encoder, torch.randn(1, FRAMES, 16))
         assert built == [[2, 0]]
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('blockwise', ['off', 'on'])
     def test_attention_adapters_see_what_the_layer_sees(self, blockwise):
         from nemo.collections.asr.parts.submodules.adapters.multi_head_attention_adapter_module import (
@@ -164,7 +159,6 @@ class TestWhatEachLayerSees:
 
 
 class TestWhatIsRefused:
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'batches, style, layers, message',
         [
@@ -185,7 +179,6 @@ class TestWhatIsRefused:
             encoder.set_layer_att_context_size(layers)
         assert encoder.layer_att_contexts() == (None,) * 4
 
-    @pytest.mark.unit
     def test_an_attribute_is_refused_in_the_same_way(self):
         encoder = tiny_encoder(att_context_size=[8, 3], **CHUNKED)
         for bad in ([6, 3], [4, 7], [-2, 0], [4, 0, 0]):
@@ -193,7 +186,6 @@ class TestWhatIsRefused:
                 encoder.layers[1].self_attention.att_context_size = bad
         assert encoder.layers[1].self_attention.att_context_size is None
 
-    @pytest.mark.unit
     def test_zero_left_context_warns(self, monkeypatch):
         warnings = []
         monkeypatch.setattr(under_test.logging, 'warning', warnings.append)
@@ -201,7 +193,6 @@ class TestWhatIsRefused:
         encoder.layers[3].self_attention.att_context_size = [0, 0]
         assert len(warnings) == 2 and 'item 0' in warnings[0] and 'layers[3]' in warnings[1]
 
-    @pytest.mark.unit
     def test_local_attention_cannot_follow(self):
         local = dict(self_attention_model='rel_pos_local_attn', att_context_size=[4, 4])
         with pytest.raises(ValueError, match='rel_pos_local_attn'):
@@ -214,7 +205,6 @@ class TestWhatIsRefused:
         with pytest.raises(ValueError, match='rel_pos_local_attn'):
             encoder.att_context_ceiling = [2, 0]
 
-    @pytest.mark.unit
     def test_chunks_with_right_context_cannot_follow(self):
         if 'att_chunk_context_size' not in inspect.signature(under_test._up.ConformerEncoder).parameters:
             pytest.skip('NeMo 2.5.3 has no such style')
@@ -222,7 +212,6 @@ class TestWhatIsRefused:
         with pytest.raises(ValueError, match='chunked_limited_with_rc'):
             tiny_encoder(layer_att_context_size=[[0, [4, 0]]], **style)
 
-    @pytest.mark.unit
     def test_another_attention_model_keeps_the_contexts_or_is_refused(self):
         from omegaconf import OmegaConf
 
@@ -240,7 +229,6 @@ class TestWhatIsRefused:
 
 
 class TestCeiling:
-    @pytest.mark.unit
     def test_it_narrows_what_is_drawn_in_training_only(self):
         encoder = tiny_encoder(att_context_size=[[8, 0], [4, 0], [-1, 0]])
         encoder.train()
@@ -253,7 +241,6 @@ class TestCeiling:
         encoder.eval()
         assert encoder.draw_att_context_size(0) == AttContext(8, 0) and encoder.tightest_left_context() == 8
 
-    @pytest.mark.unit
     def test_tightest_covers_batch_layers_and_ceiling(self):
         encoder = tiny_encoder(att_context_size=[[-1, 0], [3, 0]], layer_att_context_size=[[1, [4, 0]], [2, [8, 0]]])
         encoder.train()
@@ -263,7 +250,6 @@ class TestCeiling:
         encoder.att_context_ceiling = AttContext(2, 0)
         assert encoder.tightest_left_context() == 2
 
-    @pytest.mark.unit
     def test_a_ceiling_of_broken_chunks_is_refused(self):
         encoder = tiny_encoder(att_context_size=[8, 3], **CHUNKED)
         with pytest.raises(ValueError, match='encoder.att_context_ceiling is .6, 3.: the left context is 6'):
@@ -293,7 +279,6 @@ def stream(encoder, frames, lengths, chunk, shift):
 
 
 class TestStreaming:
-    @pytest.mark.unit
     @pytest.mark.parametrize('sdpa', [False, True])
     @pytest.mark.parametrize(
         'style, batches, layers, chunks',
@@ -321,7 +306,6 @@ class TestStreaming:
                 error = (offline[index, :length] - streamed[index, :length]).abs().max()
                 assert error < 1e-5, (batch, chunk, index)
 
-    @pytest.mark.unit
     def test_an_unlimited_left_context_in_one_layer(self):
         encoder = tiny_encoder(std=0.2, att_context_size=[-1, 0], layer_att_context_size=[[0, [2, 0]], [3, [-1, 0]]])
         frames = torch.randn(1, 8, 16)
@@ -329,7 +313,6 @@ class TestStreaming:
         assert encoder.streaming_cfg.last_channel_cache_size == 10000 > encoder.pos_emb_max_len
         assert (stream(encoder, frames, torch.tensor([8]), 4, 4) - encode(encoder, frames)).abs().max() < 1e-5
 
-    @pytest.mark.unit
     def test_through_the_subsampling(self):
         encoder = tiny_encoder(att_context_size=[8, 3], layer_att_context_size=[[0, [4, 3]], [2, [8, 3]]], **CHUNKED)
         features, lengths = torch.randn(2, 8, 1 + 8 * 23), torch.tensor([1 + 8 * 23, 1 + 8 * 13])
@@ -357,7 +340,6 @@ class TestStreaming:
         for index, length in enumerate(offline_lengths):
             assert (offline[index, :, :length] - streamed[index, :, :length]).abs().max() < 1e-5
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'batch, layers, cache',
         [
@@ -375,7 +357,6 @@ class TestStreaming:
         encoder.set_layer_att_context_size(None)
         assert encoder.streaming_cfg.last_channel_cache_size == (batch[0] if batch[0] >= 0 else 10000)
 
-    @pytest.mark.unit
     def test_it_follows_later_changes_with_the_same_arguments(self):
         encoder = tiny_encoder(att_context_size=[[8, 0], [6, 0]], layer_att_context_size=[[0, [4, 0]]])
         encoder.setup_streaming_params(chunk_size=4, shift_size=4)
@@ -384,7 +365,6 @@ class TestStreaming:
         encoder.set_default_att_context_size([6, 0])
         assert encoder.streaming_cfg.last_channel_cache_size == 6 and encoder.streaming_cfg.valid_out_len == 1
 
-    @pytest.mark.unit
     def test_look_ahead_adds_up_over_layers(self):
         encoder = tiny_encoder(att_context_size=[6, 2], layer_att_context_size=[[2, 1], [6, 2], [0, 0], [4, -1]])
         assert encoder.streaming_cfg.cache_drop_size == 1 + 2 + 0 + 2
@@ -393,7 +373,6 @@ class TestStreaming:
         with pytest.raises(ValueError, match='add up to 5'):
             encoder.setup_streaming_params(chunk_size=8, shift_size=4)
 
-    @pytest.mark.unit
     def test_what_cannot_be_streamed_is_refused_when_asked_for(self):
         encoder = tiny_encoder(att_context_size=[-1, -1], layer_att_context_size=[[0, [4, 1]], [2, [8, -1]]])
         encode(encoder, torch.randn(1, FRAMES, 16))
@@ -533,7 +512,6 @@ class TestSavedModels:
         ours, theirs = (encoder.layers[3].conv.pointwise_conv1.weight for encoder in (ctc.encoder, model.encoder))
         assert torch.equal(ours, theirs)
 
-    @pytest.mark.unit
     def test_those_of_another_number_of_layers_are_left_out_and_named(self, warnings):
         encoder = tiny_encoder(n_layers=2)
         weights = tiny_encoder(layer_att_context_size=[[0, [4, 0]], [2, [8, 0]]]).state_dict()

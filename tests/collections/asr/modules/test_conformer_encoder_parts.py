@@ -43,7 +43,6 @@ def run(encoder):
 
 
 class TestMultiLayerFeatures:
-    @pytest.mark.unit
     def test_they_are_the_layers_outputs_within_their_contexts(self):
         encoder = make_encoder()
         outputs = []
@@ -62,7 +61,6 @@ class TestMultiLayerFeatures:
             wider = extractor(FEATURES, LENGTHS)[0]
         assert not torch.allclose(wider[0], features[0], atol=1e-4)
 
-    @pytest.mark.unit
     def test_they_train_in_the_pinned_context(self):
         encoder = make_encoder().train()
         extractor = ConformerMultiLayerFeatureExtractor(encoder, [1])
@@ -82,12 +80,10 @@ def attention():
 
 
 class TestAdapters:
-    @pytest.mark.unit
     def test_attention_adapters_are_the_patched_attention(self):
         assert issubclass(adapters.MultiHeadAttentionAdapter, MultiHeadAttention)
         assert issubclass(adapters.RelPositionMultiHeadAttentionAdapter, RelPositionMultiHeadAttention)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('adapter', [linear, attention])
     def test_an_adapter_attends_no_further_than_its_layer(self, adapter):
         encoder = with_adapter(make_encoder(ConformerEncoderAdapter), adapter())
@@ -103,7 +99,6 @@ class TestAdapters:
         differs = (before - after).abs().amax(dim=(0, 1)) > 0
         assert differs[:4].any() and not differs[reach + 1 :].any() and reach + 1 < len(differs)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('adapter', [linear, attention])
     def test_only_the_adapter_learns_and_a_saved_model_streams_with_it(self, adapter, tmp_path):
         model = with_adapter(ctc_model(), adapter())

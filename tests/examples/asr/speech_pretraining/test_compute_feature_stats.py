@@ -56,7 +56,6 @@ def two_pass(manifest, **settings):
 
 
 class TestStatistics:
-    @pytest.mark.unit
     @pytest.mark.parametrize("workers, batch", [(0, 8), (1, 1), (3, 2)])
     def test_equals_two_passes_for_any_number_of_workers(self, stats, manifest, tmp_path, workers, batch):
         output = tmp_path / "stats.yaml"
@@ -71,7 +70,6 @@ class TestStatistics:
         assert f"8 utterances, {(1.3 + 6.27) / 3600:.4f} h, {frames} frames" in output.read_text()
         assert sorted(os.listdir(tmp_path)) == ["one.yaml", "stats.yaml"]
 
-    @pytest.mark.unit
     def test_preprocessor_of_a_config(self, stats, manifest, tmp_path):
         config, output = tmp_path / "config.yaml", tmp_path / "stats.yaml"
         config.write_text(
@@ -88,7 +86,6 @@ class TestStatistics:
         variance = std**2 * (frames - 1) * 2 / (2 * frames - 1)
         np.testing.assert_allclose(found["fixed_std"], np.sqrt(variance), rtol=0, atol=1e-6)
 
-    @pytest.mark.unit
     def test_features_normalised_by_them_are_standard(self, stats, manifest, tmp_path):
         output = tmp_path / "stats.yaml"
         assert stats.main(["--manifest", str(manifest), "--output", str(output)]) == 0
@@ -104,7 +101,6 @@ class TestStatistics:
         np.testing.assert_allclose(total.mean, 0, atol=1e-5)
         np.testing.assert_allclose(np.sqrt(total.squares / (total.count - 1)), 1, atol=1e-5)
 
-    @pytest.mark.unit
     @given(
         lengths=st.lists(st.integers(0, 20), min_size=1, max_size=12),
         offset=st.sampled_from([0.0, -11.0, 1e4]),
@@ -153,7 +149,6 @@ class TestPrincipalComponents:
         with np.load(pca) as file:
             return dict(file)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize("combine, components", [(2, 64), (4, 5)])
     @pytest.mark.parametrize("normalize", ["per_feature", "NA"])
     def test_equals_the_eigenvectors_of_all_targets_at_once(
@@ -183,7 +178,6 @@ class TestPrincipalComponents:
         settings = [found[name].item() for name in ("combine_time_steps", "features", "normalization", "count")]
         assert settings == [combine, 80, normalize, len(targets)]
 
-    @pytest.mark.unit
     @pytest.mark.parametrize("normalize", ["per_feature", "NA"])
     def test_neither_workers_nor_batches_change_a_digit(self, stats, manifest, tmp_path, monkeypatch, normalize):
         monkeypatch.setattr(stats, "UTTERANCES_AT_ONCE", 3)
@@ -196,7 +190,6 @@ class TestPrincipalComponents:
         assert stats.main(["--manifest", str(manifest), "--output", str(tmp_path / "alone.yaml")]) == 0
         assert (tmp_path / "alone.yaml").read_bytes() == written[0][0]
 
-    @pytest.mark.unit
     def test_what_the_quantizer_then_sees_has_unit_variance(self, stats, manifest, tmp_path):
         self.run(stats, manifest, tmp_path, "--combine_time_steps", "2")
         quantizer = RandomProjectionVectorQuantizer(
@@ -210,7 +203,6 @@ class TestPrincipalComponents:
                 seen.append(quantizer._unit_vectors(features).flatten(0, 1).flatten(1))
         np.testing.assert_allclose(np.cov(torch.cat(seen).double().T.numpy()), np.eye(32), atol=1e-2)
 
-    @pytest.mark.unit
     def test_the_config_says_what_the_quantizer_sees_and_the_command_line_wins(self, stats, manifest, tmp_path):
         config = tmp_path / "config.yaml"
         config.write_text(
@@ -228,7 +220,6 @@ class TestPrincipalComponents:
         config.write_text("model: {target_normalize: null, quantizer: {combine_time_steps: '???'}}\n")
         assert stats.read_target_settings(str(config)) == ("NA", 8)
 
-    @pytest.mark.unit
     def test_it_says_how_to_use_the_file_and_what_was_too_short(self, stats, manifest, tmp_path, capsys):
         self.run(stats, manifest, tmp_path, "--components", "4")
         said = capsys.readouterr().out
@@ -259,27 +250,22 @@ class TestErrors:
         assert list(output.parent.iterdir()) == []
         return next(line for line in capsys.readouterr().err.splitlines() if "error:" in line)
 
-    @pytest.mark.unit
     def test_missing_manifest(self, stats, capsys, tmp_path):
         assert "manifest.json: there is no such file" in self.fails(stats, capsys, tmp_path)
 
-    @pytest.mark.unit
     def test_empty_manifest(self, stats, capsys, tmp_path):
         write(tmp_path, "", "  ")
         assert "manifest.json has no entries" in self.fails(stats, capsys, tmp_path)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize("line", ["not json", "[1]", '{"text": ""}', '{"audio_filepath": 3}'])
     def test_bad_line(self, stats, capsys, tmp_path, line):
         write(tmp_path, "", line)
         assert "line 2 is no NeMo entry" in self.fails(stats, capsys, tmp_path)
 
-    @pytest.mark.unit
     def test_missing_audio(self, stats, capsys, tmp_path):
         write(tmp_path, {"audio_filepath": "gone.wav", "duration": 1.0})
         assert "line 1: there is no audio file gone.wav" in self.fails(stats, capsys, tmp_path)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize("workers", ["0", "1"])
     def test_unreadable_audio(self, stats, capsys, tmp_path, workers):
         (tmp_path / "broken.wav").write_text("no audio")
@@ -287,7 +273,6 @@ class TestErrors:
         message = self.fails(stats, capsys, tmp_path, "--workers", workers)
         assert "broken.wav cannot be read" in message
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         "options, message",
         [
@@ -301,12 +286,10 @@ class TestErrors:
         write(tmp_path, {"audio_filepath": "noise.wav", "duration": 1.0})
         assert message in self.fails(stats, capsys, tmp_path, "--pca", str(tmp_path / "out/pca.npz"), *options)
 
-    @pytest.mark.unit
     def test_no_folder_for_the_components(self, stats, capsys, tmp_path):
         write(tmp_path, {"audio_filepath": "gone.wav", "duration": 1.0})
         assert "--pca gone/pca.npz: there is no folder" in self.fails(stats, capsys, tmp_path, "--pca", "gone/pca.npz")
 
-    @pytest.mark.unit
     def test_unreadable_audio_among_the_targets(self, stats, capsys, tmp_path):
         (tmp_path / "broken.wav").write_text("no audio")
         write(tmp_path, {"audio_filepath": "broken.wav", "duration": 1.0})
@@ -314,7 +297,6 @@ class TestErrors:
             stats, capsys, tmp_path, "--pca", str(tmp_path / "out/pca.npz")
         )
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         "options", [["--components", "3"], ["--combine_time_steps", "8"], ["--target_normalize", "NA"]]
     )
@@ -323,25 +305,21 @@ class TestErrors:
             stats.main(["--manifest", "a", "--output", "b", *options])
         assert f"{options[0]} is of use only with --pca" in capsys.readouterr().err
 
-    @pytest.mark.unit
     def test_two_channels(self, stats, capsys, tmp_path):
         soundfile.write(tmp_path / "stereo.wav", np.zeros((16000, 2)), 16000)
         write(tmp_path, {"audio_filepath": "stereo.wav", "duration": 1.0})
         assert "stereo.wav has 2 channels" in self.fails(stats, capsys, tmp_path)
 
-    @pytest.mark.unit
     def test_silence_cannot_be_standardised(self, stats, capsys, tmp_path):
         soundfile.write(tmp_path / "silence.wav", np.zeros(16000), 16000)
         write(tmp_path, {"audio_filepath": "silence.wav", "duration": 1.0})
         assert "fixed_std[0] is 0.0" in self.fails(stats, capsys, tmp_path)
 
-    @pytest.mark.unit
     def test_too_little_audio(self, stats, capsys, tmp_path):
         soundfile.write(tmp_path / "short.wav", np.zeros(20), 16000)
         write(tmp_path, {"audio_filepath": "short.wav", "duration": 1.0})
         assert "the audio has 0 feature frames" in self.fails(stats, capsys, tmp_path)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         "config, message",
         [
@@ -357,7 +335,6 @@ class TestErrors:
             path.write_text(config)
         assert message in self.fails(stats, capsys, tmp_path, "--config", str(path), manifest=manifest)
 
-    @pytest.mark.unit
     def test_output_folder_and_options(self, stats, capsys, manifest, tmp_path):
         output = tmp_path / "none" / "stats.yaml"
         assert stats.main(["--manifest", str(manifest), "--output", str(output)]) == 1

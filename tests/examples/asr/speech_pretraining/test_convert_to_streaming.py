@@ -66,7 +66,6 @@ def restored(path):
     return EncDecDenoiseMaskedTokenPredModel.restore_from(str(path), map_location='cpu').eval()
 
 
-@pytest.mark.unit
 @torch.no_grad()
 def test_the_result_streams_equal_to_offline(converted):
     model = restored(converted)
@@ -80,7 +79,6 @@ def test_the_result_streams_equal_to_offline(converted):
         assert torch.allclose(torch.cat(pieces, dim=2), encoded[:, :, : int(lengths)], atol=1e-4)
 
 
-@pytest.mark.unit
 def test_what_fits_is_carried_over_and_the_rest_is_listed(script, offline):
     streaming = script.build(script.streaming_config(offline.cfg, [[10, 0]], 'regular', None))
     result = script.carry_over(offline, streaming)
@@ -95,7 +93,6 @@ def test_what_fits_is_carried_over_and_the_rest_is_listed(script, offline):
         assert word in str(result)
 
 
-@pytest.mark.unit
 def test_contexts_with_look_ahead_stream_equal_to_offline_and_their_latency_is_told(
     script, offline_file, tmp_path, capsys
 ):
@@ -111,7 +108,6 @@ def test_contexts_with_look_ahead_stream_equal_to_offline_and_their_latency_is_t
     assert restored(path).encoder.att_context_size_all == [[28, 13], [28, 6], [28, 1], [28, 0], [-1, -1]]
 
 
-@pytest.mark.unit
 @torch.no_grad()
 def test_the_tokens_stay_what_they_were(offline, converted):
     features = offline.preprocessor(input_signal=torch.randn(1, 16000), length=torch.tensor([16000]))
@@ -122,7 +118,6 @@ def test_the_tokens_stay_what_they_were(offline, converted):
     assert (expected == found).float().mean() > 0.98  # normalising twice rounds twice
 
 
-@pytest.mark.unit
 @torch.no_grad()
 def test_subsampled_frames_are_near_the_offline_ones_of_a_frame_before(offline, converted):
     """The weights move by a bin as the frames do, see ``decoder_offset``."""
@@ -135,7 +130,6 @@ def test_subsampled_frames_are_near_the_offline_ones_of_a_frame_before(offline, 
     assert distances[1] == min(distances)
 
 
-@pytest.mark.unit
 def test_the_result_trains(converted):
     model = restored(converted)
     before = model.encoder.layers[0].feed_forward1.linear1.weight.clone()
@@ -144,7 +138,6 @@ def test_the_result_trains(converted):
     assert not torch.equal(before, model.encoder.layers[0].feed_forward1.linear1.weight)
 
 
-@pytest.mark.unit
 def test_the_config_keeps_the_data_and_gets_the_statistics(script, offline, converted):
     assert restored(converted).cfg.preprocessor.normalize.fixed_mean[0] == -8.0
     cfg = offline.cfg.copy()
@@ -154,7 +147,6 @@ def test_the_config_keeps_the_data_and_gets_the_statistics(script, offline, conv
     assert model.cfg.train_ds.manifest_filepath == 'elsewhere.json' and model.cfg.preprocessor.normalize == 'NA'
 
 
-@pytest.mark.unit
 def test_never_overwrites_unasked(script, offline_file, converted, capsys):
     arguments = ['--model_path', str(offline_file), '--contexts', '[6, 0]']
     before = converted.read_bytes()
@@ -163,7 +155,6 @@ def test_never_overwrites_unasked(script, offline_file, converted, capsys):
     assert script.main([*arguments, '--output', str(offline_file), '--overwrite']) == 1  # its own source
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'change, words',
     [
@@ -185,13 +176,11 @@ def test_refuses_what_cannot_stream(script, offline, change, words):
         script.check_convertible(cfg)
 
 
-@pytest.mark.unit
 def test_refuses_a_model_that_streams(script, converted, tmp_path, capsys):
     assert script.main(['--model_path', str(converted), '--output', str(tmp_path / 'again.nemo')]) == 1
     assert 'streams already' in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('contexts', ['[[10, 0', '{}', '[[10]]', '[[-3, 0]]', '"low"'])
 def test_names_a_bad_context(script, offline_file, tmp_path, contexts, capsys):
     arguments = ['--model_path', str(offline_file), '--output', str(tmp_path / 'x.nemo'), '--contexts', contexts]
@@ -199,7 +188,6 @@ def test_names_a_bad_context(script, offline_file, tmp_path, contexts, capsys):
     assert '--contexts' in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.unit
 def test_names_a_file_that_is_no_model(script, tmp_path, capsys):
     (tmp_path / 'junk.nemo').write_bytes(json.dumps({'no': 'model'}).encode())
     assert script.main(['--model_path', str(tmp_path / 'junk.nemo'), '--output', str(tmp_path / 'x.nemo')]) == 1

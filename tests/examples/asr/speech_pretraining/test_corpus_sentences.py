@@ -15,13 +15,11 @@ def drawn(sentences, split, count=500):
     return [sentences.make_sentence(rng, split) for _ in range(count)]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('split', ['train', 'validation'])
 def test_every_slot_is_filled(sentences, split):
     assert all(re.fullmatch(r"[A-Z][a-z' ]+\.", sentence) for sentence in drawn(sentences, split))
 
 
-@pytest.mark.unit
 def test_no_sentence_is_in_both_splits_and_words_are_few(sentences):
     train, validation = (drawn(sentences, split, 2000) for split in ('train', 'validation'))
     assert not set(train) & set(validation)
@@ -29,12 +27,10 @@ def test_no_sentence_is_in_both_splits_and_words_are_few(sentences):
     assert heard <= known and 80 < len(known) < 200
 
 
-@pytest.mark.unit
 def test_every_slot_of_the_grammar_can_be_reached(sentences):
     used = set(re.findall(r'{(\w+)}', '|'.join(sentences.GRAMMAR.values())))
     assert used | {'sentence'} == set(sentences.GRAMMAR)
 
 
-@pytest.mark.unit
 def test_a_transcript_is_what_was_said(sentences):
     assert sentences.transcript("Wake me at five o'clock  on Monday.") == "wake me at five o'clock on monday"

@@ -41,7 +41,6 @@ def entry(name, duration, **more):
     return {'audio_filepath': name, 'duration': duration, **more}
 
 
-@pytest.mark.unit
 def test_the_first_minutes_that_have_a_text_are_taken(recogniser, tmp_path):
     entries = [entry('1.wav', 30, text='one'), entry('2.wav', 30), entry('/3.wav', 30, text='three')]
     entries += [entry('4.wav', 1, text=' '), entry('5.wav', 20, text='five'), entry('6.wav', 1, text='six')]
@@ -51,7 +50,6 @@ def test_the_first_minutes_that_have_a_text_are_taken(recogniser, tmp_path):
     assert [item['text'] for item in recogniser.transcribed(path)] == ['one', 'three', 'five', 'six']
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('role', ['train', 'validation'])
 def test_without_texts_the_recogniser_is_left_out_and_that_is_said(recogniser, tmp_path, capsys, role):
     data = {name: write_manifest(tmp_path / f'{name}.json', entry('a.wav', 1, text='a')) for name in ROLES}
@@ -65,14 +63,12 @@ def test_without_texts_the_recogniser_is_left_out_and_that_is_said(recogniser, t
 ROLES = ('train', 'validation')
 
 
-@pytest.mark.unit
 def test_a_recogniser_that_is_there_is_not_made_again(recogniser, tmp_path, capsys):
     (tmp_path / 'scratch.nemo').touch()
     assert recogniser.fine_tune('scratch', None, {}, tmp_path, 3) == tmp_path / 'scratch.nemo'
     assert 'no fine-tuning' in capsys.readouterr().out
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'path, text',
     [
@@ -92,7 +88,6 @@ def samples(speech_corpus):
     return found[:32000]
 
 
-@pytest.mark.unit
 def test_the_words_that_come_are_those_of_offline(recogniser, model, samples):
     for context in ([10, 0], [40, 0]):
         shown = list(recogniser.words_as_they_come(model, samples, context))
@@ -102,7 +97,6 @@ def test_the_words_that_come_are_those_of_offline(recogniser, model, samples):
             assert longer.startswith(text)
 
 
-@pytest.mark.unit
 def test_error_rates_are_those_of_all_characters_in_each_context(recogniser, model, speech_corpus, monkeypatch):
     manifest = speech_corpus / 'validation_manifest.json'
     monkeypatch.setattr(recogniser, 'recognise', lambda model, samples, context: 'a' if context == [10, 0] else '')
@@ -113,7 +107,6 @@ def test_error_rates_are_those_of_all_characters_in_each_context(recogniser, mod
     assert rates['10_0'] == pytest.approx(1 - sum('a' in text for text in texts) / characters)
 
 
-@pytest.mark.unit
 def test_the_table_says_how_many_errors_fewer(recogniser):
     rates = {'pretrained': {'40_0': 0.3, '10_0': 0.0}, 'scratch': {'40_0': 0.4, '10_0': 0.0}}
     table = recogniser.error_table(rates, 4.9)

@@ -8,7 +8,6 @@ def row(context, part, loss, accuracy=0.25):
     return dict(context=context, part=part, loss=loss, accuracy=accuracy, unigram_entropy=4.0, commonest=0.1)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'parts, told', [(['masked'], 'masked'), (['next_0', 'next'], 'next'), (['masked', 'next'], 'next')]
 )
@@ -31,7 +30,6 @@ def test_the_figures_of_a_context_are_those_of_the_whole_objective(load_example,
     )
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('parts, shown', [(['masked'], False), (['next_0', 'next'], True), (['masked', 'next'], True)])
 def test_the_table_says_what_each_row_is_of(load_example, parts, shown):
     figures = dict(

@@ -9,7 +9,6 @@ def stages(load_example):
     return load_example('demo_stages')
 
 
-@pytest.mark.unit
 def test_the_model_saved_last_is_put_in_place_when_the_training_is_done(stages, tmp_path, monkeypatch):
     model_file = tmp_path / 'model.nemo'
 
@@ -26,7 +25,6 @@ def test_the_model_saved_last_is_put_in_place_when_the_training_is_done(stages, 
     assert model_file.read_text() == 'last'
 
 
-@pytest.mark.unit
 def test_a_training_that_leaves_no_model_is_an_error(stages, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, 'run', lambda *arguments: None)
     with pytest.raises(SystemExit, match='left no .nemo file in .*run/checkpoints'):
@@ -34,7 +32,6 @@ def test_a_training_that_leaves_no_model_is_an_error(stages, tmp_path, monkeypat
     assert not (tmp_path / 'model.nemo').exists()
 
 
-@pytest.mark.unit
 def test_a_script_that_fails_ends_the_demo_with_its_status(stages, tmp_path, monkeypatch):
     (tmp_path / 'fails.py').write_text('raise SystemExit(7)')
     monkeypatch.setattr(stages, 'HERE', tmp_path)

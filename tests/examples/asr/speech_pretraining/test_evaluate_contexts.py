@@ -186,7 +186,6 @@ def test_an_encoder_that_cannot_follow_a_context_is_named(evaluate, models):
     assert status == 2 and 'chunks.nemo: --contexts[0]: the encoder cannot follow [10, 3]' in err
 
 
-@pytest.mark.unit
 def test_bad_arguments(load_example, tmp_path, capsys):
     script = load_example('evaluate_contexts')
     (tmp_path / 'manifest.json').write_text('')

@@ -13,13 +13,11 @@ def tools(load_example):
     return load_example('evaluation_tools')
 
 
-@pytest.mark.unit
 def test_a_value_with_its_interval(tools):
     row = {'loss': 3.0634, 'loss_interval': [3.0211, 3.102]}
     assert tools.with_interval(row, 'loss', '{:.3f}') == '3.063 [3.021, 3.102]'
 
 
-@pytest.mark.unit
 def test_what_is_not_a_number_is_written_as_null(tools, tmp_path):
     results = [{'model': 'a.nemo', 'contexts': [{'context': [4, 0], 'loss': float('nan')}]}]
     tools.write_results(tmp_path / 'made.json', results, {'seed': 0})
@@ -27,7 +25,6 @@ def test_what_is_not_a_number_is_written_as_null(tools, tmp_path):
     assert written['settings'] == {'seed': 0} and written['models'][0]['contexts'][0]['loss'] is None
 
 
-@pytest.mark.unit
 def test_a_model_that_cannot_be_asked_is_named(tools):
     with pytest.raises(ValueError, match='a.nemo: object predicts neither masked nor next tokens'):
         tools.contexts_of(object(), 'all', 'a.nemo')
@@ -37,7 +34,6 @@ def test_a_model_that_cannot_be_asked_is_named(tools):
         tools.contexts_of(model, [[-1, -1]], 'a.nemo')
 
 
-@pytest.mark.unit
 def test_masks_follow_the_models_that_mask(tools):
     models = {'masked': tiny_model(), 'next': tiny_model('+model.objective=next_token')}
     contexts = {'masked': [[40, 0]], 'next': [[10, 0]]}
@@ -46,7 +42,6 @@ def test_masks_follow_the_models_that_mask(tools):
     assert tools.masking_window({'next': models['next']}, contexts, 7) is None
 
 
-@pytest.mark.unit
 def test_reasons_in_words(tools):
     rows = [{'context': [10, 0]}, {'context': [40, 0]}, {'context': [40, 0]}]
     missing = {'why': 'it has no such part', 'parts': ['next_0', 'next'], 'contexts': [[10, 0], [40, 0]]}

@@ -106,7 +106,6 @@ def assert_starts_from(model, pretrained_path):
     assert model.encoder.att_context_size_all == pretrained.encoder.att_context_size_all
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('kind', ['ctc', 'rnnt'])
 def test_fine_tuned_in_a_few_steps_the_model_streams_what_it_says_offline(
     script, kind, pretrained, speech_corpus, tmp_path
@@ -149,7 +148,6 @@ def pretrained_in_chunks(tmp_path_factory):
     return path
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('kind', ['ctc', 'rnnt', 'hybrid'])
 def test_contexts_with_look_ahead_are_fine_tuned_and_streamed(
     script, kind, pretrained_in_chunks, speech_corpus, tmp_path
@@ -172,7 +170,6 @@ def test_contexts_with_look_ahead_are_fine_tuned_and_streamed(
         {'ctc': check_ctc_stream}.get(kind, check_encoded_stream)(tuned, utterance(speech_corpus))
 
 
-@pytest.mark.unit
 def test_the_look_ahead_of_each_context_is_told(script, pretrained_in_chunks, speech_corpus, monkeypatch):
     told = []
     monkeypatch.setattr(script.logging, 'info', lambda message, *_: told.append(message))
@@ -218,7 +215,6 @@ def check_rnnt_stream(model, samples):
     assert len(offline) > 5 and [int(label) for label in spoken] == [int(label) for label in offline]
 
 
-@pytest.mark.unit
 def test_weights_pretrained_with_post_conv_masking_arrive(script, speech_corpus, tmp_path):
     from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 
@@ -232,7 +228,6 @@ def test_weights_pretrained_with_post_conv_masking_arrive(script, speech_corpus,
     assert all(torch.equal(weights[name], weight) for name, weight in expected.state_dict().items())
 
 
-@pytest.mark.unit
 def test_a_curriculum_narrows_fine_tuning_too(script, pretrained, speech_corpus):
     overrides = ['exp_manager=null', 'trainer.max_steps=2', '+trainer.limit_val_batches=0']
     cfg = script.prepare(config('streaming_ctc', pretrained, speech_corpus, *overrides))
@@ -248,7 +243,6 @@ def test_a_curriculum_narrows_fine_tuning_too(script, pretrained, speech_corpus)
     assert seen == [4, 4]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'overrides, message',
     [
@@ -265,7 +259,6 @@ def test_what_cannot_work_is_refused_by_name(script, pretrained, speech_corpus, 
         script.build(script.prepare(cfg))
 
 
-@pytest.mark.unit
 def test_a_file_that_is_no_model_is_refused(script, speech_corpus, tmp_path):
     (tmp_path / 'text.nemo').write_text('no archive')
     cfg = config('streaming_ctc', tmp_path / 'text.nemo', speech_corpus, 'exp_manager=null')
@@ -297,7 +290,6 @@ def run(folder, script, *arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'kind, made',
     [('ctc', EncDecCTCModelBPE), ('rnnt', EncDecRNNTBPEModel), ('hybrid', EncDecHybridRNNTCTCBPEModel)],
@@ -316,7 +308,6 @@ def test_word_pieces_of_a_tokenizer_are_recognised(script, kind, made, pretraine
     assert stream(restored, utterance(speech_corpus), return_text=True)[-1].transcripts[0].final
 
 
-@pytest.mark.unit
 def test_a_tokenizer_that_is_not_there_or_not_alone_is_refused(script, pretrained, speech_corpus, tmp_path):
     def prepared(*overrides):
         return script.prepare(config('streaming_ctc', pretrained, speech_corpus, *overrides))

@@ -86,7 +86,6 @@ def config_for(corpus, **changes):
     return cfg
 
 
-@pytest.mark.unit
 def test_prepare_takes_a_statistics_file(script, tmp_path, speech_corpus):
     statistics = {'fixed_mean': [0.5] * 80, 'fixed_std': [2.0] * 80}
     (tmp_path / 'stats.yaml').write_text('\n'.join(f'{name}: {value}' for name, value in statistics.items()))
@@ -98,7 +97,6 @@ def test_prepare_takes_a_statistics_file(script, tmp_path, speech_corpus):
         script.prepare(cfg)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'changes, message',
     [
@@ -112,7 +110,6 @@ def test_prepare_refuses_bad_manifests(script, speech_corpus, changes, message):
         script.prepare(config_for(speech_corpus, **changes))
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'contexts, message',
     [

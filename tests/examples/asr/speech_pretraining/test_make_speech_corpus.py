@@ -125,7 +125,6 @@ class TestCorpus:
 
 
 class TestPlan:
-    @pytest.mark.unit
     def test_validation_has_other_sentences_and_held_out_voices(self, maker):
         plan = maker.plan_corpus(20, 0)
         splits = {name: [item for item in plan if item.name.startswith(name)] for name in SPLITS[:2]}
@@ -138,7 +137,6 @@ class TestPlan:
         assert unknown == set(maker.HELD_OUT_VOICES)
         assert sum(item.target for item in splits["train"]) == pytest.approx(1200, abs=14)
 
-    @pytest.mark.unit
     def test_is_a_function_of_the_seed(self, maker):
         assert maker.plan_corpus(1, 3) == maker.plan_corpus(1, 3) != maker.plan_corpus(1, 4)
 
@@ -149,21 +147,18 @@ class TestPlan:
             synthesiser.choose(speaker, seed=0)
             assert len(synthesiser.say("a short test")) > 4000
 
-    @pytest.mark.unit
     def test_espeak_refuses_an_unknown_voice(self, maker):
         with pytest.raises(ValueError, match="no voice xx-nonsense"):
             maker.Synthesiser().choose(maker.Speaker("xx-nonsense", 150, 50, 50), seed=0)
 
 
 class TestErrors:
-    @pytest.mark.unit
     @pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
     def test_minutes(self, maker, tmp_path, capsys, minutes):
         assert maker.main(["--output", str(tmp_path / "none"), f"--minutes={minutes}"]) == 1
         assert "minutes is" in capsys.readouterr().err
         assert not (tmp_path / "none").exists()
 
-    @pytest.mark.unit
     def test_missing_synthesiser(self, maker, tmp_path, capsys, monkeypatch):
         def missing(name):
             raise maker.importlib.metadata.PackageNotFoundError(name)
@@ -172,7 +167,6 @@ class TestErrors:
         assert maker.main(["--output", str(tmp_path)]) == 1
         assert "pip install espeakng-loader" in capsys.readouterr().err
 
-    @pytest.mark.unit
     def test_a_synthesis_that_never_ends(self, maker, tmp_path, monkeypatch):
         monkeypatch.setattr(maker, "PATIENCE", 0.05)
         monkeypatch.setattr(maker, "synthesise", lambda utterance, folder: __import__("time").sleep(60))
@@ -180,7 +174,6 @@ class TestErrors:
             maker.synthesise_all(maker.plan_corpus(0.1, 0)[:1], str(tmp_path), workers=1, progress=False)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize("slope", [0.0, 0.5, 1.0])
 def test_noise_falls_with_its_slope(maker, slope):
     spectrum = np.abs(np.fft.rfft(maker.coloured_noise(np.random.default_rng(0), 160000, slope))) ** 2

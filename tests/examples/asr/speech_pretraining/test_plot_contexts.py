@@ -85,7 +85,6 @@ def test_a_config_and_logs(plot, tmp_path, audio):
     assert 'unanswerable in layer_00 to stack: 0.0% of the masked attention frames' in out
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'given, message',
     [
@@ -114,7 +113,6 @@ def test_what_does_not_fit_the_model(plot, tmp_path, audio, given, message):
     assert status == 2 and message in err and not (tmp_path / 'pictures').exists()
 
 
-@pytest.mark.unit
 def test_bad_arguments(load_example, capsys):
     script = load_example('plot_contexts')
     for bad, message in (

@@ -47,7 +47,6 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('workers', [1, 2])
 def test_shards_have_all_that_is_sound_and_the_report_names_the_rest(shards, manifest, workers, capsys):
     assert pack(shards, manifest, f'--workers={workers}') == 0
@@ -70,7 +69,6 @@ def test_shards_have_all_that_is_sound_and_the_report_names_the_rest(shards, man
     assert not subprocess.run(['sha256sum', '-c', '--quiet', 'SHA256SUMS'], cwd=out, check=False).returncode
 
 
-@pytest.mark.unit
 def test_after_a_kill_whole_shards_stay_and_the_result_is_the_same(shards, manifest, monkeypatch):
     assert pack(shards, manifest) == 0
     out = manifest.parent / 'out'
@@ -95,7 +93,6 @@ def test_after_a_kill_whole_shards_stay_and_the_result_is_the_same(shards, manif
     assert pack(shards, manifest) == 0 and written == [0, 1, 1, 2]  # done
 
 
-@pytest.mark.unit
 def test_a_kill_while_the_shards_are_put_together_loses_none(shards, manifest, monkeypatch):
     replace, moved = shards.os.replace, []
 
@@ -113,7 +110,6 @@ def test_a_kill_while_the_shards_are_put_together_loses_none(shards, manifest, m
     assert len(list(CutSet.from_shar(in_dir=manifest.parent / 'out/shar'))) == 7
 
 
-@pytest.mark.unit
 def test_what_is_read_back_must_be_what_went_in(shards, manifest, monkeypatch, capsys):
     monkeypatch.setattr(shards.CutSet, 'from_shar', staticmethod(lambda fields: []))
     assert pack(shards, manifest) == 2
@@ -121,7 +117,6 @@ def test_what_is_read_back_must_be_what_went_in(shards, manifest, monkeypatch, c
     assert not (manifest.parent / 'out/shar').exists()
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'more, message',
     [
@@ -136,14 +131,12 @@ def test_a_mistake_ends_in_one_message(shards, manifest, more, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.unit
 def test_a_folder_of_other_shards_is_refused(shards, manifest, capsys):
     assert pack(shards, manifest) == 0
     assert pack(shards, manifest, '--shuffle=1') == 2
     assert 'has shards with shuffle None, not 1; take another folder' in capsys.readouterr().err
 
 
-@pytest.mark.unit
 def test_shuffled_shards_have_the_same_utterances_in_another_order(shards, manifest):
     assert pack(shards, manifest, '--shuffle=1') == 0
     texts = [cut.supervisions[0].text for cut in CutSet.from_shar(in_dir=manifest.parent / 'out/shar')]

@@ -112,13 +112,11 @@ def test_dynamic_chunks_are_validated_in_a_fixed_list_and_streamed_in_each_size(
 DATA = (('--manifest', 'train'), ('--validation-manifest', 'validation'), ('--noise-manifest', 'noise'))
 
 
-@pytest.mark.unit
 def test_a_train_manifest_needs_a_validation_manifest():
     done = cold_start('--manifest', 'a.json')
     assert done.returncode == 2 and 'go together' in done.stderr
 
 
-@pytest.mark.unit
 def test_each_choice_of_settings_has_its_own_folder(load_example, tmp_path, speech_corpus, monkeypatch):
     demo = load_example('pretrain_demo')
     data = {role: f'{speech_corpus}/{role}_manifest.json' for role in ('train', 'validation', 'noise')}

@@ -107,31 +107,26 @@ def unguarded(tree):
     return {'everything'} if before is None else (before & set(functions_of(tree))) - allowed
 
 
-@pytest.mark.unit
 def test_a_file_is_a_script_or_a_tool():
     assert [name for name, tree in TREES.items() if 'main' not in functions_of(tree)] == TOOLS
     assert sorted(COMMANDS) == SCRIPTS
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('name', TREES)
 def test_no_script_is_imported(name):
     assert not set(imports_of(ast.walk(TREES[name]))) & set(SCRIPTS)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('name', TOOLS)
 def test_tools_leave_nemo_to_be_imported_after_the_check(name):
     assert not lines_of_nemo(TREES[name])
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_each_script_checks_the_patches_before_its_work(name):
     assert not unguarded(TREES[name])
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ('code', 'found'),
     [
@@ -173,7 +168,6 @@ def test_each_script_has_help_with_an_example(name, tmp_path):
     assert all(option.strip('[]').split('=')[0] in done.stdout.split(example)[1] for option in options[:2])
 
 
-@pytest.mark.unit
 def test_help_is_shown_before_anything_is_imported(tools, monkeypatch, capsys):
     tools.show_help('What it does.')  # nobody asked
     monkeypatch.setattr(sys, 'argv', ['script.py', 'a=1', '--help'])
@@ -183,7 +177,6 @@ def test_help_is_shown_before_anything_is_imported(tools, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith('What it does.\n\n    python script.py\n\nEvery key of the config')
 
 
-@pytest.mark.unit
 def test_an_error_about_a_key_leads_to_its_page(tools, capsys):
     tools.report_error('script.py', ValueError('curriculum.milestones is 3; it must be pairs'), status=1)
     said = capsys.readouterr().err.splitlines()
@@ -193,13 +186,11 @@ def test_an_error_about_a_key_leads_to_its_page(tools, capsys):
     assert twice.count('See docs/performance.md#block-wise-attention') == 1
 
 
-@pytest.mark.unit
 def test_the_report_on_the_patches_comes_back_for_the_log(tools):
     lines = tools.require_patches('some/script.py', 'nemo.collections.asr.models.ssl_models')
     assert any('active: yes' in line for line in lines)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('error', [RuntimeError('stock is in use'), ImportError('stock is in use')])
 def test_inactive_patches_end_the_script(tools, monkeypatch, error):
     def refuse(*names):
@@ -210,13 +201,11 @@ def test_inactive_patches_end_the_script(tools, monkeypatch, error):
         tools.require_patches('some/script.py')
 
 
-@pytest.mark.unit
 def test_an_error_is_one_line_with_the_scripts_name(tools, capsys):
     assert tools.report_error('some/script.py', ValueError('x is 3'), status=2) == 2
     assert capsys.readouterr().err == 'script: error: x is 3\n'
 
 
-@pytest.mark.unit
 def test_files_need_a_folder(tools, tmp_path, capsys):
     parser = argparse.ArgumentParser()
     tools.check_folders(parser, argparse.Namespace(json=tmp_path / 'x.json', csv=None), 'json', 'csv')
@@ -226,7 +215,6 @@ def test_files_need_a_folder(tools, tmp_path, capsys):
     assert f"--csv {tmp_path / 'none/x.csv'}: there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
 
 
-@pytest.mark.unit
 def test_a_text_that_cannot_be_written_leaves_the_old_one(tools, tmp_path):
     path = tmp_path / 'file.txt'
     tools.write_text(path, 'old: äöü\n')
@@ -237,7 +225,6 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one(tools, tmp_path):
         tools.write_text(tmp_path / 'none/file.txt', 'new')
 
 
-@pytest.mark.unit
 def test_lines_of_a_manifest_are_numbered_and_blank_ones_left_out(tools, tmp_path):
     entries = [{'duration': 1.5}, {'duration': 2.0, 'text': 'one\u2028line'}]
     path = tmp_path / 'manifest.json'
@@ -249,7 +236,6 @@ def test_lines_of_a_manifest_are_numbered_and_blank_ones_left_out(tools, tmp_pat
     assert tools.manifest_seconds(path) == 3.5
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ('content', 'reason'), [(None, 'cannot be read'), (b'\n \n', 'has no entries'), (b'\xff\n', 'cannot be read')]
 )
@@ -261,7 +247,6 @@ def test_bad_manifests_are_named(tools, tmp_path, content, reason):
         tools.manifest_lines(path)
 
 
-@pytest.mark.unit
 def test_reading_mixes_down_and_resamples(tools, audio_folder):
     assert tools.read_audio(audio_folder / 'mono.wav', RATE).shape == (RATE,)
     stereo = tools.read_audio(audio_folder / 'stereo.flac', RATE)
@@ -270,13 +255,11 @@ def test_reading_mixes_down_and_resamples(tools, audio_folder):
     np.testing.assert_array_equal(part, tools.read_audio(audio_folder / 'mono.wav', RATE)[8000:12000])
 
 
-@pytest.mark.unit
 def test_silence_is_audio(tools, tmp_path):
     soundfile.write(tmp_path / 'zeros.wav', np.zeros((100, 2)), RATE)
     np.testing.assert_array_equal(tools.read_audio(tmp_path / 'zeros.wav', RATE), np.zeros(100, np.float32))
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'name, reason',
     [
@@ -295,7 +278,6 @@ def test_bad_files_are_named(tools, audio_folder, name, reason):
         tools.read_audio(audio_folder / name, RATE)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ('name', 'reason'), [('missing.nemo', 'there is no such file'), ('text.wav', 'NeMo cannot restore it')]
 )
@@ -314,7 +296,6 @@ class Trainer:
         self.fitted.append(model)
 
 
-@pytest.mark.unit
 def test_what_was_prepared_is_built_and_fitted(tools):
     trainer = Trainer()
     cfg = OmegaConf.create({'size': 2})
@@ -324,7 +305,6 @@ def test_what_was_prepared_is_built_and_fitted(tools):
     assert trainer.fitted == ['model of 3']
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('error', [ValueError('size is 2'), OSError('size is 2'), InstantiationException('size is 2')])
 @pytest.mark.parametrize('place', ['prepare', 'build'])
 def test_what_cannot_be_built_ends_in_one_message_before_training(tools, error, place):
@@ -336,7 +316,6 @@ def test_what_cannot_be_built_ends_in_one_message_before_training(tools, error, 
         tools.fit_or_exit('some/script.py', ['active: yes'], OmegaConf.create({'size': 2}), **steps)
 
 
-@pytest.mark.unit
 def test_errors_of_training_itself_keep_their_traceback(tools):
     class Broken(Trainer):
         def fit(self, model):

@@ -28,7 +28,6 @@ def model_path(tmp_path_factory):
     return path
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('size', [1, 333, 2560])
 def test_pcm_is_read_to_its_end(script, size):
     samples = (np.arange(1000, dtype='<i2') - 500) * 60
@@ -41,7 +40,6 @@ def test_pcm_is_read_to_its_end(script, size):
     assert {piece.shape[1] for piece in pieces[:-1]} <= {size}
 
 
-@pytest.mark.unit
 def test_pcm_of_another_rate_is_resampled_as_it_comes(script):
     tone = np.sin(np.arange(8000) * 0.3) * 20000
     pipe = io.BytesIO(tone.astype('<i2').tobytes())
@@ -51,7 +49,6 @@ def test_pcm_of_another_rate_is_resampled_as_it_comes(script):
     np.testing.assert_allclose(joined[500:-500], expected[500:-500], atol=0.01)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('kind', ['ctc', 'rnnt'])
 def test_a_recogniser_shows_its_words_their_latency_and_its_errors(script, kind, audio_folder, tmp_path, capsys):
     tiny_recogniser(kind).save_to(str(tmp_path / 'model.nemo'))
@@ -78,7 +75,6 @@ def lines(*entries):
     return ''.join((entry if isinstance(entry, str) else json.dumps(entry)) + '\n' for entry in entries)
 
 
-@pytest.mark.unit
 def test_a_manifest_goes_on_after_bad_files_and_the_status_says_so(script, model_path, audio_folder, tmp_path, capsys):
     manifest, report, plot = audio_folder / 'manifest.json', tmp_path / 'report.json', tmp_path / 'plot.png'
     manifest.write_text(
@@ -102,7 +98,6 @@ def test_a_manifest_goes_on_after_bad_files_and_the_status_says_so(script, model
     assert sorted(path.name for path in tmp_path.iterdir()) == ['plot.png', 'report.json']
 
 
-@pytest.mark.unit
 def test_one_context_is_streamed_without_offline(script, model_path, audio_folder, capsys):
     arguments = ['--model_path', str(model_path), '--audio_path', str(audio_folder / 'mono.wav')]
     assert script.main([*arguments, '--att_context_size', '[6,0]', '--chunk_size', '0.037']) == 0
@@ -118,7 +113,6 @@ def next_token_path(tmp_path_factory):
     return path
 
 
-@pytest.mark.unit
 def test_surprise_is_told_second_by_second_reported_and_drawn(script, next_token_path, audio_folder, tmp_path, capsys):
     report, plot = tmp_path / 'report.json', tmp_path / 'surprise.png'
     soundfile.write(tmp_path / 'long.wav', np.random.default_rng(0).standard_normal(40000) * 0.1, RATE)
@@ -134,7 +128,6 @@ def test_surprise_is_told_second_by_second_reported_and_drawn(script, next_token
     assert len(contexts) == 2 and plot.read_bytes().startswith(b'\x89PNG') and plot.stat().st_size > 20000
 
 
-@pytest.mark.unit
 def test_audio_without_a_token_has_no_surprise(script, next_token_path, tmp_path, capsys):
     soundfile.write(tmp_path / 'short.wav', np.zeros(400), RATE)
     arguments = ['--model_path', str(next_token_path), '--audio_path', str(tmp_path / 'short.wav')]
@@ -142,14 +135,12 @@ def test_audio_without_a_token_has_no_surprise(script, next_token_path, tmp_path
     assert 'nats per token' not in capsys.readouterr().out and (tmp_path / 'short.png').exists()
 
 
-@pytest.mark.unit
 def test_a_model_that_predicts_no_next_tokens_has_no_surprise(script, model_path, audio_folder, capsys):
     arguments = ['--model_path', str(model_path), '--audio_path', str(audio_folder / 'mono.wav'), '--surprise']
     assert script.main(arguments) == 2
     assert 'model.objective next_token or both' in capsys.readouterr().err
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'changed, reason',
     [
@@ -168,7 +159,6 @@ def test_what_cannot_run_is_said(script, model_path, audio_folder, capsys, monke
     assert reason in capsys.readouterr().err
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'words',
     [
@@ -186,7 +176,6 @@ def test_wrong_options_are_refused(script, words):
         script.main(['--model_path', 'm.nemo', '--audio_path', 'a.wav', *words])
 
 
-@pytest.mark.unit
 def test_a_report_that_cannot_be_finished_leaves_the_old_one(script, tmp_path):
     path = tmp_path / 'report.json'
     path.write_text('old')

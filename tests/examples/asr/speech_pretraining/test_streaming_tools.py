@@ -12,14 +12,12 @@ def tools(load_example):
     return load_example('streaming_tools')
 
 
-@pytest.mark.unit
 def test_the_parity_line(tools, audio_folder):
     model = tiny_model().eval()
     line = tools.parity_line(tools.stream_one(model, audio_folder / 'mono.wav'))
     assert 'Streamed 1.0 s in context [10, 0]: largest difference to offline' in line and '100.00%' in line
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ('times', 'expected'),
     [([], [None, None, None]), ([4.0], [4.0, 4.0, 4.0]), ([float(n) for n in range(40, 0, -1)], [21.0, 39.0, 40.0])],
@@ -31,7 +29,6 @@ def test_figures_of_the_steps_times(tools, times, expected):
     assert figures['frames'] == 7 and figures['real_time_factor'] == pytest.approx(sum(times) / 2000, abs=1e-4)
 
 
-@pytest.mark.unit
 def test_audio_too_long_for_offline_is_not_compared(tools, capsys):
     streamed = tools.Streamed([4, 0], 12.5, seconds=301.0)
     tools.compare_with_offline(None, np.zeros(1, np.float32), streamed)
@@ -46,7 +43,6 @@ def step(start, *nats):
     )
 
 
-@pytest.mark.unit
 def test_each_second_is_told_when_the_next_one_begins(tools):
     meter = tools.SurpriseMeter(token_seconds=0.5, name='a.wav')
     assert list(meter.take(step(1, 2.0))) == [] == list(meter.take(step(2)))  # token 0 was predicted by none
@@ -58,21 +54,18 @@ def test_each_second_is_told_when_the_next_one_begins(tools):
     ]
 
 
-@pytest.mark.unit
 def test_a_token_that_begins_with_a_second_belongs_to_it(tools):
     meter = tools.SurpriseMeter(token_seconds=0.04, name='')
     told = list(meter.take(step(0, *[1.0] * 100)))
     assert len(told) == 3  # 25 tokens in each second, and 25 wait
 
 
-@pytest.mark.unit
 def test_the_ends_are_smoothed_over_what_there_is(tools):
     np.testing.assert_allclose(tools.smoothed(np.array([1.0, 2.0, 6.0, 0.0]), 3), [1.5, 3.0, 8 / 3, 3.0])
     np.testing.assert_allclose(tools.smoothed(np.array([4.0, 2.0]), 13), [3.0, 3.0])
     assert tools.smoothed(np.zeros(0), 3).shape == (0,)
 
 
-@pytest.mark.unit
 def test_the_mean_leaves_out_what_is_not_settled(tools):
     meter = tools.SurpriseMeter(token_seconds=0.5, name='a.wav', settling=1.0)
     told = list(meter.take(step(0, 9.0, 9.0, 4.0, 2.0))) + list(meter.finish())
@@ -87,7 +80,6 @@ def test_the_mean_leaves_out_what_is_not_settled(tools):
     assert streamed.mean_surprise is None
 
 
-@pytest.mark.unit
 def test_tokens_settle_where_they_are_normalised_by_running_statistics(tools):
     assert tools.settling_seconds(SimpleNamespace(target_normalize='per_feature')) == 2.0
     assert tools.settling_seconds(SimpleNamespace(target_normalize=None)) == 0.0

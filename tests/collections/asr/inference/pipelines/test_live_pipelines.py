@@ -91,7 +91,6 @@ def offline(model, path, decoding):
     return found
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('contexts', CONTEXTS)
 @pytest.mark.parametrize('kind, decoding', [('ctc', 'CTC'), ('rnnt', 'RNNT'), ('hybrid', 'CTC'), ('hybrid', 'RNNT')])
 def test_words_are_those_of_the_offline_forward(saved, audio, kind, decoding, contexts):
@@ -106,7 +105,6 @@ def test_words_are_those_of_the_offline_forward(saved, audio, kind, decoding, co
     assert [again[index]['text'].split() for index in range(len(audio))] == expected[::-1]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('contexts', ['one context', 'look-ahead'])
 @pytest.mark.parametrize('kind, decoding', [('ctc', 'CTC'), ('rnnt', 'RNNT')])
 def test_endpointing_looks_at_the_last_frames(saved, audio, kind, decoding, contexts):
@@ -136,7 +134,6 @@ def path_of(model, path, decoding, blank):
     return labels
 
 
-@pytest.mark.unit
 def test_an_utterance_that_ends_in_mid_stream_is_final_and_nothing_is_lost(saved, audio):
     pipeline = pipeline_of(saved('ctc', 'one context'))
     options = [ASRRequestOptions(stop_history_eou=160) for _ in audio]
@@ -148,7 +145,6 @@ def test_an_utterance_that_ends_in_mid_stream_is_final_and_nothing_is_lost(saved
         assert ends == sorted(ends) and all(0 <= end <= LENGTHS[index] / 16000 + 0.5 for end in ends)
 
 
-@pytest.mark.unit
 def test_word_times_are_counted_from_the_beginning_of_the_stream(saved, audio):
     model = saved('ctc', 'look-ahead')
     segments = pipeline_of(model).run(audio[:1])[0]['segments']
@@ -157,7 +153,6 @@ def test_word_times_are_counted_from_the_beginning_of_the_stream(saved, audio):
     assert segments[-1].end == pytest.approx(0.08 * said[-1], abs=0.33)
 
 
-@pytest.mark.unit
 def test_statistics_decide_unless_the_config_does(saved, audio):
     without = saved('ctc', 'one context', None)
     assert type(pipeline_of(without)) is CacheAwareCTCPipeline
@@ -169,7 +164,6 @@ def test_statistics_decide_unless_the_config_does(saved, audio):
         pipeline_of(without, live='maybe')
 
 
-@pytest.mark.unit
 def test_more_streams_than_slots_and_features_are_refused(saved):
     model = saved('ctc', 'one context')
     pipeline = pipeline_of(model)

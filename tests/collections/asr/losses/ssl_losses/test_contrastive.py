@@ -63,7 +63,6 @@ def make_batch(masked, frames=20, lengths=None):
     return arguments
 
 
-@pytest.mark.unit
 @SAME
 @NON_MASKED
 def test_no_negative_is_padding_in_1000_draws(same_utterance, non_masked):
@@ -81,7 +80,6 @@ def test_no_negative_is_padding_in_1000_draws(same_utterance, non_masked):
     assert any((negatives == MARK).any() for negatives in stock.drawn)
 
 
-@pytest.mark.unit
 @NON_MASKED
 def test_utterances_with_different_numbers_of_masked_frames(non_masked):
     batch = make_batch([[2, 3], range(5, 14), []])
@@ -99,7 +97,6 @@ def test_utterances_with_different_numbers_of_masked_frames(non_masked):
         make_loss(StockLoss, non_masked=non_masked, num_negatives=2)(**batch)
 
 
-@pytest.mark.unit
 @SAME
 def test_fewer_candidates_than_negatives_are_drawn_with_replacement(same_utterance):
     batch = make_batch([[1, 2], [4, 5, 6]])
@@ -126,7 +123,6 @@ def _stock_never_replaces():
     return False
 
 
-@pytest.mark.unit
 def test_a_frame_that_is_its_utterances_only_candidate_costs_nothing():
     batch = make_batch([[7]])
     value = make_loss()(**batch)
@@ -134,7 +130,6 @@ def test_a_frame_that_is_its_utterances_only_candidate_costs_nothing():
     assert value == 0 and torch.isfinite(batch['decoder_outputs'].grad).all()
 
 
-@pytest.mark.unit
 @SAME
 @NON_MASKED
 @pytest.mark.parametrize('reduce', ['sum', 'mean'])
@@ -157,7 +152,6 @@ def test_nothing_masked_gives_a_zero_loss_that_back_propagates(same_utterance, n
             assert 'cannot sample' in str(error)
 
 
-@pytest.mark.unit
 def test_only_padding_masked_is_nothing_masked():
     batch = make_batch([[], []], lengths=[12, 12])
     loss, stock = make_loss(), make_loss(StockLoss)
@@ -166,7 +160,6 @@ def test_only_padding_masked_is_nothing_masked():
     assert (stock.drawn[0] == MARK).all()
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'options',
     [
@@ -201,7 +194,6 @@ def test_where_all_candidates_are_drawn_the_loss_is_stocks(options, feature_fram
         assert lengths[0] is lengths[1] is None or torch.equal(*lengths)
 
 
-@pytest.mark.unit
 @SAME
 @NON_MASKED
 def test_without_padding_the_distribution_is_stocks(same_utterance, non_masked):
@@ -226,7 +218,6 @@ def test_without_padding_the_distribution_is_stocks(same_utterance, non_masked):
         assert all(abs(ours[name] - stocks[name]) < 5 * (2 * stocks[name]) ** 0.5 for name in stocks)
 
 
-@pytest.mark.unit
 @SAME
 @NON_MASKED
 def test_an_offset_drops_the_first_outputs(same_utterance, non_masked):
@@ -250,7 +241,6 @@ def test_an_offset_drops_the_first_outputs(same_utterance, non_masked):
         assert torch.isfinite(make_loss(decoder_offset=1, **options)(**batch))
 
 
-@pytest.mark.unit
 def test_without_lengths_the_last_targets_have_no_output_behind_an_offset():
     batch = make_batch([range(16, 20), range(16, 20)])
     loss = make_loss(decoder_offset=2, num_negatives=2)
@@ -263,13 +253,11 @@ def test_without_lengths_the_last_targets_have_no_output_behind_an_offset():
     assert value == 0
 
 
-@pytest.mark.unit
 def test_a_negative_offset_is_refused():
     with pytest.raises(ValueError, match='decoder_offset is -1'):
         make_loss(decoder_offset=-1)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('frames', [1, 7, 8, 9, 40, 48, 55, 64])
 @pytest.mark.parametrize('offset', [0, 1])
 def test_short_batches_of_a_causal_encoder(frames, offset):
@@ -312,7 +300,6 @@ def speech_model(cls=SpeechEncDecSelfSupervisedModel, **loss):
     return cls(cfg)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('in_list', [False, True], ids=['loss', 'loss_list'])
 def test_the_model_tells_the_loss_the_lengths(in_list):
     model = speech_model()

@@ -55,7 +55,6 @@ class TestByEye:
     def loss(self, masks, **arguments):
         return MLMLoss()(decoder_outputs=self.log_probs, targets=self.targets, masks=masks, **arguments).item()
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'masks, expected',
         [([1, 0, 0, 0], 1.0), ([0, 1, 0, 0], 4.0), ([1, 1, 0, 0], 2.5), ([1, 1, 1, 1], 4.5), ([0, 0, 0, 0], 0.0)],
@@ -63,13 +62,11 @@ class TestByEye:
     def test_mean_over_masked_frames(self, masks, expected):
         assert self.loss(torch.tensor([[masks]]).float()) == expected
 
-    @pytest.mark.unit
     def test_lengths(self):
         """Lengths count the decoder's frames: of four masked frames, three are valid."""
         assert self.loss(torch.ones(1, 1, 4), decoder_lengths=torch.tensor([3])) == pytest.approx((1 + 4 + 5) / 3)
         assert self.loss(torch.ones(1, 1, 4), decoder_lengths=torch.tensor([0])) == 0
 
-    @pytest.mark.unit
     def test_offset(self):
         """Target i meets decoder frame i + 1; the last target meets none."""
         arguments = dict(decoder_outputs=self.log_probs, targets=self.targets, masks=torch.ones(1, 1, 4))
@@ -78,7 +75,6 @@ class TestByEye:
         assert loss(**arguments, decoder_lengths=torch.tensor([3])).item() == (3 + 6) / 2
         assert MLMLoss(decoder_offset=4)(**arguments).item() == 0
 
-    @pytest.mark.unit
     def test_threshold(self):
         """Of the two targets' four mask frames each, 4 and 3 are masked: more than 0.8 only for the first."""
         masks = torch.tensor([[[1, 1, 1, 1, 1, 1, 1, 0]]]).float()
@@ -86,19 +82,16 @@ class TestByEye:
         assert MLMLoss(combine_time_steps=4)(**arguments).item() == 1.0
         assert MLMLoss(combine_time_steps=4, mask_threshold=0.7)(**arguments).item() == 2.5
 
-    @pytest.mark.unit
     def test_ignored_target(self):
         targets = torch.tensor([[0, -100, 0, -100]])
         arguments = dict(decoder_outputs=self.log_probs, targets=targets, masks=torch.ones(1, 1, 4))
         assert MLMLoss()(**arguments).item() == StockMLMLoss()(**arguments).item() == 3.0
 
-    @pytest.mark.unit
     def test_without_masks_every_frame_counts(self):
         assert MLMLoss()(decoder_outputs=self.log_probs, targets=self.targets).item() == 4.5
 
 
 class TestStockFailures:
-    @pytest.mark.unit
     @pytest.mark.parametrize('stock, fixed', [(StockMLMLoss, MLMLoss), (StockMultiMLMLoss, MultiMLMLoss)])
     @pytest.mark.parametrize('frames, target_frames', [(211, 210), (210, 211)])
     def test_210_against_211_frames(self, stock, fixed, frames, target_frames):
@@ -112,7 +105,6 @@ class TestStockFailures:
         value = fixed(combine_time_steps=8)(**arguments)
         assert value.item() == pytest.approx(stock(combine_time_steps=8)(**cut).item(), abs=1e-6)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
     def test_no_masked_frame(self, dtype):
         arguments = case()
@@ -123,7 +115,6 @@ class TestStockFailures:
         loss.backward()
         assert loss.item() == 0 and not outputs.grad.any()
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('mask_frames', [49, 55])
     def test_mask_frames_beyond_the_last_whole_attention_frame(self, mask_frames):
         arguments = case(frames=6, mask_frames=mask_frames, factor=8)
@@ -133,12 +124,10 @@ class TestStockFailures:
         expected = StockMLMLoss(combine_time_steps=8)(**whole)
         assert MLMLoss(combine_time_steps=8)(**arguments).item() == pytest.approx(expected.item(), abs=1e-6)
 
-    @pytest.mark.unit
     def test_needs_labels(self):
         assert not hasattr(StockMultiMLMLoss(), 'needs_labels')
         assert MultiMLMLoss().needs_labels is True and MLMLoss().needs_labels is True
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('books', [1, 2])
     def test_call_of_speech_enc_dec_self_supervised_model(self, books):
         """``decoder_loss_step`` asks for needs_labels and passes spec_masks; stock's MultiMLMLoss takes neither."""
@@ -152,7 +141,6 @@ class TestStockFailures:
 
 
 class TestMasksOfEitherShape:
-    @pytest.mark.unit
     @pytest.mark.parametrize('loss, books', [(MLMLoss, ()), (MultiMLMLoss, (2,))])
     @pytest.mark.parametrize('frames', [6, 7, 5])
     @pytest.mark.parametrize('factor', [1, 8])
@@ -172,7 +160,6 @@ class TestMasksOfEitherShape:
         }
         assert len(set(value.values())) == 1 and value['3'] > 0
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('loss, books', [(MLMLoss(), ()), (MultiMLMLoss(), (1,))])
     @pytest.mark.parametrize('frames', [211, 209])
     def test_the_shapes_of_a_large_batch(self, loss, books, frames):
@@ -182,14 +169,12 @@ class TestMasksOfEitherShape:
             masks = torch.ones(32, 210, dtype=dtype, device='meta')
             assert loss(decoder_outputs=outputs, targets=targets, masks=masks).shape == ()
 
-    @pytest.mark.unit
     def test_masks_that_carry_the_type_of_what_masked_them(self):
         arguments = case()
         arguments['masks'].neural_type = RandomBlockMasking(feat_in=3).output_types['masks']
         expected = MLMLoss()(**case())
         assert MLMLoss()(**arguments) == MultiMLMLoss(squeeze_single=True)(**arguments) == expected
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('shape', [(4,), (1, 1, 4, 1)])
     def test_other_shapes_are_named(self, shape):
         with pytest.raises(ValueError, match=rf'the masks have the shape \[{shape[0]}.*\]; it must be \[B, D, T\] or'):
@@ -197,7 +182,6 @@ class TestMasksOfEitherShape:
 
 
 class TestAsStock:
-    @pytest.mark.unit
     @settings(max_examples=40)
     @given(
         st.integers(1, 4), st.integers(2, 30), st.integers(2, 40), st.sampled_from([1, 4, 8]), st.integers(0, 10**6)
@@ -209,25 +193,21 @@ class TestAsStock:
         self.compare(StockMLMLoss(factor), MLMLoss(factor), arguments)
         self.compare(StockMLMLoss(factor, 0.5), MLMLoss(factor, 0.5), arguments)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('books', [1, 2, 4])
     @pytest.mark.parametrize('factor', [1, 8])
     def test_several_books(self, books, factor):
         arguments = case(books=(books,), factor=factor, seed=books)
         self.compare(StockMultiMLMLoss(factor, 0.8, books), MultiMLMLoss(factor, 0.8, books), arguments)
 
-    @pytest.mark.unit
     def test_squeezed_single_book(self):
         arguments = case(seed=3)
         self.compare(StockMultiMLMLoss(squeeze_single=True), MultiMLMLoss(squeeze_single=True), arguments)
 
-    @pytest.mark.unit
     def test_spec_masks(self):
         arguments = case(seed=4)
         arguments['spec_masks'] = arguments.pop('masks')
         self.compare(StockMLMLoss(), MLMLoss(), arguments)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('loss', [MLMLoss, MultiMLMLoss])
     def test_no_weights(self, loss):
         assert not loss().state_dict()
@@ -246,7 +226,6 @@ class TestAsStock:
 
 
 class TestWhatNeverCounts:
-    @pytest.mark.unit
     @pytest.mark.parametrize('garbage', [float('nan'), float('-inf'), float('inf')])
     def test_garbage_in_ignored_frames(self, garbage):
         arguments = case(frames=8, seed=5)
@@ -263,7 +242,6 @@ class TestWhatNeverCounts:
         loss.backward()
         assert loss.item() == clean.item() and torch.equal(outputs.grad, gradient)
 
-    @pytest.mark.unit
     @settings(max_examples=60)
     @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12), st.integers(0, 3), st.data())
     def test_alignment(self, frames, target_frames, mask_frames, offset, data):
@@ -282,7 +260,6 @@ class TestWhatNeverCounts:
 
 
 class TestPrecisionAndDevices:
-    @pytest.mark.unit
     @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize('masks_dtype', [torch.float16, torch.bfloat16, torch.float32, torch.bool])
     def test_half_precision_is_summed_in_float32(self, dtype, masks_dtype):
@@ -293,13 +270,11 @@ class TestPrecisionAndDevices:
         loss.backward()
         assert loss.dtype == torch.float32 and loss.item() == 9.0 and outputs.grad.dtype == dtype
 
-    @pytest.mark.unit
     def test_float64_stays(self):
         arguments = case()
         arguments['decoder_outputs'] = arguments['decoder_outputs'].double()
         assert MLMLoss()(**arguments).dtype == torch.float64
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('loss, books', [(MLMLoss(), ()), (MultiMLMLoss(num_decoders=2, decoder_offset=1), (2,))])
     def test_meta_and_no_sync(self, loss, books):
         arguments = {**case(books=books), 'decoder_lengths': torch.tensor([6, 4])}
@@ -309,7 +284,6 @@ class TestPrecisionAndDevices:
         value = loss(**on_meta)
         assert value.device.type == 'meta' and value.shape == ()
 
-    @pytest.mark.unit
     @pytest.mark.run_only_on('GPU')
     def test_no_sync_on_gpu(self):
         arguments = {name: value.detach().cuda() for name, value in case(frames=50, factor=8).items()}
@@ -320,7 +294,6 @@ class TestPrecisionAndDevices:
         finally:
             torch.cuda.set_sync_debug_mode('default')
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('loss', [MLMLoss, MultiMLMLoss])
     def test_negative_offset(self, loss):
         with pytest.raises(ValueError, match='decoder_offset is -1'):

@@ -28,7 +28,6 @@ def by_hand(log_probs, tokens, offset, horizons, encoded_lengths, token_lengths)
     return total / max(count, 1), count
 
 
-@pytest.mark.unit
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_loss_and_gradient_equal_a_plain_loop(data):
@@ -65,7 +64,6 @@ def test_loss_and_gradient_equal_a_plain_loop(data):
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-9)
 
 
-@pytest.mark.unit
 def test_frames_are_paired_with_the_tokens_behind_the_offset():
     encoded = torch.arange(5.0).view(1, 5, 1)
     tokens = torch.tensor([[10, 11, 12, 13, 14, 15]])
@@ -75,7 +73,6 @@ def test_frames_are_paired_with_the_tokens_behind_the_offset():
     assert counted[0].tolist() == [True] * 4
 
 
-@pytest.mark.unit
 def test_padding_of_frames_and_of_tokens_is_left_out():
     encoded, tokens = torch.zeros(2, 4, 1), torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
     lengths = torch.tensor([4, 2]), torch.tensor([3, 4])
@@ -85,7 +82,6 @@ def test_padding_of_frames_and_of_tokens_is_left_out():
     assert counted.tolist() == [[True, True, True, False], [True, True, False, False]]
 
 
-@pytest.mark.unit
 def test_without_any_next_token_the_loss_is_zero_and_back_propagates():
     logits = torch.randn(2, 3, 2, 5, requires_grad=True)
     loss = NextTokenLoss(horizons=2)(
@@ -95,7 +91,6 @@ def test_without_any_next_token_the_loss_is_zero_and_back_propagates():
     assert loss == 0 and not logits.grad.any()
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision_is_summed_in_float32(dtype):
     log_probs = torch.randn(2, 50, 2, 5).log_softmax(dim=-1)
@@ -106,7 +101,6 @@ def test_half_precision_is_summed_in_float32(dtype):
     torch.testing.assert_close(half, loss(decoder_outputs=log_probs, targets=tokens), rtol=0.01, atol=0)
 
 
-@pytest.mark.unit
 def test_needs_no_values_of_tensors():
     log_probs = torch.empty(2, 6, 3, 5, device='meta')
     tokens = torch.empty(2, 6, dtype=torch.int64, device='meta')
@@ -116,14 +110,12 @@ def test_needs_no_values_of_tensors():
     assert made.shape == () and made.device.type == 'meta'
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('horizons', [0, -1, 1.5, True, None])
 def test_horizons_must_be_a_number_of_tokens(horizons):
     with pytest.raises(ValueError, match='model.next_token.horizons is .*1 token or more'):
         NextTokenLoss(horizons=horizons)
 
 
-@pytest.mark.unit
 def test_a_negative_offset_is_refused():
     with pytest.raises(ValueError, match='offset is -1'):
         NextTokenLoss().align(torch.zeros(1, 4, 1), torch.zeros(1, 4, dtype=torch.int64), -1)

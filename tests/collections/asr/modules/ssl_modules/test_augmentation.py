@@ -20,7 +20,6 @@ def lengths_of_nemo(segments, samples):
     return tuple(Counter(random.choices(range(segments), k=samples)).values())
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('segments, samples', [(2, 3), (3, 4), (4, 2)])
 def test_segments_have_the_lengths_that_nemo_would_draw(segments, samples):
     """All outcomes are so few that each share can be compared, the order of the lengths included."""
@@ -33,7 +32,6 @@ def test_segments_have_the_lengths_that_nemo_would_draw(segments, samples):
         assert abs(ours[outcome] - count) < spread, outcome
 
 
-@pytest.mark.unit
 def test_each_outcome_is_as_likely_as_counting_all_sequences_says():
     exact = Counter(tuple(Counter(draws).values()) for draws in itertools.product(range(3), repeat=4))
     random.seed(1)
@@ -43,7 +41,6 @@ def test_each_outcome_is_as_likely_as_counting_all_sequences_says():
         assert abs(found[outcome] / DRAWS - share) < 5 * np.sqrt(share / DRAWS)
 
 
-@pytest.mark.unit
 def test_one_seed_gives_one_result_and_lengths_add_up():
     drawn = []
     for _ in range(2):
@@ -56,7 +53,6 @@ def test_one_seed_gives_one_result_and_lengths_add_up():
         SegmentDraws(2, 7)[0]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('noise_ratio', [0.0, 1.0])
 @pytest.mark.parametrize('segments', [1, 4])
 def test_noise_is_mixed_at_the_ratio_asked_for(noise_ratio, segments):
@@ -86,7 +82,6 @@ def test_noise_is_mixed_at_the_ratio_asked_for(noise_ratio, segments):
         assert 0.4 * length < (added != 0).sum() <= 0.5 * length + 1
 
 
-@pytest.mark.unit
 def test_other_draws_are_pythons_own():
     random.seed(3)
     expected = random.choices('ab', k=4), random.choices(range(3), [1, 2, 3], k=4), random.random()

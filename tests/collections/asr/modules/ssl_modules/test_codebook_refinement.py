@@ -43,7 +43,6 @@ def train(quantizer, steps):
 
 
 class TestSettings:
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'refine, message',
         [
@@ -64,14 +63,12 @@ class TestSettings:
         with pytest.raises(ValueError, match=f'^model.quantizer.{message}'):
             build(refine)
 
-    @pytest.mark.unit
     def test_a_config_is_a_mapping(self):
         found = build(OmegaConf.create(dict(every_n_steps=2, until_step=5))).refinement
         assert (found.every_n_steps, found.until_step, found.decay) == (2, 5, 0.0)
 
 
 class TestRefinement:
-    @pytest.mark.unit
     def test_a_code_becomes_the_direction_of_its_frames_mean(self):
         refinement = CodebookRefinement(1, 2, 2, dict(every_n_steps=1, until_step=5))
         vectors = unit([1, 0], [0, 1], [-1, 0]).unsqueeze(1)
@@ -80,7 +77,6 @@ class TestRefinement:
         torch.testing.assert_close(codes[0], unit([1, 1], [-1, 0]))
         assert replaced == 0
 
-    @pytest.mark.unit
     def test_a_dead_code_takes_half_of_the_frames_of_the_most_chosen(self):
         """Forty frames around [1, 0], ten around [0, 1]; none for the third code, which lies at [-1, -1]."""
         angles = torch.cat([torch.linspace(-0.5, 0.5, 40), torch.linspace(1.4, 1.6, 10)]).double()
@@ -95,7 +91,6 @@ class TestRefinement:
         torch.testing.assert_close(codes.norm(dim=-1), torch.ones(1, 3, dtype=torch.float64))
         assert refinement.remembered[0, :, -1].tolist() == [10, 5, 10]  # half of the frames each, half remembered
 
-    @pytest.mark.unit
     def test_equal_frames_are_not_split(self):
         refinement = CodebookRefinement(1, 2, 2, dict(every_n_steps=1, until_step=5))
         vectors = F.normalize(torch.tensor([0.3, 0.7]), dim=0).expand(100, 1, 2)
@@ -104,7 +99,6 @@ class TestRefinement:
         assert replaced == 0
         torch.testing.assert_close(codes[0], unit([0.3, 0.7], [-1, 0]))
 
-    @pytest.mark.unit
     def test_padding_silence_and_what_is_no_number_add_nothing(self):
         refinement = CodebookRefinement(1, 2, 2, dict(every_n_steps=1, until_step=5))
         vectors = torch.tensor([[1.0, 0], [0, 1], [0, 0], [float('nan'), 1], [float('inf'), 0]]).unsqueeze(1)
@@ -112,7 +106,6 @@ class TestRefinement:
         refinement.observe(vectors, torch.zeros(5, 1, dtype=torch.int64), counted)
         assert refinement.observed[0].tolist() == [[2**32, 0, 1], [0, 0, 0]]
 
-    @pytest.mark.unit
     def test_equals_a_plain_loop(self):
         quantizer = build()
         codebooks, sums, counts = quantizer.codebooks.numpy().copy(), np.zeros((2, 20, 4)), np.zeros((2, 20))
@@ -138,7 +131,6 @@ class TestRefinement:
                         counts[book, tokens[row, frame, book]] += 1
         assert replaced > 0  # or nothing is shown of it
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
     @pytest.mark.parametrize('dist_fn', ['l2', 'cosine'])
     def test_dtypes_and_distances(self, dtype, dist_fn):
@@ -152,7 +144,6 @@ class TestRefinement:
         torch.testing.assert_close(quantizer.codebooks.norm(dim=-1), torch.ones(1, 20, dtype=dtype))
         assert quantizer.refinement.observed[..., -1].sum() == 26
 
-    @pytest.mark.unit
     def test_the_share_of_changed_tokens_is_that_of_the_last_batch(self):
         quantizer = build()
         train(quantizer, range(3))
@@ -162,7 +153,6 @@ class TestRefinement:
         changed = before != quantizer(input_signal=signal)[1]
         assert share == pytest.approx((changed[0].sum() + changed[1, :11].sum()).item() / (2 * 26)) and share > 0
 
-    @pytest.mark.unit
     def test_tokens_that_are_given_are_not_looked_for(self):
         given, found = build(), build()
         signal, lengths = batch_of(0)
@@ -170,7 +160,6 @@ class TestRefinement:
         found.observe(signal, lengths)
         assert torch.equal(given.refinement.observed, found.refinement.observed)
 
-    @pytest.mark.unit
     def test_the_order_of_frames_and_the_cut_into_batches_change_no_digit(self):
         together, apart = build(), build()
         signal, _ = batch_of(0)
@@ -179,7 +168,6 @@ class TestRefinement:
             apart.observe(signal[utterance : utterance + 1], torch.tensor([15]))
         assert torch.equal(together.refinement.observed, apart.refinement.observed)
 
-    @pytest.mark.unit
     def test_it_runs_on_the_meta_device_without_waiting_for_values(self):
         quantizer = build().to('meta')
         for step in range(4):
@@ -187,7 +175,6 @@ class TestRefinement:
             quantizer.observe(torch.randn(2, 6, 30, device='meta'), torch.tensor([15, 11], device='meta'))
         assert all(value.device.type == 'meta' for value in logs.values()) and len(logs) == 2
 
-    @pytest.mark.unit
     @pytest.mark.run_only_on('GPU')
     def test_a_gpu_gives_the_same_without_a_wait(self):
         # In float64: in float32 the two devices' projections differ in the last digits, and tokens with them.
@@ -230,17 +217,14 @@ def refined_by_a_loop(codebook, sums, counts):
 
 
 class TestSteps:
-    @pytest.mark.unit
     def test_every_n_steps_until_a_step_and_not_at_the_start(self):
         logs = train(build(), range(20))
         assert [step for step, said in enumerate(logs) if said] == [3, 6, 9]
 
-    @pytest.mark.unit
     def test_a_step_that_comes_again_refines_once(self):
         logs = train(build(), [0, 0, 3, 3, 3, 4, 6, 6])
         assert [bool(said) for said in logs] == [False, False, True, False, False, False, True, False]
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('until_step', [9, 11])
     def test_nothing_is_observed_once_no_refinement_is_to_come(self, until_step):
         quantizer = build(dict(REFINE, until_step=until_step))
@@ -249,27 +233,23 @@ class TestSteps:
         train(quantizer, range(9, 14))
         assert not quantizer.refinement.observed.any() and quantizer.refinement.last_batch is None
 
-    @pytest.mark.unit
     def test_without_a_batch_no_share_is_said_and_no_code_moves(self):
         quantizer = build()
         before = quantizer.codebooks.clone()
         assert list(quantizer.refine_if_due(3)) == ['codebook/replaced_codes']
         torch.testing.assert_close(quantizer.codebooks, before, rtol=0, atol=1e-15)
 
-    @pytest.mark.unit
     def test_without_a_refinement_both_calls_do_nothing(self):
         quantizer = build(None)
         quantizer.observe(*batch_of(0))
         assert quantizer.refine_if_due(3) == {} and quantizer.refinement is None
 
-    @pytest.mark.unit
     def test_codebooks_that_are_trained_are_refused(self):
         with pytest.raises(ValueError, match='^model.quantizer.freeze is false with model.quantizer.refine'):
             build(freeze=False)
 
 
 class TestCheckpoints:
-    @pytest.mark.unit
     @pytest.mark.parametrize('stop', [1, 3, 4, 6, 8, 9, 10])
     def test_a_resumed_run_goes_on_to_the_digit(self, stop):
         whole, stopped = build(), build()
@@ -283,14 +263,12 @@ class TestCheckpoints:
         shares = [[said.pop('codebook/changed_share', None) for said in part] for part in (rest, logs[stop:])]
         assert rest == logs[stop:] and shares[0][1:] == shares[1][1:]  # the first has no batch from before
 
-    @pytest.mark.unit
     def test_a_checkpoint_of_a_step_that_was_refined_already(self):
         stopped, resumed = build(), build()
         train(stopped, range(4))  # step 3 was refined at its start
         resumed.load_state_dict(stopped.state_dict())
         assert resumed.refine_if_due(3) == {} and resumed.refine_if_due(6)
 
-    @pytest.mark.unit
     def test_a_checkpoint_without_a_refinement_starts_one_afresh(self):
         plain, refined = build(None), build()
         train(refined, range(5))
@@ -300,7 +278,6 @@ class TestCheckpoints:
         assert not any(value.any() for value in refined.refinement.state_dict().values())
         assert refined.refine_if_due(3)
 
-    @pytest.mark.unit
     def test_a_checkpoint_with_a_refinement_gives_its_codebooks_to_a_quantizer_without(self):
         plain, refined = build(None), build()
         train(refined, range(5))
@@ -308,7 +285,6 @@ class TestCheckpoints:
         assert torch.equal(refined.codebooks, plain.codebooks)
         assert not any('refinement' in name for name in plain.state_dict())
 
-    @pytest.mark.unit
     def test_a_checkpoint_with_half_a_refinement_is_an_error(self):
         state = build().state_dict()
         del state['refinement.observed']

@@ -26,7 +26,6 @@ def streamed(masking, window, step, streams=64):
     return torch.cat(parts, dim=1)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('settings', [OVERLAP, APART], ids=['overlap', 'apart'])
 @pytest.mark.parametrize('step', [8, 80, 37, 1])
 @pytest.mark.parametrize(
@@ -50,7 +49,6 @@ def test_every_masked_frame_of_a_stream_can_be_answered(settings, step, context,
     assert unanswerable_frames(share, window).sum() == 0
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('settings', [OVERLAP, APART], ids=['overlap', 'apart'])
 @pytest.mark.parametrize('step', [8, 80])
 @pytest.mark.parametrize('context', [(5, 0), (10, 0), (20, 0), (70, 0), (-1, 0)])
@@ -62,7 +60,6 @@ def test_a_stream_is_masked_as_much_as_a_whole_utterance(settings, step, context
     assert live.float().mean() == pytest.approx(offline.float().mean().item(), rel=0.15)
 
 
-@pytest.mark.unit
 def test_blocks_go_on_from_step_to_step():
     torch.manual_seed(0)
     masking = masking_of(dict(OVERLAP, block_size=24))
@@ -73,7 +70,6 @@ def test_blocks_go_on_from_step_to_step():
     assert (runs < 24).sum() <= cut_off_at_the_end and (runs >= 24).sum() > 100
 
 
-@pytest.mark.unit
 def test_nothing_is_masked_where_a_frame_sees_itself_alone_or_the_probability_is_zero():
     for settings, context in (
         (OVERLAP, (0, 0)),
@@ -83,7 +79,6 @@ def test_nothing_is_masked_where_a_frame_sees_itself_alone_or_the_probability_is
         assert not streamed(masking_of(settings), Window(AttContext(*context)), step=8, streams=2).any()
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('settings', [dict(OVERLAP, mask_prob=0.2), dict(APART, mask_prob=1.0)])
 def test_max_mask_ratio_bounds_the_share(settings):
     torch.manual_seed(0)
@@ -91,7 +86,6 @@ def test_max_mask_ratio_bounds_the_share(settings):
     assert masks.float().mean() == pytest.approx(0.6, abs=0.03)
 
 
-@pytest.mark.unit
 def test_a_call_masks_the_new_frames_and_remembers_the_others():
     torch.manual_seed(0)
     masking = masking_of(OVERLAP)

@@ -92,7 +92,6 @@ lengths_of_batch = st.lists(st.one_of(st.integers(1, 40), st.integers(1, 300)), 
 
 
 class TestInvariants:
-    @pytest.mark.unit
     @settings(max_examples=120)
     @given(
         settings_of_masking,
@@ -118,7 +117,6 @@ class TestInvariants:
         for mask, length in zip(hidden[:, 0], lengths):
             assert not mask[length:].any()
 
-    @pytest.mark.unit
     @settings(max_examples=400)
     @given(settings_of_masking, lengths_of_batch, st.integers(0, 20), st.booleans(), st.integers(0, 1000))
     def test_whole_utterance(self, arguments, lengths, padding, forward_causal, seed):
@@ -140,7 +138,6 @@ class TestInvariants:
             if module.causal or forward_causal or left >= 0:
                 assert count_unanswerable(mask[:length], factor, left) == 0
 
-    @pytest.mark.unit
     @settings(max_examples=300)
     @given(settings_of_masking, lengths_of_batch, st.data())
     def test_windows_that_look_ahead(self, arguments, lengths, data):
@@ -162,7 +159,6 @@ class TestInvariants:
             for frame, seen in zip(whole, sees):
                 assert sum(frame) / factor <= MASKED or seen.any()
 
-    @pytest.mark.unit
     @settings(max_examples=200)
     @given(settings_of_masking, lengths_of_batch, st.data())
     def test_current_frame(self, arguments, lengths, data):
@@ -189,7 +185,6 @@ class TestInvariants:
             assert sum(mask) <= module.max_mask_ratio * available + module.block_size
             assert sum(mask) < length or length <= module.subsampling_factor
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('allow_overlap', [True, False])
     def test_current_frame_at_the_length_masks_the_trailing_window(self, allow_overlap):
         module = RandomBlockMasking(1, 0.3, 2, allow_overlap=allow_overlap, left_context_size=10)
@@ -203,7 +198,6 @@ class TestInvariants:
         torch.manual_seed(0)
         assert torch.equal(masks, time_mask(module, lengths, current_frame=lengths, effective_left_context=10))
 
-    @pytest.mark.unit
     def test_effective_left_context_overrides(self):
         module = RandomBlockMasking(1, 0.05, 10, allow_overlap=True, left_context_size=2)
         given_by_call = RandomBlockMasking(1, 0.05, 10, allow_overlap=True, left_context_size=-1)
@@ -212,7 +206,6 @@ class TestInvariants:
         torch.manual_seed(0)
         assert torch.equal(time_mask(given_by_call, [200] * 8, effective_left_context=2), expected)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('batch, frames', [(0, 5), (2, 0), (1, 1)])
     @pytest.mark.parametrize('allow_overlap', [True, False])
     def test_empty(self, batch, frames, allow_overlap):
@@ -221,7 +214,6 @@ class TestInvariants:
             _, masks = module(torch.zeros(batch, 3, frames), torch.full((batch,), frames))
             assert masks.shape == (batch, 3, frames)
 
-    @pytest.mark.unit
     def test_context_of_nothing_masks_nothing(self):
         assert not time_mask(RandomBlockMasking(1, 0.5, 4, left_context_size=0), [100] * 8).any()
 
@@ -229,7 +221,6 @@ class TestInvariants:
 class TestAcceptance:
     """480 utterances of 16 s, at contexts that bite."""
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'mask_prob, block_size, allow_overlap, stock', [(0.01, 40, True, 0.33), (0.5, 48, False, 0.51)]
     )
@@ -248,7 +239,6 @@ class TestAcceptance:
         drawn_by_stock = stock_share(1600, mask_prob, block_size, allow_overlap, 0.8, repeats=300)
         assert drawn_by_stock == pytest.approx(stock, rel=0.05)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'mask_prob, block_size, allow_overlap, stock', [(0.01, 40, True, 0.33), (0.5, 48, False, 0.51)]
     )
@@ -275,7 +265,6 @@ class TestAcceptance:
         assert ((counts > 0.8 * 8) & ~answers).sum() == 0
         assert masks.float().mean() == pytest.approx(stock, rel=0.1)
 
-    @pytest.mark.unit
     def test_stock_leaves_frames_that_cannot_be_answered(self):
         torch.manual_seed(0)
         stock = patched._up.RandomBlockMasking(1, 0.5, 48, allow_overlap=False)
@@ -296,7 +285,6 @@ STOCK_SETTINGS = [  # mask_prob, block_size, allow_overlap
 
 
 class TestStock:
-    @pytest.mark.unit
     @pytest.mark.parametrize('mask_prob, block_size, allow_overlap', STOCK_SETTINGS)
     @pytest.mark.parametrize('frames', [9, 16, 40, 55, 79, 150, 1000])
     def test_share(self, frames, mask_prob, block_size, allow_overlap):
@@ -318,7 +306,6 @@ class TestStock:
             lowest = min(0.9 * stock, max(0.0, 0.9 * room * near_the_edge))
             assert lowest - unsteady - 0.5 / frames <= share <= 1.1 * stock + unsteady, (left, causal, factor)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('allow_overlap', [True, False])
     @pytest.mark.parametrize('mask_prob, block_size', [(0.02, 20), (0.3, 12)])
     def test_ragged_batch_masks_each_utterance_by_its_own_length(self, allow_overlap, mask_prob, block_size):
@@ -332,7 +319,6 @@ class TestStock:
             share = masks[index::4].sum().item() / 150 / length
             assert share == pytest.approx(min(stock, most), rel=0.1, abs=0.03)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize('left', [-1, 80])
     def test_share_where_the_default_dtype_is_half(self, dtype, left):
@@ -348,7 +334,6 @@ class TestStock:
         assert overlapping == pytest.approx(0.33, rel=0.07)
         assert separate == pytest.approx(0.51, rel=0.03)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('mask_prob, block_size, allow_overlap', STOCK_SETTINGS)
     def test_lengths_of_runs(self, mask_prob, block_size, allow_overlap):
         """Without a context, runs of masked frames are as long as stock's (Kolmogorov-Smirnov distance)."""
@@ -364,14 +349,12 @@ class TestStock:
         shares = [(each.unsqueeze(1) <= length).float().mean(dim=0) for each in (ours, stock)]
         assert (shares[0] - shares[1]).abs().max() < 0.12
 
-    @pytest.mark.unit
     def test_blocks_of_a_short_utterance_keep_their_length(self):
         """60 frames, blocks of 40: stock starts them in the first 20, and never makes shorter ones."""
         torch.manual_seed(0)
         lengths = runs(time_mask(RandomBlockMasking(1, 0.02, 40, allow_overlap=True), [60] * 100))
         assert lengths.min() == 40 and lengths.max() <= 59
 
-    @pytest.mark.unit
     def test_constructor_positions_and_state_dict(self):
         arguments = (5, 0.4, 7, 0.25, False, True, 0.6)
         module, stock = RandomBlockMasking(*arguments), patched._up.RandomBlockMasking(*arguments)
@@ -382,7 +365,6 @@ class TestStock:
         assert torch.equal(module.mask_embedding, torch.full((5,), 0.25))
         module.load_state_dict(stock.state_dict())
 
-    @pytest.mark.unit
     def test_subclass_of_stock_style(self):
         class First(RandomBlockMasking):
             def forward_with_overlap(self, feats, lengths):
@@ -400,7 +382,6 @@ def runs(masks):
 
 
 class TestModule:
-    @pytest.mark.unit
     @pytest.mark.parametrize('allow_overlap', [True, False])
     def test_seed(self, allow_overlap):
         module = RandomBlockMasking(1, 0.1, 5, allow_overlap=allow_overlap, left_context_size=7)
@@ -409,7 +390,6 @@ class TestModule:
         torch.manual_seed(3)
         assert torch.equal(time_mask(module, [200] * 4), first) and not torch.equal(first, other)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
     def test_mask_embedding_learns(self, dtype):
         module = RandomBlockMasking(2, 0.3, 4, freeze=False)
@@ -418,7 +398,6 @@ class TestModule:
         assert module.mask_embedding.grad.tolist() == masks.float().sum(dim=(0, 2)).tolist()
         assert not RandomBlockMasking(2, 0.3, 4).mask_embedding.requires_grad
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'arguments, named',
         [
@@ -434,7 +413,6 @@ class TestModule:
         with pytest.raises(ValueError, match=named):
             RandomBlockMasking(1, **arguments)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'arguments, named',
         [
@@ -461,7 +439,6 @@ CALL_NAMES = ['whole', 'context', 'frame', 'frames', 'unlimited', 'chunks', 'loo
 
 
 class TestDevices:
-    @pytest.mark.unit
     @pytest.mark.parametrize('call', CALLS, ids=CALL_NAMES)
     @pytest.mark.parametrize('allow_overlap', [True, False])
     def test_meta(self, call, allow_overlap):
@@ -471,7 +448,6 @@ class TestDevices:
             for out in run(x, torch.tensor([40, 20], device='meta'), **call):
                 assert (out.device.type, out.dtype, out.shape) == ('meta', torch.float16, x.shape)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('call', CALLS, ids=CALL_NAMES)
     @pytest.mark.parametrize('allow_overlap', [True, False])
     def test_no_sync(self, call, allow_overlap):
@@ -480,7 +456,6 @@ class TestDevices:
             module(features(2, 3, 40), torch.tensor([40, 20]), **call)
             module.forward_causal(features(2, 3, 40), torch.tensor([40, 20]), **call)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('call', CALLS, ids=CALL_NAMES)
     @pytest.mark.parametrize('allow_overlap', [True, False])
     def test_compile(self, call, allow_overlap):
@@ -495,7 +470,6 @@ class TestDevices:
             for out, same in zip(compiled(x, lengths, **call), expected):
                 assert torch.equal(out, same)
 
-    @pytest.mark.unit
     def test_compile_with_a_frame_count_that_moves(self):
         torch._dynamo.reset()
         module = RandomBlockMasking(1, 0.5, 2, left_context_size=3)
@@ -504,7 +478,6 @@ class TestDevices:
             _, masks = compiled(torch.zeros(2, 1, 30), torch.tensor([30, 12]), frame, None)
             assert not masks[..., frame:].any() and not masks[..., : frame - 3].any()
 
-    @pytest.mark.unit
     @pytest.mark.run_only_on('GPU')
     @pytest.mark.parametrize('allow_overlap', [True, False])
     def test_no_sync_on_gpu(self, allow_overlap):
@@ -525,7 +498,6 @@ class TestDevices:
 class TestFeaturesElsewhere:
     """The module stays where it was made, on the CPU and in float32."""
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('dtype', DTYPES)
     @pytest.mark.parametrize('device', ['meta', 'cpu', pytest.param('cuda', marks=pytest.mark.run_only_on('GPU'))])
     @pytest.mark.parametrize('allow_overlap', [False, True])
@@ -552,7 +524,6 @@ class TestFeaturesElsewhere:
                     embedding = module.mask_embedding.to(feats).view(1, -1, 1).expand_as(feats)
                     assert torch.equal(masked[hidden], embedding[hidden])
 
-    @pytest.mark.unit
     def test_behind_the_convolutions(self):
         wrapper = ConvFeatureMaksingWrapper(EveryFourth().to('meta'), RandomBlockMasking(feat_in=6, block_size=2))
         wrapper.set_masking_enabled(True)
@@ -583,7 +554,6 @@ def wrapper():
 class TestConvFeatureMaksingWrapper:
     x, lengths = features(16, 200, 2), torch.tensor([200, 120] * 8)
 
-    @pytest.mark.unit
     def test_disabled(self, wrapper):
         wrapper.set_masking_enabled(apply_mask=False)
         feats, lengths = wrapper(self.x, self.lengths)
@@ -591,7 +561,6 @@ class TestConvFeatureMaksingWrapper:
         assert wrapper.get_current_mask().shape == (16, 6, 50) and not wrapper.get_current_mask().any()
         assert lengths.tolist() == [50, 30] * 8
 
-    @pytest.mark.unit
     def test_masks_attention_frames(self, wrapper):
         wrapper.set_masking_enabled(apply_mask=True)
         masked, lengths = wrapper(x=self.x, lengths=self.lengths)
@@ -602,7 +571,6 @@ class TestConvFeatureMaksingWrapper:
         assert 0.3 < masks.float().mean() < 0.5 and not masks[1::2, 30:].any()
         assert not masked.requires_grad and not feats.requires_grad  # as in stock
 
-    @pytest.mark.unit
     def test_context_and_position(self, wrapper):
         wrapper.set_masking_enabled(apply_mask=True, current_frame=40, effective_left_context=10)
         wrapper(self.x, self.lengths)
@@ -614,13 +582,11 @@ class TestConvFeatureMaksingWrapper:
         for mask in wrapper.get_current_mask()[:, 0].tolist():
             assert count_unanswerable(mask, 1, 2) == 0
 
-    @pytest.mark.unit
     def test_masking_module_of_stock(self):
         wrapper = ConvFeatureMaksingWrapper(EveryFourth(), patched._up.RandomBlockMasking(6, 0.4, 3))
         wrapper.set_masking_enabled(True)
         assert wrapper(self.x, self.lengths)[0].shape == (16, 50, 6)
 
-    @pytest.mark.unit
     def test_no_sync(self, wrapper):
         wrapper.set_masking_enabled(True, current_frame=self.lengths // 4, effective_left_context=5)
         with NoSync():

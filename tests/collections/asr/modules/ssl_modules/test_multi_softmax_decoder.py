@@ -19,7 +19,6 @@ def run(decoder, features):
     return log_probs.detach(), features.grad, *(p.grad for p in decoder.parameters())
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('books, squeeze', [(1, False), (1, True), (2, False), (3, True)])
 def test_log_probabilities_and_gradients_are_nemos(books, squeeze, bias):
@@ -32,13 +31,11 @@ def test_log_probabilities_and_gradients_are_nemos(books, squeeze, bias):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.unit
 def test_the_classes_of_a_frame_lie_side_by_side():
     log_probs = MultiSoftmaxDecoder(6, 5, squeeze_single=True)(encoder_output=torch.randn(2, 6, 7))
     assert log_probs.stride(2) == 1
 
 
-@pytest.mark.unit
 def test_a_layer_that_someone_watches_is_called():
     decoder, called = MultiSoftmaxDecoder(6, 5), []
     decoder.decoder_layers[0].register_forward_hook(lambda *_: called.append(True))
@@ -46,7 +43,6 @@ def test_a_layer_that_someone_watches_is_called():
     assert called == [True]
 
 
-@pytest.mark.unit
 def test_other_layers_are_run_as_nemo_runs_them():
     torch.manual_seed(0)
     decoder = MultiSoftmaxDecoder(6, 5)

@@ -34,7 +34,6 @@ def assert_same(patched, stock, features):
     assert torch.equal(codes, stock_codes)
 
 
-@pytest.mark.unit
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -56,7 +55,6 @@ def test_tokens_and_codes_are_nemos(seed, batch, targets, combine, books, time_a
     assert_same(patched, stock, features.transpose(1, 2).contiguous() if time_ahead else features)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('dist_fn', ['l2', 'cosine'])
 def test_both_distances_in_both_dtypes(dist_fn, dtype):
@@ -70,7 +68,6 @@ def test_both_distances_in_both_dtypes(dist_fn, dtype):
     assert same.float().mean() > 0.99
 
 
-@pytest.mark.unit
 def test_cosine_takes_float32_features_against_the_float64_codebook_where_nemo_fails():
     patched, stock = build_pair(dist_fn='cosine')
     features = torch.randn(1, 6, 9)
@@ -82,7 +79,6 @@ def test_cosine_takes_float32_features_against_the_float64_codebook_where_nemo_f
     assert torch.equal(tokens, expected)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('frames, combine, targets', [(17, 8, 2), (7, 8, 0), (8, 8, 1), (0, 1, 0)])
 def test_a_remainder_of_frames_gives_no_token(frames, combine, targets):
     patched, _ = build_pair(combine_time_steps=combine)
@@ -93,7 +89,6 @@ def test_a_remainder_of_frames_gives_no_token(frames, combine, targets):
         assert torch.equal(tokens, patched(input_signal=features[..., : targets * combine])[1])
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('at_a_time', [1, 50, 120, 10**6])
 def test_how_many_scores_are_held_at_a_time_changes_nothing(at_a_time):
     torch.manual_seed(2)
@@ -103,7 +98,6 @@ def test_how_many_scores_are_held_at_a_time_changes_nothing(at_a_time):
         assert_same(patched, stock, features)
 
 
-@pytest.mark.unit
 def test_no_tensor_is_larger_than_the_scores_at_a_time():
     """The largest tensor made, of NeMo's and of ours, for 4000 frames against 1000 codes of 4 dimensions."""
 
@@ -118,7 +112,6 @@ def test_no_tensor_is_larger_than_the_scores_at_a_time():
     assert ours.elements == 50_000
 
 
-@pytest.mark.unit
 def test_autocast_does_not_change_the_distances():
     torch.manual_seed(3)
     patched, stock = build_pair(num_classes=300)
@@ -127,7 +120,6 @@ def test_autocast_does_not_change_the_distances():
         assert_same(patched, stock, features)
 
 
-@pytest.mark.unit
 def test_weights_are_nemos_and_may_be_trained():
     patched, stock = build_pair(freeze=False)
     assert patched.state_dict().keys() == stock.state_dict().keys()
@@ -137,7 +129,6 @@ def test_weights_are_nemos_and_may_be_trained():
     assert torch.equal(patched.codebooks.grad, stock.codebooks.grad)
 
 
-@pytest.mark.unit
 def test_it_runs_on_the_meta_device_without_waiting_for_values():
     patched, _ = build_pair(num_books=2)
     codes, tokens = patched.to('meta')(input_signal=torch.randn(2, 6, 16, device='meta'))
@@ -145,7 +136,6 @@ def test_it_runs_on_the_meta_device_without_waiting_for_values():
 
 
 class TestByDefault:
-    @pytest.mark.unit
     def test_weights_and_random_numbers_are_nemos(self):
         states = []
         for made in (RandomProjectionVectorQuantizer, StockQuantizer):
@@ -155,7 +145,6 @@ class TestByDefault:
         assert list(states[0]) == list(states[1])
         assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
-    @pytest.mark.unit
     def test_checkpoints_of_stock_load_and_load_in_stock(self):
         torch.manual_seed(1)
         patched, stock = build_pair()
@@ -186,7 +175,6 @@ def with_projection(path, **changed):
 
 
 class TestPrincipalComponents:
-    @pytest.mark.unit
     @pytest.mark.parametrize('time_ahead', [False, True])
     def test_each_book_sees_its_components_of_frames_one_after_the_other_at_unit_variance(self, tmp_path, time_ahead):
         arrays = write_projection(tmp_path / 'pca.npz')
@@ -203,7 +191,6 @@ class TestPrincipalComponents:
                 )
                 assert tokens[0, target, book] == distances.argmin()
 
-    @pytest.mark.unit
     def test_codebooks_and_random_numbers_are_those_of_a_random_projection(self, tmp_path):
         write_projection(tmp_path / 'pca.npz')
         torch.manual_seed(0)
@@ -212,7 +199,6 @@ class TestPrincipalComponents:
         assert torch.equal(with_projection(None, projection='random').codebooks, codebooks)
         assert torch.equal(torch.rand(1), number)
 
-    @pytest.mark.unit
     def test_a_model_that_is_restored_needs_no_file(self, tmp_path, monkeypatch):
         write_projection(tmp_path / 'pca.npz')
         saved = with_projection(tmp_path / 'pca.npz')
@@ -225,7 +211,6 @@ class TestPrincipalComponents:
             restored.load_state_dict(saved.state_dict())
             assert torch.equal(restored.proj.weight, saved.proj.weight)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'written, asked, message',
         [
@@ -247,20 +232,17 @@ class TestPrincipalComponents:
         with pytest.raises(ValueError, match=f'^model.quantizer.projection_file .*pca.npz:? {message}'):
             with_projection(tmp_path / 'pca.npz', **asked)
 
-    @pytest.mark.unit
     def test_a_file_that_is_none(self, tmp_path):
         (tmp_path / 'pca.npz').write_text('no zip')
         with pytest.raises(ValueError, match='pca.npz cannot be read: .*; it must be what compute_feature_stats.py'):
             with_projection(tmp_path / 'pca.npz')
 
-    @pytest.mark.unit
     def test_a_file_for_a_random_projection_and_other_projections_are_refused(self):
         with pytest.raises(ValueError, match="^model.quantizer.projection_file is 'a.npz' with .*projection random"):
             with_projection('a.npz', projection='random')
         with pytest.raises(ValueError, match="^model.quantizer.projection is 'PCA'; it must be one of random, pca"):
             with_projection(None, projection='PCA')
 
-    @pytest.mark.unit
     def test_a_model_that_it_does_not_fit(self, tmp_path):
         write_projection(tmp_path / 'pca.npz')
         quantizer = with_projection(tmp_path / 'pca.npz')

@@ -24,26 +24,22 @@ def brute_force(share, left, threshold):
 
 
 class TestMaskedShare:
-    @pytest.mark.unit
     def test_by_eye(self):
         masks = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1, 1]]).unsqueeze(1).expand(1, 3, 14)
         assert masked_share_per_frame(masks, 4).tolist() == [[1.0, 0.25, 0.0]]  # the last two are no whole frame
         assert masked_share_per_frame(masks, 1).tolist() == masks[:, 0].tolist()
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('dtype', [torch.bool, torch.int64, torch.float16, torch.bfloat16, torch.float64])
     def test_dtype(self, dtype):
         share = masked_share_per_frame(torch.ones(2, 80, 16).to(dtype), 8)
         assert share.dtype == torch.float32 and share.tolist() == [[1, 1], [1, 1]]
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('frames', [0, 3])
     def test_less_than_a_frame(self, frames):
         assert masked_share_per_frame(torch.ones(2, 5, frames), 4).shape == (2, 0)
 
 
 class TestUnanswerable:
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'left, expected',
         [(-1, [1, 0, 0, 0, 0, 0]), (0, [1, 0, 1, 1, 0, 1]), (1, [1, 0, 0, 1, 0, 1]), (2, [1, 0, 0, 0, 0, 1])],
@@ -53,13 +49,11 @@ class TestUnanswerable:
         share = torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.5, 1.0]])
         assert unanswerable_frames(share, past(left)).int().tolist() == [expected]
 
-    @pytest.mark.unit
     def test_threshold(self):
         share = torch.tensor([[0.8, 0.875]])
         assert unanswerable_frames(share, past(-1)).tolist() == [[False, True]]
         assert unanswerable_frames(share, past(-1), threshold=0.7).tolist() == [[True, True]]
 
-    @pytest.mark.unit
     @given(
         st.integers(1, 3).flatmap(
             lambda batch: st.integers(0, 12).flatmap(
@@ -77,7 +71,6 @@ class TestUnanswerable:
         found = unanswerable_frames(torch.tensor(share), past(left), threshold)
         assert found.tolist() == [brute_force(utterance, left, threshold) for utterance in share]
 
-    @pytest.mark.unit
     def test_meta(self):
         masks = torch.ones(2, 80, 33, device='meta')
         assert unanswerable_frames(masked_share_per_frame(masks, 8), past(5)).shape == (2, 4)

@@ -66,7 +66,6 @@ class TestSetOnTheEncoder:
         assert run.logger.column('att_context_left') == lefts
         assert len([message for message in warnings if 'not trained on' in message]) == 1  # [30, 0], set twice
 
-    @pytest.mark.unit
     def test_it_is_said_once(self, monkeypatch):
         told = []
         monkeypatch.setattr(batch_context.logging, 'info', told.append)
@@ -78,7 +77,6 @@ class TestSetOnTheEncoder:
         encoder.att_context_size = None
         assert encoder.att_context_size == [10, 0]
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('context', [160, 'low', (160, 0), ListConfig([160, 0]), AttContext(160, 0)])
     def test_it_takes_all_that_is_a_context(self, context):
         encoder = tiny_model(PRESETS).encoder
@@ -89,7 +87,6 @@ class TestSetOnTheEncoder:
                 encoder.att_context_size = bad
         assert encoder.att_context_size == [160, 0]
 
-    @pytest.mark.unit
     def test_nemos_own_assignments_are_no_setting_by_hand(self):
         model = tiny_model()
         model.encoder.set_default_att_context_size([20, 0])
@@ -100,7 +97,6 @@ class TestSetOnTheEncoder:
             fit(model, batches(3), max_steps=12, max_epochs=-1)
         assert len(set(record.masking)) > 1
 
-    @pytest.mark.unit
     def test_what_is_set_last_holds(self):
         encoder = tiny_model(PRESETS).encoder
         encoder.att_context_size = [160, 0]
@@ -109,7 +105,6 @@ class TestSetOnTheEncoder:
         encoder.att_context_size = None
         assert encoder.att_context_size == [80, 0] and encoder.att_context_by_hand is None
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'copied', [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=['copy', 'pickle']
     )

@@ -34,7 +34,6 @@ UNUSED = Window(AttContext(0, 0))
 
 
 class TestAttentionBlocks:
-    @pytest.mark.unit
     @pytest.mark.parametrize('style, context', CONTEXTS)
     @pytest.mark.parametrize('frames', [1, 2, 7, 24, 61])
     def test_windows_show_each_query_what_the_style_shows_it(self, style, context, frames):
@@ -48,7 +47,6 @@ class TestAttentionBlocks:
         expected = attended(context, style, frames) & ~padding.unsqueeze(1)
         assert torch.equal(seen[:, :frames, 1:], expected)
 
-    @pytest.mark.unit
     def test_windows_of_a_few_frames(self):
         blocks = AttentionBlocks(frames=5, queries=2, before=3, after=1, past=3, future=1, window=UNUSED)
         frames = torch.tensor([1.0, 2, 3, 4, 5]).view(1, 5, 1, 1).requires_grad_()
@@ -57,7 +55,6 @@ class TestAttentionBlocks:
         windows.sum().backward()
         assert frames.grad.flatten().tolist() == [2, 3, 3, 2, 2]
 
-    @pytest.mark.unit
     def test_each_score_is_placed_at_its_distance(self):
         blocks = AttentionBlocks(frames=4, queries=2, before=2, after=1, past=2, future=1, window=UNUSED)
         scores = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8], [11, 12, 13, 14], [15, 16, 17, 18]])
@@ -66,13 +63,11 @@ class TestAttentionBlocks:
             [[11, 12, 13, 14, 0], [0, 15, 16, 17, 18]],
         ]
 
-    @pytest.mark.unit
     def test_a_window_of_chunks_leaves_distances_out_that_no_query_sees(self):
         blocks = AttentionBlocks(frames=4, queries=2, before=2, after=0, past=3, future=1, window=UNUSED)
         scores = torch.arange(1.0, 21).view(1, 1, 4, 5)  # distances 3, 2, 1, 0, -1
         assert blocks.place(scores)[0, 0, 0].tolist() == [[2, 3, 4, 5], [6, 7, 8, 9]]
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('style, context', CONTEXTS)
     def test_a_context_beyond_the_audio_costs_no_more_than_all_of_it(self, style, context):
         left, right = context
@@ -81,7 +76,6 @@ class TestAttentionBlocks:
         blocks = AttentionBlocks.cut(Window(vast, style), frames=20)
         assert blocks.before < 20 and blocks.after < 20 and max(blocks.past, blocks.future) <= 19
 
-    @pytest.mark.unit
     def test_chunks_are_never_divided_between_blocks(self):
         for left, right, frames in itertools.product((0, 1, 3), (1, 4, 12, 100), (5, 64, 1000)):
             blocks = AttentionBlocks.cut(Window(AttContext(left * (right + 1), right), 'chunked_limited'), frames)
@@ -89,7 +83,6 @@ class TestAttentionBlocks:
 
 
 class TestBlockwiseMask:
-    @pytest.mark.unit
     def test_its_size_grows_with_the_audio_not_with_its_square(self):
         sizes = []
         for frames in (1000, 2000):
@@ -98,7 +91,6 @@ class TestBlockwiseMask:
             assert mask.bias.shape == (2, 1, mask.blocks.count, mask.blocks.queries, mask.blocks.keys)
         assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.05) and sizes[0] < 2 * 1000 * 100
 
-    @pytest.mark.unit
     def test_its_bias(self):
         mask = BlockwiseMask(Window(AttContext(1, 0)), torch.tensor([[False, False, True]]))
         assert mask.bias[0, 0, 0, :3, :4].tolist() == [
@@ -109,7 +101,6 @@ class TestBlockwiseMask:
 
 
 class TestChoice:
-    @pytest.mark.unit
     def test_yaml_makes_booleans_of_on_and_off(self):
         assert [parse_choice(value) for value in ('auto', 'on', 'off', True, False)] == [
             'auto',
@@ -124,12 +115,10 @@ class TestChoice:
             ):
                 parse_choice(bad)
 
-    @pytest.mark.unit
     def test_unlimited_contexts_have_no_blocks(self):
         assert can_cut(AttContext(0, 0)) and can_cut(AttContext(40, 13))
         assert not any(can_cut(AttContext(*sides)) for sides in ((-1, 0), (40, -1), (-1, -1)))
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('positions, sdpa', itertools.product((True, False), (True, False)))
     def test_blocks_win_where_the_audio_is_long_for_the_context(self, positions, sdpa):
         wins = [

@@ -15,7 +15,6 @@ def windows(*contexts, style='regular'):
     return [Window(AttContext(*context), style) for context in contexts]
 
 
-@pytest.mark.unit
 def test_the_look_ahead_adds_up_over_layers_but_not_over_chunks():
     batch, *layers = windows((8, 2), (8, 2), (4, 1))
     assert streaming_look_ahead(batch, layers, convolution=0) == 3
@@ -24,7 +23,6 @@ def test_the_look_ahead_adds_up_over_layers_but_not_over_chunks():
     assert streaming_look_ahead(batch, layers, convolution=0) == 3
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'style, contexts, message',
     [
@@ -42,7 +40,6 @@ def test_what_needs_the_end_of_the_utterance_cannot_stream(style, contexts, mess
         streaming_look_ahead(batch, layers, convolution=0)
 
 
-@pytest.mark.unit
 def test_chunks_must_be_whole_and_leave_the_look_ahead():
     [chunks], [regular] = windows((8, 3), style='chunked_limited'), windows((8, 2))
     check_streaming_chunk(chunks, chunk_size=8, shift_size=8, look_ahead=3)
@@ -53,7 +50,6 @@ def test_chunks_must_be_whole_and_leave_the_look_ahead():
         check_streaming_chunk(regular, chunk_size=6, shift_size=3, look_ahead=4)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'style, contexts, expected',
     [

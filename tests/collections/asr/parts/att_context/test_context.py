@@ -18,7 +18,6 @@ EXPECTED_DRAWS = [2, 0, 1, 1, 2, 1, 1, 1, 3, 1, 3, 3]
 
 
 class TestAttContext:
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'written, expected',
         [
@@ -41,7 +40,6 @@ class TestAttContext:
         assert parsed.as_list() == list(expected)
         assert parsed == AttContext(*expected) and hash(parsed) == hash(AttContext(*expected))
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'written',
         [[-2, 0], [0, -2], [80], [80, 0, 0], [], [80.0, 0], ['80', 0], [True, 0], True, None, 1.5, -2, 'lowest', {}],
@@ -59,13 +57,11 @@ class TestAttContext:
         )
         assert repr(bad) in str(error.value)
 
-    @pytest.mark.unit
     def test_an_unknown_preset_is_answered_with_the_known_ones(self):
         with pytest.raises(ValueError, match='very_low, low, medium, high, unlimited'):
             AttContext.parse('lowest')
         assert all(AttContext.parse(name) == AttContext(*sizes) for name, sizes in PRESETS.items())
 
-    @pytest.mark.unit
     def test_value_type(self):
         with pytest.raises(FrozenInstanceError):
             AttContext(1, 2).left = 3
@@ -73,7 +69,6 @@ class TestAttContext:
             AttContext(-5, 0)
         assert AttContext(40, 0).label == '40_0' and AttContext(-1, 0).label == 'unlimited_0'
 
-    @pytest.mark.unit
     @given(contexts, contexts, contexts)
     def test_intersection_is_what_both_see(self, first, second, third):
         both = first.intersect(second)
@@ -90,7 +85,6 @@ def sees(context, distance):
 
 
 class TestTightest:
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'values, expected', [((), -1), ((-1,), -1), ((-1, -1), -1), ((-1, 80), 80), ((80, 40, -1), 40), ((0, -1), 0)]
     )
@@ -99,7 +93,6 @@ class TestTightest:
 
 
 class TestDrawIndex:
-    @pytest.mark.unit
     def test_is_a_pure_function(self):
         drawn = [draw_index(0, step, [0.25] * 4) for step in range(12)]
         assert drawn == [draw_index(0, step, [0.25] * 4) for step in range(12)]
@@ -107,7 +100,6 @@ class TestDrawIndex:
         assert drawn == EXPECTED_DRAWS
         assert drawn != [draw_index(1, step, [0.25] * 4) for step in range(12)]
 
-    @pytest.mark.unit
     def test_leaves_the_global_generator_alone(self):
         import random
 
@@ -115,7 +107,6 @@ class TestDrawIndex:
         draw_index(0, 5, [0.5, 0.5])
         assert random.getstate() == before
 
-    @pytest.mark.unit
     def test_probabilities(self):
         counts = Counter(draw_index(7, step, [0.5, 0.3, 0.2, 0.0]) for step in range(4000))
         assert counts[3] == 0
@@ -123,7 +114,6 @@ class TestDrawIndex:
             assert counts[index] / 4000 == pytest.approx(probability, abs=0.03)
 
 
-@pytest.mark.unit
 def test_imports_neither_nemo_nor_lightning():
     tree = ast.parse(Path(context_module.__file__).read_text(encoding='utf-8'))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

@@ -39,7 +39,6 @@ def seen(window: Window, frame: int) -> set[int]:
 
 
 class TestDraw:
-    @pytest.mark.unit
     @given(samplers(), st.integers(0, 2**40), st.integers(0, 10**7))
     def test_it_is_a_pure_function_within_the_bounds(self, sampler, seed, step):
         context = sampler.draw(seed, step)
@@ -54,7 +53,6 @@ class TestDraw:
             assert context.left % chunk == 0
             assert sampler.left_chunks[0] <= context.left // chunk <= sampler.left_chunks[1]
 
-    @pytest.mark.unit
     def test_the_shares_are_those_of_the_config(self):
         sampler, steps = ContextSampler.parse({**SECTION, 'chunk_size': [1, 4], 'left_chunks': [5, 6]}), 20000
         drawn = Counter(sampler.draw(0, step) for step in range(steps))
@@ -65,32 +63,27 @@ class TestDraw:
                 share = drawn[AttContext(left * chunk, chunk - 1)] / steps
                 assert share == pytest.approx(0.6 * 0.75 / 4 / 2, abs=0.006)
 
-    @pytest.mark.unit
     def test_the_first_draws_stay_what_they_are(self):
         sampler = ContextSampler.parse(SECTION)
         first = [sampler.draw(0, step).as_list() for step in range(6)]
         assert first == FIRST_DRAWS  # a resumed run would go on otherwise than it began
 
-    @pytest.mark.unit
     def test_seeds_differ(self):
         sampler = ContextSampler.parse(SECTION)
         assert [sampler.draw(0, step) for step in range(20)] != [sampler.draw(1, step) for step in range(20)]
 
-    @pytest.mark.unit
     def test_without_left_chunks_all_of_the_past_is_seen(self):
         sampler = ContextSampler.parse({'full_prob': 0, 'chunk_size': [8, 32]})
         assert {sampler.draw(0, step).left for step in range(50)} == {-1}
 
 
 class TestParse:
-    @pytest.mark.unit
     def test_it_reads_a_config_and_gives_it_back(self):
         sampler = ContextSampler.parse(OmegaConf.create(SECTION))
         assert sampler == ContextSampler(0.4, (1, 25), (5, 70), 0.75)
         assert sampler.as_dict() == SECTION and ContextSampler.parse(sampler) == sampler
         assert tuple(SECTION) == ATT_CONTEXT_SAMPLER_KEYS
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'change, message',
         [
@@ -112,13 +105,11 @@ class TestParse:
         with pytest.raises(ValueError, match='^' + KEY.replace('.', r'\.') + message):
             ContextSampler.parse({**SECTION, **change})
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('value', [{'full_prob': 0.5}, {'chunk_size': [1, 2]}, [1, 25], 0.5, 'wenet', {}])
     def test_what_is_no_section_is_refused(self, value):
         with pytest.raises(ValueError, match=KEY):
             ContextSampler.parse(value)
 
-    @pytest.mark.unit
     def test_a_style_without_chunks_takes_single_frames(self):
         assert ContextSampler.parse({**SECTION, 'chunk_size': [1, 1]}, 'regular').draw(0, 0).right in (-1, 0)
         with pytest.raises(ValueError, match=r'chunk_size is \[1, 25\]; with att_context_style regular .* \[1, 1\]'):
@@ -128,19 +119,16 @@ class TestParse:
 
 
 class TestCovers:
-    @pytest.mark.unit
     @pytest.mark.parametrize('context', [(70, 13), (70, 6), (70, 1), (70, 0), (-1, -1), (-1, 24), (1750, 24)])
     def test_the_contexts_of_nvidias_streaming_models_can_be_drawn(self, context):
         assert ContextSampler.parse(SECTION).covers(AttContext(*context))
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('context', [(70, 25), (71, 13), (56, 13), (71, 0), (70, -1)])
     def test_what_cannot_be_drawn(self, context):
         assert not ContextSampler.parse(SECTION).covers(AttContext(*context))
 
 
 class TestGroups:
-    @pytest.mark.unit
     def test_few_names_cover_all(self):
         sampler = ContextSampler.parse(SECTION)
         names = {sampler.group_label(sampler.draw(0, step)) for step in range(500)}
@@ -149,7 +137,6 @@ class TestGroups:
 
 
 class TestWithinACeiling:
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'context, ceiling, expected',
         [
@@ -166,7 +153,6 @@ class TestWithinACeiling:
         found = within_ceiling(AttContext(*context), AttContext(*ceiling), 'chunked_limited')
         assert found == AttContext(*expected)
 
-    @pytest.mark.unit
     @given(samplers(), st.integers(0, 100), sides, sides)
     def test_it_never_widens_and_any_ceiling_is_followed(self, sampler, step, left, right):
         drawn, ceiling = sampler.draw(0, step), AttContext(left, right)
@@ -176,7 +162,6 @@ class TestWithinACeiling:
 
 
 class TestLayers:
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'batch, own, expected',
         [
@@ -192,7 +177,6 @@ class TestLayers:
         found = window_of_layer(AttContext(*batch), AttContext(*own), 'chunked_limited', 'here')
         assert found.context == AttContext(*expected)
 
-    @pytest.mark.unit
     @given(samplers(), st.integers(0, 100), sides, sides)
     def test_a_layer_sees_nothing_beyond_its_batch(self, sampler, step, left, right):
         batch, own = sampler.draw(0, step), AttContext(left, right)
@@ -204,7 +188,6 @@ class TestLayers:
         whole = Window(batch, 'chunked_limited')
         assert all(seen(found, frame) <= seen(whole, frame) for frame in FRAMES)
 
-    @pytest.mark.unit
     def test_chunks_across_those_of_the_batch_are_refused(self):
         with pytest.raises(ValueError, match='here: the right context is 3'):
             window_of_layer(AttContext(70, 13), AttContext(40, 3), 'chunked_limited', 'here')

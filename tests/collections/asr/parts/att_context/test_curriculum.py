@@ -137,7 +137,6 @@ class TestRuns:
 
 
 class TestConfigs:
-    @pytest.mark.unit
     @pytest.mark.parametrize('name', ['nest_hierarchical_streaming', 'nest_hierarchical_streaming_tiny'])
     def test_layers_and_curriculum_fit_each_other(self, name):
         with initialize_config_dir(str(CONFIGS), version_base=None):
@@ -155,7 +154,6 @@ class TestCallback:
     def make_encoder(self, **arguments):
         return ConformerEncoder(feat_in=8, n_layers=2, d_model=8, n_heads=2, conv_context_size='causal', **arguments)
 
-    @pytest.mark.unit
     def test_a_linear_path(self):
         curriculum = AttContextCurriculum(start=[40, 0], end=[320, 0], warmup_steps=100)
         encoder = self.make_encoder(att_context_size=[-1, 0])
@@ -168,7 +166,6 @@ class TestCallback:
             320,
         ]
 
-    @pytest.mark.unit
     def test_a_linear_path_of_whole_chunks(self):
         curriculum = AttContextCurriculum(start=[4, 3], end=[16, 3], warmup_steps=8)
         encoder = self.make_encoder(att_context_size=[16, 3], att_context_style='chunked_limited')
@@ -176,12 +173,10 @@ class TestCallback:
         for step in range(9):
             encoder.att_context_ceiling = curriculum.ceiling_at(step, encoder)
 
-    @pytest.mark.unit
     def test_no_ceiling_before_the_first_milestone(self):
         curriculum = AttContextCurriculum(milestones=OmegaConf.create([[10, [40, 0]]]))
         assert curriculum.ceiling_at(9, self.make_encoder()) is None
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'arguments, message',
         [
@@ -198,7 +193,6 @@ class TestCallback:
         with pytest.raises(ValueError, match=message):
             AttContextCurriculum(**arguments)
 
-    @pytest.mark.unit
     def test_a_ceiling_the_encoder_cannot_follow_is_named_before_training(self):
         curriculum = AttContextCurriculum(milestones=[[0, [4, 3]], [5, [6, 3]]])
         encoder = self.make_encoder(att_context_size=[8, 3], att_context_style='chunked_limited')

@@ -55,7 +55,6 @@ def mask(model):
     return model(**signals(batch), apply_mask=True)
 
 
-@pytest.mark.unit
 @WAYS
 @POSITIONS
 @ENCODERS
@@ -74,7 +73,6 @@ def test_attention_and_masking_agree_in_attention_frames(way, position, layers):
         assert sorted(record.attention) == sorted([[40, 0], [widest, 0]] if layers else [[left, 0]])
 
 
-@pytest.mark.unit
 @POSITIONS
 @ENCODERS
 def test_masking_follows_changes_of_the_encoder(position, layers):
@@ -88,7 +86,6 @@ def test_masking_follows_changes_of_the_encoder(position, layers):
     assert sync_masking_to_attention(model) == 8
 
 
-@pytest.mark.unit
 @WAYS
 @pytest.mark.parametrize(
     'bad, message',
@@ -104,7 +101,6 @@ def test_what_is_no_context_is_refused(way, bad, message):
         way(tiny_model(), bad)
 
 
-@pytest.mark.unit
 def test_models_without_contexts_are_refused():
     other = torch.nn.Linear(1, 1)
     for entry in (DynamicContextModel, EnhancedDynamicContextModel, lambda model: set_dynamic_context(model, 80)):
@@ -118,7 +114,6 @@ def test_models_without_contexts_are_refused():
         sync_masking_to_attention(model)
 
 
-@pytest.mark.unit
 def test_the_wrapper_is_the_model_in_all_else():
     model = tiny_model()
     wrapper = DynamicContextModel(model)
@@ -141,7 +136,6 @@ def test_the_wrapper_is_the_model_in_all_else():
     assert copy.copy(wrapper).model is model
 
 
-@pytest.mark.unit
 def test_presets_are_listed_extended_and_checked():
     wrapper = EnhancedDynamicContextModel(tiny_model(), presets={'tiny': [20, 0], 'low': 10})
     assert wrapper.context_presets == {
@@ -168,7 +162,6 @@ def test_presets_are_listed_extended_and_checked():
     assert wrapper.att_context_size == [20, 0]
 
 
-@pytest.mark.unit
 def test_presets_can_be_set_and_taken_away():
     wrapper = EnhancedDynamicContextModel(tiny_model())
     wrapper.context_presets['tiny'] = [20, 0]
@@ -198,7 +191,6 @@ def test_presets_can_be_set_and_taken_away():
     assert 'other' not in wrapper.context_presets
 
 
-@pytest.mark.unit
 def test_an_untrained_context_warns_and_names_the_trained(monkeypatch):
     warnings = []
     monkeypatch.setattr(ssl_models.logging, 'warning', lambda message, *_, **__: warnings.append(message))
@@ -210,7 +202,6 @@ def test_an_untrained_context_warns_and_names_the_trained(monkeypatch):
     assert '[240, 0], which the model was not trained on; it was on [10, 0], [20, 0], [40, 0], [-1, 0]' in warnings[0]
 
 
-@pytest.mark.unit
 @POSITIONS
 def test_a_temporary_context(position):
     wrapper = EnhancedDynamicContextModel(tiny_model(*position), presets={'tiny': [20, 0]})
@@ -223,7 +214,6 @@ def test_a_temporary_context(position):
     assert wrapper.att_context_size == [10, 0] and wrapper.mask_processor.left_context_size == -1
 
 
-@pytest.mark.unit
 @POSITIONS
 @pytest.mark.parametrize('masked_only', [False, True])
 def test_inference_masks_nothing_and_follows_the_context(position, masked_only):
@@ -246,7 +236,6 @@ def test_inference_masks_nothing_and_follows_the_context(position, masked_only):
         assert torch.equal(wrapper.process(batch.audio, batch.audio_len).encoded, first.encoded)
 
 
-@pytest.mark.unit
 @POSITIONS
 @pytest.mark.parametrize('cls', [EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel])
 def test_inference_returns_what_forward_returns(position, cls):
@@ -265,7 +254,6 @@ def test_inference_returns_what_forward_returns(position, cls):
     assert not wrapper.encoder._forward_hooks
 
 
-@pytest.mark.unit
 def test_a_model_that_predicts_no_tokens_encodes():
     wrapper = EnhancedDynamicContextModel(tiny_model(cls=SpeechEncDecSelfSupervisedModel))
     batch = noise_batch()

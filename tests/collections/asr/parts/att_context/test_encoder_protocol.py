@@ -16,7 +16,6 @@ from nemo.collections.asr.parts.att_context.encoder_protocol import (
 from nemo.collections.asr.parts.att_context.windows import Window
 
 
-@pytest.mark.unit
 def test_the_patched_encoder_follows_contexts_and_tells_its_present_window():
     encoder = tiny_model('model.encoder.n_layers=2', '+model.encoder.layer_att_context_size=[[5,0],[20,0]]').encoder
     assert isinstance(encoder, FollowsContexts) and why_context_is_unknown(encoder) is None
@@ -24,7 +23,6 @@ def test_the_patched_encoder_follows_contexts_and_tells_its_present_window():
         assert tightest_window_of(encoder) == Window(AttContext(5, 0))
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ('attributes', 'window'),
     [
@@ -46,7 +44,6 @@ def test_an_encoder_of_others_is_read_by_nemos_attributes(attributes, window):
     assert tightest_window_of(encoder) == window
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ('attributes', 'reason'),
     [

@@ -32,7 +32,6 @@ def windows(draw):
 
 
 class TestGuardFrames:
-    @pytest.mark.unit
     @given(windows(), st.integers(1, 40), st.integers(0, 10), st.floats(0, 1, exclude_max=True, width=32))
     def test_every_frame_of_an_utterance_sees_one_within_it(self, window, end, padding, phase):
         context, style = window
@@ -41,7 +40,6 @@ class TestGuardFrames:
         for frame in range(end):
             assert any(found[other] == 'x' for other in range(end) if sees[frame, other]), (found, frame)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'context, style, phase, expected',
         [
@@ -60,11 +58,9 @@ class TestGuardFrames:
     def test_by_eye(self, context, style, phase, expected):
         assert guards(context, style, 12, 12, phase) == expected
 
-    @pytest.mark.unit
     def test_in_a_short_last_chunk_it_is_the_last_frame(self):
         assert guards((0, 3), 'chunked_limited', 8, 6, 0.75) == '...x.x..'
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('context, style', [((3, 0), 'regular'), ((4, 4), 'regular'), ((8, 3), 'chunked_limited')])
     def test_any_frame_may_be_one_and_their_share_is_known(self, context, style):
         phases = torch.arange(0.005, 1, 0.01).unsqueeze(1)

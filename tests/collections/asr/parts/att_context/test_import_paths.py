@@ -83,19 +83,16 @@ def imports_of(text):
     return [(module, name.strip()) for module, names in lines for name in names.split(',')]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('path, name', [(path, name) for path, names in PATHS.items() for name in names])
 def test_an_import_path_holds(path, name):
     assert hasattr(importlib.import_module(path), name)
 
 
-@pytest.mark.unit
 def test_the_package_says_what_people_import_from_it():
     assert set(PATHS[f'{ASR}.parts.att_context']) <= set(att_context.__all__)
     assert all(getattr(att_context, name) is not None for name in att_context.__all__)
 
 
-@pytest.mark.unit
 def test_the_old_paths_pass_on_what_is_in_the_new_ones():
     for old, new in (('att_context.streaming', 'streaming.session'), ('att_context.audit', 'ssl_reports.audit')):
         old, new = f'{ASR}.parts.{old}', f'{ASR}.parts.{new}'
@@ -104,7 +101,6 @@ def test_the_old_paths_pass_on_what_is_in_the_new_ones():
         assert all(getattr(passed_on, name) is getattr(defined, name) for name in names)
 
 
-@pytest.mark.unit
 def test_what_the_pages_import_is_there():
     found = {pair for page in PAGES for pair in imports_of(page.read_text())}
     assert len(found) > 5

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-import pytest
 import torch
 
 from nemo.collections.asr.parts.att_context import AttContext, LayerAttentionMasks
 
 
 class TestLayerAttentionMasks:
-    @pytest.mark.unit
     def test_layers_that_see_the_same_share_a_mask_and_all_are_sliced(self):
         wide, narrow = AttContext(4, 0), AttContext(1, 0)
         tensors = {wide: torch.eye(4, dtype=torch.bool).expand(2, 4, 4), narrow: torch.ones(2, 4, 4).bool()}

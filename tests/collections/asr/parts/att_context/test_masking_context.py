@@ -43,13 +43,11 @@ def own(cls=RandomBlockMasking, **settings):
     return cls(feat_in=8, **settings)
 
 
-@pytest.mark.unit
 def test_who_follows_a_context():
     assert follows_context(own()) and follows_context(own(PassesOn)) and follows_context(OfOtherPeople())
     assert not follows_context(Plain()) and not follows_context(own(HidesContexts))
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'configured, context, expected',
     [
@@ -65,7 +63,6 @@ def test_masking_is_told_the_tightest_left_context_that_anybody_asks_for(configu
     assert window_arguments(masking, Window(AttContext(*context))) == {'effective_left_context': expected}
 
 
-@pytest.mark.unit
 def test_a_look_ahead_is_told_to_those_who_take_it():
     window = Window(AttContext(8, 3), 'chunked_limited')
     assert window_arguments(own(), window) == {'effective_left_context': 8, 'effective_window': window}
@@ -73,7 +70,6 @@ def test_a_look_ahead_is_told_to_those_who_take_it():
     assert window_arguments(own(), None) == window_arguments(own(), Window(AttContext(-1, -1)))
 
 
-@pytest.mark.unit
 def test_what_is_followed_is_kept_beside_what_was_configured():
     masking, other = own(left_context_size=7), OfOtherPeople()
     for module in (masking, other):

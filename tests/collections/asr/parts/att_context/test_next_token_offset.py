@@ -30,7 +30,6 @@ def encoder(**changes) -> ConformerEncoder:
     return ConformerEncoder(**{**settings, **changes}).eval()
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ('changes', 'offset', 'after'),
     [
@@ -56,7 +55,6 @@ def test_offset(changes, offset, after):
     assert next_token_offset(made, after_subsampling=True) == after
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('subsampling', ['dw_striding', 'striding', 'stacking'])
 @pytest.mark.parametrize('factor', [2, 4, 8])
 @pytest.mark.parametrize('causal', [True, False])
@@ -69,7 +67,6 @@ def test_the_subsampling_looks_as_far_ahead_as_its_gradient_reaches(subsampling,
     assert last == factor * 3 + _features_ahead(made)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ('changes', 'reason'),
     [
@@ -94,12 +91,10 @@ def test_an_encoder_that_may_hear_its_next_tokens_is_refused(changes, reason):
         next_token_offset(made, after_subsampling=False)
 
 
-@pytest.mark.unit
 def test_an_encoder_of_others_is_refused():
     assert 'Linear has heard is not known' in why_no_next_token(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.unit
 def test_the_context_may_be_given():
     made = encoder(att_context_size=[[4, 0], [4, 2]])
     assert next_token_offset(made, False) == 0

@@ -7,7 +7,6 @@ from nemo.collections.asr.parts.att_context.precedence import context_of_batch
 DEFAULT, HAND, BATCH, DRAWN, CEILING = (AttContext(left, 0) for left in (10, 20, 30, 40, 5))
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'said, expected',
     [
@@ -31,7 +30,6 @@ def test_who_wins_and_a_ceiling_narrows_every_one(said, expected):
     assert context_of_batch(DEFAULT, **{**said, 'draw': draw}, ceiling=AttContext(100, 0)) == expected
 
 
-@pytest.mark.unit
 def test_a_ceiling_that_the_style_cannot_show_is_refused_by_name():
     with pytest.raises(ValueError, match='^encoder.att_context_ceiling: the left context is 6; .* multiple of'):
         context_of_batch(AttContext(8, 3), ceiling=AttContext(6, 3), style='chunked_limited')

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import pytest
 import torch
 from tiny_encoder import tiny_encoder
 from tiny_nest import HIERARCHY, tiny_model
@@ -11,7 +10,6 @@ from nemo.collections.asr.parts.att_context.receptive_field import (
 )
 
 
-@pytest.mark.unit
 def test_what_an_output_depends_on_is_what_its_gradient_reaches():
     encoder = tiny_model(*HIERARCHY).encoder.eval()
     frame, contexts = 30, [20, 0]
@@ -29,7 +27,6 @@ def test_what_an_output_depends_on_is_what_its_gradient_reaches():
         assert (max(first, 0), last) == (reached.min(), reached.max())
 
 
-@pytest.mark.unit
 def test_the_table_tells_contexts_look_ahead_and_receptive_field():
     encoder = tiny_encoder(att_context_size=[[8, 1], [-1, 1]], layer_att_context_size=[[1, [4, 0]], [2, [12, 1]]])
     table = context_table(encoder, 80)

@@ -14,27 +14,22 @@ def lefts(value, layers, **kwargs):
 
 
 class TestLayerContexts:
-    @pytest.mark.unit
     @pytest.mark.parametrize('value', [NEST, OmegaConf.create(NEST), tuple((i, AttContext(*c)) for i, c in NEST)])
     def test_each_layer_takes_the_last_anchor_at_or_below_it(self, value):
         assert lefts(value, 17) == [40] * 6 + [120] * 6 + [320] * 5
 
-    @pytest.mark.unit
     def test_layers_below_the_first_anchor_have_none(self):
         assert lefts([[2, [40, 0]]], 4) == [None, None, 40, 40]
 
-    @pytest.mark.unit
     def test_one_context_per_layer(self):
         contexts = parse_layer_contexts([[4, 0], None, 'low', [-1, -1]], 4, 'field')
         assert contexts == (AttContext(4, 0), None, AttContext(160, 0), AttContext(-1, -1))
 
-    @pytest.mark.unit
     def test_a_left_context_alone_in_a_list(self):
         assert parse_layer_contexts([[40], None], 2, 'field') == (AttContext(40, 0), None)
         assert parse_layer_contexts([[0, [40]], [1, (-1,)]], 2, 'field') == (AttContext(40, 0), AttContext(-1, 0))
         assert parse_layer_contexts(OmegaConf.create([[0, [40]]]), 2, 'field') == (AttContext(40, 0),) * 2
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('anchors', [[[0, 40]], [[0, 40], [2, 120]], [[0, 40], [1, 80], [2, 120], [3, 160]]])
     def test_anchors_without_their_inner_brackets(self, anchors, monkeypatch):
         def no_look_ahead(context, where):
@@ -50,18 +45,15 @@ class TestLayerContexts:
         ):
             assert part in str(error.value)
 
-    @pytest.mark.unit
     def test_linear_interpolation(self):
         value = {'anchors': [[0, [4, 0]], [4, [12, 4]]], 'interpolate': 'linear'}
         contexts = parse_layer_contexts(OmegaConf.create(value), 6, 'field')
         assert [tuple(context) for context in contexts] == [(4, 0), (6, 1), (8, 2), (10, 3), (12, 4), (12, 4)]
 
-    @pytest.mark.unit
     def test_interpolated_contexts_are_whole_chunks(self):
         value = {'anchors': [[0, [4, 3]], [4, [16, 3]]], 'interpolate': 'linear'}
         assert lefts(value, 5, multiple=4) == [4, 4, 8, 12, 16]
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'value, index, shown, allowed',
         [
@@ -91,7 +83,6 @@ class TestLayerContexts:
         for part in (f'encoder.layer_att_context_size: item {index}, ', shown, allowed):
             assert part in str(error.value)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'value, message',
         [
@@ -110,14 +101,12 @@ class TestLayerContexts:
             parse_layer_contexts(value, 8, 'encoder.layer_att_context_size')
         assert 'encoder.layer_att_context_size' in str(error.value) and message in str(error.value)
 
-    @pytest.mark.unit
     def test_a_zero_left_context_warns(self, monkeypatch):
         warnings = []
         monkeypatch.setattr(under_test.logging, 'warning', warnings.append)
         parse_layer_contexts([[0, [4, 0]], [2, [0, 0]]], 8, 'field')
         assert len(warnings) == 1 and 'item 1, [2, [0, 0]]' in warnings[0]
 
-    @pytest.mark.unit
     def test_a_further_check_learns_where_the_context_was(self):
         seen = []
         parse_layer_contexts([[0, [4, 0]]], 8, 'field', check=lambda context, where: seen.append((context, where)))
@@ -125,7 +114,6 @@ class TestLayerContexts:
 
 
 class TestContextSchedule:
-    @pytest.mark.unit
     def test_positions_far_apart(self):
         schedule = ContextSchedule.parse([[0, [40, 0]], [50000, [160, 0]], [150000, [320, 0]]], 'field', 'step')
         assert [schedule.at(step).left for step in (0, 49999, 50000, 149999, 150000, 10**7)] == [
@@ -137,7 +125,6 @@ class TestContextSchedule:
             320,
         ]
 
-    @pytest.mark.unit
     def test_a_falling_linear_path(self):
         schedule = ContextSchedule.parse([[0, [8, 0]], [4, [0, 0]]], 'field', 'step', interpolate='linear')
         assert [schedule.at(step).left for step in range(6)] == [8, 6, 4, 2, 0, 0]

@@ -35,7 +35,6 @@ def expected(numbers):
     return [draw.at(number) for number in numbers]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('base', [one_noise_batch, as_tuple])
 @pytest.mark.parametrize('workers', [0, 2])
 def test_each_batch_carries_its_context(base, workers):
@@ -47,14 +46,12 @@ def test_each_batch_carries_its_context(base, workers):
         assert batch.context_draw == ContextDraw.parse(OPTIONS, PROBABILITIES, 2)
 
 
-@pytest.mark.unit
 def test_persistent_workers_count_on():
     data = loader(as_tuple, length=4, num_workers=2, persistent_workers=True)
     contexts = [batch.att_context for _ in range(3) for batch in data]
     assert contexts == expected(range(12))
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_loop_of_ones_own_says_where_an_epoch_starts(workers):
     data = loader(as_tuple, length=4, num_workers=workers)
@@ -65,7 +62,6 @@ def test_a_loop_of_ones_own_says_where_an_epoch_starts(workers):
     assert contexts == expected(range(12))
 
 
-@pytest.mark.unit
 def test_the_share_of_each_option():
     draw = ContextDraw.parse(OPTIONS, PROBABILITIES, 0)
     counts = Counter(draw.at(number).left for number in range(4000))
@@ -73,14 +69,12 @@ def test_the_share_of_each_option():
     assert ContextDraw.parse(OPTIONS).probabilities == pytest.approx((1 / 3,) * 3)
 
 
-@pytest.mark.unit
 def test_configs_are_read_as_lists():
     config = OmegaConf.create({'options': OPTIONS, 'probabilities': PROBABILITIES})
     assert ContextDraw.parse(config.options, config.probabilities) == ContextDraw.parse(OPTIONS, PROBABILITIES)
     assert ContextDraw.parse(['low']).options == (AttContext(160, 0),)
 
 
-@pytest.mark.unit
 def test_a_list_becomes_a_batch_that_pickles_and_pins_with_its_context(monkeypatch):
     collate = create_synced_context_collate(list, OPTIONS)
     batch = collate([torch.zeros(2), 5])
@@ -93,14 +87,12 @@ def test_a_list_becomes_a_batch_that_pickles_and_pins_with_its_context(monkeypat
     assert pinned.context_draw == batch.context_draw
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('batch', [{'audio': 1}, torch.zeros(2), namedtuple('Named', 'audio')(1), 'text'])
 def test_a_batch_that_cannot_carry_a_context_is_refused(batch):
     with pytest.raises(ValueError, match=f'type {type(batch).__name__} cannot carry'):
         create_synced_context_collate(lambda samples: batch, OPTIONS)([])
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'options, probabilities, seed, message',
     [
@@ -125,7 +117,6 @@ def test_options_and_probabilities_are_checked(options, probabilities, seed, mes
         create_synced_context_collate(list, options, probabilities, seed)
 
 
-@pytest.mark.unit
 def test_sums_within_a_millionth_are_one():
     create_synced_context_collate(list, [[80, 0], [40, 0]], [0.5, 0.5000005])
     create_synced_context_collate(list, [[left, 0] for left in range(10)], [0.1] * 10)
@@ -142,7 +133,6 @@ class Model(torch.nn.Module):
         raise TypeError('a model was sent to a worker')
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'make',
     [
@@ -172,7 +162,6 @@ def test_a_model_is_taken_and_not_kept(make):
     assert again([1, 2]).att_context == again.draw.at(0)
 
 
-@pytest.mark.unit
 def test_all_arguments_of_a_call_reach_the_base():
     def base(samples, padding, *more, pad_to=None):
         return samples, padding, more, pad_to
@@ -182,7 +171,6 @@ def test_all_arguments_of_a_call_reach_the_base():
     assert tuple(collate(padding='zeros', samples=[1])) == ([1], 'zeros', (), None)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'arguments, message',
     [
@@ -203,7 +191,6 @@ def test_errors_are_one_line_and_print_no_model(arguments, message):
     assert '\n' not in str(error.value) and 'Linear' not in str(error.value)
 
 
-@pytest.mark.unit
 def test_the_base_must_be_callable():
     with pytest.raises(ValueError, match='base_collate_fn is None'):
         create_synced_context_collate(None, OPTIONS)

@@ -12,7 +12,6 @@ FRAMES = 24
 CONTEXTS = [*itertools.product([-1, 0, 2, 4, 8], [-1, 0, 1, 3])]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('style', STYLES)
 @pytest.mark.parametrize('context', CONTEXTS)
 def test_a_window_shows_what_the_attention_does(context, style):
@@ -27,7 +26,6 @@ def test_a_window_shows_what_the_attention_does(context, style):
     assert window.shows_others == bool((expected & ~torch.eye(FRAMES, dtype=torch.bool)).any())
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'context, style, chunk, has_chunks',
     [
@@ -44,7 +42,6 @@ def test_a_chunk_is_what_shares_a_window(context, style, chunk, has_chunks):
     assert all(torch.equal(row, rows[0]) for row in rows)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('style, context', [('regular', (3, 1)), ('regular', (-1, 0)), ('chunked_limited', (4, 1))])
 def test_window_bounds_are_those_of_the_attention(style, context):
     first, last = Window(AttContext(*context), style).bounds(torch.arange(12))
@@ -53,14 +50,12 @@ def test_window_bounds_are_those_of_the_attention(style, context):
         assert (max(first[frame], 0), min(last[frame], 11)) == (seen[0], seen[-1])
 
 
-@pytest.mark.unit
 def test_windows_of_an_unknown_style_are_refused():
     with pytest.raises(ValueError, match="att_context_style is 'chunked_limited_with_rc'"):
         Window(AttContext(4, 1), 'chunked_limited_with_rc')
 
 
 class TestIntersectInStyle:
-    @pytest.mark.unit
     @pytest.mark.parametrize('style', ['regular', 'chunked_limited'])
     def test_it_shows_nothing_that_either_hides_or_is_refused(self, style):
         sides = [AttContext(left, right) for left, right in itertools.product([-1, 0, 2, 4, 6, 8], [-1, 0, 1, 2, 3])]
@@ -85,7 +80,6 @@ class TestIntersectInStyle:
                 )
         assert accepted > 150
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'batch, own, message',
         [
@@ -100,7 +94,6 @@ class TestIntersectInStyle:
         with pytest.raises(ValueError, match=f'^here: {message}'):
             intersect_in_style(AttContext(*batch), AttContext(*own), 'chunked_limited', 'here')
 
-    @pytest.mark.unit
     def test_smaller_chunks_within_the_batchs(self):
         both = intersect_in_style(AttContext(8, 3), AttContext(4, 1), 'chunked_limited', 'here')
         assert both == AttContext(4, 1)

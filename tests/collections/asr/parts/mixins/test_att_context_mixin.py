@@ -24,7 +24,6 @@ def step(model, batch=None):
 
 
 class TestSetByHand:
-    @pytest.mark.unit
     @POSITIONS
     def test_attention_and_masking_follow_every_form_of_input(self, position, warnings):
         model = tiny_model(PRESETS, *position).train()
@@ -42,7 +41,6 @@ class TestSetByHand:
             assert model.mask_processor.left_context_size == -1
         assert not warnings
 
-    @pytest.mark.unit
     @POSITIONS
     def test_a_hierarchical_encoder_masks_for_its_tightest_layer(self, position):
         model = tiny_model(
@@ -75,7 +73,6 @@ class TestSetByHand:
         model.set_att_context_size(None)  # nothing to take back, nothing done
         assert model.encoder.att_context_size == [10, 0]
 
-    @pytest.mark.unit
     def test_a_ceiling_narrows_it(self):
         model = tiny_model(PRESETS)
         model.set_att_context_size('low')
@@ -84,14 +81,12 @@ class TestSetByHand:
             fit(model, batches(1), max_steps=1)
         assert record.attention == [[30, 0]] and record.masking == [30]
 
-    @pytest.mark.unit
     def test_an_untrained_context_warns_once_and_names_the_trained(self, warnings):
         model = tiny_model()
         model.set_att_context_size([33, 0])
         assert [message for message in warnings if '[33, 0]' in message] == warnings and len(warnings) == 1
         assert 'not trained on; it was on [10, 0], [20, 0], [40, 0], [-1, 0]' in warnings[0]
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'bad, message',
         [
@@ -108,14 +103,12 @@ class TestSetByHand:
             model.set_att_context_size(bad)
         assert model.encoder.att_context_size == [10, 0] and model.att_context_set_by_hand is None
 
-    @pytest.mark.unit
     def test_a_context_that_the_attention_cannot_follow_is_refused(self):
         model = tiny_model('model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[[8,3]]')
         with pytest.raises(ValueError, match='multiple of the chunk, 4'):
             model.set_att_context_size([10, 3])
         assert model.encoder.att_context_size == [8, 3]
 
-    @pytest.mark.unit
     def test_a_block_of_code_leaves_everything_as_it_was(self):
         model = tiny_model(PRESETS, '+model.masking.left_context_size=7')
         with pytest.raises(KeyError):
@@ -135,7 +128,6 @@ class TestSetByHand:
         model.set_att_context_size(None)
         assert model.mask_processor.left_context_size == 7
 
-    @pytest.mark.unit
     def test_configs_and_checkpoints_know_nothing_of_it(self, tmp_path):
         model = tiny_model(PRESETS)
         config, weights = OmegaConf.to_yaml(model.cfg), list(model.state_dict())

@@ -11,13 +11,11 @@ from nemo.collections.asr.parts.mixins.objective_mixin import HEADS, NextTokenOp
 NEXT, BOTH = '+model.objective=next_token', '+model.objective=both'
 
 
-@pytest.mark.unit
 def test_options_have_the_documented_defaults():
     assert NextTokenOptions.parse(None, 'next_token') == NextTokenOptions(horizons=4, weight=1.0)
     assert NextTokenOptions.parse({'horizons': 2, 'weight': 0.5}, 'both') == NextTokenOptions(2, 0.5)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ('section', 'objective', 'message'),
     [
@@ -35,13 +33,11 @@ def test_bad_options_are_refused(section, objective, message):
         NextTokenOptions.parse(section, objective)
 
 
-@pytest.mark.unit
 def test_an_unknown_objective_is_refused():
     with pytest.raises(ValueError, match="model.objective is 'nexttoken'; it must be one of .*next_token"):
         tiny_model('+model.objective=nexttoken')
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('normalize', ['per_feature', 'all_features'])
 @pytest.mark.parametrize('objective', ['next_token', 'both'])
 def test_features_normalised_by_what_is_to_be_predicted_are_refused(objective, normalize):
@@ -52,21 +48,18 @@ def test_features_normalised_by_what_is_to_be_predicted_are_refused(objective, n
         EncDecDenoiseMaskedTokenPredModel(cfg)
 
 
-@pytest.mark.unit
 def test_masked_is_the_default_and_adds_nothing():
     model = tiny_model()
     assert model.objective == 'masked' and model.next_token_decoders is None
     assert not [name for name in model.state_dict() if name.startswith(HEADS)]
 
 
-@pytest.mark.unit
 def test_every_other_weight_is_the_same_whatever_the_objective():
     masked, both = tiny_model().state_dict(), tiny_model(BOTH).state_dict()
     assert {name for name in both if not name.startswith(HEADS)} == masked.keys()
     assert all(torch.equal(both[name], value) for name, value in masked.items())
 
 
-@pytest.mark.unit
 def test_each_horizon_has_a_decoder_as_the_config_describes():
     model = tiny_model(BOTH, '+model.next_token.horizons=3', 'model.num_books=2', 'model.squeeze_single=false')
     assert len(model.next_token_decoders) == 3
@@ -75,7 +68,6 @@ def test_each_horizon_has_a_decoder_as_the_config_describes():
     assert not torch.equal(weights[0], weights[1])
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('objective', ['next_token', 'both'])
 def test_only_what_the_objective_trains_wants_a_gradient(objective):
     model = tiny_model(f'+model.objective={objective}', 'model.masking.freeze=false')
@@ -85,7 +77,6 @@ def test_only_what_the_objective_trains_wants_a_gradient(objective):
     assert any(name.startswith(HEADS) for name in trained)
 
 
-@pytest.mark.unit
 def test_weights_of_masked_prediction_load_into_the_other_objectives():
     masked, other = tiny_model(seed=1), tiny_model(NEXT, seed=2)
     heads = {name: value.clone() for name, value in other.state_dict().items() if name.startswith(HEADS)}
@@ -95,14 +86,12 @@ def test_weights_of_masked_prediction_load_into_the_other_objectives():
     assert all(torch.equal(loaded[name], value) for name, value in heads.items())
 
 
-@pytest.mark.unit
 def test_weights_of_next_token_prediction_load_into_masked_prediction():
     following, masked = tiny_model(NEXT, seed=1), tiny_model(seed=2)
     masked.load_state_dict(following.state_dict())
     assert all(torch.equal(value, following.state_dict()[name]) for name, value in masked.state_dict().items())
 
 
-@pytest.mark.unit
 def test_horizons_that_both_have_are_kept():
     two = tiny_model(NEXT, '+model.next_token.horizons=2', seed=1)
     four = tiny_model(NEXT, seed=2)
@@ -113,7 +102,6 @@ def test_horizons_that_both_have_are_kept():
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.unit
 def test_a_missing_weight_of_anything_else_is_still_an_error():
     state = tiny_model().state_dict()
     state.pop(next(name for name in state if name.startswith('encoder.')))
@@ -121,7 +109,6 @@ def test_a_missing_weight_of_anything_else_is_still_an_error():
         tiny_model(NEXT).load_state_dict(state)
 
 
-@pytest.mark.unit
 def test_predicting_masked_tokens_is_refused_where_nothing_is_masked():
     with pytest.raises(ValueError, match='predict_masked does not work here: model.objective is next_token'):
         tiny_model(NEXT).predict_masked(None)

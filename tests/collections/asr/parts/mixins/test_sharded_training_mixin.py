@@ -24,7 +24,6 @@ def on_a_mesh(model, monkeypatch, data_parallel, tensor_parallel=1):
     model.configure_model()
 
 
-@pytest.mark.unit
 @POSITIONS
 @pytest.mark.parametrize('objective', ['masked', 'next_token', 'both'])
 def test_every_weight_that_is_trained_is_in_a_unit(position, objective):
@@ -38,7 +37,6 @@ def test_every_weight_that_is_trained_is_in_a_unit(position, objective):
     assert len(units) == len({id(unit) for unit in units})
 
 
-@pytest.mark.unit
 def test_without_such_a_strategy_or_with_one_rank_nothing_is_divided(monkeypatch, tmp_path):
     model = tiny_model()
     model.configure_model()
@@ -51,7 +49,6 @@ def test_without_such_a_strategy_or_with_one_rank_nothing_is_divided(monkeypatch
     )
 
 
-@pytest.mark.unit
 def test_dividing_a_layers_work_is_refused_by_name(monkeypatch):
     with pytest.raises(ValueError, match='tensor_parallel_size is 2; it must be 1'):
         on_a_mesh(tiny_model(), monkeypatch, data_parallel=2, tensor_parallel=2)

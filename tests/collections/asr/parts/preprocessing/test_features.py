@@ -36,21 +36,18 @@ def preprocessor(normalize, **settings):
 
 
 class TestFixedStatistics:
-    @pytest.mark.unit
     def test_stock_fails_for_a_batch_of_two(self):
         statistics = fixed([1.0, 2.0], [2.0, 4.0])
         with pytest.raises(RuntimeError, match="invalid for input of size"):
             stock_normalize_batch(features(2, 2, 3), torch.tensor([3, 3]), statistics)
         assert normalize_batch(features(2, 2, 3), torch.tensor([3, 3]), statistics)[0].shape == (2, 2, 3)
 
-    @pytest.mark.unit
     def test_by_eye(self):
         x = torch.tensor([[[1.0, 3.0], [2.0, 10.0]], [[5.0, -1.0], [6.0, -2.0]]])
         normalised, mean, std = normalize_batch(x, torch.tensor([2, 2]), fixed([1, 2], [2, 4]))
         assert normalised.tolist() == [[[0, 1], [0, 2]], [[2, -1], [1, -1]]]
         assert (mean.tolist(), std.tolist()) == ([1, 2], [2, 4])
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         "convert",
         [list, tuple, np.array, torch.tensor, OmegaConf.create],
@@ -64,7 +61,6 @@ class TestFixedStatistics:
         for ours, stocks in zip(found, expected):
             torch.testing.assert_close(ours, stocks, rtol=0, atol=1e-6)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("device", ["cpu", "meta"])
     def test_keeps_dtype_and_device(self, dtype, device):
@@ -72,7 +68,6 @@ class TestFixedStatistics:
         normalised = normalize_batch(x, torch.tensor([5, 4, 1], device=device), fixed([-11.0, -11.0], [3.0, 3.0]))[0]
         assert (normalised.dtype, normalised.device, normalised.shape) == (dtype, x.device, x.shape)
 
-    @pytest.mark.unit
     def test_low_precision_does_not_round_the_statistics(self):
         x = features(2, 1, 100, torch.bfloat16)
         statistics = fixed([-11.2345], [3.0123])
@@ -80,7 +75,6 @@ class TestFixedStatistics:
         error = (normalize_batch(x, None, statistics)[0].double() - expected).abs()
         assert error.max() <= 2**-8 * expected.abs().max()  # that of rounding the result itself
 
-    @pytest.mark.unit
     def test_statistics_are_made_once_and_can_be_trained_through(self):
         statistics = fixed([0.25, 0.5], [2.0, 7.0])
         with torch.inference_mode():
@@ -91,7 +85,6 @@ class TestFixedStatistics:
         assert mean is first[1]
         assert x.grad.abs().sum() > 0
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         "statistics, message",
         [
@@ -114,14 +107,12 @@ class TestFixedStatistics:
             with pytest.raises(ValueError, match=message):
                 normalize_batch(features(2, 2, 3), torch.tensor([3, 3]), kind)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize("kind", ["per_feature", "all_features", "NA", "None"])
     def test_strings_get_stocks_result(self, kind):
         x, lengths = features(3, 4, 20), torch.tensor([20, 11, 7])
         for ours, stocks in zip(normalize_batch(x, lengths, kind), stock_normalize_batch(x, lengths, kind)):
             assert ours is stocks or torch.equal(ours, stocks)
 
-    @pytest.mark.unit
     def test_loading_the_patch_again_keeps_stock(self, monkeypatch):
         monkeypatch.setattr(patched._up, "normalize_batch", patched.normalize_batch)  # put back afterwards
         again = importlib.util.module_from_spec(patched.__spec__)
@@ -129,7 +120,6 @@ class TestFixedStatistics:
         assert inspect.unwrap(again.normalize_batch) is stock_normalize_batch
         assert again.normalize_batch(features(1, 2, 9), torch.tensor([9]), "per_feature")[0].shape == (1, 2, 9)
 
-    @pytest.mark.unit
     @pytest.mark.run_only_on("GPU")
     def test_no_sync_on_the_gpu(self):
         x, lengths = features(4, 2, 30).cuda(), torch.tensor([30, 20, 1, 0]).cuda()
@@ -146,7 +136,6 @@ class TestFixedStatistics:
 class TestPreprocessor:
     """What a model's config makes of it."""
 
-    @pytest.mark.unit
     def test_ragged_batch_equals_one_by_one(self):
         statistics = OmegaConf.create(fixed([-11.0 + k / 80 for k in range(80)], [3.0 + k / 80 for k in range(80)]))
         module, plain = preprocessor(statistics), preprocessor("NA")
@@ -161,19 +150,16 @@ class TestPreprocessor:
         expected = (raw[0, 7, 0] + 11.0 - 7 / 80) / (3.0 + 7 / 80)
         assert batch[0, 7, 0].item() == pytest.approx(expected.item(), abs=1e-5)
 
-    @pytest.mark.unit
     def test_wrong_statistics_fail_when_the_model_is_made(self):
         with pytest.raises(ValueError, match=r"preprocessor\.normalize\.fixed_mean has 64 numbers; it needs 80"):
             preprocessor(fixed([0.0] * 64, [1.0] * 64))
         assert preprocessor(fixed([0.0] * 160, [1.0] * 160), frame_splicing=2).featurizer.frame_splicing == 2
 
-    @pytest.mark.unit
     def test_is_the_patched_class_and_pickles(self):
         featurizer = preprocessor("NA").featurizer
         assert type(featurizer).__module__ == patched.__name__
         assert pickle.loads(pickle.dumps(patched.normalize_batch)) is patched.normalize_batch
 
-    @pytest.mark.unit
     @pytest.mark.parametrize("normalize", ["per_feature", "NA", None])
     def test_strings_as_before(self, normalize):
         signal, lengths = torch.randn(2, 4000), torch.tensor([4000, 3000])
@@ -185,13 +171,11 @@ class TestPreprocessor:
 
 
 class TestStandardize:
-    @pytest.mark.unit
     def test_by_eye(self):
         x = torch.tensor([[[1.0, 2.0, 3.0, 100.0]]])
         found = standardize_per_feature(x, torch.tensor([3]))
         torch.testing.assert_close(found, torch.tensor([[[-1.0, 0.0, 1.0, 0.0]]]), rtol=0, atol=2e-5)
 
-    @pytest.mark.unit
     @given(
         lengths=st.lists(st.integers(2, 60), min_size=1, max_size=5),
         dimension=st.integers(1, 8),
@@ -206,7 +190,6 @@ class TestStandardize:
         torch.testing.assert_close(found[valid], expected[valid], rtol=0, atol=1e-6)
         assert found[~valid].abs().sum() == 0
 
-    @pytest.mark.unit
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_keeps_dtype_and_is_finite_for_short_utterances(self, dtype):
         x = features(3, 4, 6, dtype)
@@ -216,11 +199,9 @@ class TestStandardize:
         assert found.isfinite().all()
         assert found[1:].abs().sum() == 0
 
-    @pytest.mark.unit
     def test_constant_features_are_zero(self):
         assert standardize_per_feature(torch.full((1, 2, 8), -16.6), torch.tensor([8])).abs().max() < 0.5
 
-    @pytest.mark.unit
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision_uses_float32_statistics(self, dtype):
         x = features(2, 3, 3000, dtype)  # a sum of 3000 x -11 in half precision would be off by whole units
@@ -228,7 +209,6 @@ class TestStandardize:
         found = standardize_per_feature(x, torch.tensor([3000, 2500]))
         torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=1e-3)
 
-    @pytest.mark.unit
     def test_meta_device_and_fullgraph(self):
         meta = standardize_per_feature(torch.empty(2, 3, 4, device="meta"), torch.empty(2, device="meta"))
         assert meta.shape == (2, 3, 4)
@@ -238,13 +218,11 @@ class TestStandardize:
 
 
 class TestLoadFixedStatistics:
-    @pytest.mark.unit
     def test_reads_what_the_preprocessor_takes(self, tmp_path):
         path = tmp_path / "stats.yaml"
         path.write_text("# a comment\nfixed_mean: [-1.5, 2]\nfixed_std: [0.5, 1e-3]\n")
         assert load_fixed_statistics(path) == fixed([-1.5, 2.0], [0.5, 0.001])
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         "content, message",
         [

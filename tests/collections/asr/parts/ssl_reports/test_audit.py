@@ -65,7 +65,6 @@ def brute_force(masks, lengths, factor, windows, threshold=0.8):
 
 
 class TestAuditMasks:
-    @pytest.mark.unit
     @settings(max_examples=150)
     @given(masked_batches(), st.sampled_from([1, 2, 3, 8]))
     def test_against_brute_force(self, batch, factor):
@@ -78,7 +77,6 @@ class TestAuditMasks:
         assert {name: count.item() for name, count in audit.unanswerable.items()} == expected['unanswerable']
         assert audit.empty_batches.item() == (expected['frames_masked'] == 0)
 
-    @pytest.mark.unit
     def test_by_eye(self):
         masks = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 0, 0, 0, 0]])
         windows = {'layer_00': Window(AttContext(1, 0)), 'layer_01': Window(AttContext(3, 0))}
@@ -91,7 +89,6 @@ class TestAuditMasks:
         # The first two frames see nothing; with one frame of the past so do frames 4, 5 and 9, and one more below.
         assert shares == {'layer_00': pytest.approx(6 / 9), 'layer_01': pytest.approx(2 / 9)}
 
-    @pytest.mark.unit
     def test_audits_add_up(self):
         lengths = torch.tensor([40, 33, 12, 40, 8, 20])
         masks = torch.randint(0, 2, (6, 40), generator=torch.Generator().manual_seed(0))
@@ -105,13 +102,11 @@ class TestAuditMasks:
             'runs': whole.runs.tolist(),
         }
 
-    @pytest.mark.unit
     def test_nothing_at_all(self):
         audit = audit_masks(torch.zeros(0, 80, 0), torch.zeros(0, dtype=torch.long), 8, WINDOWS)
         assert audit.masked_share() == 0 and audit.longest_run() == 0 and audit.empty_batches == 1
         assert all(torch.isfinite(value) for value in audit.logs().values())
 
-    @pytest.mark.unit
     @pytest.mark.run_only_on('GPU')
     def test_it_does_not_wait_for_the_device(self):
         masks, lengths = torch.ones(2, 80, 64, device='cuda'), torch.tensor([64, 30], device='cuda')
@@ -124,7 +119,6 @@ class TestAuditMasks:
 
 
 class TestWindowsOf:
-    @pytest.mark.unit
     def test_layers_and_stack(self):
         encoder = tiny_encoder(n_layers=3, layer_att_context_size=[[0, [4, 0]], [2, [8, 0]]])
         windows = windows_of(encoder, [20, 0])
@@ -137,7 +131,6 @@ class TestWindowsOf:
             STACK: (-1, 0),
         }
 
-    @pytest.mark.unit
     def test_what_has_no_windows(self):
         assert windows_of(torch.nn.Linear(2, 2)) == {}
         local = tiny_encoder(self_attention_model='rel_pos_local_attn', att_context_size=[8, 8])
@@ -155,7 +148,6 @@ class OwnMasking(torch.nn.Module):
 
 
 class TestAuditMasking:
-    @pytest.mark.unit
     def test_any_masking_module(self):
         windows = {'layers': Window(AttContext(2, 0)), STACK: Window(AttContext(9, 0))}
         audit = audit_masking(OwnMasking(), torch.tensor([40, 24]), features=4, factor=4, windows=windows, draws=3)
@@ -164,7 +156,6 @@ class TestAuditMasking:
         assert audit.unanswerable_share()['layers'].item() == pytest.approx(4 / 8)
         assert audit.unanswerable_share()[STACK] == 0
 
-    @pytest.mark.unit
     def test_ours_asks_for_nothing_impossible_and_stocks_does(self):
         windows, lengths = {'layers': Window(AttContext(5, 0))}, torch.tensor([800, 640])
         settings = dict(feat_in=8, mask_prob=0.5, block_size=48, subsampling_factor=8)
@@ -180,7 +171,6 @@ class TestAuditMasking:
         unbound = audit_masking(Regardless(), lengths, 8, 8, windows, draws=20)
         assert unbound.unanswerable_share()['layers'] > 0.2
 
-    @pytest.mark.unit
     def test_seeds_and_generators(self):
         masking, lengths = RandomBlockMasking(feat_in=8), torch.tensor([300])
         torch.manual_seed(3)
@@ -203,13 +193,11 @@ def record_of(masks):
 
 
 class TestTrainingAudit:
-    @pytest.mark.unit
     @pytest.mark.parametrize('bad', [0, -5, 2.5, 'often', True])
     def test_a_bad_interval_is_refused(self, bad):
         with pytest.raises(ValueError, match='model.audit_every_n_batches is .*whole number of 1 or more'):
             TrainingAudit(bad)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('context, milliseconds', [([8, 3], 240.0), ([8, 0], 0.0), ([-1, -1], -1.0)])
     def test_the_look_ahead_of_the_audited_context_is_logged(self, context, milliseconds):
         style = 'regular' if context[1] < 0 else 'chunked_limited'
@@ -218,7 +206,6 @@ class TestTrainingAudit:
         assert TrainingAudit(1).step(record_of(masks), encoder, frame_ms=80.0)['audit/look_ahead_ms'] == milliseconds
         assert 'audit/look_ahead_ms' not in TrainingAudit(1).step(record_of(masks), encoder)
 
-    @pytest.mark.unit
     def test_counts_all_along_and_audits_at_its_interval(self):
         audit, encoder = TrainingAudit(2), tiny_encoder(att_context_size=[3, 0])
         masked, empty = torch.zeros(2, 4, 40), torch.zeros(2, 4, 40)

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import pytest
 import torch
 
 from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
@@ -22,14 +21,12 @@ def record(masks, factor):
     )
 
 
-@pytest.mark.unit
 def test_the_masked_share_is_that_of_each_attention_frame():
     masks = torch.tensor([1.0, 1, 1, 1, 0, 0, 1, 0, 1]).expand(1, 8, 9)  # two attention frames and a rest
     assert record(masks, factor=4).masked_share().tolist() == [[1.0, 0.25]]
     assert torch.equal(record(masks, factor=1).masked_share(), masks[:, 0])
 
 
-@pytest.mark.unit
 def test_what_is_kept_has_no_graph():
     whole = record(torch.zeros(1, 8, 8), factor=4)
     kept = whole.to_keep()

@@ -29,19 +29,16 @@ def counted(*batches, num_classes=8, **arguments):
 
 
 class TestStatistics:
-    @pytest.mark.unit
     def test_by_eye(self):
         """Tokens 0, 0, 1, 2: three codes, half of the frames on one, entropy 1.5 bits."""
         used, perplexity, top_share, frames = statistics(counted([0, 0, 1, 2]))
         assert (used, top_share, frames) == (3, 0.5, 4)
         assert perplexity == pytest.approx(2**1.5)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('tokens, expected', [([5] * 9, 1.0), (list(range(8)) * 3, 8.0)])
     def test_perplexity_from_one_to_all(self, tokens, expected):
         assert statistics(counted(tokens))[1] == pytest.approx(expected)
 
-    @pytest.mark.unit
     def test_lengths(self):
         """What padding holds does not count, be it no token at all."""
         use = CodebookUse(4)
@@ -49,7 +46,6 @@ class TestStatistics:
         used, _, top_share, frames = statistics(use)
         assert (used, top_share, frames) == (4, pytest.approx(0.4), 5)
 
-    @pytest.mark.unit
     def test_several_books_give_the_worst(self):
         use = CodebookUse(4, num_books=2)
         use.update(torch.tensor([[[0, 1], [1, 1], [2, 1], [3, 2]]]), torch.tensor([4]))
@@ -57,7 +53,6 @@ class TestStatistics:
         assert (used, top_share, frames) == (2, 0.75, 4)
         assert perplexity == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
 
-    @pytest.mark.unit
     def test_one_book_with_and_without_its_dimension(self):
         tokens, lengths = torch.randint(8, (3, 20)), torch.tensor([20, 5, 11])
         squeezed, whole = CodebookUse(8), CodebookUse(8)
@@ -65,14 +60,12 @@ class TestStatistics:
         whole.update(tokens.unsqueeze(-1), lengths)
         assert statistics(squeezed) == statistics(whole)
 
-    @pytest.mark.unit
     def test_before_the_first_batch_and_without_frames(self):
         assert statistics(CodebookUse(8)) == [0, 0, 0, 0]
         use = CodebookUse(8)
         use.update(torch.zeros(2, 3, dtype=torch.int64), torch.tensor([0, 0]))
         assert statistics(use)[3] == 0 and use.collapse() is None and CodebookUse(8).collapse() is None
 
-    @pytest.mark.unit
     def test_where_the_default_dtype_is_half(self):
         use = counted(torch.arange(512).tolist() * 3 + [0], num_classes=512)
         expected = statistics(use)
@@ -84,7 +77,6 @@ class TestStatistics:
 
 
 class TestWindow:
-    @pytest.mark.unit
     def test_slides_by_blocks(self):
         """Four batches in two blocks of two: the fifth batch pushes out the first two."""
         use = counted([0], [1], [2], [3], batches_covered=4, blocks=2)
@@ -94,7 +86,6 @@ class TestWindow:
         use.update(torch.tensor([[4]]), torch.tensor([1]))
         assert statistics(use)[3] == 4 and statistics(use)[0] == 3
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('window, blocks', [(1000, 10), (20, 10), (10, 10), (3, 10), (1, 10)])
     def test_never_covers_more_than_asked_and_nearly_all(self, window, blocks):
         use = CodebookUse(2, batches_covered=window, blocks=blocks)
@@ -104,7 +95,6 @@ class TestWindow:
             assert frames <= window
             assert frames >= min(batch, window - use.batches_per_block + 1)
 
-    @pytest.mark.unit
     def test_block_is_complete(self):
         use, complete = CodebookUse(2, batches_covered=6, blocks=2), []
         assert not use.block_is_complete
@@ -115,7 +105,6 @@ class TestWindow:
 
 
 class TestForget:
-    @pytest.mark.unit
     def test_nothing_is_left_and_a_new_block_begins(self):
         use = counted([0, 0], [1, 1], [1, 1], num_classes=4, batches_covered=4, blocks=2)
         use.forget()
@@ -125,7 +114,6 @@ class TestForget:
         assert use.block_is_complete
         assert statistics(use) == [2, pytest.approx(2), 0.5, 4]
 
-    @pytest.mark.unit
     def test_a_collapse_shows_until_the_counts_are_forgotten_and_not_after(self):
         use = counted([0, 0, 0, 1])
         assert '75%' in use.collapse()
@@ -135,22 +123,18 @@ class TestForget:
 
 
 class TestCollapse:
-    @pytest.mark.unit
     def test_one_code_above_half_of_the_frames(self):
         assert counted([0, 0, 1, 2]).collapse() is None  # half is not above half
         assert 'one code stands for 60% of the frames' in counted([0, 0, 0, 1, 2]).collapse()
 
-    @pytest.mark.unit
     def test_perplexity_under_one_per_cent(self):
         collapsed = counted([0, 1, 2] * 200, num_classes=512)
         assert 'under 1% of the classes (3 of 512 codes, perplexity 3.0, in 600 frames)' in collapsed.collapse()
         assert counted([0, 1, 2, 3, 4, 5] * 100, num_classes=512).collapse() is None
 
-    @pytest.mark.unit
     def test_few_frames_cannot_fill_the_codebook(self):
         assert counted([0, 1, 2], num_classes=512).collapse() is None
 
-    @pytest.mark.unit
     def test_one_book_of_two(self):
         use = CodebookUse(4, num_books=2)
         use.update(torch.tensor([[[0, 1], [1, 1], [2, 1], [3, 2]]]), torch.tensor([4]))
@@ -158,7 +142,6 @@ class TestCollapse:
 
 
 class TestDevices:
-    @pytest.mark.unit
     def test_no_sync(self):
         use = CodebookUse(8, num_books=2, batches_covered=4, blocks=2)
         with NoSync():
@@ -166,13 +149,11 @@ class TestDevices:
                 use.update(torch.randint(8, (2, 5, 2)), torch.tensor([5, 3]))
                 use.statistics()
 
-    @pytest.mark.unit
     def test_meta(self):
         use = CodebookUse(8)
         use.update(torch.zeros(2, 5, dtype=torch.int64, device='meta'), torch.tensor([5, 3], device='meta'))
         assert all(value.device.type == 'meta' for value in use.statistics())
 
-    @pytest.mark.unit
     @pytest.mark.run_only_on('GPU')
     def test_no_sync_on_gpu(self):
         use = CodebookUse(8, batches_covered=4, blocks=2)

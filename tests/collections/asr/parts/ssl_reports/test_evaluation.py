@@ -39,7 +39,6 @@ def scores_of(*utterances):
     return scores
 
 
-@pytest.mark.unit
 def test_sums_of_utterances_over_draws():
     scores = UtteranceScores(classes=8)
     first = frames([1.0, 2.0, 4.0], [1.0, 0.0, 1.0], [0, 0, 2], [5, 5, 1])
@@ -49,7 +48,6 @@ def test_sums_of_utterances_over_draws():
     assert scores.columns().tolist() == [[3, 0, 12, 3, 0, 4], [1, 0, 1, 1, 0, 1], [2, 0, 2, 2, 0, 1]]
 
 
-@pytest.mark.unit
 def test_the_commonest_target_and_the_entropy_of_the_unigrams():
     scores = UtteranceScores(classes=4, books=2)
     assert scores.commonest == scores.unigram_entropy == 0
@@ -60,7 +58,6 @@ def test_the_commonest_target_and_the_entropy_of_the_unigrams():
     assert scores.unigram_entropy == pytest.approx(np.mean([-(share * np.log(share)).sum() for share in shares]))
 
 
-@pytest.mark.unit
 def test_digests_stand_for_the_targets_of_each_utterance_in_their_order():
     def digests(*draws):
         scores = UtteranceScores(classes=9)
@@ -74,7 +71,6 @@ def test_digests_stand_for_the_targets_of_each_utterance_in_their_order():
     assert (other[0] == one[0], other[1] != one[1]) == (True, True)
 
 
-@pytest.mark.unit
 def test_estimates():
     found = summarize(scores_of([1.0, 3.0], [2.0, 2.0, 2.0, 6.0]), resamples=50, confidence=0.9, seed=0)
     assert found['loss'].value == pytest.approx(16 / 6) and found['accuracy'].value == 0.5
@@ -86,7 +82,6 @@ def test_estimates():
     assert single.value == 2 and math.isnan(single.low) and math.isnan(single.high)
 
 
-@pytest.mark.unit
 def test_intervals_hold_the_true_value_about_as_often_as_they_say():
     generator, inside = np.random.default_rng(0), 0
     for trial in range(100):
@@ -97,7 +92,6 @@ def test_intervals_hold_the_true_value_about_as_often_as_they_say():
     assert 80 <= inside <= 97
 
 
-@pytest.mark.unit
 def test_differences_are_paired():
     one, other = scores_of([1.0, 3.0], [5.0, 5.0]), scores_of([1.5, 3.5], [5.5, 5.5])
     difference = loss_difference(other, one, resamples=20, confidence=0.9, seed=0)

@@ -26,7 +26,6 @@ def spans(axis, label):
 class TestMaskedSpectrogram:
     FEATURES = np.random.default_rng(0).normal(size=(8, 40)).astype(np.float32)
 
-    @pytest.mark.unit
     def test_blocks_and_attention_frames(self):
         masks = np.zeros(40)
         masks[8:16], masks[22:30] = 1, 1
@@ -41,14 +40,12 @@ class TestMaskedSpectrogram:
         written = texts(figure)
         assert 'seconds (a feature frame: 10 ms)' in written and 'frames of\n80 ms' in written and 'a title' in written
 
-    @pytest.mark.unit
     def test_masks_after_the_subsampling(self):
         figure = figures.masked_spectrogram(self.FEATURES, np.array([0, 1, 1, 0, 0]), 0.01, 8)
         (block,) = figure.axes[0].patches
         assert (round(block.get_x(), 4), round(block.get_width(), 4)) == (0.08, 0.16)
         assert spans(figure.axes[1], 'masked') == [(0.08, 0.24)]
 
-    @pytest.mark.unit
     def test_nothing_masked_and_less_than_a_frame(self, tmp_path):
         for features, masks in ((self.FEATURES, np.zeros(40)), (self.FEATURES[:, :3], np.ones(3))):
             figures.save_figure(figures.masked_spectrogram(features, masks, 0.01, 8), tmp_path / 'picture')
@@ -58,7 +55,6 @@ class TestSurprise:
     FEATURES = TestMaskedSpectrogram.FEATURES
     SURPRISE = np.array([np.nan, 2.0, 4.0, 0.5, np.nan])  # five tokens of 80 ms
 
-    @pytest.mark.unit
     def test_each_token_has_its_height_where_it_lies_in_time(self):
         figure = figures.surprise_over_time(self.FEATURES, self.SURPRISE, 0.01, 8, classes=64, title='a title')
         upper, lower = figure.axes
@@ -71,14 +67,12 @@ class TestSurprise:
             assert expected in written
         assert 'mask' not in written and 'seconds (a token: 80 ms)' in written
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('masks', [np.repeat([0, 1, 1, 0, 0], 8), np.array([0, 1, 1, 0, 0])])
     def test_what_was_not_heard_is_hatched(self, masks):
         upper = figures.surprise_over_time(self.FEATURES, self.SURPRISE, 0.01, 8, masks=masks).axes[0]
         (block,) = upper.patches
         assert (round(block.get_x(), 4), round(block.get_width(), 4)) == (0.08, 0.16)
 
-    @pytest.mark.unit
     def test_no_token_at_all(self, tmp_path):
         for features, surprise in ((self.FEATURES, np.full(5, np.nan)), (self.FEATURES[:, :3], np.zeros(0))):
             figure = figures.surprise_over_time(features, surprise, 0.01, 8)
@@ -87,7 +81,6 @@ class TestSurprise:
 
 
 class TestAttentionWindows:
-    @pytest.mark.unit
     def test_bars(self):
         windows, seen = [(5, 12), (-math.inf, 12)], [(-3, 12), (2, 12)]
         own = [AttContext(7, 0), None]
@@ -110,7 +103,6 @@ class TestLearningCurves:
         'val_loss': [(10, 3.0)],
     }
 
-    @pytest.mark.unit
     def test_each_context_has_a_line_of_its_own(self):
         figure = figures.learning_curves(self.CURVES, 'a run')
         loss, accuracy, ceiling = figure.axes
@@ -128,7 +120,6 @@ class TestLearningCurves:
         assert accuracy.lines[0].get_ydata() == pytest.approx([25, 50])
         assert ceiling.lines[0].get_ydata()[:2].tolist() == [10, 160] and math.isnan(ceiling.lines[0].get_ydata()[2])
 
-    @pytest.mark.unit
     def test_groups_of_drawn_chunks_come_after_the_contexts(self):
         names = ['chunk_16_to_31', 'unlimited_unlimited', 'chunk_1', '70_13', 'chunk_4_to_7', '70_0']
         curves = {f'train_loss/ctx_{name}': [(0, 3.0), (1, 2.0)] for name in names}
@@ -137,7 +128,6 @@ class TestLearningCurves:
         (loss,) = figures.learning_curves(curves).axes
         assert loss.lines[-1].get_label() == 'chunks of 16 to 31 in training, smoothed'
 
-    @pytest.mark.unit
     def test_horizons_are_no_contexts_and_have_a_panel_of_their_own(self):
         curves = {'train_loss/next_0': [(1, 3.0)], 'train_loss/ctx_10_0': [(1, 3.5)]}
         for context in ('40_0', '10_0'):
@@ -154,7 +144,6 @@ class TestLearningCurves:
         assert list(names) == ['next_10', 'next_2', 'next_0'] and names['next_0'] == pytest.approx(2)
         assert 'mask' not in texts(figure) and 'loss (nats per\nnext token)' in texts(figure)
 
-    @pytest.mark.unit
     def test_both_objectives(self):
         curves = {}
         for part in ('', '/masked', '/next', '/next_0', '/next_1'):
@@ -170,7 +159,6 @@ class TestLearningCurves:
         assert heights == sorted(heights, reverse=True) and len(set(heights)) == 3  # lines on each other
         assert 'parts\nadded up' in texts(figure) and 'masked frame' not in texts(figure)
 
-    @pytest.mark.unit
     def test_without_accuracy_ceiling_or_anything(self):
         assert len(figures.learning_curves({'train_loss/ctx_5_0': [(0, 1.0)]}).axes) == 1
         with pytest.raises(ValueError, match='no val_loss/ctx_... or train_loss/ctx_...'):
@@ -178,7 +166,6 @@ class TestLearningCurves:
 
 
 class TestSaving:
-    @pytest.mark.unit
     def test_png_and_svg_the_same_each_time(self, tmp_path):
         contents = []
         for _ in range(2):
@@ -190,7 +177,6 @@ class TestSaving:
         assert contents[0][0].startswith(b'\x89PNG') and b'<svg' in contents[0][1]
         assert sorted(path.name for path in tmp_path.iterdir()) == [file.name for file in files]
 
-    @pytest.mark.unit
     def test_a_picture_that_fails_leaves_the_old_one(self, tmp_path):
         old = tmp_path / 'picture.png'
         old.write_bytes(b'old')

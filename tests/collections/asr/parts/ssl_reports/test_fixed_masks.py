@@ -19,7 +19,6 @@ def signals():
 
 
 class TestUtteranceSeeds:
-    @pytest.mark.unit
     def test_they_depend_on_an_utterance_and_the_seed_alone(self):
         audio, lengths = signals()
         seeds = utterance_seeds(audio, lengths, 0)
@@ -31,14 +30,12 @@ class TestUtteranceSeeds:
             assert utterance_seeds(alone, lengths[row : row + 1], 0) == [seeds[row]]
         assert not set(utterance_seeds(audio, lengths, 1)) & set(seeds)
 
-    @pytest.mark.unit
     def test_a_sample_more_or_another_level_is_another_utterance(self):
         audio, lengths = signals()
         seeds = utterance_seeds(audio, lengths, 0)
         assert not set(utterance_seeds(audio, lengths - 1, 0)) & set(seeds)
         assert not set(utterance_seeds(audio * 0.5, lengths, 0)) & set(seeds)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('shape', [(2, 0), (0, 10), (2, 80, 30)])
     def test_shapes(self, shape):
         lengths = torch.full((shape[0],), shape[-1])
@@ -55,7 +52,6 @@ class TestFixedMasks:
             found = fixed(input_feats=feats, input_lengths=torch.tensor(lengths))
         return feats, *found
 
-    @pytest.mark.unit
     def test_masks_do_not_depend_on_the_batch(self):
         masking = RandomBlockMasking(**self.SETTINGS)
         _, _, together = self.mask(masking, [400, 160, 333], [5, 6, 7], left=10)
@@ -64,7 +60,6 @@ class TestFixedMasks:
             assert torch.equal(together[row, :, :length], alone[0]) and not together[row, :, length:].any()
             assert alone.any()
 
-    @pytest.mark.unit
     def test_later_calls_get_the_same(self):
         masking = RandomBlockMasking(**self.SETTINGS)
         feats, masked, masks = self.mask(masking, [400, 160], [1, 2], left=3, calls=3)
@@ -75,7 +70,6 @@ class TestFixedMasks:
         audit = audit_masks(masks, torch.tensor([400, 160]), 8, windows)
         assert audit.frames_masked > 0 and audit.unanswerable['tight'] == 0
 
-    @pytest.mark.unit
     def test_generators_and_module_are_left_as_they_were(self):
         masking = RandomBlockMasking(**self.SETTINGS)
         states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
@@ -84,7 +78,6 @@ class TestFixedMasks:
         assert torch.equal(torch.get_rng_state(), states[2])
         assert 'forward' not in vars(masking)
 
-    @pytest.mark.unit
     def test_a_module_that_knows_no_context_and_uses_pythons_generator(self):
         class Own(torch.nn.Module):
             def forward(self, input_feats, input_lengths):

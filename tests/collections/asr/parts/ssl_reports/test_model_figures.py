@@ -22,7 +22,6 @@ from nemo.collections.asr.parts.ssl_reports.model_figures import (
 NEXT_TOKEN, BOTH = '+model.objective=next_token', '+model.objective=both'
 
 
-@pytest.mark.unit
 @POSITIONS
 def test_a_masked_utterance(position):
     model, batch = tiny_model(*position).eval(), noise_batch((3.0, 2.0))
@@ -39,7 +38,6 @@ def test_a_masked_utterance(position):
     assert 'unanswerable (0)' in [text.get_text() for text in lower.get_legend().get_texts()]
 
 
-@pytest.mark.unit
 def test_attention_of_a_frame():
     encoder = tiny_model(*HIERARCHY).encoder
     axis = draw_attention(encoder, frame=30, frames=40, frame_seconds=0.08, att_context_size=[6, 0]).axes[0]
@@ -49,7 +47,6 @@ def test_attention_of_a_frame():
         draw_attention(encoder, frame=40, frames=40, frame_seconds=0.08)
 
 
-@pytest.mark.unit
 @POSITIONS
 @pytest.mark.parametrize('books', [[], ['model.num_books=2', 'model.squeeze_single=false']], ids=['one', 'two'])
 def test_the_surprise_of_an_utterance_is_its_loss_token_by_token(position, books):
@@ -74,7 +71,6 @@ def test_the_surprise_of_an_utterance_is_its_loss_token_by_token(position, books
                 assert surprise[frame + ahead] == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.unit
 def test_the_surprise_is_what_evaluation_measures():
     model, batch = tiny_model(NEXT_TOKEN), noise_batch((3.0, 2.0))
     likelihood, _, frames = evaluate(model, [batch], [[20, 0]]).parts['next_0']['20_0'].columns()
@@ -87,7 +83,6 @@ def test_the_surprise_is_what_evaluation_measures():
     assert drawn['surprise'].axes[1].lines[1].get_ydata()[0] == pytest.approx(math.log(32))
 
 
-@pytest.mark.unit
 def test_both_objectives_have_both_pictures():
     model, batch = tiny_model(BOTH).eval(), noise_batch((3.0, 2.0))
     with torch.no_grad(), model.encoder.using_att_context_size([20, 0]):

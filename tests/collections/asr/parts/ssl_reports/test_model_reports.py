@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is reported in training and validation is tested in ``test_ssl_models.py`` and ``test_ssl_models_validation.py``."""
 
-import pytest
 import torch
 from tiny_nest import noise_batch, tiny_model
 
 REPORT_KEYS = ('validate_contexts', 'validation_masks', 'audit_every_n_batches', 'log_figures')
 
 
-@pytest.mark.unit
 def test_it_is_there_also_when_nothing_is_asked_of_it():
     model = tiny_model(*(f'~model.{key}' for key in REPORT_KEYS)).eval()
     reports = model.reports
@@ -22,7 +20,6 @@ def test_it_is_there_also_when_nothing_is_asked_of_it():
     reports.end_of_training()
 
 
-@pytest.mark.unit
 def test_a_record_gives_the_logs_of_its_masks_and_targets():
     model, batch = tiny_model().eval(), noise_batch((3.0, 2.0))
     with torch.no_grad(), model.encoder.using_att_context_size([20, 0]):

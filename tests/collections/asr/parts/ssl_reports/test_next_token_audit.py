@@ -8,7 +8,6 @@ from tiny_nest import noise_batch, tiny_model
 from nemo.collections.asr.parts.ssl_reports.next_token_audit import counted_shares
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('look_ahead', [0, 2])
 def test_shares_are_those_of_the_loss(look_ahead):
     model = tiny_model('+model.objective=next_token', f'model.encoder.att_context_size=[4,{look_ahead}]').eval()
@@ -22,7 +21,6 @@ def test_shares_are_those_of_the_loss(look_ahead):
         assert share == pytest.approx(int((targets[:, horizon] >= 0).sum()) / frames)
 
 
-@pytest.mark.unit
 def test_an_utterance_that_ends_before_the_first_next_token_is_asked_for_none():
     model = tiny_model('+model.objective=next_token', 'model.encoder.att_context_size=[4,20]').eval()
     with torch.no_grad():

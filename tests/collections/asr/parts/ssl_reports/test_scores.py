@@ -12,14 +12,12 @@ from nemo.collections.asr.parts.utils.masked_frames import MaskedPredictions
 LOG_PROBS = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]).log()
 
 
-@pytest.mark.unit
 def test_each_frame_has_its_likelihood_and_whether_it_was_right():
     scores = FrameScores.of(MaskedPredictions(LOG_PROBS, torch.tensor([0, 1]), torch.tensor([0, 3])), MLMLoss())
     torch.testing.assert_close(scores.negative_log_likelihood, -torch.tensor([0.5, 0.1]).log())
     assert scores.correct.tolist() == [1, 0] and scores.utterances.tolist() == [0, 3]
 
 
-@pytest.mark.unit
 def test_over_several_codebooks_it_is_the_mean():
     log_probs = torch.stack((LOG_PROBS, LOG_PROBS), dim=2)
     predictions = MaskedPredictions(log_probs, torch.tensor([[0, 1], [2, 2]]), torch.tensor([0, 0]))
@@ -28,7 +26,6 @@ def test_over_several_codebooks_it_is_the_mean():
     torch.testing.assert_close(scores.negative_log_likelihood[0], -(torch.tensor([0.5, 0.25]).log().mean()))
 
 
-@pytest.mark.unit
 def test_the_frame_that_stands_for_none_is_left_out():
     nothing = MaskedPredictions(LOG_PROBS[:1], torch.tensor([IGNORED_TARGET]), torch.tensor([0]))
     assert [len(part) for part in without_placeholder(nothing)] == [0, 0, 0]
@@ -36,7 +33,6 @@ def test_the_frame_that_stands_for_none_is_left_out():
     assert [len(part) for part in without_placeholder(one)] == [1, 1, 1]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ('objective', 'parts'),
     [

@@ -11,7 +11,6 @@ def write(logger, *steps):
     logger.finalize('success')
 
 
-@pytest.mark.unit
 def test_tensorboard_of_a_resumed_run(tmp_path):
     write(TensorBoardLogger(tmp_path / 'run', name=None, version='one'), (5, 3.0), (10, 2.5), (15, 9.0))
     write(TensorBoardLogger(tmp_path / 'run', name=None, version='two'), (15, 2.0), (20, 1.5))
@@ -21,14 +20,12 @@ def test_tensorboard_of_a_resumed_run(tmp_path):
     assert read_curves(file)['lr'] == [(15, 0.5), (20, 0.5)]
 
 
-@pytest.mark.unit
 def test_a_table(tmp_path):
     write(CSVLogger(tmp_path, name=None, version='run'), (5, 3.0), (10, 2.5))
     assert read_curves(tmp_path) == {'val_loss/ctx_10_0': [(5, 3.0), (10, 2.5)], 'lr': [(5, 0.5), (10, 0.5)]}
     assert read_curves(tmp_path / 'run/metrics.csv') == read_curves(tmp_path)
 
 
-@pytest.mark.unit
 def test_nothing_to_read(tmp_path):
     with pytest.raises(ValueError, match='nowhere: there is no such file or folder'):
         read_curves(tmp_path / 'nowhere')

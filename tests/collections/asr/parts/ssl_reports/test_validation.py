@@ -27,7 +27,6 @@ def validate(model, loader=None, mode='val', **kwargs):
 
 
 class TestParseContexts:
-    @pytest.mark.unit
     def test_choices_and_lists(self):
         encoder = tiny_model().encoder
         configured = [[10, 0], [20, 0], [40, 0], [-1, 0]]
@@ -35,7 +34,6 @@ class TestParseContexts:
         wanted = OmegaConf.create([[5, 0], 'low', 7])
         assert parse_contexts(wanted, encoder) == [[5, 0], [160, 0], [7, 0]]
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'value, message',
         [
@@ -51,7 +49,6 @@ class TestParseContexts:
         with pytest.raises(ValueError, match=message):
             parse_contexts(value, tiny_model().encoder)
 
-    @pytest.mark.unit
     def test_what_an_encoder_cannot_follow(self):
         chunked = ('model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[[8,3]]')
         message = r'model.validate_contexts\[0\]: the encoder cannot follow \[10, 3\]: .*multiple of the chunk'
@@ -61,7 +58,6 @@ class TestParseContexts:
             parse_contexts('all', torch.nn.Linear(2, 2))
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'overrides, message',
     [
@@ -79,7 +75,6 @@ def test_bad_mask_options_are_refused(overrides, message):
 
 
 class TestPredictions:
-    @pytest.mark.unit
     @pytest.mark.parametrize('books', [False, True])
     def test_scores_by_hand(self, books):
         likelihoods = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]])
@@ -94,7 +89,6 @@ class TestPredictions:
         assert scores.negative_log_likelihood.tolist() == pytest.approx(expected)
         assert scores.correct.tolist() == correct and scores.utterances.tolist() == [0, 2]
 
-    @pytest.mark.unit
     @POSITIONS
     def test_the_same_frames_count_in_every_context(self, position):
         model = tiny_model(*position).eval()
@@ -109,7 +103,6 @@ class TestPredictions:
             assert torch.equal(predictions.utterances, first.utterances)
         assert not torch.equal(found[0][1].log_probs, found[2][1].log_probs)
 
-    @pytest.mark.unit
     def test_utterances_are_predicted_alike_in_any_batch(self):
         model = tiny_model().eval()
         batch = noise_batch(SECONDS)
@@ -128,14 +121,12 @@ class TestPredictions:
                 assert torch.equal(together.targets[rows], single.targets)
                 torch.testing.assert_close(together.log_probs[rows], single.log_probs, rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.unit
     def test_where_nothing_counts(self):
         model = tiny_model('model.masking.mask_prob=0').eval()
         with torch.no_grad():
             ((_, predictions, _),) = predictions_in_contexts(model, noise_batch((1.0,)), [[10, 0]], seed=0)
         assert predictions.targets.shape[0] == predictions.utterances.shape[0] == 0
 
-    @pytest.mark.unit
     def test_a_decoder_that_needs_every_frame_gives_the_same(self, monkeypatch):
         model = tiny_model().eval()
         with torch.no_grad():

@@ -4,7 +4,6 @@
 import sys
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +14,6 @@ from nemo.collections.asr.parts.streaming.session import StreamingOutput, Stream
 CASES_HERE = ['regular', 'look-ahead', 'chunked', 'schedule, look-ahead']
 
 
-@pytest.mark.unit
 @settings(max_examples=15)
 @given(st.data())
 def test_streams_that_join_end_and_begin_anew_at_any_time_equal_the_other_way(data):
@@ -40,7 +38,6 @@ def test_streams_that_join_end_and_begin_anew_at_any_time_equal_the_other_way(da
         assert ways[0].current_frame.tolist() == ways[1].current_frame.tolist()
 
 
-@pytest.mark.unit
 def test_a_step_has_no_python_of_its_own_for_each_stream():
     """16 streams in as many phases make a step as many calls as 9 do; more are taken 16 at a time by the convolutions."""
 
@@ -67,7 +64,6 @@ def test_a_step_has_no_python_of_its_own_for_each_stream():
     assert calls(64) - calls(48) == calls(48) - calls(32)
 
 
-@pytest.mark.unit
 def test_minutes_are_taken_at_once_in_bounded_memory():
     session = StreamingSession(model_of('regular'), 1, [4, 0])
     before = session.cache_bytes_per_stream

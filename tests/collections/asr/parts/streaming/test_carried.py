@@ -9,7 +9,6 @@ from nemo.collections.asr.parts.streaming.output import StreamingOutput
 from nemo.collections.asr.parts.streaming.session import StreamingSession
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('case', ['regular', 'look-ahead', 'factor 4', 'chunked', 'schedule, look-ahead'])
 @pytest.mark.parametrize('heard', [0, 700, 1500, 14321, 40000])
 def test_a_stream_goes_on_wherever_it_was(case, heard):
@@ -29,7 +28,6 @@ def test_a_stream_goes_on_wherever_it_was(case, heard):
         torch.testing.assert_close(mine.encoded, expected.encoded, atol=2e-5, rtol=0)
 
 
-@pytest.mark.unit
 def test_streams_that_have_ended_stay_so():
     model = model_of('regular')
     before = StreamingSession(model, 2, [4, 0], fast='off')

@@ -9,7 +9,6 @@ from nemo.collections.asr.parts.streaming.decoding import decode_frames, decoder
 from nemo.collections.asr.parts.streaming.session import StreamingSession
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('objective', ['masked', 'next_token', 'both'])
 def test_log_probabilities_and_tokens_are_those_of_the_models_own_forward(objective):
     model = tiny_model(f'+model.objective={objective}').eval()
@@ -25,7 +24,6 @@ def test_log_probabilities_and_tokens_are_those_of_the_models_own_forward(object
     assert torch.equal(output.tokens, output.log_probs.argmax(dim=2))
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(('override', 'shape'), [('num_books=2', (2, 0, 32, 2)), ('squeeze_single=true', (2, 0, 32))])
 def test_of_no_frames_there_are_no_log_probabilities(override, shape):
     decoder = tiny_model(f'model.{override}').decoder
@@ -33,13 +31,11 @@ def test_of_no_frames_there_are_no_log_probabilities(override, shape):
     assert decode_frames(decoder, torch.zeros(2, 16, 3)).shape == (2, 3, *shape[2:])
 
 
-@pytest.mark.unit
 def test_a_model_without_a_decoder_is_refused():
     with pytest.raises(ValueError, match='need a decoder that takes encoder_output; Linear has none'):
         decoder_of(torch.nn.Linear(1, 1))
 
 
-@pytest.mark.unit
 def test_frames_of_a_hybrid_model_are_those_of_its_ctc_decoder():
     model = tiny_recogniser('hybrid')
     assert decoder_of(model) is model.ctc_decoder

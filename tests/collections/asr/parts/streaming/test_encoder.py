@@ -27,7 +27,6 @@ def hidden(style: str, context, cached: int, new: int, first: int) -> list[str]:
     return [''.join('x' if cell else 'o' for cell in row) for row in mask[0].tolist()]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'style, context, cached, new, first, expected',
     [
@@ -45,7 +44,6 @@ def test_masks(style, context, cached, new, first, expected):
     assert hidden(style, context, cached, new, first) == expected
 
 
-@pytest.mark.unit
 def test_positions_are_the_first_of_those_that_nemo_takes():
     encoder = encoder_of()
     streaming = StreamingEncoder(encoder, AttContext(4, 0))
@@ -53,7 +51,6 @@ def test_positions_are_the_first_of_those_that_nemo_takes():
     torch.testing.assert_close(streaming._positions(4, 3), whole[:, : 4 + 2 * 3 - 1], atol=0, rtol=0)
 
 
-@pytest.mark.unit
 def test_the_table_of_positions_grows_and_the_model_can_train_afterwards():
     encoder = encoder_of(pos_emb_max_len=4)
     streaming = StreamingEncoder(encoder, AttContext(-1, 0))
@@ -65,7 +62,6 @@ def test_the_table_of_positions_grows_and_the_model_can_train_afterwards():
     encoded.sum().backward()
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'changed, context, reason',
     [
@@ -86,13 +82,11 @@ def test_what_cannot_stream_is_refused_with_the_reason(changed, context, reason)
         StreamingEncoder(encoder_of(**changed), AttContext(*context))
 
 
-@pytest.mark.unit
 def test_another_encoder_is_refused():
     with pytest.raises(ValueError, match='Linear cannot be streamed'):
         StreamingEncoder(torch.nn.Linear(1, 1), AttContext(4, 0))
 
 
-@pytest.mark.unit
 def test_local_attention_is_refused():
     model = tiny_model().eval()
     model.encoder.change_attention_model('rel_pos_local_attn', [4, 4])
@@ -100,7 +94,6 @@ def test_local_attention_is_refused():
         StreamingEncoder(model.encoder, AttContext(4, 4))
 
 
-@pytest.mark.unit
 def test_a_layer_takes_what_it_is_told_to_forget_from_nobody_else():
     encoder = encoder_of(att_context_size=[[4, 2]])
     attention = encoder.layers[0].self_attn
@@ -111,7 +104,6 @@ def test_a_layer_takes_what_it_is_told_to_forget_from_nobody_else():
     assert attention.cache_drop_size == before == 2
 
 
-@pytest.mark.unit
 def test_nemos_own_streaming_is_set_up_alike_with_masking_after_the_convolutions():
     post_conv = tiny_model(*POST_CONV).encoder
     pre_conv = tiny_model().encoder
@@ -121,7 +113,6 @@ def test_nemos_own_streaming_is_set_up_alike_with_masking_after_the_convolutions
     assert pre_conv.streaming_cfg.chunk_size == [1, 8]
 
 
-@pytest.mark.unit
 def test_a_stream_that_ended_in_a_part_of_a_chunk_is_left_alone():
     encoder = encoder_of(att_context_style='chunked_limited', att_context_size=[[8, 3]])
     streaming = StreamingEncoder(encoder, AttContext(8, 3))

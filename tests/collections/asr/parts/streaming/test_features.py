@@ -26,7 +26,6 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).cumsum(dim=-1) * 0.01
 
 
-@pytest.mark.unit
 @settings(max_examples=25)
 @given(
     st.sampled_from(SETTINGS),
@@ -56,7 +55,6 @@ def test_any_pieces_give_the_features_of_the_whole(chosen, lengths, sizes):
         torch.testing.assert_close(frames, expected[row, :, : frames.shape[1]], atol=1e-5, rtol=0)
 
 
-@pytest.mark.unit
 def test_a_frame_comes_as_soon_as_its_window_is_full():
     # 16 kHz, window of 400 samples centred on multiples of 160: frame 0 needs samples up to 199, frame 1 up to 359
     front_end = StreamingFeatures(preprocessor(window_size=0.025))
@@ -65,7 +63,6 @@ def test_a_frame_comes_as_soon_as_its_window_is_full():
     assert [index for index, count in enumerate(arrived) if count] == [199, 359]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     'chosen, reason',
     [
@@ -79,7 +76,6 @@ def test_what_cannot_stream_is_refused_with_the_reason(chosen, reason):
         StreamingFeatures(preprocessor(**chosen))
 
 
-@pytest.mark.unit
 def test_another_preprocessor_is_refused():
     with pytest.raises(ValueError, match='Linear cannot be streamed'):
         StreamingFeatures(torch.nn.Linear(1, 1))

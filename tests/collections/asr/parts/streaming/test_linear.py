@@ -8,7 +8,6 @@ from nemo.collections.asr.parts.streaming import linear
 from nemo.collections.asr.parts.streaming.linear import PreparedLinear
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('rows', [1, 2, 3, 40])
 @pytest.mark.parametrize('size', [(32, 16), (512, 1024)])
 @pytest.mark.parametrize('packs', [True, False])
@@ -23,7 +22,6 @@ def test_it_equals_torchs_for_any_number_of_rows(rows, size, packs, bias, monkey
         torch.testing.assert_close(prepared(inputs), layer(inputs) * 0.5, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
 def test_other_precisions_are_left_as_they_are(dtype):
     layer = torch.nn.Linear(512, 1024).to(dtype)
@@ -32,7 +30,6 @@ def test_other_precisions_are_left_as_they_are(dtype):
         assert torch.equal(PreparedLinear(layer.weight, layer.bias)(inputs), layer(inputs))
 
 
-@pytest.mark.unit
 def test_a_pointwise_convolution_is_a_linear_layer():
     convolution, inputs = torch.nn.Conv1d(6, 4, 1), torch.randn(5, 6)
     with torch.no_grad():
@@ -40,7 +37,6 @@ def test_a_pointwise_convolution_is_a_linear_layer():
         torch.testing.assert_close(PreparedLinear(convolution.weight, convolution.bias)(inputs), expected)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('rows', [1, 40])
 @pytest.mark.parametrize('size', [(32, 16), (512, 1024)])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -52,7 +48,6 @@ def test_a_relu_may_follow(rows, size, dtype):
         torch.testing.assert_close(found, layer(inputs).relu(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('precision, tolerance', [('bfloat16', 0.01), ('int8', 0.03)])
 @pytest.mark.parametrize('packs', [True, False])
 def test_smaller_weights_come_near(precision, tolerance, packs, monkeypatch):
@@ -66,7 +61,6 @@ def test_smaller_weights_come_near(precision, tolerance, packs, monkeypatch):
         assert 0 < (found - layer(inputs)).norm() / layer(inputs).norm() < tolerance
 
 
-@pytest.mark.unit
 def test_smaller_weights_are_for_float32_on_a_cpu():
     weight = torch.zeros(2, 2)
     linear.check_precision('float32', weight.half())

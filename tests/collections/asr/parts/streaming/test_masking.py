@@ -27,7 +27,6 @@ def watched(model):
     return calls
 
 
-@pytest.mark.unit
 def test_masking_sees_the_frames_received_and_the_window_and_no_more():
     model = tiny_model(*OFTEN_MASKED_PLAIN_TARGETS).eval()
     calls = watched(model)
@@ -43,7 +42,6 @@ def test_masking_sees_the_frames_received_and_the_window_and_no_more():
     assert {left for _, _, left, _ in calls} == {4}
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('overrides', [(), MORE_POST_CONV], ids=['pre_conv', 'post_conv'])
 @pytest.mark.parametrize('offset', [0, 1])
 def test_the_loss_is_that_of_the_offline_forward_with_the_same_masks(overrides, offset):
@@ -76,7 +74,6 @@ def test_the_loss_is_that_of_the_offline_forward_with_the_same_masks(overrides, 
     torch.testing.assert_close(output.loss, loss, atol=1e-4, rtol=0)
 
 
-@pytest.mark.unit
 def test_targets_are_normalised_by_what_was_received():
     model = tiny_model('model.masking.mask_prob=0.05').eval()
     assert model.target_normalize == 'per_feature'
@@ -92,7 +89,6 @@ def test_targets_are_normalised_by_what_was_received():
     torch.testing.assert_close(variance, features.var(dim=1), atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.unit
 def test_a_masked_stream_is_saved_restored_and_reset():
     model = tiny_model(*OFTEN_MASKED_PLAIN_TARGETS).eval()
     session, other = (StreamingSession(model, 1, [20, 0], apply_mask=True) for _ in range(2))
@@ -107,7 +103,6 @@ def test_a_masked_stream_is_saved_restored_and_reset():
     assert session._way._targeted[0].count == 0 and session._way._masked[0].masks is None
 
 
-@pytest.mark.unit
 def test_masking_that_follows_no_context_is_refused():
     model = tiny_model().eval()
 

@@ -69,7 +69,6 @@ class Streams:
             self.frames[rows] += count
 
 
-@pytest.mark.unit
 @settings(max_examples=40)
 @given(
     st.sampled_from(SETTINGS),
@@ -96,7 +95,6 @@ def test_any_pieces_in_any_phases_give_the_features_of_the_whole(chosen, lengths
                 torch.testing.assert_close(torch.cat(found), whole[:, :count].T, atol=2e-6 * scale, rtol=0)
 
 
-@pytest.mark.unit
 @settings(max_examples=60)
 @given(
     st.sampled_from(SETTINGS),
@@ -110,7 +108,6 @@ def test_as_many_frames_are_complete_as_from_a_single_stream(chosen, samples, en
     assert mel_of(module).complete(np.array([samples]), np.array([ended])).tolist() == [expected]
 
 
-@pytest.mark.unit
 def test_a_pure_tone_is_as_near_in_the_bands_where_there_is_nothing():
     module, count = preprocessor(window_size=0.025, features=80), 1200
     samples = torch.sin(torch.arange(count) * 0.05)[None] + 1e-5 * noise(1, count)
@@ -123,7 +120,6 @@ def test_a_pure_tone_is_as_near_in_the_bands_where_there_is_nothing():
     torch.testing.assert_close(found[0], expected[0, :, :6].T, atol=5e-6, rtol=0)
 
 
-@pytest.mark.unit
 def test_what_another_stream_left_behind_is_not_heard():
     module = preprocessor()
     mel, samples = mel_of(module), noise(1, 400)
@@ -135,7 +131,6 @@ def test_what_another_stream_left_behind_is_not_heard():
     torch.testing.assert_close(found[0], expected[0, :, : int(lengths[0])].T, atol=2e-5, rtol=0)
 
 
-@pytest.mark.unit
 def test_a_row_without_samples_is_left_alone():
     mel = mel_of(preprocessor())
     ring = mel.new_ring(3).fill_(9)
@@ -144,7 +139,6 @@ def test_a_row_without_samples_is_left_alone():
     assert ring[:, :7].tolist() == [[1, 1, 1, 1, 1, 2, 9], [9] * 7, [1, 1, 2, 2, 2, 2, 9]]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_a_model_in_half_precision_gets_its_preprocessors_features(dtype):
     module = preprocessor(normalize=STATISTICS, window_size=0.025).to(dtype)
@@ -158,7 +152,6 @@ def test_a_model_in_half_precision_gets_its_preprocessors_features(dtype):
     torch.testing.assert_close(found, expected[:, :, :10].transpose(1, 2))
 
 
-@pytest.mark.unit
 def test_autocast_leaves_the_features_in_full_precision():
     mel = mel_of(preprocessor())
     ring = mel.new_ring(1)
@@ -169,7 +162,6 @@ def test_autocast_leaves_the_features_in_full_precision():
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
-@pytest.mark.unit
 def test_all_happens_on_the_device_and_the_host_waits_for_nothing():
     # a tensor of the meta device has no values to wait for, and mixes with no other device's
     mel = mel_of(preprocessor(normalize=STATISTICS).to('meta'))
@@ -182,7 +174,6 @@ def test_all_happens_on_the_device_and_the_host_waits_for_nothing():
         assert found.device.type == 'meta' and found.shape == (len(first), 8, 16)
 
 
-@pytest.mark.unit
 def test_what_it_does_not_know_is_told():
     featurizer = preprocessor().featurizer
     assert BatchedMel.why_not(featurizer) is None

@@ -25,7 +25,6 @@ def model():
     return tiny_model('model.encoder.n_layers=2').eval()
 
 
-@pytest.mark.unit
 def test_all_sessions_of_an_encoder_share_them(model):
     first = PreparedEncoder.of(model.encoder)
     StreamingSession(model, 3, CONTEXT).step(noise(3, 3000))
@@ -54,7 +53,6 @@ def move(model):
     linear.weight.data = linear.weight.data * 2
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('change', [write, replace, load, move])
 def test_a_running_session_follows_weights_that_change(model, change):
     session = StreamingSession(model, 1, CONTEXT)
@@ -67,7 +65,6 @@ def test_a_running_session_follows_weights_that_change(model, change):
     torch.testing.assert_close(mine, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.unit
 def test_a_new_session_sees_what_was_written_behind_torchs_back(model):
     before = encoded(model)
     model.encoder.layers[0].self_attn.linear_v.weight.data.mul_(3)  # not counted in the version of the parameter
@@ -75,7 +72,6 @@ def test_a_new_session_sees_what_was_written_behind_torchs_back(model):
     assert not torch.allclose(before, encoded(model), atol=1e-3)
 
 
-@pytest.mark.unit
 def test_they_go_with_their_encoder():
     model = tiny_model().eval()
     encoder = weakref.ref(model.encoder)
@@ -85,14 +81,12 @@ def test_they_go_with_their_encoder():
     assert encoder() is None
 
 
-@pytest.mark.unit
 def test_the_first_reason_against_them_is_told(model):
     assert why_not(model.encoder) is None
     model.encoder.layers[1].conv.activation = torch.nn.ReLU()
     assert why_not(model.encoder) == 'encoder.layers[1]: its activation is ReLU'
 
 
-@pytest.mark.unit
 def test_weights_of_a_model_that_streamed_can_be_trained(model):
     encoded(model)
     model.train()

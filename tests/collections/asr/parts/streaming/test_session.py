@@ -58,7 +58,6 @@ def check(model, context, samples, lengths, sizes, **settings):
     return output
 
 
-@pytest.mark.unit
 @settings(max_examples=25)
 @given(st.data())
 def test_any_pieces_of_ragged_streams_equal_offline(data):
@@ -72,7 +71,6 @@ def test_any_pieces_of_ragged_streams_equal_offline(data):
     check(model_of(case), context, noise(len(lengths), max(lengths), seed=sum(lengths)), lengths, sizes)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('case', CASES)
 def test_chunks_of_one_frame_equal_offline_in_every_context(case):
     lengths = [30007, 8 * 1280 * 2]
@@ -81,7 +79,6 @@ def test_chunks_of_one_frame_equal_offline_in_every_context(case):
         assert output.tokens.unique().numel() > 3  # else their agreement would say little
 
 
-@pytest.mark.unit
 @settings(max_examples=3)
 @given(st.integers(10 * RATE, 20 * RATE), st.lists(st.integers(1000, 200000), min_size=1, max_size=4))
 def test_long_streams_equal_offline(length, sizes):
@@ -89,12 +86,10 @@ def test_long_streams_equal_offline(length, sizes):
     check(model_of('regular'), [-1, 0], noise(1, length, seed=length), [length], sizes)
 
 
-@pytest.mark.unit
 def test_samples_one_by_one():
     check(model_of('regular'), [4, 0], noise(1, 2000), [2000], [1])
 
 
-@pytest.mark.unit
 def test_speech_files_equal_offline(speech_corpus):
     for entry in first_entries(speech_corpus / 'validation_manifest.json', 2):
         samples, rate = soundfile.read(entry['audio_filepath'], dtype='float32', always_2d=True)
@@ -104,7 +99,6 @@ def test_speech_files_equal_offline(speech_corpus):
         check(model_of('schedule'), [6, 0], samples, [samples.shape[1]], [1280])
 
 
-@pytest.mark.unit
 def test_an_empty_stream_gives_the_frame_that_offline_gives():
     model = model_of('regular')
     session = StreamingSession(model, 1, [4, 0], return_log_probs=True, return_tokens=True, return_features=True)
@@ -134,7 +128,6 @@ def ctc_model():
     return EncDecCTCModel(OmegaConf.create(made)).eval()
 
 
-@pytest.mark.unit
 def test_a_ctc_model_streams():
     model = ctc_model()
     samples = noise(2, 20000)
@@ -144,7 +137,6 @@ def test_a_ctc_model_streams():
     assert torch.equal(output.tokens[0, : lengths[0]], greedy[0, : lengths[0]])
 
 
-@pytest.mark.unit
 def test_a_preprocessor_and_an_encoder_stream():
     model = model_of('regular')
     session = StreamingSession((model.preprocessor, model.encoder), 1, [4, 0])
@@ -157,7 +149,6 @@ def test_a_preprocessor_and_an_encoder_stream():
         StreamingSession((model.preprocessor, model.encoder), return_tokens=True)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('case', ['regular', 'look-ahead', 'chunked'])
 def test_a_stream_does_not_depend_on_its_batch(case):
     model, context = model_of(case), CASES[case][1][0]
@@ -168,7 +159,6 @@ def test_a_stream_does_not_depend_on_its_batch(case):
     torch.testing.assert_close(together.encoded[2, :, : alone.lengths], alone.encoded[0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.unit
 def test_sessions_take_turns_on_a_model_and_leave_nothing_in_it():
     model = model_of('regular')
     encoder = model.encoder
@@ -187,7 +177,6 @@ def test_sessions_take_turns_on_a_model_and_leave_nothing_in_it():
     assert after == before and not encoder.att_context_is_pinned
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('case', ['regular', 'look-ahead', 'chunked'])
 def test_a_saved_state_goes_on_in_another_session(case, tmp_path):
     model, context = model_of(case), CASES[case][1][0]
@@ -245,7 +234,6 @@ def test_a_killed_process_is_carried_on_by_another(tmp_path):
         assert torch.equal(encoded, output.encoded) and torch.equal(log_probs, output.log_probs)
 
 
-@pytest.mark.unit
 def test_state_is_bounded_where_the_context_is_and_grows_where_it_is_not():
     def bytes_after(context, seconds, fast):
         session = StreamingSession(model_of('regular'), 1, context, fast=fast)
@@ -260,7 +248,6 @@ def test_state_is_bounded_where_the_context_is_and_grows_where_it_is_not():
     assert bytes_after([-1, 0], 12, 'auto') - bytes_after([-1, 0], 4, 'auto') == slots * 2 * frame
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('case', ['regular', 'look-ahead', 'chunked', 'schedule, look-ahead', 'factor 4'])
 def test_outputs_come_when_the_look_ahead_says(case):
     session = StreamingSession(model_of(case), 1, CASES[case][1][0])
@@ -272,7 +259,6 @@ def test_outputs_come_when_the_look_ahead_says(case):
     assert len(arrived) > chunk and max(waits) == waits[0] == session.look_ahead_samples
 
 
-@pytest.mark.unit
 def test_current_frame_counts_the_frames_received():
     session = StreamingSession(model_of('regular'), 2, [4, 0])
     output = session.step(noise(2, 3200), [3200, 1600], [False, True])
@@ -282,7 +268,6 @@ def test_current_frame_counts_the_frames_received():
     assert after_convolutions.step(noise(1, 3200)).current_frame.tolist() == [3]
 
 
-@pytest.mark.unit
 def test_reset_begins_one_stream_or_all_anew():
     model = model_of('regular')
     for context in ([4, 0], [-1, 0], [6, 2]):
@@ -302,7 +287,6 @@ def test_reset_begins_one_stream_or_all_anew():
         assert session.current_frame.tolist() == [0, 0] and session.ended == (False, False)
 
 
-@pytest.mark.unit
 def test_wrong_use_is_refused():
     model = model_of('regular')
     session = StreamingSession(model, 2, [4, 0])
@@ -330,7 +314,6 @@ def test_wrong_use_is_refused():
         session.reset([2])
 
 
-@pytest.mark.unit
 def test_wrong_settings_are_refused():
     model = model_of('regular')
     with pytest.raises(ValueError, match='batch_size is 0'):
@@ -353,7 +336,6 @@ def test_wrong_settings_are_refused():
         StreamingOutput.concatenate([])
 
 
-@pytest.mark.unit
 def test_sessions_of_a_model_run_in_several_threads_at_once():
     model, contexts = model_of('regular'), ([4, 0], [-1, 0], [6, 2], [10, 0])
     samples = noise(4, 40000)
@@ -369,7 +351,6 @@ def test_sessions_of_a_model_run_in_several_threads_at_once():
                 assert torch.equal(mine.encoded, expected.encoded)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.15), (torch.float16, 0.02)])
 def test_half_precision_streams(dtype, tolerance):
     model = tiny_model(THREE_LAYERS).to(dtype).eval()
@@ -382,7 +363,6 @@ def test_half_precision_streams(dtype, tolerance):
         assert difference.abs().mean() < tolerance
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('weights, near', [('bfloat16', 0.03), ('int8', 0.1)])
 def test_smaller_weights_give_nearly_the_same(weights, near):
     model, samples = model_of('regular'), noise(2, 20000)
@@ -396,7 +376,6 @@ def test_smaller_weights_give_nearly_the_same(weights, near):
         StreamingSession(model, 2, [4, 0], weights=weights, fast='off')
 
 
-@pytest.mark.unit
 def test_what_the_batched_way_does_not_know_takes_the_other_and_says_why():
     model = tiny_model(THREE_LAYERS).eval()
     assert StreamingSession(model).why_not_fast is None
@@ -415,7 +394,6 @@ def test_what_the_batched_way_does_not_know_takes_the_other_and_says_why():
         StreamingSession(model, fast='off').load_state_dict(StreamingSession(model).state_dict())
 
 
-@pytest.mark.unit
 @pytest.mark.run_only_on('GPU')
 def test_a_gpu_streams():
     model = tiny_model(THREE_LAYERS).eval().cuda()

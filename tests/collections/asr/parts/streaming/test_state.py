@@ -31,7 +31,6 @@ def state():
     return StreamState([False], tails, encoder, [None], [targets], [surprised])
 
 
-@pytest.mark.unit
 def test_it_is_the_same_after_being_saved_without_pickled_code():
     before, file = state(), io.BytesIO()
     torch.save(before.to_dict(), file)
@@ -46,7 +45,6 @@ def test_it_is_the_same_after_being_saved_without_pickled_code():
     assert before.to_dict()['version'] == VERSION
 
 
-@pytest.mark.unit
 def test_a_copy_shares_no_tensor():
     before = state()
     copy = before.to_dict()
@@ -57,12 +55,10 @@ def test_a_copy_shares_no_tensor():
     assert copy['encoder']['layers'][0]['attention'].any()
 
 
-@pytest.mark.unit
 def test_its_size_is_that_of_its_tensors():
     assert state().bytes() == 4 * (400 + 80 * 9 + 4 * 16 + 16 * 2 + 80 + 32) + 8 * (80 + 80)
 
 
-@pytest.mark.unit
 def test_what_waits_and_what_is_new_are_joined():
     assert joined(None, None) is None
     assert joined(torch.tensor([1]), None).tolist() == joined(None, torch.tensor([1])).tolist() == [1]
@@ -89,7 +85,6 @@ def written_by_version_1(state, decoder_offset):
     return state
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('apply_mask', [False, True])
 def test_states_of_earlier_versions_go_on(apply_mask):
     model = tiny_model('model.masking.mask_prob=0.03').eval()

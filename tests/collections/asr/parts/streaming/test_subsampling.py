@@ -72,7 +72,6 @@ def in_any_phases(incremental, caches, features, lengths, sizes, pauses):
     return [torch.cat(parts) for parts in outputs]
 
 
-@pytest.mark.unit
 @settings(max_examples=60)
 @given(
     KINDS,
@@ -95,7 +94,6 @@ def test_frames_of_streams_in_any_phases_equal_the_whole(kind, factor, lengths, 
             assert_near(found[row][:count], whole[row, :count])
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('channels', [CHANNELS, 64, 256])  # summed, convolved, packed
 @pytest.mark.parametrize('batch', [1, 3, 40])
 def test_few_and_many_streams_of_any_width_equal_the_whole(channels, batch):
@@ -110,7 +108,6 @@ def test_few_and_many_streams_of_any_width_equal_the_whole(channels, batch):
             assert_near(found[:, 0], whole[:, frame])
 
 
-@pytest.mark.unit
 def test_rows_in_any_order_are_those_of_their_streams():
     incremental, features = IncrementalSubsampling(subsampling_of()), features_of([16] * 20)
     together, apart = incremental.new_caches(20), incremental.new_caches(20)
@@ -124,7 +121,6 @@ def test_rows_in_any_order_are_those_of_their_streams():
         assert_near(mine, theirs)
 
 
-@pytest.mark.unit
 def test_a_stream_that_is_left_out_keeps_its_caches():
     incremental, features = IncrementalSubsampling(subsampling_of()), features_of([8] * 3)
     caches = incremental.new_caches(3)
@@ -137,7 +133,6 @@ def test_a_stream_that_is_left_out_keeps_its_caches():
         assert not torch.equal(cache[1], earlier[1])
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 @pytest.mark.parametrize('kind', ['dw_striding', 'striding'])
 def test_half_precision_is_as_near_to_the_whole_as_its_digits_allow(kind, dtype, tolerance):
@@ -157,7 +152,6 @@ def test_half_precision_is_as_near_to_the_whole_as_its_digits_allow(kind, dtype,
     torch.testing.assert_close(found.float(), whole, atol=tolerance * whole.abs().max().item(), rtol=0)
 
 
-@pytest.mark.unit
 def test_other_activations_are_theirs():
     subsampling, features = subsampling_of(activation=torch.nn.SiLU(), channels=256), features_of([9])
     incremental = IncrementalSubsampling(subsampling)
@@ -168,7 +162,6 @@ def test_other_activations_are_theirs():
         assert_near(incremental.step(caches, padded[:, 8:16]), whole[:, 1:])
 
 
-@pytest.mark.unit
 def test_without_packed_products_the_frames_are_the_same(monkeypatch):
     subsampling, features = subsampling_of(channels=256), features_of([8] * 4)
     packed = IncrementalSubsampling(subsampling)
@@ -178,7 +171,6 @@ def test_without_packed_products_the_frames_are_the_same(monkeypatch):
         assert_near(*(each.step(each.new_caches(4), features) for each in (packed, plain)))
 
 
-@pytest.mark.unit
 def test_all_happens_on_the_device_and_the_host_waits_for_nothing():
     # a tensor of the meta device has no values to wait for, and mixes with no other device's
     incremental = IncrementalSubsampling(subsampling_of().to('meta'))

@@ -92,7 +92,6 @@ def check(case, lengths, sizes):
     return output
 
 
-@pytest.mark.unit
 @settings(max_examples=25)
 @given(st.data())
 def test_any_pieces_of_ragged_streams_equal_the_definition(data):
@@ -105,14 +104,12 @@ def test_any_pieces_of_ragged_streams_equal_the_definition(data):
     check(case, lengths, sizes)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('case', CASES)
 def test_chunks_of_one_frame_equal_the_definition(case):
     output = check(case, [30007, 16 * 1280], [1280])
     assert output.surprise[0].std() > 1e-3  # else agreement would say little
 
 
-@pytest.mark.unit
 def test_the_shapes_are_those_of_horizons_and_codebooks():
     assert check('causal', [9000], [9000]).next_tokens.shape == (1, 8, 2, 1)
     assert check('one codebook without its dimension', [9000], [9000]).next_tokens.shape == (1, 8, 2)
@@ -122,7 +119,6 @@ def test_the_shapes_are_those_of_horizons_and_codebooks():
     assert nothing.surprise_lengths.tolist() == nothing.surprise_start.tolist() == [0, 0]
 
 
-@pytest.mark.unit
 def test_a_token_is_known_seven_features_after_its_prediction():
     session = StreamingSession(model_of('causal'), 1, [4, 0], return_surprise=True)
     hop, known = session.frame_samples // 8, []
@@ -149,7 +145,6 @@ def literal(offset):
     return LiveSurprise(model, None), log_probs
 
 
-@pytest.mark.unit
 def test_what_comes_first_waits_for_the_other():
     live, log_probs = literal(offset=2)
     state, rare, likely = live.new_stream(), *(-log_probs)
@@ -166,14 +161,12 @@ def test_what_comes_first_waits_for_the_other():
     assert (len(state.tokens), len(state.log_probs)) == (0, 0)
 
 
-@pytest.mark.unit
 def test_frames_that_are_none_have_no_likeliest_token():
     live, _ = literal(offset=0)
     tokens, log_probs = live.predict(torch.zeros(1, 3, 4), torch.tensor([[True, True, False, False]]))
     assert tokens.tolist() == [[[1], [1], [0], [0]]] and log_probs.shape == (1, 4, 2)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('case', ['causal', 'chunked, layers hear less', 'post conv, running statistics, look-ahead'])
 def test_a_saved_state_goes_on_in_another_session(case, tmp_path):
     model, samples = model_of(case), noise(2, 20000)
@@ -196,7 +189,6 @@ def test_a_saved_state_goes_on_in_another_session(case, tmp_path):
     assert torch.equal(joined.surprise_lengths, sum(part.surprise_lengths for part in parts))
 
 
-@pytest.mark.unit
 def test_a_stream_begins_anew_while_another_goes_on():
     model, samples = model_of('look-ahead'), noise(1, 20000)
     alone = StreamingSession(model, 1, [6, 2], return_surprise=True).step(samples)
@@ -210,7 +202,6 @@ def test_a_stream_begins_anew_while_another_goes_on():
     torch.testing.assert_close(output.surprise[1, :count], alone.surprise[0], atol=1e-4, rtol=0)
 
 
-@pytest.mark.unit
 def test_what_waits_is_bounded():
     def bytes_after(seconds):
         session = StreamingSession(model_of('chunked'), 1, [8, 3], return_surprise=True)
@@ -221,7 +212,6 @@ def test_what_waits_is_bounded():
     assert bytes_after(4) == bytes_after(12)
 
 
-@pytest.mark.unit
 def test_a_model_of_both_objectives_is_masked_and_asked_at_once():
     model, samples = model_of('both'), noise(1, 48000)
     session = StreamingSession(model, 1, [10, 0], apply_mask=True, return_surprise=True)
@@ -240,7 +230,6 @@ def test_a_model_of_both_objectives_is_masked_and_asked_at_once():
     torch.testing.assert_close(output.surprise[0], expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.unit
 def test_what_cannot_be_asked_is_refused_with_the_reason():
     plain = tiny_model().eval()
     for model, reason in [
@@ -255,7 +244,6 @@ def test_what_cannot_be_asked_is_refused_with_the_reason():
         StreamingSession(model_of('causal'), apply_mask=True)
 
 
-@pytest.mark.unit
 def test_a_state_of_a_session_that_did_not_ask_is_refused():
     model = model_of('causal')
     without, asking = StreamingSession(model), StreamingSession(model, return_surprise=True)
@@ -271,7 +259,6 @@ def test_a_state_of_a_session_that_did_not_ask_is_refused():
     without.load_state_dict(old)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_a_model_in_half_precision_is_watched_too(dtype):
     model = tiny_model('+model.objective=both').to(dtype).eval()

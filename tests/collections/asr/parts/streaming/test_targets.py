@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from types import SimpleNamespace
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +26,6 @@ def made_of(targets, frames, sizes=()):
     return (torch.cat(made) if made else None), stream
 
 
-@pytest.mark.unit
 def test_a_token_is_standardised_by_all_frames_up_to_its_last():
     tokens, stream = made_of(live_targets(), torch.tensor([[0.0, 2.0, 4.0, 4.0, 9.0]]))
     # of 0 and 2 the mean is 1 and the variance 2; of 0, 2, 4 and 4 they are 2.5 and 11 / 3; 9 waits
@@ -37,25 +35,21 @@ def test_a_token_is_standardised_by_all_frames_up_to_its_last():
     assert (stream.total.item(), stream.squares.item()) == (19.0, 117.0)
 
 
-@pytest.mark.unit
 def test_without_normalisation_the_frames_go_as_they_are():
     tokens, _ = made_of(live_targets(target_normalize=None), torch.tensor([[0.0, 2.0, 4.0, 4.0]]), sizes=[1])
     assert tokens.tolist() == [[0.0, 2.0], [4.0, 4.0]]
 
 
-@pytest.mark.unit
 def test_too_few_frames_make_no_token():
     targets = live_targets(combined=8)
     assert made_of(targets, torch.zeros(1, 7))[0] is None
     assert made_of(targets, torch.zeros(1, 0))[0] is None
 
 
-@pytest.mark.unit
 def test_a_first_frame_alone_is_its_own_mean():
     assert made_of(live_targets(combined=1), torch.tensor([[7.0]]))[0].tolist() == [[0.0]]
 
 
-@pytest.mark.unit
 @given(st.lists(st.integers(0, 30), max_size=6), st.sampled_from([1, 2, 8]))
 def test_tokens_do_not_depend_on_the_cutting(sizes, combined):
     frames = torch.randn(1, sum(sizes) + 20, generator=torch.Generator().manual_seed(len(sizes))) * 5 - 12

@@ -51,7 +51,6 @@ def transcribe(transcriber, sizes, samples=None):
     return seen
 
 
-@pytest.mark.unit
 @settings(max_examples=12)
 @given(st.sampled_from(KINDS), st.lists(st.integers(300, 20000), min_size=1, max_size=4))
 def test_any_pieces_of_ragged_streams_give_the_text_of_the_whole(kind, sizes):
@@ -63,7 +62,6 @@ def test_any_pieces_of_ragged_streams_give_the_text_of_the_whole(kind, sizes):
         assert said == ' '.join(expected.text.split())
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('kind', KINDS)
 def test_what_is_said_stays_said_and_words_have_their_times(kind):
     seen = transcribe(StreamingTranscriber(model_of(kind), 3, CONTEXT), [1280])
@@ -78,7 +76,6 @@ def test_what_is_said_stays_said_and_words_have_their_times(kind):
         )
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('kind', ['rnnt', 'hybrid'])
 def test_tokens_have_the_frames_of_the_whole(kind):
     transcriber = StreamingTranscriber(model_of(kind), 3, CONTEXT)
@@ -88,7 +85,6 @@ def test_tokens_have_the_frames_of_the_whole(kind):
         assert [token.frame for token in tokens] == [int(frame) for frame in timestamp]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_saved_state_goes_on_and_a_stream_begins_anew(kind):
     model, samples = model_of(kind), noise(2, 40000)
@@ -108,7 +104,6 @@ def test_a_saved_state_goes_on_and_a_stream_begins_anew(kind):
     assert mine[3].text == fresh.finish()[0].text
 
 
-@pytest.mark.unit
 def test_a_hybrid_model_decodes_as_it_is_told():
     model = tiny_recogniser('hybrid')
     model.cur_decoder = 'ctc'
@@ -120,7 +115,6 @@ def test_a_hybrid_model_decodes_as_it_is_told():
     assert [transcript.text for transcript in transcripts] == [each.text for each in expected]
 
 
-@pytest.mark.unit
 def test_what_has_no_text_is_refused():
     with pytest.raises(ValueError, match='text needs a CTC, RNNT or hybrid model'):
         StreamingSession(tiny_model().eval(), return_text=True)

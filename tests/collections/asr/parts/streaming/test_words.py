@@ -25,7 +25,6 @@ def pieces(tmp_path_factory):
     return CTCBPEDecoding(OmegaConf.structured(CTCBPEDecodingConfig()), tokenizer), tokenizer
 
 
-@pytest.mark.unit
 def test_pieces_that_begin_with_a_mark_begin_words(pieces):
     decoding, tokenizer = pieces
     spelling = Spelling(decoding, 0.08)
@@ -38,7 +37,6 @@ def test_pieces_that_begin_with_a_mark_begin_words(pieces):
         assert words[0].start == 0 and words[-1].end == pytest.approx(0.08 * (3 * len(ids) - 2))
 
 
-@pytest.mark.unit
 def test_spaces_separate_the_words_of_characters():
     labels = [' ', 'a', 'b']
     spelling = Spelling(CTCDecoding(OmegaConf.create({'strategy': 'greedy'}), labels), 0.08)

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import pytest
 import torch
 
 from nemo.collections.asr.parts.att_context import AttContext, LayerAttentionMasks
@@ -7,7 +6,6 @@ from nemo.collections.asr.parts.submodules.conformer_modules import ConformerLay
 
 
 class TestConformerLayer:
-    @pytest.mark.unit
     def test_it_picks_the_mask_of_its_own_context(self):
         torch.manual_seed(0)
         layer = ConformerLayer(

@@ -63,7 +63,6 @@ def attentions(draw):
 
 
 class TestBlocks:
-    @pytest.mark.unit
     @settings(max_examples=60)
     @given(case=attentions(), kind=st.sampled_from(KINDS), heads=st.sampled_from([1, 2]))
     @example(case=([600, 1, 599], 'regular', (40, 0)), kind=('rel_pos', False), heads=2)
@@ -85,7 +84,6 @@ class TestBlocks:
         for expected, gradient in zip(dense[1:], blocks[1:]):
             assert (expected - gradient).abs().max() <= 1e-5 * max(1, largest)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('model, sdpa', KINDS)
     @pytest.mark.parametrize('style, context', [('regular', (5, 2)), ('chunked_limited', (6, 2))])
     def test_each_gradient_in_double_precision(self, model, sdpa, style, context):
@@ -100,7 +98,6 @@ class TestBlocks:
         ):
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('model, sdpa', KINDS)
     @pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
     def test_half_precision(self, model, sdpa, dtype, tolerance):
@@ -112,7 +109,6 @@ class TestBlocks:
         assert found[0].dtype == dtype and all(torch.isfinite(tensor).all() for tensor in found)
         assert (found[0].float() - expected).abs().max() < tolerance * expected.abs().max()
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('model, sdpa', KINDS)
     @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
     def test_autocast_gives_the_dtype_that_nemo_gives(self, model, sdpa, dtype):
@@ -123,7 +119,6 @@ class TestBlocks:
         assert dense.dtype == blocks.dtype == dtype
         assert (dense - blocks).abs().max() < 4e-2 * dense.abs().max()
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('model, sdpa', KINDS)
     def test_dropout_scales_what_it_leaves(self, model, sdpa):
         """The mean over many draws is the output without dropout; a single draw is not."""
@@ -137,7 +132,6 @@ class TestBlocks:
         assert (drawn[0] - expected).abs().max() > 0.01
         assert ((drawn.mean(dim=0) - expected).abs() < 6 * error + 1e-5).all()
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('model, sdpa', KINDS)
     def test_many_blocks_keep_less_and_drop_the_same_again(self, model, sdpa, monkeypatch):
         attention, frames = make_attention(model, sdpa, dropout_rate=0.3).train(), 400
@@ -157,7 +151,6 @@ class TestBlocks:
         for expected, found in zip(at_once, again):
             torch.testing.assert_close(found, expected)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('model, sdpa', KINDS)
     def test_no_tensor_grows_with_the_square_of_the_audio(self, model, sdpa):
         attention = make_attention(model, sdpa)
@@ -169,7 +162,6 @@ class TestBlocks:
             largest.append(mode.elements)
         assert largest[1] < 2.1 * largest[0] and largest[1] < 1000 * 1000 / 5
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('model, sdpa', KINDS)
     def test_it_compiles_into_one_graph(self, model, sdpa):
         attention, values = make_attention(model, sdpa).eval(), torch.randn(2, 60, 8)
@@ -181,7 +173,6 @@ class TestBlocks:
 
 
 class TestAttContextSize:
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'attention', [mha.MultiHeadAttention(**SIZES), mha.RelPositionMultiHeadAttention(**SIZES, **BIASES)]
     )
@@ -195,7 +186,6 @@ class TestAttContextSize:
         attention.att_context_size = None
         assert attention.att_context_size is None
 
-    @pytest.mark.unit
     def test_longformer_keeps_the_context_it_was_built_for(self):
         attention = mha.RelPositionMultiHeadAttentionLongformer(**SIZES, **BIASES, att_context_size=[4, 4])
         assert attention.att_context_size == [4, 4] and attention.att_context is None
@@ -204,7 +194,6 @@ class TestAttContextSize:
 
 
 class TestClasses:
-    @pytest.mark.unit
     def test_subclasses_of_nemo_are_subclasses_of_the_patched_classes(self):
         assert issubclass(mha.RelPositionMultiHeadAttentionLongformer, mha.RelPositionMultiHeadAttention)
         for cls in (mha.RelPositionMultiHeadAttention, adapters.MultiHeadAttentionAdapter):

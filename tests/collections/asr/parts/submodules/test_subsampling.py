@@ -32,7 +32,6 @@ def run(module, features, lengths):
     return frames.detach(), lengths, features.grad, *(p.grad for p in module.parameters())
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('causal', [True, False])
 @pytest.mark.parametrize('kind', ['dw_striding', 'striding'])
 @pytest.mark.parametrize('frames', [1, 7, 40, 65])
@@ -45,7 +44,6 @@ def test_frames_lengths_and_gradients_are_nemos(kind, causal, frames):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.unit
 def test_what_padding_holds_is_seen_by_no_frame():
     module, _ = build_pair()
     features, lengths = torch.randn(2, 80, 12), torch.tensor([80, 41])
@@ -55,7 +53,6 @@ def test_what_padding_holds_is_seen_by_no_frame():
         assert torch.equal(before, after)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('activation', [torch.nn.Softplus(), torch.nn.Sigmoid()], ids=lambda a: type(a).__name__)
 def test_an_activation_that_makes_something_of_zero_is_left_to_nemo(activation):
     pair = build_pair(activation=activation)
@@ -64,7 +61,6 @@ def test_an_activation_that_makes_something_of_zero_is_left_to_nemo(activation):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
 def test_dtype_is_kept(dtype):
     module, _ = build_pair()
@@ -72,7 +68,6 @@ def test_dtype_is_kept(dtype):
     assert frames.dtype == dtype
 
 
-@pytest.mark.unit
 def test_autocast_keeps_its_dtype():
     module, reference = build_pair()
     features, lengths = torch.randn(2, 40, 12), torch.tensor([40, 17])
@@ -82,7 +77,6 @@ def test_autocast_keeps_its_dtype():
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.unit
 def test_the_split_of_a_large_batch_takes_the_same_way():
     module, reference = build_pair(chunking=2)
     features, lengths = torch.randn(4, 40, 12), torch.tensor([40, 17, 33, 8])
@@ -90,7 +84,6 @@ def test_the_split_of_a_large_batch_takes_the_same_way():
     assert type(module.conv) is MaskedConvSequential
 
 
-@pytest.mark.unit
 def test_each_large_tensor_is_masked_once():
     """NeMo masks before each of the eight layers and at the end."""
     module, reference = build_pair()

@@ -41,7 +41,6 @@ def anchor(heading):
     return re.sub(r'[^\w\- ]', '', heading.lower()).strip().replace(' ', '-')
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('section', TAKERS)
 def test_the_defaults_are_those_of_who_takes_them(section):
     defaults, checked = defaults_of(TAKERS[section]), 0
@@ -55,7 +54,6 @@ def test_the_defaults_are_those_of_who_takes_them(section):
     assert checked
 
 
-@pytest.mark.unit
 def test_no_key_of_the_project_is_left_out():
     own = {'audit_every_n_batches', 'log_figures', 'objective', 'target_normalize', 'validate_contexts'}
     assert own | {'next_token', 'validation_masks'} <= set(keys_below('model'))
@@ -66,7 +64,6 @@ def test_no_key_of_the_project_is_left_out():
     assert set(defaults_of(AttContextCurriculum)) == set(keys_below('curriculum'))
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('key', CONFIG_KEYS, ids=lambda key: key.name)
 def test_the_page_is_there_and_explains_the_key(key):
     page, _, heading = key.page.partition('#')
@@ -77,7 +74,6 @@ def test_the_page_is_there_and_explains_the_key(key):
     assert key.name.rpartition('.')[2] in text
 
 
-@pytest.mark.unit
 def test_the_reference_page_is_written_from_the_table():
     page = load_script(ROOT / 'docs/configuration_page.py')
     text = page.PAGE.read_text(encoding='utf-8')
@@ -85,7 +81,6 @@ def test_the_reference_page_is_written_from_the_table():
     assert len(re.findall(r'^\| `', text, flags=re.MULTILINE)) == len(CONFIG_KEYS)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ('text', 'page'),
     [

@@ -23,14 +23,12 @@ def steps(wait, clock, number, step, waited):
     return shares
 
 
-@pytest.mark.unit
 def test_the_share_is_that_of_the_time_from_step_to_step():
     clock = Clock()
     shares = steps(DataWait(clock), clock, 4, step=3.0, waited=1.0)
     assert shares[0] is None and shares[1:] == pytest.approx([0.25] * 3)
 
 
-@pytest.mark.unit
 def test_validation_is_no_wait():
     clock = Clock()
     wait = DataWait(clock)
@@ -44,7 +42,6 @@ def test_validation_is_no_wait():
     assert wait.step_starts() == pytest.approx(0.25)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('waited, told', [(0.5, False), (1.0, True)])
 def test_much_waiting_is_told_once(warnings, waited, told):
     clock = Clock()

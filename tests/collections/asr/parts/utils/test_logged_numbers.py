@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-import pytest
 import torch
 
 from nemo.collections.asr.parts.utils.logged_numbers import numbers_on_the_host
 
 
-@pytest.mark.unit
 def test_numbers_become_tensors_of_the_host_and_tensors_stay_as_they_are():
     loss = torch.zeros((), device='meta')
     found = numbers_on_the_host({'step': 3, 'rate': 0.5, 'loss': loss})
@@ -16,7 +14,6 @@ def test_numbers_become_tensors_of_the_host_and_tensors_stay_as_they_are():
     assert all(found[name].device.type == 'cpu' and found[name].dtype == torch.float32 for name in ('step', 'rate'))
 
 
-@pytest.mark.unit
 def test_a_number_keeps_its_precision_where_the_default_is_half():
     before = torch.get_default_dtype()
     try:

@@ -38,7 +38,6 @@ def kept(manifest):
     return list((manifest.parent / 'temporary').rglob('*.npy'))
 
 
-@pytest.mark.unit
 def test_a_second_process_finds_what_the_first_one_found(manifest, monkeypatch):
     reads = reading(monkeypatch)
     first, second = ManifestIndex(str(manifest)), ManifestIndex(str(manifest))
@@ -58,7 +57,6 @@ def _index(path, start, results):
     results.put((os.getpid(), len(ManifestIndex(path))))
 
 
-@pytest.mark.unit
 def test_ranks_that_start_at_once_leave_one_file(manifest):
     context = multiprocessing.get_context('fork')
     start, results = context.Event(), context.Queue()
@@ -72,7 +70,6 @@ def test_ranks_that_start_at_once_leave_one_file(manifest):
     assert len(kept(manifest)) == 1
 
 
-@pytest.mark.unit
 def test_a_changed_manifest_is_read_anew_and_takes_the_place_of_the_old(manifest, monkeypatch):
     ManifestIndex(str(manifest))
     (old,) = kept(manifest)
@@ -83,7 +80,6 @@ def test_a_changed_manifest_is_read_anew_and_takes_the_place_of_the_old(manifest
     assert new != old
 
 
-@pytest.mark.unit
 def test_a_mistake_is_found_and_nothing_is_left(manifest):
     manifest.write_text(manifest.read_text() + 'no json\n')
     with pytest.raises(ValueError, match='line 302 is no JSON'):
@@ -91,7 +87,6 @@ def test_a_mistake_is_found_and_nothing_is_left(manifest):
     assert not kept(manifest)
 
 
-@pytest.mark.unit
 def test_where_nothing_can_be_left_each_process_reads_for_itself(manifest, monkeypatch, warnings):
     monkeypatch.setattr(manifest_index.tempfile, 'gettempdir', lambda: str(manifest))  # a file
     assert len(ManifestIndex(str(manifest))) == 300

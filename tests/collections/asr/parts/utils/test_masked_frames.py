@@ -7,7 +7,6 @@ import torch
 from nemo.collections.asr.parts.utils.masked_frames import select_counted
 
 
-@pytest.mark.unit
 def test_the_frames_that_count_with_their_targets_and_utterances():
     frames, targets = torch.arange(12.0).view(2, 3, 2), torch.arange(6).view(2, 3)
     counted = torch.tensor([[False, True, False], [True, False, True]])
@@ -16,7 +15,6 @@ def test_the_frames_that_count_with_their_targets_and_utterances():
     assert aims.tolist() == [1, 3, 5] and utterances.tolist() == [0, 1, 1]
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('books', [(), (2,)])
 def test_where_none_counts_there_is_one_with_no_target(books):
     counted = torch.zeros(2, 3, dtype=torch.bool)

@@ -35,7 +35,6 @@ def gradients(loss, decoders, encoded):
     return torch.autograd.grad(loss, [encoded, *decoders.parameters()])
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('books', [1, 2])
 @pytest.mark.parametrize('offset', [0, 2, 7, 20])
 def test_loss_and_gradients_are_those_of_all_log_probabilities(books, offset):
@@ -56,7 +55,6 @@ def test_loss_and_gradients_are_those_of_all_log_probabilities(books, offset):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
 
 
-@pytest.mark.unit
 def test_each_horizon_is_named_and_its_frames_are_counted():
     decoders, loss, encoded, tokens = parts(books=1)
     selected = select_next_token_frames(loss, encoded, tokens, 0, LENGTHS, TOKEN_LENGTHS)
@@ -67,7 +65,6 @@ def test_each_horizon_is_named_and_its_frames_are_counted():
     torch.testing.assert_close(found.logs()['next_1'], found.totals[1].detach() / 10)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('books', [1, 2])
 def test_predictions_of_a_horizon_are_of_the_frames_that_count_in_it(books):
     decoders, loss, encoded, tokens = parts(books)
@@ -80,7 +77,6 @@ def test_predictions_of_a_horizon_are_of_the_frames_that_count_in_it(books):
         torch.testing.assert_close(targets[frame], tokens[0, frame + 1 + horizon])
 
 
-@pytest.mark.unit
 def test_where_no_frame_counts_the_loss_is_zero_and_there_are_no_predictions():
     decoders, loss, encoded, tokens = parts(books=1)
     selected = select_next_token_frames(loss, encoded, tokens, 8, LENGTHS, TOKEN_LENGTHS)
@@ -88,7 +84,6 @@ def test_where_no_frame_counts_the_loss_is_zero_and_there_are_no_predictions():
     assert [len(targets) for _, targets, _ in predictions_of_horizons(decoders, selected)] == [0, 0, 0]
 
 
-@pytest.mark.unit
 def test_no_log_probabilities_are_kept_for_the_backward_pass():
     decoders, loss, encoded, tokens = parts(books=1)
     selected = select_next_token_frames(loss, encoded, tokens, 0, LENGTHS, TOKEN_LENGTHS)

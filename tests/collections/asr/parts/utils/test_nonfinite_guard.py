@@ -38,14 +38,12 @@ def is_finite(model):
     return all(torch.isfinite(tensor).all() for tensor in model.state_dict().values() if tensor.is_floating_point())
 
 
-@pytest.mark.unit
 def test_sound_samples():
     assert samples_are_sound(torch.tensor([[0.0, -1.0, 32768.0]])) and samples_are_sound(torch.zeros(0))
     for value in UNSOUND:
         assert not samples_are_sound(torch.tensor([[0.0, value]]))
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('value', UNSOUND)
 def test_by_default_the_batch_is_an_error_before_anything_is_computed(value):
     model = tiny_model('model.encoder.conv_norm_type=batch_norm')
@@ -55,7 +53,6 @@ def test_by_default_the_batch_is_an_error_before_anything_is_computed(value):
     assert all(torch.equal(before[name], tensor) for name, tensor in state(model).items())
 
 
-@pytest.mark.unit
 def test_skipping_drops_the_utterance_and_counts_it(warnings):
     model = tiny_model('model.skip_nan_grad=true', 'model.encoder.conv_norm_type=batch_norm')
     run = fit(model, loader(noise_batch(), spoilt(UNSOUND[0]), noise_batch(seed=2)), max_steps=3)
@@ -64,7 +61,6 @@ def test_skipping_drops_the_utterance_and_counts_it(warnings):
     assert any('Dropped utterance 1 of a batch' in message for message in warnings)
 
 
-@pytest.mark.unit
 def test_what_the_data_loader_left_out_is_counted():
     short = noise_batch()
     short.skipped = 2
@@ -75,7 +71,6 @@ def test_what_the_data_loader_left_out_is_counted():
     assert run.logger.column('skipped_utterances') == [2, 2, 4]
 
 
-@pytest.mark.unit
 def test_the_rest_of_the_batch_trains_as_if_alone():
     whole, rest = tiny_model('model.skip_nan_grad=true'), tiny_model()
     batch = spoilt(UNSOUND[0], utterance=2)
@@ -94,7 +89,6 @@ def test_the_rest_of_the_batch_trains_as_if_alone():
     assert all(torch.equal(first, second) for first, second in zip(state(whole).values(), state(rest).values()))
 
 
-@pytest.mark.unit
 def test_a_batch_without_a_sound_utterance_is_an_error():
     batch = spoilt(UNSOUND[0], seconds=(1.0,), utterance=0)
     with pytest.raises(ValueError, match='no utterance of a batch is sound'):
@@ -108,7 +102,6 @@ def with_nan_gradients_at(model, step, value=float('nan')):
     return model
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 def test_a_step_without_finite_gradients_is_skipped_whole(warnings, value):
     """No weight, no moment, no decay: the next step is that of a run that never met the batch."""
@@ -123,7 +116,6 @@ def test_a_step_without_finite_gradients_is_skipped_whole(warnings, value):
     assert any('the gradients of step 1 are not all finite' in message for message in warnings)
 
 
-@pytest.mark.unit
 def test_by_default_such_gradients_are_an_error_and_touch_no_weight():
     model = with_nan_gradients_at(tiny_model(), 1)
     seen = []
@@ -133,7 +125,6 @@ def test_by_default_such_gradients_are_an_error_and_touch_no_weight():
     assert all(torch.equal(seen[0][name], tensor) for name, tensor in state(model).items())
 
 
-@pytest.mark.unit
 def test_a_run_that_skips_for_ever_ends(monkeypatch):
     monkeypatch.setattr(nonfinite_guard, 'MAX_SKIPPED_IN_A_ROW', 3)
     model = tiny_model('model.skip_nan_grad=true')
@@ -142,7 +133,6 @@ def test_a_run_that_skips_for_ever_ends(monkeypatch):
         fit(model, batches(5), max_steps=5)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('shape', [(0, 16000), (2, 0)])
 def test_an_empty_batch_is_named(shape):
     lengths = torch.full(shape[:1], shape[1])
@@ -151,7 +141,6 @@ def test_an_empty_batch_is_named(shape):
         fit(model, loader((torch.zeros(shape), lengths)), max_steps=1)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize('position', ['pre_conv', 'post_conv'])
 def test_silence_and_one_frame_utterances_train(position):
     post = ['model.quantizer.combine_time_steps=1', 'model.loss.decoder_offset=0'] * (position == 'post_conv')
@@ -165,7 +154,6 @@ def test_silence_and_one_frame_utterances_train(position):
     assert all(loss >= 0 for loss in run.logger.column('train_loss'))  # False for NaN
 
 
-@pytest.mark.unit
 def test_what_a_batch_carries_stays(monkeypatch):
     batch = SyncedBatch((torch.zeros(3, 8), torch.tensor([8, 8, 8])))
     batch[0][1, 2], batch.att_context = float('nan'), [4, 0]

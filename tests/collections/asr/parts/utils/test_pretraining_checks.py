@@ -58,23 +58,19 @@ def assert_error(cfg, *words):
 
 
 class TestShippedConfigs:
-    @pytest.mark.unit
     def test_there_are_some(self):
         assert {'nest_fast-conformer_streaming', 'nest_fast-conformer_streaming_tiny'} <= set(CONFIG_NAMES)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('name', CONFIG_NAMES)
     def test_pass(self, composed, name):
         check_pretraining_config(composed[name])
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('name', CONFIG_NAMES)
     def test_ask_for_the_manifests(self, name):
         with initialize_config_dir(str(CONFIGS.resolve()), version_base=None):
             asked = ['model.train_ds.manifest_filepath', 'model.validation_ds.manifest_filepath']
             assert_error(compose(name), *asked['lhotse' in name :])
 
-    @pytest.mark.unit
     def test_lhotse_data_may_be_of_another_kind_but_must_be_there(self, composed):
         cfg = composed['nest_fast-conformer_streaming_lhotse'].copy()
         cfg.model.train_ds.manifest_filepath = None
@@ -82,14 +78,12 @@ class TestShippedConfigs:
         cfg.model.train_ds.input_cfg = [{'type': 'nemo', 'manifest_filepath': 'x.json'}]
         check_pretraining_config(cfg)
 
-    @pytest.mark.unit
     def test_validation_may_be_left_out(self, cfg):
         cfg.model.validation_ds = None
         check_pretraining_config(cfg)
 
 
 class TestMaskPosition:
-    @pytest.mark.unit
     def test_post_conv_needs_both_of_its_settings(self, cfg):
         cfg.model.mask_position = 'post_conv'
         assert_error(cfg, 'model.quantizer.combine_time_steps is 8', 'mask_position post_conv', 'must be 1')
@@ -102,7 +96,6 @@ class TestMaskPosition:
 
 
 class TestKeys:
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'key, hint',
         [
@@ -148,7 +141,6 @@ class TestKeys:
         OmegaConf.update(cfg, key, 1, force_add=True)
         assert_error(cfg, key, hint)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'section', ['train_ds', 'preprocessor', 'masking', 'quantizer', 'encoder', 'decoder', 'loss']
     )
@@ -157,7 +149,6 @@ class TestKeys:
         del cfg.model[section]
         assert_error(cfg, f'model.{section}')
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         ('key', 'value', 'words'),
         [
@@ -175,13 +166,11 @@ class TestKeys:
     def test_no_model(self):
         assert_error(OmegaConf.create({'trainer': {}}), 'no section model')
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('target', ['nemo.collections.asr.modules.ConformerEncodr', 'no.such.Module', 'Encoder'])
     def test_a_target_that_cannot_be_imported(self, cfg, target):
         cfg.model.encoder._target_ = target
         assert_error(cfg, 'model.encoder._target_', target)
 
-    @pytest.mark.unit
     def test_other_keys_of_nemo_and_of_the_user_pass(self, cfg):
         cfg.model.train_ds.update(shuffle_n=2048, bucketing_batch_size=None, tarred_shard_strategy='scatter')
         cfg.model.my_notes = 'mine'
@@ -189,7 +178,6 @@ class TestKeys:
 
 
 class TestContexts:
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'sizes, named',
         [
@@ -208,13 +196,11 @@ class TestContexts:
         cfg.model.encoder.att_context_size = sizes
         assert_error(cfg, 'model.encoder.', *named)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('sizes', [[[80, 0], [-1, 0]], [80, 0], [-1, -1], None])
     def test_good_sizes(self, cfg, sizes):
         cfg.model.encoder.att_context_size = sizes
         check_pretraining_config(cfg)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'probabilities', [[0.5, 0.5], [0.5, 0.5, 0.5, 0.5], [1.5, -0.5, 0, 0], [0.2, 0.2, 0.2, 'x'], []]
     )
@@ -222,14 +208,12 @@ class TestContexts:
         cfg.model.encoder.att_context_probs = probabilities
         assert_error(cfg, f'model.encoder.att_context_probs is {probabilities}')
 
-    @pytest.mark.unit
     def test_good_probabilities(self, cfg):
         cfg.model.encoder.att_context_probs = [0.1, 0.2, 0.3, 0.4]
         check_pretraining_config(cfg)
 
 
 class TestManifests:
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'text, words',
         [
@@ -251,14 +235,12 @@ class TestManifests:
         cfg.model.train_ds.manifest_filepath = str(path)
         assert_error(cfg, 'model.train_ds.manifest_filepath', str(path), *words)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('content', [b'\xff\xfe\x00\x01', b'RIFF\x24\x80\x00\x00WAVE'])
     def test_no_text(self, cfg, speech, content):
         (speech / 'binary.json').write_bytes(content)
         cfg.model.train_ds.manifest_filepath = str(speech / 'binary.json')
         assert_error(cfg, 'model.train_ds.manifest_filepath', 'binary.json, line 1 is no JSON')
 
-    @pytest.mark.unit
     @pytest.mark.parametrize(
         'key', ['train_ds.manifest_filepath', 'validation_ds.manifest_filepath', 'train_ds.noise_manifest']
     )
@@ -266,13 +248,11 @@ class TestManifests:
         OmegaConf.update(cfg.model, key, str(speech / 'none.json'))
         assert_error(cfg, f'model.{key}: no file', 'none.json')
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('nothing', [None, '', []])
     def test_none_given(self, cfg, nothing):
         cfg.model.train_ds.manifest_filepath = nothing
         assert_error(cfg, f'model.train_ds.manifest_filepath is {nothing!r}')
 
-    @pytest.mark.unit
     def test_each_of_several(self, cfg, speech):
         good, gone = str(speech / 'train.json'), str(speech / 'none.json')
         for several in (f'{good},{gone}', [good, gone], [[good], [gone]]):
@@ -281,13 +261,11 @@ class TestManifests:
         cfg.model.train_ds.manifest_filepath = [good, good]
         check_pretraining_config(cfg)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('reader', [dict(is_tarred=True), dict(input_cfg='data.yaml'), dict(shar_path='pipe:cat')])
     def test_other_readers_are_left_alone(self, cfg, reader):
         cfg.model.train_ds.update(reader, manifest_filepath='shard__OP_0..9_CL_.json')
         check_pretraining_config(cfg)
 
-    @pytest.mark.unit
     def test_counts_what_is_kept(self, speech):
         path = write(
             speech / 'some.json', [entry('a.wav', 0.5), entry('a.wav', 2), entry('b.wav', 20), entry('b.wav', None)]
@@ -296,12 +274,10 @@ class TestManifests:
         assert check_manifest(path, 'x', min_duration=1.0) == 3
         assert check_manifest(path, 'x', min_duration=1.0, max_duration=16.0) == 2
 
-    @pytest.mark.unit
     def test_noise_is_not_filtered_by_duration(self, cfg, speech):
         cfg.model.train_ds.noise_manifest = write(speech / 'noise.json', [entry('a.wav', 300.0)])
         check_pretraining_config(cfg)
 
-    @pytest.mark.unit
     @pytest.mark.parametrize('key', ['shar_path', 'noise_manifest'])
     def test_shards_are_whole(self, cfg, tmp_path, key):
         cfg.model.train_ds[key] = str(tmp_path)
@@ -311,7 +287,6 @@ class TestManifests:
         (tmp_path / 'recording.000000.tar').touch()
         check_pretraining_config(cfg)
 
-    @pytest.mark.unit
     def test_a_data_store_is_left_to_its_reader(self, cfg):
         cfg.model.train_ds.manifest_filepath = 'ais://speech/train.json'
         check_pretraining_config(cfg)
