@@ -42,6 +42,16 @@ def test_masks_are_answered_by_what_the_attention_sees_and_take_their_normal_sha
         assert audit.masked_share() == pytest.approx(unlimited.masked_share().item(), rel=0.1)
 
 
+def test_masks_that_do_not_follow_the_context_are_the_same_in_every_context():
+    model, batch = tiny_model('+model.masking.follow_context=false'), noise_batch((4.0, 3.0))
+    masks = []
+    for context in ([2, 0], [-1, 0]):
+        torch.manual_seed(0)
+        with model.using_att_context_size(context):
+            masks.append(model(**signals(batch), apply_mask=True)[2])
+    assert torch.equal(*masks) and masks[0].any()
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize('contexts, style', LOOK_AHEADS)
 def test_training_masks_and_learns_within_them(contexts, style):

@@ -62,6 +62,8 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         left_context_size: left attention context in attention frames, -1 = unlimited.
         subsampling_factor: mask frames per attention frame; the model sets the encoder's factor where features are
             masked before its convolutions.
+        follow_context: whether masks follow the attention context. False gives stock's masks: ``causal``,
+            ``left_context_size`` and the encoder's context are ignored.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -84,6 +86,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         causal: bool = False,
         left_context_size: int = -1,
         subsampling_factor: int = 1,
+        follow_context: bool = True,
     ):
         super().__init__(feat_in, mask_prob, block_size, mask_value, freeze, allow_overlap, max_mask_ratio)
         _check('mask_prob', mask_prob, 0 <= mask_prob <= 1, 'a probability')
@@ -91,6 +94,8 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         _check('max_mask_ratio', max_mask_ratio, 0 <= max_mask_ratio <= 1, 'a share from 0 to 1')
         _check('left_context_size', left_context_size, left_context_size >= -1, '-1 (unlimited) or more')
         _check('subsampling_factor', subsampling_factor, subsampling_factor >= 1, '1 or more')
+        _check('follow_context', follow_context, isinstance(follow_context, bool), 'true or false')
+        self.follow_context = follow_context
         self.causal = causal
         self.left_context_size = left_context_size
         self.subsampling_factor = subsampling_factor
@@ -102,6 +107,8 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         It is the tighter of the configured one, which is what setting this attribute sets, and of the attention
         context that the model has told the module to follow.
         """
+        if not self.follow_context:
+            return UNLIMITED
         return tightest(self.configured_left_context_size, self.followed_left_context_size)
 
     @left_context_size.setter
@@ -211,7 +218,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         Raises:
             ValueError: as :meth:`forward` does.
         """
-        causal = self.causal if causal is None else causal
+        causal = (self.causal and self.follow_context) if causal is None else causal
         window = self._window(effective_left_context, effective_window)
         line = self._time_line(lengths, frames, current_frame, window, causal)
         overlap = self.allow_overlap if overlap is None else overlap
@@ -245,7 +252,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
             window: what each attention frame sees.
         """
         settings = self.mask_prob, self.block_size, self.allow_overlap, self.max_mask_ratio
-        chances = BlockChances.of(*settings, self._guards_of(window, self.causal))
+        chances = BlockChances.of(*settings, self._guards_of(window, self.causal and self.follow_context))
         return stream.draw(frames, chances, self.subsampling_factor)
 
     def _time_line(self, lengths, max_time: int, current_frame, window: Window, causal: bool) -> _TimeLine:

@@ -49,6 +49,8 @@ def window_arguments(masking, window: Window | None) -> dict:
         masking: a module for which :func:`follows_context` is true.
         window: what the tightest layer sees in this batch; None if that is not known.
     """
+    if not getattr(masking, 'follow_context', True):
+        return {}
     window = Window(AttContext(UNLIMITED, 0)) if window is None else window
     left = tightest(window.context.left, getattr(masking, 'configured_left_context_size', UNLIMITED))
     follows_less = getattr(masking, 'left_context_size', UNLIMITED) != UNLIMITED  # than there is now

@@ -114,6 +114,8 @@ class AttContextMixin:
         masking = self._masking()
         if not self._encoder_follows_contexts() or not follows_context(masking):
             return
+        if not getattr(masking, 'follow_context', True):
+            return
         by_hand = self.encoder.att_context_by_hand
         for context in self.encoder.att_context_size_all if by_hand is None else [by_hand]:
             with self.encoder.using_att_context_size(context):

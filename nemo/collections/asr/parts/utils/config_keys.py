@@ -131,6 +131,12 @@ CONFIG_KEYS = (
         'contexts#what-is-masked-in-each-context',
     ),
     ConfigKey(
+        'model.masking.follow_context',
+        'true',
+        "Whether masks follow the attention context. `false`: stock's masks; `causal` and `left_context_size` are ignored.",
+        'contexts#what-is-masked-in-each-context',
+    ),
+    ConfigKey(
         'model.masking.subsampling_factor',
         '1',
         'Frames that are masked for one attention frame; the model sets that of its encoder.',

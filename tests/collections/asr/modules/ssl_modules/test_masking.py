@@ -365,6 +365,17 @@ class TestStock:
         assert torch.equal(module.mask_embedding, torch.full((5,), 0.25))
         module.load_state_dict(stock.state_dict())
 
+    def test_without_following_the_context_masks_are_those_of_an_unlimited_one(self):
+        arguments = 1, 0.05, 10, None, True, True, 0.8
+        follows = RandomBlockMasking(*arguments, causal=True, left_context_size=3)
+        ignores = RandomBlockMasking(*arguments, causal=True, left_context_size=3, follow_context=False)
+        masks = []
+        for module in (RandomBlockMasking(*arguments), follows, ignores):
+            torch.manual_seed(0)
+            masks.append(time_mask(module, [300] * 8))
+        assert torch.equal(masks[2], masks[0]) and not torch.equal(masks[1], masks[0])
+        assert ignores.left_context_size == -1
+
     def test_subclass_of_stock_style(self):
         class First(RandomBlockMasking):
             def forward_with_overlap(self, feats, lengths):
@@ -407,6 +418,7 @@ class TestModule:
             (dict(max_mask_ratio=1.1), 'max_mask_ratio is 1.1'),
             (dict(left_context_size=-2), 'left_context_size is -2'),
             (dict(subsampling_factor=0), 'subsampling_factor is 0'),
+            (dict(follow_context='no'), "follow_context is 'no'"),
         ],
     )
     def test_bad_arguments(self, arguments, named):
