@@ -30,6 +30,7 @@ class Run:
     bytes_moved: int
 
     def __call__(self) -> None:
+        """Run the case once."""
         self.call()
 
 

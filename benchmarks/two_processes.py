@@ -84,7 +84,7 @@ def worker(name: str, turns: int) -> None:
         return time.perf_counter() - start
 
     seconds = {'alone': [], 'together': []}
-    for turn in range(turns + 1):
+    for _ in range(turns + 1):
         torch.distributed.barrier()
         if rank == 0:
             seconds['alone'].append(steps(alone))

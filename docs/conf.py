@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The site, which ``make docs`` builds: Sphinx, MyST for what is Markdown or a notebook, and an API reference from the
-docstrings, which are read and not imported: the site's environment has no NeMo."""
+"""Configure the site that ``make docs`` builds.
+
+Sphinx reads Markdown and notebooks with MyST. The API reference comes from the docstrings, which are read and not
+imported: the environment of the site has no NeMo.
+"""
 
 import re
 from pathlib import Path

@@ -18,7 +18,7 @@ def save(content, path: str | Path) -> None:
             try:
                 torch.save(content, writer)
             except RuntimeError as error:
-                raise writer.error or error
+                raise writer.error or error from error
     except OSError as error:
         raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error
 

@@ -55,6 +55,7 @@ class ResumableLoader(DataLoader):
 
     @property
     def position(self) -> int:
+        """The batches of this epoch that were handed out."""
         """The first batch of this start, counted as if the present ranks had begun the epoch."""
         return self._used_before // (self.ranks * self._units_of_a_batch)
 
@@ -166,6 +167,7 @@ class ResumableDataLoader(ResumableLoader):
 
     @property
     def position(self) -> int:
+        """The batches of this epoch that were handed out."""
         left = -(-len(self.dataset) // self.ranks) - self._used_before // self.ranks
         return len(self) - len(BatchSampler(range(left), self.batch_size, self.drop_last))
 

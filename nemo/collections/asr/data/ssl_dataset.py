@@ -162,6 +162,7 @@ class SoundAudioSamples:
         self.load_audio = load_audio
 
     def __call__(self, cuts):
+        """Return the audio, lengths and cuts that can be read and are finite."""
         audios, lengths, read = self._read(cuts)
         if samples_are_sound(audios):
             return audios, lengths, read

@@ -151,7 +151,7 @@ class EncDecMaskedTokenPredModel(ObjectiveMixin, SpeechEncDecSelfSupervisedModel
 
     @property
     def input_types(self):
-        """Returns definitions of module input types"""
+        """Return the definitions of the inputs."""
         return {**super().input_types, "current_frame": NeuralType(optional=True)}
 
     @typecheck()

@@ -41,7 +41,7 @@ class MLMLoss(_up.MLMLoss):
 
     @property
     def input_types(self):
-        """Returns definitions of module input types"""
+        """Return the definitions of the inputs."""
         return _with_masks_of_either_shape(super().input_types)
 
     @typecheck()
@@ -141,7 +141,7 @@ class MultiMLMLoss(_up.MultiMLMLoss):
 
     @property
     def input_types(self):
-        """Returns definitions of module input types"""
+        """Return the definitions of the inputs."""
         return _with_masks_of_either_shape(super().input_types)
 
     @typecheck()

@@ -38,7 +38,7 @@ class NextTokenLoss(Loss):
 
     @property
     def input_types(self):
-        """Returns definitions of module input types"""
+        """Return the definitions of the inputs."""
         lengths = NeuralType(tuple('B'), LengthsType(), optional=True)
         return {
             'decoder_outputs': NeuralType(),
@@ -50,7 +50,7 @@ class NextTokenLoss(Loss):
 
     @property
     def output_types(self):
-        """Returns definitions of module output types"""
+        """Return the definitions of the outputs."""
         return {'loss': NeuralType(elements_type=LossType())}
 
     @typecheck()

@@ -117,7 +117,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
 
     @property
     def input_types(self):
-        """Returns definitions of module input types"""
+        """Return the definitions of the inputs."""
         return {
             **super().input_types,
             "current_frame": NeuralType(tuple('B'), LengthsType(), optional=True),

@@ -74,12 +74,12 @@ class AttentionBlocks:
 
     @property
     def count(self) -> int:
-        """N"""
+        """N, the number of blocks."""
         return -(-self.frames // self.queries)
 
     @property
     def keys(self) -> int:
-        """W, of each block's window"""
+        """W, the frames in each block's window."""
         return self.before + self.queries + self.after
 
     @property

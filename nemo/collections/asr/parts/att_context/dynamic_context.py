@@ -169,6 +169,7 @@ class DynamicContextModel:
         return sorted({*super().__dir__(), *dir(self.model)})
 
     def __call__(self, *args, **kwargs):
+        """Call the wrapped model."""
         return self.model(*args, **kwargs)
 
     def __repr__(self):

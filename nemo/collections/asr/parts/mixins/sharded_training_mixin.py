@@ -49,7 +49,7 @@ class ShardedTrainingMixin:
     def _units_to_shard(self) -> Iterator[nn.Module]:
         """Yield what is gathered at a time: inner modules first, and all that have weights to train."""
         yield from self.encoder.layers
-        for name, module in self.named_children():
+        for module in self.children():
             decoders = module if isinstance(module, nn.ModuleList) else [module]
             if any(weight.requires_grad for weight in module.parameters()):
                 yield from decoders

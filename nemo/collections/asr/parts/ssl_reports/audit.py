@@ -163,8 +163,7 @@ def audit_masks(
 
 
 def _attention_frames(masks: torch.Tensor, lengths: torch.Tensor, factor: int, threshold: float):
-    """Return the masked share of each attention frame [B, A], which frames an utterance has whole, and which of these
-    count as masked."""
+    """Return the masked share of each attention frame [B, A], the complete frames, and the masked ones."""
     share = masked_share_per_frame(masks, factor)
     in_utterance = torch.arange(share.shape[1], device=masks.device) < (lengths // factor).unsqueeze(1)
     return share, in_utterance, (share > threshold) & in_utterance

@@ -139,7 +139,7 @@ def evaluate(
 def _predict_masked(model, batch, contexts, seeds, window, found: dict):
     """Add the scores of each draw to ``found``; returns the record of a forward pass."""
     for seed in seeds:
-        for context, predictions, record in predictions_in_contexts(model, batch, contexts, seed, window):
+        for context, predictions, record in predictions_in_contexts(model, batch, contexts, seed, window):  # noqa: B007
             drawn = found.setdefault((MASKED, context_label(context)), [])
             drawn.append(FrameScores.of(predictions, model.loss))
     return record

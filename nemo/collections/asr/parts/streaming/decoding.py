@@ -8,8 +8,10 @@ import torch
 
 
 def decoder_of(model) -> torch.nn.Module:
-    """Return the decoder that the model's own forward runs: where it predicts nothing but next tokens, the first one's; of
-    a hybrid model the CTC decoder, for a transducer's takes no frame by itself.
+    """Return the decoder that the model's own forward runs.
+
+    A model that predicts next tokens only has several: its first one. A hybrid model has two: the CTC decoder, because
+    a transducer's takes no frame by itself.
 
     Raises:
         ValueError: if the model has no decoder that takes encoder frames alone.

@@ -101,9 +101,7 @@ class PreparedLayer:
         )
 
     def positions(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys of relative positions, [H, K, P], and the scores that all queries share, [H, 1, P], for their
-        embeddings [P, D].
-        """
+        """Return the keys [H, K, P] and the shared scores [H, 1, P] of relative positions from embeddings [P, D]."""
         keys = F.linear(embeddings.to(self.position_weight.dtype), self.position_weight)
         keys = keys.view(-1, self.heads, self.head_width).permute(1, 2, 0).contiguous()
         return keys, torch.bmm(self.bias_v.view(self.heads, 1, self.head_width), keys)

@@ -96,8 +96,9 @@ class PreparedEncoder:
         return found
 
     def positions(self, index: int, future: int, past: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys [H, K, P] of a layer's positions, from ``future`` frames ahead to ``past`` behind, and the scores
-        [H, 1, P] that all queries share.
+        """Return the keys [H, K, P] of a layer's positions and the scores [H, 1, P] that all queries share.
+
+        The positions reach from ``future`` frames ahead to ``past`` frames behind.
 
         Args:
             index: of the layer.

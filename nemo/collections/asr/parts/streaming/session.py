@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Live streaming from raw samples, equal to offline::
+"""Live streaming from raw samples, equal to offline.
+
+::
 
     session = StreamingSession(model, att_context_size=[40, 0], return_log_probs=True)
     for samples in microphone:                          # [1, n], any n

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Words out of live streams::
+"""Words out of live streams.
+
+::
 
     transcriber = StreamingTranscriber(model, att_context_size=[70, 0])
     for samples in microphone:                           # [1, n], any n

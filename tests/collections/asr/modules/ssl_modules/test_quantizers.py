@@ -100,7 +100,6 @@ def test_how_many_scores_are_held_at_a_time_changes_nothing(at_a_time):
 
 def test_no_tensor_is_larger_than_the_scores_at_a_time():
     """The largest tensor made, of NeMo's and of ours, for 4000 frames against 1000 codes of 4 dimensions."""
-
     patched, stock = build_pair(num_classes=1000)
     features = torch.randn(1, 6, 4000)
     with mock.patch.object(quantizers, 'SCORES_AT_A_TIME_ON_CPU', 50_000):

@@ -142,7 +142,7 @@ def test_each_objective_has_its_parts_and_both_answers_the_questions_of_either()
     assert list(found['next_token'].parts) == [*HORIZONS, 'next'] and found['both'].offsets == {'10_0': 0, '40_0': 0}
     assert list(found['both'].parts) == ['masked', *HORIZONS, 'next']
     with pytest.raises(KeyError, match='masked'):
-        found['next_token'].contexts
+        _ = found['next_token'].contexts
     for other in ('masked', 'next_token'):
         for part in found[other].parts:
             for label in ('10_0', '40_0'):
