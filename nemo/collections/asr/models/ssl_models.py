@@ -323,6 +323,7 @@ class EncDecMaskedTokenPredModel(ObjectiveMixin, SpeechEncDecSelfSupervisedModel
             threshold=getattr(loss, 'mask_threshold', MASK_THRESHOLD),
             decoder_offset=getattr(loss, 'decoder_offset', 0),
             next_token_offset=self.next_token_offset(),
+            next_token_chunk=self.next_token_chunk(),
         )
 
     def _own_masking(self, current_frame=None) -> Callable | None:

@@ -12,7 +12,7 @@ from ranks import run_on_two_ranks
 from tiny_nest import HIERARCHY, POST_CONV, batches, fit, noise_batch, signals, tiny_model, trainer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
-from nemo.collections.asr.losses.ssl_losses.next_token import NextTokenLoss
+from nemo.collections.asr.losses.ssl_losses.next_token import NextTokenLoss, next_token_indices
 from nemo.collections.asr.models.ssl_models import EncDecMaskedTokenPredModel
 from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
 from nemo.collections.asr.parts.submodules.conformer_modules import ConformerLayer
@@ -52,6 +52,13 @@ def log_probs_of(model, features) -> torch.Tensor:
     return torch.cat(decoded, dim=1)
 
 
+def let_gradient_through_subsampling(model):
+    """Subsampled frames are the targets of post-conv masking, which detaches them."""
+    model.pre_encoder.forward = lambda x, lengths: model.pre_encoder.pre_encode(x=x, lengths=lengths)
+    model.pre_encoder.get_current_mask = lambda: torch.zeros(1, 1, 1)
+    model.pre_encoder.get_current_feat = lambda: torch.zeros(1, FRAMES, model.encoder.d_model)
+
+
 def first_to_predict(frame: int, offset: int, horizon: int, way: str, post_conv: bool) -> int:
     """The first feature that a frame's horizon is to predict on.
 
@@ -71,11 +78,8 @@ def test_no_gradient_comes_from_what_is_to_be_predicted(way, position):
     with model.encoder.using_att_context_size(model.encoder.draw_att_context_size(1)):
         offset = model.next_token_offset()
         features = torch.randn(1, 80, FRAMES * FACTOR, requires_grad=True)
-        # of the subsampling behind the convolutions no gradient comes: its frames are the targets
         if position:
-            model.pre_encoder.forward = lambda x, lengths: model.pre_encoder.pre_encode(x=x, lengths=lengths)
-            model.pre_encoder.get_current_mask = lambda: torch.zeros(1, 1, 1)
-            model.pre_encoder.get_current_feat = lambda: torch.zeros(1, FRAMES, model.encoder.d_model)
+            let_gradient_through_subsampling(model)
         outputs = log_probs_of(model, features)
         for frame in range(FRAMES):
             gradient, *_ = torch.autograd.grad(outputs[frame].square().sum(), features, retain_graph=True)
@@ -106,6 +110,38 @@ def test_perturbing_what_is_to_be_predicted_changes_nothing(way, position):
             perturbed[:, :, first_to_predict(frame, offset - 1, 0, way, bool(position)) :] += 3.0
             changed_if_wrong |= not torch.allclose(log_probs_of(model, perturbed)[frame], before[frame], atol=1e-4)
     assert changed_if_wrong
+
+
+@pytest.mark.parametrize('way', ['causal', 'chunks', 'convolutions ahead', 'sampled'])
+@POSITIONS
+def test_at_the_end_of_a_chunk_no_output_depends_on_what_it_predicts(way, position):
+    """By gradient and by perturbation; with tokens one earlier it would."""
+    ends = ('+model.next_token.positions=chunk_end', '+model.next_token.horizons=2')
+    model = model_of(way, position, *ends, 'model.encoder.dropout=0')
+    with model.encoder.using_att_context_size(model.encoder.draw_att_context_size(1)):
+        offset, chunk = model.next_token_offset(), model.next_token_chunk()
+        features = torch.randn(1, 80, FRAMES * FACTOR, requires_grad=True)
+        with torch.no_grad():
+            before = log_probs_of(model, features)
+        first = {
+            frame: token
+            for frame, token in enumerate(next_token_indices(FRAMES, 2, offset, chunk)[:, 0].tolist())
+            if 0 <= token < FRAMES
+        }
+        assert all(chunk - 2 <= frame % chunk for frame in first)
+        for frame, token in first.items():
+            perturbed = features.detach().clone()
+            perturbed[:, :, first_to_predict(token, 0, 0, way, bool(position)) :] += 3.0
+            torch.testing.assert_close(log_probs_of(model, perturbed)[frame], before[frame], rtol=0, atol=1e-6)
+        if position:
+            let_gradient_through_subsampling(model)
+        outputs, leaks_if_wrong = log_probs_of(model, features), False
+        for frame, token in first.items():
+            gradient, *_ = torch.autograd.grad(outputs[frame].square().sum(), features, retain_graph=True)
+            gradient = gradient[0].abs().sum(dim=0)
+            assert not gradient[first_to_predict(token, 0, 0, way, bool(position)) :].any(), (frame, token)
+            leaks_if_wrong |= bool(gradient[first_to_predict(token, -1, 0, way, bool(position)) :].any())
+    assert leaks_if_wrong
 
 
 @OBJECTIVES

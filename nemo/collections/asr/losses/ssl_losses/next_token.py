@@ -44,6 +44,7 @@ class NextTokenLoss(Loss):
             'decoder_outputs': NeuralType(),
             'targets': NeuralType(),
             'offset': NeuralType(optional=True),
+            'chunk': NeuralType(optional=True),
             'decoder_lengths': lengths,
             'target_lengths': lengths,
         }
@@ -54,7 +55,7 @@ class NextTokenLoss(Loss):
         return {'loss': NeuralType(elements_type=LossType())}
 
     @typecheck()
-    def forward(self, decoder_outputs, targets, offset=0, decoder_lengths=None, target_lengths=None):
+    def forward(self, decoder_outputs, targets, offset=0, decoder_lengths=None, target_lengths=None, chunk=1):
         """Compute the loss from the log-probabilities of all horizons.
 
         A model decodes one horizon after the other instead, see ``next_token_frames.of_horizons``.
@@ -64,11 +65,12 @@ class NextTokenLoss(Loss):
             targets: tokens [B, S] or [B, S, H] int64; -100 is left out.
             offset: tokens between a frame's own and the first that it is asked for, 0 or more.
             decoder_lengths, target_lengths: valid frames [B]; None counts all.
+            chunk: frames of a chunk at whose end tokens are predicted; see :func:`next_token_indices`.
 
         Returns:
             The loss, a scalar; float32 for half-precision inputs, else the dtype of ``decoder_outputs``.
         """
-        outputs, wanted, _ = self.align(decoder_outputs, targets, offset, decoder_lengths, target_lengths)
+        outputs, wanted, _ = self.align(decoder_outputs, targets, offset, decoder_lengths, target_lengths, chunk)
         total = count = 0
         for horizon in range(self.horizons):
             lost, counted = self.of_horizon(outputs[:, :, horizon], wanted[:, :, horizon])
@@ -97,13 +99,14 @@ class NextTokenLoss(Loss):
         offset: int,
         decoder_lengths: torch.Tensor | None = None,
         target_lengths: torch.Tensor | None = None,
+        chunk: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Pair frames with the tokens that they are asked for.
 
         Args:
             encoded: [B, T, ...]: the encoder's output, or what was decoded of it.
             tokens: [B, S] or [B, S, H] int64.
-            offset, decoder_lengths, target_lengths: as in :meth:`forward`.
+            offset, decoder_lengths, target_lengths, chunk: as in :meth:`forward`.
 
         Returns:
             frames [B, F, ...], a view with F at least 1; their tokens [B, F, K] or [B, F, K, H], -100 where there is
@@ -115,16 +118,34 @@ class NextTokenLoss(Loss):
         if offset < 0:
             raise ValueError(f"offset is {offset}; it must be 0 tokens or more")
         frames = min(encoded.shape[1], max(tokens.shape[1] - offset, 1))
-        wanted = _without_padding(tokens, target_lengths)[:, offset:]
-        missing = max(frames + self.horizons - 1 - wanted.shape[1], 0)
-        ending = wanted.new_full((wanted.shape[0], missing, *wanted.shape[2:]), IGNORED_TARGET)
-        wanted = torch.cat((wanted, ending), dim=1)[:, : frames + self.horizons - 1]
-        wanted = wanted.unfold(1, self.horizons, 1).movedim(-1, 2)
+        wanted = _without_padding(tokens, target_lengths)
+        none = wanted.new_full((wanted.shape[0], 1, *wanted.shape[2:]), IGNORED_TARGET)
+        index = next_token_indices(frames, self.horizons, offset, chunk, tokens.device).clamp(max=wanted.shape[1])
+        wanted = torch.cat((wanted, none), dim=1)[:, index]
         if decoder_lengths is not None:
             beyond = torch.arange(frames, device=tokens.device) >= decoder_lengths.to(tokens.device).unsqueeze(1)
             wanted = wanted.masked_fill(beyond.view(*beyond.shape, *[1] * (wanted.dim() - 2)), IGNORED_TARGET)
         counted = wanted[:, :, 0] != IGNORED_TARGET
         return encoded[:, :frames], wanted, counted if counted.dim() == 2 else counted.any(dim=-1)
+
+
+def next_token_indices(frames: int, horizons: int, offset: int, chunk: int = 1, device=None) -> torch.Tensor:
+    """Return the token that each frame predicts at each horizon, [F, K] int64; -1 where it predicts none.
+
+    Frame j predicts tokens e + offset ... e + offset + K - 1, where e is the last frame of its chunk. In a chunk the
+    last K frames predict; a chunk of one frame leaves every frame to predict its own next tokens.
+
+    Args:
+        frames: F.
+        horizons: K.
+        offset: tokens between the last frame of a chunk and the first that it predicts, 0 or more.
+        chunk: frames of a chunk.
+        device: of the result.
+    """
+    frame = torch.arange(frames, device=device)
+    end = frame - frame % chunk + chunk - 1
+    index = end.unsqueeze(1) + offset + torch.arange(horizons, device=device)
+    return index.masked_fill((end - frame >= horizons).unsqueeze(1), -1)
 
 
 def _without_padding(tokens: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:

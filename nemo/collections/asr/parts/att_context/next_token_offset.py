@@ -10,13 +10,13 @@ import math
 from torch import nn
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED
-from nemo.collections.asr.parts.att_context.receptive_field import receptive_field
+from nemo.collections.asr.parts.att_context.receptive_field import chunk_end_look_ahead, receptive_field
 from nemo.collections.asr.parts.att_context.windows import STYLES
 
 NORMS_OF_ONE_FRAME = ('layer_norm', 'fused_batch_norm')  # in the convolution modules; others mix frames in training
 
 
-def next_token_offset(encoder, after_subsampling: bool, att_context_size=None) -> int:
+def next_token_offset(encoder, after_subsampling: bool, att_context_size=None, at_chunk_end: bool = False) -> int:
     """Return how many tokens after its own an encoder frame can be asked for, without having heard it.
 
     Frame j of the output has heard all features up to ``8 * (j + look-ahead) + ahead`` at factor 8: the look-ahead is
@@ -28,6 +28,7 @@ def next_token_offset(encoder, after_subsampling: bool, att_context_size=None) -
         encoder: a ``ConformerEncoder``.
         after_subsampling: whether tokens are made of subsampled frames (``mask_position: post_conv``).
         att_context_size: the batch's context; None takes the encoder's present one.
+        at_chunk_end: return the offset of the last frame of a chunk, which has the smallest look-ahead.
 
     Raises:
         ValueError: with the reason, if there is no such token; see :func:`why_no_next_token`.
@@ -36,6 +37,8 @@ def next_token_offset(encoder, after_subsampling: bool, att_context_size=None) -
     if reason is not None:
         raise ValueError(f"the encoder cannot predict next tokens: {reason}")
     look_ahead = receptive_field(encoder, att_context_size).right
+    if at_chunk_end:
+        look_ahead = chunk_end_look_ahead(encoder, att_context_size)[1]
     if after_subsampling:
         return look_ahead + 1
     return look_ahead + math.ceil(_features_ahead(encoder) / encoder.subsampling_factor)

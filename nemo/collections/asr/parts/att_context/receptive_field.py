@@ -42,6 +42,20 @@ def receptive_field(encoder, att_context_size=None) -> ReceptiveField:
     return ReceptiveField(left, right)
 
 
+def chunk_end_look_ahead(encoder, att_context_size=None) -> tuple[int, int]:
+    """Return the frames of a chunk of the stack, and the look-ahead of a chunk's last frame: 0 if convolutions have none.
+
+    A chunk of the stack holds whole chunks of every layer; in ``regular`` style it is one frame.
+
+    Args:
+        encoder: a ``ConformerEncoder`` with a limited right context.
+        att_context_size: the batch's context; None takes the encoder's present one.
+    """
+    windows = encoder.effective_windows(att_context_size)
+    chunk = math.lcm(*(window.chunk for window in windows))
+    return chunk, _last_seen(chunk - 1, windows, encoder.conv_context_size[1]) - (chunk - 1)
+
+
 def look_ahead_ms(encoder, att_context_size, frame_ms: float) -> float | None:
     """Return how many milliseconds of audio after it an output may wait for: the latency of attention and convolutions.
 

@@ -10,11 +10,13 @@ import torch
 from nemo.collections.asr.losses.ssl_losses.next_token import NextTokenLoss
 from nemo.collections.asr.modules.ssl_modules.quantizers import check_projection
 from nemo.collections.asr.parts.att_context.next_token_offset import next_token_offset
+from nemo.collections.asr.parts.att_context.receptive_field import chunk_end_look_ahead
 from nemo.collections.asr.parts.utils.known_keys import NEXT_TOKEN_KEYS, OBJECTIVES, check_known
 from nemo.collections.asr.parts.utils.masked_frames import why_not_frame_by_frame
 from nemo.collections.asr.parts.utils.next_token_frames import NextTokenFrames, of_horizons, select_next_token_frames
 from nemo.utils import logging
 
+POSITIONS = ('all', 'chunk_end')
 HEADS = 'next_token_decoders.'  # their names in a state dict begin so
 NORMS_OF_WHOLE_UTTERANCES = ('per_feature', 'all_features')
 
@@ -24,6 +26,8 @@ class NextTokenOptions(NamedTuple):
 
     horizons: int = 4
     """How many tokens each frame is asked for."""
+    positions: str = 'all'
+    """Which frames predict: ``all``, or those at the end of each chunk, ``chunk_end``."""
     weight: float = 1.0
     """Of the loss beside that of masked tokens; for the objective ``both``."""
 
@@ -39,6 +43,8 @@ class NextTokenOptions(NamedTuple):
         options = cls(**section)
         if isinstance(options.horizons, bool) or not isinstance(options.horizons, int) or options.horizons < 1:
             raise ValueError(f"model.next_token.horizons is {options.horizons!r}; it must be 1 token or more")
+        if options.positions not in POSITIONS:
+            raise ValueError(f"model.next_token.positions is {options.positions!r}; it must be one of {POSITIONS}")
         number = isinstance(options.weight, (int, float)) and not isinstance(options.weight, bool)
         if not number or not 0 < options.weight < float('inf'):
             raise ValueError(f"model.next_token.weight is {options.weight!r}; it must be a number above 0")
@@ -71,6 +77,7 @@ class ObjectiveMixin:
     next_token_loss: NextTokenLoss | None
     next_token_decoders: torch.nn.ModuleList | None
     next_token_weight: float = 1.0
+    next_token_positions: str = 'all'
     _observes_targets = False  # within a training step whose targets are refined
 
     def _setup_objective(self) -> None:
@@ -94,7 +101,7 @@ class ObjectiveMixin:
             raise ValueError(f"model.objective is {self.objective}, which decodes frame by frame: {reason}")
         books = dict(num_decoders=self.decoder.num_decoders, squeeze_single=self.decoder.squeeze_single)
         self.next_token_loss = NextTokenLoss(options.horizons, **books)
-        self.next_token_weight = options.weight
+        self.next_token_weight, self.next_token_positions = options.weight, options.positions
         self.next_token_decoders = torch.nn.ModuleList(
             self.from_config_dict(self.cfg.decoder) for _ in range(options.horizons)
         )
@@ -120,7 +127,14 @@ class ObjectiveMixin:
         """
         if not self.predicts_next_tokens:
             return None
-        return next_token_offset(self.encoder, after_subsampling=self.pre_encoder is not None)
+        at_chunk_end = self.next_token_positions == 'chunk_end'
+        return next_token_offset(self.encoder, self.pre_encoder is not None, at_chunk_end=at_chunk_end)
+
+    def next_token_chunk(self) -> int:
+        """Return the frames of a chunk at whose end next tokens are predicted in the present context; 1: every frame."""
+        if not self.predicts_next_tokens or self.next_token_positions == 'all':
+            return 1
+        return chunk_end_look_ahead(self.encoder)[0]
 
     def check_next_tokens_are_unheard(self) -> None:
         """Check that in every context that a batch can have there are tokens that a frame has not heard.
@@ -188,6 +202,7 @@ class ObjectiveMixin:
             record.next_token_offset,
             record.encoded_lengths,
             record.token_lengths,
+            record.next_token_chunk,
         )
 
     def losses_of(self, record) -> StepLosses:

@@ -40,6 +40,9 @@ class BatchRecord(NamedTuple):
     next_token_offset: int | None = None
     """Tokens between a frame's own and the first next one that it is asked for; None: it is not asked."""
 
+    next_token_chunk: int = 1
+    """Frames of a chunk at whose end next tokens are predicted; 1: every frame predicts."""
+
     def masked_share(self) -> torch.Tensor:
         """Return the masked share of each attention frame, [B, M // factor] float32."""
         return masked_share_per_frame(self.masks, self.factor)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from nemo.collections.asr.losses.ssl_losses.next_token import next_token_indices
 from nemo.collections.asr.parts.att_context.answerability import masked_share_per_frame, unanswerable_frames
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.encoder_protocol import tightest_window_of
@@ -83,14 +84,18 @@ def surprise_of(model, record: BatchRecord, index: int = 0) -> np.ndarray:
     Returns:
         [S], the mean over the codebooks; NaN where a token was not predicted: no frame comes as far before it.
     """
-    one, loss, ahead = slice(index, index + 1), model.next_token_loss, record.next_token_offset
+    one, loss = slice(index, index + 1), model.next_token_loss
+    ahead, chunk = record.next_token_offset, record.next_token_chunk
     lengths = record.encoded_lengths[one], record.token_lengths[one]
     with torch.no_grad():
-        frames, targets, _ = loss.align(record.encoded[one].transpose(1, 2), record.tokens[one], ahead, *lengths)
+        frames, targets, _ = loss.align(
+            record.encoded[one].transpose(1, 2), record.tokens[one], ahead, *lengths, chunk
+        )
         lost, counted = loss.of_horizon(decode(model.next_token_decoders[0], frames[0]), targets[0, :, 0])
     surprise = np.full(int(record.token_lengths[index]), np.nan)
     where = counted.nonzero().squeeze(1)
-    surprise[(where + ahead).cpu().numpy()] = lost[where].float().cpu().numpy()
+    predicted = next_token_indices(frames.shape[1], loss.horizons, ahead, chunk, where.device)[where, 0]
+    surprise[predicted.cpu().numpy()] = lost[where].float().cpu().numpy()
     return surprise
 
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What next-token prediction asks: how many frames have a token at each horizon. New in this project.
 
-Shapes: B batch, K horizons.
+Shapes: B batch, F frames, K horizons.
 """
 
 import torch
 
+from nemo.collections.asr.losses.ssl_losses.next_token import next_token_indices
 from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
 
 
@@ -18,9 +19,9 @@ def counted_shares(record: BatchRecord, horizons: int) -> dict[str, torch.Tensor
         record: of the batch's forward pass.
         horizons: K.
     """
-    frames, ahead = record.encoded_lengths, record.next_token_offset
-    shares = {}
-    for horizon in range(horizons):
-        asked = torch.minimum(frames, (record.token_lengths - ahead - horizon).clamp(min=0))
-        shares[f'audit/counted_share/next_{horizon}'] = asked.sum() / frames.sum().clamp(min=1)
-    return shares
+    lengths, frames = record.encoded_lengths, record.tokens.shape[1]  # later frames have no next token
+    index = next_token_indices(frames, horizons, record.next_token_offset, record.next_token_chunk, lengths.device)
+    inside = torch.arange(frames, device=lengths.device) < lengths.unsqueeze(1)  # [B, F]
+    predicts = (index >= 0) & (index < record.token_lengths.view(-1, 1, 1)) & inside.unsqueeze(2)
+    shares = predicts.sum(dim=(0, 1)) / lengths.sum().clamp(min=1)
+    return {f'audit/counted_share/next_{horizon}': share for horizon, share in enumerate(shares)}

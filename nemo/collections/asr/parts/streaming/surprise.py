@@ -32,6 +32,10 @@ class LiveSurprise:
                 "return_surprise is True; it needs a model that was asked for the next tokens, with model.objective "
                 f"next_token or both, and this {kind} " + (f"has {objective}" if objective else "has no objective")
             )
+        if model.next_token_positions != 'all':
+            raise ValueError(
+                f"return_surprise: model.next_token.positions is {model.next_token_positions}; it must be all"
+            )
         combined = getattr(model.quantizer, 'combine_time_steps', 1)
         if combined != model.mask_frames_per_attention_frame:
             raise ValueError(

@@ -37,6 +37,13 @@ CONFIG_KEYS = (
         'objectives#which-tokens-are-next',
     ),
     ConfigKey(
+        'model.next_token.positions',
+        'all',
+        'Which frames predict next tokens: `all`, or `chunk_end`, the last `horizons` frames of each chunk, for the tokens '
+        'right after the chunk; outside `chunked_limited` the two are the same.',
+        'objectives#which-tokens-are-next',
+    ),
+    ConfigKey(
         'model.next_token.weight',
         '1.0',
         'Weight of the next tokens beside the masked ones, above 0; with `both`.',

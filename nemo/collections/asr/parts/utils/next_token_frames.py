@@ -52,7 +52,7 @@ class HorizonLosses(NamedTuple):
 
 
 def select_next_token_frames(
-    loss: NextTokenLoss, encoded, tokens, offset: int, encoded_lengths, token_lengths
+    loss: NextTokenLoss, encoded, tokens, offset: int, encoded_lengths, token_lengths, chunk: int = 1
 ) -> NextTokenFrames:
     """Return the frames with a next token, and those tokens. Waits for the device: for their number.
 
@@ -62,9 +62,9 @@ def select_next_token_frames(
         loss: the model's.
         encoded: [B, D, T]; encoded_lengths: its lengths [B].
         tokens: [B, S] or [B, S, H]; token_lengths: their lengths [B].
-        offset: as in :meth:`NextTokenLoss.align`.
+        offset, chunk: as in :meth:`NextTokenLoss.align`.
     """
-    aligned = loss.align(encoded.transpose(1, 2), tokens, offset, encoded_lengths, token_lengths)
+    aligned = loss.align(encoded.transpose(1, 2), tokens, offset, encoded_lengths, token_lengths, chunk)
     return NextTokenFrames(*select_counted(*aligned))
 
 

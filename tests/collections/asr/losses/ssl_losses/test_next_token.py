@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo.collections.asr.losses.ssl_losses.next_token import NextTokenLoss
+from nemo.collections.asr.losses.ssl_losses.next_token import NextTokenLoss, next_token_indices
 
 NONE = -100
 
@@ -71,6 +71,16 @@ def test_frames_are_paired_with_the_tokens_behind_the_offset():
     assert frames[0, :, 0].tolist() == [0, 1, 2, 3]  # frame 4 would be asked for token 6 on
     assert wanted[0].tolist() == [[12, 13, 14], [13, 14, 15], [14, 15, NONE], [15, NONE, NONE]]
     assert counted[0].tolist() == [True] * 4
+
+
+def test_at_the_end_of_chunks_the_last_frames_predict_what_follows_the_chunk():
+    tokens = torch.arange(10, 19).unsqueeze(0)
+    assert next_token_indices(8, 2, offset=0, chunk=4).tolist() == [
+        [-1, -1], [-1, -1], [3, 4], [3, 4], [-1, -1], [-1, -1], [7, 8], [7, 8],
+    ]  # fmt: skip
+    _, wanted, counted = NextTokenLoss(horizons=2).align(torch.zeros(1, 10, 1), tokens, offset=1, chunk=4)
+    assert wanted[0].tolist() == 2 * [[NONE, NONE]] + 2 * [[14, 15]] + 2 * [[NONE, NONE]] + 2 * [[18, NONE]]
+    assert counted[0].tolist() == 2 * [False, False, True, True]
 
 
 def test_padding_of_frames_and_of_tokens_is_left_out():

@@ -13,7 +13,8 @@ NEXT, BOTH = '+model.objective=next_token', '+model.objective=both'
 
 def test_options_have_the_documented_defaults():
     assert NextTokenOptions.parse(None, 'next_token') == NextTokenOptions(horizons=4, weight=1.0)
-    assert NextTokenOptions.parse({'horizons': 2, 'weight': 0.5}, 'both') == NextTokenOptions(2, 0.5)
+    section = {'horizons': 2, 'positions': 'chunk_end', 'weight': 0.5}
+    assert NextTokenOptions.parse(section, 'both') == NextTokenOptions(2, 'chunk_end', 0.5)
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,7 @@ def test_options_have_the_documented_defaults():
         ({'horizon': 4}, 'both', 'model.next_token.horizon is not known; did you mean model.next_token.horizons'),
         ({'horizons': 0}, 'both', 'model.next_token.horizons is 0; it must be 1 token or more'),
         ({'horizons': 2.0}, 'both', 'model.next_token.horizons is 2.0'),
+        ({'positions': 'end'}, 'both', "model.next_token.positions is 'end'; it must be one of .*chunk_end"),
         ({'weight': 0}, 'both', 'model.next_token.weight is 0; it must be a number above 0'),
         ({'weight': float('nan')}, 'both', 'model.next_token.weight is nan'),
         ({'weight': 'much'}, 'both', "model.next_token.weight is 'much'"),

@@ -138,6 +138,7 @@ def literal(offset):
         quantizer=SimpleNamespace(combine_time_steps=8),
         mask_frames_per_attention_frame=8,
         encoder=SimpleNamespace(using_att_context_size=lambda context: nullcontext()),
+        next_token_positions='all',
         next_token_offset=lambda: offset,
         next_token_decoders=[lambda encoder_output: log_probs.expand(1, encoder_output.shape[2], 2)],
         next_token_loss=NextTokenLoss(1),
@@ -236,6 +237,7 @@ def test_what_cannot_be_asked_is_refused_with_the_reason():
         (plain, 'model.objective next_token or both, and this EncDecDenoiseMaskedTokenPredModel has masked'),
         ((plain.preprocessor, plain.encoder), 'and this tuple has no objective'),
         (tiny_model(*NEXT, 'model.quantizer.combine_time_steps=4').eval(), 'combine_time_steps is 4; it must be 8'),
+        (tiny_model(*NEXT, '+model.next_token.positions=chunk_end').eval(), 'positions is chunk_end; it must be all'),
         (tiny_model(*NEXT, 'model.encoder.conv_norm_type=batch_norm').eval(), 'return_surprise: .*conv_norm_type'),
     ]:
         with pytest.raises(ValueError, match=reason):
