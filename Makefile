@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make` lists what there is. Each NeMo version has an environment of its own; an install that was cut short is redone.
 
-NEMO ?= 3.0.0
-TESTED_NEMO := 2.5.3 2.7.3 3.0.0
+# A tested NeMo is one that has a file of pins; the range is in pyproject.toml.
+TESTED_NEMO := $(patsubst requirements/constraints-%.txt,%,$(sort $(wildcard requirements/constraints-*.txt)))
+NEMO ?= $(lastword $(TESTED_NEMO))
 ifneq ($(words $(NEMO)) $(filter-out $(TESTED_NEMO),$(NEMO)),1 )
 $(error NEMO=$(NEMO) is not a tested version; use one of: $(TESTED_NEMO))
 endif
@@ -21,9 +22,9 @@ GPU_CHECK ?=
 SOURCES := $(wildcard src nemo examples tests benchmarks docs .ci setup.py)
 
 # The stamps are named after what they stand for: other pins, another packaging or another place mean another stamp.
-REQUIREMENTS := $(CONSTRAINTS) requirements/runtime.txt requirements/test.txt
+REQUIREMENTS := $(CONSTRAINTS) requirements/test.txt
 REQUIREMENTS_STAMP := $(VENV)/.requirements-$(shell cat $(REQUIREMENTS) | cksum | cut -d' ' -f1)
-PROJECT_STAMP := $(VENV)/.project-$(shell { cat $(REQUIREMENTS) setup.py; pwd; } | cksum | cut -d' ' -f1)
+PROJECT_STAMP := $(VENV)/.project-$(shell { cat $(REQUIREMENTS) setup.py; sed "/^\[tool.ruff/,\$$d" pyproject.toml; pwd; } | cksum | cut -d' ' -f1)
 UNFINISHED := $(VENV).unfinished
 AUDIT_VENV := .venv/audit
 WORKFLOWS_VENV := .venv/workflows
@@ -42,10 +43,10 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test pretrain bench gpu-check lint format licences audit release docs clean
+.PHONY: help venv test pretrain bench gpu-check lint format audit release docs clean
 
 help: ## list the targets
-	@echo "Targets, each with NEMO=2.5.3, 2.7.3 or 3.0.0 (now $(NEMO)):"
+	@echo "Targets, each with NEMO= one of $(TESTED_NEMO) (now $(NEMO)):"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
 	@echo "The environment is $(VENV) (VENV=... for another), made with $(PYTHON_BOOTSTRAP) (PYTHON_BOOTSTRAP=...)."
 
@@ -85,9 +86,6 @@ format: $(PROJECT_STAMP) ## format the sources
 	$(PYTHON) -m ruff check --fix $(SOURCES)
 	$(PYTHON) -m ruff format $(SOURCES)
 
-licences: $(PROJECT_STAMP) ## list the licences of all pinned packages in docs/licences-NEMO.md
-	$(PYTHON) .ci/licences.py $(CONSTRAINTS) > docs/licences-$(NEMO).md
-
 audit: ## check the pinned packages for known vulnerabilities (says so where the service cannot be reached)
 	@echo "== Checking $(CONSTRAINTS) for known vulnerabilities"
 	@test -x $(AUDIT_VENV)/bin/pip-audit || { $(PYTHON_BOOTSTRAP) -m venv $(AUDIT_VENV) && \
@@ -95,13 +93,14 @@ audit: ## check the pinned packages for known vulnerabilities (says so where the
 		{ echo "audit: NOTHING WAS CHECKED: pip-audit cannot be installed here"; exit 0; }
 	@test ! -x $(AUDIT_VENV)/bin/pip-audit || $(AUDIT_VENV)/bin/python .ci/audit.py $(CONSTRAINTS)
 
-release: ## build sdist and wheel in dist/ and check them, see docs/releasing.md
+release: $(PROJECT_STAMP) ## build sdist and wheel in dist/ and check them, see docs/releasing.md
 	@echo "== Building sdist and wheel"
 	@test -x $(RELEASE_VENV)/bin/twine || { $(PYTHON_BOOTSTRAP) -m venv $(RELEASE_VENV) && \
 		$(RELEASE_VENV)/bin/python -m pip install --quiet -r requirements/release.txt; }
 	rm -rf build dist src/*.egg-info
 	$(RELEASE_VENV)/bin/python -m build --no-isolation --outdir dist .
 	$(RELEASE_VENV)/bin/twine check --strict dist/*
+	$(PYTHON) .ci/licences.py $(CONSTRAINTS) > dist/licences-$(NEMO).md
 
 docs: docs/tutorial.ipynb $(DOCS_STAMP) ## build the site, docs/_build/html; the tutorial is run for it where it changed
 	@echo "== Building the site in $(SITE)/html"
@@ -127,7 +126,7 @@ $(REQUIREMENTS_STAMP):
 	clear=$$(test ! -e $(UNFINISHED) || echo --clear); $(if $(OWN_VENV),touch $(UNFINISHED);) \
 		$(PYTHON_BOOTSTRAP) -m venv $$clear $(VENV)
 	$(PYTHON) -m pip install $(PIP_QUIET) --no-compile -c $(CONSTRAINTS) "nemo_toolkit[asr]==$(NEMO)" \
-		-r requirements/runtime.txt -r requirements/test.txt
+		-r requirements/test.txt
 	@touch $@
 	@rm -f $(UNFINISHED)
 

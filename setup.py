@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packaging: the finder is an ordinary package; one build step adds the patch set and the start-up files."""
+"""The step of the build that adds the patch set and the start-up files; the metadata are in pyproject.toml."""
 
 import os
 import shutil
 from glob import glob
-from pathlib import Path
 
 from setuptools import Command, setup
 from setuptools.command.build import build
@@ -12,7 +11,6 @@ from setuptools.command.build import build
 FINDER = "nemo_streaming_ssl"
 # With what ``examples TARGET`` copies out and ``docs`` prints.
 PATCH_SET = ("nemo/**/*.py", "examples/**/*.py", "examples/**/*.yaml", "docs/*.md")
-EXTRAS = {"demo": "demo", "dev": "test", "docs": "docs"}  # and the files of requirements/ that say what they need
 START_UP = {
     f"{FINDER}.pth": f"import {FINDER}; {FINDER}.install()\n",  # CPython up to 3.17
     f"{FINDER}.start": f"{FINDER}:install\n",  # PEP 829, CPython 3.15 and later
@@ -62,42 +60,4 @@ class BuildWithPatchSet(build):
     sub_commands = [*build.sub_commands, ("build_patch_set", None)]
 
 
-def names_in(file: str) -> list:
-    """Return the packages that a file of requirements names."""
-    lines = (Path(__file__).parent / file).read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-
-
-setup(
-    name="nemo-streaming-ssl",
-    version="0.2.0",
-    description="Streaming self-supervised speech pre-training: a patch set over NVIDIA NeMo",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    project_urls={  # of this project's own there are none yet: docs/releasing.md
-        "NVIDIA NeMo": "https://github.com/NVIDIA/NeMo",
-        "NEST": "https://arxiv.org/abs/2408.13106",
-        "BEST-RQ": "https://arxiv.org/abs/2202.01855",
-    },
-    license="Apache-2.0",
-    license_files=["LICENSE"],
-    keywords=["speech", "self-supervised learning", "streaming", "BEST-RQ", "NEST", "Conformer", "NeMo"],
-    classifiers=[
-        "Development Status :: 4 - Beta",
-        "Intended Audience :: Developers",
-        "Intended Audience :: Science/Research",
-        "Operating System :: POSIX :: Linux",
-        "Programming Language :: Python :: 3",
-        "Programming Language :: Python :: 3.10",
-        "Programming Language :: Python :: 3.11",
-        "Programming Language :: Python :: 3.12",
-        "Topic :: Multimedia :: Sound/Audio :: Speech",
-        "Topic :: Scientific/Engineering :: Artificial Intelligence",
-    ],
-    python_requires=">=3.10",
-    packages=[FINDER],
-    package_dir={"": "src"},
-    install_requires=names_in("requirements/runtime.txt"),
-    extras_require={extra: names_in(f"requirements/{file}.txt") for extra, file in EXTRAS.items()},
-    cmdclass={"build": BuildWithPatchSet, "build_patch_set": BuildPatchSet},
-)
+setup(cmdclass={"build": BuildWithPatchSet, "build_patch_set": BuildPatchSet})

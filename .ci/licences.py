@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""List the licence of every pinned package, as its own metadata states it; `make licences` writes docs/licences-*.md.
+"""List the licence of every pinned package, as its own metadata states it; `make release` writes it beside the wheel.
 
 python .ci/licences.py requirements/constraints-3.0.0.txt
 """
@@ -46,7 +46,7 @@ def table(path: Path) -> str:
     lines = [
         f'# Licences of the packages in {path.name}',
         '',
-        'As each package states it in its own metadata. Made by `make licences`.',
+        'As each package states it in its own metadata. Made by `make release`.',
         '',
         '| package | version | licence |',
         '| --- | --- | --- |',

@@ -5,15 +5,16 @@ Sphinx reads Markdown and notebooks with MyST. The API reference comes from the 
 imported: the environment of the site has no NeMo.
 """
 
-import re
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 
 project = 'nemo-streaming-ssl'
 author = 'the nemo-streaming-ssl authors'
 project_copyright = f'2026, {author}'
-release = version = re.search(r'version="([^"]+)"', (ROOT / 'setup.py').read_text(encoding='utf-8'))[1]
+release = version = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']['version']
 
 extensions = ['myst_nb', 'sphinx.ext.napoleon', 'autoapi.extension', 'sphinx_copybutton']
 exclude_patterns = ['_build']

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from nemo_streaming_ssl import SWITCH, patch_tree
 from nemo_streaming_ssl.report import require_active
-from nemo_streaming_ssl.versions import FIRST_UNTESTED, TESTED, in_tested_range, nemo_version
+from nemo_streaming_ssl.versions import in_tested_range, nemo_version, tested_range
 
 TRIAL = os.path.join("examples", "asr", "speech_pretraining", "trial_step.py")
 TRIAL_SECONDS = 300  # to import NeMo on a cold disk takes a minute or two
@@ -64,11 +64,11 @@ def _python() -> Finding:
 
 def _nemo() -> Finding:
     version = nemo_version()
-    wanted = f'pip install "nemo_toolkit[asr]>={TESTED[0]},<{FIRST_UNTESTED[0]}.{FIRST_UNTESTED[1]}"'
+    wanted = 'Run pip install "nemo_toolkit[asr]>={},<{}"'.format(*tested_range())
     if version is None:
-        return Finding("NeMo", False, "not installed", f"Run {wanted}")
+        return Finding("NeMo", False, "not installed", wanted)
     sound = in_tested_range(version)
-    return Finding("NeMo", sound, version, "" if sound else f"Tested were {', '.join(TESTED)}. Run {wanted}")
+    return Finding("NeMo", sound, version, "" if sound else wanted)
 
 
 def _patches() -> Finding:

@@ -9,9 +9,8 @@ from importlib import import_module, metadata, util
 from typing import NamedTuple
 
 from nemo_streaming_ssl import SWITCH, PatchFinder, patch_tree
-from nemo_streaming_ssl.versions import FIRST_UNTESTED, TESTED, in_tested_range, nemo_version
+from nemo_streaming_ssl.versions import DISTRIBUTION, in_tested_range, nemo_version, tested_range
 
-DISTRIBUTION = "nemo-streaming-ssl"
 START_UP_FILE = "nemo_streaming_ssl.pth"
 _UPSTREAM_CALL = re.compile(r"^[^#\n]*\bupstream\(globals\(\)\)", re.MULTILINE)
 
@@ -161,10 +160,10 @@ def _nemo_line():
         return "NeMo: not found"
     version = nemo_version()
     tested = version is not None and in_tested_range(version)
-    last = ".".join(str(number) for number in FIRST_UNTESTED[:2])
+    first, beyond = tested_range()
     return (
         f"NeMo {version or 'of unknown version'} in {folder}: {'in' if tested else 'NOT in'} the tested range "
-        f"(from {TESTED[0]}, below {last}; tested: {', '.join(TESTED)})"
+        f"(from {first}, below {beyond})"
     )
 
 

@@ -1,50 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which NeMo the patch set is laid over, and whether it was tested with that one."""
+"""Which NeMo is installed, and whether it is in the range that this project requires."""
 
 import re
 import sys
 import warnings
 
-TESTED = ("2.5.3", "2.7.3", "3.0.0")
-FIRST_TESTED, FIRST_UNTESTED = (2, 5, 3), (3, 1, 0)
+DISTRIBUTION = "nemo-streaming-ssl"
+_BOUND = re.compile(r"(>=|<)\s*([\d.]+)")
 _RELEASE = re.compile(r"v?(\d+)(?:\.(\d+))?(?:\.(\d+))?(?P<rest>.*)")
 _PRE_RELEASE = re.compile(r"[-_.]?(a|b|rc|dev)")
 _warned = False
 
 
-def nemo_version():
+def nemo_version() -> str | None:
     """Return the version of the NeMo in use (the imported one, else the installed one), or None."""
     from importlib.metadata import PackageNotFoundError, version
 
     imported = getattr(sys.modules.get("nemo"), "__version__", None)  # may come from PYTHONPATH, not from pip
     if imported is not None:
-        return imported
+        return str(imported)
     try:
         return version("nemo_toolkit")
     except PackageNotFoundError:
         return None
 
 
-def in_tested_range(version):
-    """Tell whether ``version`` lies in 2.5.3 ... 3.0.x: ``3.0.0rc1`` does, ``2.5.3rc0`` comes before it."""
+def tested_range() -> tuple[str, str]:
+    """Return the first NeMo release in the range and the first beyond it, as this project's metadata require.
+
+    Raises:
+        importlib.metadata.PackageNotFoundError: if this project is on the path, but not installed.
+    """
+    from importlib.metadata import requires
+
+    (nemo,) = [line for line in requires(DISTRIBUTION) or [] if re.match("nemo[-_.]toolkit", line)]
+    bounds = dict(_BOUND.findall(nemo))
+    return bounds[">="], bounds["<"]
+
+
+def in_tested_range(version: str) -> bool:
+    """Return whether ``version`` is in the range: ``3.0.0rc1`` is, ``2.5.3rc0`` precedes it."""
     match = _RELEASE.match(version)
     if match is None:
         return False
-    release = tuple(int(number or 0) for number in match.groups()[:3])
-    before_first = release == FIRST_TESTED and _PRE_RELEASE.match(match["rest"])
-    return FIRST_TESTED <= release < FIRST_UNTESTED and not before_first
+    first, beyond = (_numbers(bound) for bound in tested_range())
+    release = _numbers(version)
+    before_first = release == first and _PRE_RELEASE.match(match["rest"])
+    return first <= release < beyond and not before_first
 
 
-def warn_if_untested():
-    """Warn, once per process, if NeMo lies outside the tested range."""
+def _numbers(version: str) -> tuple[int, ...]:
+    match = _RELEASE.match(version)
+    assert match is not None
+    return tuple(int(number or 0) for number in match.groups()[:3])
+
+
+def warn_if_untested() -> None:
+    """Warn, once per process, if NeMo is outside the range."""
     global _warned
     if _warned:
         return
     _warned = True
     version = nemo_version()
     if version is None or not in_tested_range(version):
+        first, beyond = tested_range()
         warnings.warn(
-            f"nemo-streaming-ssl was tested with nemo_toolkit {TESTED[0]} ... {TESTED[-1]}; "
+            f"nemo-streaming-ssl requires nemo_toolkit>={first},<{beyond}; "
             f"found {version or 'one of unknown version'}. Set NEMO_STREAMING_SSL=0 to run stock NeMo.",
             stacklevel=2,
         )

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from load_script import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / '.ci/audit.py'
@@ -70,13 +69,3 @@ def test_a_check_that_could_not_be_made_is_said_and_no_failure(tmp_path, answer)
 def test_packages_that_could_not_be_checked_are_named(tmp_path):
     done = audit(tmp_path, [SOUND, UNKNOWN])
     assert done.returncode == 0 and '1 of 2 packages COULD NOT BE CHECKED: torch' in done.stdout
-
-
-@pytest.mark.parametrize('version', ['2.5.3', '3.0.0'])
-def test_the_licences_of_all_pins_are_listed(version):
-    licences = load_script(ROOT / '.ci/licences.py')
-    rows = (ROOT / f'docs/licences-{version}.md').read_text().splitlines()
-    listed = dict(row.strip('| ').split(' | ')[:2] for row in rows if row.startswith('| ') and '---' not in row)
-    listed.pop('package')
-    assert listed == licences.pins(ROOT / f'requirements/constraints-{version}.txt')
-    assert all(row.strip('| ').split(' | ')[2] for row in rows if row.startswith('| '))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is released: an sdist, and the wheel made of it, each enough by itself."""
 
-import ast
+import re
 import shutil
 import sys
 import tarfile
@@ -73,10 +73,8 @@ def test_the_wheel_has_patch_set_examples_licence_and_description(wheel, checkou
 
 
 def version_of(checkout):
-    """The version that setup.py has."""
-    calls = [node for node in ast.walk(ast.parse((checkout / "setup.py").read_text())) if isinstance(node, ast.Call)]
-    (found,) = [word.value.value for call in calls for word in call.keywords if word.arg == "version"]
-    return found
+    """The version that pyproject.toml has."""
+    return re.search(r'^version = "(.+)"', (checkout / "pyproject.toml").read_text(), flags=re.MULTILINE)[1]
 
 
 def test_the_changelog_has_the_version(checkout):
