@@ -25,7 +25,6 @@ PATCHES_IN_USE = require_patches(
 )
 
 import json
-import tarfile
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -44,6 +43,7 @@ from nemo.collections.asr.parts.streaming.session import StreamingSession
 from nemo.collections.asr.parts.utils.pretraining_checks import check_contexts, check_data, check_known_keys
 from nemo.core.classes.modelPT import ModelPT
 from nemo.core.config import hydra_runner
+from nemo.core.connectors.initial_weights import PLACES, sources_of
 from nemo.utils import logging
 from nemo.utils.exp_manager import exp_manager
 from nemo.utils.trainer_utils import resolve_trainer_cfg
@@ -57,6 +57,12 @@ def prepare(cfg: DictConfig) -> DictConfig:
     Raises:
         ValueError: naming the key, its value and what is allowed.
     """
+    if cfg.init_from_ptl_ckpt or cfg.init_from_pretrained_model:
+        cfg.init_from_nemo_model = None
+    for kind, place in PLACES.items():
+        if isinstance(cfg[kind], str):  # a recogniser has a decoder of its own
+            with open_dict(cfg):
+                cfg[kind] = {'pretrained': {place: cfg[kind], 'include': list(TAKEN_OVER)}}
     missing = OmegaConf.missing_keys(cfg)
     if missing:
         raise ValueError(f"the config gives no value for {', '.join(sorted(missing))}")
@@ -78,21 +84,18 @@ def prepare(cfg: DictConfig) -> DictConfig:
 
 
 def pretrained_config(cfg: DictConfig) -> DictConfig:
-    """Return the config of the pre-trained model.
+    """Return the config of the pre-trained model; where there are several, of the first.
 
     Raises:
-        ValueError: if there is none, or it lacks what is taken over.
+        ValueError: if there is none, or it lacks a preprocessor or an encoder.
     """
-    name, path = 'init_from_nemo_model.pretrained.path', cfg.init_from_nemo_model.pretrained.path
-    if not Path(path).is_file():
-        raise ValueError(f"{name}: no file {path}")
-    try:
-        config = ModelPT.restore_from(str(path), return_config=True)
-    except (OSError, tarfile.TarError, KeyError, ValueError) as error:
-        raise ValueError(f"{name}: NeMo cannot read {path}: {error!r}") from error
+    sources = sources_of(cfg)
+    if not sources:
+        raise ValueError(f"one of {', '.join(PLACES)} must name the pre-trained model")
+    config = sources[0].read_config(ModelPT)
     lacking = [section for section in TAKEN_OVER if section not in config]
     if lacking:
-        raise ValueError(f"{name}: the model of {path} has no {' and no '.join(lacking)}")
+        raise ValueError(f"{sources[0].key}: {sources[0].place} has no {' and no '.join(lacking)}")
     return config
 
 

@@ -10,7 +10,7 @@ import soundfile
 import torch
 from fresh_process import run_python
 from hydra import compose, initialize_config_dir
-from tiny_nest import POST_CONV, SMALL, tiny_model
+from tiny_nest import POST_CONV, SMALL, tiny_model, trainer
 from word_pieces import make_tokenizer
 
 from nemo.collections.asr.models import (
@@ -262,8 +262,19 @@ def test_what_cannot_work_is_refused_by_name(script, pretrained, speech_corpus, 
 def test_a_file_that_is_no_model_is_refused(script, speech_corpus, tmp_path):
     (tmp_path / 'text.nemo').write_text('no archive')
     cfg = config('streaming_ctc', tmp_path / 'text.nemo', speech_corpus, 'exp_manager=null')
-    with pytest.raises(ValueError, match='pretrained.path: NeMo cannot read'):
+    with pytest.raises(ValueError, match='pretrained.path: .*text.nemo'):
         script.prepare(cfg)
+
+
+def test_a_checkpoint_of_the_pretraining_is_taken_as_well(script, speech_corpus, tmp_path):
+    pretrained = tiny_model(seed=1)
+    run = trainer(1)
+    run.strategy.connect(pretrained)
+    run.save_checkpoint(tmp_path / 'last.ckpt')
+    cfg = config('streaming_ctc', '???', speech_corpus, 'exp_manager=null', f'init_from_ptl_ckpt={tmp_path}/last.ckpt')
+    model = script.build(script.prepare(cfg))[1]
+    expected = pretrained.encoder.state_dict()
+    assert all(torch.equal(expected[name], value) for name, value in model.encoder.state_dict().items())
 
 
 @pytest.mark.integration

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read the weights that ``init_from_*`` names, load them into a model, and report what was loaded. New in this project."""
+
+import difflib
+import os
+from dataclasses import dataclass
+
+from omegaconf import DictConfig, ListConfig
+
+from nemo.utils import logging, torch_files
+
+PLACES = {'init_from_nemo_model': 'path', 'init_from_pretrained_model': 'name', 'init_from_ptl_ckpt': 'path'}
+"""The three keys, and the option that names the weights where the value is a mapping of sources."""
+PARTS = ('encoder', 'decoder', 'other')
+SHAPING_KEYS = (  # of model.encoder; the shapes and names of its tensors follow from them
+    'causal_downsampling',
+    'conv_norm_type',
+    'd_model',
+    'n_layers',
+    'n_heads',
+    'feat_in',
+    'feat_out',
+    'subsampling',
+    'subsampling_factor',
+    'subsampling_conv_channels',
+    'ff_expansion_factor',
+    'conv_kernel_size',
+    'self_attention_model',
+    'untie_biases',
+    'use_bias',
+)
+
+
+@dataclass
+class Source:
+    """Weights of another model.
+
+    Attributes:
+        kind: one of ``PLACES``.
+        key: the config key of the source.
+        place: a file, or the name of a pre-trained model.
+        include: a tensor is loaded if its name contains one of these; None loads all, an empty list none.
+        exclude: and none of these.
+    """
+
+    kind: str
+    key: str
+    place: str
+    include: list[str] | None = None
+    exclude: list[str] | None = None
+
+    def read(self, model, map_location='cpu', strict: bool = True) -> tuple:
+        """Return the config (None if the file has none) and the state dict; ``model`` is a ModelPT or its class.
+
+        Raises:
+            ValueError: naming the key and the file, if it cannot be read.
+        """
+        if self.kind == 'init_from_ptl_ckpt':
+            checkpoint = self._checkpoint(map_location)
+            return _config_in(checkpoint), checkpoint['state_dict']
+        restored = self._restored(model, map_location=map_location, strict=strict)
+        return restored.cfg, restored.state_dict()
+
+    def read_config(self, model) -> DictConfig:
+        """Return the model config alone; arguments and errors as in :meth:`read`."""
+        if self.kind != 'init_from_ptl_ckpt':
+            return self._restored(model, return_config=True)
+        config = _config_in(self._checkpoint())
+        if config is None:
+            raise ValueError(f"{self.key}: {self.place} holds no model config")
+        return config
+
+    def _restored(self, model, **options):
+        if self.kind == 'init_from_pretrained_model':
+            return model.from_pretrained(self.place, **options)
+        self._check_file()
+        try:
+            return model.restore_from(self.place, **options)
+        except (OSError, KeyError, ValueError) as error:
+            raise ValueError(f"{self.key}: {error}") from error
+
+    def _checkpoint(self, map_location='cpu') -> dict:
+        self._check_file()
+        try:
+            checkpoint = torch_files.load(self.place, map_location)
+        except ValueError as error:
+            raise ValueError(f"{self.key}: {error}") from error
+        if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
+            raise ValueError(f"{self.key}: {self.place} holds no state_dict; a Lightning checkpoint is needed")
+        return checkpoint
+
+    def _check_file(self) -> None:
+        if not os.path.exists(self.place):
+            raise ValueError(f"{self.key}: no file {self.place}")
+        other = 'init_from_ptl_ckpt' if self.kind == 'init_from_nemo_model' else 'init_from_nemo_model'
+        if self.place.endswith('.ckpt' if other == 'init_from_ptl_ckpt' else '.nemo'):
+            raise ValueError(f"{self.key}: {self.place} is a file for {other}")
+
+
+def sources_of(cfg) -> list[Source]:
+    """Return the sources that a config's ``init_from_*`` names.
+
+    Raises:
+        ValueError: if two of the keys are set, or a source has an unknown option or no file.
+    """
+    kinds = [kind for kind in PLACES if cfg.get(kind) is not None]
+    if len(kinds) > 1:
+        raise ValueError(f"{' and '.join(kinds)} are both set; set one")
+    if not kinds:
+        return []
+    kind, value = kinds[0], cfg[kinds[0]]
+    if isinstance(value, str):
+        return [Source(kind, kind, value)]
+    if not isinstance(value, (dict, DictConfig)):
+        raise ValueError(f"{kind} is {value!r}; it must be a file or name, or a mapping of sources")
+    return [_source(kind, f'{kind}.{name}', options) for name, options in value.items()]
+
+
+def _source(kind: str, key: str, options) -> Source:
+    known = (PLACES[kind], 'include', 'exclude')
+    if not isinstance(options, (dict, DictConfig)):
+        raise ValueError(f"{key} is {options!r}; it must be a mapping with {', '.join(known)}")
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{key}.{option} is not known;{_hint(option, known)} {key} takes {', '.join(known)}")
+    if not options.get(known[0]):
+        raise ValueError(f"{key}.{known[0]} is {options.get(known[0])!r}; it must name the weights")
+    patterns = [_patterns(f'{key}.{option}', options.get(option)) for option in known[1:]]
+    return Source(kind, f'{key}.{known[0]}', str(options[known[0]]), *patterns)
+
+
+def _patterns(key: str, value) -> list[str] | None:
+    patterns = [value] if isinstance(value, str) else value
+    if patterns is None:
+        return None
+    if not isinstance(patterns, (list, tuple, ListConfig)) or not all(p and isinstance(p, str) for p in patterns):
+        raise ValueError(f"{key} is {value!r}; it must be a list of parts of tensor names")
+    return list(patterns)
+
+
+def load_weights(model, source: Source, config, weights: dict) -> set[str]:
+    """Load weights into a model and log a table of what was loaded; return the names of the tensors that were.
+
+    Raises:
+        ValueError: if a pattern matches no tensor, or a tensor has another shape in the model.
+    """
+    _check_patterns(source, weights)
+    chosen = {name: tensor for name, tensor in weights.items() if _is_chosen(name, source)}
+    own = {name: value for name, value in model.state_dict().items() if hasattr(value, 'shape')}
+    differing = [name for name in chosen if name in own and own[name].shape != chosen[name].shape]
+    try:
+        missing, unused = model.load_state_dict(chosen, strict=False)
+    except RuntimeError as error:  # torch's, for tensors of another shape
+        raise ValueError(_why_shapes_differ(model, source, config, own, chosen, differing)) from error
+    left_out = weights.keys() - chosen.keys()
+    loaded = set() if not chosen else own.keys() - set(missing)
+    columns = {
+        'loaded': loaded,
+        'left out by pattern': left_out,
+        'missing in the file': (own.keys() - loaded) - left_out,
+        'unknown to the model': set(unused),
+    }
+    logging.info(f"{source.key}: {source.place}\n{_table(own, columns)}")
+    unused = sorted(name for name in unused if _part(name) == 'encoder')
+    if unused:
+        differences = _differences(model, config)
+        logging.warning(
+            f"{source.key}: the model has no place for {len(unused)} encoder tensors of {source.place}, such as "
+            f"{unused[0]}{f'; {differences}' if differences else ''}"
+        )
+    return loaded
+
+
+def check_encoder_was_loaded(model, sources: list[Source], loaded: set[str]) -> None:
+    """Raise ValueError if the model has an encoder and none of its tensors was loaded; ``include: []`` allows that."""
+    wanted = [source for source in sources if source.include != []]
+    encoder = [name for name in model.state_dict() if _part(name) == 'encoder']
+    if wanted and encoder and not loaded.intersection(encoder):
+        raise ValueError(
+            f"{', '.join(source.key for source in wanted)}: 0 of {len(encoder)} encoder tensors were loaded; check include "
+            "and exclude, or set include: [] to load no weights"
+        )
+
+
+def _check_patterns(source: Source, weights: dict) -> None:
+    for option, patterns in (('include', source.include), ('exclude', source.exclude)):
+        for pattern in patterns or ():
+            if not any(pattern in name for name in weights):
+                parts = {part for name in weights for part in name.split('.')}
+                tops = ', '.join(sorted({name.partition('.')[0] for name in weights}))
+                key = f"{source.key.rpartition('.')[0]}.{option}"
+                raise ValueError(
+                    f"{key}: no tensor of {source.place} contains {pattern!r};{_hint(pattern, parts)} its modules are {tops}"
+                )
+
+
+def _hint(word: str, known) -> str:
+    near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
+    return f" did you mean {near[0]}?" if near else ''
+
+
+def _is_chosen(name: str, source: Source) -> bool:
+    included = source.include is None or any(pattern in name for pattern in source.include)
+    return included and not any(pattern in name for pattern in source.exclude or ())
+
+
+def _part(name: str) -> str:
+    top = name.partition('.')[0]
+    if top == 'encoder':
+        return top
+    return 'decoder' if 'decoder' in top or top in ('joint', 'ctc_decoder') else 'other'
+
+
+def _table(own: dict, columns: dict[str, set[str]]) -> str:
+    """Return a row for each part of the model, with the number of its tensors in each column."""
+    lines = [f"{'tensors':<10}{''.join(f'{name:>22}' for name in columns)}"]
+    for part in PARTS:
+        counts = [sum(_part(name) == part for name in names) for names in columns.values()]
+        total = sum(_part(name) == part for name in own)
+        cells = [f'{counts[0]} of {total}', *map(str, counts[1:])]
+        lines.append(f"{part:<10}{''.join(f'{cell:>22}' for cell in cells)}")
+    return '\n'.join(lines)
+
+
+def _why_shapes_differ(model, source: Source, config, own: dict, chosen: dict, differing: list[str]) -> str:
+    shapes = [
+        f"{name} {list(chosen[name].shape)} in the file, {list(own[name].shape)} in the model" for name in differing
+    ]
+    counts = {part: sum(_part(name) == part for name in differing) for part in PARTS}
+    differences = _differences(model, config) if counts['encoder'] else ''
+    convert = 'causal_downsampling' in differences or 'conv_norm_type' in differences
+    return (
+        f"{source.key}: {len(differing)} tensors of {source.place} have another shape ("
+        f"{', '.join(f'{count} {part}' for part, count in counts.items() if count)}): {'; '.join(shapes[:3])}. "
+        f"{differences}{'. ' if differences else ''}"
+        f"{'convert_to_streaming.py makes a streaming model of an offline one' if convert else 'exclude leaves them out'}"
+    )
+
+
+def _differences(model, config) -> str:
+    """Return the settings of the two encoders that shape their tensors and differ."""
+    theirs, ours = (None if cfg is None else cfg.get('encoder') for cfg in (config, model.cfg))
+    if theirs is None or ours is None:
+        return ''
+    different = [key for key in SHAPING_KEYS if theirs.get(key) != ours.get(key)]
+    return ', '.join(
+        f"model.encoder.{key} is {theirs.get(key)} in the file and {ours.get(key)} in the model" for key in different
+    )
+
+
+def _config_in(checkpoint: dict) -> DictConfig | None:
+    parameters = checkpoint.get('hyper_parameters') or {}
+    return parameters.get('cfg', parameters) or None
