@@ -76,7 +76,7 @@ def recognise(model, samples: torch.Tensor, weights: str) -> torch.Tensor:
     session = StreamingSession(model, return_tokens=True, return_text=True, weights=weights)
     outputs = [session.step(piece) for piece in samples.split(session.frame_samples, dim=1)] + [session.finish()]
     joined = StreamingOutput.concatenate(outputs)
-    return joined.tokens[0], joined.transcripts[0].text
+    return joined.tokens[0], session.transcript().text
 
 
 def agreement(model_path: Path, manifest: Path) -> list[str]:

@@ -115,19 +115,20 @@ def read_entry(entry: dict, rate: int):
 
 def words_as_they_come(model, samples, context) -> Iterator[tuple[float, str]]:
     """Stream samples [N] through a CTC model; yield the seconds heard and the text so far at every new word."""
-    from nemo.collections.asr.parts.streaming.transcriber import StreamingTranscriber
+    from nemo.collections.asr.parts.streaming.session import StreamingSession
 
     rate = sample_rate_of(model)
-    transcriber = StreamingTranscriber(model, att_context_size=context)
+    session = StreamingSession(model, att_context_size=context, return_text=True)
     pieces = torch.from_numpy(samples).unsqueeze(0).split(max(round(chunk_seconds(model, context) * rate), 1), dim=1)
-    heard, words = 0, 0
+    seconds, words = 0.0, []
     for piece in pieces:
-        (transcript,) = transcriber.step(piece)
-        heard += piece.shape[1]
-        if len(transcript.final_words) > words:
-            words = len(transcript.final_words)
-            yield heard / rate, ' '.join(word.text for word in transcript.final_words)
-    yield heard / rate, transcriber.finish()[0].text
+        (update,) = session.step(piece).text
+        seconds += piece.shape[1] / rate
+        if update.final_words:
+            words += [word.text for word in update.final_words]
+            yield seconds, ' '.join(words)
+    session.finish()
+    yield seconds, session.transcript().text
 
 
 def show_stream(model, manifest: Path) -> None:

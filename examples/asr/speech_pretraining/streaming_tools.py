@@ -42,13 +42,14 @@ class Streamed:
     """Seconds at the beginning that the mean surprise leaves out."""
     word_latencies: list[float] = field(default_factory=list)
     """Of each word, seconds of audio from the end of its last frame until it was certain."""
+    recognised: str | None = None
     reference: str | None = None
     """What was said, where that is known."""
 
     @property
     def text(self) -> str | None:
         """What a recogniser heard; None for other models."""
-        return None if self.output.transcripts is None else self.output.transcripts[0].text
+        return self.recognised
 
     @property
     def surprise(self) -> np.ndarray | None:
@@ -109,16 +110,14 @@ class WordMeter:
     """
 
     def __init__(self, name: str, result: Streamed):
-        self.name, self.result, self._words = name, result, 0
+        self.name, self.result = name, result
 
     def take(self, output) -> Iterator[str]:
         """Yield a line for each word that is certain now, given a step's ``StreamingOutput`` of one stream."""
-        words = output.transcripts[0].final_words
-        for word in words[self._words :]:
+        for word in output.text[0].final_words:
             late = max(self.result.seconds - word.end, 0.0)
             self.result.word_latencies.append(late)
             yield f'{self.name}  {self.result.seconds:6.2f} s  {word.text}  (until {word.end:.2f} s, {1000 * late:.0f} ms ago)'
-        self._words = len(words)
 
 
 class SurpriseMeter:
@@ -235,6 +234,7 @@ def stream(
         _print_beside_bar(meter.take(outputs[-1]))
         _print_beside_bar(meter.finish())
     result.output = StreamingOutput.concatenate(outputs)
+    result.recognised = session.transcript().text if has_text(model) else None
     return result
 
 

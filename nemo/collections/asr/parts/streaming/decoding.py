@@ -1,20 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model makes of encoder frames that come a few at a time; its decoders take each frame by itself.
+"""Greedy decoding of encoder frames that come a few at a time, by a CTC, RNNT or hybrid model.
 
-Shapes: B streams, D the encoder's width, A attention frames, C classes, H codebooks.
+Shapes: B streams, R rows of them, D the encoder's width, A attention frames, C classes, H codebooks.
 """
 
+import dataclasses
+import importlib
+from typing import NamedTuple
+
+import numpy as np
 import torch
+
+from nemo.collections.asr.parts.utils.rnnt_utils import Hypothesis
+
+PLAIN = (int, float, str, bool, type(None))
+STATES = ('nemo.collections.asr.parts.submodules.transducer_decoding', Hypothesis.__module__)
+NO_CONFIDENCE = float('nan')
 
 
 def decoder_of(model) -> torch.nn.Module:
-    """Return the decoder that the model's own forward runs.
+    """Return the decoder that takes encoder frames alone.
 
-    A model that predicts next tokens only has several: its first one. A hybrid model has two: the CTC decoder, because
-    a transducer's takes no frame by itself.
+    It is the decoder of the model's own forward; the first next-token decoder of a model that predicts nothing else; the
+    CTC decoder of a hybrid model.
 
     Raises:
-        ValueError: if the model has no decoder that takes encoder frames alone.
+        ValueError: if the model has no such decoder.
     """
     decoder = getattr(model, 'ctc_decoder', None) or getattr(model, 'decoder', None)
     if not getattr(model, 'predicts_masked_tokens', True):
@@ -32,3 +43,157 @@ def decode_frames(decoder: torch.nn.Module, encoded: torch.Tensor) -> torch.Tens
         return decoder(encoder_output=encoded)
     # a convolution takes no empty input; the classes are the same for any frame
     return decoder(encoder_output=encoded.new_zeros(*encoded.shape[:2], 1))[:, :0]
+
+
+class Token(NamedTuple):
+    """A token of greedy decoding."""
+
+    token: int
+    frame: int
+    """Attention frame of the stream."""
+    confidence: float = NO_CONFIDENCE
+    """Of the token in this frame."""
+    repeats: bool = False
+    """Whether a CTC path goes on with the token of the frame before."""
+
+
+class GreedyCTC:
+    """Greedy CTC decoding; the memory of a stream is the class of its last frame.
+
+    Args:
+        model: with a CTC decoder.
+        decoding: NeMo's.
+        confidence: whether tokens have one.
+    """
+
+    def __init__(self, model, decoding, confidence: bool):
+        self.decoder, self.decoding = decoder_of(model), decoding
+        self.blank = self.decoder.num_classes_with_blank - 1
+        self._confidence = decoding.decoding._get_confidence_tensor if confidence else None
+
+    def decode(self, encoded, counts: list[int], memory: list, first: list[int], log_probs=None) -> tuple[list, list]:
+        """Return the new tokens and the new memory of each row.
+
+        Args:
+            encoded: new frames, [R, D, A].
+            counts: number of new frames of each row.
+            memory: of each row; None at the start of its stream.
+            first: position of each row's first new frame.
+            log_probs: [R, A, C], where the decoder has run already.
+        """
+        log_probs = decode_frames(self.decoder, encoded) if log_probs is None else log_probs
+        paths = log_probs.argmax(dim=2).cpu().numpy()
+        confidence = None if self._confidence is None else self._confidence(log_probs).cpu().numpy()
+        found = []
+        for row, count in enumerate(counts):
+            path, before = paths[row, :count], self.blank if memory[row] is None else memory[row]
+            repeats = path == np.concatenate(([before], path[:-1]))
+            frames = np.flatnonzero(path != self.blank)
+            sure = [NO_CONFIDENCE] * len(frames) if confidence is None else confidence[row, frames].tolist()
+            positions = (first[row] + frames).tolist()
+            found.append([*map(Token, path[frames].tolist(), positions, sure, repeats[frames].tolist())])
+        return found, [int(paths[row, count - 1]) for row, count in enumerate(counts)]
+
+
+class GreedyRNNT:
+    """Greedy RNNT and TDT decoding by NeMo; the memory of a stream is a hypothesis with the prediction network's state.
+
+    Args:
+        model: with a prediction network and a joint.
+        decoding: NeMo's.
+        confidence: whether tokens have one.
+
+    Raises:
+        ValueError: if tokens should have a confidence, and the model's decoding computes none.
+    """
+
+    def __init__(self, model, decoding, confidence: bool):
+        self.decoding, self._confidence = decoding, confidence
+        if confidence and not decoding.preserve_frame_confidence:
+            raise ValueError(
+                "TextOptions.confidence is true, which needs model.decoding.confidence_cfg.preserve_frame_confidence: "
+                "true; use model.change_decoding_strategy"
+            )
+
+    def decode(self, encoded, counts: list[int], memory: list, first: list[int], log_probs=None) -> tuple[list, list]:
+        """Return the new tokens and the new memory of each row; arguments are those of :meth:`GreedyCTC.decode`."""
+        hypotheses = self.decoding.rnnt_decoder_predictions_tensor(
+            encoded,
+            torch.tensor(counts, device=encoded.device),
+            return_hypotheses=True,
+            partial_hypotheses=[None if each is None else _continued(each) for each in memory],
+        )
+        return [*map(self._tokens, hypotheses, first)], [*map(_continued, hypotheses)]
+
+    def _tokens(self, hypothesis: Hypothesis, first: int) -> list[Token]:
+        timestamp = hypothesis.timestamp
+        frames = [int(frame) for frame in (timestamp['timestep'] if isinstance(timestamp, dict) else timestamp)]
+        if hasattr(hypothesis.dec_state, 'decoded_length'):  # label looping counts from the start of the stream
+            frames = [frame - first for frame in frames]
+        tokens, positions = [int(token) for token in hypothesis.y_sequence], [first + frame for frame in frames]
+        if not self._confidence:
+            return [*map(Token, tokens, positions)]
+        sure = getattr(hypothesis, 'non_blank_step_confidence_precomputed', None)  # NeMo 3.0.0, without blanks
+        if sure is None:
+            of_frames = hypothesis.frame_confidence
+            sure = [of_frames[frame][index - frames.index(frame)] for index, frame in enumerate(frames)]
+        return [*map(Token, tokens, positions, map(float, sure))]
+
+
+def _continued(memory: Hypothesis) -> Hypothesis:
+    """Return a hypothesis without tokens that goes on from another; NeMo adds to the one that it is given."""
+    return Hypothesis(0.0, [], timestamp=[], dec_state=memory.dec_state, last_token=memory.last_token)
+
+
+def greedy_decoding(model, confidence: bool) -> GreedyCTC | GreedyRNNT:
+    """Return what decodes a model's frames; a hybrid model decodes as its ``cur_decoder`` is set.
+
+    Raises:
+        ValueError: if the model is no recogniser or its decoding is not greedy.
+    """
+    if getattr(model, 'joint', None) is not None and getattr(model, 'cur_decoder', 'rnnt') == 'rnnt':
+        return GreedyRNNT(model, _greedy(model.decoding), confidence)
+    decoding = getattr(model, 'ctc_decoding', None) or getattr(model, 'decoding', None)
+    if decoding is None:
+        raise ValueError(f"text needs a CTC, RNNT or hybrid model; {type(model).__name__} is none of them")
+    return GreedyCTC(model, _greedy(decoding), confidence)
+
+
+def _greedy(decoding):
+    strategy = decoding.cfg.get('strategy', 'greedy')
+    if strategy not in ('greedy', 'greedy_batch'):
+        raise ValueError(f"decoding.strategy is {strategy}; text of live streams needs greedy or greedy_batch")
+    return decoding
+
+
+def to_plain(value):
+    """Return the memory of a decoding as plain containers and tensors.
+
+    Raises:
+        ValueError: if it holds another type.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(to_plain, value))
+    if dataclasses.is_dataclass(value):
+        state = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {'class': f'{type(value).__module__}.{type(value).__qualname__}', 'fields': state}
+    if isinstance(value, PLAIN):
+        return value
+    raise ValueError(f"state_dict: the decoder's state has a {type(value).__name__}, which is no plain value")
+
+
+def from_plain(value):
+    """Return the memory of what :func:`to_plain` returned; only NeMo's classes of states are made."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(from_plain, value))
+    if not isinstance(value, dict):
+        return value
+    module, _, name = value['class'].rpartition('.')
+    if not module.startswith(STATES):
+        raise ValueError(f"load_state_dict: {value['class']} is no state of a decoder")
+    made = getattr(importlib.import_module(module), name)
+    return made(**{field: from_plain(state) for field, state in value['fields'].items()})

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from nemo.collections.asr.parts.streaming.words import TextUpdate
+
 
 @dataclass
 class StreamingOutput:
@@ -49,8 +51,8 @@ class StreamingOutput:
     """How many of these each stream has, [B] int64."""
     surprise_start: torch.Tensor | None = None
     """Which token of its stream the first of these is, from 0, or will be if there is none yet, [B] int64."""
-    transcripts: list | None = None
-    """With ``return_text``: a ``Transcript`` of each stream, of all that it has said so far."""
+    text: list[TextUpdate] | None = None
+    """With ``return_text``: what is new in the text of each stream."""
 
     @classmethod
     def concatenate(cls, outputs: Sequence['StreamingOutput']) -> 'StreamingOutput':
@@ -65,7 +67,9 @@ class StreamingOutput:
             return outputs[0]
         lengths = [output.lengths for output in outputs]
         joined = dict(lengths=sum(lengths), current_frame=outputs[-1].current_frame)
-        joined['surprise_start'], joined['transcripts'] = outputs[0].surprise_start, outputs[-1].transcripts
+        joined['surprise_start'] = outputs[0].surprise_start
+        if outputs[0].text is not None:
+            joined['text'] = [*map(TextUpdate.concatenate, zip(*(output.text for output in outputs)))]
         for name, dim, counts in (
             ('encoded', 2, 'lengths'),
             ('log_probs', 1, 'lengths'),

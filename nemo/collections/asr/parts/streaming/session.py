@@ -28,8 +28,9 @@ from nemo.collections.asr.parts.streaming.one_by_one import OneByOne
 from nemo.collections.asr.parts.streaming.output import StreamingOutput, valid_frames
 from nemo.collections.asr.parts.streaming.surprise import LiveSurprise
 from nemo.collections.asr.parts.streaming.targets import LiveTargets
-from nemo.collections.asr.parts.streaming.text import LiveText
+from nemo.collections.asr.parts.streaming.text import LiveText, TextOptions
 from nemo.collections.asr.parts.streaming.together import Together
+from nemo.collections.asr.parts.streaming.words import Transcript
 
 FAST = ('auto', 'off')
 
@@ -53,7 +54,7 @@ class StreamingSession:
         return_surprise: whether to predict the next tokens, and to say of each token, once it is there, how surprising
             it was; for a model whose objective predicts next tokens, see ``LiveSurprise``. With ``apply_mask`` they
             are predicted from the masked stream, as ``model.objective: both`` trains it.
-        return_text: whether to give the text of each stream, of a CTC, RNNT or hybrid model; see ``text.py``.
+        return_text: whether to decode the text of each stream, with a CTC, RNNT or hybrid model; ``TextOptions`` set how.
         fast: 'auto' runs all streams as one batch, with cached keys and values and weights arranged for it (which all
             sessions of the encoder share); 'off' runs NeMo's own layers, as does 'auto' where ``why_not_fast`` says why.
         weights: what the layers' weights are held in, on a CPU: 'float32'; 'bfloat16' and 'int8' are smaller and faster, and
@@ -74,7 +75,7 @@ class StreamingSession:
         apply_mask: bool = False,
         return_surprise: bool = False,
         fast: str = 'auto',
-        return_text: bool = False,
+        return_text: bool | TextOptions = False,
         weights: str = 'float32',
     ):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -98,7 +99,8 @@ class StreamingSession:
         self._decoder = decoder_of(model) if return_log_probs or return_tokens or apply_mask else None
         self._text = None
         if return_text:
-            self._text = LiveText(model, batch_size, self.frame_samples / self.sample_rate)
+            options = TextOptions() if return_text is True else return_text
+            self._text = LiveText(model, batch_size, self.frame_samples / self.sample_rate, options)
         self.why_not_fast = self._why_not_fast(fast)
         check_precision(weights, next(encoder.parameters()))
         if weights != 'float32' and self.why_not_fast is not None:
@@ -178,7 +180,7 @@ class StreamingSession:
             self._ended[row] = False
         self._way.forget(list(streams))
         if self._text is not None:
-            self._text.forget(list(streams))
+            self._text.reset(list(streams))
 
     def step(self, samples, lengths=None, ended=None) -> StreamingOutput:
         """Take samples and give out all frames that they complete.
@@ -210,9 +212,19 @@ class StreamingSession:
         nothing = torch.zeros(self.batch_size, 0, device=self._front_end.device)
         return self._advance(nothing, np.zeros(self.batch_size, np.int64), ~self._ended)
 
+    def transcript(self, row: int = 0) -> Transcript:
+        """Return the whole text of a stream; its cost grows with the stream.
+
+        Raises:
+            ValueError: without ``return_text``.
+        """
+        if self._text is None:
+            raise ValueError("transcript: the session has no text; set return_text=True")
+        return self._text.transcript(row)
+
     def state_dict(self) -> dict:
         """Return a copy of all state: plain containers and tensors, for torch.save or pickle."""
-        text = {} if self._text is None else {'text': self._text.state()}
+        text = {} if self._text is None else {'text': [self._text.export(row) for row in range(self.batch_size)]}
         return {'settings': self._settings(), **self._way.state(self._ended.tolist()).to_dict(), **text}
 
     def load_state_dict(self, state: dict) -> None:
@@ -233,7 +245,8 @@ class StreamingSession:
             )
         self._ended = np.array(self._way.load(state), bool)
         if self._text is not None:
-            self._text.load(state['text'])
+            for row, text in enumerate(state['text']):
+                self._text.load(row, text)
 
     def _settings(self) -> dict:
         encoder = self._encoder
@@ -311,8 +324,8 @@ class StreamingSession:
         self._ended = self._ended | ends
         if self._text is not None:
             with torch.inference_mode():
-                self._text.take(output.encoded, output.lengths.tolist())
-            output.transcripts = self._text.transcripts(self._ended)
+                lengths = output.lengths.tolist()
+                output.text = self._text.take(output.encoded, lengths, self._ended.tolist(), output.log_probs)
         output.current_frame = self.current_frame
         if not self.return_log_probs:
             output.log_probs = None

@@ -1,246 +1,213 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of live streams: tokens that are decided on, frame by frame, by a CTC, an RNNT or a hybrid model.
+"""The text of live streams: greedy tokens, the words that they make, and where utterances end.
 
-Greedy decoding decides once and for all: what was said stays said, and only the last word may still grow. A CTC path loses its
-repetitions and blanks here; an RNNT's is NeMo's own decoding, which goes on from the hypotheses that it has returned.
+Greedy decoding never takes a token back, so text only grows. A step costs the same at any length of the stream.
 
-Shapes: B streams, R rows of them, D the encoder's width, A attention frames.
+Shapes: B streams, D the encoder's width, A attention frames, C classes.
 """
 
-import dataclasses
+from array import array
+from dataclasses import dataclass, field, fields
 
+import numpy as np
 import torch
 
-from nemo.collections.asr.parts.streaming.decoding import decode_frames
-from nemo.collections.asr.parts.streaming.words import Spelling, Token, Word
-from nemo.collections.asr.parts.utils.rnnt_utils import Hypothesis
-
-PLAIN = (int, float, str, bool, type(None), torch.Tensor)
+from nemo.collections.asr.parts.streaming.decoding import Token, from_plain, greedy_decoding, to_plain
+from nemo.collections.asr.parts.streaming.words import Spelling, TextUpdate, Transcript, Word
 
 
-@dataclasses.dataclass
-class Transcript:
-    """What one stream has said so far."""
+@dataclass(frozen=True)
+class TextOptions:
+    """How text is made. The end of an utterance makes its last word final; it does not change ``Transcript.text``.
 
-    text: str
-    """All of it, the word that may still grow included."""
-    words: list[Word]
-    """Its words, with their times."""
-    final: bool
-    """Whether the stream has ended."""
+    Raises:
+        ValueError: if a value is out of its range.
+    """
 
-    @property
-    def final_words(self) -> list[Word]:
-        """The words that will not change any more: all but the last one, until the stream ends."""
-        return self.words if self.final else self.words[:-1]
+    silence_after_nothing: float | None = 2.4
+    """Seconds without a token that end an utterance that has none; None: never."""
+    silence_after_speech: float | None = 1.2
+    """Seconds without a token that end an utterance that has some; None: never."""
+    utterance_seconds: float | None = 20.0
+    """An utterance of this length ends with its present word; None: never."""
+    confidence: bool = False
+    """Whether words have a confidence, computed as NeMo's ``decoding.confidence_cfg`` is set."""
+    longest_word: int = 64
+    """Tokens after which a word is final, for languages without spaces."""
+
+    def __post_init__(self):
+        for name in ('silence_after_nothing', 'silence_after_speech', 'utterance_seconds'):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float('inf'):
+                raise ValueError(f"TextOptions.{name} is {value!r}; it must be above 0 seconds, or None")
+        if self.longest_word < 1:
+            raise ValueError(f"TextOptions.longest_word is {self.longest_word!r}; it must be 1 token or more")
+
+
+@dataclass
+class _Stream:
+    """Tokens of one stream, and where its words and utterances begin; positions are frames of the stream."""
+
+    received: int = 0
+    memory: object = None
+    """Of the decoding."""
+    tokens: array = field(default_factory=lambda: array('i'))
+    frames: array = field(default_factory=lambda: array('q'))
+    confidences: array = field(default_factory=lambda: array('d'))
+    words: array = field(default_factory=lambda: array('q'))
+    """Index of the first token of each final word."""
+    open: int = 0
+    """Index of the first token of the word that can still grow."""
+    repeated: int = 1
+    """Frames of the last token, of a CTC path."""
+    start: int = 0
+    """Where the utterance begins."""
+    silent_from: int = 0
+    """Where the silence behind its last token begins."""
+    has_speech: bool = False
+    partial: Word | None = None
+
+
+STATE = [each.name for each in fields(_Stream) if each.name != 'partial']
 
 
 class LiveText:
-    """Turns encoder frames, as they come, into transcripts.
+    """Turns encoder frames into text as they come.
 
     Args:
-        model: a CTC, RNNT or hybrid model of NeMo's; a hybrid one decodes as its ``cur_decoder`` says.
+        model: a CTC, RNNT or hybrid model; a hybrid model decodes as its ``cur_decoder`` is set.
         batch: B.
-        frame_seconds: of an attention frame.
+        frame_seconds: duration of an attention frame.
+        options: how text is made.
 
     Raises:
-        ValueError: if the model has no such decoder, or its decoding is not greedy.
+        ValueError: if the model is no recogniser, its decoding is not greedy, or it has no confidence.
     """
 
-    def __init__(self, model, batch: int, frame_seconds: float):
-        self.batch = batch
-        self._steps = _decoding_of(model)
-        self.spelling = Spelling(self._steps.decoding, frame_seconds)
+    def __init__(self, model, batch: int, frame_seconds: float, options: TextOptions):
+        self.options, self.batch, self.frame_seconds = options, batch, frame_seconds
+        self._decoding = greedy_decoding(model, options.confidence)
+        self._spelling = Spelling(self._decoding.decoding, frame_seconds)
+        self._after_nothing, self._after_speech, self._longest = (
+            None if seconds is None else max(round(seconds / frame_seconds), 1)
+            for seconds in (options.silence_after_nothing, options.silence_after_speech, options.utterance_seconds)
+        )
         self.reset()
 
-    def reset(self) -> None:
-        """Begin all streams anew."""
-        self._tokens: list[list[Token]] = [[] for _ in range(self.batch)]
-        self._frames = [0] * self.batch
-        self._memory: list = [None] * self.batch
+    def reset(self, rows: list[int] | None = None) -> None:
+        """Start some streams anew, or all."""
+        if rows is None:
+            self._streams = [_Stream() for _ in range(self.batch)]
+        for row in rows or ():
+            self._streams[row] = _Stream()
 
-    def forget(self, rows: list[int]) -> None:
-        """Begin some streams anew."""
-        for row in rows:
-            self._tokens[row], self._frames[row], self._memory[row] = [], 0, None
-
-    def take(self, encoded: torch.Tensor, lengths: list[int]) -> None:
-        """Take new frames.
+    def take(self, encoded: torch.Tensor, lengths: list[int], ended, log_probs=None) -> list[TextUpdate]:
+        """Take new frames and return what they add to the text of each stream.
 
         Args:
             encoded: [B, D, A].
-            lengths: how many of them each stream has.
+            lengths: number of new frames of each stream.
+            ended: whether each stream has ended, [B].
+            log_probs: [B, A, C] of the CTC decoder, where it has run already.
         """
+        tokens: list = [()] * self.batch
         rows = [row for row, length in enumerate(lengths) if length]
-        if not rows:
-            return
-        some = encoded if len(rows) == self.batch else encoded[rows]
-        counts, memory = [lengths[row] for row in rows], [self._memory[row] for row in rows]
-        found, memory = self._steps.decode(some, counts, memory, [self._frames[row] for row in rows])
-        for row, tokens, remembered, count in zip(rows, found, memory, counts):
-            self._tokens[row] += tokens
-            self._memory[row] = remembered
-            self._frames[row] += count
+        if rows:
+            some = slice(None) if len(rows) == self.batch else rows
+            streams, counts = [self._streams[row] for row in rows], [lengths[row] for row in rows]
+            memory, first = [stream.memory for stream in streams], [stream.received for stream in streams]
+            log_probs = None if log_probs is None else log_probs[some]
+            found, memory = self._decoding.decode(encoded[some], counts, memory, first, log_probs)
+            for row, stream, new, remembered in zip(rows, streams, found, memory):
+                tokens[row], stream.memory = new, remembered
+        return [self._advance(*each) for each in zip(self._streams, tokens, lengths, ended)]
 
-    def transcripts(self, ended) -> list[Transcript]:
-        """Return what each stream has said so far; ``ended`` [B] says which have ended."""
-        return [
-            Transcript(self.spelling.text(tokens), self.spelling.words(tokens), bool(final))
-            for tokens, final in zip(self._tokens, ended)
-        ]
+    def transcript(self, row: int) -> Transcript:
+        """Return all text of a stream so far."""
+        stream = self._streams[row]
+        bounds = [*stream.words, stream.open, len(stream.tokens)]
+        words = [self._word(stream, *pair) for pair in zip(bounds, bounds[1:])]
+        return Transcript(self._spelling.text(stream.tokens), [word for word in words if word is not None])
 
-    def state(self) -> dict:
-        """Return a copy of the state: plain containers and tensors."""
-        tokens = [[[each.token, each.frame] for each in of] for of in self._tokens]
-        memory = [self._steps.to_plain(each) for each in self._memory]
-        return {'tokens': tokens, 'frames': list(self._frames), 'memory': memory}
+    def export(self, row: int) -> dict:
+        """Return a copy of a stream's state: plain containers and tensors."""
+        values = {name: getattr(self._streams[row], name) for name in STATE}
+        return {
+            name: torch.from_numpy(np.array(value)) if isinstance(value, array) else to_plain(value)
+            for name, value in values.items()
+        }
 
-    def load(self, state: dict) -> None:
-        """Go on from a saved state."""
-        self._tokens = [[Token(*pair) for pair in of] for of in state['tokens']]
-        self._frames = list(state['frames'])
-        self._memory = [self._steps.from_plain(each) for each in state['memory']]
+    def load(self, row: int, state: dict) -> None:
+        """Go on with a stream from an exported state."""
+        stream = _Stream()
+        for name in STATE:
+            value, now = from_plain(state[name]), getattr(stream, name)
+            setattr(stream, name, array(now.typecode, value.tolist()) if isinstance(now, array) else value)
+        stream.partial = self._word(stream, stream.open, len(stream.tokens))
+        self._streams[row] = stream
 
+    def _advance(self, stream: _Stream, tokens, frames: int, ended: bool) -> TextUpdate:
+        """Take the tokens of a stream's new frames."""
+        update = TextUpdate([])
+        for token in tokens:
+            self._pass_silence(stream, token.frame, update)
+            self._add(stream, token, update)
+        stream.received += frames
+        self._pass_silence(stream, stream.received, update)
+        if ended:
+            self._close_word(stream, update)
+        elif tokens:
+            stream.partial = self._word(stream, stream.open, len(stream.tokens))
+        update.partial = stream.partial
+        return update
 
-class _CTC:
-    """Greedy CTC: what is remembered of a stream is the class of its last frame."""
+    def _pass_silence(self, stream: _Stream, until: int, update: TextUpdate) -> None:
+        """End the utterances that silence ends before frame ``until``."""
+        while True:
+            limit = self._after_speech if stream.has_speech else self._after_nothing
+            if limit is None or stream.silent_from + limit > until:
+                return
+            self._close_word(stream, update)
+            self._end_utterance(stream, stream.silent_from + limit, update)
 
-    def __init__(self, decoder, decoding, blank: int):
-        self.decoder, self.decoding, self.blank = decoder, decoding, blank
+    def _add(self, stream: _Stream, token: Token, update: TextUpdate) -> None:
+        if token.repeats:
+            self._repeat(stream, token.confidence)
+        else:
+            grown = len(stream.tokens) - stream.open
+            if grown and (grown >= self.options.longest_word or self._spelling.begins_word(token.token)):
+                self._close_word(stream, update)
+                if self._longest is not None and token.frame - stream.start >= self._longest:
+                    self._end_utterance(stream, token.frame, update)
+            stream.tokens.append(token.token)
+            stream.frames.append(token.frame)
+            stream.confidences.append(token.confidence)
+            stream.repeated = 1
+        stream.has_speech, stream.silent_from = True, token.frame + 1
 
-    def decode(self, encoded, counts: list[int], memory: list, first: list[int]):
-        """Return the new tokens of each row, and what to remember."""
-        path = decode_frames(self.decoder, encoded).argmax(dim=2).tolist()
-        found = []
-        for row, count in enumerate(counts):
-            before = [memory[row], *path[row][: count - 1]]
-            found.append(
-                [
-                    Token(token, first[row] + frame)
-                    for frame, (token, earlier) in enumerate(zip(path[row][:count], before))
-                    if token not in (earlier, self.blank)
-                ]
-            )
-        return found, [path[row][count - 1] for row, count in enumerate(counts)]
+    def _repeat(self, stream: _Stream, confidence: float) -> None:
+        """Add a frame to the last token, whose confidence NeMo aggregates over its frames."""
+        stream.repeated += 1
+        before = stream.confidences[-1]
+        if self._decoding.decoding.word_confidence_aggregation == 'mean':
+            stream.confidences[-1] += (confidence - before) / stream.repeated
+        else:
+            stream.confidences[-1] = self._spelling.aggregate([before, confidence])
 
-    @staticmethod
-    def to_plain(memory: int | None) -> int | None:
-        """Return what is remembered, as it is."""
-        return memory
+    def _close_word(self, stream: _Stream, update: TextUpdate) -> None:
+        """Make the partial word final."""
+        count = len(stream.tokens)
+        if count > stream.open:
+            word = self._word(stream, stream.open, count)
+            update.final_words += [] if word is None else [word]
+            stream.words.append(stream.open)
+            stream.open = count
+        stream.partial = None
 
-    from_plain = to_plain
+    def _end_utterance(self, stream: _Stream, frame: int, update: TextUpdate) -> None:
+        update.utterance_ends.append(frame * self.frame_seconds)
+        stream.start, stream.silent_from, stream.has_speech = frame, frame, False
 
-
-class _RNNT:
-    """Greedy RNNT by NeMo's decoding, which goes on from hypotheses; each remembers the state of the prediction network."""
-
-    def __init__(self, decoding):
-        self.decoding = decoding
-
-    def decode(self, encoded, counts: list[int], memory: list, first: list[int]):
-        """Return the new tokens of each row, and what to remember."""
-        found = [[] for _ in counts]
-        done, total = 0, max(counts)
-        while done < total:
-            at = [before + done for before in first]
-            # NeMo tells frames from the beginning of the stream or of the piece; pieces no longer than what came before
-            # them tell which.
-            most = min([frame for frame in at if frame], default=total)
-            piece = encoded[:, :, done : done + most]
-            some = [row for row, count in enumerate(counts) if count > done]
-            lengths = torch.tensor([min(counts[row] - done, most) for row in some], device=encoded.device)
-            hypotheses = self.decoding.rnnt_decoder_predictions_tensor(
-                piece[some], lengths, return_hypotheses=True, partial_hypotheses=[_go_on(memory[row]) for row in some]
-            )
-            for row, hypothesis in zip(some, hypotheses):
-                found[row] += _tokens_of(hypothesis, at[row])
-                memory[row] = hypothesis
-            done += most
-        return found, memory
-
-    @staticmethod
-    def to_plain(memory: Hypothesis | None) -> dict | None:
-        """Return a hypothesis as plain containers and tensors.
-
-        Raises:
-            ValueError: if its state is of a kind that cannot be.
-        """
-        if memory is None:
-            return None
-        return {'state': _plain(memory.dec_state), 'last_token': _plain(memory.last_token)}
-
-    @staticmethod
-    def from_plain(memory: dict | None) -> Hypothesis | None:
-        """Return the hypothesis of what :meth:`to_plain` returned."""
-        if memory is None:
-            return None
-        state = _unplain(memory['state'])
-        return Hypothesis(0.0, [], dec_state=state, last_token=_unplain(memory['last_token']))
-
-
-def _go_on(memory: Hypothesis | None) -> Hypothesis | None:
-    """Return a hypothesis that goes on, with nothing said yet."""
-    if memory is None:
-        return None
-    return Hypothesis(0.0, [], timestamp=[], dec_state=memory.dec_state, last_token=memory.last_token)
-
-
-def _tokens_of(hypothesis: Hypothesis, at: int) -> list[Token]:
-    """Return what a hypothesis says, of a piece that begins with frame ``at``."""
-    timestamp = hypothesis.timestamp
-    frames = [int(frame) for frame in (timestamp['timestep'] if isinstance(timestamp, dict) else timestamp)]
-    tokens = [int(token) for token in hypothesis.y_sequence]
-    return [Token(token, frame if frame >= at else at + frame) for token, frame in zip(tokens, frames)]
-
-
-def _plain(state):
-    if isinstance(state, PLAIN):
-        return state.clone() if isinstance(state, torch.Tensor) else state
-    if isinstance(state, (list, tuple)):
-        return {'kind': 'list' if isinstance(state, list) else 'tuple', 'items': [_plain(item) for item in state]}
-    if dataclasses.is_dataclass(state):
-        fields = {field.name: _plain(getattr(state, field.name)) for field in dataclasses.fields(state)}
-        return {'kind': f'{type(state).__module__}.{type(state).__qualname__}', 'fields': fields}
-    raise ValueError(
-        f"state_dict: the decoder's state has a {type(state).__name__}, which cannot be saved as plain values"
-    )
-
-
-def _unplain(state):
-    if not isinstance(state, dict):
-        return state.clone() if isinstance(state, torch.Tensor) else state
-    if 'items' in state:
-        items = [_unplain(item) for item in state['items']]
-        return items if state['kind'] == 'list' else tuple(items)
-    return _state_class(state['kind'])(**{name: _unplain(value) for name, value in state['fields'].items()})
-
-
-def _state_class(kind: str):
-    """Return NeMo's class of a decoder's state; only classes of its transducer decoding are looked up."""
-    import importlib
-
-    module, _, name = kind.rpartition('.')
-    if not module.startswith('nemo.collections.asr.parts.submodules.transducer_decoding'):
-        raise ValueError(f"load_state_dict: {kind} is no state of a decoder")
-    return getattr(importlib.import_module(module), name)
-
-
-def _decoding_of(model):
-    """Return what decodes a model's frames."""
-    if getattr(model, 'joint', None) is not None and getattr(model, 'cur_decoder', 'rnnt') == 'rnnt':
-        return _RNNT(_greedy(model.decoding, model))
-    decoder = getattr(model, 'ctc_decoder', None) or getattr(model, 'decoder', None)
-    decoding = getattr(model, 'ctc_decoding', None) or getattr(model, 'decoding', None)
-    if decoding is None or 'encoder_output' not in (getattr(decoder, 'input_types', None) or {}):
-        raise ValueError(f"text needs a CTC, RNNT or hybrid model; {type(model).__name__} is none")
-    return _CTC(decoder, _greedy(decoding, model), decoder.num_classes_with_blank - 1)
-
-
-def _greedy(decoding, model):
-    strategy = decoding.cfg.get('strategy', 'greedy')
-    if not str(strategy).startswith('greedy'):
-        raise ValueError(
-            f"{type(model).__name__}'s decoding.strategy is {strategy}; live text needs greedy or greedy_batch, for others "
-            "change what was said"
-        )
-    return decoding
+    def _word(self, stream: _Stream, first: int, end: int) -> Word | None:
+        columns = stream.tokens, stream.frames, stream.confidences
+        return self._spelling.word(*(column[first:end] for column in columns))

@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of live streams is what NeMo's decoding makes of the whole."""
+"""The text of live streams is what NeMo decodes from the whole, at a cost that does not grow."""
 
 import functools
 import io
+import pickle
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_streams import noise
+from omegaconf import OmegaConf
 from tiny_nest import tiny_model
-from tiny_recogniser import tiny_recogniser
+from tiny_recogniser import LABELS, tiny_recogniser
 
-from nemo.collections.asr.parts.streaming.session import StreamingSession
-from nemo.collections.asr.parts.streaming.transcriber import StreamingTranscriber
+from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
+from nemo.collections.asr.parts.streaming.text import LiveText, TextOptions
+from nemo.collections.asr.parts.streaming.words import Word
 
 CONTEXT, FRAME = [10, 0], 0.08
 LENGTHS = [40000, 17000, 29000]
 KINDS = ['ctc', 'rnnt', 'hybrid']
+NEVER = {'silence_after_nothing': None, 'silence_after_speech': None, 'utterance_seconds': None}
+OFTEN = TextOptions(silence_after_nothing=0.3, silence_after_speech=0.16, utterance_seconds=0.5)
 
 
 @functools.cache
@@ -25,10 +31,9 @@ def model_of(kind):
     return tiny_recogniser(kind)
 
 
-@functools.cache
-def offline(kind):
+def offline(kind, model=None):
     """Return the hypotheses of NeMo's own decoding of three whole utterances."""
-    model = model_of(kind)
+    model = model_of(kind) if model is None else model
     with torch.no_grad(), model.encoder.using_att_context_size(CONTEXT):
         outputs, lengths = model(input_signal=noise(3, 40000), input_signal_length=torch.tensor(LENGTHS))[:2]
         if kind == 'ctc':
@@ -36,92 +41,189 @@ def offline(kind):
         return model.decoding.rnnt_decoder_predictions_tensor(outputs, lengths, return_hypotheses=True)
 
 
-def transcribe(transcriber, sizes, samples=None):
-    """Stream the three utterances; each ends when its samples do, or later."""
-    samples, position, index = noise(3, 40000) if samples is None else samples, 0, 0
-    seen = []
+def transcribe(model, sizes, options=True):
+    """Stream the three utterances; each ends when its samples do, or later. Returns the session and the outputs."""
+    session, samples = StreamingSession(model, 3, CONTEXT, return_text=options), noise(3, 40000)
+    position, index, outputs = 0, 0, []
     while position < max(LENGTHS):
         size = sizes[index % len(sizes)]
         counts = [max(min(length - position, size), 0) for length in LENGTHS]
         ended = [index % 2 == 0 and 0 <= length - position <= size for length in LENGTHS]
-        seen.append(transcriber.step(samples[:, position : position + size], counts, ended))
+        outputs.append(session.step(samples[:, position : position + size], counts, ended))
         position, index = position + size, index + 1
-    if not all(transcriber.session.ended):
-        seen.append(transcriber.finish())
-    return seen
+    return session, outputs if all(session.ended) else [*outputs, session.finish()]
 
 
 @settings(max_examples=12)
 @given(st.sampled_from(KINDS), st.lists(st.integers(300, 20000), min_size=1, max_size=4))
 def test_any_pieces_of_ragged_streams_give_the_text_of_the_whole(kind, sizes):
-    transcripts = transcribe(StreamingTranscriber(model_of(kind), 3, CONTEXT), sizes)[-1]
-    for transcript, expected in zip(transcripts, offline(kind)):
-        assert transcript.text == expected.text and transcript.final
-        assert len(transcript.text) > 3
-        said = ' '.join(word.text for word in transcript.words)
-        assert said == ' '.join(expected.text.split())
+    session, outputs = transcribe(model_of(kind), sizes)
+    for row, expected in enumerate(offline(kind)):
+        transcript = session.transcript(row)
+        assert transcript.text == expected.text and len(expected.text) > 3
+        assert [word.text for word in transcript.words] == expected.text.split()
+        assert StreamingOutput.concatenate(outputs).text[row].final_words == transcript.words
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_what_is_said_stays_said_and_words_have_their_times(kind):
-    seen = transcribe(StreamingTranscriber(model_of(kind), 3, CONTEXT), [1280])
-    for row in range(3):
-        mine = [step[row] for step in seen]
-        for earlier, later in zip(mine, mine[1:]):
-            assert later.text.startswith(earlier.text)
-            assert later.words[: len(earlier.final_words)] == earlier.final_words
-        times = [(word.start, word.end) for word in mine[-1].words]
-        assert times == sorted(times) and all(
-            0 <= start < end <= LENGTHS[row] / 16000 + 2 * FRAME for start, end in times
-        )
+def test_words_and_utterances_do_not_depend_on_the_pieces(kind):
+    found = []
+    for sizes in ([1280], [900, 11000, 3000], [40000]):
+        session, outputs = transcribe(model_of(kind), sizes, OFTEN)
+        found.append((StreamingOutput.concatenate(outputs).text, [session.transcript(row) for row in range(3)]))
+    assert found[0] == found[1] == found[2]
+    updates, transcripts = found[0]
+    assert all(update.utterance_ends for update in updates)
+    assert [transcript.text for transcript in transcripts] == [each.text for each in offline(kind)]
+    times = [(word.start, word.end) for word in updates[0].final_words]
+    assert times == sorted(times) and all(0 <= start < end <= LENGTHS[0] / 16000 + 2 * FRAME for start, end in times)
 
 
 @pytest.mark.parametrize('kind', ['rnnt', 'hybrid'])
 def test_tokens_have_the_frames_of_the_whole(kind):
-    transcriber = StreamingTranscriber(model_of(kind), 3, CONTEXT)
-    transcribe(transcriber, [900, 11000, 3000])
-    for tokens, expected in zip(transcriber.session._text._tokens, offline(kind)):
+    session, _ = transcribe(model_of(kind), [900, 11000, 3000])
+    for row, expected in enumerate(offline(kind)):
         timestamp = expected.timestamp['timestep'] if isinstance(expected.timestamp, dict) else expected.timestamp
-        assert [token.frame for token in tokens] == [int(frame) for frame in timestamp]
+        assert session._text._streams[row].frames.tolist() == [int(frame) for frame in timestamp]
+
+
+def one_stream(options=TextOptions()):
+    """Return a function that feeds the path of a CTC model, written as labels and "_" for blanks."""
+    text = LiveText(model_of('ctc'), 1, FRAME, options)
+
+    def feed(path, ended=False):
+        classes = [len(LABELS) if label == '_' else LABELS.index(label) for label in path]
+        log_probs = (
+            torch.nn.functional.one_hot(torch.tensor([classes], dtype=torch.long), len(LABELS) + 1).float().log()
+        )
+        return text.take(torch.zeros(1, 16, len(path)), [len(path)], [ended], log_probs)[0]
+
+    return text, feed
+
+
+def summary(update):
+    """Return final words, partial word and the frames where utterances ended."""
+    ends = [round(seconds / FRAME) for seconds in update.utterance_ends]
+    return [word.text for word in update.final_words], update.partial and update.partial.text, ends
+
+
+def test_a_pause_makes_the_last_word_final():
+    text, feed = one_stream(TextOptions(**{**NEVER, 'silence_after_speech': 4 * FRAME}))
+    assert summary(feed('_bee__')) == ([], 'be', [])
+    assert summary(feed('_')) == ([], 'be', [])
+    assert summary(feed('_')) == (['be'], None, [8])
+    assert summary(feed('______a')) == ([], 'a', [])
+    assert summary(feed('n____ab a')) == (['an', 'ab'], 'a', [20])
+    assert summary(feed('', ended=True)) == (['a'], None, [])
+    assert text.transcript(0).text == 'beanab a'
+    words = [('be', 1, 3), ('an', 14, 16), ('ab', 20, 22), ('a', 23, 24)]
+    assert text.transcript(0).words == [Word(word, start * FRAME, end * FRAME) for word, start, end in words]
+
+
+def test_silence_without_speech_and_length_end_utterances():
+    _, feed = one_stream(TextOptions(**{**NEVER, 'silence_after_nothing': 3 * FRAME}))
+    assert summary(feed('_____')) == ([], None, [3])
+    assert summary(feed('__a______')) == ([], 'a', [6])
+    _, feed = one_stream(TextOptions(**{**NEVER, 'utterance_seconds': 4 * FRAME}))
+    assert summary(feed('a be')) == (['a'], 'be', [])
+    assert summary(feed('ne an')) == (['bene'], 'an', [6])  # not within a word
+    _, feed = one_stream(TextOptions(**NEVER, longest_word=3))
+    assert summary(feed('abababa')) == (['aba', 'bab'], 'a', [])
+
+
+def test_a_step_costs_the_same_after_a_second_and_after_an_hour():
+    text, feed = one_stream()
+    decoding = text._decoding.decoding
+
+    def cost():
+        with mock.patch.object(decoding, 'decode_ids_to_str', wraps=decoding.decode_ids_to_str) as decoded:
+            updates = [feed('_be_ an_') for _ in range(3)]
+        read = [len(call.args[0]) for call in decoded.call_args_list]
+        return sum(read), len(read), len(pickle.dumps(updates))
+
+    feed('be')
+    before = cost()
+    feed('_be_ an_' * 5000)
+    assert cost() == before
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_saved_state_goes_on_and_a_stream_begins_anew(kind):
     model, samples = model_of(kind), noise(2, 40000)
-    whole, first, second = (StreamingTranscriber(model, 2, CONTEXT) for _ in range(3))
+    whole, first, second = (StreamingSession(model, 2, CONTEXT, return_text=OFTEN) for _ in range(3))
     whole.step(samples[:, :15000])
     first.step(samples[:, :15000])
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)
     second.load_state_dict(torch.load(file, weights_only=True))
-    for transcriber in (whole, second):
-        transcriber.reset([1])
-    expected, mine = ([*t.step(samples[:, 15000:]), *t.finish()] for t in (whole, second))
-    assert mine == expected
-    fresh = StreamingTranscriber(model, 1, CONTEXT)
-    fresh.step(samples[1:, 15000:])
-    assert mine[3].text == fresh.finish()[0].text
+    for session in (whole, second):
+        session.reset([1])
+    expected, mine = ([s.step(samples[:, 15000:]).text, s.finish().text] for s in (whole, second))
+    assert mine == expected and second.transcript(0) == whole.transcript(0)
+    fresh = StreamingSession(model, 1, CONTEXT, return_text=OFTEN)
+    fresh.step(samples[1:, 15000:], ended=[True])
+    assert second.transcript(1) == fresh.transcript(0)
 
 
-def test_a_hybrid_model_decodes_as_it_is_told():
+@pytest.mark.parametrize('aggregation', ['min', 'mean', 'prod'])
+@pytest.mark.parametrize('kind', ['ctc', 'rnnt'])
+def test_confidence_is_that_of_nemo(kind, aggregation):
+    model = tiny_recogniser(kind)
+    cfg = OmegaConf.create(OmegaConf.to_container(model.cfg.decoding))
+    cfg.confidence_cfg = {'preserve_frame_confidence': True, 'aggregation': aggregation}
+    model.change_decoding_strategy(cfg)
+    options = TextOptions(**NEVER, confidence=True)
+    sessions = [transcribe(model, sizes, options)[0] for sizes in ([1280], [7000, 20000])]
+    cfg.confidence_cfg.preserve_token_confidence = True
+    model.change_decoding_strategy(cfg)
+    aggregate = model.decoding.confidence_aggregation_bank[aggregation]
+    for row, expected in enumerate(offline(kind, model)):
+        for session in sessions:
+            stream = session._text._streams[row]
+            found = stream.confidences.tolist()
+            assert found == pytest.approx([*map(float, expected.token_confidence)], abs=1e-5) and len(set(found)) > 3
+            letters = [each for each, token in zip(found, stream.tokens) if token != LABELS.index(' ')]
+            word = session.transcript(row).words[0]
+            assert word.confidence == pytest.approx(aggregate(letters[: len(word.text)]))
+
+
+def test_a_hybrid_model_decodes_as_its_decoder_is_set():
     model = tiny_recogniser('hybrid')
     model.cur_decoder = 'ctc'
-    transcripts = transcribe(StreamingTranscriber(model, 3, CONTEXT), [1280])[-1]
+    session, _ = transcribe(model, [1280])
     with torch.no_grad(), model.encoder.using_att_context_size(CONTEXT):
         encoded, lengths = model(input_signal=noise(3, 40000), input_signal_length=torch.tensor(LENGTHS))[:2]
         log_probs = model.ctc_decoder(encoder_output=encoded)
         expected = model.ctc_decoding.ctc_decoder_predictions_tensor(log_probs, lengths, return_hypotheses=True)
-    assert [transcript.text for transcript in transcripts] == [each.text for each in expected]
+    assert [session.transcript(row).text for row in range(3)] == [each.text for each in expected]
+
+
+def test_tokens_and_text_decode_once():
+    model = model_of('ctc')
+    session = StreamingSession(model, 1, CONTEXT, return_text=True, return_tokens=True)
+    with mock.patch.object(model.decoder, 'forward', wraps=model.decoder.forward) as forward:
+        session.step(noise(1, 8000))
+    assert forward.call_count == 1
 
 
 def test_what_has_no_text_is_refused():
     with pytest.raises(ValueError, match='text needs a CTC, RNNT or hybrid model'):
         StreamingSession(tiny_model().eval(), return_text=True)
+    with pytest.raises(ValueError, match='set return_text=True'):
+        StreamingSession(model_of('ctc'), 1, CONTEXT).transcript()
     model = tiny_recogniser('rnnt')
+    with pytest.raises(ValueError, match='confidence_cfg.preserve_frame_confidence'):
+        StreamingSession(model, return_text=TextOptions(confidence=True))
     model.decoding.cfg.strategy = 'beam'
-    with pytest.raises(ValueError, match='decoding.strategy is beam; live text needs greedy'):
-        StreamingTranscriber(model)
+    with pytest.raises(ValueError, match='decoding.strategy is beam'):
+        StreamingSession(model, return_text=True)
     silent = StreamingSession(model_of('ctc'), 1, CONTEXT)
-    with pytest.raises(ValueError, match='another return_text'):
-        StreamingTranscriber(model_of('ctc'), 1, CONTEXT).load_state_dict(silent.state_dict())
+    with pytest.raises(ValueError, match='return_text'):
+        StreamingSession(model_of('ctc'), 1, CONTEXT, return_text=True).load_state_dict(silent.state_dict())
+
+
+@pytest.mark.parametrize('option', [{'silence_after_speech': 0}, {'utterance_seconds': -1.0}, {'longest_word': 0}])
+def test_options_out_of_their_range_are_refused(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        TextOptions(**option)

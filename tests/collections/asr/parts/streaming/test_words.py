@@ -5,7 +5,7 @@ import pytest
 import sentencepiece
 from omegaconf import OmegaConf
 
-from nemo.collections.asr.parts.streaming.words import Spelling, Token, Word
+from nemo.collections.asr.parts.streaming.words import Spelling, TextUpdate, Word
 from nemo.collections.asr.parts.submodules.ctc_decoding import CTCBPEDecoding, CTCBPEDecodingConfig, CTCDecoding
 from nemo.collections.common.tokenizers import SentencePieceTokenizer
 
@@ -25,21 +25,32 @@ def pieces(tmp_path_factory):
     return CTCBPEDecoding(OmegaConf.structured(CTCBPEDecodingConfig()), tokenizer), tokenizer
 
 
+def words_of(spelling, tokens, frames):
+    """Cut tokens where a word begins, as text does."""
+    starts = [index for index, token in enumerate(tokens) if not index or spelling.begins_word(token)]
+    bounds = [slice(*pair) for pair in zip(starts, [*starts[1:], len(tokens)])]
+    return [spelling.word(tokens[bound], frames[bound], [0.5] * len(tokens[bound])) for bound in bounds]
+
+
 def test_pieces_that_begin_with_a_mark_begin_words(pieces):
     decoding, tokenizer = pieces
     spelling = Spelling(decoding, 0.08)
     for sentence in SENTENCES:
-        ids = tokenizer.text_to_ids(sentence)
-        assert len(ids) > len(sentence.split())  # some words have several pieces
-        tokens = [Token(token, 3 * index) for index, token in enumerate(ids)]
-        words = spelling.words(tokens)
+        tokens = tokenizer.text_to_ids(sentence)
+        assert len(tokens) > len(sentence.split())  # some words have several pieces
+        words = words_of(spelling, tokens, range(0, 3 * len(tokens), 3))
         assert [word.text for word in words] == sentence.split() and spelling.text(tokens) == sentence
-        assert words[0].start == 0 and words[-1].end == pytest.approx(0.08 * (3 * len(ids) - 2))
+        assert words[0].start == 0 and words[-1].end == pytest.approx(0.08 * (3 * len(tokens) - 2))
 
 
 def test_spaces_separate_the_words_of_characters():
     labels = [' ', 'a', 'b']
     spelling = Spelling(CTCDecoding(OmegaConf.create({'strategy': 'greedy'}), labels), 0.08)
-    tokens = [Token(token, frame) for token, frame in [(0, 0), (1, 1), (2, 4), (0, 5), (0, 6), (2, 10)]]
-    assert spelling.words(tokens) == [Word('ab', 0.08, 0.4), Word('b', 0.8, 0.88)]
-    assert spelling.words([]) == [] and spelling.text([]) == ''
+    words = words_of(spelling, [0, 1, 2, 0, 0, 2], [0, 1, 4, 5, 6, 10])
+    assert words == [Word('ab', 0.08, 0.4, 0.5), None, Word('b', 0.8, 0.88, 0.5)]
+    assert spelling.word([], [], []) is None and spelling.text([]) == ''
+
+
+def test_updates_of_steps_are_joined():
+    first, second = TextUpdate([Word('a', 0, 1)], Word('b', 1, 2), [0.5]), TextUpdate([Word('be', 1, 3)])
+    assert TextUpdate.concatenate([first, second]) == TextUpdate([Word('a', 0, 1), Word('be', 1, 3)], None, [0.5])
