@@ -1,28 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data of the comparison: utterances of one speaker joined to long ones, and the subsets to fine-tune on.
+"""The speech of the comparison: mel features of manifests, joined for pre-training, chosen for the probe.
 
-Joining is a function of the manifest alone: a speaker's utterances follow each other in the order of the manifest,
-without a pause between, until they are as long as asked for; what is left over belongs to the speaker's last joined
-utterance. So all speech is used once, and nothing is cut.
+Shapes: D features, T feature frames of 10 ms.
 """
 
-import hashlib
 import json
+import random
 from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-import phones
-import soundfile
+import torch
+from phones import labels_of
 from tqdm import tqdm
 
+from nemo.collections.asr.modules import AudioToMelSpectrogramPreprocessor
 from nemo.collections.asr.parts.preprocessing.segment import AudioSegment
 from nemo.utils.atomic_files import replacing
 
 RATE = 16000
-HELD_OUT = 40  # utterances that fine-tuning is validated on
-ROLES = ('pretraining', 'validation', 'tuning', 'test')
+FRAMES_OF_A_SECOND = 100
+ROLES = ('pretraining', 'validation', 'probe', 'test')
+
+
+class Utterance(NamedTuple):
+    """An utterance, or several of one speaker."""
+
+    features: torch.Tensor
+    """Log-mel features [D, T], float16, not normalised."""
+    labels: list[int]
+    """Its phones."""
+    speaker: str
+
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return self.features.shape[1] / FRAMES_OF_A_SECOND
 
 
 def read_manifest(path: Path) -> list[dict]:
@@ -42,170 +56,140 @@ def read_manifest(path: Path) -> list[dict]:
     return [{**entry, 'audio_filepath': str(path.resolve().parent / entry['audio_filepath'])} for entry in entries]
 
 
-def write_manifest(path: Path, entries: Iterable[dict]) -> None:
-    """Write a manifest, whole or not at all."""
-    with replacing(path) as partial:
-        partial.write_text(''.join(json.dumps(entry) + '\n' for entry in entries), encoding='utf-8')
-
-
-def by_speaker(entries: Iterable[dict]) -> dict[str, list[dict]]:
-    """Return the entries of each speaker, speakers and entries in the order given."""
+def by_speaker(utterances: Iterable[Utterance]) -> dict[str, list[Utterance]]:
+    """Return the utterances of each speaker, speakers and utterances in the order given."""
     found = {}
-    for entry in entries:
-        found.setdefault(entry['speaker'], []).append(entry)
+    for utterance in utterances:
+        found.setdefault(utterance.speaker, []).append(utterance)
     return found
 
 
-def grouped(entries: list[dict], seconds: float) -> list[list[dict]]:
-    """Return which utterances are joined: of one speaker, and as long as asked for where the speaker has said enough.
-
-    Args:
-        entries: of a manifest.
-        seconds: how long.
-    """
-    groups = []
-    for said in by_speaker(entries).values():
-        own, length = [[]], 0.0
-        for entry in said:
+def joined(utterances: Iterable[Utterance], seconds: float) -> list[Utterance]:
+    """Join utterances of one speaker, in order, until each result has so many seconds; what is left over joins the last."""
+    found = []
+    for speaker, own in by_speaker(utterances).items():
+        groups, length = [[]], 0.0
+        for utterance in own:
             if length >= seconds:
-                own.append([])
+                groups.append([])
                 length = 0.0
-            own[-1].append(entry)
-            length += entry['duration']
-        if length < seconds and len(own) > 1:
-            rest = own.pop()
-            own[-1] += rest
-        groups += own
-    return groups
+            groups[-1].append(utterance)
+            length += utterance.seconds
+        if length < seconds and len(groups) > 1:
+            groups[-2] += groups.pop()
+        for group in groups:
+            features = torch.cat([utterance.features for utterance in group], dim=1)
+            found.append(Utterance(features, [label for utterance in group for label in utterance.labels], speaker))
+    return found
 
 
-def name_of(group: list[dict]) -> str:
-    """Return the name of a joined utterance: its speaker, and its first file."""
-    return f"{group[0]['speaker']}_{Path(group[0]['audio_filepath']).stem}"
-
-
-def joined(group: list[dict], folder: Path) -> dict:
-    """Write the audio of a group as one file, and return its entry; ``text`` has a character for each phone.
-
-    Raises:
-        ValueError: naming the audio that cannot be read, or the unknown phone.
-    """
-    name = name_of(group)
-    samples = np.concatenate([read_audio(entry) for entry in group])
-    with replacing(folder / f'{name}.flac') as partial:
-        soundfile.write(partial, samples, RATE, format='FLAC', subtype='PCM_16')
-    text = ''.join(phones.spell(entry.get('phones', ''), entry['audio_filepath']) for entry in group)
-    return {
-        'audio_filepath': f'{folder.name}/{name}.flac',
-        'duration': len(samples) / RATE,
-        'text': text,
-        'speaker': group[0]['speaker'],
-        'utterance': name,
-    }
-
-
-def read_audio(entry: dict) -> np.ndarray:
-    """Return the samples [N] of an entry.
-
-    Raises:
-        ValueError: naming the file, if it cannot be read as mono.
-    """
-    path, offset = entry['audio_filepath'], entry.get('offset') or 0.0
-    try:
-        samples = AudioSegment.from_file(path, target_sr=RATE, offset=offset, duration=entry['duration']).samples
-    except Exception as error:  # every audio library has errors of its own
-        raise ValueError(f"audio file {path} cannot be read: {error}") from error
-    if samples.ndim > 1:
-        raise ValueError(f"audio file {path} has {samples.shape[1]} channels; it must have one")
-    return samples
-
-
-def write_joined(manifests: list[Path], folder: Path, role: str, seconds: float) -> list[dict]:
-    """Join what some manifests hold, unless that is done; returns the entries, with absolute paths.
-
-    Args:
-        manifests: the manifests.
-        folder: of the data; gets ``ROLE.json`` and the audio.
-        role: one of ``ROLES``.
-        seconds: see :func:`grouped`.
-
-    Raises:
-        ValueError: as :func:`joined` does; and if other manifests were joined there.
-    """
-    manifest = folder / f'{role}.json'
-    groups = grouped([entry for path in manifests for entry in read_manifest(path)], seconds)
-    if not manifest.exists():
-        (folder / role).mkdir(parents=True, exist_ok=True)
-        write_manifest(manifest, [joined(group, folder / role) for group in tqdm(groups, desc=f'joining {role}')])
-    entries = read_manifest(manifest)
-    if [entry['utterance'] for entry in entries] != list(map(name_of, groups)):
-        raise ValueError(
-            f"{manifest} was joined of other utterances than --{role}; it needs a --work folder of its own"
-        )
-    return entries
-
-
-def digest(entries: list[dict]) -> str:
-    """Return a short digest of what is said, by whom and how long, which tells data apart."""
-    said = [[entry['utterance'], entry['duration'], entry['text']] for entry in entries]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
-
-
-def check_speakers(trained: Iterable[dict], tested: Iterable[dict]) -> None:
-    """Raise ValueError, naming the speakers, if somebody is heard in training and in the test."""
-    shared = sorted({entry['speaker'] for entry in trained} & {entry['speaker'] for entry in tested})
-    if shared:
-        raise ValueError(f"speakers of the test are heard in training, too: {', '.join(shared)}")
-
-
-def in_turn(entries: list[dict]) -> list[dict]:
+def in_turn(utterances: Iterable[Utterance]) -> list[Utterance]:
     """Return the first utterance of each speaker, then the second of each, and so on."""
-    rounds = zip_longest(*by_speaker(entries).values())
-    return [entry for speakers in rounds for entry in speakers if entry is not None]
+    rounds = zip_longest(*by_speaker(utterances).values())
+    return [utterance for speakers in rounds for utterance in speakers if utterance is not None]
 
 
-def subset(entries: list[dict], minutes: float) -> list[dict]:
-    """Return the first entries that have so many minutes together; a smaller subset begins a larger one.
+def chosen(utterances: Iterable[Utterance], minutes: float, longest: float) -> list[Utterance]:
+    """Return utterances of at most so many seconds, speakers in turn, until they have so many minutes."""
+    found, seconds = [], 0.0
+    for utterance in in_turn(utterances):
+        if utterance.seconds <= longest and seconds < 60 * minutes:
+            found.append(utterance)
+            seconds += utterance.seconds
+    return found
+
+
+def check_speakers(trained: Iterable[Utterance], tested: Iterable[Utterance]) -> None:
+    """Raise ValueError, naming the speakers, if a speaker of the test is in other data, too."""
+    shared = sorted({entry.speaker for entry in trained} & {entry.speaker for entry in tested})
+    if shared:
+        raise ValueError(f"speakers of the test are in other data, too: {', '.join(shared)}")
+
+
+def extract(manifests: Iterable[Path], with_phones: bool) -> list[Utterance]:
+    """Compute the features of manifests.
 
     Raises:
-        ValueError: if there is not so much speech.
+        ValueError: naming an entry without phones, where they are needed, or audio that cannot be read.
     """
-    ends = np.cumsum([entry['duration'] for entry in entries])
-    if not len(ends) or ends[-1] < 60 * minutes:
-        raise ValueError(f"minutes is {minutes}; there are {ends[-1] / 60 if len(ends) else 0:.2f} to fine-tune on")
-    return entries[: int(np.searchsorted(ends, 60 * minutes)) + 1]
+    preprocessor = AudioToMelSpectrogramPreprocessor(
+        sample_rate=RATE, normalize='NA', features=80, n_fft=512, dither=0.0, pad_to=0
+    )
+    found = []
+    for entry in tqdm([entry for path in manifests for entry in read_manifest(path)], desc='features'):
+        path = entry['audio_filepath']
+        if with_phones and not entry.get('phones', '').split():
+            raise ValueError(f"{path} has no phones")
+        try:
+            samples = AudioSegment.from_file(path, target_sr=RATE).samples
+        except Exception as error:  # every audio library has errors of its own
+            raise ValueError(f"audio file {path} cannot be read: {error}") from error
+        samples = torch.from_numpy(samples).float()[None]
+        features, length = preprocessor(input_signal=samples, length=torch.tensor([samples.shape[1]]))
+        labels = labels_of(entry['phones'], path) if with_phones else []
+        found.append(Utterance(features[0, :, : int(length)].half(), labels, entry['speaker']))
+    return found
 
 
-def epochs(entries: list[dict], number: int, seed: int) -> list[dict]:
-    """Return so many entries, epoch after epoch, each in an order that only the seed and the epoch decide."""
-    ordered, epoch = [], 0
-    while len(ordered) < number:
-        order = np.random.default_rng([seed, epoch]).permutation(len(entries))
-        ordered += [entries[index] for index in order]
-        epoch += 1
-    return ordered[:number]
-
-
-def prepare(
-    sources: dict[str, list[Path]], folder: Path, seconds: float, tuning_seconds: float
-) -> dict[str, list[dict]]:
-    """Join all data, unless that is done; returns the entries of each role.
+class Speech:
+    """All speech of the comparison.
 
     Args:
-        sources: manifests by role; those of ``tuning`` and ``test`` have ``phones``.
-        folder: of the data.
-        seconds: see :func:`grouped`.
-        tuning_seconds: the same for the role ``tuning``.
+        utterances: of each of ``ROLES``.
+        seconds: of a joined utterance of pre-training.
+        minutes: to fit a probe on.
+        tested: utterances of the test.
+        longest: seconds of an utterance of probe and test.
 
     Raises:
-        ValueError: naming what cannot be read, or the speakers that are trained and tested on.
+        ValueError: if a speaker of the test is in other data, too.
     """
-    read = {role: [entry for path in paths for entry in read_manifest(path)] for role, paths in sources.items()}
-    for role in ('tuning', 'test'):
-        silent = [entry['audio_filepath'] for entry in read[role] if not entry.get('phones', '').split()]
-        if silent:
-            raise ValueError(f"{role}: {silent[0]} has no phones")
-    for role in ('pretraining', 'validation', 'tuning'):
-        check_speakers(read[role], read['test'])
-    lengths = {role: tuning_seconds if role == 'tuning' else seconds for role in sources}
-    return {role: write_joined(paths, folder, role, lengths[role]) for role, paths in sources.items()}
+
+    def __init__(
+        self,
+        utterances: dict[str, list[Utterance]],
+        seconds=16.0,
+        minutes=60.0,
+        tested: int = 400,
+        longest: float = 7.0,
+    ):
+        for role in ('pretraining', 'validation', 'probe'):
+            check_speakers(utterances[role], utterances['test'])
+        self.pretraining = joined(utterances['pretraining'], seconds)
+        self.validation = utterances['validation']
+        self.probe = chosen(utterances['probe'], minutes, longest)
+        self.test = chosen(utterances['test'], float('inf'), longest)[:tested]
+        sample = torch.cat([utterance.features.float() for utterance in self.pretraining[::4]], dim=1)
+        self.mean, self.std = sample.mean(dim=1, keepdim=True), sample.std(dim=1, keepdim=True)
+
+    @classmethod
+    def load(cls, manifests: dict[str, list[Path]], cache: Path, **sizes) -> 'Speech':
+        """Load the speech of manifests by role; the features are computed once, into a file."""
+        if not cache.exists():
+            utterances = {role: extract(manifests[role], role in ('probe', 'test')) for role in ROLES}
+            with replacing(cache) as partial:
+                torch.save({role: list(map(tuple, found)) for role, found in utterances.items()}, partial)
+        saved = torch.load(cache)
+        return cls({role: [Utterance(*parts) for parts in found] for role, found in saved.items()}, **sizes)
+
+    def batch(self, features: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalise features [D, T] by the statistics of the pre-training speech; return [B, D, T] and lengths [B]."""
+        lengths = torch.tensor([each.shape[1] for each in features])
+        padded = torch.zeros(len(features), features[0].shape[0], int(lengths.max()))
+        for row, each in zip(padded, features):
+            row[:, : each.shape[1]] = (each.float() - self.mean) / self.std
+        return padded, lengths
+
+    def crops(self, seed: int, step: int, number: int, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the batch of a step of pre-training, a function of seed and step: crops of joined utterances."""
+        drawn = random.Random(f'{seed} {step}')
+        cut = []
+        for utterance in drawn.choices(self.pretraining, k=number):
+            start = drawn.randint(0, max(0, utterance.features.shape[1] - frames))
+            cut.append(utterance.features[:, start : start + frames])
+        return self.batch(cut)
+
+    def batches(self, utterances: list[Utterance], size: int = 16) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield utterances, in order, as batches."""
+        for start in range(0, len(utterances), size):
+            yield self.batch([utterance.features for utterance in utterances[start : start + size]])

@@ -2,21 +2,23 @@
 """Make NeMo manifests of speechocean762, the public corpus of OpenSLR 101, with a phone string for each utterance.
 
     python benchmarks/downstream/prepare_speechocean762.py --corpus speechocean762 --output manifests \
-        [--test-speakers-of benchmarks/downstream/results_first_sizes/synchronised-0.json]
+        [--test-speakers-of benchmarks/downstream/results/probe.csv]
 
 Reads the corpus as its archive unpacks: WAVE/SPEAKERxxxx/*.WAV, train/ and test/ with Kaldi's wav.scp, utt2spk and
-text, and resource/scores.json, whose phones are taken without their stress. Writes OUTPUT/train_manifest.json and
-OUTPUT/test_manifest.json.
+text, and resource/scores.json, whose phones are taken without their stress. Writes OUTPUT/speechocean762_train_manifest.json and
+OUTPUT/speechocean762_test_manifest.json.
 """
 
 import argparse
+import csv
 import json
 import sys
 from pathlib import Path
 
-import phones
 import soundfile
-from data import write_manifest
+from phones import labels_of
+
+from nemo.utils.atomic_files import replacing
 
 PARTS = ('train', 'test')
 
@@ -54,7 +56,7 @@ def phone_string(scored: dict, where: str) -> str:
         found += [name.rstrip('012') for name in names]
     if not found:
         raise ValueError(f"{where}: there are no phones")
-    phones.spell(' '.join(found), where)  # refuses unknown ones
+    labels_of(' '.join(found), where)  # refuses unknown ones
     return ' '.join(found)
 
 
@@ -93,8 +95,9 @@ def entries(corpus: Path, part: str, scores: dict) -> list[dict]:
 
 
 def speakers_of(result: Path) -> set[str]:
-    """Return the test speakers of a result of run.py."""
-    return set(json.loads(result.read_text())['test']['speakers'])
+    """Return the test speakers of a CSV file of run.py."""
+    with open(result, newline='') as file:
+        return {name for row in csv.DictReader(file) if row['arm'] == '(speakers)' for name in row['errors'].split()}
 
 
 def prepare(corpus: Path, output: Path, test_speakers=None) -> dict[str, int]:
@@ -120,7 +123,8 @@ def prepare(corpus: Path, output: Path, test_speakers=None) -> dict[str, int]:
         made['test'] = [entry for entry in made['test'] if entry['speaker'] in test_speakers]
     output.mkdir(parents=True, exist_ok=True)
     for part, found in made.items():
-        write_manifest(output / f'{part}_manifest.json', found)
+        with replacing(output / f'speechocean762_{part}_manifest.json') as partial:
+            partial.write_text(''.join(json.dumps(entry) + '\n' for entry in found), encoding='utf-8')
     return {part: len(found) for part, found in made.items()}
 
 
@@ -129,7 +133,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--corpus', type=Path, required=True, help='the folder that the archive unpacks to')
     parser.add_argument('--output', type=Path, required=True, help='the folder for the manifests')
-    parser.add_argument('--test-speakers-of', type=Path, help='a result of run.py: keep its test speakers only')
+    parser.add_argument('--test-speakers-of', type=Path, help='a probe.csv of run.py: keep its test speakers only')
     options = parser.parse_args(argv)
     try:
         kept = None if options.test_speakers_of is None else speakers_of(options.test_speakers_of)
@@ -137,7 +141,7 @@ def main(argv=None) -> int:
     except (ValueError, OSError) as error:
         print(f'prepare_speechocean762: error: {error}', file=sys.stderr)
         return 2
-    print('; '.join(f'{options.output / part}_manifest.json: {count} utterances' for part, count in counts.items()))
+    print('; '.join(f'speechocean762_{part}_manifest.json: {count} utterances' for part, count in counts.items()))
     return 0
 
 

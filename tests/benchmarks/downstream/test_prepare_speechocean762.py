@@ -45,23 +45,23 @@ def test_the_manifests_have_audio_text_phones_and_speakers(script, corpus, tmp_p
     output = tmp_path / 'manifests'
     assert script.main(['--corpus', str(corpus), '--output', str(output)]) == 0
     assert 'train_manifest.json: 2 utterances' in capsys.readouterr().out
-    assert read(output / 'train_manifest.json')[0] == {
+    assert read(output / 'speechocean762_train_manifest.json')[0] == {
         'audio_filepath': str(corpus / 'WAVE/SPEAKER0001/000010011.WAV'),
         'duration': 0.5,
         'text': 'we call',
         'phones': 'W IY K AO L',
         'speaker': 'so-0001',
     }
-    assert [entry['speaker'] for entry in read(output / 'test_manifest.json')] == ['so-0003', 'so-0049']
+    assert [entry['speaker'] for entry in read(output / 'speechocean762_test_manifest.json')] == ['so-0003', 'so-0049']
 
 
 def test_the_test_can_be_that_of_a_result(script, corpus, tmp_path):
-    result = tmp_path / 'result.json'
-    result.write_text(json.dumps({'test': {'speakers': ['so-0049', 'so-0049']}}))
+    result = tmp_path / 'probe.csv'
+    result.write_text('arm,errors\n(phones),3 4\n(speakers),so-0049 so-0049\n')
     words = ['--corpus', str(corpus), '--output', str(tmp_path / 'out'), '--test-speakers-of', str(result)]
     assert script.main(words) == 0
-    assert [entry['speaker'] for entry in read(tmp_path / 'out/test_manifest.json')] == ['so-0049']
-    assert len(read(tmp_path / 'out/train_manifest.json')) == 2
+    assert [entry['speaker'] for entry in read(tmp_path / 'out/speechocean762_test_manifest.json')] == ['so-0049']
+    assert len(read(tmp_path / 'out/speechocean762_train_manifest.json')) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pre-train the encoder of one arm, kind of contexts and seed, on cached features; an interrupted run goes on.
+
+Shapes: B batch, D features, T feature frames, A attention frames.
+"""
+
+import copy
+import math
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from arms import ARMS, KINDS, MASKED_SHARE, SHORT, overrides
+from data import Speech
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from phones import PHONES
+
+from nemo.collections.asr.data.audio_to_text_dali import DALIOutputs
+from nemo.collections.asr.models.ssl_models import EncDecMaskedTokenPredModel
+from nemo.collections.asr.parts.preprocessing.features import standardize_per_feature
+from nemo.utils.atomic_files import replacing
+
+EXAMPLES = Path(__file__).resolve().parents[2] / 'examples/asr'
+CONFIG = 'nest_fast-conformer_streaming_tiny'
+FACTOR = 8  # feature frames of an attention frame
+FULLY_MASKED = 0.8  # share of its feature frames above which a masked attention frame is a loss position
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes and optimizer, the same for all arms."""
+
+    layers: int = 5
+    width: int = 128
+    classes: int = 512
+    steps: int = 3000
+    crops: int = 2
+    """Of a step."""
+    crop_frames: int = 800
+    """Feature frames of a crop."""
+    learning_rate: float = 1.5e-3
+    warmup_steps: int = 300
+    hold: float = 0.4
+    """Share of the steps with the whole learning rate; then it falls by a cosine to 0."""
+    saved: tuple = (0.25, 0.5, 1.0)
+    """Shares of the steps after which the encoder is kept."""
+
+    def rate(self, step: int, steps: int) -> float:
+        """Return the learning rate of a step."""
+        after = max(0.0, (step - self.hold * steps) / ((1 - self.hold) * steps))
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps) * 0.5 * (1 + math.cos(math.pi * after))
+
+
+def build(name: str, kind: str, seed: int, recipe: Recipe) -> EncDecMaskedTokenPredModel:
+    """Build the model of an arm; encoders of a seed begin with the same weights, and so do quantizers."""
+    arm = ARMS[name]
+    with initialize_config_dir(str(EXAMPLES / 'conf/ssl/nest'), version_base=None):
+        made = overrides(name, kind, recipe.steps, recipe.layers, recipe.width, recipe.classes)
+        cfg = compose(CONFIG, overrides=['~model.train_ds', '~model.validation_ds', *made])
+    OmegaConf.resolve(cfg)
+    pl.seed_everything(seed, workers=False, verbose=False)
+    model = EncDecMaskedTokenPredModel(cfg.model)
+    if arm.objective == 'ctc':
+        model.phones = torch.nn.Linear(recipe.width, len(PHONES) + 1)
+    return model
+
+
+def batch_of(features: torch.Tensor, lengths: torch.Tensor) -> DALIOutputs:
+    """Return features as a batch that a model takes in the place of audio."""
+    none = torch.zeros(len(lengths), 1, dtype=torch.int64)
+    return DALIOutputs(
+        dict(processed_signal=features, processed_signal_len=lengths, transcript=none, transcript_len=none[:, 0])
+    )
+
+
+def masking_of(model):
+    """Return the model's masking in its present context, None if its objective masks nothing."""
+    return model._own_masking()
+
+
+@torch.no_grad()
+def measured_masks(model, kind: str, frames: int, number: int = 16) -> tuple[float, float]:
+    """Return the masked share of the feature frames, and the mean run of masked attention frames, over the contexts."""
+    masked, runs, positions = 0.0, 0, 0
+    state = torch.get_rng_state()
+    for index, context in enumerate(KINDS[kind].contexts):
+        torch.manual_seed(index)
+        with model.encoder.using_att_context_size(context):
+            lengths = torch.full((number,), frames)
+            _, masks = masking_of(model)(input_feats=torch.zeros(number, 80, frames), input_lengths=lengths)
+        masked += masks[:, 0].float().mean().item() / len(KINDS[kind].contexts)
+        lost = masks[:, 0, : frames // FACTOR * FACTOR].unflatten(1, (-1, FACTOR)).float().mean(dim=2) > FULLY_MASKED
+        positions += lost.sum().item()
+        runs += (lost[:, 1:] & ~lost[:, :-1]).sum().item() + lost[:, 0].sum().item()
+    torch.set_rng_state(state)
+    return masked, positions / max(1, runs)
+
+
+def calibrate_masks(model, kind: str, frames: int, block: int) -> tuple[float, float]:
+    """Set the block size, and the ``mask_prob`` at which ``MASKED_SHARE`` is masked; return :func:`measured_masks`."""
+    masking, low, high = model.mask_processor, 1e-4, 0.3
+    masking.block_size = block
+    for _ in range(12):
+        masking.mask_prob = math.sqrt(low * high)
+        share, run = measured_masks(model, kind, frames)
+        low, high = (masking.mask_prob, high) if share < MASKED_SHARE else (low, masking.mask_prob)
+    return share, run
+
+
+def set_masks(model, name: str, kind: str, seed: int, recipe: Recipe) -> dict[str, float]:
+    """Give the model the masks of its arm; return the block size and what was measured of them."""
+    arm = ARMS[name]
+    if arm.follow is None:
+        return {}
+    if arm.block != SHORT:
+        share, run = calibrate_masks(model, kind, recipe.crop_frames, arm.block)
+        return {'block': arm.block, 'masked_share': share, 'mean_run': run}
+    following = build('following-40', kind, seed, recipe)
+    _, wanted = calibrate_masks(following, kind, recipe.crop_frames, 40)
+    low, high = FACTOR, 40
+    while high - low > 1:
+        middle = (low + high) // 2
+        _, run = calibrate_masks(model, kind, recipe.crop_frames, middle)
+        low, high = (middle, high) if run < wanted else (low, middle)
+    share, run = calibrate_masks(model, kind, recipe.crop_frames, high)
+    return {'block': high, 'masked_share': share, 'mean_run': run}
+
+
+def loss_of(model, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Return the loss of a batch by the model's objective, in its present context."""
+    if model.cfg.preprocessor.normalize == 'per_feature':
+        features = standardize_per_feature(features, lengths)
+    return model.losses_of(model.encode_batch(batch_of(features, lengths), masking_of(model))).loss
+
+
+def supervised_loss(model, speech: Speech, seed: int, step: int) -> torch.Tensor:
+    """Return the CTC loss of a batch of the probe's transcribed utterances, as long as a batch of crops."""
+    chosen = random.Random(f'ctc {seed} {step}').sample(speech.probe, min(5, len(speech.probe)))
+    features, lengths = speech.batch([utterance.features for utterance in chosen])
+    encoded, encoded_lengths = model.encoder(audio_signal=features, length=lengths)
+    log_probs = model.phones(encoded.transpose(1, 2)).log_softmax(dim=-1)
+    labels = [torch.tensor(utterance.labels) for utterance in chosen]
+    return torch.nn.functional.ctc_loss(
+        log_probs.transpose(0, 1),
+        torch.cat(labels),
+        encoded_lengths,
+        torch.tensor(list(map(len, labels))),
+        blank=len(PHONES),
+        zero_infinity=True,
+    )
+
+
+@torch.no_grad()
+def validation_loss(model, speech: Speech, kind: str) -> float:
+    """Return the mean loss over contexts and validation utterances, with the same masks each time."""
+    model.eval()
+    losses = []
+    for context in KINDS[kind].contexts:
+        with model.encoder.using_att_context_size(model.encoder.att_context_size if is_offline(model) else context):
+            torch.manual_seed(0)
+            losses += [loss_of(model, *batch).item() for batch in speech.batches(speech.validation, size=5)]
+    model.train()
+    return sum(losses) / len(losses)
+
+
+def is_offline(model) -> bool:
+    """Whether the encoder is pre-trained on whole utterances."""
+    return list(model.encoder.att_context_size) == [-1, -1]
+
+
+def converted(model, kind: str):
+    """Turn an offline model into a streaming one, as ``convert_to_streaming.py`` does."""
+    sys.path.append(str(EXAMPLES / 'speech_pretraining'))
+    from convert_to_streaming import build as build_streaming
+    from convert_to_streaming import carry_over, streaming_config
+
+    cfg = copy.deepcopy(model.cfg)
+    OmegaConf.update(cfg, 'target', f'{type(model).__module__}.{type(model).__name__}', force_add=True)
+    contexts = [list(context) for context in KINDS[kind].contexts]
+    streaming = build_streaming(streaming_config(cfg, contexts, KINDS[kind].style, None))
+    carry_over(model, streaming)
+    return streaming
+
+
+def pretrain(name: str, kind: str, seed: int, speech: Speech, recipe: Recipe, folder: Path) -> dict:
+    """Train an arm, or go on where it was; leaves ``encoder-STEP.pt`` in the folder and returns what was logged.
+
+    Batches, contexts, masks and dropout of a step are functions of seed and step, so an interrupted run loses nothing.
+    """
+    arm, path = ARMS[name], folder / 'state.pt'
+    model = build(name, kind, seed, recipe)
+    log = {'recipe': asdict(recipe), **set_masks(model, name, kind, seed, recipe), 'loss': [], 'validation': {}}
+    steps = 0 if arm.objective is None else recipe.steps * arm.longer
+    parameters = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=1e-3, betas=(0.9, 0.98))
+    first, seconds = 0, 0.0
+    if path.exists():
+        state = torch.load(path, weights_only=False)
+        model.load_state_dict(state['model'])
+        optimizer.load_state_dict(state['optimizer'])
+        first, log, seconds = state['step'], state['log'], state['log'].get('seconds', 0.0)
+    saved = {max(1, round(share * steps)) for share in recipe.saved} if steps else {0}
+    started, recent = time.process_time(), []
+    model.train()
+    for step in range(first, steps):
+        for group in optimizer.param_groups:
+            group['lr'] = recipe.rate(step, steps)
+        recent.append(_step(model, name, kind, seed, step, speech, recipe, optimizer, parameters))
+        done = step + 1
+        if done % 100 == 0 or done in saved:
+            log['loss'].append((done, sum(recent) / len(recent)))
+            recent, log['seconds'] = [], seconds + time.process_time() - started
+            print(f'{kind} {name} {seed}: step {done}, loss {log["loss"][-1][1]:.3f}', flush=True)
+        if done in saved and arm.objective != 'ctc':
+            log['validation'][done] = validation_loss(model, speech, kind)
+        if done in saved:
+            encoder = (converted(model, kind) if arm.offline else model).encoder
+            _save(encoder.state_dict(), folder / f'encoder-{done}.pt')
+        if done % 250 == 0 or done in saved:
+            state = {'step': done, 'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'log': log}
+            _save(state, path)
+    if not steps:
+        _save(model.encoder.state_dict(), folder / 'encoder-0.pt')
+    path.unlink(missing_ok=True)
+    return log
+
+
+def _step(model, name, kind, seed, step, speech, recipe, optimizer, parameters) -> float:
+    context = random.Random(f'context {seed} {step}').choice(KINDS[kind].contexts)
+    torch.manual_seed(1_000_003 * seed + step)
+    with model.encoder.using_att_context_size(model.encoder.att_context_size if is_offline(model) else context):
+        if ARMS[name].objective == 'ctc':
+            loss = supervised_loss(model, speech, seed, step)
+        else:
+            if ARMS[name].refined:
+                model.quantizer.refine_if_due(step)
+                model._observes_targets = True
+            loss = loss_of(model, *speech.crops(seed, step, recipe.crops, recipe.crop_frames))
+        loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def _save(value, path: Path) -> None:
+    with replacing(path) as partial:
+        torch.save(value, partial)

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen probe: a small CTC recogniser on the cached layer outputs of a frozen encoder. New in this project.
+
+It measures what an encoder's layers hold, without fine-tuning the encoder: a softmax-weighted sum of layer-normalised
+layers, one hidden layer, and CTC over phones or characters.
+
+Shapes: B batch, D features, T feature frames, A attention frames, L layers, W width of a layer, C classes.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torchmetrics.functional.text import edit_distance
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How a probe is fitted: Adam, a linear warm-up, then a cosine to 0."""
+
+    steps: int = 3000
+    batch_size: int = 24
+    """Utterances of a step."""
+    hidden: int = 256
+    """Width of the hidden layer."""
+    learning_rate: float = 2e-3
+    warmup_steps: int = 50
+    seed: int = 0
+    """Of the probe's first weights and of the order of utterances."""
+
+    def __post_init__(self):
+        for name in ('steps', 'batch_size', 'hidden', 'learning_rate'):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"probe.{name} is {getattr(self, name)}; it must be above 0")
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+DEFAULTS = ProbeSettings()
+
+
+class LayerProbe(nn.Module):
+    """Log-probabilities of CTC classes from the outputs of all layers; the last class is the blank.
+
+    Args:
+        layers: L.
+        width: W.
+        classes: C, without the blank.
+        hidden: width of the hidden layer.
+    """
+
+    def __init__(self, layers: int, width: int, classes: int, hidden: int = 256):
+        super().__init__()
+        self.layer_weights = nn.Parameter(torch.zeros(layers))
+        self.normalize = nn.LayerNorm(width, elementwise_affine=False)
+        self.classify = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, classes + 1))
+
+    @property
+    def blank(self) -> int:
+        """The class of CTC's blank."""
+        return self.classify[-1].out_features - 1
+
+    def forward(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return log-probabilities [B, A, C + 1] of layer outputs [B, A, L, W]."""
+        mixed = torch.einsum('balw,l->baw', self.normalize(outputs), self.layer_weights.softmax(dim=0))
+        return self.classify(mixed).log_softmax(dim=-1)
+
+
+@torch.no_grad()
+def layer_outputs(encoder, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], context=None) -> list[torch.Tensor]:
+    """Encode batches in one context; return the outputs of all layers of each utterance, [A, L, W] float16.
+
+    Args:
+        encoder: a ``ConformerEncoder``; its training mode is kept as it was.
+        batches: features [B, D, T] and lengths [B].
+        context: the attention context; None takes the encoder's present one.
+    """
+    kept, found, training = [], [], encoder.training
+    hooks = [layer.register_forward_hook(lambda _, __, made: kept.append(_first(made))) for layer in encoder.layers]
+    encoder.eval()
+    try:
+        with encoder.using_att_context_size(encoder.att_context_size if context is None else context):
+            for features, lengths in batches:
+                kept.clear()
+                _, encoded_lengths = encoder(audio_signal=features, length=lengths)
+                stacked = torch.stack(kept, dim=2).half()
+                found += [row[:length].clone() for row, length in zip(stacked, encoded_lengths.tolist())]
+    finally:
+        encoder.train(training)
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _first(made) -> torch.Tensor:
+    return made[0] if isinstance(made, tuple) else made
+
+
+def fit_probe(
+    outputs: Sequence[torch.Tensor],
+    labels: Sequence[Sequence[int]],
+    classes: int,
+    settings: ProbeSettings = DEFAULTS,
+) -> LayerProbe:
+    """Fit a probe to layer outputs; the random generators of the caller stay as they were.
+
+    Args:
+        outputs: of each utterance, [A, L, W].
+        labels: classes of each utterance, in order.
+        classes: C.
+        settings: of the fit.
+
+    Raises:
+        ValueError: if there are no utterances, or not as many labels.
+    """
+    if not outputs or len(outputs) != len(labels):
+        raise ValueError(f"probe: {len(outputs)} utterances with {len(labels)} labels; it needs one or more, alike")
+    device, (_, layers, width) = outputs[0].device, outputs[0].shape
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []), torch.enable_grad():
+        torch.manual_seed(settings.seed)
+        probe = LayerProbe(layers, width, classes, settings.hidden).to(device)
+        optimizer = torch.optim.Adam(probe.parameters(), lr=settings.learning_rate)
+        targets = [torch.tensor(row, dtype=torch.int64, device=device) for row in labels]
+        for step in range(settings.steps):
+            chosen = torch.randint(len(outputs), (settings.batch_size,)).tolist()
+            for group in optimizer.param_groups:
+                group['lr'] = settings.rate(step)
+            loss = _ctc(probe, [outputs[index] for index in chosen], [targets[index] for index in chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return probe.eval()
+
+
+def _ctc(probe: LayerProbe, outputs: list[torch.Tensor], targets: list[torch.Tensor]) -> torch.Tensor:
+    """Return the mean CTC loss of some utterances, each divided by the number of its labels."""
+    log_probs = probe(pad_sequence([rows.float() for rows in outputs], batch_first=True))
+    lengths = torch.tensor([len(rows) for rows in outputs])
+    target_lengths = torch.tensor([len(row) for row in targets])
+    return nn.functional.ctc_loss(
+        log_probs.transpose(0, 1), torch.cat(targets), lengths, target_lengths, blank=probe.blank, zero_infinity=True
+    )
+
+
+@torch.no_grad()
+def transcribe(probe: LayerProbe, outputs: Iterable[torch.Tensor]) -> list[list[int]]:
+    """Return the classes of the greedy CTC path of each utterance: repetitions once, without blanks."""
+    paths = (probe(rows[None].float())[0].argmax(dim=1).unique_consecutive() for rows in outputs)
+    return [path[path != probe.blank].tolist() for path in paths]
+
+
+def count_errors(hypotheses: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> list[int]:
+    """Return the substitutions, deletions and insertions of each utterance: its edit distance."""
+    if not hypotheses:
+        return []
+    texts = [[''.join(chr(256 + label) for label in row) for row in rows] for rows in (hypotheses, references)]
+    return edit_distance(*texts, reduction='none').int().tolist()
+
+
+def probe_errors(
+    encode: Callable[[str], list[torch.Tensor]],
+    labels: dict[str, list[list[int]]],
+    classes: int,
+    settings: ProbeSettings = DEFAULTS,
+) -> tuple[list[int], LayerProbe]:
+    """Fit a probe on the part ``train`` and count its errors in each utterance of the part ``test``.
+
+    Args:
+        encode: returns the layer outputs of a part's utterances.
+        labels: of the two parts.
+        classes: C.
+        settings: of the fit.
+    """
+    probe = fit_probe(encode('train'), labels['train'], classes, settings)
+    return count_errors(transcribe(probe, encode('test')), labels['test']), probe
