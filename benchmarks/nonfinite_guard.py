@@ -39,7 +39,8 @@ def step(model, optimizer, batch, guarded: bool) -> None:
     if guarded:
         assert unsound_utterances(batch) is None
     batch = model.transfer_batch_to_device(batch, model.device, 0)
-    loss = model.loss.of_frames(*model.predict_masked(batch)[:2])
+    with model._one_context():
+        loss = model.objectives.loss(model.encode_batch(batch, model.masking_in_context())).loss
     optimizer.zero_grad()
     loss.backward()
     if guarded:

@@ -12,7 +12,6 @@ those that the config's interval picks; here every second step is one.
 import argparse
 import statistics
 import time
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -85,9 +84,8 @@ def run(model, optimizer, batch) -> tuple[float, float]:
     """Return the seconds of a step, and of its reports."""
     start = now()
     with model.encoder.using_att_context_size(model.encoder.draw_att_context_size()):
-        masking = partial(model.mask_processor, **model.masking_arguments())
-        predictions, record = model.predict_batch(batch, masking)
-        loss = model.loss.of_frames(*predictions[:2])
+        record = model.encode_batch(batch, model.masking_in_context())
+        loss = model.objectives.loss(record).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

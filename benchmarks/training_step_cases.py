@@ -96,10 +96,10 @@ def decoder_and_loss(case: dict) -> Run:
         loss(masks=masks, decoder_outputs=log_probs, targets=tokens, decoder_lengths=lengths).backward()
 
     def masked_only():
-        from nemo.collections.asr.parts.utils.masked_frames import predict_counted
+        from nemo.collections.asr.parts.objectives.base import gather_loss_positions
 
-        predictions = predict_counted(decoder, loss, encoded, tokens, masks, lengths)
-        loss.of_frames(predictions.log_probs, predictions.targets).backward()
+        positions = gather_loss_positions(*loss.align(encoded.transpose(1, 2), tokens, masks, lengths))
+        loss.of_frames(*positions.decoded(decoder)[:2]).backward()
 
     weights = sum(p.numel() for p in decoder.parameters())
     return Run(masked_only if is_patched() else whole, 4 * (2 * encoded.numel() + 3 * weights))

@@ -35,8 +35,8 @@ class Step(torch.nn.Module):
     def forward(self, batch):
         """Return the loss."""
         with self.model._one_context():
-            record = self.model.encode_batch(batch, self.model._own_masking())
-            return self.model.losses_of(record)[0]
+            record = self.model.encode_batch(batch, self.model.masking_in_context())
+            return self.model.objectives.loss(record).loss
 
 
 def build(layers: int, width: int, heads: int, classes: int, channels: int):

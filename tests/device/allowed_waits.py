@@ -39,7 +39,7 @@ SEEDS = 'the masks of a validation are drawn from the audio itself, utterance by
 STREAMS = 'a session that masks or predicts walks over its streams one by one, on the host'
 PLACES = 'which places of the rings a step writes and sees, a few numbers that the host counts; nobody waits for them'
 UTTERANCES = 'negatives come from the same utterance, so many for each: the count is a size'
-MASKED_FILES = 'parts/utils/masked_frames.py', 'select_counted'
+MASKED_FILES = 'parts/objectives/base.py', 'gather_loss_positions'
 GUARD_FILES = 'parts/utils/nonfinite_guard.py', 'gradients_are_finite'
 FIXED_MASKS, CONTRASTIVE = 'parts/ssl_reports/fixed_masks.py', 'losses/ssl_losses/contrastive.py'
 COLLAPSE_FILES = 'parts/ssl_reports/codebook_use.py', 'collapse'
@@ -61,7 +61,7 @@ ALLOWED = (
     Allowed('decoder, masked*', WAIT, *MASKED_FILES, 1, COUNT),
     Allowed('model, masked*', WAIT, *MASKED_FILES, 1, COUNT),
     Allowed('validation*', WAIT, *MASKED_FILES, 4, f'{COUNT}; in each of two contexts, `both` asks twice'),
-    Allowed('validation*both', WAIT, 'parts/utils/next_token_frames.py', 'of_horizon', 4, f'{COUNT}; at each horizon'),
+    Allowed('validation*both', WAIT, 'parts/objectives/next_tokens.py', 'scores', 4, f'{COUNT}; at each horizon'),
     Allowed('validation*', TO_HOST, FIXED_MASKS, 'utterance_seeds', 1, SEEDS),
     Allowed('validation*', TO_HOST, FIXED_MASKS, '_mask_one_by_one', 1, f'{SEEDS}: their lengths'),
     Allowed(

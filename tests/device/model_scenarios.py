@@ -12,6 +12,7 @@ from live_streams import noise
 from tiny_nest import POST_CONV, noise_batch, signals, tiny_config
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
+from nemo.collections.asr.parts.objectives.masked_tokens import MaskedTokens
 from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse
 from nemo.collections.asr.parts.streaming.session import StreamingSession
 from nemo.collections.asr.parts.utils.nonfinite_guard import gradients_are_finite
@@ -71,7 +72,8 @@ def masked_only(place: Place, *overrides: str) -> list:
     """Predict the masked frames, and no others."""
     model = model_at(place, *overrides).eval()
     with place.autocast(), model.encoder.using_att_context_size([10, 0]):
-        return list(model.predict_masked(batch_at(place)))
+        record = model.encode_batch(batch_at(place), model.masking_in_context())
+        return list(model.objectives.find(MaskedTokens).predictions(record))
 
 
 def training(place: Place, *overrides: str) -> list:

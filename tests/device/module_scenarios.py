@@ -19,7 +19,7 @@ from nemo.collections.asr.modules.ssl_modules.multi_softmax_decoder import Multi
 from nemo.collections.asr.modules.ssl_modules.quantizers import RandomProjectionVectorQuantizer
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.windows import Window
-from nemo.collections.asr.parts.utils.masked_frames import predict_counted
+from nemo.collections.asr.parts.objectives import base
 
 FEATURES, FRAMES, FACTOR, CLASSES = 8, 160, 8, 32
 LENGTHS = 160, 90
@@ -85,10 +85,10 @@ def decoding_of_masked_frames(place: Place) -> list:
     """Decode the frames that count, and no others."""
     module = place.put(MultiSoftmaxDecoder(FEATURES, CLASSES, squeeze_single=True))
     masks = place.put((torch.arange(FRAMES) // 24 % 3 == 0).float().expand(2, FEATURES, -1))
-    frames = place.random(2, FEATURES, 20), place.put(torch.arange(40).view(2, 20) % CLASSES), masks
+    frames = place.random(2, 20, FEATURES), place.put(torch.arange(40).view(2, 20) % CLASSES), masks
     loss = MLMLoss(combine_time_steps=FACTOR)
     with place.autocast():
-        found = predict_counted(module, loss, *frames, place.whole(20, 11))
+        found = base.gather_loss_positions(*loss.align(*frames, place.whole(20, 11))).decoded(module)
         return [*found, loss.of_frames(*found[:2])]
 
 

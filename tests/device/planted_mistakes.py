@@ -21,8 +21,9 @@ from nemo.collections.asr.models import ssl_models
 from nemo.collections.asr.modules import conformer_encoder
 from nemo.collections.asr.modules.ssl_modules import masking, multi_softmax_decoder, quantizers
 from nemo.collections.asr.parts.att_context import blockwise
+from nemo.collections.asr.parts.objectives import base, targets
 from nemo.collections.asr.parts.ssl_reports import audit, codebook_use, fixed_masks, model_reports
-from nemo.collections.asr.parts.utils import masked_frames, nonfinite_guard
+from nemo.collections.asr.parts.utils import nonfinite_guard
 
 
 class Mistake(NamedTuple):
@@ -89,7 +90,7 @@ def _with_a_constant_of_the_host(standardize):
 def _by_masks(select):
     def selecting(frames, targets, counted):
         rows = torch.arange(counted.shape[0], device=counted.device).unsqueeze(1).expand_as(counted)
-        return frames[counted], targets[counted], rows[counted]
+        return base.LossPositions(frames[counted], targets[counted], rows[counted])
 
     return selecting
 
@@ -122,7 +123,7 @@ MISTAKES = {
     'use of the codebook: counts on the default device': Mistake('training, masked', forgets(codebook_use, 'zeros')),
     'audit: lengths of runs on the default device': Mistake('training, masked', forgets(audit, 'arange')),
     'targets: a constant of the host': Mistake(
-        'training, masked', instead(ssl_models, 'standardize_per_feature', _with_a_constant_of_the_host)
+        'training, masked', instead(targets, 'standardize_per_feature', _with_a_constant_of_the_host)
     ),
     'masked loss: an item()': Mistake(
         'masked loss', instead(mlm.MLMLoss, 'of_frames', and_looks(lambda loss: loss.sum().item()))
@@ -140,14 +141,14 @@ MISTAKES = {
         'encoder, regular', instead(conformer_encoder.ConformerEncoder, 'forward_internal', _and_reads_lengths)
     ),
     'masked frames: selected by a mask, three times': Mistake(
-        'decoder, masked frames only', instead(masked_frames, 'select_counted', _by_masks)
+        'decoder, masked frames only', instead(base, 'gather_loss_positions', _by_masks)
     ),
     'gradients: looked at one by one': Mistake(
         'training, masked', instead(nonfinite_guard, 'gradients_are_finite', _one_by_one)
     ),
     'logs: a number read in each step': Mistake(
         'training, masked',
-        instead(model_reports.ModelReports, 'of_masks', and_looks(lambda logs: float(logs['masked_share']))),
+        instead(model_reports.ModelReports, 'of_pass', and_looks(lambda logs: float(logs['masked_share']))),
     ),
     'logs: plain numbers given to the trainer': Mistake(
         'run of the trainer', instead(ssl_models, 'numbers_on_the_host', lambda function: lambda logs: logs)

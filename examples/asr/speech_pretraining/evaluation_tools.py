@@ -19,13 +19,13 @@ def contexts_of(model, wanted, name: str) -> list:
     """
     from nemo.collections.asr.parts.ssl_reports.validation import parse_contexts
 
-    if not hasattr(model, 'predict_masked'):
+    if not hasattr(model, 'objectives'):
         raise ValueError(f'{name}: {type(model).__name__} predicts neither masked nor next tokens')
     try:
         contexts = parse_contexts(wanted, model.encoder, '--contexts')
         for context in contexts:
             with model.encoder.using_att_context_size(context):
-                model.next_token_offset()  # raises where there is none
+                model.objectives.offset()  # raises where there is none
         return contexts
     except ValueError as error:
         raise ValueError(f'{name}: {error}') from error
@@ -53,7 +53,7 @@ def masking_window(models: dict, contexts: dict, left: int | None):
     from nemo.collections.asr.parts.att_context.windows import Window, tightest_window
     from nemo.collections.asr.parts.ssl_reports.validation import tightest_of
 
-    masking = [name for name, model in models.items() if model.predicts_masked_tokens]
+    masking = [name for name, model in models.items() if model.objectives.masks]
     if not masking:
         return None
     if left is not None:
@@ -89,7 +89,7 @@ def evaluate_models(models: dict, contexts: dict, manifest: str, options: argpar
             {
                 'model': name,
                 'objective': model.objective,
-                'mask_context': window.context.left if model.predicts_masked_tokens else None,
+                'mask_context': window.context.left if model.objectives.masks else None,
                 'codebook': found[name].codebook,
                 'contexts': [
                     {

@@ -122,7 +122,7 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
     from nemo.collections.asr.parts.ssl_reports import model_figures
     from nemo.collections.asr.parts.ssl_reports.fixed_masks import FixedMasks, utterance_seeds
 
-    if not hasattr(model, 'predict_masked'):
+    if not hasattr(model, 'objectives'):
         raise ValueError(f'{type(model).__name__} predicts neither masked nor next tokens')
     context = context_of(options.context, model)
     samples = torch.from_numpy(read_audio(audio, sample_rate_of(model))).unsqueeze(0)
@@ -131,9 +131,9 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
     with torch.inference_mode(), model.encoder.using_att_context_size(context):
         seeds = utterance_seeds(samples, lengths, options.seed)
         masking = FixedMasks(model.mask_processor, seeds, model.encoder.tightest_window())
-        record = model.encode_batch(batch, masking if model.predicts_masked_tokens else None)
+        record = model.encode_batch(batch, masking if model.objectives.masks else None)
         utterance = model_figures.seen_utterance(model, record)
-        masked = f', masked for context {context}' if model.predicts_masked_tokens else ''
+        masked = f', masked for context {context}' if model.objectives.masks else ''
         if masked:
             print(audit_text(model, record, context, options))
         frames = options.frames or max(utterance.features.shape[1] // model.encoder.subsampling_factor, 1)

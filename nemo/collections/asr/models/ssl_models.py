@@ -19,20 +19,14 @@ from nemo.collections.asr.parts.att_context.context import context_label
 from nemo.collections.asr.parts.att_context.encoder_protocol import why_context_is_unknown
 from nemo.collections.asr.parts.att_context.masking_context import follows_context
 from nemo.collections.asr.parts.mixins.att_context_mixin import AttContextMixin
-from nemo.collections.asr.parts.mixins.objective_mixin import ObjectiveMixin, hide_nothing
 from nemo.collections.asr.parts.mixins.sharded_training_mixin import ShardedTrainingMixin
-from nemo.collections.asr.parts.preprocessing.features import standardize_per_feature
-from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
-from nemo.collections.asr.parts.ssl_reports.figures import require_matplotlib
+from nemo.collections.asr.parts.objectives.combination import Objectives
+from nemo.collections.asr.parts.objectives.masked_tokens import has_forward_of
+from nemo.collections.asr.parts.objectives.next_tokens import check_same_heads, with_heads_of
+from nemo.collections.asr.parts.objectives.record import BatchInputs, BatchRecord
+from nemo.collections.asr.parts.objectives.targets import Targets
 from nemo.collections.asr.parts.ssl_reports.model_reports import ModelReports
 from nemo.collections.asr.parts.utils.logged_numbers import numbers_on_the_host
-from nemo.collections.asr.parts.utils.masked_frames import (
-    MaskedPredictions,
-    has_forward_of,
-    predict_counted,
-    select_counted,
-    why_not_frame_by_frame,
-)
 from nemo.collections.asr.parts.utils.nonfinite_guard import NonFiniteGuard
 from nemo.core.classes.common import typecheck
 from nemo.core.neural_types import LengthsType, NeuralType, SpectrogramType
@@ -40,8 +34,6 @@ from nemo.utils import logging
 from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
-
-TARGET_NORMALIZATIONS = (None, 'NA', 'per_feature')
 
 
 class SpeechEncDecSelfSupervisedModel(
@@ -92,34 +84,39 @@ class SpeechEncDecSelfSupervisedModel(
         return loss, {}
 
 
-class EncDecMaskedTokenPredModel(ObjectiveMixin, SpeechEncDecSelfSupervisedModel, _up.EncDecMaskedTokenPredModel):
+class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMaskedTokenPredModel):
     """NeMo's masked token prediction, with attention, masking and loss on one context per batch.
 
-    Takes NeMo's config, and ``target_normalize``: ``per_feature`` makes the targets from clean features with zero
-    mean and unit variance per utterance; absent or ``NA`` takes them as the preprocessor gives them, as stock does.
-    ``objective`` asks for the next tokens instead, or for both: see ``ObjectiveMixin``.
+    Takes NeMo's config, and:
+
+    - ``target_normalize``: ``per_feature`` makes the targets from clean features with zero mean and unit variance per
+      utterance; absent or ``NA`` takes them as the preprocessor gives them, as stock does.
+    - ``objective``: ``masked`` (default), ``next_token`` or ``both``; ``next_token`` with ``horizons`` and ``weight``.
+      Each horizon has a decoder, made from ``cfg.decoder``. With ``next_token`` nothing is masked, and the decoder of
+      masked tokens stays in the model, without being trained.
     """
 
     last_batch: BatchRecord | None = None
     """The record of the last call of ``forward``, which cannot return one: NeMo's own step calls it."""
-    _told_whole_decoding = False
 
     def __init__(self, cfg: DictConfig, trainer=None):
         _undo_earlier_post_conv_adjustment(cfg)
         super().__init__(cfg, trainer)
         if isinstance(self.encoder, ConformerEncoder):
             self.encoder._cfg = self.cfg.encoder  # contexts that layers get at run time belong into the model's config
-        self.target_normalize = self.cfg.get('target_normalize', None)
-        if self.target_normalize not in TARGET_NORMALIZATIONS:
-            raise ValueError(
-                f"model.target_normalize is {self.target_normalize!r}; it must be one of {TARGET_NORMALIZATIONS}"
-            )
         self._setup_masking()
-        self._setup_objective()
+        self.objective = self.cfg.get('objective', 'masked')
+        self.targets = Targets(self)
+        self.target_normalize = self.targets.normalize
+        self.next_token_decoders = None
+        self.objectives = Objectives.of(self)
+        if not self.objectives.masks:  # DistributedDataParallel wants no parameter that gets no gradient
+            self.decoder.requires_grad_(False)
+            self.mask_processor.requires_grad_(False)
         self.reports = ModelReports(self)
 
     def _setup_masking(self) -> None:
-        """Tell the masking module the unit of its frames, and warn where it cannot follow the attention's context."""
+        """Set the unit of the masking module's frames, and warn where it cannot follow the attention's context."""
         name, reason = type(self.mask_processor).__name__, why_context_is_unknown(self.encoder)
         if not follows_context(self.mask_processor):
             logging.warning(f"{name} takes no attention context; it masks regardless.")
@@ -133,20 +130,15 @@ class EncDecMaskedTokenPredModel(ObjectiveMixin, SpeechEncDecSelfSupervisedModel
         """Frames of the tensor that is masked in one attention frame: 1 where masking comes after the subsampling."""
         return getattr(self.encoder, 'subsampling_factor', 1) if self.pre_encoder is None else 1
 
+    @property
+    def forward_is_overridden(self) -> bool:
+        """Whether a subclass has a ``forward`` of its own; its steps are NeMo's."""
+        return not has_forward_of(self, EncDecMaskedTokenPredModel, EncDecDenoiseMaskedTokenPredModel)
+
     def on_fit_start(self) -> None:
-        """Refuse, before any work is lost, targets that cannot align with the encoder's frames."""
-        combined = getattr(self.quantizer, 'combine_time_steps', 1)
-        if self.pre_encoder is not None and combined != 1:
-            raise ValueError(
-                f"model.quantizer.combine_time_steps is {combined} with mask_position post_conv; it must be 1, for "
-                "the quantizer sees features after subsampling"
-            )
-        self.check_next_tokens_are_unheard()
-        if self.predicts_masked_tokens:
-            self.check_decoder_offset()
-            self.check_masking_can_be_answered()
-        if self.reports.figures is not None:
-            require_matplotlib('model.log_figures')
+        """Refuse, before any work is lost, what cannot be trained."""
+        for part in (self.targets, *self.objectives, self.reports):
+            part.check()
         super().on_fit_start()
 
     @property
@@ -177,7 +169,7 @@ class EncDecMaskedTokenPredModel(ObjectiveMixin, SpeechEncDecSelfSupervisedModel
             encoded lengths [B], masks [B, D, M], tokens [B, S] or [B, S, H].
         """
         features = self._features('', input_signal, input_signal_length, processed_signal, processed_signal_length)
-        return self._predict(features, features, apply_mask, current_frame)
+        return self._predict(BatchInputs(features, features), apply_mask, current_frame)
 
     def _features(self, kind, signal, signal_length, processed, processed_length):
         """Return features [B, D, T] and lengths [B] from exactly one of samples and features."""
@@ -192,191 +184,125 @@ class EncDecMaskedTokenPredModel(ObjectiveMixin, SpeechEncDecSelfSupervisedModel
             return processed, processed_length
         return self.preprocessor(input_signal=signal, length=signal_length)
 
-    def _predict(self, clean, seen, apply_mask, current_frame):
-        """Encode what the encoder is to see, and predict the tokens of the clean features; see ``forward``."""
+    def _predict(self, inputs: BatchInputs, apply_mask, current_frame):
+        """Encode the features of a batch, and predict their tokens; see ``forward``."""
         with self._one_context():
-            record = self._encode(clean, seen, self._own_masking(current_frame) if apply_mask else None)
+            record = self.encode(inputs, self.masking_in_context(current_frame) if apply_mask else None)
         self.last_batch = record.to_keep()
-        decoder = self.decoder if self.predicts_masked_tokens else self.next_token_decoders[0]
-        return decoder(encoder_output=record.encoded), record.encoded_lengths, record.masks, record.tokens
-
-    def predict_masked(self, batch, apply_mask: bool = True) -> MaskedPredictions:
-        """Predict the tokens of the frames that count in the loss, and of no others.
-
-        Runs within the pinned context or, without one, one that the encoder draws. Waits for the device once, for the
-        number of these frames. Where none counts, one frame with the target -100 stands for them.
-
-        Args:
-            batch: as the data loader gives it.
-            apply_mask: whether to mask; nothing counts otherwise.
-
-        Raises:
-            ValueError: if the decoder or the loss does not work frame by frame; see :attr:`whole_decoding_reason`.
-        """
-        reason = self.whole_decoding_reason if self.predicts_masked_tokens else "model.objective is next_token"
-        if reason is not None:
-            raise ValueError(f"predict_masked does not work here: {reason}")
-        with self._one_context():
-            return self.predict_batch(batch, self._own_masking() if apply_mask else None)[0]
+        log_probs = self.objectives.decoder(encoder_output=record.encoded)
+        return log_probs, record.encoded_lengths, record.masks, record.tokens
 
     def encode_batch(self, batch, masking: Callable | None) -> BatchRecord:
-        """Mask a batch and encode it, within the pinned context; arguments as in :meth:`predict_batch`."""
-        return self._encode(*self.features_of_batch(batch), masking)
+        """Mask and encode a batch as the data loader gives it; see :meth:`encode`."""
+        return self.encode(self.inputs_of(batch), masking)
 
-    def predict_batch(self, batch, masking: Callable | None) -> tuple[MaskedPredictions, BatchRecord]:
-        """Mask a batch, encode it and predict the tokens of the frames that count, within the pinned context.
-
-        Args:
-            batch: as the data loader gives it.
-            masking: what to call with ``input_feats`` and ``input_lengths``; it returns masked features and masks,
-                [B, D, M] each. None masks nothing.
-
-        Returns:
-            the predictions as :meth:`predict_masked` returns them, and the record of the forward pass. Every frame is
-            decoded where :attr:`whole_decoding_reason` gives a reason.
-        """
-        record = self.encode_batch(batch, masking)
-        return self.predictions_of(record), record
-
-    def predictions_of(self, record: BatchRecord) -> MaskedPredictions:
-        """Predict the masked tokens of a forward pass; see :meth:`predict_batch`."""
-        frames = record.encoded, record.tokens, record.masks, record.encoded_lengths
-        if self.whole_decoding_reason is None:
-            return predict_counted(self.decoder, self.loss, *frames)
-        log_probs = self.decoder(encoder_output=record.encoded)
-        return MaskedPredictions(*select_counted(*self.loss.align(log_probs, *frames[1:])))
-
-    @property
-    def forward_of_its_own(self) -> bool:
-        """Whether a subclass has written ``forward`` anew."""
-        return not has_forward_of(self, EncDecMaskedTokenPredModel, EncDecDenoiseMaskedTokenPredModel)
-
-    @property
-    def whole_decoding_reason(self) -> str | None:
-        """Why each step decodes every frame, not only those that count; None: it does not."""
-        if self.forward_of_its_own:
-            return f"{type(self).__name__} has a forward of its own"
-        return why_not_frame_by_frame(self.decoder, self.loss)
-
-    def features_of_batch(self, batch):
-        """Return clean features, and those that are masked and encoded; each with lengths."""
+    def inputs_of(self, batch) -> BatchInputs:
+        """Return the features of a batch."""
         if isinstance(batch, DALIOutputs) and batch.has_processed_signal:
             features = batch[0], batch[1]
         else:
             features = self.preprocessor(input_signal=batch[0], length=batch[1])
-        return features, features
+        return BatchInputs(features, features)
 
-    def _training_step(self, batch, batch_idx):
-        with self.refining_targets() as refined:
-            if self._decodes_every_frame():
-                self.last_batch = None
-                output = super()._training_step(batch, batch_idx)
-                record = self.last_batch
-            else:
-                record = self.encode_batch(batch, self._own_masking())
-                loss, parts = self.losses_of(record)
-                learning_rate = self._optimizer.param_groups[0]['lr']
-                logs = {'learning_rate': learning_rate, 'global_step': self.trainer.global_step, 'train_loss': loss}
-                output = {
-                    'loss': loss,
-                    'log': {**logs, **{f'train_loss/{name}': part for name, part in parts.items()}},
-                }
-        output['log'].update({**self.reports.of_training_batch(self, record), **refined})
-        return output
-
-    def _decodes_every_frame(self) -> bool:
-        """Whether a step takes NeMo's own way; says once why."""
-        reason = self.whole_decoding_reason
-        if reason is not None and not self._told_whole_decoding:
-            logging.warning(f"Decoding every frame in each step, not only those that count: {reason}.")
-            self._told_whole_decoding = True
-        return reason is not None
-
-    def _encode(self, clean, seen, masking: Callable | None) -> BatchRecord:
-        """Mask and encode features, and make the targets, within the pinned context.
+    def encode(self, inputs: BatchInputs, masking: Callable | None) -> BatchRecord:
+        """Mask and encode features within the present context, and make their targets, once for all contexts.
 
         Args:
-            clean: features [B, D, T] and lengths [B] that the targets come from.
-            seen: those that are masked and encoded; ``clean`` itself where there is no noise.
-            masking: see :meth:`predict_batch`.
+            inputs: the features; they get their targets.
+            masking: called with ``input_feats`` and ``input_lengths``, it returns masked features and masks,
+                [B, D, M] each. None masks nothing.
         """
+        seen, lengths = inputs.seen
         if self.pre_encoder is None:
-            targets, mask_lengths = clean, seen[1]
-            masked, masks = (masking or hide_nothing)(input_feats=seen[0], input_lengths=seen[1])
-            encoded, encoded_lengths = self.encoder(audio_signal=masked, length=seen[1])
+            mask_lengths = lengths
+            masked, masks = (masking or no_masking)(input_feats=seen, input_lengths=lengths)
+            encoded, encoded_lengths = self.encoder(audio_signal=masked, length=lengths)
         else:
-            if masking is None and self.predicts_next_tokens:  # the wrapper cuts the gradient only where it masks
-                masking = hide_nothing
+            if masking is None and not self.objectives.masks:  # the wrapper cuts the gradient only where it masks
+                masking = no_masking
             self.pre_encoder.set_masking_enabled(apply_mask=masking is not None, masking=masking)
-            encoded, encoded_lengths = self.encoder(audio_signal=seen[0], length=seen[1])
+            encoded, encoded_lengths = self.encoder(audio_signal=seen, length=lengths)
             masks, mask_lengths = self.pre_encoder.get_current_mask(), encoded_lengths
-            targets = self._subsampled(clean, seen, encoded_lengths)
+        if inputs.targets is None:
+            inputs.targets = self.targets.of(*self._target_features(inputs, encoded_lengths))
         loss = getattr(self.loss, 'mlm_loss', self.loss)
         return BatchRecord(
             encoded,
             encoded_lengths,
             masks,
             mask_lengths,
-            *self.tokens_of(*targets),
-            *clean,
+            *inputs.targets,
+            *inputs.clean,
             factor=self.mask_frames_per_attention_frame,
             threshold=getattr(loss, 'mask_threshold', MASK_THRESHOLD),
             decoder_offset=getattr(loss, 'decoder_offset', 0),
-            next_token_offset=self.next_token_offset(),
-            next_token_chunk=self.next_token_chunk(),
         )
 
-    def _own_masking(self, current_frame=None) -> Callable | None:
-        """Return the masking module, bound to the present context; None if the objective masks nothing."""
-        if not self.predicts_masked_tokens:
+    def _target_features(self, inputs: BatchInputs, encoded_lengths):
+        """Return the features that targets are made of, [B, D, T] or [B, d_model, A], and their lengths [B]."""
+        if self.pre_encoder is None:
+            return inputs.clean
+        if inputs.clean is inputs.seen:
+            return self.pre_encoder.get_current_feat().transpose(1, 2), encoded_lengths
+        features, lengths = inputs.clean
+        with torch.no_grad():
+            features, lengths = self.pre_encoder.pre_encode(x=features.transpose(1, 2), lengths=lengths)
+        return features.transpose(1, 2), lengths
+
+    def masking_in_context(self, current_frame=None) -> Callable | None:
+        """Return the masking module, bound to the present context; None if no objective masks."""
+        if not self.objectives.masks:
             return None
         return partial(self.mask_processor, **self.masking_arguments(current_frame))
 
-    def _subsampled(self, clean, seen, encoded_len):
-        """Return clean features after the encoder's subsampling [B, d_model, A], and their lengths."""
-        if clean is seen:
-            return self.pre_encoder.get_current_feat().transpose(1, 2), encoded_len
-        with torch.no_grad():
-            features, lengths = self.pre_encoder.pre_encode(x=clean[0].transpose(1, 2), lengths=clean[1])
-        return features.transpose(1, 2), lengths
-
-    def tokens_of(self, features, lengths):
-        """Return the targets [B, S] or [B, S, H] of features [B, D, M], and their lengths [B]."""
-        combined = getattr(self.quantizer, 'combine_time_steps', 1)
-        with torch.no_grad():
-            if self.target_normalize == 'per_feature':
-                features = standardize_per_feature(features, lengths)
-            whole = features.shape[-1] // combined * combined  # stock's quantizer takes no remainder
-            _, tokens = self.quantizer(input_signal=features[..., :whole])
-            lengths = torch.div(lengths, combined, rounding_mode='floor')
-            if self._observes_targets:
-                self.quantizer.observe(features[..., :whole], lengths, tokens)
-        return tokens, lengths
-
-    def on_train_end(self) -> None:
-        """Look at the targets once more."""
-        super().on_train_end()
-        self.reports.end_of_training()
+    def _training_step(self, batch, batch_idx):
+        with self.targets.refining(self.trainer.global_step) as refined:
+            if self.forward_is_overridden:
+                self.last_batch = None
+                output, record = super()._training_step(batch, batch_idx), self.last_batch
+            else:
+                record = self.encode_batch(batch, self.masking_in_context())
+                loss, parts = self.objectives.loss(record)
+                logs = {'learning_rate': self._optimizer.param_groups[0]['lr'], 'train_loss': loss}
+                logs.update({f'train_loss/{name}': part for name, part in parts.items()})
+                output = {'loss': loss, 'log': {'global_step': self.trainer.global_step, **logs}}
+        output['log'].update({**self.reports.of_training_batch(self, record), **refined})
+        return output
 
     def inference_pass(self, batch, batch_idx=0, dataloader_idx=0, mode='val', apply_mask=False):
-        """Run NeMo's validation or test pass; in ``model.validate_contexts``, else in the default context.
+        """Run a validation or test batch, in ``model.validate_contexts`` or in the default context.
 
         In the default context the metrics have its masked share, too.
         """
         if self.reports.validation is not None and apply_mask:
             return {f'{mode}_loss': self.reports.validate_in_contexts(self, batch, dataloader_idx)}
         with self._one_context():
-            if self._decodes_every_frame():
+            if self.forward_is_overridden:
                 self.last_batch = None
                 metrics = super().inference_pass(batch, batch_idx, dataloader_idx, mode=mode, apply_mask=apply_mask)
                 record = self.last_batch
             else:
-                record = self.encode_batch(batch, self._own_masking() if apply_mask else None)
-                loss, parts = self.losses_of(record)
+                record = self.encode_batch(batch, self.masking_in_context() if apply_mask else None)
+                loss, parts = self.objectives.loss(record)
                 metrics = {f'{mode}_loss': loss, **{f'{mode}_loss/{name}': part for name, part in parts.items()}}
-            metrics.update(self.reports.of_masks(self, record, prefix=f'{mode}_'))
+            metrics.update(self.reports.of_pass(self, record, prefix=f'{mode}_'))
             self.reports.keep_for_figures(self, record)
         return metrics
+
+    def load_state_dict(self, state_dict, strict: bool = True, **kwargs):
+        """Load weights, those of another objective, too; arguments and results are those of ``torch.nn.Module``."""
+        return super().load_state_dict(with_heads_of(self, state_dict), strict=strict, **kwargs)
+
+    def on_load_checkpoint(self, checkpoint) -> None:
+        """Refuse to continue a training run that had another objective."""
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None and self._trainer.state.fn == 'fit':
+            check_same_heads(self, checkpoint)
+
+    def on_train_end(self) -> None:
+        """Look at the targets once more."""
+        super().on_train_end()
+        self.reports.end_of_training()
 
     def on_validation_epoch_start(self) -> None:
         """Make ready for the contexts of the config."""
@@ -465,14 +391,14 @@ class EncDecDenoiseMaskedTokenPredModel(EncDecMaskedTokenPredModel, _up.EncDecDe
         noisy_signal = noisy_input_signal, noisy_input_signal_length
         noisy_features = processed_noisy_input_signal, processed_noisy_input_signal_length
         if not apply_mask and all(given is None for given in (*noisy_signal, *noisy_features)):
-            return self._predict(clean, clean, apply_mask, current_frame)
+            return self._predict(BatchInputs(clean, clean), apply_mask, current_frame)
         noisy = self._features('noisy_', *noisy_signal, *noisy_features)
-        return self._predict(clean, noisy, apply_mask, current_frame)
+        return self._predict(BatchInputs(clean, noisy), apply_mask, current_frame)
 
-    def features_of_batch(self, batch):
-        """Return the features of the clean audio, and of the noisy one; each with lengths."""
+    def inputs_of(self, batch) -> BatchInputs:
+        """Return the features of the clean audio of a batch, and of the noisy one."""
         clean = self.preprocessor(input_signal=batch.audio, length=batch.audio_len)
-        return clean, self.preprocessor(input_signal=batch.noisy_audio, length=batch.noisy_audio_len)
+        return BatchInputs(clean, self.preprocessor(input_signal=batch.noisy_audio, length=batch.noisy_audio_len))
 
 
 def _add_means(averaged: dict | None, outputs: list) -> dict | None:
@@ -497,3 +423,8 @@ def _undo_earlier_post_conv_adjustment(cfg: DictConfig) -> None:
     if adjusted and cfg.loss.get('combine_time_steps', None) == 1:
         with open_dict(cfg):
             cfg.masking.block_size = cfg.masking.block_size * cfg.encoder.subsampling_factor
+
+
+def no_masking(input_feats: torch.Tensor, input_lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask nothing; arguments and results are those of a masking module."""
+    return input_feats, torch.zeros_like(input_feats)

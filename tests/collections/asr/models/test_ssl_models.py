@@ -161,7 +161,7 @@ def test_per_feature_targets_do_not_change_with_the_level_of_the_signal(position
     if position:  # after a convolution with biases only the normalised features themselves are free of the level
         features = torch.randn(2, 16, 30)
         lengths = torch.tensor([30, 20])
-        quiet, loud = model.tokens_of(features, lengths)[0], model.tokens_of(features * 7 + 3, lengths)[0]
+        quiet, loud = model.targets.of(features, lengths)[0], model.targets.of(features * 7 + 3, lengths)[0]
     else:
         batch = noise_batch((3.0,))
         arguments = forward_arguments(model, batch)
@@ -330,7 +330,7 @@ def test_collapsed_targets_are_called_out(normalize, collapses, speech_corpus, m
     monkeypatch.setattr(ssl_models.logging, 'warning', lambda message, *_: warnings.append(message))
     model = speech_model(f'model.target_normalize={normalize}')
     for features, lengths in speech_features(model, speech_corpus):
-        model.reports.codebook_use.update(*model.tokens_of(features, lengths))
+        model.reports.codebook_use.update(*model.targets.of(features, lengths))
     model.reports.end_of_training()
     assert any('targets have collapsed' in message for message in warnings) == collapses
 
@@ -341,7 +341,7 @@ def test_the_streaming_targets_use_the_codebook_as_well_as_stocks_normalised_one
     stock = speech_model('model.preprocessor.normalize=per_feature', 'model.target_normalize=null')
     for model in (streaming, stock):
         for features, lengths in speech_features(model, speech_corpus):
-            model.reports.codebook_use.update(*model.tokens_of(features, lengths))
+            model.reports.codebook_use.update(*model.targets.of(features, lengths))
     perplexities = [model.reports.codebook_use.statistics().perplexity.item() for model in (streaming, stock)]
     assert perplexities[0] >= perplexities[1] * (1 - 1e-3)
     assert perplexities[0] > 100

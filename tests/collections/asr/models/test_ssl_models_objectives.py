@@ -15,6 +15,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from nemo.collections.asr.losses.ssl_losses.next_token import NextTokenLoss, next_token_indices
 from nemo.collections.asr.models.ssl_models import EncDecMaskedTokenPredModel
 from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
+from nemo.collections.asr.parts.objectives.next_tokens import NextTokens
+from nemo.collections.asr.parts.objectives.record import BatchInputs
 from nemo.collections.asr.parts.submodules.conformer_modules import ConformerLayer
 
 NEXT, BOTH = '+model.objective=next_token', '+model.objective=both'
@@ -47,7 +49,7 @@ def model_of(way: str, position=(), *overrides: str):
 def log_probs_of(model, features) -> torch.Tensor:
     """Encode features [1, F, T] as a step of training does; returns every horizon's log-probabilities, [A, K * C]."""
     lengths = torch.tensor([features.shape[2]])
-    record = model._encode((features.detach(), lengths), (features, lengths), None)
+    record = model.encode(BatchInputs((features.detach(), lengths), (features, lengths)), None)
     decoded = [decoder(encoder_output=record.encoded)[0].flatten(1) for decoder in model.next_token_decoders]
     return torch.cat(decoded, dim=1)
 
@@ -76,7 +78,7 @@ def test_no_gradient_comes_from_what_is_to_be_predicted(way, position):
     model = model_of(way, position)
     leaks_if_wrong = False
     with model.encoder.using_att_context_size(model.encoder.draw_att_context_size(1)):
-        offset = model.next_token_offset()
+        offset = model.objectives.offset()
         features = torch.randn(1, 80, FRAMES * FACTOR, requires_grad=True)
         if position:
             let_gradient_through_subsampling(model)
@@ -96,7 +98,7 @@ def test_no_gradient_comes_from_what_is_to_be_predicted(way, position):
 def test_perturbing_what_is_to_be_predicted_changes_nothing(way, position):
     model = model_of(way, position, 'model.encoder.dropout=0')
     with model.encoder.using_att_context_size(model.encoder.draw_att_context_size(2)):
-        offset = model.next_token_offset()
+        offset = model.objectives.offset()
         features = torch.randn(1, 80, FRAMES * FACTOR)
         before = log_probs_of(model, features)
         changed_if_wrong = False
@@ -119,7 +121,8 @@ def test_at_the_end_of_a_chunk_no_output_depends_on_what_it_predicts(way, positi
     ends = ('+model.next_token.positions=chunk_end', '+model.next_token.horizons=2')
     model = model_of(way, position, *ends, 'model.encoder.dropout=0')
     with model.encoder.using_att_context_size(model.encoder.draw_att_context_size(1)):
-        offset, chunk = model.next_token_offset(), model.next_token_chunk()
+        objective = model.objectives.find(NextTokens)
+        offset, chunk = objective.offset(), objective.chunk()
         features = torch.randn(1, 80, FRAMES * FACTOR, requires_grad=True)
         with torch.no_grad():
             before = log_probs_of(model, features)
@@ -152,9 +155,8 @@ def test_the_loss_of_a_step_is_that_of_all_log_probabilities(objective, position
     weight = ('+model.next_token.weight=0.25',) if objective == BOTH else ()
     model = tiny_model(objective, *position, *overrides, *weight).eval()
     with model.encoder.using_att_context_size([10, 0]):
-        masking = model._own_masking()
-        record = model.encode_batch(noise_batch((2.0, 1.1)), masking)
-        losses = model.losses_of(record)
+        record = model.encode_batch(noise_batch((2.0, 1.1)), model.masking_in_context())
+        losses = model.objectives.loss(record)
     log_probs = torch.stack([d(encoder_output=record.encoded) for d in model.next_token_decoders], dim=2)
     expected = NextTokenLoss(3, books, squeeze_single=False)(
         decoder_outputs=log_probs,
@@ -175,7 +177,7 @@ def test_the_loss_of_a_step_is_that_of_all_log_probabilities(objective, position
     else:
         assert not record.masks.any() and 'masked' not in losses.parts
     torch.testing.assert_close(losses.loss, expected)
-    assert [name for name in losses.parts if name != 'masked'] == ['next_0', 'next_1', 'next_2']
+    assert [name for name in losses.parts if name.startswith('next_')] == ['next_0', 'next_1', 'next_2']
 
 
 def test_tokens_come_from_clean_audio_and_the_encoder_hears_the_noisy_one():
@@ -334,7 +336,7 @@ def test_activation_checkpointing_changes_no_gradient(objective):
             apply_activation_checkpointing(model.encoder, check_fn=lambda module: isinstance(module, ConformerLayer))
         torch.manual_seed(0)
         with model.encoder.using_att_context_size([10, 0]):
-            model.losses_of(model.encode_batch(noise_batch(), model._own_masking())).loss.backward()
+            model.objectives.loss(model.encode_batch(noise_batch(), model.masking_in_context())).loss.backward()
         gradients.append([weight.grad for weight in model.parameters() if weight.grad is not None])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(checkpointed, plain)
@@ -392,7 +394,7 @@ class WithForwardOfItsOwn(EncDecMaskedTokenPredModel):
 
 
 def test_a_model_with_a_forward_of_its_own_is_refused():
-    with pytest.raises(ValueError, match='model.objective is next_token, which decodes frame by frame: WithForward'):
+    with pytest.raises(ValueError, match='model.objective is next_token, which predicts frame by frame: WithForward'):
         tiny_model(NEXT, '~model.validate_contexts', cls=WithForwardOfItsOwn)
 
 
@@ -427,7 +429,7 @@ def test_validation_observes_no_targets():
     run = trainer(1)
     model.set_trainer(run)
     run.validate(model, dataloaders=batches(1), verbose=False)
-    model.train().predict_masked(noise_batch())
+    model.train()(**signals(noise_batch()), apply_mask=True)
     assert not model.quantizer.refinement.observed.any()
 
 

@@ -113,8 +113,8 @@ def test_the_tokens_stay_what_they_were(offline, converted):
     features = offline.preprocessor(input_signal=torch.randn(1, 16000), length=torch.tensor([16000]))
     mean, std = features[0].mean(), features[0].std()  # already normalised per utterance
     assert abs(mean) < 0.1 and abs(std - 1) < 0.1
-    expected, _ = offline.tokens_of(*features)
-    found, _ = restored(converted).tokens_of(*features)
+    expected, _ = offline.targets.of(*features)
+    found, _ = restored(converted).targets.of(*features)
     assert (expected == found).float().mean() > 0.98  # normalising twice rounds twice
 
 

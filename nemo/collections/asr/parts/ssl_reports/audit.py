@@ -20,7 +20,7 @@ from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.masking_context import follows_context, window_arguments
 from nemo.collections.asr.parts.att_context.receptive_field import receptive_field
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tightest_window
-from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
+from nemo.collections.asr.parts.objectives.record import BatchRecord
 
 LAYERS, STACK = 'layers', 'stack'  # names of windows: of all layers alike, and of the whole encoder
 

@@ -14,16 +14,13 @@ from scipy import stats
 
 from nemo.collections.asr.parts.att_context.context import context_label
 from nemo.collections.asr.parts.att_context.windows import Window
+from nemo.collections.asr.parts.objectives.base import FrameScores
+from nemo.collections.asr.parts.objectives.masked_tokens import MaskedTokens
+from nemo.collections.asr.parts.objectives.next_tokens import NextTokens
 from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse
-from nemo.collections.asr.parts.ssl_reports.scores import (
-    MASKED,
-    NEXT_OF_ALL,
-    FrameScores,
-    next_token_scores_of,
-    parts_of,
-)
-from nemo.collections.asr.parts.ssl_reports.validation import passes_in_contexts, predictions_in_contexts, signal_of
+from nemo.collections.asr.parts.ssl_reports.validation import passes_in_contexts, signal_of
 
+MASKED, NEXT_OF_ALL = MaskedTokens.name, NextTokens.name  # names of parts
 NUMBERS_AT_ONCE = 10**7  # of resampled utterances held in memory
 
 
@@ -116,43 +113,31 @@ def evaluate(
     model.eval()
     classes, books = model.quantizer.num_classes, model.quantizer.num_books
     use = CodebookUse(classes, books, batches_covered=2**62, blocks=1)
-    parts = parts_of(model) + [NEXT_OF_ALL] * model.predicts_next_tokens
     labels = [context_label(context) for context in contexts]
+    parts = [part for objective in model.objectives for part in (*objective.parts, objective.name)]
     scores = {part: {label: UtteranceScores(classes, books) for label in labels} for part in parts}
     tokens, offsets = [], {}
     with torch.inference_mode():
         for batch in batches:
             batch = model.transfer_batch_to_device(batch, model.device, 0)
             found: dict[tuple[str, str], list[FrameScores]] = {}
-            if model.predicts_masked_tokens:
-                record = _predict_masked(model, batch, contexts, range(seed, seed + draws), window, found)
-            if model.predicts_next_tokens:
-                record = _predict_next(model, batch, contexts, found, offsets)
+            inputs = model.inputs_of(batch)
+            for objective in model.objectives:
+                for drawn in range(seed, seed + draws) if objective.masks else (seed,):
+                    passes = passes_in_contexts(model, batch, contexts, drawn, window, objective.masks, inputs)
+                    for context, record in passes:
+                        offset, label = objective.offset(), context_label(context)
+                        offsets.update({} if offset is None else {label: offset})
+                        for part, scored in objective.scores(record).items():
+                            for name in dict.fromkeys((part, objective.name)):
+                                found.setdefault((name, label), []).append(scored)
             for (part, label), scored in found.items():
                 scores[part][label].add(scored, signal_of(batch)[0].shape[0])
-            use.update(record.tokens, record.token_lengths)
-            tokens += [_digest(row[:length]) for row, length in zip(record.tokens, record.token_lengths.tolist())]
+            use.update(*inputs.targets)
+            rows, lengths = inputs.targets
+            tokens += [_digest(row[:length]) for row, length in zip(rows, lengths.tolist(), strict=True)]
     codebook = {name: value.item() for name, value in use.statistics()._asdict().items()}
     return ModelScores(scores, {**codebook, 'classes': classes}, np.array(tokens, dtype=np.int64), offsets)
-
-
-def _predict_masked(model, batch, contexts, seeds, window, found: dict):
-    """Add the scores of each draw to ``found``; returns the record of a forward pass."""
-    for seed in seeds:
-        for context, predictions, record in predictions_in_contexts(model, batch, contexts, seed, window):  # noqa: B007
-            drawn = found.setdefault((MASKED, context_label(context)), [])
-            drawn.append(FrameScores.of(predictions, model.loss))
-    return record
-
-
-def _predict_next(model, batch, contexts, found: dict, offsets: dict[str, int]):
-    """Add the scores of each horizon, and of all, to ``found``; returns the record of a forward pass."""
-    for context, record in passes_in_contexts(model, batch, contexts, seed=0, masked=False):
-        label, horizons = context_label(context), next_token_scores_of(model, record)
-        offsets[label] = record.next_token_offset
-        found.update({(part, label): [scored] for part, scored in horizons.items()})
-        found[NEXT_OF_ALL, label] = list(horizons.values())
-    return record
 
 
 def _counts(targets: torch.Tensor, books: int, classes: int) -> torch.Tensor:

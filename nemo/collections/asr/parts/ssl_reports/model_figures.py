@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from nemo.collections.asr.losses.ssl_losses.next_token import next_token_indices
 from nemo.collections.asr.parts.att_context.answerability import masked_share_per_frame, unanswerable_frames
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.encoder_protocol import tightest_window_of
@@ -20,9 +19,8 @@ from nemo.collections.asr.parts.att_context.receptive_field import (
     seen_through_layers,
 )
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window
+from nemo.collections.asr.parts.objectives.record import BatchRecord
 from nemo.collections.asr.parts.ssl_reports import figures
-from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
-from nemo.collections.asr.parts.utils.next_token_frames import decode
 
 
 class SeenUtterance(NamedTuple):
@@ -64,39 +62,13 @@ def seen_utterance(model, record: BatchRecord, index: int = 0) -> SeenUtterance:
     """
     features = record.features[index, :, : int(record.feature_lengths[index])].detach().float().cpu().numpy()
     masks = surprise = None
-    if model.predicts_masked_tokens:
+    if model.objectives.masks:
         masks = record.masks[index, 0, : int(record.mask_lengths[index])].float().cpu().numpy()
-    if model.predicts_next_tokens and record.encoded is not None:
-        surprise = surprise_of(model, record, index)
+    if record.encoded is not None:
+        surprise = model.objectives.surprise(record, index)
     window = tightest_window_of(model.encoder) or Window(AttContext(UNLIMITED, UNLIMITED))
     context = getattr(model.encoder, 'att_context_size', None)
     return SeenUtterance(features, masks, surprise, window, None if context is None else list(context))
-
-
-def surprise_of(model, record: BatchRecord, index: int = 0) -> np.ndarray:
-    """Return how surprising each token of an utterance was as the next one, in nats; decodes that utterance alone.
-
-    Args:
-        model: one that predicts next tokens.
-        record: of a forward pass, with what the encoder made.
-        index: of the utterance.
-
-    Returns:
-        [S], the mean over the codebooks; NaN where a token was not predicted: no frame comes as far before it.
-    """
-    one, loss = slice(index, index + 1), model.next_token_loss
-    ahead, chunk = record.next_token_offset, record.next_token_chunk
-    lengths = record.encoded_lengths[one], record.token_lengths[one]
-    with torch.no_grad():
-        frames, targets, _ = loss.align(
-            record.encoded[one].transpose(1, 2), record.tokens[one], ahead, *lengths, chunk
-        )
-        lost, counted = loss.of_horizon(decode(model.next_token_decoders[0], frames[0]), targets[0, :, 0])
-    surprise = np.full(int(record.token_lengths[index]), np.nan)
-    where = counted.nonzero().squeeze(1)
-    predicted = next_token_indices(frames.shape[1], loss.horizons, ahead, chunk, where.device)[where, 0]
-    surprise[predicted.cpu().numpy()] = lost[where].float().cpu().numpy()
-    return surprise
 
 
 def draw_masks(model, utterance: SeenUtterance, title: str = ''):

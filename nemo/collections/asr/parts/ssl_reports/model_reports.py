@@ -8,11 +8,11 @@ import torch
 
 from nemo.collections.asr.parts.att_context.answerability import unanswerable_frames
 from nemo.collections.asr.parts.att_context.encoder_protocol import tightest_window_of
+from nemo.collections.asr.parts.objectives.record import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.audit import TrainingAudit
-from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse
+from nemo.collections.asr.parts.ssl_reports.figures import require_matplotlib
 from nemo.collections.asr.parts.ssl_reports.model_figures import ContextFigures, attention_frame_ms
-from nemo.collections.asr.parts.ssl_reports.next_token_audit import counted_shares
 from nemo.collections.asr.parts.ssl_reports.validation import ContextValidation
 from nemo.utils import logging
 
@@ -38,11 +38,20 @@ class ModelReports:
         self.figures = ContextFigures() if cfg.get('log_figures') else None
         self.validation: ContextValidation | None = None
         if contexts is not None:
-            if model.forward_of_its_own:
+            if model.forward_is_overridden:
                 raise ValueError(
                     f"model.validate_contexts cannot run {type(model).__name__}, which has its own forward"
                 )
             self.validation = ContextValidation(model, contexts, cfg.get('validation_masks'))
+
+    def check(self) -> None:
+        """Check before training that pictures can be drawn.
+
+        Raises:
+            ValueError: if matplotlib is missing.
+        """
+        if self.figures is not None:
+            require_matplotlib('model.log_figures')
 
     def of_training_batch(self, model, record: BatchRecord | None) -> Logs:
         """Return what to log of a training batch, within its pinned context; scalars on its device.
@@ -53,29 +62,29 @@ class ModelReports:
         """
         if record is None:
             return {}
-        return {**self.of_masks(model, record), **self._codebook_logs(record), **self._audit_logs(model, record)}
+        return {**self.of_pass(model, record), **self._codebook_logs(record), **self._audit_logs(model, record)}
 
     def _audit_logs(self, model, record: BatchRecord) -> Logs:
         """Audit what a batch was asked for, if that is wanted."""
         if self.audit is None:
             return {}
-        logs = counted_shares(record, len(model.next_token_decoders)) if model.predicts_next_tokens else {}
-        if model.predicts_masked_tokens:
-            logs.update(self.audit.step(record, model.encoder, attention_frame_ms(model)))
+        logs = self.audit.step(record, model.encoder, attention_frame_ms(model)) if model.objectives.masks else {}
+        for objective in model.objectives:
+            logs.update(objective.audit(record))
         return logs
 
-    def of_masks(self, model, record: BatchRecord | None, prefix: str = '') -> Logs:
+    def of_pass(self, model, record: BatchRecord | None, prefix: str = '') -> Logs:
         """Return the present context, and what the masks, if any, left to answer in it; scalars on their device."""
         if record is None:
             return {}
         encoder, logs = model.encoder, {}
-        window = tightest_window_of(encoder)
+        window, offset = tightest_window_of(encoder), model.objectives.offset()
         if window is not None:
             left, right = encoder.att_context_size[0], encoder.att_context_size[-1]
             logs[f'{prefix}att_context_left'], logs[f'{prefix}att_context_right'] = float(left), float(right)
-        if record.next_token_offset is not None:
-            logs[f'{prefix}next_token_offset'] = float(record.next_token_offset)
-        if not model.predicts_masked_tokens:
+        if offset is not None:
+            logs[f'{prefix}next_token_offset'] = float(offset)
+        if not model.objectives.masks:
             return logs
         share = record.masked_share()
         masked_frames = record.masks[:, 0].sum(dtype=torch.float32)

@@ -4,30 +4,20 @@
 Shapes: N frames that count, C classes, H codebooks.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torchmetrics
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, context_label
 from nemo.collections.asr.parts.att_context.encoder_protocol import tightest_window_of
 from nemo.collections.asr.parts.att_context.receptive_field import look_ahead_ms, look_ahead_text
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tightest_window
+from nemo.collections.asr.parts.objectives.base import FrameScores
+from nemo.collections.asr.parts.objectives.record import BatchInputs, BatchRecord
 from nemo.collections.asr.parts.ssl_reports.audit import audit_masks, layer_windows_of
-from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.fixed_masks import FixedMasks, utterance_seeds
 from nemo.collections.asr.parts.ssl_reports.model_figures import attention_frame_ms
-from nemo.collections.asr.parts.ssl_reports.scores import (
-    MASKED,
-    NEXT_OF_ALL,
-    FrameScores,
-    parts_of,
-    scores_of,
-    without_placeholder,
-)
 from nemo.collections.asr.parts.utils.known_keys import VALIDATION_MASK_KEYS, check_known
-from nemo.collections.asr.parts.utils.masked_frames import MaskedPredictions
 from nemo.utils import logging
 
 CHOICES = ('all', 'first')
@@ -80,9 +70,15 @@ def tightest_of(encoder, contexts: Sequence) -> Window:
 
 
 def passes_in_contexts(
-    model, batch, contexts: Sequence, seed: int, window: Window | None = None, masked: bool = True
+    model,
+    batch,
+    contexts: Sequence,
+    seed: int,
+    window: Window | None = None,
+    masked: bool = True,
+    inputs: BatchInputs | None = None,
 ) -> Iterator[tuple[list, BatchRecord]]:
-    """Run a batch in each context, on the same masks; what is done with a pass is done within its context.
+    """Encode a batch in each context, on the same features, targets and masks; the caller is within the context.
 
     The masks are a function of the seed, each utterance's audio, the masking's configuration and ``window``.
 
@@ -94,47 +90,21 @@ def passes_in_contexts(
         window: that the masks are drawn for; None: the tightest of ``contexts``, so that what is masked can be
             answered in each.
         masked: whether anything is masked.
+        inputs: the features of the batch, where they are there already.
     """
     masking = None
     if masked:
         window = tightest_of(model.encoder, contexts) if window is None else window
         masking = FixedMasks(model.mask_processor, utterance_seeds(*signal_of(batch), seed), window)
+    inputs = model.inputs_of(batch) if inputs is None else inputs  # after the seeds: dither changes the audio in place
     for context in contexts:
         with model.encoder.using_att_context_size(context):
-            yield context, model.encode_batch(batch, masking)
-
-
-def predictions_in_contexts(
-    model, batch, contexts: Sequence, seed: int, window: Window | None = None
-) -> Iterator[tuple[list, MaskedPredictions, BatchRecord]]:
-    """Predict the masked frames of a batch in each context; arguments as in :func:`passes_in_contexts`."""
-    for context, record in passes_in_contexts(model, batch, contexts, seed, window):
-        yield context, without_placeholder(model.predictions_of(record)), record
+            yield context, model.encode(inputs, masking)
 
 
 def signal_of(batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a batch's clean samples [B, N] (or features, [B, D, T], where it has no samples) and lengths [B]."""
     return (batch.audio, batch.audio_len) if hasattr(batch, 'audio') else (batch[0], batch[1])
-
-
-class WeightedMean(torchmetrics.Metric):
-    """The mean of values with weights, over batches and ranks; NaN without any weight, and if a value is NaN."""
-
-    full_state_update = False
-
-    def __init__(self):
-        super().__init__()
-        self.add_state('total', torch.zeros((), dtype=torch.float64), dist_reduce_fx='sum')
-        self.add_state('weight', torch.zeros((), dtype=torch.float64), dist_reduce_fx='sum')
-
-    def update(self, total: torch.Tensor, weight: torch.Tensor) -> None:
-        """Add the sum of the values times their weights, and of the weights."""
-        self.total += total
-        self.weight += weight
-
-    def compute(self) -> torch.Tensor:
-        """Return the mean, float32."""
-        return (self.total / self.weight).float()
 
 
 class ContextValidation:
@@ -155,14 +125,14 @@ class ContextValidation:
         self.seed, self.window = _parse_mask_options(masks)
         if not hasattr(model.loss, 'of_frames') or getattr(model.quantizer, 'num_classes', None) is None:
             raise ValueError(
-                "model.validate_contexts must know which frames count and how many classes there are; the loss "
-                f"{type(model.loss).__name__} and the quantizer {type(model.quantizer).__name__} do not tell"
+                "model.validate_contexts needs a loss with of_frames and a quantizer with num_classes; the loss is "
+                f"{type(model.loss).__name__}, the quantizer {type(model.quantizer).__name__}"
             )
         self._running = parse_contexts(contexts, model.encoder)
         self._tell_look_ahead(model)
-        self._metrics: list[dict[str, torchmetrics.Metric]] = []  # of each data loader
+        self._names: list[str] = []  # of the means
+        self._sums: torch.Tensor | None = None  # [loaders, means, 2]: the values times their weights, and the weights
         self._results: list[dict[str, torch.Tensor]] = []
-        self._next_token_weight: float | None = None  # where the loss is the sum of two parts
 
     @property
     def contexts(self) -> list:
@@ -178,23 +148,29 @@ class ContextValidation:
             logging.info(f'Validation in contexts {contexts}')
 
     def start(self, model, loaders: int) -> None:
-        """Forget what was summed up; every rank makes ready for every data loader, whatever it will get to see."""
+        """Forget all sums; every rank makes ready for every data loader, whatever batches it will have."""
         by_hand = model.att_context_set_by_hand
         self._running = parse_contexts(self._wanted, model.encoder) if by_hand is None else [by_hand]
-        self._next_token_weight = model.next_token_weight if model.objective == 'both' else None
-        self._metrics = [self._new_metrics(model) for _ in range(loaders)]
+        self._objectives, self._names = model.objectives, []
+        if model.objectives.masks:
+            self._names.append('masked_share')
+            if layer_windows_of(model.encoder):
+                self._names += [f'unanswerable_share/ctx_{context_label(context)}' for context in self._running]
+        places = [place for context in self._running for place in self._places(context_label(context))]
+        self._names += [f'{name}/{place}' for place in places for name in ('loss', 'accuracy')]
+        self._sums = torch.zeros(loaders, len(self._names), 2, dtype=torch.float64, device=model.device)
         self._results = []
 
-    def _new_metrics(self, model) -> dict[str, torchmetrics.Metric]:
-        masks = [] if not model.predicts_masked_tokens else ['masked_share']
-        has_windows = masks and layer_windows_of(model.encoder)
-        names = masks + [
-            f'unanswerable_share/ctx_{context_label(context)}' for context in self._running if has_windows
-        ]
-        for label in map(context_label, self._running):
-            places = [place for part in parts_of(model) for place in _places(model.objective, label, part)]
-            names += [f'{name}/{place}' for place in places for name in ('loss', 'accuracy')]
-        return {name: WeightedMean().to(model.device) for name in dict.fromkeys(names)}
+    def _places(self, label: str) -> list[str]:
+        """Return what the figures of a context are filed under: each objective, and each of its parts."""
+        found = []
+        for objective in self._objectives:
+            found += [self._place(objective, label), *(f'ctx_{label}/{part}' for part in objective.parts)]
+        return found
+
+    def _place(self, objective, label: str) -> str:
+        name = self._objectives.name_of(objective)
+        return f'ctx_{label}/{name}' if name else f'ctx_{label}'
 
     def step(
         self, model, batch, dataloader_idx: int, after_each: Callable = lambda model, record: None
@@ -207,55 +183,68 @@ class ContextValidation:
             dataloader_idx: which of the data loaders that is.
             after_each: called with the model and the record of its forward pass, within each context.
         """
-        if dataloader_idx >= len(self._metrics):  # a step by hand, outside of a trainer's loop
+        if self._sums is None or dataloader_idx >= len(self._sums):  # a step outside of a trainer's loop
             self.start(model, dataloader_idx + 1)
-        metrics, losses = self._metrics[dataloader_idx], []
-        passes = passes_in_contexts(
-            model, batch, self._running, self.seed, self.window, masked=model.predicts_masked_tokens
-        )
-        for context, record in passes:
-            label, scores = context_label(context), scores_of(model, record)
-            for part, score in scores.items():
-                frames = score.utterances.shape[0]
-                for place in _places(model.objective, label, part):
-                    metrics[f'loss/{place}'].update(score.negative_log_likelihood.sum(dtype=torch.float64), frames)
-                    metrics[f'accuracy/{place}'].update(score.correct.sum(dtype=torch.float64), frames)
-            losses.append(_loss_of(model, scores))
-            if model.predicts_masked_tokens:
-                self._count_masks(record, layer_windows_of(model.encoder), metrics, label, first=len(losses) == 1)
+        losses, masks = [], model.objectives.masks
+        for context, record in passes_in_contexts(model, batch, self._running, self.seed, self.window, masks):
+            label = context_label(context)
+            of_objectives = {
+                objective: self._count_scores(dataloader_idx, objective, label, scores)
+                for objective, scores in model.objectives.scores(record).items()
+            }
+            losses.append(model.objectives.weighted(of_objectives))
+            if masks:
+                self._count_masks(dataloader_idx, record, layer_windows_of(model.encoder), label, len(losses) == 1)
             after_each(model, record)
         return torch.stack(losses).mean()
 
-    @staticmethod
-    def _count_masks(record: BatchRecord, windows, metrics, label: str, first: bool) -> None:
+    def _add(self, loader: int, name: str, total, weight) -> None:
+        """Add to a mean the sum of values times their weights, and of the weights: tensors or numbers."""
+        sums = self._sums[loader, self._names.index(name)]
+        sums[0] += total
+        sums[1] += weight
+
+    def _count_scores(self, loader: int, objective, label: str, scores: dict[str, FrameScores]) -> torch.Tensor:
+        """Add the scores of an objective in a context; returns its loss, 0 where there are no frames."""
+        lost, frames = 0, 0
+        for part, score in scores.items():
+            whole, count = self._place(objective, label), score.utterances.shape[0]
+            for place in [whole, f'ctx_{label}/{part}'] if part in objective.parts else [whole]:
+                self._add(loader, f'loss/{place}', score.negative_log_likelihood.sum(dtype=torch.float64), count)
+                self._add(loader, f'accuracy/{place}', score.correct.sum(dtype=torch.float64), count)
+            lost, frames = lost + score.negative_log_likelihood.sum(dtype=torch.float64), frames + count
+        return lost.float() / max(frames, 1)
+
+    def _count_masks(self, loader: int, record: BatchRecord, windows, label: str, first: bool) -> None:
         audit = audit_masks(record.masks, record.mask_lengths, record.factor, windows, record.threshold)
         if first:  # the masks are the same in every context
-            metrics['masked_share'].update(audit.mask_frames_masked, audit.mask_frames)
+            self._add(loader, 'masked_share', audit.mask_frames_masked, audit.mask_frames)
         if windows:
             unanswerable = torch.stack(list(audit.unanswerable.values())).max()
-            metrics[f'unanswerable_share/ctx_{label}'].update(unanswerable, audit.frames_masked)
+            self._add(loader, f'unanswerable_share/ctx_{label}', unanswerable, audit.frames_masked)
 
     def finish(self, mode: str) -> None:
-        """Add up over the ranks, which must all call this, whether they had batches or not."""
-        self._results = [self._result(metrics, mode) for metrics in self._metrics]
+        """Add up over the ranks, which must all call this, whether they had batches or not, in one reduction."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self._sums)
+        self._results = [self._result(sums, mode) for sums in self._sums]
 
-    def _result(self, metrics, mode: str) -> dict[str, torch.Tensor]:
-        with warnings.catch_warnings():  # a rank without batches computes before any update, as it should
-            warnings.filterwarnings('ignore', message='.*``compute`` method.*before the ``update`` method')
-            found = {f'{mode}_{name}': metric.compute() for name, metric in metrics.items()}
-        places = [name.removeprefix('loss/') for name in metrics if name.startswith('loss/')]
+    def _result(self, sums: torch.Tensor, mode: str) -> dict[str, torch.Tensor]:
+        means = (sums[:, 0] / sums[:, 1]).float()
+        found = {f'{mode}_{name}': mean for name, mean in zip(self._names, means.unbind(), strict=True)}
+        places = [name.removeprefix('loss/') for name in self._names if name.startswith('loss/')]
         found.update({f'{mode}_perplexity/{place}': found[f'{mode}_loss/{place}'].exp() for place in places})
         labels = [context_label(context) for context in self._running]
-        if self._next_token_weight is not None:  # the sum of two losses has neither accuracy nor perplexity
-            for label in labels:
-                masked, following = (found[f'{mode}_loss/ctx_{label}/{part}'] for part in (MASKED, NEXT_OF_ALL))
-                found[f'{mode}_loss/ctx_{label}'] = masked + self._next_token_weight * following
-        for name in ('loss', 'accuracy') if self._next_token_weight is None else ('loss',):
+        for label in labels:
+            losses = {each: found[f'{mode}_loss/{self._place(each, label)}'] for each in self._objectives}
+            found[f'{mode}_loss/ctx_{label}'] = self._objectives.weighted(losses)
+        one = f'{mode}_accuracy/ctx_{labels[0]}' in found  # the sum of several losses has no accuracy or perplexity
+        for name in ('loss', 'accuracy') if one else ('loss',):
             found[f'{mode}_{name}'] = torch.stack([found[f'{mode}_{name}/ctx_{label}'] for label in labels]).mean()
-        if self._next_token_weight is None:
+        if one:
             found[f'{mode}_perplexity'] = found[f'{mode}_loss'].exp()
         if found[f'{mode}_loss'].isnan():
-            logging.warning(f"{mode}_loss is NaN: no frame counted, or the model's outputs are not finite")
+            logging.warning(f"{mode}_loss is NaN: there was no loss position, or the model's outputs are not finite")
         return found
 
     def summary(self, mode: str, dataloader_idx: int = 0) -> dict:
@@ -267,27 +256,6 @@ class ContextValidation:
             self.finish(mode)
         found = self._results[dataloader_idx]
         return {f'{mode}_loss': found[f'{mode}_loss'], 'log': dict(found)}
-
-
-def _places(objective: str, label: str, part: str) -> list[str]:
-    """Return what a part's figures in a context are filed under; the last place sums up over all horizons."""
-    if objective == 'masked':
-        return [f'ctx_{label}']
-    if part == MASKED:
-        return [f'ctx_{label}/{part}']
-    return [f'ctx_{label}/{part}', f'ctx_{label}' if objective == 'next_token' else f'ctx_{label}/{NEXT_OF_ALL}']
-
-
-def _loss_of(model, scores: dict[str, FrameScores]) -> torch.Tensor:
-    """Return the objective's loss of a forward pass, a scalar; 0 of a part without frames."""
-    totals = {part: score.negative_log_likelihood.sum(dtype=torch.float64) for part, score in scores.items()}
-    frames = {part: score.utterances.shape[0] for part, score in scores.items()}
-    masked = totals[MASKED].float() / max(frames[MASKED], 1) if MASKED in scores else None
-    if not model.predicts_next_tokens:
-        return masked
-    horizons = [part for part in scores if part != MASKED]
-    total, count = (sum(values[part] for part in horizons) for values in (totals, frames))
-    return model.combined_loss(masked, total.float() / max(count, 1))
 
 
 def _parse_mask_options(options) -> tuple[int, Window | None]:

@@ -27,9 +27,8 @@ def decoder_of(model) -> torch.nn.Module:
     Raises:
         ValueError: if the model has no such decoder.
     """
-    decoder = getattr(model, 'ctc_decoder', None) or getattr(model, 'decoder', None)
-    if not getattr(model, 'predicts_masked_tokens', True):
-        decoder = model.next_token_decoders[0]
+    predictor = getattr(model, 'objectives', model)
+    decoder = getattr(predictor, 'ctc_decoder', None) or getattr(predictor, 'decoder', None)
     if 'encoder_output' not in (getattr(decoder, 'input_types', None) or {}):
         raise ValueError(
             f"log-probabilities and tokens need a decoder that takes encoder_output; {type(model).__name__} has none"

@@ -50,7 +50,7 @@ class LiveMasking:
     def __init__(self, model, context):
         if not all(hasattr(model, name) for name in ('mask_processor', 'quantizer', 'loss')):
             raise ValueError(f"apply_mask needs a masked token prediction model; {type(model).__name__} is none")
-        if not getattr(model, 'predicts_masked_tokens', True):
+        if not model.objectives.masks:
             raise ValueError(f"apply_mask: model.objective is {model.objective}, which predicts no masked tokens")
         if not follows_context(model.mask_processor):
             raise ValueError(f"apply_mask: {type(model.mask_processor).__name__} does not take current_frame")

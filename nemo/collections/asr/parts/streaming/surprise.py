@@ -10,6 +10,7 @@ Shapes: B streams, D the encoder's width, A attention frames, S target frames, K
 
 import torch
 
+from nemo.collections.asr.parts.objectives.next_tokens import NextTokens
 from nemo.collections.asr.parts.streaming.decoding import decode_frames
 from nemo.collections.asr.parts.streaming.state import SurprisedStream, joined
 
@@ -26,16 +27,16 @@ class LiveSurprise:
     """
 
     def __init__(self, model, context):
-        if not getattr(model, 'predicts_next_tokens', False):
-            kind, objective = type(model).__name__, getattr(model, 'objective', None)
+        objectives = getattr(model, 'objectives', None)
+        objective = None if objectives is None else objectives.find(NextTokens)
+        if objective is None:
+            kind, named = type(model).__name__, getattr(model, 'objective', None)
             raise ValueError(
                 "return_surprise is True; it needs a model that was asked for the next tokens, with model.objective "
-                f"next_token or both, and this {kind} " + (f"has {objective}" if objective else "has no objective")
+                f"next_token or both, and this {kind} " + (f"has {named}" if named else "has no objective")
             )
-        if model.next_token_positions != 'all':
-            raise ValueError(
-                f"return_surprise: model.next_token.positions is {model.next_token_positions}; it must be all"
-            )
+        if objective.at_chunk_end:
+            raise ValueError("return_surprise: model.next_token.positions is chunk_end; it must be all")
         combined = getattr(model.quantizer, 'combine_time_steps', 1)
         if combined != model.mask_frames_per_attention_frame:
             raise ValueError(
@@ -44,10 +45,10 @@ class LiveSurprise:
             )
         with model.encoder.using_att_context_size(context):
             try:
-                self.offset = model.next_token_offset()
+                self.offset = objective.offset()
             except ValueError as error:
                 raise ValueError(f"return_surprise: {error}") from error
-        self.decoders, self.loss = model.next_token_decoders, model.next_token_loss
+        self.decoders, self.loss = model.next_token_decoders, objective.token_loss
 
     def new_stream(self) -> SurprisedStream:
         """The state of a stream before its first frame."""

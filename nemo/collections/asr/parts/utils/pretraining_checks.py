@@ -13,7 +13,8 @@ from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.context_sampler import FIELD as SAMPLER
 from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler
 from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
-from nemo.collections.asr.parts.mixins.objective_mixin import NextTokenOptions, check_objective
+from nemo.collections.asr.parts.objectives.combination import check_objective
+from nemo.collections.asr.parts.objectives.next_tokens import NextTokenOptions
 from nemo.collections.asr.parts.utils.known_keys import (
     ATT_CONTEXT_SAMPLER_KEYS,
     DATA_KEYS,

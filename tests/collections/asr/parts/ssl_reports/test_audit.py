@@ -8,6 +8,7 @@ from tiny_encoder import tiny_encoder
 
 from nemo.collections.asr.modules import RandomBlockMasking
 from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.objectives.record import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.audit import (
     STACK,
     TrainingAudit,
@@ -16,7 +17,6 @@ from nemo.collections.asr.parts.ssl_reports.audit import (
     audit_masks,
     windows_of,
 )
-from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
 
 WINDOWS = {
     'narrow': Window(AttContext(1, 0)),

@@ -8,6 +8,7 @@ from tiny_nest import batches, noise_batch, tiny_model, trainer
 
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.windows import Window
+from nemo.collections.asr.parts.objectives.base import FrameScores
 from nemo.collections.asr.parts.ssl_reports.evaluation import (
     UtteranceScores,
     evaluate,
@@ -16,7 +17,6 @@ from nemo.collections.asr.parts.ssl_reports.evaluation import (
     summarize,
     why_not_compared,
 )
-from nemo.collections.asr.parts.ssl_reports.scores import FrameScores
 
 SECONDS = (3.0, 2.0, 1.2)
 HORIZONS = ['next_0', 'next_1', 'next_2', 'next_3']

@@ -16,7 +16,6 @@ from nemo.collections.asr.parts.ssl_reports.model_figures import (
     draw_masks,
     draw_utterance,
     seen_utterance,
-    surprise_of,
 )
 
 NEXT_TOKEN, BOTH = '+model.objective=next_token', '+model.objective=both'
@@ -26,7 +25,7 @@ NEXT_TOKEN, BOTH = '+model.objective=next_token', '+model.objective=both'
 def test_a_masked_utterance(position):
     model, batch = tiny_model(*position).eval(), noise_batch((3.0, 2.0))
     with torch.no_grad(), model.encoder.using_att_context_size([20, 0]):
-        _, record = model.predict_batch(batch, partial(model.mask_processor, effective_left_context=20))
+        record = model.encode_batch(batch, partial(model.mask_processor, effective_left_context=20))
         utterance = seen_utterance(model, record, index=1)
     frames = int(record.mask_lengths[1])
     assert utterance.window == Window(AttContext(20, 0)) and utterance.masks.shape == (frames,)
@@ -56,11 +55,11 @@ def test_the_surprise_of_an_utterance_is_its_loss_token_by_token(position, books
         for index in range(2):
             decoded = []
             handle = model.next_token_decoders[0].register_forward_hook(lambda *args: decoded.append(args[2].shape))
-            surprise = surprise_of(model, record, index)
+            surprise = model.objectives.surprise(record, index)
             handle.remove()
             (shape,) = decoded  # of one utterance
-            assert shape[:2] == (1, min(record.encoded.shape[2], record.tokens.shape[1] - record.next_token_offset))
-            ahead, tokens = record.next_token_offset, int(record.token_lengths[index])
+            assert shape[:2] == (1, min(record.encoded.shape[2], record.tokens.shape[1] - model.objectives.offset()))
+            ahead, tokens = model.objectives.offset(), int(record.token_lengths[index])
             frames = min(int(record.encoded_lengths[index]), tokens - ahead)
             assert surprise.shape == (tokens,) and np.isnan(surprise[:ahead]).all() and ahead >= 2
             assert np.isfinite(surprise[ahead : ahead + frames]).all()

@@ -11,7 +11,7 @@ def test_it_is_there_also_when_nothing_is_asked_of_it():
     model = tiny_model(*(f'~model.{key}' for key in REPORT_KEYS)).eval()
     reports = model.reports
     assert (reports.audit, reports.figures, reports.validation) == (None, None, None)
-    assert reports.of_training_batch(model, None) == {} == reports.of_masks(model, None)
+    assert reports.of_training_batch(model, None) == {} == reports.of_pass(model, None)
     reports.start_validation(model, loaders=1)
     reports.keep_for_figures(model, None)
     reports.finish_validation('val')
@@ -23,9 +23,9 @@ def test_it_is_there_also_when_nothing_is_asked_of_it():
 def test_a_record_gives_the_logs_of_its_masks_and_targets():
     model, batch = tiny_model().eval(), noise_batch((3.0, 2.0))
     with torch.no_grad(), model.encoder.using_att_context_size([20, 0]):
-        _, record = model.predict_batch(batch, model.mask_processor)
+        record = model.encode_batch(batch, model.mask_processor)
         logs = model.reports.of_training_batch(model, record)
-        of_masks = model.reports.of_masks(model, record, prefix='val_')
-    assert {f'val_{name}' for name in logs} > set(of_masks)
+        of_pass = model.reports.of_pass(model, record, prefix='val_')
+    assert {f'val_{name}' for name in logs} > set(of_pass)
     assert (logs['att_context_left'], logs['att_context_right']) == (20, 0)
     assert logs['masked_share'] == record.masks[:, 0].sum() / record.mask_lengths.sum()

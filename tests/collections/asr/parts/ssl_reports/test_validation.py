@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -11,12 +12,20 @@ from nemo.collections.asr.losses.ssl_losses.mlm import MLMLoss, MultiMLMLoss
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.windows import Window
-from nemo.collections.asr.parts.ssl_reports.validation import FrameScores, parse_contexts, predictions_in_contexts
-from nemo.collections.asr.parts.utils.masked_frames import MaskedPredictions
+from nemo.collections.asr.parts.objectives import masked_tokens
+from nemo.collections.asr.parts.objectives.base import FrameScores, LossPositions
+from nemo.collections.asr.parts.objectives.masked_tokens import MaskedTokens
+from nemo.collections.asr.parts.ssl_reports.validation import parse_contexts, passes_in_contexts
 
 SECONDS = (3.0, 2.0, 1.2)
 LABELS = ('10_0', '20_0', '40_0', 'unlimited_0')
 BOOKS = ('model.num_books=2', 'model.decoder.num_decoders=2', 'model.loss.num_decoders=2')
+
+
+def predictions_in_contexts(model, batch, contexts, seed, window=None):
+    """Yield context, predictions and record of each pass."""
+    for context, record in passes_in_contexts(model, batch, contexts, seed, window):
+        yield context, model.objectives.find(MaskedTokens).predictions(record), record
 
 
 def validate(model, loader=None, mode='val', **kwargs):
@@ -74,15 +83,24 @@ def test_bad_mask_options_are_refused(overrides, message):
         tiny_model(*overrides)
 
 
+def test_a_batch_in_four_contexts_makes_features_and_tokens_once():
+    model, calls = tiny_model().eval(), Counter()
+    for name in ('preprocessor', 'quantizer', 'encoder'):
+        getattr(model, name).register_forward_hook(lambda *_, name=name: calls.update([name]))
+    with torch.no_grad():
+        model.inference_pass(noise_batch(SECONDS), 0, apply_mask=True)
+    assert calls == {'preprocessor': 2, 'quantizer': 1, 'encoder': 4}
+
+
 class TestPredictions:
     @pytest.mark.parametrize('books', [False, True])
     def test_scores_by_hand(self, books):
         likelihoods = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]])
-        predictions = MaskedPredictions(likelihoods.log(), torch.tensor([0, 1]), torch.tensor([0, 2]))
+        predictions = LossPositions(likelihoods.log(), torch.tensor([0, 1]), torch.tensor([0, 2]))
         expected, correct = [-math.log(0.5), -math.log(0.2)], [1.0, 0.0]
         if books:  # in the second book the tokens are 2 and 2
-            log_probs = torch.stack([predictions.log_probs] * 2, dim=2)
-            predictions = predictions._replace(log_probs=log_probs, targets=torch.tensor([[0, 2], [1, 2]]))
+            log_probs = torch.stack([predictions.outputs] * 2, dim=2)
+            predictions = predictions._replace(outputs=log_probs, targets=torch.tensor([[0, 2], [1, 2]]))
             expected = [(expected[0] - math.log(0.25)) / 2, (expected[1] - math.log(0.7)) / 2]
             correct = [0.5, 0.5]
         scores = FrameScores.of(predictions, MultiMLMLoss(num_decoders=2) if books else MLMLoss())
@@ -101,7 +119,7 @@ class TestPredictions:
         for _, predictions, _ in found[1:]:
             assert torch.equal(predictions.targets, first.targets)
             assert torch.equal(predictions.utterances, first.utterances)
-        assert not torch.equal(found[0][1].log_probs, found[2][1].log_probs)
+        assert not torch.equal(found[0][1].outputs, found[2][1].outputs)
 
     def test_utterances_are_predicted_alike_in_any_batch(self):
         model = tiny_model().eval()
@@ -119,23 +137,22 @@ class TestPredictions:
                 ((_, single, _),) = predictions_in_contexts(model, one, [[10, 0]], seed=0)
                 rows = together.utterances == row
                 assert torch.equal(together.targets[rows], single.targets)
-                torch.testing.assert_close(together.log_probs[rows], single.log_probs, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(together.outputs[rows], single.outputs, rtol=1e-4, atol=1e-4)
 
     def test_where_nothing_counts(self):
         model = tiny_model('model.masking.mask_prob=0').eval()
         with torch.no_grad():
             ((_, predictions, _),) = predictions_in_contexts(model, noise_batch((1.0,)), [[10, 0]], seed=0)
-        assert predictions.targets.shape[0] == predictions.utterances.shape[0] == 0
+        assert predictions.targets.unique().tolist() == [-100]
 
     def test_a_decoder_that_needs_every_frame_gives_the_same(self, monkeypatch):
         model = tiny_model().eval()
         with torch.no_grad():
             ((_, lean, _),) = predictions_in_contexts(model, noise_batch(SECONDS), [[10, 0]], seed=0)
-            reason = property(lambda self: 'a test')
-            monkeypatch.setattr(EncDecMaskedTokenPredModel, 'whole_decoding_reason', reason)
+            monkeypatch.setattr(masked_tokens, 'why_all_frames', lambda decoder, loss: 'a test')
             ((_, whole, _),) = predictions_in_contexts(model, noise_batch(SECONDS), [[10, 0]], seed=0)
         assert torch.equal(lean.targets, whole.targets) and torch.equal(lean.utterances, whole.utterances)
-        torch.testing.assert_close(lean.log_probs, whole.log_probs)
+        torch.testing.assert_close(lean.outputs, whole.outputs)
 
 
 def brute_force(model, loader, context, seed=0):

@@ -13,7 +13,7 @@ from nemo.collections.asr.losses import MLMLoss
 from nemo.collections.asr.modules import ConformerEncoder, RandomBlockMasking, RandomProjectionVectorQuantizer
 from nemo.collections.asr.parts.att_context import AttContextCurriculum
 from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler
-from nemo.collections.asr.parts.mixins.objective_mixin import NextTokenOptions
+from nemo.collections.asr.parts.objectives.next_tokens import NextTokenOptions
 from nemo.collections.asr.parts.utils.config_keys import CONFIG_KEYS, keys_below, page_of
 from nemo.collections.asr.parts.utils.known_keys import REPORT_KEYS
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step that decodes only the frames that count gives the loss and the gradients of one that decodes all of them."""
+"""Logits at the loss positions alone give the loss and the gradients of logits for all frames."""
 
 from contextlib import nullcontext
 from unittest import mock
@@ -10,8 +10,9 @@ from omegaconf import open_dict
 from tiny_nest import POST_CONV, batches, fit, noise_batch, signals, tiny_config, tiny_model
 
 from nemo.collections.asr.losses import MLMLoss, MultiMLMLoss
-from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 from nemo.collections.asr.modules.ssl_modules.multi_softmax_decoder import MultiSoftmaxDecoder
+from nemo.collections.asr.parts.objectives.masked_tokens import MaskedTokens, why_all_frames
 from nemo.utils import logging
 
 SQUEEZED = ('model.squeeze_single=true',)
@@ -24,10 +25,15 @@ def whole(model, batch):
     return model.loss(masks=masks, decoder_outputs=log_probs, targets=tokens, decoder_lengths=lengths)
 
 
+def masked_pass(model, batch, apply_mask=True):
+    """A forward pass as in a training step."""
+    with model._one_context():
+        return model.encode_batch(batch, model.masking_in_context() if apply_mask else None)
+
+
 def masked_only(model, batch):
     """The loss by way of the frames that count."""
-    predictions = model.predict_masked(batch)
-    return model.loss.of_frames(predictions.log_probs, predictions.targets)
+    return model.objectives.loss(masked_pass(model, batch)).loss
 
 
 def loss_and_gradients(model, compute, autocast=False):
@@ -55,7 +61,7 @@ def loss_and_gradients(model, compute, autocast=False):
 )
 def test_loss_and_gradients_equal_those_of_all_frames(overrides, autocast):
     model = tiny_model(*overrides).train()
-    assert model.whole_decoding_reason is None
+    assert why_all_frames(model.decoder, model.loss) is None
     expected, expected_gradients = loss_and_gradients(model, whole, autocast)
     loss, gradients = loss_and_gradients(model, masked_only, autocast)
     tolerance = 2e-2 if autocast else 1e-5  # in bfloat16 even the order of a sum shows in the third digit
@@ -64,15 +70,19 @@ def test_loss_and_gradients_equal_those_of_all_frames(overrides, autocast):
     assert (gradients - expected_gradients).norm() <= tolerance * expected_gradients.norm()
 
 
-def test_a_training_runs_losses_are_those_of_whole_decoding():
-    """Three steps, by the trainer: one way as shipped, one with NeMo's own training step."""
+class SameForward(EncDecDenoiseMaskedTokenPredModel):
+    """A user's model whose steps are NeMo's, for it has a forward."""
+
+    def forward(self, **arguments):
+        return super().forward(**arguments)
+
+
+def test_a_training_runs_losses_are_those_of_nemos_own_step():
     losses = []
-    for way in (None, 'told to'):
-        with mock.patch.object(EncDecMaskedTokenPredModel, 'whole_decoding_reason', way):
-            torch.manual_seed(0)
-            model = tiny_model()
-            torch.manual_seed(1)
-            losses.append(fit(model, batches(3), 3).logger.column('train_loss'))
+    for cls in (EncDecDenoiseMaskedTokenPredModel, SameForward):
+        model = tiny_model('model.validate_contexts=null', cls=cls)
+        torch.manual_seed(1)
+        losses.append(fit(model, batches(3), 3).logger.column('train_loss'))
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -82,7 +92,7 @@ def test_predictions_name_their_utterance_and_are_those_of_forward():
     batch = noise_batch((2.0, 1.3, 1.6), seed=2)
     torch.manual_seed(4)
     with torch.no_grad():
-        predictions = model.predict_masked(batch)
+        predictions = model.objectives.find(MaskedTokens).predictions(masked_pass(model, batch))
     torch.manual_seed(4)
     batch = noise_batch((2.0, 1.3, 1.6), seed=2)
     with torch.no_grad():
@@ -96,15 +106,13 @@ def test_predictions_name_their_utterance_and_are_those_of_forward():
     assert predictions.utterances.tolist() == [utterance for utterance, _ in rows]
     assert predictions.targets.tolist() == [tokens[row].item() for row in rows]
     expected = torch.stack([log_probs[utterance, frame + 1] for utterance, frame in rows])
-    torch.testing.assert_close(predictions.log_probs, expected)
+    torch.testing.assert_close(predictions.outputs, expected)
 
 
 @pytest.mark.parametrize('overrides', [(), TWO_BOOKS], ids=['one book', 'two books'])
 def test_without_a_frame_that_counts_the_loss_is_zero_and_every_gradient_is_there(overrides):
     model = tiny_model(*overrides).train()
-    predictions = model.predict_masked(noise_batch((1.0,)), apply_mask=False)
-    assert predictions.targets.unique().tolist() == [-100]
-    loss = model.loss.of_frames(predictions.log_probs, predictions.targets)
+    loss = model.objectives.loss(masked_pass(model, noise_batch((1.0,)), apply_mask=False)).loss
     loss.backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and 'pos_bias' not in name}
     assert loss.item() == 0
@@ -117,7 +125,7 @@ def test_the_decoder_sees_no_frame_but_those_that_count():
     model.decoder.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs['encoder_output'].shape), with_kwargs=True
     )
-    predictions = model.predict_masked(noise_batch((2.0, 1.3)))
+    predictions = model.objectives.find(MaskedTokens).predictions(masked_pass(model, noise_batch((2.0, 1.3))))
     assert seen == [(1, 16, predictions.targets.shape[0])]
     assert predictions.targets.shape[0] < 2 * 25
 
@@ -136,14 +144,6 @@ class HalvedLoss(MultiMLMLoss):
         return super().forward(**arguments) / 2
 
 
-class OwnForward(EncDecDenoiseMaskedTokenPredModel):
-    """A user's model that changes what is predicted."""
-
-    def forward(self, **arguments):
-        log_probs, *rest = super().forward(**arguments)
-        return (log_probs * 0.5, *rest)
-
-
 def with_decoder_of_user(model):
     model.decoder.__class__ = NeighbourDecoder
 
@@ -157,17 +157,12 @@ def with_loss_of_user(model):
     model.loss = HalvedLoss(combine_time_steps=8, decoder_offset=1)
 
 
-def with_model_of_user(model):
-    model.__class__ = OwnForward
-
-
 @pytest.mark.parametrize(
     'change, named',
     [
         (with_decoder_of_user, 'NeighbourDecoder'),
         (with_wide_decoder, 'MultiSoftmaxDecoder.decoder_layers'),
         (with_loss_of_user, 'HalvedLoss'),
-        (with_model_of_user, 'OwnForward'),
     ],
     ids=lambda value: getattr(value, '__name__', ''),
 )
@@ -176,10 +171,8 @@ def test_what_may_need_all_frames_gets_them_and_one_line_says_so(change, named):
     change(model)
     with mock.patch.object(logging, 'warning', wraps=logging.warning) as warning:
         losses = fit(model, batches(2), 2).logger.column('train_loss')
-    told = [str(call.args[0]) for call in warning.call_args_list if 'Decoding every frame' in str(call.args[0])]
+    told = [str(call.args[0]) for call in warning.call_args_list if 'logits for all frames' in str(call.args[0])]
     assert len(told) == 1 and named in told[0]
-    with pytest.raises(ValueError, match=named):
-        model.predict_masked(noise_batch())
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
 
 
@@ -198,5 +191,5 @@ def test_a_single_loss_over_a_codebook_that_is_not_squeezed_is_left_to_nemos_own
     with open_dict(config.model):
         config.model.loss = {'_target_': 'nemo.collections.asr.losses.MLMLoss', 'combine_time_steps': 8}
     model = EncDecDenoiseMaskedTokenPredModel(config.model)
-    assert 'one codebook' in model.whole_decoding_reason
+    assert 'one codebook' in why_all_frames(model.decoder, model.loss)
     assert isinstance(model.loss, MLMLoss) and not isinstance(model.loss, MultiMLMLoss)

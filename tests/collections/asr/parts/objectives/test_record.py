@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from nemo.collections.asr.parts.ssl_reports.batch_record import BatchRecord
+from nemo.collections.asr.parts.objectives.record import BatchRecord
 
 
 def record(masks, factor):

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An objective: the loss of a forward pass, the scores of its predictions, and checks before training.
+
+Shapes: B batch, F frames, N loss positions, S target frames, D the encoder's width, C classes, H codebooks.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET
+from nemo.collections.asr.parts.objectives.record import BatchRecord
+
+Logs = dict[str, float | torch.Tensor]
+
+
+class LossPositions(NamedTuple):
+    """The frames of a batch that a loss is computed of; where there is none, one frame with targets of -100."""
+
+    outputs: torch.Tensor  # encoder frames [N, D], or log-probabilities [N, C] or [N, C, H]
+    targets: torch.Tensor  # [N] or [N, H] int64; of several horizons [N, K] or [N, K, H]
+    utterances: torch.Tensor  # [N] int64: index of each frame's utterance in the batch, rising
+
+    def at(self, index: torch.Tensor) -> 'LossPositions':
+        """Return the positions of an index [M]."""
+        return LossPositions(*(part.index_select(0, index) for part in self))
+
+    def decoded(self, decoder: torch.nn.Module) -> 'LossPositions':
+        """Return the log-probabilities of encoder frames."""
+        return self._replace(outputs=decode(decoder, self.outputs))
+
+
+class FrameScores(NamedTuple):
+    """How well frames were predicted; over several codebooks the mean."""
+
+    negative_log_likelihood: torch.Tensor  # [N] float32
+    correct: torch.Tensor  # [N] float32: the share of the codebooks' tokens that were the likeliest
+    utterances: torch.Tensor  # [N] int64: index in the batch
+    targets: torch.Tensor  # [N] or [N, H] int64
+
+    @classmethod
+    def of(cls, predictions: LossPositions, loss) -> 'FrameScores':
+        """Score log-probabilities by the loss of their model; N is 0 where there is no target."""
+        if predictions.targets.shape[0] == 1:
+            predictions = predictions.at((predictions.targets != IGNORED_TARGET).flatten()[:1].nonzero().squeeze(1))
+        log_probs, targets, utterances = predictions
+        correct = (log_probs.argmax(dim=1) == targets).float()
+        correct = correct.mean(dim=1) if targets.dim() == 2 else correct
+        return cls(loss.of_frames(log_probs, targets, reduction='none'), correct, utterances, targets)
+
+
+class Objective:
+    """What a model predicts.
+
+    Args:
+        model: an ``EncDecMaskedTokenPredModel``, whose decoders and losses are used.
+    """
+
+    name: str
+    """In the names of what is logged, where there are several objectives."""
+    masks = False
+    """Whether the encoder's input is masked."""
+    parts: tuple[str, ...] = ()
+    """What its scores are divided into; none: they are filed under the name of the objective."""
+
+    def __init__(self, model):
+        self.model = model
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        """The decoder that ``model.forward`` runs."""
+        raise NotImplementedError
+
+    def loss(self, record: BatchRecord) -> tuple[torch.Tensor, Logs]:
+        """Return the loss of a pass, a scalar, and the loss of each part, without gradient."""
+        raise NotImplementedError
+
+    def scores(self, record: BatchRecord) -> dict[str, FrameScores]:
+        """Score the predictions of a pass, part by part; synchronises host and device."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Check a model before training.
+
+        Raises:
+            ValueError: naming the config key, its value and what is allowed.
+        """
+
+    def offset(self) -> int | None:
+        """Return how many tokens after its own a frame predicts in the present context; None: its own.
+
+        Raises:
+            ValueError: if nothing can be predicted in this context.
+        """
+        return None
+
+    def audit(self, record: BatchRecord) -> Logs:
+        """Return what an audit of a batch logs besides its masks."""
+        return {}
+
+    def surprise(self, record: BatchRecord, index: int) -> np.ndarray | None:
+        """Return the negative log-likelihood of each token [S] of one utterance; None: not defined."""
+        return None
+
+
+def gather_loss_positions(frames: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor) -> LossPositions:
+    """Return the loss positions of a batch. Synchronises host and device: their number is a size.
+
+    Args:
+        frames: [B, F, ...].
+        targets: [B, F, ...].
+        loss_mask: [B, F] bool, True at the loss positions.
+
+    Returns:
+        the positions; where there is none, the first frame with targets of -100: kernels and their backward passes
+        need one.
+    """
+    index = loss_mask.flatten().nonzero().squeeze(1)
+    if index.shape[0] == 0:
+        index = index.new_zeros(1)
+        targets = torch.full_like(targets, IGNORED_TARGET)
+    # index_select's backward adds rows up; that of an index by two tensors sorts them first.
+    utterances = index.div(loss_mask.shape[1], rounding_mode='floor')
+    return LossPositions(*(part.flatten(0, 1).index_select(0, index) for part in (frames, targets)), utterances)
+
+
+def decode(decoder: torch.nn.Module, frames: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities [N, C] or [N, C, H] of frames [N, D]; N may be 0."""
+    one = frames if len(frames) else frames.new_zeros(1, frames.shape[1])  # a convolution takes no empty input
+    return decoder(encoder_output=one.t().unsqueeze(0)).squeeze(0)[: len(frames)]

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The objectives of a model, with their weights."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from nemo.collections.asr.parts.objectives.base import FrameScores, Logs, Objective
+from nemo.collections.asr.parts.objectives.masked_tokens import MaskedTokens
+from nemo.collections.asr.parts.objectives.next_tokens import NextTokenOptions, NextTokens
+from nemo.collections.asr.parts.objectives.record import BatchRecord
+from nemo.collections.asr.parts.utils.known_keys import OBJECTIVES
+from nemo.utils import logging
+
+NORMS_OF_WHOLE_UTTERANCES = ('per_feature', 'all_features')
+
+
+class StepLosses(NamedTuple):
+    """The loss of a batch, and its parts."""
+
+    loss: torch.Tensor
+    """The scalar to minimise."""
+    parts: Logs
+    """Nats per frame, without gradient: ``next_0`` and so on, ``masked`` and ``next`` where there are both."""
+
+
+class Objectives:
+    """One objective or several, whose losses are added.
+
+    Args:
+        weights: of each objective's loss.
+    """
+
+    def __init__(self, weights: dict[Objective, float]):
+        self.weights = weights
+
+    @classmethod
+    def of(cls, model) -> 'Objectives':
+        """Make the objectives of a model's config, and the decoders that they need.
+
+        Raises:
+            ValueError: naming the config key, its value and what is allowed.
+        """
+        objective = check_objective(model.cfg)
+        options = NextTokenOptions.parse(model.cfg.get('next_token'), objective)
+        weights = {} if objective == 'next_token' else {MaskedTokens(model): 1.0}
+        if objective != 'masked':
+            weights[NextTokens(model, options)] = options.weight
+        return cls(weights)
+
+    def __iter__(self) -> Iterator[Objective]:
+        return iter(self.weights)
+
+    @property
+    def masks(self) -> bool:
+        """Whether the encoder's input is masked."""
+        return any(objective.masks for objective in self)
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        """The decoder that ``model.forward`` runs: that of the first objective."""
+        return next(iter(self)).decoder
+
+    def name_of(self, objective: Objective) -> str | None:
+        """Return what the figures of one of several objectives are filed under; None for the only one."""
+        return objective.name if len(self.weights) > 1 else None
+
+    def weighted(self, losses: dict[Objective, torch.Tensor]) -> torch.Tensor:
+        """Return the weighted sum of losses."""
+        return sum(weight * losses[objective] for objective, weight in self.weights.items())
+
+    def loss(self, record: BatchRecord) -> StepLosses:
+        """Return the loss of a forward pass, within its context."""
+        losses, parts = {}, {}
+        for objective in self:
+            losses[objective], of_parts = objective.loss(record)
+            name = self.name_of(objective)
+            parts.update({name: losses[objective].detach()} if name else {}, **of_parts)
+        return StepLosses(self.weighted(losses), parts)
+
+    def scores(self, record: BatchRecord) -> dict[Objective, dict[str, FrameScores]]:
+        """Score a forward pass by every objective and part, within its context; synchronises host and device."""
+        return {objective: objective.scores(record) for objective in self}
+
+    def find(self, kind: type[Objective]) -> Objective | None:
+        """Return the objective of a class, for what it alone can do; None: there is none."""
+        return next((objective for objective in self if isinstance(objective, kind)), None)
+
+    def surprise(self, record: BatchRecord, index: int):
+        """Return the surprise of an utterance by the objective that defines one, else None."""
+        found = (objective.surprise(record, index) for objective in self)
+        return next((surprise for surprise in found if surprise is not None), None)
+
+    def offset(self) -> int | None:
+        """Return how many tokens after its own a frame predicts in the present context; None: its own alone.
+
+        Raises:
+            ValueError: if an objective cannot predict anything in this context.
+        """
+        offsets = [objective.offset() for objective in self]
+        return next((offset for offset in offsets if offset is not None), None)
+
+
+def check_objective(model_cfg) -> str:
+    """Return the objective of a model's config.
+
+    Raises:
+        ValueError: if it is unknown, or the features that the encoder sees are normalised by what is to be predicted.
+    """
+    objective = model_cfg.get('objective', 'masked')
+    if objective not in OBJECTIVES:
+        raise ValueError(f"model.objective is {objective!r}; it must be one of {OBJECTIVES}")
+    if objective == 'masked':
+        if model_cfg.get('next_token') is not None:
+            logging.info("model.objective is masked: model.next_token is ignored")
+        return objective
+    normalize = (model_cfg.get('preprocessor') or {}).get('normalize')
+    if normalize in NORMS_OF_WHOLE_UTTERANCES:
+        raise ValueError(
+            f"model.preprocessor.normalize is {normalize}; with model.objective {objective} it must be NA or fixed "
+            "statistics (see compute_feature_stats.py): those of the whole utterance depend on the next tokens"
+        )
+    return objective

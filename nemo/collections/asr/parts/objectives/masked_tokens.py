@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prediction of masked tokens (NEST, https://arxiv.org/abs/2408.13106).
+
+Shapes: B batch, A attention frames, M mask frames, N loss positions, C classes, H codebooks.
+"""
+
+import inspect
+
+import torch
+
+from nemo.collections.asr.losses.ssl_losses.mlm import MLMLoss, MultiMLMLoss
+from nemo.collections.asr.modules.ssl_modules.multi_softmax_decoder import MultiSoftmaxDecoder
+from nemo.collections.asr.parts.objectives.base import (
+    FrameScores,
+    Logs,
+    LossPositions,
+    Objective,
+    gather_loss_positions,
+)
+from nemo.collections.asr.parts.objectives.record import BatchRecord
+from nemo.utils import logging
+
+
+class MaskedTokens(Objective):
+    """Predicts the tokens of masked frames, by the model's ``decoder`` and ``loss``.
+
+    Logits are computed at the loss positions alone, or for all frames where decoder or loss may need them.
+    """
+
+    name, masks = 'masked', True
+    _warned = False
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        """The model's ``decoder``."""
+        return self.model.decoder
+
+    def loss(self, record: BatchRecord) -> tuple[torch.Tensor, Logs]:
+        """Return the loss of a pass; see :class:`Objective`."""
+        reason = why_all_frames(self.model.decoder, self.model.loss)
+        if reason is None:
+            return self.model.loss.of_frames(*self.predictions(record)[:2]), {}
+        if not self._warned:
+            logging.warning(f"Each step computes logits for all frames, not only at the loss positions: {reason}.")
+            self._warned = True
+        arguments = dict(masks=record.masks, targets=record.tokens, decoder_lengths=record.encoded_lengths)
+        return self.model.loss(decoder_outputs=self.decoder(encoder_output=record.encoded), **arguments), {}
+
+    def predictions(self, record: BatchRecord) -> LossPositions:
+        """Return the log-probabilities at the loss positions of a pass."""
+        decoder, loss = self.model.decoder, self.model.loss
+        aligned = record.tokens, record.masks, record.encoded_lengths
+        if why_all_frames(decoder, loss) is None:
+            frames = record.encoded.transpose(1, 2)
+            return gather_loss_positions(*loss.align(frames, *aligned)).decoded(decoder)
+        return gather_loss_positions(*loss.align(decoder(encoder_output=record.encoded), *aligned))
+
+    def scores(self, record: BatchRecord) -> dict[str, FrameScores]:
+        """Score a pass; see :class:`Objective`."""
+        return {self.name: FrameScores.of(self.predictions(record), self.model.loss)}
+
+    def check(self) -> None:
+        """Check the loss's ``decoder_offset``, and that masked frames can be predicted in every context.
+
+        Raises:
+            ValueError: if targets made after the subsampling are predicted from another frame than their own.
+        """
+        model = self.model
+        offset = getattr(getattr(model.loss, 'mlm_loss', model.loss), 'decoder_offset', None)
+        if model.pre_encoder is not None:
+            if offset:
+                raise ValueError(
+                    f"model.loss.decoder_offset is {offset} with mask_position post_conv; it must be 0, for target i "
+                    "is made of encoder frame i"
+                )
+        elif offset == 0 and model.cfg.encoder.get('causal_downsampling', False):
+            logging.warning(
+                "model.loss.decoder_offset is 0 with causal_downsampling: the receptive field of encoder frame i ends "
+                "at the beginning of target i. Set model.loss.decoder_offset=1."
+            )
+        model.check_masking_can_be_answered()
+
+
+def why_all_frames(decoder: torch.nn.Module, loss: torch.nn.Module) -> str | None:
+    """Return why this decoder and this loss need all frames; None: they treat each frame by itself.
+
+    Those known to do so are ``MultiSoftmaxDecoder`` of one 1 x 1 convolution, with ``MLMLoss`` or ``MultiMLMLoss``;
+    subclasses, too, that inherit their forward.
+    """
+    if not has_forward_of(decoder, MultiSoftmaxDecoder):
+        return f"the decoder {type(decoder).__name__} may look at neighbouring frames"
+    if any(getattr(layer, 'kernel_size', None) != (1,) for layer in decoder.decoder_layers):
+        return f"{type(decoder).__name__}.decoder_layers are more than a convolution of one frame"
+    if not has_forward_of(loss, MLMLoss, MultiMLMLoss):
+        return f"the loss {type(loss).__name__} may need every frame"
+    if isinstance(loss, MLMLoss) and not (decoder.squeeze_single and decoder.num_decoders == 1):
+        return f"{type(loss).__name__} takes one codebook, squeezed"
+    return None
+
+
+def has_forward_of(module: torch.nn.Module, *classes: type) -> bool:
+    """Return whether a module's forward is that of one of these classes, and no subclass overrides it."""
+    forward = inspect.getattr_static(type(module), 'forward')  # typecheck's wrapper is made anew on each normal access
+    return any(forward is inspect.getattr_static(known, 'forward') for known in classes)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokens that a model predicts, from clean features.
+
+Shapes: B batch, D features, M mask frames, S target frames, H codebooks.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from nemo.collections.asr.modules.ssl_modules.quantizers import check_projection
+from nemo.collections.asr.parts.objectives.base import Logs
+from nemo.collections.asr.parts.preprocessing.features import standardize_per_feature
+
+TARGET_NORMALIZATIONS = (None, 'NA', 'per_feature')
+
+
+class Targets:
+    """Makes the tokens by a model's quantizer, and refines its codebooks.
+
+    Args:
+        model: an ``EncDecMaskedTokenPredModel``, with ``target_normalize`` in its config.
+
+    Raises:
+        ValueError: naming the config key, its value and what is allowed.
+    """
+
+    def __init__(self, model):
+        self.model, self.normalize, self._observing = model, model.cfg.get('target_normalize', None), False
+        if self.normalize not in TARGET_NORMALIZATIONS:
+            raise ValueError(
+                f"model.target_normalize is {self.normalize!r}; it must be one of {TARGET_NORMALIZATIONS}"
+            )
+        normalized = 'per_feature' in (self.normalize, model.cfg.preprocessor.get('normalize'))
+        position = model.cfg.get('mask_position', 'pre_conv')
+        check_projection(model.quantizer, position, 'per_feature' if normalized else 'NA')
+
+    @property
+    def combine_time_steps(self) -> int:
+        """Mask frames of one token."""
+        return getattr(self.model.quantizer, 'combine_time_steps', 1)
+
+    def check(self) -> None:
+        """Check before training that targets made after the subsampling are not combined.
+
+        Raises:
+            ValueError: naming the config key, its value and what is allowed.
+        """
+        if self.model.pre_encoder is not None and self.combine_time_steps != 1:
+            raise ValueError(
+                f"model.quantizer.combine_time_steps is {self.combine_time_steps} with mask_position post_conv; it must "
+                "be 1, for the quantizer sees features after subsampling"
+            )
+
+    @torch.no_grad()
+    def of(self, features: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tokens [B, S] or [B, S, H] of features [B, D, M], and their lengths [B]."""
+        quantizer = self.model.quantizer
+        if self.normalize == 'per_feature':
+            features = standardize_per_feature(features, lengths)
+        whole = features.shape[-1] // self.combine_time_steps * self.combine_time_steps  # as stock's quantizer needs
+        features = features[..., :whole]
+        _, tokens = quantizer(input_signal=features)
+        lengths = torch.div(lengths, self.combine_time_steps, rounding_mode='floor')
+        if self._observing:
+            quantizer.observe(features, lengths, tokens)
+        return tokens, lengths
+
+    @contextmanager
+    def refining(self, step: int) -> Iterator[Logs]:
+        """Refine the codebooks if that is due before a training step, and let the quantizer observe its targets.
+
+        On every rank; yields what to log of the refinement.
+        """
+        if getattr(self.model.quantizer, 'refinement', None) is None:
+            yield {}
+            return
+        logs = self.model.quantizer.refine_if_due(step)
+        if logs:
+            self.model.reports.targets_were_refined()
+        self._observing = True
+        try:
+            yield logs
+        finally:
+            self._observing = False
