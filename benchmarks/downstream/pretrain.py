@@ -80,7 +80,7 @@ def batch_of(features: torch.Tensor, lengths: torch.Tensor) -> DALIOutputs:
 
 def masking_of(model):
     """Return the model's masking in its present context, None if its objective masks nothing."""
-    return model._own_masking()
+    return model.masking_in_context()
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def loss_of(model, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tenso
     """Return the loss of a batch by the model's objective, in its present context."""
     if model.cfg.preprocessor.normalize == 'per_feature':
         features = standardize_per_feature(features, lengths)
-    return model.losses_of(model.encode_batch(batch_of(features, lengths), masking_of(model))).loss
+    return model.objectives.loss(model.encode_batch(batch_of(features, lengths), masking_of(model))).loss
 
 
 def supervised_loss(model, speech: Speech, seed: int, step: int) -> torch.Tensor:
