@@ -5,7 +5,7 @@
 
 The contract is `.importlinter` in the tree. The patch set's folders are no packages, for NeMo has them, and a name that
 is found in NeMo would be judged by NeMo's imports. So both are laid out in a temporary directory: the patch set's files
-as they are, NeMo's own beside them as empty files. Also fails on a module that has no floor in the contract.
+as they are, NeMo's own beside them as empty files. Also fails on a module that is in no layer of the contract.
 """
 
 import argparse
@@ -40,36 +40,36 @@ def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def without_a_floor(tree: Path, contract: Path) -> list[str]:
-    """Return the files of the patch set whose module is on no floor of the contract's layers."""
-    floors = []
+def without_a_layer(tree: Path, contract: Path) -> list[str]:
+    """Return the files of the patch set whose module is in no layer of the contract."""
+    layers = []
     for options in read_configuration(str(contract))['contracts_options']:
         if options['type'] == 'layers':
-            floors += [name for floor in options['layers'] for name in re.findall(r'[\w.]+', floor)]
+            layers += [name for line in options['layers'] for name in re.findall(r'[\w.]+', line)]
     files = sorted(file.relative_to(tree) for file in (tree / 'nemo').rglob('*.py'))
-    return [file.as_posix() for file in files if not any(_is_on(file, floor) for floor in floors)]
+    return [file.as_posix() for file in files if not any(_is_in(file, layer) for layer in layers)]
 
 
-def _is_on(file: Path, floor: str) -> bool:
+def _is_in(file: Path, layer: str) -> bool:
     module = '.'.join(file.with_suffix('').parts).removesuffix('.__init__')
-    return f'{module}.'.startswith(f'{floor}.')
+    return f'{module}.'.startswith(f'{layer}.')
 
 
 def main(argv=None) -> int:
-    """Print import-linter's report and the modules without a floor."""
+    """Print import-linter's report and the modules without a layer; return the exit status."""
     parser = argparse.ArgumentParser(description='Check that the imports of the patch set point one way.')
     parser.add_argument('--tree', type=Path, default=ROOT, help='a checkout (default: this one)')
     tree = parser.parse_args(argv).tree.resolve()
     contract = tree / '.importlinter'
-    homeless = without_a_floor(tree, contract)
-    for file in homeless:
-        print(f'import contract: {file} is on no floor: add its folder to the layers in {contract.name}', flush=True)
+    without = without_a_layer(tree, contract)
+    for file in without:
+        print(f'import contract: {file} is in no layer: add its folder to the layers in {contract.name}', flush=True)
     with tempfile.TemporaryDirectory() as staged:
         stage(tree, Path(staged))
         environment = {**os.environ, 'PYTHONPATH': staged, 'NEMO_STREAMING_SSL': '0'}
         command = [sys.executable, '-c', LINTER, '--no-logo', '--no-cache', str(contract)]
         linted = subprocess.run(command, cwd=staged, env=environment)
-    return 1 if homeless or linted.returncode else 0
+    return 1 if without or linted.returncode else 0
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from nemo_streaming_ssl import SWITCH, patch_tree
 from nemo_streaming_ssl.report import require_active
-from nemo_streaming_ssl.versions import in_tested_range, nemo_version, tested_range
+from nemo_streaming_ssl.versions import in_tested_range, nemo_version, supported_range
 
 TRIAL = os.path.join("examples", "asr", "speech_pretraining", "trial_step.py")
 TRIAL_SECONDS = 300  # to import NeMo on a cold disk takes a minute or two
@@ -64,7 +64,7 @@ def _python() -> Finding:
 
 def _nemo() -> Finding:
     version = nemo_version()
-    wanted = 'Run pip install "nemo_toolkit[asr]>={},<{}"'.format(*tested_range())
+    wanted = 'Run pip install "nemo_toolkit[asr]>={},<{}"'.format(*supported_range())
     if version is None:
         return Finding("NeMo", False, "not installed", wanted)
     sound = in_tested_range(version)

@@ -9,7 +9,7 @@ from importlib import import_module, metadata, util
 from typing import NamedTuple
 
 from nemo_streaming_ssl import SWITCH, PatchFinder, patch_tree
-from nemo_streaming_ssl.versions import DISTRIBUTION, in_tested_range, nemo_version, tested_range
+from nemo_streaming_ssl.versions import DISTRIBUTION, in_tested_range, nemo_version, supported_range
 
 START_UP_FILE = "nemo_streaming_ssl.pth"
 _UPSTREAM_CALL = re.compile(r"^[^#\n]*\bupstream\(globals\(\)\)", re.MULTILINE)
@@ -160,7 +160,7 @@ def _nemo_line():
         return "NeMo: not found"
     version = nemo_version()
     tested = version is not None and in_tested_range(version)
-    first, beyond = tested_range()
+    first, beyond = supported_range()
     return (
         f"NeMo {version or 'of unknown version'} in {folder}: {'in' if tested else 'NOT in'} the tested range "
         f"(from {first}, below {beyond})"

@@ -25,7 +25,7 @@ def nemo_version() -> str | None:
         return None
 
 
-def tested_range() -> tuple[str, str]:
+def supported_range() -> tuple[str, str]:
     """Return the first NeMo release in the range and the first beyond it, as this project's metadata require.
 
     Raises:
@@ -43,7 +43,7 @@ def in_tested_range(version: str) -> bool:
     match = _RELEASE.match(version)
     if match is None:
         return False
-    first, beyond = (_numbers(bound) for bound in tested_range())
+    first, beyond = (_numbers(bound) for bound in supported_range())
     release = _numbers(version)
     before_first = release == first and _PRE_RELEASE.match(match["rest"])
     return first <= release < beyond and not before_first
@@ -63,7 +63,7 @@ def warn_if_untested() -> None:
     _warned = True
     version = nemo_version()
     if version is None or not in_tested_range(version):
-        first, beyond = tested_range()
+        first, beyond = supported_range()
         warnings.warn(
             f"nemo-streaming-ssl requires nemo_toolkit>={first},<{beyond}; "
             f"found {version or 'one of unknown version'}. Set NEMO_STREAMING_SSL=0 to run stock NeMo.",

@@ -33,13 +33,6 @@ def test_public_names_are_those_without_an_underscore(check, tmp_path):
     assert check.public_names(tmp_path / 'tools.py', 'a.tools') == ['a.tools.work', 'a.tools.Tool', 'a.tools.Tool.use']
 
 
-def test_all_of_the_patch_set_and_of_the_overlay_is_looked_at(check):
-    modules = check.modules()
-    session, package = 'nemo.collections.asr.parts.streaming.session', 'nemo.collections.asr.parts.att_context'
-    assert {session, package, 'nemo_streaming_ssl', 'nemo_streaming_ssl.report'} <= set(modules)
-    assert 'nemo_streaming_ssl.__main__' not in modules
-
-
 def test_a_name_without_a_place_is_found(check):
     every = {name for module, path in check.modules().items() for name in check.public_names(path, module)}
     assert check.without_page(every) == []

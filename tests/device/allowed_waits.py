@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one list of what may make the host wait for a device, or copy between the two; docs/performance.md prints it.
+"""The list of allowed host-device synchronisations and copies.
 
 Whatever else a scenario does of the kind fails the tests, and so does what is in the list and no longer happens.
 """
@@ -114,16 +114,6 @@ def not_allowed(scenario: str, traffic: Iterable[tuple[Meeting, int]]) -> list[s
                 f"{scenario}: {times} x {kind} ({', '.join(operations)}) by {function} of {file or 'torch'}"
             )
     return surplus
-
-
-def as_markdown() -> str:
-    """Return the list as the table that docs/performance.md has."""
-    rows = ['| scenario | what | where | at most | why |', '| --- | --- | --- | ---: | --- |']
-    for entry in ALLOWED:
-        function = 'any function' if entry.function == '*' else f'`{entry.function}`'
-        where = f'`{entry.file}`, {function}'
-        rows.append(f'| {entry.scenario} | {entry.kind} | {where} | {entry.times} | {entry.why} |')
-    return '\n'.join(rows)
 
 
 def _short(file: str) -> str:

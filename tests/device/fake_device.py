@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GPU that is not there, for the CPU build of torch: its tensors compute on the CPU, and nothing else is forgiven.
+"""A fake device for the CPU build of torch. It computes on the CPU and refuses what a GPU refuses.
 
-A tensor of the device is a wrapper around one on the CPU. So results are true, whatever hangs on values runs as it
-would, and forward, backward and optimizer can be compared with the CPU's. What a GPU would refuse is refused: an
-operation on tensors of both places. What would make the host wait for a GPU, or copy between the two, is told to
-``host_traffic``.
+A tensor of the device wraps one on the CPU, so results are real and forward, backward and optimizer can be compared
+with the CPU's. An operation on tensors of both devices fails. ``host_traffic`` records each host-device
+synchronisation and copy.
 
 Registering the device is global and cannot be undone: it belongs into a process of its own.
 """
 
-import ctypes
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from device.gpu_rules import HALF_TO_FLOAT, note_copy, note_waits, refuse_mixed
@@ -20,8 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = 'fakegpu'
-CUDA_TYPE, META_TYPE = 1, 14  # of c10::DeviceType
-LIBRARY = Path(torch.__file__).parent / 'lib/libc10.so'
 
 
 class DeviceTensor(torch.Tensor):
@@ -89,12 +84,8 @@ def _there() -> torch.device:
     return _device
 
 
-def why_not(name: str = NAME) -> str | None:
-    """Tell what torch lacks for a device that is not there, by this name; None: nothing."""
-    if name == 'cuda' and torch.backends.cuda.is_built():
-        return f"torch {torch.__version__} is built with CUDA, whose device cannot be exchanged"
-    if name == 'cuda' and not LIBRARY.exists():
-        return f"torch {torch.__version__} has no {LIBRARY.name} to take a device guard from"
+def why_not() -> str | None:
+    """Return what this torch lacks for a fake device; None: nothing."""
     lacking = [
         name
         for holder, name in (
@@ -107,19 +98,11 @@ def why_not(name: str = NAME) -> str | None:
     return f"torch {torch.__version__} has no {' and no '.join(lacking)}" if lacking else None
 
 
-def install(name: str = NAME) -> torch.device:
-    """Register the device in this process, and return it.
-
-    Args:
-        name: ``fakegpu``, or ``cuda`` in a build without CUDA. On the latter only forward passes work: the backward
-            pass asks CUDA itself for a stream.
-    """
+def install() -> torch.device:
+    """Register the device in this process, and return it."""
     global _mode, _device
-    if name == 'cuda':
-        _register_cuda()
-    else:
-        torch.utils.backend_registration._setup_privateuseone_for_python_backend(name, _DeviceModule())
-    _device = torch.device(name, 0)
+    torch.utils.backend_registration._setup_privateuseone_for_python_backend(NAME, _DeviceModule())
+    _device = torch.device(NAME, 0)
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) makes it on the host, and then copies
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     _without_inference_tensors()
@@ -137,18 +120,6 @@ def _without_inference_tensors() -> None:
 
     torch.inference_mode.__enter__ = enter
     torch.inference_mode.__exit__ = lambda mode, *raised: mode.gradients.__exit__(*raised)
-
-
-def _register_cuda() -> None:
-    """Give CUDA the device guard of the meta device, which does nothing, and say that it is initialised."""
-    library = ctypes.CDLL(str(LIBRARY))
-    guards = (ctypes.c_void_p * 20).in_dll(library, '_ZN3c104impl26device_guard_impl_registryE')
-    register = library._ZN3c104impl19registerDeviceGuardENS_10DeviceTypeEPKNS0_24DeviceGuardImplInterfaceE
-    register.argtypes, register.restype = [ctypes.c_byte, ctypes.c_void_p], None
-    register(CUDA_TYPE, guards[META_TYPE])
-    torch.cuda._lazy_init = lambda: None
-    torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
-    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
 
 
 def is_there(value) -> bool:

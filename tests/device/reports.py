@@ -19,11 +19,12 @@ def run_script(*arguments: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def reports_on(device: str, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Return the reports of all scenarios on a device, by scenario and precision; skips where torch cannot do it."""
-    name = f'device_reports_{device}'
+def scenario_reports(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Return the reports of all scenarios by scenario and precision; skip where torch has no fake device."""
     folder = shared_folder(
-        tmp_path_factory, name, lambda made: (made / 'reports.json').write_text(json.dumps(run_script(device)))
+        tmp_path_factory,
+        'device_reports',
+        lambda made: (made / 'reports.json').write_text(json.dumps(run_script())),
     )
     reports = json.loads((folder / 'reports.json').read_text())
     if 'why_not' in reports:

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs scenarios on a device that is not there, in a process of its own, and prints what was found as JSON.
+"""Run scenarios on the fake device and on the CPU, in a process of its own, and print the findings as JSON.
 
-python run_scenarios.py fakegpu SCENARIO ...   # forward and backward; also on the CPU, to compare
-python run_scenarios.py cuda SCENARIO ...      # forward only
+python run_scenarios.py SCENARIO ...
 """
 
 import json
 import sys
-import time
 import traceback
-from contextlib import nullcontext
 
 import torch
 from device import fake_device
@@ -23,19 +20,16 @@ from device.trainer_scenarios import TRAINER
 GROUPS = {'modules': MODULES, 'models': MODELS, 'trainer': TRAINER}
 SCENARIOS = {name: scenario for group in GROUPS.values() for name, scenario in group.items()}
 WHOLE, AUTOCAST = ('float32', 'float16', 'bfloat16'), ('autocast float16', 'autocast bfloat16')
-FEWER_PRECISIONS = {
-    # Lightning's own plugin casts: one of them will do.
-    **dict.fromkeys(TRAINER, ('float32', 'autocast bfloat16')),
-}
+OF_THE_TRAINER = ('float32', 'autocast bfloat16')  # Lightning's own plugin casts: one of them will do
 SEED = 5
 TOLERANCE = dict(rtol=1e-3, atol=1e-4)
 
 
-def run(scenario: str, place: Place, forward_only: bool = False) -> dict:
+def run(scenario: str, place: Place) -> dict:
     """Run a scenario; returns what it computed, the traffic, and the error, if any."""
     torch.manual_seed(SEED)
     values, error = [], None
-    with recorded() as traffic, torch.no_grad() if forward_only else nullcontext():
+    with recorded() as traffic:
         try:
             values = SCENARIOS[scenario](place)
         except Exception as raised:
@@ -55,48 +49,36 @@ def compared(scenario: str, found: dict) -> str | None:
     return None
 
 
-def scenarios_of(name: str) -> list[str]:
-    """Return the scenarios of a device; without gradients there is no training."""
-    trains = ('training', 'gradient check', 'run of the trainer')
-    return [scenario for scenario in SCENARIOS if name != 'cuda' or not scenario.startswith(trains)]
-
-
 def precisions_of(scenario: str) -> tuple[str, ...]:
     """Return the precisions that a scenario runs in."""
-    return FEWER_PRECISIONS.get(scenario, WHOLE + AUTOCAST)
+    return OF_THE_TRAINER if scenario in TRAINER else WHOLE + AUTOCAST
 
 
 def report(scenario: str, precision: str, device: torch.device) -> dict:
     """Run a scenario in a precision on the device; what the tests look at, without tensors."""
-    start = time.process_time()
-    forward_only = device.type == 'cuda'
-    found = run(scenario, Place(device, precision), forward_only)
-    compare = precision == 'float32' and not forward_only and not found['error']
+    found = run(scenario, Place(device, precision))
+    compare = precision == 'float32' and not found['error']
     difference = compared(scenario, found) if compare else None
     traffic = [[*meeting, count] for meeting, count in sorted(found['traffic'].items())]
-    dtypes = sorted({str(value.dtype) for value in found['values']})
     return dict(
         error=found['error'],
         traffic=traffic,
         difference=difference,
         values=len(found['values']),
-        dtypes=dtypes,
-        seconds=time.process_time() - start,
     )
 
 
-def main(name: str, *scenarios: str) -> None:
+def main(*scenarios: str) -> None:
     """Run scenarios, all of them if none is named, in every precision."""
-    reason = fake_device.why_not(name)
+    reason = fake_device.why_not()
     if reason is not None:
         print(json.dumps({'why_not': reason}))
         return
-    device = fake_device.install(name)
-    if name != 'cuda':
-        register_autocast()
+    device = fake_device.install()
+    register_autocast()
     found = {
         scenario: {precision: report(scenario, precision, device) for precision in precisions_of(scenario)}
-        for scenario in scenarios or scenarios_of(name)
+        for scenario in scenarios or SCENARIOS
     }
     print(json.dumps(found))
 
