@@ -1,22 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """NeMo's cache-aware pipelines over live streams that equal offline.
 
-NeMo's ``CacheAwareCTCPipeline`` and ``CacheAwareRNNTPipeline`` cut features from each piece of audio by itself, without the
-model's normalisation, and begin a stream with made-up frames. These take their place: what a pipeline does with tokens
-(end of utterance, words, ITN, translation) stays NeMo's; samples become encoder frames in a ``StreamingSession``.
+NeMo's ``CacheAwareCTCPipeline`` and ``CacheAwareRNNTPipeline`` compute the features of each piece of audio by itself,
+without the model's normalisation, and begin a stream with frames of silence. Here a ``StreamingSession`` turns samples
+into encoder frames. End of utterance, words, ITN and translation stay NeMo's.
+
+An error belongs to its stream. A request that cannot be used gets a :class:`FailedStep`; a stream that lost a piece is
+closed; all other streams get what they would have got without it.
 
 Shapes: B slots, N samples, D the encoder's width, A attention frames, C classes.
 """
 
+from dataclasses import dataclass
+
 import torch
 
+from nemo.collections.asr.inference.pipelines.base_pipeline import TranscribeStepOutput
 from nemo.collections.asr.inference.pipelines.cache_aware_ctc_pipeline import CacheAwareCTCPipeline
 from nemo.collections.asr.inference.pipelines.cache_aware_rnnt_pipeline import CacheAwareRNNTPipeline
+from nemo.collections.asr.inference.streaming.framing.request import Frame
+from nemo.collections.asr.parts.streaming.decoding import GreedyRNNT
 from nemo.collections.asr.parts.streaming.session import StreamingSession
+from nemo.utils import logging
+
+
+@dataclass
+class FailedStep(TranscribeStepOutput):
+    """The output of a request that could not be used; it has no text."""
+
+    error: str = ''
+    """The reason."""
 
 
 class LiveStreams:
-    """What the pipelines below have in common: slots of a session in the place of feature buffers and caches.
+    """What the pipelines below share: slots of a session in the place of feature buffers and caches.
 
     Takes what NeMo's pipelines take. The encoder runs in the precision of its weights, whatever ``asr.use_amp``.
 
@@ -33,13 +50,10 @@ class LiveStreams:
                 f"streaming.request_type is {cfg.streaming.request_type!r}; live pipelines take samples: 'frame'"
             )
         if getattr(self, 'prompt_enabled', False):
-            raise ValueError("streaming.live is on; models with prompts need NeMo's own pipeline: false")
-        self.session = StreamingSession(
-            asr_model.asr_model,
-            self.num_slots,
-            cfg.streaming.att_context_size,
-            return_log_probs=self.return_log_probs,
-        )
+            raise ValueError("streaming.live is true; models with prompts need NeMo's own pipeline: false")
+        context = cfg.streaming.att_context_size
+        model, wanted = asr_model.asr_model, self.return_log_probs
+        self.session = StreamingSession(model, self.num_slots, context, return_log_probs=wanted)
         self._free_slots()
 
     def init_context_manager(self) -> None:
@@ -60,7 +74,7 @@ class LiveStreams:
         self._free_slots()
 
     def delete_state(self, stream_id: int) -> None:
-        """Forget a stream, and give its slot back."""
+        """Forget a stream and free its slot."""
         super().delete_state(stream_id)
         slot = self._slot_of.pop(stream_id, None)
         if slot is not None:
@@ -68,50 +82,90 @@ class LiveStreams:
             self._frames[slot] = 0
             self._free.append(slot)
 
-    def _slots(self, requests) -> list[int]:
-        for request in requests:
-            if request.stream_id not in self._slot_of:
-                if not self._free:
-                    raise RuntimeError(f"streaming.num_slots is {self.num_slots}, and as many streams are open")
-                self._slot_of[request.stream_id] = self._free.pop()
-        return [self._slot_of[request.stream_id] for request in requests]
+    def transcribe_step(self, requests) -> list[TranscribeStepOutput]:
+        """Take a piece of some streams; returns one output for each, a :class:`FailedStep` where it cannot be used."""
+        outputs, usable, seen = [None] * len(requests), [], set()
+        for index, request in enumerate(requests):
+            try:
+                self._admit(request, seen)
+                usable.append(index)
+            except Exception as error:  # whatever a client sends, the others go on
+                outputs[index] = _failed(request, error)
+        made = super().transcribe_step([requests[index] for index in usable]) if usable else []
+        for index, output in zip(usable, made):
+            outputs[index] = output
+        return outputs
 
-    def transcribe_step_for_feature_buffers(self, fbuffers) -> None:
-        """Refuse.
+    def _admit(self, request, seen: set) -> None:
+        """Check a request and open its stream; close a stream that loses a piece.
 
         Raises:
-            ValueError: always.
+            Exception: with the reason, if the request cannot be used.
         """
-        raise ValueError("live pipelines take samples (streaming.request_type: frame), not buffers of features")
+        if not isinstance(request, Frame):
+            raise ValueError(f"a request is a {type(request).__name__}; live pipelines take a Frame of samples")
+        name, is_open = request.stream_id, request.stream_id in self._slot_of
+        if name in seen:
+            raise ValueError(f"stream {name} has another piece in this step")
+        seen.add(name)
+        if request.is_first == is_open:
+            raise ValueError(
+                f"is_first is {request.is_first}, but stream {name} is {'open' if is_open else 'not open'}"
+            )
+        if not is_open and not self._free:
+            raise ValueError(f"stream {name} has no slot: streaming.num_slots is {self.num_slots}, and all are in use")
+        try:
+            _check_samples(request)
+            if not is_open:
+                self.init_state(name, request.options)
+                self._slot_of[name] = self._free.pop()
+        except Exception:
+            self.delete_state(name)
+            raise
 
     def transcribe_step_for_frames(self, frames) -> None:
-        """Take a piece of some streams, and update their states and texts.
+        """Run the session on the samples of some streams, and update their states and texts.
 
         Args:
-            frames: one of each stream; padding is not heard.
+            frames: one of each stream; padding is ignored.
         """
-        slots = self._slots(frames)
-        samples = torch.zeros(self.num_slots, max(frame.size for frame in frames))
+        slots = [self._slot_of[frame.stream_id] for frame in frames]
+        samples = torch.zeros(self.num_slots, max(frame.valid_size for frame in frames))
         lengths, ended = [0] * self.num_slots, [False] * self.num_slots
         for slot, frame in zip(slots, frames):
-            samples[slot, : frame.size] = frame.samples
+            samples[slot, : frame.valid_size] = frame.samples[: frame.valid_size]
             lengths[slot], ended[slot] = frame.valid_size, frame.is_last
         output = self.session.step(samples, lengths, ended)
-        counts = output.lengths.tolist()
-        ready = self._take(frames, slots, output)
-        for slot in slots:
-            self._frames[slot] += counts[slot]
+        counts = output.lengths[slots].tolist()
+        ready = self._take(frames, slots, counts, output)
+        for slot, count in zip(slots, counts):
+            self._frames[slot] += count
         if ready:
             self.text_processor.process(ready)
         self.update_partial_transcript(frames, self.tokenizer, self.leading_regex_pattern)
 
-    def frames_given(self, stream_id: int) -> int:
-        """Return how many encoder frames of an open stream there have been."""
-        return self._frames[self._slot_of[stream_id]]
-
-    def _take(self, frames, slots: list[int], output) -> list:
+    def _take(self, frames, slots: list[int], counts: list[int], output) -> list:
         """Decode the new frames of some streams; returns the states whose utterance has ended."""
         raise NotImplementedError
+
+
+def _check_samples(frame: Frame) -> None:
+    """Raise ValueError if the samples of a request cannot be used."""
+    samples, name = frame.samples, f"samples of stream {frame.stream_id}"
+    if not isinstance(samples, torch.Tensor) or samples.dim() != 1 or not samples.is_floating_point():
+        kind = (
+            f'{samples.dtype} {list(samples.shape)}' if isinstance(samples, torch.Tensor) else type(samples).__name__
+        )
+        raise ValueError(f"{name} are {kind}; they must be a floating point tensor [n], with full scale at 1")
+    if not 0 <= frame.valid_size <= frame.size:
+        raise ValueError(f"length of stream {frame.stream_id} is {frame.length}; there are {frame.size} samples")
+    if not bool(torch.isfinite(samples[: frame.valid_size]).all()):
+        raise ValueError(f"{name} hold NaN or infinite values")
+
+
+def _failed(request, error: Exception | str) -> FailedStep:
+    logging.warning(f"a request failed: {error}")
+    return FailedStep(getattr(request, 'stream_id', None), final_segments=[], error=str(error))
 
 
 class LiveCTCPipeline(LiveStreams, CacheAwareCTCPipeline):
@@ -119,9 +173,9 @@ class LiveCTCPipeline(LiveStreams, CacheAwareCTCPipeline):
 
     return_log_probs = True
 
-    def _take(self, frames, slots: list[int], output) -> list:
+    def _take(self, frames, slots: list[int], counts: list[int], output) -> list:
         ready = set()
-        for frame, slot, count in zip(frames, slots, output.lengths[slots].tolist()):
+        for frame, slot, count in zip(frames, slots, counts):
             if count or frame.is_last:
                 self.decode_log_probs([frame], output.log_probs[slot : slot + 1, :count], None, ready)
                 # NeMo counts on as many frames in each step
@@ -132,57 +186,43 @@ class LiveCTCPipeline(LiveStreams, CacheAwareCTCPipeline):
 class LiveRNNTPipeline(LiveStreams, CacheAwareRNNTPipeline):
     """NeMo's pipeline of RNNT models, and of hybrid ones, over live streams."""
 
-    def _take(self, frames, slots: list[int], output) -> list:
-        counts = output.lengths[slots]
-        some = [row for row, count in enumerate(counts.tolist()) if count]
-        states = [self.get_state(frame.stream_id) for frame in frames]
-        found = [state.get_previous_hypothesis() for state in states]
-        if some:
-            encoded = output.encoded[[slots[row] for row in some]]
-            with torch.inference_mode():
-                hypotheses = self.asr_model.asr_model.decoding.rnnt_decoder_predictions_tensor(
-                    encoded, counts[some], return_hypotheses=True, partial_hypotheses=[found[row] for row in some]
-                )
-            for row, hypothesis in zip(some, hypotheses):
-                found[row] = hypothesis
-                states[row].set_previous_hypothesis(hypothesis)
-        return [
-            state
-            for frame, slot, state, hypothesis, count in zip(frames, slots, states, found, counts.tolist())
-            if self._ends_utterance(frame, slot, state, hypothesis, count)
-        ]
+    def __init__(self, cfg, asr_model, itn_model=None, nmt_model=None):
+        super().__init__(cfg, asr_model, itn_model, nmt_model)
+        model = asr_model.asr_model
+        self._greedy = GreedyRNNT(model, model.decoding, model.decoding.preserve_frame_confidence)
 
-    def _ends_utterance(self, frame, slot: int, state, hypothesis, count: int) -> bool:
-        """Add what is new in a hypothesis to a stream's state; returns whether its utterance has ended."""
-        ended = frame.is_last
-        if count:
-            ended = self._add(frame, state, hypothesis, count, self._frames[slot])
-        if ended:
-            self.bpe_decoder.decode_bpe_tokens(state)
-            state.cleanup_after_eou()
-        return ended
-
-    def _add(self, frame, state, hypothesis, count: int, first: int) -> bool:
-        """Add the tokens of ``count`` new frames, the first of which is frame ``first`` of its stream.
-
-        NeMo's ``run_greedy_decoder`` takes it that every step has as many frames, and begins with a multiple of them.
-        """
-        confidences = getattr(hypothesis, 'non_blank_step_confidence_precomputed', None)  # NeMo 3.0.0, where asked for
-        new, labels, offset = self.greedy_rnnt_decoder(
-            global_timestamps=hypothesis.timestamp,
-            tokens=hypothesis.y_sequence,
-            length=count,
-            offset=state.offset,
-            **({} if confidences is None else {'confidences': confidences}),
-        )
-        state.set_offset(offset)
-        start = first % count  # where the decoder puts frame ``first``
-        state.update_label_buffer(labels[start:] + labels[:start])
-        ended = frame.is_last
-        if not ended:
-            emitted = state.get_label_buffer()
-            ended, _ = self.endpointer.detect_eou_near_pivot(
-                emitted, len(emitted) - 1, stop_history_eou=state.options.stop_history_eou
+    def _take(self, frames, slots: list[int], counts: list[int], output) -> list:
+        states = self.get_states(frame.stream_id for frame in frames)
+        found: list = [()] * len(frames)
+        rows = [row for row, count in enumerate(counts) if count]
+        if rows:
+            some = [slots[row] for row in rows]
+            memory, first = (
+                [states[row].get_previous_hypothesis() for row in rows],
+                [self._frames[slot] for slot in some],
             )
-        state.update_state(new, eou_detected=ended)
+            new = self._greedy.decode(output.encoded[some], [counts[row] for row in rows], memory, first)
+            for row, tokens, hypothesis in zip(rows, *new):
+                found[row] = tokens
+                states[row].set_previous_hypothesis(hypothesis)
+        ready = []
+        for frame, slot, count, state, tokens in zip(frames, slots, counts, states, found):
+            if self._add(frame, state, tokens, count, self._frames[slot]):
+                self.bpe_decoder.decode_bpe_tokens(state)
+                state.cleanup_after_eou()
+                ready.append(state)
+        return ready
+
+    def _add(self, frame: Frame, state, tokens, count: int, first: int) -> bool:
+        """Add the tokens of ``count`` new frames from frame ``first`` on; returns whether the utterance has ended."""
+        ended, labels = frame.is_last, [self.blank_id] * count
+        for each in tokens:
+            labels[each.frame - first] = each.token
+        state.update_label_buffer(labels)
+        if count and not ended:
+            emitted, limit = state.get_label_buffer(), state.options.stop_history_eou
+            ended, _ = self.endpointer.detect_eou_near_pivot(emitted, len(emitted) - 1, stop_history_eou=limit)
+        confidences = [0.0 if each.confidence != each.confidence else each.confidence for each in tokens]
+        new = {'tokens': [each.token for each in tokens], 'timesteps': [each.frame for each in tokens]}
+        state.update_state({**new, 'confidences': confidences}, eou_detected=ended)
         return ended

@@ -120,9 +120,9 @@ class GreedyRNNT:
             encoded,
             torch.tensor(counts, device=encoded.device),
             return_hypotheses=True,
-            partial_hypotheses=[None if each is None else _continued(each) for each in memory],
+            partial_hypotheses=[None if each is None else continued(each) for each in memory],
         )
-        return [*map(self._tokens, hypotheses, first)], [*map(_continued, hypotheses)]
+        return [*map(self._tokens, hypotheses, first)], [*map(continued, hypotheses)]
 
     def _tokens(self, hypothesis: Hypothesis, first: int) -> list[Token]:
         timestamp = hypothesis.timestamp
@@ -139,7 +139,7 @@ class GreedyRNNT:
         return [*map(Token, tokens, positions, map(float, sure))]
 
 
-def _continued(memory: Hypothesis) -> Hypothesis:
+def continued(memory: Hypothesis) -> Hypothesis:
     """Return a hypothesis without tokens that goes on from another; NeMo adds to the one that it is given."""
     return Hypothesis(0.0, [], timestamp=[], dec_state=memory.dec_state, last_token=memory.last_token)
 

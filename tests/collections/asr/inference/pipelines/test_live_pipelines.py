@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NeMo's pipelines say what the offline forward says, of models with contexts of the layers' own, too."""
+"""NeMo's pipelines give the words of the offline forward, and an error of one stream changes no other."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ pytest.importorskip('nemo.collections.asr.inference', reason='this NeMo has no s
 
 from nemo.collections.asr.inference.factory.pipeline_builder import PipelineBuilder
 from nemo.collections.asr.inference.pipelines.cache_aware_ctc_pipeline import CacheAwareCTCPipeline
-from nemo.collections.asr.inference.pipelines.live_pipelines import LiveCTCPipeline, LiveRNNTPipeline
+from nemo.collections.asr.inference.pipelines.live_pipelines import FailedStep, LiveCTCPipeline, LiveRNNTPipeline
 from nemo.collections.asr.inference.streaming.framing.request import FeatureBuffer, Frame
 from nemo.collections.asr.inference.streaming.framing.request_options import ASRRequestOptions
 
@@ -118,7 +120,7 @@ def test_endpointing_looks_at_the_last_frames(saved, audio, kind, decoding, cont
         options = ASRRequestOptions(stop_history_eou=800)  # ten frames, and two more that it leaves
         frame = Frame(samples[start : start + piece], 7, is_first=start == 0, options=options)
         pipeline.transcribe_step([frame])
-        emitted = pipeline.frames_given(7)
+        emitted = pipeline._frames[pipeline._slot_of[7]]
         assert pipeline.get_state(7).get_label_buffer() == ([blank] * 12 + path[:emitted])[-12:]
     assert len(starts) > 5 and emitted > 12 and len(set(path[:emitted])) > 1
 
@@ -164,16 +166,78 @@ def test_statistics_decide_unless_the_config_does(saved, audio):
         pipeline_of(without, live='maybe')
 
 
-def test_more_streams_than_slots_and_features_are_refused(saved):
-    model = saved('ctc', 'one context')
-    pipeline = pipeline_of(model)
-    frames = [Frame(torch.zeros(1280), stream, is_first=True, options=ASRRequestOptions()) for stream in range(4)]
-    with pytest.raises(RuntimeError, match='streaming.num_slots is 3'):
-        pipeline.transcribe_step(frames)
+def pieces_of(path, stream, count=4):
+    """The first pieces of a file, as a client sends them."""
+    samples = torch.from_numpy(soundfile.read(path, dtype='float32')[0])[: 5000 * count]
+    options = ASRRequestOptions()
+    return [
+        Frame(piece, stream, is_first=not index, is_last=index == count - 1, options=options)
+        for index, piece in enumerate(samples.split(5000))
+    ]
+
+
+def with_samples(change):
+    return lambda frame: replace(frame, samples=change(frame.samples.clone()))
+
+
+BAD_PIECES = {
+    'NaN': (with_samples(lambda samples: samples.index_fill_(0, torch.tensor([7]), float('nan'))), 'NaN or infinite'),
+    'Inf': (with_samples(lambda samples: samples.index_fill_(0, torch.tensor([7]), float('inf'))), 'NaN or infinite'),
+    'integers': (with_samples(lambda samples: (samples * 32767).to(torch.int16)), 'torch.int16'),
+    'channels': (with_samples(lambda samples: samples.expand(2, -1)), r'\[2, 5000\]'),
+    'no tensor': (with_samples(lambda samples: samples.numpy()), 'ndarray'),
+    'length': (lambda frame: replace(frame, length=5001), 'length of stream 2 is 5001'),
+    'unknown': (lambda frame: replace(frame, stream_id=9), 'stream 9 is not open'),
+    'first again': (lambda frame: replace(frame, is_first=True), 'stream 2 is open'),
+    'another piece': (lambda frame: replace(frame, stream_id=1), 'stream 1 has another piece'),
+    'features': (lambda frame: FeatureBuffer(torch.zeros(80, 8), 2), 'FeatureBuffer'),
+    'no key': (lambda frame: replace(frame, stream_id=[2]), 'unhashable'),
+}
+
+
+@pytest.mark.parametrize('kind, what', [*(('ctc', what) for what in BAD_PIECES), ('rnnt', 'NaN')])
+def test_an_error_belongs_to_its_stream(saved, audio, kind, what):
+    pipeline = pipeline_of(saved(kind, 'one context'), kind.upper())
+    first, second = pieces_of(audio[0], 1), pieces_of(audio[2], 2)
+    alone = [pipeline.transcribe_step([piece])[0] for piece in first]
+    break_, reason = BAD_PIECES[what]
+    second[1] = break_(second[1])
+    together = [pipeline.transcribe_step([one, other]) for one, other in zip(first, second)]
+    assert [str(mine) for mine, _ in together] == [str(output) for output in alone]
+    failed = [output for _, output in together if isinstance(output, FailedStep)]
+    assert together[1][1] is failed[0] and re.search(reason, failed[0].error)
+    assert failed[0].stream_id == getattr(second[1], 'stream_id', 2) and not failed[0].final_transcript
+    lost = what in ('NaN', 'Inf', 'integers', 'channels', 'no tensor', 'length')
+    assert len(failed) == (3 if lost else 1)  # a stream that lost a piece is closed
+    again = [pipeline.transcribe_step([piece])[0] for piece in pieces_of(audio[0], 2)]
+    assert [str(output) for output in again] == [str(output) for output in alone]  # its slot is as new
+
+
+def test_a_client_too_many_and_one_without_options_lose_nobodys_step(saved, audio):
+    pipeline = pipeline_of(saved('ctc', 'one context'))
+    alone = str(pipeline.transcribe_step(pieces_of(audio[0], 7)[:1])[0])
     pipeline.reset_session()
-    pipeline.transcribe_step(frames[:3])
-    features = FeatureBuffer(torch.zeros(80, 8), 9, is_first=True, options=ASRRequestOptions())
-    with pytest.raises(ValueError, match='request_type: frame'):
-        pipeline.transcribe_step([features])
+    requests = [pieces_of(audio[0], stream)[0] for stream in range(4)]
+    requests[1] = replace(requests[1], options=None)
+    outputs = pipeline.transcribe_step([*requests, pieces_of(audio[0], 4)[0]])
+    assert [isinstance(output, FailedStep) for output in outputs] == [False, True, False, False, True]
+    assert 'streaming.num_slots is 3' in outputs[4].error
+    assert {str(outputs[index]) for index in (0, 2, 3)} == {alone}
+
+
+def test_empty_pieces_change_nothing(saved, audio):
+    pipeline = pipeline_of(saved('ctc', 'one context'))
+    *pieces, last = pieces_of(audio[0], 1)
+    expected = [pipeline.transcribe_step([piece])[0] for piece in [*pieces, last]]
+    nothing = Frame(torch.zeros(0), 1)
+    outputs = [pipeline.transcribe_step([piece])[0] for piece in pieces]
+    assert not pipeline.transcribe_step([nothing])[0].final_transcript
+    outputs.append(pipeline.transcribe_step([replace(last, is_last=False)])[0])
+    end = pipeline.transcribe_step([replace(nothing, is_last=True)])[0]
+    assert end.final_transcript == expected[-1].final_transcript
+    assert pipeline.transcribe_step([]) == []
+
+
+def test_other_request_types_are_refused(saved):
     with pytest.raises(ValueError, match="streaming.request_type is 'feature_buffer'"):
-        pipeline_of(model, request_type='feature_buffer')
+        pipeline_of(saved('ctc', 'one context'), request_type='feature_buffer')
