@@ -26,6 +26,7 @@ from nemo.collections.asr.parts.objectives.next_tokens import check_same_heads, 
 from nemo.collections.asr.parts.objectives.record import BatchInputs, BatchRecord
 from nemo.collections.asr.parts.objectives.targets import Targets
 from nemo.collections.asr.parts.ssl_reports.model_reports import ModelReports
+from nemo.collections.asr.parts.ssl_reports.validation_probe import ValidationProbe
 from nemo.collections.asr.parts.utils.logged_numbers import numbers_on_the_host
 from nemo.collections.asr.parts.utils.nonfinite_guard import NonFiniteGuard
 from nemo.core.classes.common import typecheck
@@ -134,6 +135,11 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
     def forward_is_overridden(self) -> bool:
         """Whether a subclass has a ``forward`` of its own; its steps are NeMo's."""
         return not has_forward_of(self, EncDecMaskedTokenPredModel, EncDecDenoiseMaskedTokenPredModel)
+
+    def configure_callbacks(self) -> list:
+        """Add the probe of ``model.probe``, if the config has one."""
+        probe = self.cfg.get('probe')
+        return [*super().configure_callbacks(), *([ValidationProbe(**probe)] if probe else [])]
 
     def on_fit_start(self) -> None:
         """Refuse, before any work is lost, what cannot be trained."""

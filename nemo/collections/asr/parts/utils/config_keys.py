@@ -84,6 +84,31 @@ CONFIG_KEYS = (
         'reports#validation-in-every-context',
     ),
     ConfigKey(
+        'model.probe.train_manifest',
+        'required',
+        'Manifest of some minutes of transcribed speech. After validations a small CTC probe is fitted to the frozen encoder on it.',
+        'reports#frozen-probe',
+    ),
+    ConfigKey(
+        'model.probe.test_manifest',
+        'required',
+        'Manifest of other utterances, in which the errors of the probe are counted.',
+        'reports#frozen-probe',
+    ),
+    ConfigKey(
+        'model.probe.every_n_validations',
+        '1',
+        'How many validations lie between two probes, 1 or more.',
+        'reports#frozen-probe',
+    ),
+    ConfigKey('model.probe.steps', '300', 'Steps of fitting a probe, 1 or more.', 'reports#frozen-probe'),
+    ConfigKey(
+        'model.probe.labels',
+        'text',
+        'What a probe recognises: the characters of `text`, or the words of `phones`.',
+        'reports#frozen-probe',
+    ),
+    ConfigKey(
         'model.audit_every_n_batches',
         'null',
         'Every so many training batches an audit logs what masking asked of each layer; `null`: never.',

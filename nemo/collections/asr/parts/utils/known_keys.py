@@ -15,6 +15,7 @@ REPORT_KEYS = ('validate_contexts', 'validation_masks', 'audit_every_n_batches',
 MODEL_KEYS = (
     'objective',
     'next_token',
+    'probe',
     'target_normalize',
     'mask_position',
     'num_classes',
@@ -52,6 +53,7 @@ SYNCED_CONTEXT_KEYS = keys_below('model.train_ds.synced_contexts')
 RESUMABLE_KEYS = keys_below('model.train_ds.resumable')
 NEXT_TOKEN_KEYS = keys_below('model.next_token')
 VALIDATION_MASK_KEYS = keys_below('model.validation_masks')
+PROBE_KEYS = keys_below('model.probe')
 SCHEDULE_KEYS = keys_below('model.encoder.layer_att_context_size')
 REFINE_KEYS = keys_below('model.quantizer.refine')
 ATT_CONTEXT_SAMPLER_KEYS = keys_below('model.encoder.att_context_sampler')

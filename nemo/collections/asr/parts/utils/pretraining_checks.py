@@ -22,6 +22,7 @@ from nemo.collections.asr.parts.utils.known_keys import (
     MODEL_KEYS,
     NEXT_TOKEN_KEYS,
     OPTIONAL_SECTIONS,
+    PROBE_KEYS,
     REFINE_KEYS,
     RESUMABLE_KEYS,
     SCHEDULE_KEYS,
@@ -100,6 +101,7 @@ def _own_sections() -> dict[str, Iterable[str]]:
     own = {
         'curriculum': _constructor_arguments(AttContextCurriculum),
         'model.validation_masks': VALIDATION_MASK_KEYS,
+        'model.probe': PROBE_KEYS,
         'model.next_token': NEXT_TOKEN_KEYS,
         'model.quantizer.refine': REFINE_KEYS,
         'model.encoder.layer_att_context_size': SCHEDULE_KEYS,

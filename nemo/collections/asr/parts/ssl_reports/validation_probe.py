@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``model.probe``: fit a frozen probe after validations and log its error rate per context. New in this project."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from nemo.collections.asr.parts.att_context.context import context_label
+from nemo.collections.asr.parts.preprocessing.segment import AudioSegment
+from nemo.collections.asr.parts.ssl_reports.probe import ProbeSettings, layer_outputs, probe_errors
+
+LABELS = ('text', 'phones')
+BATCH = 16  # utterances that are encoded at a time
+
+
+class ValidationProbe(Callback):
+    """Fit a probe every n validations; log ``probe/error_rate/ctx_...`` and the time it took, ``probe/seconds``.
+
+    Every rank fits the same probe, for with sharded weights all ranks must run the encoder.
+
+    Args:
+        train_manifest: NeMo manifest of the transcribed utterances to fit on; some minutes are enough.
+        test_manifest: manifest of the utterances to count errors in.
+        every_n_validations: how often.
+        steps: of a fit.
+        labels: the key of the transcripts: ``text`` for characters, ``phones`` for words with spaces between them.
+
+    Raises:
+        ValueError: naming the config key, its value and what is allowed.
+    """
+
+    def __init__(self, train_manifest, test_manifest, every_n_validations=1, steps=300, labels='text'):
+        super().__init__()
+        for key, value in (('every_n_validations', every_n_validations), ('steps', steps)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"model.probe.{key} is {value!r}; it must be a whole number of 1 or more")
+        if labels not in LABELS:
+            raise ValueError(f"model.probe.labels is {labels!r}; it must be one of {LABELS}")
+        self.every, self.settings, self.validations = every_n_validations, ProbeSettings(steps=steps), 0
+        paths = {'train': train_manifest, 'test': test_manifest}
+        parts = {part: _read(f'model.probe.{part}_manifest', path, labels) for part, path in paths.items()}
+        names = sorted({name for _, said in parts['train'] for name in said})
+        index = {name: label for label, name in enumerate(names)}
+        self.classes, self.audio = len(names), {part: [path for path, _ in rows] for part, rows in parts.items()}
+        # a label that is not in the training part is one class more, which no probe recognises
+        self.labels = {
+            part: [[index.get(n, len(names) + 1) for n in said] for _, said in parts[part]] for part in parts
+        }
+
+    def on_validation_epoch_end(self, trainer, model) -> None:
+        """Fit and log, if it is due."""
+        if trainer.sanity_checking:
+            return
+        self.validations += 1
+        if self.validations % self.every:
+            return
+        started, logs, batches = time.monotonic(), {}, {part: list(self._batches(model, part)) for part in self.audio}
+        references = max(1, sum(map(len, self.labels['test'])))
+        for context in model.encoder.att_context_size_all:
+            outputs = {part: layer_outputs(model.encoder, found, context) for part, found in batches.items()}
+            errors, _ = probe_errors(outputs.__getitem__, self.labels, self.classes, self.settings)
+            logs[f'probe/error_rate/ctx_{context_label(context)}'] = sum(errors) / references
+        model.log_dict({**logs, 'probe/seconds': time.monotonic() - started})
+
+    def _batches(self, model, part: str):
+        """Yield the features [B, D, T] and lengths [B] of a part's utterances, as the encoder gets them."""
+        for start in range(0, len(self.audio[part]), BATCH):
+            paths = self.audio[part][start : start + BATCH]
+            signals = [torch.from_numpy(AudioSegment.from_file(p, target_sr=_rate(model)).samples) for p in paths]
+            lengths = torch.tensor([len(signal) for signal in signals], device=model.device)
+            padded = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True).float().to(model.device)
+            with torch.no_grad():
+                yield model.preprocessor(input_signal=padded, length=lengths)
+
+    def state_dict(self) -> dict:
+        """Return how many validations there were."""
+        return {'validations': self.validations}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Go on counting."""
+        self.validations = state_dict['validations']
+
+
+def _rate(model) -> int:
+    return model.cfg.preprocessor.sample_rate
+
+
+def _read(key: str, path, labels: str) -> list[tuple[str, list[str]]]:
+    """Return audio file and transcript of each utterance of a manifest.
+
+    Raises:
+        ValueError: naming the key, if the manifest cannot be read, is empty, or an utterance has no transcript.
+    """
+    try:
+        entries = [json.loads(line) for line in Path(path).read_text(encoding='utf-8').splitlines() if line.strip()]
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{key} is {path}, which cannot be read: {error}") from error
+    said = [entry.get(labels, '').split() if labels == 'phones' else list(entry.get(labels, '')) for entry in entries]
+    if not entries or not all(said):
+        raise ValueError(f"{key} is {path}; it must have utterances, each with {labels}")
+    folder = Path(path).resolve().parent
+    return [(str(folder / entry['audio_filepath']), names) for entry, names in zip(entries, said)]
