@@ -20,8 +20,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from phones import PHONES
 
-from nemo.collections.asr.data.audio_to_text_dali import DALIOutputs
 from nemo.collections.asr.models.ssl_models import EncDecMaskedTokenPredModel
+from nemo.collections.asr.parts.objectives.record import BatchInputs
 from nemo.collections.asr.parts.preprocessing.features import standardize_per_feature
 from nemo.utils.atomic_files import replacing
 
@@ -70,19 +70,6 @@ def build(name: str, kind: str, seed: int, recipe: Recipe) -> EncDecMaskedTokenP
     return model
 
 
-def batch_of(features: torch.Tensor, lengths: torch.Tensor) -> DALIOutputs:
-    """Return features as a batch that a model takes in the place of audio."""
-    none = torch.zeros(len(lengths), 1, dtype=torch.int64)
-    return DALIOutputs(
-        dict(processed_signal=features, processed_signal_len=lengths, transcript=none, transcript_len=none[:, 0])
-    )
-
-
-def masking_of(model):
-    """Return the model's masking in its present context, None if its objective masks nothing."""
-    return model.masking_in_context()
-
-
 @torch.no_grad()
 def measured_masks(model, kind: str, frames: int, number: int = 16) -> tuple[float, float]:
     """Return the masked share of the feature frames, and the mean run of masked attention frames, over the contexts."""
@@ -92,7 +79,7 @@ def measured_masks(model, kind: str, frames: int, number: int = 16) -> tuple[flo
         torch.manual_seed(index)
         with model.encoder.using_att_context_size(context):
             lengths = torch.full((number,), frames)
-            _, masks = masking_of(model)(input_feats=torch.zeros(number, 80, frames), input_lengths=lengths)
+            _, masks = model.masking_in_context()(input_feats=torch.zeros(number, 80, frames), input_lengths=lengths)
         masked += masks[:, 0].float().mean().item() / len(KINDS[kind].contexts)
         lost = masks[:, 0, : frames // FACTOR * FACTOR].unflatten(1, (-1, FACTOR)).float().mean(dim=2) > FULLY_MASKED
         positions += lost.sum().item()
@@ -135,7 +122,8 @@ def loss_of(model, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tenso
     """Return the loss of a batch by the model's objective, in its present context."""
     if model.cfg.preprocessor.normalize == 'per_feature':
         features = standardize_per_feature(features, lengths)
-    return model.objectives.loss(model.encode_batch(batch_of(features, lengths), masking_of(model))).loss
+    inputs = BatchInputs((features, lengths), (features, lengths))
+    return model.objectives.loss(model.encode(inputs, model.masking_in_context())).loss
 
 
 def supervised_loss(model, speech: Speech, seed: int, step: int) -> torch.Tensor:
@@ -237,10 +225,8 @@ def _step(model, name, kind, seed, step, speech, recipe, optimizer, parameters) 
         if ARMS[name].objective == 'ctc':
             loss = supervised_loss(model, speech, seed, step)
         else:
-            if ARMS[name].refined:
-                model.quantizer.refine_if_due(step)
-                model._observes_targets = True
-            loss = loss_of(model, *speech.crops(seed, step, recipe.crops, recipe.crop_frames))
+            with model.targets.refining(step):
+                loss = loss_of(model, *speech.crops(seed, step, recipe.crops, recipe.crop_frames))
         loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
