@@ -13,7 +13,7 @@ import torch
 from device.model_scenarios import batch_at, model_at
 from device.place import Place
 
-from nemo.collections.asr.parts.utils.nonfinite_guard import gradients_are_finite
+from nemo.collections.asr.parts.utils.nonfinite_guard import gradient_norm
 from nemo.utils import logging
 
 BACKENDS = {'cpu': 'gloo', 'cuda': 'nccl'}
@@ -33,7 +33,7 @@ def run_rank(rank: int, folder: Path) -> None:
 
 
 def train(rank: int, device: torch.device) -> dict:
-    """Train with the other rank; returns the contexts, the losses, and whether this rank saw a bad gradient of both."""
+    """Train with the other rank; returns the contexts, the losses, and the norms of the gradients."""
     model = model_at(Place(device)).train()
     model._optimizer = optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     wrapped = torch.nn.parallel.DistributedDataParallel(_Step(model))
@@ -43,14 +43,12 @@ def train(rank: int, device: torch.device) -> dict:
         loss.backward()
         found['losses'].append(loss.item())
         found['contexts'].append([model.logged['att_context_left'].item(), model.logged['att_context_right'].item()])
-        found['finite'] = gradients_are_finite(list(model.parameters()))
+        found.setdefault('norms', []).append(gradient_norm(list(model.parameters())))
         optimizer.step()
         optimizer.zero_grad()
         model._trainer.global_step += 1
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     found['weights'] = torch.stack([weight.detach().double().sum() for weight in weights]).sum().item()
-    weights[0].grad = torch.full_like(weights[0], float('nan') if rank == 1 else 1.0)
-    found['sees the bad gradient of rank 1'] = not gradients_are_finite(weights)
     return found
 
 

@@ -42,7 +42,7 @@ from lhotse.shar import SharWriter
 from tqdm import tqdm
 
 from nemo.collections.asr.data.ssl_dataset import LEAST_SHARE_OF_DURATION, BadAudioError
-from nemo.collections.asr.parts.utils.nonfinite_guard import samples_are_sound
+from nemo.collections.asr.parts.utils.nonfinite_guard import samples_are_valid
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
 
 FORMATS = ('flac', 'wav', 'opus', 'original')
@@ -190,7 +190,7 @@ class ShardMaker:
             if self.plan.sample_rate:
                 cut = cut.resample(self.plan.sample_rate)
             samples = torch.from_numpy(cut.load_audio())
-            if not samples.numel() or not samples_are_sound(samples):
+            if not samples.numel() or not samples_are_valid(samples):
                 raise BadAudioError("it has samples that are NaN or infinite" if samples.numel() else "it is empty")
             return cut
         except Exception as error:  # soundfile, lhotse and its backends each have their own

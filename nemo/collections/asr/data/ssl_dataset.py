@@ -17,7 +17,7 @@ import torch
 from lhotse import CutSet
 
 from nemo.collections.asr.data.manifest_entries import entries_read_when_asked_for
-from nemo.collections.asr.parts.utils.nonfinite_guard import on_this_rank, samples_are_sound
+from nemo.collections.asr.parts.utils.nonfinite_guard import on_this_rank, samples_are_valid
 from nemo.utils import logging
 from nemo_streaming_ssl import upstream
 
@@ -164,9 +164,9 @@ class SoundAudioSamples:
     def __call__(self, cuts):
         """Return the audio, lengths and cuts that can be read and are finite."""
         audios, lengths, read = self._read(cuts)
-        if samples_are_sound(audios):
+        if samples_are_valid(audios):
             return audios, lengths, read
-        sound = torch.tensor([samples_are_sound(audio) for audio in audios])
+        sound = torch.tensor([samples_are_valid(audio) for audio in audios])
         bad = [cut for cut, is_sound in zip(read, sound.tolist()) if not is_sound]
         message = f"{', '.join(map(_name_of_cut, bad))}: samples that are NaN or infinite"
         if not self.skip_bad_audio or not sound.any():
@@ -284,7 +284,7 @@ def _parts(dataset) -> Iterator:
 
 
 def _check_samples(samples: torch.Tensor, file: str | None) -> None:
-    if not samples_are_sound(samples):
+    if not samples_are_valid(samples):
         raise BadAudioError(f"{file}: samples that are NaN or infinite")
 
 

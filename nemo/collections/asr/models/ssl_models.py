@@ -27,7 +27,7 @@ from nemo.collections.asr.parts.objectives.record import BatchInputs, BatchRecor
 from nemo.collections.asr.parts.objectives.targets import Targets
 from nemo.collections.asr.parts.ssl_reports.model_reports import ModelReports
 from nemo.collections.asr.parts.ssl_reports.validation_probe import ValidationProbe
-from nemo.collections.asr.parts.utils.logged_numbers import numbers_on_the_host
+from nemo.collections.asr.parts.utils.logged_numbers import cpu_scalars
 from nemo.collections.asr.parts.utils.nonfinite_guard import NonFiniteGuard
 from nemo.core.classes.common import typecheck
 from nemo.core.neural_types import LengthsType, NeuralType, SpectrogramType
@@ -58,9 +58,10 @@ class SpeechEncDecSelfSupervisedModel(
             if context is not None:
                 label = getattr(self.encoder, 'label_of_drawn', context_label)(context)
                 output['log'][f'train_loss/ctx_{label}'] = output['loss'].detach()
+        output['loss'] = self.loss_of_valid(output['loss'])
         if 'log' in output:
             output['log'].update(self._waiting_for_data())
-            output['log'] = numbers_on_the_host(output['log'])
+            output['log'] = cpu_scalars(output['log'])
         return output
 
     def _training_step(self, batch, batch_idx):

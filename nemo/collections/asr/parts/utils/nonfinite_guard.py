@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keep samples and gradients that are no numbers away from the weights. New in this project.
+"""Keep non-finite samples and gradients away from the weights.
 
 Shapes: B utterances, N samples.
 """
 
 import copy
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 
 import torch
 
-from nemo.collections.asr.parts.utils.logged_numbers import numbers_on_the_host
+from nemo.collections.asr.parts.utils.logged_numbers import cpu_scalars
 from nemo.utils import logging
 
 LARGEST_SAMPLE = 1e15  # the power of a louder frame overflows float32, and with it the features
@@ -31,8 +32,8 @@ def on_this_rank() -> str:
     return f' on rank {rank}' if ranks > 1 else ''
 
 
-def samples_are_sound(samples: torch.Tensor) -> bool:
-    """Whether all samples are numbers that features can be computed of; one pass, and a wait if on a device."""
+def samples_are_valid(samples: torch.Tensor) -> bool:
+    """Return whether features can be computed of all samples; one pass, and a synchronisation if on a device."""
     if samples.numel() == 0:
         return True
     lowest, highest = torch.aminmax(samples)
@@ -40,57 +41,77 @@ def samples_are_sound(samples: torch.Tensor) -> bool:
 
 
 class NonFiniteGuard:
-    """Mixin for the SSL models: no step is taken on what is not a number.
+    """Mixin for the SSL models: no step is taken on non-finite samples or gradients.
 
     ``model.skip_nan_grad`` (the key that NeMo's ASR models have): absent or false, the first such batch or gradient is
-    an error; true, unsound utterances are dropped from their batch, steps whose gradients are not all finite are
+    an error; true, invalid utterances are dropped from their batch, steps whose gradients are not all finite are
     skipped (no weight, moment or decay changes), and both are counted as ``skipped_utterances`` and ``skipped_steps``.
-    What ``train_ds.skip_bad_audio`` left out counts as ``skipped_utterances``, too.
+    Where a rank's batch has no valid utterance, the step is skipped on all ranks. What ``train_ds.skip_bad_audio`` left
+    out counts as ``skipped_utterances``, too.
 
-    Batches are looked at on the CPU, before they go to the device. Gradients are looked at after the backward pass,
-    which costs one wait for the device in each step; with a gradient scaler (16-mixed), which skips such steps itself,
-    they are left to it.
+    Batches are checked on the CPU, before they go to the device. The norm of the gradients before clipping is computed
+    once in each step, which synchronises host and device: it is checked, logged as ``gradient_norm``, and used to clip.
+    A gradient scaler (16-mixed) skips non-finite steps itself; they are left to it.
     """
 
     _skipped_utterances = 0
     _skipped_steps = 0
     _skipped_in_a_row = 0
+    _gradient_norm = 0.0
+    _batch_is_invalid = False
 
     def on_before_batch_transfer(self, batch, dataloader_idx):
-        """Refuse an empty batch, and refuse or drop unsound utterances."""
+        """Refuse an empty batch, and refuse or drop invalid utterances."""
         batch = super().on_before_batch_transfer(batch, dataloader_idx)
         self._skipped_utterances += getattr(batch, 'skipped', 0)
-        unsound = unsound_utterances(batch)
-        if unsound is None:
+        invalid = invalid_utterances(batch)
+        self._batch_is_invalid = invalid is not None and bool(invalid.all())
+        if invalid is None:
             return batch
-        names = _names(batch, unsound)
+        what = f"utterance {_names(batch, invalid)} of a batch{on_this_rank()}"
+        why = f"samples that are NaN, infinite or beyond {LARGEST_SAMPLE:g}"
         if not self._skips_nonfinite():
-            raise ValueError(
-                f"utterance {names} of a batch{on_this_rank()} has samples that are NaN, infinite or beyond {LARGEST_SAMPLE:g}; "
-                "with model.skip_nan_grad: true it would be dropped"
-            )
-        if unsound.all():
-            raise ValueError(
-                f"no utterance of a batch{on_this_rank()} is sound: {names} have samples that are NaN or infinite"
-            )
-        logging.warning(f"Dropped utterance {names} of a batch{on_this_rank()}: its samples are NaN or infinite")
-        self._skipped_utterances += int(unsound.sum())
-        return _select(batch, ~unsound)
+            raise ValueError(f"{what} has {why}; with model.skip_nan_grad: true it would be dropped")
+        if self._batch_is_invalid and not self.training:
+            raise ValueError(f"{what} has {why}, and the batch no valid utterance")
+        logging.warning(f"Dropped {what}: it has {why}")
+        self._skipped_utterances += int(invalid.sum())
+        if not self._batch_is_invalid:
+            return _select(batch, ~invalid)
+        batch = _select(batch, torch.arange(len(invalid)) == 0)  # silence, for ranks that wait for this one
+        for _, samples in _signals(batch):
+            samples.zero_()
+        return batch
+
+    def loss_of_valid(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the loss of a training step; NaN, and with it the gradients of all ranks, without a valid utterance."""
+        return loss * float('nan') if self._batch_is_invalid else loss
 
     def on_before_optimizer_step(self, optimizer) -> None:
-        """Refuse or skip a step whose gradients are not all finite."""
+        """Refuse or skip a step whose gradients are not all finite, and log their norm."""
         super().on_before_optimizer_step(optimizer)
-        if getattr(self.trainer.precision_plugin, 'scaler', None) is not None:
-            return
         parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
-        if gradients_are_finite(parameters):
+        self._gradient_norm = gradient_norm(parameters)
+        if math.isfinite(self._gradient_norm):
             self._skipped_in_a_row = 0
-        else:
+        elif getattr(self.trainer.precision_plugin, 'scaler', None) is None:
             self._skip_step(parameters)
+        logs = {'gradient_norm': self._gradient_norm}
         if self._skips_nonfinite() or (self.cfg.get('train_ds') or {}).get('skip_bad_audio'):
-            counts = {'skipped_steps': self._skipped_steps, 'skipped_utterances': self._skipped_utterances}
-            for name, count in numbers_on_the_host(counts).items():
-                self.log(name, count)
+            logs.update(skipped_steps=self._skipped_steps, skipped_utterances=self._skipped_utterances)
+        for name, value in cpu_scalars(logs).items():
+            self.log(name, value)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clip by the norm that is known already, or as Lightning does by value."""
+        if not gradient_clip_val or gradient_clip_algorithm == 'value':
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif self._gradient_norm > gradient_clip_val:
+            gradients = [weight.grad for group in optimizer.param_groups for weight in group['params']]
+            gradients = [gradient for gradient in gradients if gradient is not None]
+            torch._foreach_mul_(
+                gradients, gradient_clip_val / (self._gradient_norm + 1e-6)
+            )  # as torch's clip_grad_norm_
 
     def _skip_step(self, parameters) -> None:
         where = f"the gradients of step {self.trainer.global_step} are not all finite"
@@ -99,7 +120,7 @@ class NonFiniteGuard:
                 f"{where}; the weights are as before it. With model.skip_nan_grad: true the step would be skipped"
             )
         for parameter in parameters:
-            parameter.grad = None  # optimizers pass over such parameters, weight decay included
+            parameter.grad = None  # optimizers leave such parameters as they are, weight decay included
         self._skipped_steps += 1
         self._skipped_in_a_row += 1
         logging.warning(f"Skipped a step: {where} ({self._skipped_steps} skipped so far)")
@@ -110,39 +131,30 @@ class NonFiniteGuard:
         return bool(self.cfg.get('skip_nan_grad', False))
 
 
-def gradients_are_finite(parameters) -> bool:
-    """Whether all gradients are finite on all ranks, in one pass over them and one wait for the device.
+def gradient_norm(parameters) -> float:
+    """Return the norm of all gradients, with one synchronisation of host and device; of sharded ones over all ranks.
 
-    Gradients without a finite norm count as infinite: an optimizer that squares them would overflow, too.
+    After the backward pass the gradients, and so their norm, are the same on every rank.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        return True
-    norm = torch.nn.utils.get_total_norm(gradients)  # of the norms the fastest: 50 x the largest value's on a CPU
-    if hasattr(norm, 'full_tensor'):  # sharded parameters
-        norm = norm.full_tensor()
-    is_finite = torch.isfinite(norm).float()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(is_finite, op=torch.distributed.ReduceOp.MIN)  # all skip, or none
-    return bool(is_finite)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return float(norm.full_tensor() if hasattr(norm, 'full_tensor') else norm)
 
 
-def unsound_utterances(batch) -> torch.Tensor | None:
-    """Return which utterances [B] of a batch have unsound samples, None if none has.
-
-    Tensors on a device are passed over, for looking at them means to wait.
+def invalid_utterances(batch) -> torch.Tensor | None:
+    """Return which utterances [B] of a batch have invalid samples, None if none has; tensors on a device are ignored.
 
     Raises:
         ValueError: if the batch is empty.
     """
-    unsound = None
+    invalid = None
     for name, samples in _signals(batch):
         if samples.numel() == 0:
             raise ValueError(f"a batch{on_this_rank()} is empty: {name} has the shape {list(samples.shape)}")
-        if not samples_are_sound(samples):
+        if not samples_are_valid(samples):
             rows = ~(samples.flatten(1).abs() <= LARGEST_SAMPLE).all(dim=1)
-            unsound = rows if unsound is None else unsound | rows
-    return unsound
+            invalid = rows if invalid is None else invalid | rows
+    return invalid
 
 
 def _signals(batch) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from nemo.collections.asr.parts.utils.logged_numbers import numbers_on_the_host
+from nemo.collections.asr.parts.utils.logged_numbers import cpu_scalars
 
 
 def test_numbers_become_tensors_of_the_host_and_tensors_stay_as_they_are():
     loss = torch.zeros((), device='meta')
-    found = numbers_on_the_host({'step': 3, 'rate': 0.5, 'loss': loss})
+    found = cpu_scalars({'step': 3, 'rate': 0.5, 'loss': loss})
     assert found['loss'] is loss and {name: found[name].item() for name in ('step', 'rate')} == {
         'step': 3,
         'rate': 0.5,
@@ -18,6 +18,6 @@ def test_a_number_keeps_its_precision_where_the_default_is_half():
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.bfloat16)
-        assert numbers_on_the_host({'global_step': 100001})['global_step'].item() == 100001
+        assert cpu_scalars({'global_step': 100001})['global_step'].item() == 100001
     finally:
         torch.set_default_dtype(before)

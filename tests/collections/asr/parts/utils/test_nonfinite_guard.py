@@ -2,10 +2,13 @@
 """Whatever the samples are, the weights stay numbers."""
 
 import dataclasses
+import math
+from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import open_dict
+from ranks import run_on_two_ranks
 from tiny_nest import batches, fit, noise_batch, tiny_model
 from torch.utils.data import DataLoader
 
@@ -13,9 +16,9 @@ from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch
 from nemo.collections.asr.models.ssl_models import EncDecMaskedTokenPredModel
 from nemo.collections.asr.parts.att_context.synced_collate import SyncedBatch
 from nemo.collections.asr.parts.utils import nonfinite_guard
-from nemo.collections.asr.parts.utils.nonfinite_guard import samples_are_sound, unsound_utterances
+from nemo.collections.asr.parts.utils.nonfinite_guard import invalid_utterances, samples_are_valid
 
-UNSOUND = [float('nan'), float('inf'), -float('inf'), 1e30]
+INVALID = [float('nan'), float('inf'), -float('inf'), 1e30]
 
 
 def loader(*made):
@@ -38,13 +41,13 @@ def is_finite(model):
     return all(torch.isfinite(tensor).all() for tensor in model.state_dict().values() if tensor.is_floating_point())
 
 
-def test_sound_samples():
-    assert samples_are_sound(torch.tensor([[0.0, -1.0, 32768.0]])) and samples_are_sound(torch.zeros(0))
-    for value in UNSOUND:
-        assert not samples_are_sound(torch.tensor([[0.0, value]]))
+def test_valid_samples():
+    assert samples_are_valid(torch.tensor([[0.0, -1.0, 32768.0]])) and samples_are_valid(torch.zeros(0))
+    for value in INVALID:
+        assert not samples_are_valid(torch.tensor([[0.0, value]]))
 
 
-@pytest.mark.parametrize('value', UNSOUND)
+@pytest.mark.parametrize('value', INVALID)
 def test_by_default_the_batch_is_an_error_before_anything_is_computed(value):
     model = tiny_model('model.encoder.conv_norm_type=batch_norm')
     before = state(model)
@@ -55,7 +58,7 @@ def test_by_default_the_batch_is_an_error_before_anything_is_computed(value):
 
 def test_skipping_drops_the_utterance_and_counts_it(warnings):
     model = tiny_model('model.skip_nan_grad=true', 'model.encoder.conv_norm_type=batch_norm')
-    run = fit(model, loader(noise_batch(), spoilt(UNSOUND[0]), noise_batch(seed=2)), max_steps=3)
+    run = fit(model, loader(noise_batch(), spoilt(INVALID[0]), noise_batch(seed=2)), max_steps=3)
     assert is_finite(model) and run.logger.column('skipped_utterances') == [0, 1, 1]
     assert run.logger.column('skipped_steps') == [0, 0, 0]
     assert any('Dropped utterance 1 of a batch' in message for message in warnings)
@@ -73,7 +76,7 @@ def test_what_the_data_loader_left_out_is_counted():
 
 def test_the_rest_of_the_batch_trains_as_if_alone():
     whole, rest = tiny_model('model.skip_nan_grad=true'), tiny_model()
-    batch = spoilt(UNSOUND[0], utterance=2)
+    batch = spoilt(INVALID[0], utterance=2)
     kept = [0, 1]
     alone = AudioNoiseBatch(
         **{
@@ -89,10 +92,41 @@ def test_the_rest_of_the_batch_trains_as_if_alone():
     assert all(torch.equal(first, second) for first, second in zip(state(whole).values(), state(rest).values()))
 
 
-def test_a_batch_without_a_sound_utterance_is_an_error():
-    batch = spoilt(UNSOUND[0], seconds=(1.0,), utterance=0)
-    with pytest.raises(ValueError, match='no utterance of a batch is sound'):
-        fit(tiny_model('model.skip_nan_grad=true'), loader(batch), max_steps=1)
+def test_a_step_without_a_valid_utterance_is_skipped():
+    model, batch = tiny_model('model.skip_nan_grad=true'), spoilt(INVALID[0], seconds=(1.0,), utterance=0)
+    run = fit(model, loader(noise_batch(), batch, noise_batch(seed=2)), max_steps=3)
+    assert is_finite(model) and run.logger.column('skipped_steps') == [0, 1, 1]
+    assert run.logger.column('skipped_utterances') == [0, 1, 1]
+    with pytest.raises(ValueError, match='utterance 0 of a batch .* no valid utterance'):
+        model.eval().on_before_batch_transfer(batch, 0)
+
+
+@pytest.mark.integration
+def test_without_a_valid_utterance_on_one_rank_all_ranks_skip_the_step(tmp_path):
+    """With other utterances on each; afterwards they have the same weights."""
+    first, second = run_on_two_ranks(Path(__file__).with_name('invalid_batch_run.py'), tmp_path)
+    assert first['steps'] == second['steps'] == 1
+    assert (first['utterances'], second['utterances']) == (0, 2)
+    assert first['weights'] == second['weights'] and math.isfinite(first['weights'])
+
+
+def test_gradients_are_clipped_by_the_norm_that_is_logged():
+    norms, gradients = [], []
+    for settings in ({}, {'gradient_clip_val': 0.01}):
+        model = tiny_model()
+        clip = model.configure_gradient_clipping
+
+        def recording(*args, model=model, clip=clip, **kwargs):
+            clip(*args, **kwargs)
+            gradients.append([weight.grad.clone() for weight in model.parameters() if weight.grad is not None])
+
+        model.configure_gradient_clipping = recording
+        torch.manual_seed(0)
+        norms.append(fit(model, batches(1), max_steps=1, **settings).logger.column('gradient_norm')[0])
+    whole, clipped = gradients
+    assert norms[0] == norms[1] == pytest.approx(torch.nn.utils.get_total_norm(whole).item())
+    for one, other in zip(whole, clipped, strict=True):
+        torch.testing.assert_close(one * 0.01 / (norms[0] + 1e-6), other)
 
 
 def with_nan_gradients_at(model, step, value=float('nan')):
@@ -157,7 +191,7 @@ def test_silence_and_one_frame_utterances_train(position):
 def test_what_a_batch_carries_stays(monkeypatch):
     batch = SyncedBatch((torch.zeros(3, 8), torch.tensor([8, 8, 8])))
     batch[0][1, 2], batch.att_context = float('nan'), [4, 0]
-    rows = unsound_utterances(batch)
+    rows = invalid_utterances(batch)
     assert rows.tolist() == [False, True, False]
     selected = nonfinite_guard._select(batch, ~rows)
     assert type(selected) is SyncedBatch and selected.att_context == [4, 0]
