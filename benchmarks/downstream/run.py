@@ -43,9 +43,9 @@ TRAININGS = (
     'mean_run',
     'seconds',
 )
-CURVE = ('following-40', 'next')  # arms whose earlier checkpoints are probed, too, with seed 0
-PROBE_SEEDS = 3  # of which the arms of CURVE have all, with seed 0
-FIRST = ('random', 'stock-40', 'following-40', 'next')
+CURVE = ('following-40', 'next')  # arms that show the noise, with seed 0: more probe seeds, and earlier checkpoints
+PROBE_SEEDS = 3
+FIRST = ('following-40', 'stock-40', 'next', 'random')
 SECOND = ('supervised', 'stock-short', 'stock-16', 'following-16')
 
 
@@ -55,19 +55,25 @@ class Cell(NamedTuple):
     kind: str
     arm: str
     seed: int
+    noise: bool = False
+    """Whether to fit the probes that show the instrument's noise, too."""
 
     @property
     def label(self) -> str:
         """Its folder."""
-        return '-'.join(map(str, self))
+        return f'{self.kind}-{self.arm}-{self.seed}'
 
 
 def order() -> list[Cell]:
     """Return all cells, those that decide most first; see protocol.md."""
     rest = [name for name in ARMS if name not in (FEATURES, *FIRST, *SECOND)]
-    cells = [Cell('causal', FEATURES, 0)]
-    for names, kinds in ((FIRST, ('causal',)), (FIRST, ('chunks',)), (SECOND, ('causal',)), (SECOND, ('chunks',))):
-        cells += [Cell(kind, name, seed) for kind in kinds for seed in SEEDS for name in names]
+    cells = []
+    for names, kind in ((FIRST, 'causal'), (FIRST, 'chunks'), (SECOND, 'causal'), (SECOND, 'chunks')):
+        for seed in SEEDS:
+            cells += [Cell(kind, name, seed) for name in names]
+            if names is FIRST and seed == 0:
+                cells += [Cell('causal', FEATURES, 0)] if kind == 'causal' else []
+                cells += [Cell(kind, name, 0, noise=True) for name in CURVE]
     return cells + [Cell(kind, name, seed) for kind in KINDS for seed in SEEDS for name in rest]
 
 
@@ -145,11 +151,11 @@ class Judge:
     def judge(self, cell: Cell, encoder, step: int, probe_seeds: range) -> None:
         """Fit the probes of one encoder that have no row yet, in each context that is judged."""
         done = {tuple(row[key] for key in PROBES[:-1]) for row in rows_of(self.path)}
-        for context in KINDS[cell.kind].judged:
+        for context in KINDS[cell.kind].judged[: None if encoder is not None else 1]:
             cached = {}
             for probe_seed in probe_seeds:
                 label = ' '.join(map(str, context))
-                row = dict(zip(PROBES, (*cell, step, label, probe_seed)))
+                row = dict(zip(PROBES, (*cell[:3], step, label, probe_seed)))
                 if tuple(map(str, row.values())) in done:
                     continue
                 if not cached:
@@ -179,7 +185,7 @@ def run_cell(cell: Cell, speech: Speech, recipe: Recipe, settings: ProbeSettings
         folder, judge = options.work / cell.label, Judge(speech, settings, options.results / 'probe.csv')
         folder.mkdir(parents=True, exist_ok=True)
         if cell.arm == FEATURES:
-            judge.judge(cell, None, 0, range(PROBE_SEEDS))
+            judge.judge(cell, None, 0, range(1))
             return
         if not (folder / 'log.json').exists():
             log = pretrain(cell.arm, cell.kind, cell.seed, speech, recipe, folder)
@@ -187,18 +193,17 @@ def run_cell(cell: Cell, speech: Speech, recipe: Recipe, settings: ProbeSettings
             with replacing(folder / 'log.json') as partial:
                 partial.write_text(json.dumps(log))
         steps = sorted(int(path.stem.split('-')[1]) for path in folder.glob('encoder-*.pt'))
-        more = cell.arm in CURVE and cell.seed == 0
-        for step in reversed(steps if more else steps[-1:]):
+        for step in reversed(steps if cell.noise else steps[-1:]):
             encoder = build('random', cell.kind, cell.seed, recipe).encoder
             encoder.load_state_dict(torch.load(folder / f'encoder-{step}.pt'))
-            judge.judge(cell, encoder, step, range(PROBE_SEEDS if more and step == steps[-1] else 1))
+            judge.judge(cell, encoder, step, range(PROBE_SEEDS if cell.noise and step == steps[-1] else 1))
 
 
 def training_rows(cell: Cell, log: dict) -> list[dict]:
     """Return the rows of a pre-training: its loss each 100 steps, the validation loss where there is one."""
     rows = []
     for step, loss in log['loss']:
-        made = {**cell._asdict(), 'step': step, 'train_loss': f'{loss:.4f}'}
+        made = {**dict(zip(TRAININGS, cell[:3])), 'step': step, 'train_loss': f'{loss:.4f}'}
         if step in log['validation']:
             made['validation_loss'] = f"{log['validation'][step]:.4f}"
         rows.append(made)

@@ -67,8 +67,8 @@ class LayerProbe(nn.Module):
         return self.classify[-1].out_features - 1
 
     def forward(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Return log-probabilities [B, A, C + 1] of layer outputs [B, A, L, W]."""
-        mixed = torch.einsum('balw,l->baw', self.normalize(outputs), self.layer_weights.softmax(dim=0))
+        """Return log-probabilities [..., C + 1] of layer outputs [..., L, W]."""
+        mixed = (self.normalize(outputs) * self.layer_weights.softmax(dim=0).unsqueeze(1)).sum(dim=-2)
         return self.classify(mixed).log_softmax(dim=-1)
 
 
@@ -140,18 +140,18 @@ def fit_probe(
 
 def _ctc(probe: LayerProbe, outputs: list[torch.Tensor], targets: list[torch.Tensor]) -> torch.Tensor:
     """Return the mean CTC loss of some utterances, each divided by the number of its labels."""
-    log_probs = probe(pad_sequence([rows.float() for rows in outputs], batch_first=True))
-    lengths = torch.tensor([len(rows) for rows in outputs])
+    lengths = [len(rows) for rows in outputs]
+    log_probs = pad_sequence(probe(torch.cat(outputs).float()).split(lengths))  # padding only where CTC needs it
     target_lengths = torch.tensor([len(row) for row in targets])
     return nn.functional.ctc_loss(
-        log_probs.transpose(0, 1), torch.cat(targets), lengths, target_lengths, blank=probe.blank, zero_infinity=True
+        log_probs, torch.cat(targets), torch.tensor(lengths), target_lengths, blank=probe.blank, zero_infinity=True
     )
 
 
 @torch.no_grad()
 def transcribe(probe: LayerProbe, outputs: Iterable[torch.Tensor]) -> list[list[int]]:
     """Return the classes of the greedy CTC path of each utterance: repetitions once, without blanks."""
-    paths = (probe(rows[None].float())[0].argmax(dim=1).unique_consecutive() for rows in outputs)
+    paths = (probe(rows.float()).argmax(dim=1).unique_consecutive() for rows in outputs)
     return [path[path != probe.blank].tolist() for path in paths]
 
 
