@@ -24,7 +24,7 @@ from nemo.collections.asr.parts.objectives.combination import Objectives
 from nemo.collections.asr.parts.objectives.masked_tokens import has_forward_of
 from nemo.collections.asr.parts.objectives.next_tokens import check_same_heads, with_heads_of
 from nemo.collections.asr.parts.objectives.record import BatchInputs, BatchRecord
-from nemo.collections.asr.parts.objectives.targets import Targets
+from nemo.collections.asr.parts.objectives.targets import Targets, kept_in_full_precision, unconverted
 from nemo.collections.asr.parts.ssl_reports.model_reports import ModelReports
 from nemo.collections.asr.parts.ssl_reports.validation_probe import ValidationProbe
 from nemo.collections.asr.parts.utils.logged_numbers import cpu_scalars
@@ -142,6 +142,17 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
         probe = self.cfg.get('probe')
         return [*super().configure_callbacks(), *([ValidationProbe(**probe)] if probe else [])]
 
+    def _apply(self, fn, recurse=True):
+        """Move and convert the model; the targets' modules stay float32 where it is converted to half precision."""
+        with kept_in_full_precision(self.preprocessor, self.quantizer):
+            return super()._apply(fn, recurse)
+
+    def setup(self, stage=None) -> None:
+        """Keep the trainer from rounding the audio, which the targets are made of, to half precision."""
+        super().setup(stage)
+        if getattr(self.trainer.precision_plugin, '_desired_input_dtype', None) in (torch.float16, torch.bfloat16):
+            self.trainer.precision_plugin.convert_input = unconverted
+
     def on_fit_start(self) -> None:
         """Refuse, before any work is lost, what cannot be trained."""
         for part in (self.targets, *self.objectives, self.reports):
@@ -220,6 +231,7 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
                 [B, D, M] each. None masks nothing.
         """
         seen, lengths = inputs.seen
+        seen = seen.to(next(self.encoder.parameters()).dtype)
         if self.pre_encoder is None:
             mask_lengths = lengths
             masked, masks = (masking or no_masking)(input_feats=seen, input_lengths=lengths)
@@ -231,7 +243,8 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
             encoded, encoded_lengths = self.encoder(audio_signal=seen, length=lengths)
             masks, mask_lengths = self.pre_encoder.get_current_mask(), encoded_lengths
         if inputs.targets is None:
-            inputs.targets = self.targets.of(*self._target_features(inputs, encoded_lengths))
+            features = inputs.clean if self.pre_encoder is None else self.targets.subsampled(*inputs.clean)
+            inputs.targets = self.targets.of(*features)
         loss = getattr(self.loss, 'mlm_loss', self.loss)
         return BatchRecord(
             encoded,
@@ -244,17 +257,6 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
             threshold=getattr(loss, 'mask_threshold', MASK_THRESHOLD),
             decoder_offset=getattr(loss, 'decoder_offset', 0),
         )
-
-    def _target_features(self, inputs: BatchInputs, encoded_lengths):
-        """Return the features that targets are made of, [B, D, T] or [B, d_model, A], and their lengths [B]."""
-        if self.pre_encoder is None:
-            return inputs.clean
-        if inputs.clean is inputs.seen:
-            return self.pre_encoder.get_current_feat().transpose(1, 2), encoded_lengths
-        features, lengths = inputs.clean
-        with torch.no_grad():
-            features, lengths = self.pre_encoder.pre_encode(x=features.transpose(1, 2), lengths=lengths)
-        return features.transpose(1, 2), lengths
 
     def masking_in_context(self, current_frame=None) -> Callable | None:
         """Return the masking module, bound to the present context; None if no objective masks."""

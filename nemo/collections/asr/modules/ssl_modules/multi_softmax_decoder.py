@@ -14,7 +14,7 @@ _up = upstream(globals())
 
 
 class MultiSoftmaxDecoder(_up.MultiSoftmaxDecoder):
-    """NeMo's linear decoder; arguments, weights and results are NeMo's.
+    """NeMo's linear decoder; arguments, weights and results are NeMo's, but for half precision.
 
     NeMo's convolution of one frame leaves the classes of a frame T elements apart, and the softmax has to gather them.
     The same product as a linear layer leaves them side by side.
@@ -22,7 +22,7 @@ class MultiSoftmaxDecoder(_up.MultiSoftmaxDecoder):
 
     @typecheck()
     def forward(self, encoder_output):
-        """Return log-probabilities [B, T, C, H], or [B, T, C] with ``squeeze_single`` and one codebook.
+        """Return log-probabilities [B, T, C, H], or [B, T, C] with ``squeeze_single`` and one codebook, at least float32.
 
         Args:
             encoder_output: [B, D, T], any floating dtype.
@@ -33,7 +33,7 @@ class MultiSoftmaxDecoder(_up.MultiSoftmaxDecoder):
         logits = F.linear(encoder_output.transpose(1, 2), layer.weight.squeeze(2), layer.bias)
         if not (self.squeeze_single and self.num_decoders == 1):
             logits = logits.unflatten(2, (self.num_classes, self.num_decoders))
-        return F.log_softmax(logits, dim=2)
+        return F.log_softmax(logits, dim=2, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     def _is_linear(self) -> bool:
         """Whether the layers are NeMo's one convolution of one frame, and nothing waits for it to be called.

@@ -8,7 +8,7 @@ H codebooks, N frames of the whole batch (B * S).
 """
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
     """BEST-RQ's targets (https://arxiv.org/abs/2202.01855); by default arguments, weights and results are NeMo's.
 
     NeMo compares each frame with each code by a difference [B, S, H, K, C]. The nearest code is also the one with the
-    largest ``x . c - |c|^2 / 2``, a matrix product.
+    largest ``x . c - |c|^2 / 2``, a matrix product. Projection and distances are at least float32 in any precision.
 
     Args:
         args, kwargs: NeMo's.
@@ -141,23 +141,23 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
         return logs
 
     def _unit_vectors(self, input_signal: torch.Tensor) -> torch.Tensor:
-        """Return what the codes are compared with, [B, S, H, K], of a signal as :meth:`forward` takes it."""
+        """Return what the codes are compared with, [B, S, H, K], at least float32, of a signal as :meth:`forward` takes."""
         signal = input_signal if self.time_ahead else input_signal.transpose(1, 2)
         batch, frames, features = signal.shape
         targets = frames // self.combine_time_steps
         whole = signal[:, : targets * self.combine_time_steps]
         combined = whole.reshape(batch, targets, self.combine_time_steps * features)
-        projected = self.proj(combined).view(batch, targets, self.num_books, self.code_dim)
-        return F.normalize(projected, dim=-1)
+        weight = self.proj.weight
+        dtype = torch.promote_types(torch.promote_types(combined.dtype, weight.dtype), torch.float32)
+        with without_autocast(combined.device):
+            projected = F.linear(combined.to(dtype), weight.to(dtype))
+        return F.normalize(projected.view(batch, targets, self.num_books, self.code_dim), dim=-1)
 
     @torch.no_grad()
     def _tokens(self, frames: torch.Tensor) -> torch.Tensor:
         """Return the index of the code nearest to each frame [B, S, H, K], as [B, S, H]."""
-        # NeMo's differences are in the wider dtype of frames and codebooks, whatever autocast says. Its cosine fails
-        # where the two dtypes differ, or rounds to autocast's; here both distances are computed alike.
         dtype = torch.promote_types(frames.dtype, self.codebooks.dtype)
-        device = frames.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with without_autocast(frames.device):
             books = [
                 self._nearest(frames[:, :, book].flatten(0, 1).to(dtype), self.codebooks[book].to(dtype))
                 for book in range(self.num_books)
@@ -176,6 +176,12 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
         # All codes have norm 1 but for rounding, and that decides where a frame is silence, exactly zero. The squares of
         # nearly equal norms are equal: compare the norms themselves, as NeMo does.
         return torch.where((frames == 0).all(dim=1), norms.argmin(), tokens)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Return a context in which operations keep the dtype of their inputs."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def check_projection(quantizer, mask_position: str, normalization: str | None = None) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from nemo.collections.asr.modules.ssl_modules.quantizers import check_projection
+from nemo.collections.asr.modules.ssl_modules.quantizers import check_projection, without_autocast
 from nemo.collections.asr.parts.objectives.base import Logs
 from nemo.collections.asr.parts.preprocessing.features import standardize_per_feature
 
@@ -18,6 +18,8 @@ TARGET_NORMALIZATIONS = (None, 'NA', 'per_feature')
 
 class Targets:
     """Makes the tokens by a model's quantizer, and refines its codebooks.
+
+    Features, normalisation and projection are float32 in any precision of the model, so the tokens are the same.
 
     Args:
         model: an ``EncDecMaskedTokenPredModel``, with ``target_normalize`` in its config.
@@ -56,7 +58,7 @@ class Targets:
     @torch.no_grad()
     def of(self, features: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the tokens [B, S] or [B, S, H] of features [B, D, M], and their lengths [B]."""
-        quantizer = self.model.quantizer
+        quantizer, features = self.model.quantizer, features.to(torch.promote_types(features.dtype, torch.float32))
         if self.normalize == 'per_feature':
             features = standardize_per_feature(features, lengths)
         whole = features.shape[-1] // self.combine_time_steps * self.combine_time_steps  # as stock's quantizer needs
@@ -66,6 +68,15 @@ class Targets:
         if self._observing:
             quantizer.observe(features, lengths, tokens)
         return tokens, lengths
+
+    @torch.no_grad()
+    def subsampled(self, features: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return clean features [B, D, T] after the encoder's subsampling [B, d_model, A], and their lengths [B]."""
+        subsampling = self.model.pre_encoder.pre_encode
+        with without_autocast(features.device):
+            weight = next(subsampling.parameters())
+            features, lengths = subsampling(x=features.transpose(1, 2).to(weight.dtype), lengths=lengths)
+        return features.transpose(1, 2), lengths
 
     @contextmanager
     def refining(self, step: int) -> Iterator[Logs]:
@@ -84,3 +95,24 @@ class Targets:
             yield logs
         finally:
             self._observing = False
+
+
+@contextmanager
+def kept_in_full_precision(*modules: torch.nn.Module) -> Iterator[None]:
+    """Undo, afterwards, what a block converts of modules to half precision; they move to devices all the same."""
+    stores = [
+        store for each in modules for module in each.modules() for store in (module._parameters, module._buffers)
+    ]
+    before = [(store, name, tensor.data) for store in stores for name, tensor in store.items() if tensor is not None]
+    yield
+    for store, name, tensor in before:
+        if store[name].dtype in (torch.float16, torch.bfloat16):
+            if isinstance(store[name], torch.nn.Parameter):
+                store[name].data = tensor.to(store[name].device)
+            else:
+                store[name] = tensor.to(store[name].device)
+
+
+def unconverted(data):
+    """Return a batch as it is, in the place of a precision plugin's ``convert_input``."""
+    return data

@@ -126,6 +126,7 @@ class OneByOne:
             def replace(rows, frames):
                 return torch.stack([self._take_mask_frames(row, x.T, masks).T for row, x in zip(rows, frames)])
 
+        seen = [frames.to(self._encoder.dtype) for frames in seen]
         encoded = self._encoder.step(self._encoded, seen, ends, replace)
         stacked, lengths = _pad(encoded)
         output = StreamingOutput(stacked, lengths, None)
