@@ -16,6 +16,9 @@ from nemo.collections.asr.parts.utils.manifest_index import index_of
 from nemo.collections.common.parts.preprocessing import collections
 from nemo.utils import logging
 from nemo.utils.data_utils import DataStoreObject
+from nemo.utils.left_out import LEFT_OUT
+
+OUTSIDE_LIMITS = 'outside of min_duration and max_duration'
 
 
 class ManifestEntries(Sequence):
@@ -47,10 +50,14 @@ class ManifestEntries(Sequence):
         keep = np.concatenate([index.lasting(min_duration, max_duration) for index in self.indices])
         self.kept = np.flatnonzero(keep)[: max_number or None]
         self.first_of = np.cumsum([0, *map(len, self.indices)])  # number of the first entry of each manifest
-        self._tell(durations, keep)
+        self._latest: tuple = (None, None)
+        self._log(durations, keep)
 
-    def _tell(self, durations: np.ndarray, keep: np.ndarray) -> None:
-        """Log what NeMo logs."""
+    def _log(self, durations: np.ndarray, keep: np.ndarray) -> None:
+        """Log what NeMo logs, and count what the limits on the duration leave out."""
+        if not keep.all():
+            number = int(np.flatnonzero(~keep)[0])
+            LEFT_OUT.add(OUTSIDE_LIMITS, f'entry {number + 1} of {self.manifests[0]}: {durations[number]} s', int((~keep).sum()))
         hours = np.nansum(durations[self.kept]) / 3600
         logging.info("Dataset loaded with %d files totalling %.2f hours", len(self), hours)
         logging.info("%d files were filtered totalling %.2f hours", (~keep).sum(), np.nansum(durations[~keep]) / 3600)
@@ -63,6 +70,11 @@ class ManifestEntries(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
+        if self._latest[0] != index:  # a dataset asks twice for the same
+            self._latest = index, self._item(index)
+        return self._latest[1]
+
+    def _item(self, index):
         number = int(self.kept[index])
         manifest = int(np.searchsorted(self.first_of, number, side='right')) - 1
         item = self.parse(self.indices[manifest].line(number - int(self.first_of[manifest])), self.manifests[manifest])

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch of NeMo's ``ssl_dataset.py``: bad audio is named, or skipped and counted; no Python loop over noise samples.
+"""Patch of NeMo's ``ssl_dataset.py``: bad audio is an error that names it, or is left out and counted.
 
 ``train_ds.skip_bad_audio``: absent or false, an utterance that cannot be read, or has samples that are NaN or
 infinite, ends the epoch with an error that names its file, from a data loader's worker as well; true, it is left out
-of its batch, logged, and counted in the batch's ``skipped``. A batch of which nothing is left is an error.
+of its batch, logged, and counted. A batch of which nothing is left is an error.
+
+Audio of several channels is mixed down, or ``channel_selector`` selects one.
 """
 
 import io
@@ -14,75 +16,94 @@ from dataclasses import dataclass
 import numpy as np
 import soundfile
 import torch
+import webdataset
 from lhotse import CutSet
 
 from nemo.collections.asr.data.manifest_entries import entries_read_when_asked_for
-from nemo.collections.asr.parts.utils.nonfinite_guard import on_this_rank, samples_are_valid
+from nemo.collections.asr.parts.utils.nonfinite_guard import NOT_FINITE, on_this_rank, samples_are_valid
+from nemo.collections.common.data.lhotse.nemo_adapters import CUT_OFF
 from nemo.utils import logging
+from nemo.utils.left_out import LEFT_OUT
 from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
 
 LEAST_SHARE_OF_DURATION = 0.5  # of what the manifest says; a file with less is most likely cut off
+SHORTER = 'shorter than the manifest says'
+UNREADABLE = 'unreadable'
 
 
 class BadAudioError(ValueError):
-    """An utterance that cannot be trained on; says which file, and why."""
+    """An utterance that cannot be trained on.
+
+    Attributes:
+        reason: under which it is counted.
+    """
+
+    def __init__(self, message: str, reason: str = UNREADABLE):
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass
 class AudioNoiseBatch(_up.AudioNoiseBatch):
-    """NeMo's batch, and how many utterances were left out of it."""
+    """NeMo's batch, and how many utterances were left out of it, and whether its samples were checked already."""
 
     skipped: int = 0
+    samples_are_checked: bool = False
 
 
 class SkippedItem:
-    """Stands in a batch for an utterance that is skipped, until the batch is collated."""
+    """Stands in a batch for an utterance that is left out, until the batch is collated."""
 
 
-class _CollatesWhatIsSound:
-    """Leaves skipped utterances out of a batch."""
+class _LeavesOut:
+    """Leaves bad utterances out of batches, or refuses them."""
 
     skip_bad_audio = False
+    counter = LEFT_OUT
 
     def _collate_fn(self, batch) -> AudioNoiseBatch:
         kept = [item for item in batch if not isinstance(item, SkippedItem)]
         if not kept:
-            raise BadAudioError(
-                f"each of the {len(batch)} utterances of a batch{on_this_rank()} is bad; the log names them"
-            )
+            raise BadAudioError(f"each of the {len(batch)} utterances of a batch{on_this_rank()} is bad; the log names them")
         collated = super()._collate_fn(kept)
-        collated.skipped = len(batch) - len(kept)
+        collated.skipped, collated.samples_are_checked = len(batch) - len(kept), True
         return collated
 
-    def _sound_or_skipped(self, load, entry):
+    def _item_or_skipped(self, load, entry, file: str):
         """Return the item that a function loads, checked, or what stands for it; ``entry`` is of the manifest."""
         try:
             item = load()
-            _check_samples(item.audio, entry.audio_file)
-            self._check_duration(item, entry)
+            self._check_duration(item, entry, file)
             return item
         except Exception as error:  # soundfile, librosa and sox each have their own
-            message = str(error) if isinstance(error, BadAudioError) else _reason(entry.audio_file, error)
-            if not self.skip_bad_audio:
-                raise _bad_audio(message) from error
-        logging.warning(f"Skipped bad audio{on_this_rank()}: {message}")
+            bad = error if isinstance(error, BadAudioError) else _bad_file(file, error)
+        return self._left_out(bad)
+
+    def _left_out(self, bad: BadAudioError) -> SkippedItem:
+        if not self.skip_bad_audio:
+            raise _refusal(str(bad)) from bad
+        logging.warning(f"Skipped bad audio{on_this_rank()}: {bad}")
+        self.counter.add(bad.reason, str(bad))
         return SkippedItem()
 
-    def _check_duration(self, item, entry) -> None:
-        """Find files that were cut off, which decoders read without a word; NeMo pads them."""
+    def _check_duration(self, item, entry, file: str) -> None:
+        """Find files that were cut off, which decoders read without an error; NeMo pads them."""
         found = len(item.audio) / self.featurizer.sample_rate
         expected = 0.0 if self.trim or entry.duration is None else entry.duration
         if found >= LEAST_SHARE_OF_DURATION * expected:
             return
-        message = f"{entry.audio_file} lasts {found:.2f} s, the manifest says {expected:.2f}"
+        message = f"{file} lasts {found:.2f} s, the manifest says {expected:.2f}"
         if self.skip_bad_audio:
-            raise BadAudioError(message)
+            raise BadAudioError(message, SHORTER)
         logging.warning(f"Audio may be cut off: {message}")
 
+    def __getstate__(self):
+        return {**self.__dict__, 'counter': self.counter}  # spawned workers take the counter along
 
-class AudioNoiseDataset(_CollatesWhatIsSound, _up.AudioNoiseDataset):
+
+class AudioNoiseDataset(_LeavesOut, _up.AudioNoiseDataset):
     """NeMo's dataset of noisy audio, with errors that name the file, and entries that are parsed when asked for."""
 
     def __init__(self, *args, **kwargs):
@@ -90,25 +111,49 @@ class AudioNoiseDataset(_CollatesWhatIsSound, _up.AudioNoiseDataset):
             super().__init__(*args, **kwargs)
 
     def __getitem__(self, index):
-        """Return an utterance with its noise, or what stands for a skipped one.
+        """Return an utterance with its noise, or what stands for one that is left out.
 
         Raises:
             BadAudioError: if it is bad and not to be skipped.
         """
-        return self._sound_or_skipped(
-            lambda: super(AudioNoiseDataset, self).__getitem__(index), self.manifest_processor.collection[index]
-        )
+        entry = self.manifest_processor.collection[index]
+        load = super().__getitem__
+        return self._item_or_skipped(lambda: load(index), entry, entry.audio_file)
 
 
-class TarredAudioNoiseDataset(_CollatesWhatIsSound, _up.TarredAudioNoiseDataset):
-    """NeMo's tarred dataset of noisy audio, with errors that name the file."""
+class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
+    """NeMo's tarred dataset of noisy audio, with errors that name tar and member."""
+
+    tar = None
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        stages = self._dataset.pipeline
+        [opening] = [index for index, stage in enumerate(stages) if _is_tar_reader(stage)]
+        stages[opening] = self._members
+
+    def _members(self, shards) -> Iterator[dict]:
+        """Yield the members of tar files; one that is cut off ends there."""
+        for shard in shards:
+            self.tar, last = shard['url'], None
+            try:
+                for member in webdataset.tarfile_to_samples()([shard]):
+                    last = member['__key__']
+                    yield member
+            except Exception as error:  # webdataset's, of tar files
+                self._left_out(BadAudioError(f"{self.tar} is cut off after member {last}: {error}", 'rest of a tar file'))
 
     def _build_sample(self, tup):
-        _, audio_filename, offset_id = tup
-        file_id, _ = os.path.splitext(os.path.basename(audio_filename))
+        _, name, offset_id = tup
+        file_id, _ = os.path.splitext(os.path.basename(name))
         collection = self.manifest_processor.collection
         entry = collection[collection.mapping[file_id][offset_id]]
-        return self._sound_or_skipped(lambda: super(TarredAudioNoiseDataset, self)._build_sample(tup), entry)
+        load = super()._build_sample
+        return self._item_or_skipped(lambda: load(tup), entry, f'{self.tar}: {entry.audio_file}')
+
+
+def _is_tar_reader(stage) -> bool:
+    return getattr(getattr(stage, 'f', None), '__name__', '') == 'tarfile_samples'
 
 
 class LhotseAudioNoiseDataset(_up.LhotseAudioNoiseDataset):
@@ -119,7 +164,7 @@ class LhotseAudioNoiseDataset(_up.LhotseAudioNoiseDataset):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.load_audio = SoundAudioSamples(self.load_audio)
+        self.load_audio = CheckedAudioSamples(self.load_audio)
 
     @property
     def skip_bad_audio(self) -> bool | None:
@@ -135,71 +180,84 @@ class LhotseAudioNoiseDataset(_up.LhotseAudioNoiseDataset):
 
         NeMo's stacks noises that are as long as their cuts, which fails where these differ.
         """
-        audios, lengths, sound = self.load_audio(cuts)
+        audios, lengths, read = self.load_audio(cuts)
         items = []
-        for cut, audio, length in zip(sound, audios, lengths):
+        for cut, audio, length in zip(read, audios, lengths):
             noise, noise_length = _up.sample_noise(self.noise_data, cut.sampling_rate, int(length))
-            items.append(
-                _up.AudioNoiseItem(
-                    sample_id=cut.id,
-                    audio=audio[: int(length)],
-                    audio_len=length,
-                    noise=noise,
-                    noise_len=noise_length,
-                )
-            )
+            items.append(_up.AudioNoiseItem(cut.id, audio[: int(length)], length, noise, noise_length))
         batch = _up._audio_noise_collate_fn(items, self.batch_augmentor)
-        batch.skipped = len(cuts) - len(items)
+        batch.skipped, batch.samples_are_checked = len(cuts) - len(items), True
         return batch
 
 
-class SoundAudioSamples:
-    """Wraps lhotse's loading of a batch, which skips what it cannot read; bad cuts are refused or left out."""
+class CheckedAudioSamples:
+    """Wraps lhotse's loading of a batch; bad cuts are refused, or left out and counted, and channels mixed down."""
 
     skip_bad_audio: bool | None = None
 
     def __init__(self, load_audio):
-        self.load_audio = load_audio
+        self.load_audio, self.counter = load_audio, LEFT_OUT
+        load_audio.mono_downmix = True
 
     def __call__(self, cuts):
-        """Return the audio, lengths and cuts that can be read and are finite."""
         audios, lengths, read = self._read(cuts)
         if samples_are_valid(audios):
             return audios, lengths, read
-        sound = torch.tensor([samples_are_valid(audio) for audio in audios])
-        bad = [cut for cut, is_sound in zip(read, sound.tolist()) if not is_sound]
-        message = f"{', '.join(map(_name_of_cut, bad))}: samples that are NaN or infinite"
-        if not self.skip_bad_audio or not sound.any():
-            raise _bad_audio(message)
-        logging.warning(f"Skipped bad audio{on_this_rank()}: {message}")
-        is_sound = dict(zip((cut.id for cut in read), sound.tolist()))
-        return audios[sound], lengths[sound], read.filter(lambda cut: is_sound[cut.id]).to_eager()
+        valid = torch.tensor([samples_are_valid(audio) for audio in audios])
+        bad = [cut for cut, is_valid in zip(read, valid.tolist()) if not is_valid]
+        message = f"{', '.join(map(_name_of_cut, bad))}: {NOT_FINITE}"
+        if not self.skip_bad_audio or not valid.any():
+            raise _refusal(message)
+        self._count(NOT_FINITE, message, len(bad))
+        is_valid = dict(zip((cut.id for cut in read), valid.tolist()))
+        return audios[valid], lengths[valid], read.filter(lambda cut: is_valid[cut.id]).to_eager()
 
     def _read(self, cuts):
         """Return what lhotse does; where bad audio is not to be skipped, the first cut that it left out is an error."""
-        found = None
+        found = reason = None
         try:
             found = self.load_audio(cuts)
         except Exception as error:  # lhotse's, for a batch of which nothing can be read
             reason = error
         read = set() if found is None else {cut.id for cut in found[2]}
         missing = [cut for cut in cuts if cut.id not in read]
-        if not missing or (found is not None and self.skip_bad_audio is not False):
+        if not missing and found is not None:
             return found
-        try:
-            missing[0].load_audio()
-        except Exception as error:  # the reason, which lhotse has logged only
-            reason = error
-        raise _bad_audio(' '.join(f'{_name_of_cut(missing[0])}: {type(reason).__name__}: {reason}'.split()))
+        message = _why_unreadable(missing[0], reason)
+        if found is None or self.skip_bad_audio is False:
+            raise _refusal(message)
+        self._count(CUT_OFF if _content_of(missing[0]) == b'' else UNREADABLE, message, len(missing))
+        return found
+
+    def _count(self, reason: str, message: str, count: int) -> None:
+        logging.warning(f"Skipped bad audio{on_this_rank()}: {message}{f' and {count - 1} others' if count > 1 else ''}")
+        self.counter.add(reason, message, count)
+
+
+def _why_unreadable(cut, reason: Exception | None) -> str:
+    if _content_of(cut) == b'':
+        return f'{_name_of_cut(cut)}: the file has no such member, or ends before it'
+    try:
+        cut.load_audio()
+    except Exception as error:  # the reason, which lhotse has logged only
+        reason = error
+    said = str(reason).partition('[extra info]')[0]  # lhotse adds the manifests of cut and recording
+    return ' '.join(f'{_name_of_cut(cut)}: {type(reason).__name__}: {said}'.split())
+
+
+def _content_of(cut):
+    sources = cut.recording.sources if cut.has_recording else None
+    return sources[0].source if sources else None
 
 
 def _name_of_cut(cut) -> str:
-    """Return the id of a cut, with its file if it has one; what comes out of shards has none."""
-    source = cut.recording.sources[0].source if cut.has_recording and cut.recording.sources else None
-    return f'{cut.id} ({source})' if isinstance(source, str) else cut.id
+    """Return the id of a cut, with the file, the tar file or the shard that it comes from."""
+    custom = getattr(cut, 'custom', None) or {}
+    source = custom.get('tar_origin') or custom.get('shard_origin') or _content_of(cut)
+    return f'{cut.id} ({source})' if isinstance(source, (str, os.PathLike)) and str(source) else cut.id
 
 
-def _bad_audio(message: str) -> BadAudioError:
+def _refusal(message: str) -> BadAudioError:
     """Return the error about bad audio that is not to be skipped, or that leaves nothing of a batch."""
     return BadAudioError(
         f"bad audio{on_this_rank()}: {message}; with train_ds.skip_bad_audio: true it would be skipped, where it is not a "
@@ -219,6 +277,7 @@ def load_noise_manifest(noise_manifest) -> list[dict]:
     names = noise_manifest.split(',') if isinstance(noise_manifest, str) else noise_manifest or []
     entries = []
     for name in names:
+        name = os.path.expanduser(name)
         entries += _noise_of_shards(name) if os.path.isdir(name) else _load_noise_manifest(name)
     return entries
 
@@ -232,70 +291,78 @@ class _Content(bytes):
 
 def _noise_of_shards(folder: str) -> list[dict]:
     try:
-        cuts = CutSet.from_shar(in_dir=folder)
         return [
             {
                 'audio_filepath': f'{folder}: {cut.id}',
                 'duration': cut.duration,
                 'content': _Content(cut.recording.sources[0].source),
             }
-            for cut in cuts
+            for cut in CutSet.from_shar(in_dir=folder)
         ]
     except (AssertionError, IndexError, KeyError, TypeError) as error:  # lhotse's, of a folder that is something else
         raise ValueError(f"noise_manifest {folder} is a folder, but not one of shards: {error}") from error
 
 
+class MonoSegment(_up.AudioSegment):
+    """NeMo's audio segment, mixed down."""
+
+    def __init__(self, *args, channel_selector=None, **kwargs):
+        super().__init__(*args, channel_selector='average' if channel_selector is None else channel_selector, **kwargs)
+
+
 def load_noise_audio(sample, sample_rate, max_audio_len=None, **kwargs):
-    """Load noise as NeMo does; noise that is not sound is an error, after which NeMo takes other noise."""
+    """Load noise as NeMo does, mixed down; noise that is bad is counted, and NeMo takes other noise."""
     read = sample
     if 'content' in sample:
         read = {**sample, 'audio_filepath': io.BytesIO(sample['content'])}
         longest = None if max_audio_len is None else max_audio_len / sample_rate
-        if (
-            longest is not None and longest < sample['duration']
-        ):  # NeMo would open it again for each part that it tries
+        if longest is not None and longest < sample['duration']:  # NeMo would open it again for each part that it tries
             read |= {'offset': np.random.uniform(0, sample['duration'] - longest), 'duration': longest}
-    noise, length = _load_noise_audio(read, sample_rate, max_audio_len, **kwargs)
-    _check_samples(noise, sample['audio_filepath'])
+    try:
+        noise, length = _load_noise_audio(read, sample_rate, max_audio_len, **kwargs)
+        if not samples_are_valid(noise):
+            raise BadAudioError(f"{sample['audio_filepath']}: {NOT_FINITE}")
+    except Exception as error:
+        bad = error if isinstance(error, BadAudioError) else _bad_file(sample['audio_filepath'], error)
+        LEFT_OUT.add('bad noise, replaced by other noise', str(bad))
+        raise bad from error
     return noise, length
 
 
 def set_skip_bad_audio(dataset, skip: bool) -> None:
-    """Tell a dataset, and all those it is made of, whether to skip bad audio.
+    """Set whether a dataset, and all those it is made of, skips bad audio.
 
     Raises:
         ValueError: if ``skip`` is not true or false, or true for a dataset that cannot skip.
     """
     if not isinstance(skip, bool):
         raise ValueError(f"skip_bad_audio is {skip!r}; it must be true or false")
-    able = [part for part in _parts(dataset) if hasattr(part, 'skip_bad_audio')]
+    able = [part for part in parts_of(dataset) if hasattr(part, 'skip_bad_audio')]
     for part in able:
         part.skip_bad_audio = skip
     if skip and not able:
         raise ValueError(f"skip_bad_audio is true, but {type(dataset).__name__} cannot skip bad audio")
 
 
-def _parts(dataset) -> Iterator:
+def parts_of(dataset) -> Iterator:
+    """Yield a dataset and all those it is made of."""
     if dataset is None:
         return
     yield dataset
     for part in getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]:
-        yield from _parts(part)
+        yield from parts_of(part)
 
 
-def _check_samples(samples: torch.Tensor, file: str | None) -> None:
-    if not samples_are_valid(samples):
-        raise BadAudioError(f"{file}: samples that are NaN or infinite")
-
-
-def _reason(file: str | None, error: Exception) -> str:
-    """Name a file and say why it cannot be read; NeMo 2.5.3 tries a second decoder, whose error says less."""
+def _bad_file(file, error: Exception) -> BadAudioError:
+    """Name a file and why it cannot be read; NeMo 2.5.3 tries a second decoder, whose error says less."""
+    if str(error).endswith(NOT_FINITE):
+        return BadAudioError(f'{file}: {NOT_FINITE}', NOT_FINITE)
     if isinstance(file, str) and os.path.isfile(file):
         try:
             soundfile.info(file)
         except Exception as first:  # libsndfile's and the system's errors
             error = first
-    return ' '.join(f'{file}: {type(error).__name__}: {error}'.split())
+    return BadAudioError(' '.join(f'{file}: {type(error).__name__}: {error}'.split()))
 
 
 def _sum(values):
@@ -308,5 +375,5 @@ _load_noise_audio, _load_noise_manifest = _up.load_noise_audio, _up.load_noise_m
 # above 0, which is as often below: two readings for each utterance, and none of the noise whose mean is below 0.
 _up.AudioNoiseBatch, _up.AudioNoiseDataset = AudioNoiseBatch, AudioNoiseDataset
 _up.TarredAudioNoiseDataset, _up.load_noise_audio = TarredAudioNoiseDataset, load_noise_audio
-_up.load_noise_manifest = load_noise_manifest
+_up.load_noise_manifest, _up.AudioSegment = load_noise_manifest, MonoSegment
 _up.sum = _sum

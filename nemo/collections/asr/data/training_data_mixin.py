@@ -5,8 +5,17 @@ from nemo.collections.asr.data.loader_options import take_own_options, with_own_
 from nemo.collections.asr.data.loader_workers import end_workers_with_their_parent
 from nemo.collections.asr.data.resumable_cuts import make_resumable_cuts, reads_cuts, repeatable_config
 from nemo.collections.asr.data.resumable_loader import ResumableDataLoader, ResumableLoader
+from nemo.collections.asr.data.ssl_dataset import parts_of
 from nemo.collections.asr.parts.utils.data_wait import NAME, DataWait
+from nemo.collections.asr.parts.utils.nonfinite_guard import on_this_rank
 from nemo.utils import logging
+from nemo.utils.left_out import LEFT_OUT
+
+
+def log_left_out() -> None:
+    """Log how many utterances this rank has left out, for which reasons, and the first of each."""
+    log = logging.warning if LEFT_OUT.total() else logging.info
+    log(f"Data{on_this_rank()}: {LEFT_OUT.summary()}")
 
 
 class TrainingDataMixin:
@@ -24,6 +33,14 @@ class TrainingDataMixin:
         return loader
 
     def _make_loader(self, config):
+        loader = self._make_loader_with_options(config)
+        selector = None if config is None else config.get('channel_selector')
+        for part in parts_of(getattr(loader, 'dataset', None)):
+            if selector is not None and hasattr(part, 'featurizer'):  # NeMo's tarred datasets take no selector
+                part.featurizer.channel_selector = selector
+        return loader
+
+    def _make_loader_with_options(self, config):
         config, own = take_own_options(config)
         if own.get('resumable') is None or not reads_cuts(config):
             return with_own_options(super()._setup_dataloader_from_config(config), **own)
@@ -67,6 +84,16 @@ class TrainingDataMixin:
         super().on_validation_start()
         if self._data_wait is not None:
             self._data_wait.pause()
+
+    def on_train_epoch_end(self) -> None:
+        """Log what was left out so far."""
+        super().on_train_epoch_end()
+        log_left_out()
+
+    def on_train_end(self) -> None:
+        """Log what was left out."""
+        super().on_train_end()
+        log_left_out()
 
     def _waiting_for_data(self) -> dict[str, float]:
         """Return what a step logs of the wait before it."""

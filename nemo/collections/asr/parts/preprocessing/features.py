@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from omegaconf import OmegaConf
 
+from nemo.collections.asr.parts.utils.nonfinite_guard import NOT_FINITE, samples_are_valid
 from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
@@ -174,5 +175,30 @@ class FilterbankFeatures(_up.FilterbankFeatures):
             self.normalize = check_fixed_statistics(self.normalize, features=self.nfilt * self.frame_splicing)
 
 
-# stock's FilterbankFeatures.forward looks its function up in its own module
-_up.normalize_batch = normalize_batch
+class WaveformFeaturizer(_up.WaveformFeaturizer):
+    """NeMo's reader of audio files; channels are mixed down, and samples that are NaN or infinite are an error."""
+
+    channel_selector = 'average'
+    """For calls that give none: NeMo's, which keeps all channels, makes samples that no model here takes."""
+
+    def process(self, file_path, *args, channel_selector=None, **kwargs):
+        """Return the samples [N] of a file; arguments are NeMo's.
+
+        Raises:
+            ValueError: naming the file, if a channel is missing or a sample is not finite.
+        """
+        selector = self.channel_selector if channel_selector is None else channel_selector
+        samples = super().process(file_path, *args, channel_selector=_plain(selector), **kwargs)
+        if samples.dim() > 1:
+            raise ValueError(f"{file_path}: channel_selector {selector} gives {samples.shape[1]} channels; set one or 'average'")
+        if not samples_are_valid(samples):
+            raise ValueError(f"{file_path}: {NOT_FINITE}")
+        return samples
+
+
+def _plain(selector):
+    return list(selector) if isinstance(selector, Sequence) and not isinstance(selector, str) else selector
+
+
+# NeMo's classes look these up in their own module.
+_up.normalize_batch, _up.WaveformFeaturizer = normalize_batch, WaveformFeaturizer

@@ -14,9 +14,11 @@ import torch
 
 from nemo.collections.asr.parts.utils.logged_numbers import cpu_scalars
 from nemo.utils import logging
+from nemo.utils.left_out import LEFT_OUT
 
 LARGEST_SAMPLE = 1e15  # the power of a louder frame overflows float32, and with it the features
 MAX_SKIPPED_IN_A_ROW = 100
+NOT_FINITE = 'samples that are NaN or infinite'
 
 
 def on_this_rank() -> str:
@@ -64,7 +66,7 @@ class NonFiniteGuard:
         """Refuse an empty batch, and refuse or drop invalid utterances."""
         batch = super().on_before_batch_transfer(batch, dataloader_idx)
         self._skipped_utterances += getattr(batch, 'skipped', 0)
-        invalid = invalid_utterances(batch)
+        invalid = None if getattr(batch, 'samples_are_checked', False) else invalid_utterances(batch)
         self._batch_is_invalid = invalid is not None and bool(invalid.all())
         if invalid is None:
             return batch
@@ -76,6 +78,7 @@ class NonFiniteGuard:
             raise ValueError(f"{what} has {why}, and the batch no valid utterance")
         logging.warning(f"Dropped {what}: it has {why}")
         self._skipped_utterances += int(invalid.sum())
+        LEFT_OUT.add(NOT_FINITE, what, int(invalid.sum()))
         if not self._batch_is_invalid:
             return _select(batch, ~invalid)
         batch = _select(batch, torch.arange(len(invalid)) == 0)  # silence, for ranks that wait for this one

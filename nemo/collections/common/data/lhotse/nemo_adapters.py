@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patch of NeMo's ``nemo_adapters.py``: audio that lhotse cannot read reaches the dataset, which counts or refuses it.
+
+NeMo's readers drop damaged members of tar files and what follows the end of a tar file that is cut off. Here such an
+utterance is a cut whose audio cannot be loaded. Headers of files are read, so segments and channels are right.
+"""
+
+import tarfile
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import lhotse.shar.readers.lazy as lazy_shar
+import numpy as np
+import soundfile as sound_files  # another name than NeMo's, which is replaced below
+from lhotse import AudioSource, Recording
+from lhotse.audio.backend import LibsndfileBackend
+from lhotse.shar.readers.tar import TarIterator
+from lhotse.utils import compute_num_samples
+
+from nemo.utils import logging
+from nemo.utils.data_utils import is_datastore_path
+from nemo.utils.left_out import LEFT_OUT
+from nemo_streaming_ssl import upstream
+
+_up = upstream(globals())
+
+CUT_OFF = 'missing in a tar file that is cut off'
+UNREADABLE = SimpleNamespace(samplerate=16000, channels=1, frames=1, duration=1 / 16000)  # a header, where there is none
+
+
+class LazyNeMoIterator(_up.LazyNeMoIterator):
+    """NeMo's reader of manifests; a file whose header cannot be read makes a cut that cannot be loaded."""
+
+    def _create_cut(self, audio_path, offset, duration, sampling_rate=None):
+        if self.metadata_only:
+            return super()._create_cut(audio_path, offset, duration, sampling_rate)
+        end = (offset or 0.0) + (duration or 0.0)
+        try:
+            if sampling_rate is not None and is_datastore_path(audio_path):
+                recording = _recording(audio_path, AudioSource('url', [0], audio_path), end, sampling_rate)
+            else:
+                recording = Recording.from_file(audio_path)
+            return _segment(recording, offset, duration)
+        except Exception:  # of soundfile, of lhotse; the cut raises it again where it is loaded
+            source = AudioSource('file', [0], audio_path)
+            return _segment(_recording(audio_path, source, end or 1.0, sampling_rate or 16000), offset, duration)
+
+
+def _recording(name: str, source: AudioSource, duration: float, sampling_rate: int) -> Recording:
+    samples = compute_num_samples(duration, sampling_rate)
+    return Recording(name, [source], sampling_rate, samples, duration, channel_ids=source.channels)
+
+
+def _segment(recording: Recording, offset: float | None, duration: float | None):
+    """Return a cut with the id that NeMo gives it."""
+    cut = recording.to_cut()
+    if offset is None:
+        return cut
+    if offset >= recording.duration:
+        raise ValueError(f"the utterance begins at {offset} s of {recording.duration:.2f}")
+    length = recording.duration - offset if duration is None else min(duration, recording.duration - offset)
+    cut = cut.truncate(offset=offset, duration=length, preserve_id=True)
+    cut.id = f"{cut.id}-{round(offset * 1e2):06d}-{round(length * 1e2):06d}"
+    return cut
+
+
+class LazyNeMoTarredIterator(_up.LazyNeMoTarredIterator):
+    """NeMo's reader of tarred manifests; every entry of a manifest is in its tar file, or is counted."""
+
+    def _iter_sequential(self, tar_path, shard_manifest, *args):
+        names, reason = set(), f'{tar_path} has no such member'
+        try:
+            for data, audio, member in super()._iter_sequential(tar_path, shard_manifest, *args):
+                names.add(member.name)
+                yield data, audio, member
+        except (tarfile.ReadError, EOFError) as error:
+            reason = f'{tar_path} is cut off: {error}'
+        missing = [name for name in shard_manifest if name not in names]
+        if not missing or getattr(self, 'slice_length', None) is not None:
+            return
+        logging.warning(f"{len(missing)} members are missing, the first is {missing[0]}: {reason}")
+        others = [entry for name in missing for entry in shard_manifest[name]][1:]
+        LEFT_OUT.add(CUT_OFF, f'{missing[0]}: {reason}', len(others))
+        shard_manifest[missing[0]] = shard_manifest[missing[0]][:1]
+        yield shard_manifest[missing[0]], b'', tarfile.TarInfo(missing[0])  # the dataset counts it, or refuses it
+
+
+def make_cut_with_subset_inmemory_recording(recording: Recording, offset: float = 0.0, duration: float | None = None):
+    """Return NeMo's cut; audio that cannot be decoded makes one that cannot be loaded."""
+    if recording.num_samples == UNREADABLE.frames:
+        return _recording(recording.id, recording.sources[0], duration or 1.0, recording.sampling_rate).to_cut()
+    try:
+        left = recording.duration - (offset or 0.0)
+        return _make_cut(recording, offset=offset or 0.0, duration=left if duration is None else duration)
+    except Exception:  # of any decoder
+        return recording.to_cut()
+
+
+class _NonFiniteBackend(LibsndfileBackend):
+    """Keeps samples that are NaN or infinite, which 16-bit files turn into clicks."""
+
+    def save_audio(self, dest, src, sampling_rate, format=None, **kwargs):
+        if np.isfinite(src).all():
+            super().save_audio(dest, src, sampling_rate, format=format, **kwargs)
+        else:
+            sound_files.write(dest, src.T, sampling_rate, format='WAV', subtype='FLOAT')
+
+
+def _header(file: BytesIO):
+    """Return what ``soundfile.info`` does, or ``UNREADABLE``."""
+    try:
+        return sound_files.info(file)
+    except Exception:  # of libsndfile
+        return UNREADABLE
+
+
+class WholeTarIterator(TarIterator):
+    """lhotse's reader of a shard's recordings, which are as many as its cuts; the first that is missing has no data."""
+
+    def __iter__(self):
+        read, reason = 0, 'it ends before its cuts'
+        try:
+            for item in super().__iter__():
+                read += 1
+                yield item
+        except Exception as error:  # of tarfile, and of lhotse where a pair of members is incomplete
+            reason = str(error)
+        logging.warning(f"{self.source} is cut off after {read} recordings: {reason}")
+        LEFT_OUT.add(CUT_OFF, f'{self.source}: {reason}', _cuts_beside(self.source) - read - 1)
+        yield None, None  # reached only if there is one more cut
+
+
+def _cuts_beside(tar_path) -> int:
+    """Return how many cuts a local shard has, 0 if that is not known."""
+    number = Path(tar_path).name.partition('.')[2].removesuffix('.tar')
+    for manifest in Path(tar_path).parent.glob(f'cuts.{number}.jsonl*'):
+        return sum(1 for _ in lazy_shar.LazyJsonlIterator(manifest))
+    return 0
+
+
+# NeMo's and lhotse's functions look these up in their own modules.
+_make_cut = getattr(_up.make_cut_with_subset_inmemory_recording, '__wrapped__', None) or (
+    _up.make_cut_with_subset_inmemory_recording
+)
+make_cut_with_subset_inmemory_recording.__wrapped__ = _make_cut
+_up.LazyNeMoIterator, _up.LazyNeMoTarredIterator = LazyNeMoIterator, LazyNeMoTarredIterator
+_up.make_cut_with_subset_inmemory_recording = make_cut_with_subset_inmemory_recording
+_up.LibsndfileBackend, _up.soundfile = _NonFiniteBackend, SimpleNamespace(info=_header)
+lazy_shar.TarIterator = WholeTarIterator
