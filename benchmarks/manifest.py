@@ -76,7 +76,7 @@ def measure(part: str, manifest: str, workers: int) -> dict:
 
     if part not in STOCK:
         from nemo.collections.asr.data.resumable_loader import make_resumable
-        from nemo.collections.asr.parts.utils.pretraining_checks import check_manifest
+        from nemo.collections.asr.data.data_checks import check_manifest
 
     before, start = resident_megabytes(), time.perf_counter()
     if part.startswith(('check', 'whole')):

@@ -73,7 +73,7 @@ def describe(reasons: Mapping[str, Reason]) -> str:
 
 
 def _adopt(path: str) -> LeftOut:
-    LEFT_OUT.path = path
+    LEFT_OUT.path, LEFT_OUT._owner = path, None  # the process that made the file removes it
     return LEFT_OUT
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo.collections.asr.data.data_checks import check_data
 from nemo.collections.asr.models import (
     EncDecCTCModel,
     EncDecCTCModelBPE,
@@ -40,7 +41,7 @@ from nemo.collections.asr.models import (
 )
 from nemo.collections.asr.parts.ssl_reports.model_figures import look_ahead_title
 from nemo.collections.asr.parts.streaming.session import StreamingSession
-from nemo.collections.asr.parts.utils.pretraining_checks import check_contexts, check_data, check_known_keys
+from nemo.collections.asr.parts.utils.pretraining_checks import check_contexts, check_known_keys
 from nemo.core.classes.modelPT import ModelPT
 from nemo.core.config import hydra_runner
 from nemo.core.connectors.initial_weights import PLACES, sources_of

@@ -44,8 +44,8 @@ class ManifestEntries(Sequence):
         max_number: int | None = None,
     ):
         self.parse = parse
-        self.manifests = [manifests] if isinstance(manifests, str) else list(manifests)
-        self.indices = [index_of(expanduser(DataStoreObject(manifest).get())) for manifest in self.manifests]
+        self.manifests = [expanduser(path) for path in ([manifests] if isinstance(manifests, str) else manifests)]
+        self.indices = [index_of(DataStoreObject(manifest).get()) for manifest in self.manifests]
         durations = np.concatenate([index.durations for index in self.indices])
         keep = np.concatenate([index.lasting(min_duration, max_duration) for index in self.indices])
         self.kept = np.flatnonzero(keep)[: max_number or None]
@@ -57,7 +57,9 @@ class ManifestEntries(Sequence):
         """Log what NeMo logs, and count what the limits on the duration leave out."""
         if not keep.all():
             number = int(np.flatnonzero(~keep)[0])
-            LEFT_OUT.add(OUTSIDE_LIMITS, f'entry {number + 1} of {self.manifests[0]}: {durations[number]} s', int((~keep).sum()))
+            LEFT_OUT.add(
+                OUTSIDE_LIMITS, f'entry {number + 1} of {self.manifests[0]}: {durations[number]} s', int((~keep).sum())
+            )
         hours = np.nansum(durations[self.kept]) / 3600
         logging.info("Dataset loaded with %d files totalling %.2f hours", len(self), hours)
         logging.info("%d files were filtered totalling %.2f hours", (~keep).sum(), np.nansum(durations[~keep]) / 3600)

@@ -31,6 +31,7 @@ _up = upstream(globals())
 LEAST_SHARE_OF_DURATION = 0.5  # of what the manifest says; a file with less is most likely cut off
 SHORTER = 'shorter than the manifest says'
 UNREADABLE = 'unreadable'
+MISSING = 'the file has no such member, or ends before it'
 
 
 class BadAudioError(ValueError):
@@ -66,7 +67,9 @@ class _LeavesOut:
     def _collate_fn(self, batch) -> AudioNoiseBatch:
         kept = [item for item in batch if not isinstance(item, SkippedItem)]
         if not kept:
-            raise BadAudioError(f"each of the {len(batch)} utterances of a batch{on_this_rank()} is bad; the log names them")
+            raise BadAudioError(
+                f"each of the {len(batch)} utterances of a batch{on_this_rank()} is bad; the log names them"
+            )
         collated = super()._collate_fn(kept)
         collated.skipped, collated.samples_are_checked = len(batch) - len(kept), True
         return collated
@@ -141,7 +144,9 @@ class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
                     last = member['__key__']
                     yield member
             except Exception as error:  # webdataset's, of tar files
-                self._left_out(BadAudioError(f"{self.tar} is cut off after member {last}: {error}", 'rest of a tar file'))
+                self._left_out(
+                    BadAudioError(f"{self.tar} is cut off after member {last}: {error}", 'rest of a tar file')
+                )
 
     def _build_sample(self, tup):
         _, name, offset_id = tup
@@ -214,35 +219,41 @@ class CheckedAudioSamples:
 
     def _read(self, cuts):
         """Return what lhotse does; where bad audio is not to be skipped, the first cut that it left out is an error."""
-        found = reason = None
+        found = None
         try:
             found = self.load_audio(cuts)
-        except Exception as error:  # lhotse's, for a batch of which nothing can be read
-            reason = error
+        except Exception:  # of a cut without audio, or lhotse's for a batch of which nothing can be read
+            readable = CutSet.from_cuts(cut for cut in cuts if _why_unreadable(cut) is None)
+            if len(readable):
+                found = self.load_audio(readable)
         read = set() if found is None else {cut.id for cut in found[2]}
         missing = [cut for cut in cuts if cut.id not in read]
-        if not missing and found is not None:
+        if not missing:
             return found
-        message = _why_unreadable(missing[0], reason)
+        message = f'{_name_of_cut(missing[0])}: {_why_unreadable(missing[0])}'
         if found is None or self.skip_bad_audio is False:
             raise _refusal(message)
-        self._count(CUT_OFF if _content_of(missing[0]) == b'' else UNREADABLE, message, len(missing))
+        self._count(CUT_OFF if MISSING in message else UNREADABLE, message, len(missing))
         return found
 
     def _count(self, reason: str, message: str, count: int) -> None:
-        logging.warning(f"Skipped bad audio{on_this_rank()}: {message}{f' and {count - 1} others' if count > 1 else ''}")
+        logging.warning(
+            f"Skipped bad audio{on_this_rank()}: {message}{f' and {count - 1} others' if count > 1 else ''}"
+        )
         self.counter.add(reason, message, count)
 
 
-def _why_unreadable(cut, reason: Exception | None) -> str:
-    if _content_of(cut) == b'':
-        return f'{_name_of_cut(cut)}: the file has no such member, or ends before it'
+def _why_unreadable(cut) -> str | None:
+    """Return why the audio of a cut cannot be loaded, which lhotse has logged only; None if it can be."""
+    source = cut.recording.sources[0] if cut.has_recording and cut.recording.sources else None
+    if source is None or source.type == 'shar' or source.source == b'':
+        return MISSING
     try:
         cut.load_audio()
-    except Exception as error:  # the reason, which lhotse has logged only
-        reason = error
-    said = str(reason).partition('[extra info]')[0]  # lhotse adds the manifests of cut and recording
-    return ' '.join(f'{_name_of_cut(cut)}: {type(reason).__name__}: {said}'.split())
+    except Exception as error:  # of lhotse and its decoders
+        said = str(error).partition('[extra info]')[0]  # lhotse adds the manifests of cut and recording
+        return ' '.join(f'{type(error).__name__}: {said}'.split())
+    return None
 
 
 def _content_of(cut):
@@ -316,7 +327,9 @@ def load_noise_audio(sample, sample_rate, max_audio_len=None, **kwargs):
     if 'content' in sample:
         read = {**sample, 'audio_filepath': io.BytesIO(sample['content'])}
         longest = None if max_audio_len is None else max_audio_len / sample_rate
-        if longest is not None and longest < sample['duration']:  # NeMo would open it again for each part that it tries
+        if (
+            longest is not None and longest < sample['duration']
+        ):  # NeMo would open it again for each part that it tries
             read |= {'offset': np.random.uniform(0, sample['duration'] - longest), 'duration': longest}
     try:
         noise, length = _load_noise_audio(read, sample_rate, max_audio_len, **kwargs)

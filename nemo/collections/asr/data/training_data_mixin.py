@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model does about its training data: own options, the place in the epoch, and the wait. New in this project."""
 
+import copy
+from contextlib import nullcontext
+
+from omegaconf import OmegaConf, open_dict
+from torch.utils.data import IterableDataset
+
 from nemo.collections.asr.data.loader_options import take_own_options, with_own_options
 from nemo.collections.asr.data.loader_workers import end_workers_with_their_parent
 from nemo.collections.asr.data.resumable_cuts import make_resumable_cuts, reads_cuts, repeatable_config
@@ -10,6 +16,20 @@ from nemo.collections.asr.parts.utils.data_wait import NAME, DataWait
 from nemo.collections.asr.parts.utils.nonfinite_guard import on_this_rank
 from nemo.utils import logging
 from nemo.utils.left_out import LEFT_OUT
+
+
+def without_null(config):
+    """Return a data section without augmentors that are null, on which NeMo's loaders fail."""
+    null = [
+        key for key in ('augmentor', 'batch_augmentor') if config is not None and key in config and config[key] is None
+    ]
+    if not null:
+        return config
+    config = copy.deepcopy(config)
+    with open_dict(config) if OmegaConf.is_config(config) else nullcontext():
+        for key in null:
+            del config[key]
+    return config
 
 
 def log_left_out() -> None:
@@ -32,8 +52,24 @@ class TrainingDataMixin:
         end_workers_with_their_parent(loader)
         return loader
 
+    def setup_training_data(self, train_data_config) -> None:
+        """Make the training loader, as NeMo does.
+
+        Raises:
+            ValueError: if the number of batches is not known and ``trainer.limit_train_batches`` does not give it.
+        """
+        try:
+            super().setup_training_data(train_data_config)
+        except TypeError as error:
+            if not isinstance(getattr(self._train_dl, 'dataset', None), IterableDataset):
+                raise
+            raise ValueError(
+                f"trainer.limit_train_batches is {self._trainer.limit_train_batches}, and these data have no length; set it "
+                "to the number of batches of an epoch, or set model.train_ds.resumable"
+            ) from error
+
     def _make_loader(self, config):
-        loader = self._make_loader_with_options(config)
+        loader = self._make_loader_with_options(without_null(config))
         selector = None if config is None else config.get('channel_selector')
         for part in parts_of(getattr(loader, 'dataset', None)):
             if selector is not None and hasattr(part, 'featurizer'):  # NeMo's tarred datasets take no selector

@@ -190,7 +190,9 @@ class WaveformFeaturizer(_up.WaveformFeaturizer):
         selector = self.channel_selector if channel_selector is None else channel_selector
         samples = super().process(file_path, *args, channel_selector=_plain(selector), **kwargs)
         if samples.dim() > 1:
-            raise ValueError(f"{file_path}: channel_selector {selector} gives {samples.shape[1]} channels; set one or 'average'")
+            raise ValueError(
+                f"{file_path}: channel_selector {selector} gives {samples.shape[1]} channels; set one or 'average'"
+            )
         if not samples_are_valid(samples):
             raise ValueError(f"{file_path}: {NOT_FINITE}")
         return samples

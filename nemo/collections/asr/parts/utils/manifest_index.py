@@ -7,7 +7,7 @@ ranks of a machine share it. Of a large manifest what was found is left in a fil
 ranks of the machine, and the next start, find it.
 """
 
-import fcntl
+import getpass
 import hashlib
 import itertools
 import json
@@ -15,6 +15,7 @@ import mmap
 import os
 import tempfile
 from array import array
+from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -22,8 +23,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lhotse.serialization import open_best
+
+from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths
 from nemo.utils import logging
 from nemo.utils.atomic_files import replacing
+from nemo.utils.data_utils import is_datastore_path
+
+try:
+    import fcntl
+except ImportError:  # Windows: each process reads a manifest for itself
+    fcntl = None
 
 FIRST = 100  # entries that are kept as they are, to look at
 SHARED_FROM = 10_000_000  # bytes; a manifest of this size is read in a fifth of a second
@@ -34,6 +44,73 @@ class NumberedEntry(NamedTuple):
 
     line: int
     entry: dict
+
+
+class Line(NamedTuple):
+    """An entry, with the manifest it is in."""
+
+    manifest: str
+    number: int
+    entry: dict
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is not one of this machine: of a data store, a URL, or a command to read from."""
+    return is_datastore_path(path) or '://' in path or path.startswith('pipe:')
+
+
+def expanded(path: str) -> list[str]:
+    """Return the files that a path with braces or ``_OP_`` and ``_CL_`` stands for, as NeMo expands it."""
+    return expand_sharded_filepaths(path)
+
+
+def read_entries(pattern: str | Path) -> Iterator[Line]:
+    """Read manifests as lhotse does, compressed or not; the paths of audio files become absolute.
+
+    Args:
+        pattern: of one manifest, or of several with braces.
+
+    Raises:
+        ValueError: naming manifest and line, if a manifest cannot be read, has no entries, or a line is no entry.
+    """
+    for path in expanded(str(pattern)):
+        line = None
+        try:
+            for number, text in _numbered_lines(path):
+                line = Line(path, number, _parsed(text, path, number))
+                yield line
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise ValueError(f"manifest {path} cannot be read: {error}") from error
+        if line is None:
+            raise ValueError(f"manifest {path} has no entries")
+
+
+def ends_of(path: str) -> list[NumberedEntry]:
+    """Return the first and the last entry of a manifest, compressed or not.
+
+    Raises:
+        ValueError: naming manifest and line, if one of them is no JSON object.
+    """
+    lines = list(itertools.islice(_numbered_lines(path), 1))
+    lines += deque(_numbered_lines(path), maxlen=1)
+    return [NumberedEntry(number, _parsed(text, path, number)) for number, text in lines]
+
+
+def _numbered_lines(path: str) -> Iterator[tuple[int, str]]:
+    with open_best(os.path.expanduser(path)) as lines:
+        for number, text in enumerate(lines, 1):
+            if not text.isspace():
+                yield number, text
+
+
+def _parsed(line: bytes | str, path: str, number: int) -> dict:
+    try:
+        entry = json.loads(line if isinstance(line, str) else line.decode())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+    if not isinstance(entry, dict):
+        raise ValueError(f"{path}, line {number} is no JSON object")
+    return entry
 
 
 class ManifestIndex:
@@ -55,7 +132,7 @@ class ManifestIndex:
     def __init__(self, path: str):
         self.path = path
         self._open()
-        if self._stamp[1] < SHARED_FROM:
+        if self._stamp[1] < SHARED_FROM or fcntl is None:
             self.starts, self.durations = self._read()
         else:
             self.starts, self.durations = _once_on_this_machine(path, self._stamp, self._read)
@@ -77,7 +154,7 @@ class ManifestIndex:
         position = 0
         for number, line in enumerate(iter(self._content.readline, b''), 1):
             if not line.isspace():
-                yield position, number, self._parsed(line, number)
+                yield position, number, _parsed(line, self.path, number)
             position += len(line)
 
     def _open(self) -> None:
@@ -85,15 +162,6 @@ class ManifestIndex:
         self._stamp = _stamp(os.fstat(self._file.fileno()))
         empty = self._stamp[1] == 0  # which cannot be mapped
         self._content = self._file if empty else mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def _parsed(self, line: bytes, number: int) -> dict:
-        try:
-            entry = json.loads(line.decode())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.path}, line {number} is no JSON: {error}") from error
-        if not isinstance(entry, dict):
-            raise ValueError(f"{self.path}, line {number} is no JSON object")
-        return entry
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -160,7 +228,7 @@ def _once_on_this_machine(path: str, stamp: tuple[int, int], read) -> tuple[np.n
 def _shared_file(path: str, stamp: tuple[int, int]) -> Path:
     """Return where the index of a manifest is left: below a folder of this user, named after file, time and size."""
     name = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f'nemo-manifest-index-{os.getuid()}'
+    folder = Path(tempfile.gettempdir()) / f'nemo-manifest-index-{getpass.getuser()}'
     return folder / f"{name}-{'-'.join(map(str, stamp))}.npy"
 
 

@@ -4,11 +4,11 @@
 import dataclasses
 import inspect
 from collections.abc import Iterable
-from pathlib import Path
 
 import lightning.pytorch as pl
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from nemo.collections.asr.data.data_checks import check_data
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.context_sampler import FIELD as SAMPLER
 from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler
@@ -34,13 +34,8 @@ from nemo.collections.asr.parts.utils.known_keys import (
     check_spelling,
     nearest_key,
 )
-from nemo.collections.asr.parts.utils.manifest_index import index_of
-from nemo.collections.common.parts.preprocessing.manifest import get_full_path
-from nemo.utils.data_utils import is_datastore_path
 from nemo.utils.exp_manager import CallbackParams, ExpManagerConfig
 from nemo.utils.model_utils import import_class_by_path
-
-SHARD_PARTS = ('cuts', 'recording')
 
 
 def check_pretraining_config(cfg: DictConfig) -> None:
@@ -216,98 +211,3 @@ def check_mask_position(model_cfg: DictConfig) -> None:
                 f"model.{key} is {value} with mask_position post_conv; it must be {needed}, for a target is then made "
                 "of one encoder frame, its own"
             )
-
-
-def check_data(name: str, data_cfg: DictConfig) -> None:
-    """Check the manifests of a data section; those of tarred, sharded and lhotse data are left to their readers.
-
-    Raises:
-        ValueError: naming the manifest, and what is wrong with it.
-    """
-    if data_cfg.get('noise_manifest'):
-        for path in _paths(data_cfg.noise_manifest):
-            if Path(path).is_dir():
-                check_shards(path, f'{name}.noise_manifest')
-            else:
-                check_manifest(path, f'{name}.noise_manifest')
-    if isinstance(data_cfg.get('shar_path'), str):
-        check_shards(data_cfg.shar_path, f'{name}.shar_path')
-    if data_cfg.get('is_tarred') or data_cfg.get('input_cfg') or data_cfg.get('shar_path'):
-        return
-    if not data_cfg.get('manifest_filepath'):
-        raise ValueError(
-            f"{name}.manifest_filepath is {data_cfg.get('manifest_filepath')!r}; it must name a manifest"
-            f"{', or shar_path, or input_cfg must name the data' if data_cfg.get('use_lhotse') else ''}"
-        )
-    limits = data_cfg.get('min_duration'), data_cfg.get('max_duration')
-    for path in _paths(data_cfg.manifest_filepath):
-        check_manifest(path, f'{name}.manifest_filepath', *limits)
-
-
-def check_shards(folder: str, name: str) -> None:
-    """Check that a folder has shards as ``prepare_shards.py`` makes them, and that none lacks a part.
-
-    Raises:
-        ValueError: naming the folder and what is missing.
-    """
-    if is_datastore_path(folder) or folder.startswith('pipe:'):
-        return
-    names = {path.name for path in Path(folder).glob('*')}
-    numbers = {part: {name.split('.')[1] for name in names if name.startswith(f'{part}.')} for part in SHARD_PARTS}
-    if not numbers['cuts']:
-        raise ValueError(
-            f"{name}: {folder} has no shards (cuts.000000.jsonl.gz); prepare_shards.py makes them in OUTPUT/shar"
-        )
-    for part in SHARD_PARTS:
-        if numbers[part] != numbers['cuts']:
-            odd = min(numbers[part] ^ numbers['cuts'])
-            raise ValueError(f"{name}: {folder} has shard {odd} only in part: cuts and recording are needed")
-
-
-def _paths(manifests) -> list[str]:
-    names = manifests.split(',') if isinstance(manifests, str) else manifests
-    return [name for entry in names for name in ([entry] if isinstance(entry, str) else entry)]
-
-
-def check_manifest(path: str, name: str, min_duration: float | None = None, max_duration: float | None = None) -> int:
-    """Check that a manifest can be read and leaves something to train on.
-
-    Args:
-        path: a NeMo manifest, one JSON object a line.
-        name: the config key that gives it.
-        min_duration: utterances shorter than this many seconds are dropped in training; None drops none.
-        max_duration: the same for longer ones.
-
-    Returns:
-        The number of utterances that are kept; 0 for a manifest in a data store, which is left to its reader.
-
-    Raises:
-        ValueError: if it is missing, malformed, empty, wholly dropped, or names audio that is not there.
-    """
-    if is_datastore_path(path):
-        return 0
-    if not Path(path).is_file():
-        raise ValueError(f"{name}: no file {path}")
-    try:
-        index = index_of(path)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    for number, entry in index.first:
-        _check_audio(entry, path, f'{name}: {path}, line {number}')
-    entries, kept = len(index), int(index.lasting(min_duration, max_duration).sum())
-    if not entries:
-        raise ValueError(f"{name}: {path} has no entries")
-    if not kept:
-        raise ValueError(
-            f"{name}: none of the {entries} entries of {path} lasts from min_duration = {min_duration} to "
-            f"max_duration = {max_duration} seconds"
-        )
-    return kept
-
-
-def _check_audio(entry: dict, path: str, where: str) -> None:
-    audio = entry.get('audio_filepath', entry.get('audio_filename'))
-    if not isinstance(audio, str):
-        raise ValueError(f"{where} has no audio_filepath")
-    if not is_datastore_path(audio) and not Path(get_full_path(audio, manifest_file=path)).is_file():
-        raise ValueError(f"{where}: no audio file {audio}")

@@ -5,6 +5,7 @@ NeMo's readers drop damaged members of tar files and what follows the end of a t
 utterance is a cut whose audio cannot be loaded. Headers of files are read, so segments and channels are right.
 """
 
+import os
 import tarfile
 from io import BytesIO
 from pathlib import Path
@@ -26,11 +27,18 @@ from nemo_streaming_ssl import upstream
 _up = upstream(globals())
 
 CUT_OFF = 'missing in a tar file that is cut off'
-UNREADABLE = SimpleNamespace(samplerate=16000, channels=1, frames=1, duration=1 / 16000)  # a header, where there is none
+UNREADABLE = SimpleNamespace(
+    samplerate=16000, channels=1, frames=1, duration=1 / 16000
+)  # a header, where there is none
 
 
 class LazyNeMoIterator(_up.LazyNeMoIterator):
     """NeMo's reader of manifests; a file whose header cannot be read makes a cut that cannot be loaded."""
+
+    def __init__(self, path, *args, **kwargs):
+        if not isinstance(path, (str, Path)):  # [path], or [path, weight], which NeMo takes for tarred manifests only
+            path = path[0]
+        super().__init__(os.path.expanduser(path), *args, **kwargs)
 
     def _create_cut(self, audio_path, offset, duration, sampling_rate=None):
         if self.metadata_only:
@@ -45,6 +53,10 @@ class LazyNeMoIterator(_up.LazyNeMoIterator):
         except Exception:  # of soundfile, of lhotse; the cut raises it again where it is loaded
             source = AudioSource('file', [0], audio_path)
             return _segment(_recording(audio_path, source, end or 1.0, sampling_rate or 16000), offset, duration)
+
+
+def _expanded(path):
+    return os.path.expanduser(path) if isinstance(path, (str, Path)) else path
 
 
 def _recording(name: str, source: AudioSource, duration: float, sampling_rate: int) -> Recording:
@@ -67,6 +79,10 @@ def _segment(recording: Recording, offset: float | None, duration: float | None)
 
 class LazyNeMoTarredIterator(_up.LazyNeMoTarredIterator):
     """NeMo's reader of tarred manifests; every entry of a manifest is in its tar file, or is counted."""
+
+    def __init__(self, manifest_path, tar_paths, *args, **kwargs):
+        paths = [_expanded(path) for path in (manifest_path, tar_paths)]
+        super().__init__(*paths, *args, **kwargs)
 
     def _iter_sequential(self, tar_path, shard_manifest, *args):
         names, reason = set(), f'{tar_path} has no such member'

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the loaders read passes; what they cannot read is an error before training that names it."""
+
+import gzip
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import soundfile
+from lhotse import CutSet, Recording
+from omegaconf import OmegaConf
+
+from nemo.collections.asr.data.data_checks import check_data, check_manifest
+
+LIMITS = {'min_duration': 1.0, 'max_duration': 16.0}
+
+
+def write(path, entries):
+    path.write_text(''.join(json.dumps(each) + '\n' for each in entries), encoding='utf-8')
+    return str(path)
+
+
+@pytest.fixture(scope='module')
+def speech(tmp_path_factory):
+    """Six utterances of two seconds: in two manifests, in two tar files with manifests, in a folder of shards."""
+    folder = tmp_path_factory.mktemp('speech')
+    rows = [[], []]
+    for number in range(6):
+        name = f'{number}.wav'
+        soundfile.write(folder / name, np.random.default_rng(number).normal(0, 0.1, 32000), 16000)
+        rows[number % 2].append({'audio_filepath': name, 'duration': 2.0, 'shard_id': number % 2})
+    for shard, entries in enumerate(rows):
+        write(folder / f'manifest_{shard}.json', entries)
+        write(folder / f'tarred_manifest_{shard}.json', entries)
+        with tarfile.open(folder / f'audio_{shard}.tar', 'w') as archive:
+            for entry in entries:
+                archive.add(folder / entry['audio_filepath'], entry['audio_filepath'])
+    (folder / 'all.jsonl.gz').write_bytes(gzip.compress((folder / 'manifest_0.json').read_bytes()))
+    (folder / 'shar').mkdir()
+    CutSet.from_cuts(Recording.from_file(path).to_cut() for path in sorted(folder.glob('*.wav'))).to_shar(
+        folder / 'shar', fields={'recording': 'wav'}
+    )
+    return folder
+
+
+def check(speech, **section):
+    text = json.dumps(section).replace('SPEECH', str(speech))
+    check_data('model.train_ds', OmegaConf.create(json.loads(text)))
+
+
+TARS = {'tarred_audio_filepaths': 'SPEECH/audio__OP_0..1_CL_.tar'}
+GROUP = {'type': 'nemo', 'manifest_filepath': 'SPEECH/manifest_0.json', 'weight': 0.5}
+READ = {
+    'braces': {'manifest_filepath': 'SPEECH/manifest_{0..1}.json'},
+    '_OP_': {'manifest_filepath': 'SPEECH/manifest__OP_0..1_CL_.json'},
+    'gz': {'manifest_filepath': 'SPEECH/all.jsonl.gz'},
+    'list': {'manifest_filepath': [['SPEECH/manifest_0.json'], ['SPEECH/manifest_1.json']]},
+    'weights': {'manifest_filepath': [['SPEECH/manifest_0.json', 0.7], ['SPEECH/manifest_1.json', 0.3]]},
+    'tarred': {'manifest_filepath': 'SPEECH/tarred_manifest__OP_0..1_CL_.json', **TARS},
+    'shar': {'shar_path': 'SPEECH/shar'},
+    'shar with weights': {'shar_path': [['SPEECH/shar', 0.2], ['SPEECH/shar', 0.8]]},
+    'groups': {'input_cfg': [GROUP, {'type': 'group', 'weight': 0.5, 'input_cfg': [GROUP]}]},
+    'elsewhere': {'manifest_filepath': 's3://bucket/manifest_{0..9}.json'},
+    'a command': {'shar_path': {'cuts': 'pipe:cat cuts', 'recording': 'pipe:cat recording'}, 'input_cfg': None},
+}
+
+
+@pytest.mark.parametrize('name', [name for name in READ if name != 'a command'])
+def test_what_lhotse_reads_passes(speech, name):
+    check(speech, use_lhotse=True, **READ[name])
+
+
+def test_a_path_may_begin_with_a_tilde(speech, monkeypatch):
+    monkeypatch.setenv('HOME', str(speech))
+    for use_lhotse in (True, False):
+        check(speech, use_lhotse=use_lhotse, manifest_filepath='~/manifest_0.json')
+
+
+@pytest.mark.parametrize(
+    'section, message',
+    [
+        (
+            {'manifest_filepath': 'SPEECH/manifest_{0..2}.json'},
+            'train_ds.manifest_filepath: no file .*manifest_2.json',
+        ),
+        ({'input_cfg': [GROUP, {**GROUP, 'manifest_filepath': 'gone.json'}]}, r'input_cfg\[1\].*no file gone.json'),
+        (
+            {'manifest_filepath': 'SPEECH/tarred_manifest_0.json', 'tarred_audio_filepaths': 'gone_0.tar'},
+            'no file gone',
+        ),
+        (
+            {
+                'manifest_filepath': 'SPEECH/tarred_manifest__OP_0..1_CL_.json',
+                'tarred_audio_filepaths': 'SPEECH/audio_0.tar',
+            },
+            'lhotse cannot read the data: .*Mismatch between shard IDs',
+        ),
+        ({'manifest_filepath': [['SPEECH/manifest_0.json', 'often']]}, 'no file often'),
+        ({'shar_path': 'SPEECH'}, 'has no shards'),
+    ],
+)
+def test_what_lhotse_cannot_read_is_named(speech, section, message):
+    with pytest.raises(ValueError, match=message):
+        check(speech, use_lhotse=True, **section)
+
+
+def test_plain_and_tarred_manifests_of_nemos_own_readers(speech):
+    check(speech, manifest_filepath='SPEECH/manifest_0.json,SPEECH/manifest_1.json', noise_manifest='SPEECH/shar')
+    check(speech, is_tarred=True, manifest_filepath='SPEECH/tarred_manifest__OP_0..1_CL_.json', **TARS)
+    for name in ('manifest_{0..1}.json', 'all.jsonl.gz'):
+        with pytest.raises(ValueError, match='use_lhotse: true'):
+            check(speech, manifest_filepath=f'SPEECH/{name}')
+
+
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        ('', ['has no entries']),
+        ('\n  \n', ['has no entries']),
+        ('{"audio_filepath": "0.wav", "duration": 2}\n{"audio_filepath": \n', ['line 2 is no JSON']),
+        ('["0.wav", 2]\n', ['line 1 is no JSON object']),
+        ('{"duration": 2}\n', ['line 1 has no audio_filepath']),
+        ('{"audio_filepath": 7, "duration": 2}\n', ['line 1 has no audio_filepath']),
+        ('{"audio_filepath": "gone.wav", "duration": 2}\n', ['line 1: no audio file gone.wav']),
+    ],
+)
+@pytest.mark.parametrize('use_lhotse', [False, True])
+def test_a_bad_manifest_is_named(speech, tmp_path, text, words, use_lhotse):
+    path = speech / 'bad.json'
+    path.write_text(text, encoding='utf-8')
+    with pytest.raises(ValueError, match='model.train_ds.manifest_filepath') as error:
+        check(speech, use_lhotse=use_lhotse, manifest_filepath=str(path))
+    assert all(word in str(error.value) for word in [str(path), *words])
+
+
+@pytest.mark.parametrize('duration', [0.5, 16.5])
+def test_a_manifest_must_have_something_between_the_limits(speech, duration):
+    path = write(speech / 'limits.json', [{'audio_filepath': '0.wav', 'duration': duration}] * 3)
+    with pytest.raises(ValueError, match='none of the 3 entries .*1.0.*16.0'):
+        check(speech, manifest_filepath=path, **LIMITS)
+    check(speech, manifest_filepath=str(speech / 'manifest_0.json'), noise_manifest=path, **LIMITS)
+
+
+@pytest.mark.parametrize('content', [b'\xff\xfe\x00\x01', b'RIFF\x24\x80\x00\x00WAVE'])
+@pytest.mark.parametrize('use_lhotse', [False, True])
+def test_no_text(speech, content, use_lhotse):
+    (speech / 'binary.json').write_bytes(content)
+    with pytest.raises(ValueError, match='model.train_ds.manifest_filepath: .*binary.json'):
+        check(speech, use_lhotse=use_lhotse, manifest_filepath='SPEECH/binary.json')
+
+
+@pytest.mark.parametrize('nothing', [None, '', []])
+def test_none_given(speech, nothing):
+    with pytest.raises(ValueError, match='model.train_ds.manifest_filepath is'):
+        check(speech, manifest_filepath=nothing)
+
+
+def test_counts_what_is_kept(speech):
+    rows = [{'audio_filepath': '0.wav', 'duration': duration} for duration in (0.5, 2, 20, None)]
+    path = write(speech / 'some.json', rows)
+    assert check_manifest(path, 'x') == 4
+    assert check_manifest(path, 'x', min_duration=1.0) == 3
+    assert check_manifest(path, 'x', **LIMITS) == 2
+
+
+@pytest.mark.parametrize('key', ['shar_path', 'noise_manifest'])
+def test_shards_are_whole(speech, tmp_path, key):
+    data = {'use_lhotse': True, 'manifest_filepath': 'SPEECH/manifest_0.json', key: str(tmp_path)}
+    for name, message in ((None, 'has no shards'), ('cuts.000000.jsonl.gz', 'shard 000000 only in part')):
+        if name is not None:
+            (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=f'model.train_ds.{key}: {tmp_path} .*{message}|{message}'):
+            check(speech, **data)
+    (tmp_path / 'recording.000000.tar').touch()
+    with pytest.raises(ValueError, match='has no entries|lhotse cannot read'):
+        check(speech, **data)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damaged, missing and cut-off audio reaches the dataset, in every reader of lhotse; segments and channels are right."""
+
+import io
+import json
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from lhotse import CutSet, Recording
+
+from nemo.collections.asr.data.ssl_dataset import BadAudioError, LhotseAudioNoiseDataset
+from nemo.collections.common.data.lhotse.nemo_adapters import CUT_OFF, LazyNeMoIterator, LazyNeMoTarredIterator
+from nemo.utils.left_out import LEFT_OUT
+
+RATE = 16000
+
+
+@pytest.fixture(autouse=True)
+def counter(tmp_path, monkeypatch):
+    monkeypatch.setattr(LEFT_OUT, 'path', str(tmp_path / 'left_out'))
+    return LEFT_OUT
+
+
+def ramp(seconds, channels=1):
+    samples = np.linspace(0, 0.5, int(seconds * RATE), dtype=np.float32)
+    return samples if channels == 1 else np.stack([samples, -samples / 2], axis=1)
+
+
+def wav(samples):
+    file = io.BytesIO()
+    soundfile.write(file, samples, RATE, format='WAV', subtype='FLOAT')
+    return file.getvalue()
+
+
+def tarred(folder, contents, **more):
+    """Write a tarred manifest of one entry for each content, and return NeMo's reader of it."""
+    with tarfile.open(folder / 'audio_0.tar', 'w') as tar, open(folder / 'manifest_0.json', 'w') as lines:
+        for number, content in enumerate(contents):
+            member = tarfile.TarInfo(f'u{number}.wav')
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+            lines.write(json.dumps({'audio_filepath': member.name, 'duration': 1.0, 'shard_id': 0, **more}) + '\n')
+    return LazyNeMoTarredIterator(str(folder / 'manifest_0.json'), str(folder / 'audio_0.tar'))
+
+
+def batch(cuts, skip):
+    dataset = LhotseAudioNoiseDataset()
+    dataset.skip_bad_audio = skip
+    return dataset[CutSet.from_cuts(cuts).to_eager()]
+
+
+@pytest.mark.parametrize('more', [{}, {'offset': 0.5}])
+def test_a_damaged_member_is_counted_or_named(tmp_path, counter, more):
+    contents = [wav(ramp(2)), b'\0' * 5000, wav(ramp(2))]
+    found = batch(tarred(tmp_path, contents, **more), skip=True)
+    assert len(found.audio) == 2 and found.skipped == 1 and counter.total() == 1
+    with pytest.raises(BadAudioError, match=r'u1.wav \(.*audio_0.tar\)'):
+        batch(tarred(tmp_path, contents, **more), skip=False)
+
+
+@pytest.mark.parametrize('offset', [0.0, 0.25])
+def test_samples_that_are_not_finite_stay_so_in_a_segment(tmp_path, counter, offset):
+    broken = ramp(2)
+    broken[int(0.9 * RATE)] = np.nan
+    found = batch(tarred(tmp_path, [wav(ramp(2)), wav(broken)], offset=offset), skip=True)
+    assert len(found.audio) == 1 and counter.total() == 1 and found.audio.abs().max() < 0.6
+    with pytest.raises(BadAudioError, match=r'u1.wav \(.*audio_0.tar\): samples that are NaN'):
+        batch(tarred(tmp_path, [wav(ramp(2)), wav(broken)], offset=offset), skip=False)
+
+
+@pytest.mark.parametrize('share', [0.5, 0.0])
+def test_what_follows_the_end_of_a_tar_file_is_counted_or_named(tmp_path, counter, share):
+    reader = tarred(tmp_path, [wav(ramp(1))] * 6)
+    path = tmp_path / 'audio_0.tar'
+    os.truncate(path, int(os.path.getsize(path) * share))
+    cuts = list(reader)
+    assert len(cuts) == (3 if share else 0) + 1  # the first that is missing stands for the others
+    if share:
+        assert batch(cuts, skip=True).skipped == 1
+        assert sum(found.count for found in counter.reasons().values()) == 3
+    with pytest.raises(BadAudioError, match=rf'u{len(cuts) - 1}.wav \(.*audio_0.tar\): the file has no such member'):
+        batch(cuts, skip=False)
+
+
+def test_a_member_that_the_tar_file_lacks_is_counted(tmp_path, counter):
+    reader = tarred(tmp_path, [wav(ramp(1))] * 3)
+    with open(tmp_path / 'manifest_0.json', 'a') as lines:
+        lines.write(json.dumps({'audio_filepath': 'gone.wav', 'duration': 1.0, 'shard_id': 0}) + '\n')
+    reader = LazyNeMoTarredIterator(str(tmp_path / 'manifest_0.json'), str(tmp_path / 'audio_0.tar'))
+    assert batch(reader, skip=True).skipped == 1 and CUT_OFF in counter.reasons()
+
+
+@pytest.mark.parametrize('share', [0.7, 0.0])
+def test_a_shard_that_is_cut_off_is_counted_or_named(tmp_path, counter, share):
+    for number in range(5):
+        soundfile.write(tmp_path / f'{number}.wav', ramp(1), RATE)
+    cuts = CutSet.from_cuts(Recording.from_file(tmp_path / f'{number}.wav').to_cut() for number in range(5))
+    (tmp_path / 'shar').mkdir()
+    cuts.to_shar(tmp_path / 'shar', fields={'recording': 'wav'})
+    path = tmp_path / 'shar/recording.000000.tar'
+    os.truncate(path, int(os.path.getsize(path) * share))
+    read = list(CutSet.from_shar(in_dir=tmp_path / 'shar'))
+    assert 1 <= len(read) < 5
+    if share:
+        batch(read, skip=True)
+        assert counter.total() == 5 - len(read) + 1
+    with pytest.raises(BadAudioError, match='bad audio: '):
+        batch(read, skip=False)
+
+
+@pytest.mark.parametrize('more', [{}, {'sampling_rate': RATE}, {'sample_rate': RATE}])
+def test_segments_of_a_file(tmp_path, more):
+    soundfile.write(tmp_path / 'long.wav', ramp(4), RATE, subtype='FLOAT')
+    rows = [{'audio_filepath': 'long.wav', 'offset': float(start), 'duration': 1.0, **more} for start in range(4)]
+    (tmp_path / 'm.json').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    found = batch(LazyNeMoIterator(str(tmp_path / 'm.json')), skip=False)
+    for start, samples in enumerate(found.audio):
+        torch.testing.assert_close(samples, torch.from_numpy(ramp(4)[start * RATE : (start + 1) * RATE]))
+
+
+@pytest.mark.parametrize('row', [{'audio_filepath': 'junk.wav'}, {'audio_filepath': 'ok.wav', 'offset': 9.0}])
+def test_a_file_without_the_audio_is_counted_or_named(tmp_path, counter, row):
+    soundfile.write(tmp_path / 'ok.wav', ramp(1), RATE)
+    (tmp_path / 'junk.wav').write_bytes(b'no audio')
+    rows = [{'audio_filepath': 'ok.wav', 'duration': 1.0}, {'duration': 1.0, **row}]
+    (tmp_path / 'm.json').write_text(''.join(json.dumps(each) + '\n' for each in rows))
+    assert batch(LazyNeMoIterator(str(tmp_path / 'm.json')), skip=True).skipped == 1 and counter.total() == 1
+    with pytest.raises(BadAudioError, match=row['audio_filepath']):
+        batch(LazyNeMoIterator(str(tmp_path / 'm.json')), skip=False)
+
+
+@pytest.mark.parametrize('reader', ['plain', 'tarred', 'with sampling_rate'])
+def test_channels_are_mixed_down(tmp_path, reader):
+    if reader == 'tarred':
+        cuts = tarred(tmp_path, [wav(ramp(1, channels=2)), wav(ramp(1, channels=2))])
+    else:
+        soundfile.write(tmp_path / 'two.wav', ramp(1, channels=2), RATE, subtype='FLOAT')
+        row = {'audio_filepath': 'two.wav', 'duration': 1.0, **({'sampling_rate': RATE} if ' ' in reader else {})}
+        (tmp_path / 'm.json').write_text(f'{json.dumps(row)}\n' * 2)
+        cuts = LazyNeMoIterator(str(tmp_path / 'm.json'))
+    for samples in batch(cuts, skip=False).audio:
+        torch.testing.assert_close(samples, torch.from_numpy(ramp(1) / 4))
