@@ -75,8 +75,8 @@ def measure(part: str, manifest: str, workers: int) -> dict:
     from nemo.collections.asr.data import ssl_dataset
 
     if part not in STOCK:
-        from nemo.collections.asr.data.resumable_loader import make_resumable
         from nemo.collections.asr.data.data_checks import check_manifest
+        from nemo.collections.asr.data.resumable_loader import make_resumable
 
     before, start = resident_megabytes(), time.perf_counter()
     if part.startswith(('check', 'whole')):

@@ -72,8 +72,8 @@ def test_a_bad_line_is_named(manifests, line, message):
 
 
 def test_a_dataset_reads_a_manifest_once(manifests, monkeypatch):
-    from nemo.collections.asr.parts.utils import manifest_index
     from nemo.collections.asr.data.data_checks import index_of
+    from nemo.collections.asr.parts.utils import manifest_index
 
     index_of(manifests[1])
     monkeypatch.setattr(manifest_index, 'ManifestIndex', None)  # no other is made

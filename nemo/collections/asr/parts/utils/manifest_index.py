@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-
 from lhotse.serialization import open_best
 
 from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths
