@@ -205,6 +205,7 @@ class CheckedAudioSamples:
         load_audio.mono_downmix = True
 
     def __call__(self, cuts):
+        """Return the audio, lengths and cuts that can be read and are finite."""
         audios, lengths, read = self._read(cuts)
         if samples_are_valid(audios):
             return audios, lengths, read
