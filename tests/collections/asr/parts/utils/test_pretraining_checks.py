@@ -75,7 +75,9 @@ class TestShippedConfigs:
         cfg = composed['nest_fast-conformer_streaming_lhotse'].copy()
         cfg.model.train_ds.manifest_filepath = None
         assert_error(cfg, 'model.train_ds.manifest_filepath is None', 'or shar_path, or input_cfg')
-        cfg.model.train_ds.input_cfg = [{'type': 'nemo', 'manifest_filepath': cfg.model.validation_ds.manifest_filepath}]
+        cfg.model.train_ds.input_cfg = [
+            {'type': 'nemo', 'manifest_filepath': cfg.model.validation_ds.manifest_filepath}
+        ]
         check_pretraining_config(cfg)
 
     def test_validation_may_be_left_out(self, cfg):
