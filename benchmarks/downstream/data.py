@@ -76,7 +76,8 @@ def joined(utterances: Iterable[Utterance], seconds: float) -> list[Utterance]:
             groups[-1].append(utterance)
             length += utterance.seconds
         if length < seconds and len(groups) > 1:
-            groups[-2] += groups.pop()
+            rest = groups.pop()
+            groups[-1] += rest
         for group in groups:
             features = torch.cat([utterance.features for utterance in group], dim=1)
             found.append(Utterance(features, [label for utterance in group for label in utterance.labels], speaker))

@@ -214,7 +214,8 @@ def pretrain(name: str, kind: str, seed: int, speech: Speech, recipe: Recipe, fo
             _save(state, path)
     if not steps:
         _save(model.encoder.state_dict(), folder / 'encoder-0.pt')
-    path.unlink(missing_ok=True)
+    if path.exists():
+        path.rename(folder / 'final.pt')  # with decoders and quantizer, for the loss by distance
     return log
 
 

@@ -23,8 +23,10 @@ from typing import NamedTuple
 import torch
 from arms import ARMS, FEATURES, KINDS, SEEDS
 from data import Speech
+from distance import loss_by_distance
+from finetune import fine_tune
 from phones import PHONES
-from pretrain import FACTOR, Recipe, build, pretrain
+from pretrain import FACTOR, Recipe, build, pretrain, set_masks
 
 from nemo.collections.asr.parts.ssl_reports.probe import ProbeSettings, layer_outputs, probe_errors
 from nemo.utils.atomic_files import replacing
@@ -43,6 +45,8 @@ TRAININGS = (
     'mean_run',
     'seconds',
 )
+DISTANCES = ('kind', 'arm', 'seed', 'context', 'part', 'left', 'right', 'frames', 'nats_below')
+TUNINGS = ('kind', 'arm', 'seed', 'step', 'context', 'errors')
 CURVE = ('following-40', 'next')  # arms that show the noise, with seed 0: more probe seeds, and earlier checkpoints
 PROBE_SEEDS = 3
 FIRST = ('following-40', 'stock-40', 'next', 'random')
@@ -84,6 +88,9 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument('--arm', nargs='+', choices=list(ARMS), default=list(ARMS))
     parser.add_argument('--kind', nargs='+', choices=list(KINDS), default=list(KINDS))
     parser.add_argument('--seed', type=int, nargs='+', default=list(SEEDS))
+    parser.add_argument(
+        '--tune', action='store_true', help='also fine-tune to convergence the encoders that are there'
+    )
     parser.add_argument('--work', type=Path, default=HERE.parent / 'results/downstream', help='for encoders')
     parser.add_argument('--results', type=Path, default=HERE / 'results', help='for the CSV files, to be committed')
     parser.add_argument('--quick', action='store_true', help='tiny sizes, which show that the code works and no more')
@@ -197,6 +204,43 @@ def run_cell(cell: Cell, speech: Speech, recipe: Recipe, settings: ProbeSettings
             encoder = build('random', cell.kind, cell.seed, recipe).encoder
             encoder.load_state_dict(torch.load(folder / f'encoder-{step}.pt'))
             judge.judge(cell, encoder, step, range(PROBE_SEEDS if cell.noise and step == steps[-1] else 1))
+        write_distances(cell, speech, recipe, folder, options.results / 'distance.csv')
+        if options.tune and cell.arm in FIRST:
+            write_tuning(cell, encoder, speech, recipe, options)
+
+
+def is_missing(cell: Cell, path: Path) -> bool:
+    """Whether a CSV file has no row of a cell."""
+    return not any((row['kind'], row['arm'], row['seed']) == tuple(map(str, cell[:3])) for row in rows_of(path))
+
+
+def write_distances(cell: Cell, speech: Speech, recipe: Recipe, folder: Path, path: Path) -> None:
+    """Write the loss by distance of a model that predicts tokens in these contexts, unless it is there."""
+    arm = ARMS[cell.arm]
+    predicts = arm.objective not in (None, 'ctc') and not arm.offline
+    if not (predicts and (folder / 'final.pt').exists() and is_missing(cell, path)):
+        return
+    model = build(cell.arm, cell.kind, cell.seed, recipe).eval()
+    set_masks(model, cell.arm, cell.kind, cell.seed, recipe)
+    model.load_state_dict(torch.load(folder / 'final.pt', weights_only=False)['model'], strict=False)
+    rows = []
+    for context in KINDS[cell.kind].judged:
+        found = loss_by_distance(model, speech.batches(speech.validation, size=5), context)
+        for distance, (frames, below) in sorted(found.items()):
+            values = (*cell[:3], ' '.join(map(str, context)), *distance, frames, f'{below:.4f}')
+            rows.append(dict(zip(DISTANCES, values)))
+    append(path, DISTANCES, rows)
+
+
+def write_tuning(cell: Cell, encoder, speech: Speech, recipe: Recipe, options: argparse.Namespace) -> None:
+    """Write what fine-tuning an encoder to convergence gave, unless it is there."""
+    path, looks = options.results / 'finetuning.csv', dict(every=2, most=4) if options.quick else {}
+    if is_missing(cell, path):
+        step, errors = fine_tune(encoder, recipe.width, speech, cell.kind, cell.seed, **looks)
+        rows = [
+            (*cell[:3], step, ' '.join(map(str, context)), ' '.join(map(str, row))) for context, row in errors.items()
+        ]
+        append(path, TUNINGS, [dict(zip(TUNINGS, row)) for row in rows])
 
 
 def training_rows(cell: Cell, log: dict) -> list[dict]:

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compute the figures of docs/evidence.md from the committed CSV files, and draw its pictures.
+
+    python benchmarks/downstream/report.py             # writes the page and the pictures
+    python benchmarks/downstream/report.py --check     # exit status 1 if the page has other figures
+
+In docs/evidence.md it replaces what stands between its two marks. Protocol.md defines what is measured and what decides.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+from arms import ARMS, COMPARED, FEATURES, KINDS, SEEDS
+from bootstrap import CONFIDENCE, Estimate, estimate
+
+from nemo.utils.atomic_files import replacing
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parents[1] / 'docs/evidence.md'
+BEGIN, END = '<!-- figures: written by benchmarks/downstream/report.py -->', '<!-- end of the figures -->'
+BETTER, WORSE, UNDECIDED, OPEN = 'better', 'worse', 'not shown', 'open'
+COLOURS = {
+    'stock': '#d1495b', 'following': '#00798c', 'next': '#edae49', 'both': '#7b5ea7', 'offline': '#66a182', '': '#555555'
+}  # fmt: skip
+
+
+def rows_of(path: Path) -> list[dict]:
+    """Return the rows of a CSV file; none where there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def label_of(context) -> str:
+    """Return the name of a context in the CSV files."""
+    return ' '.join(map(str, context))
+
+
+def colour(arm: str) -> str:
+    """Return the colour of an arm in every picture."""
+    return COLOURS[next(family for family in COLOURS if arm.startswith(family))]
+
+
+class Results:
+    """The errors of all probes.
+
+    Args:
+        folder: of the CSV files.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.errors = folder, {}
+        self.phones = self.speakers = np.array([])
+        for row in rows_of(folder / 'probe.csv'):
+            if row['arm'] == '(speakers)':
+                self.speakers = np.array(row['errors'].split())
+                continue
+            counts = np.array(row['errors'].split(), dtype=int)
+            if row['arm'] == '(phones)':
+                self.phones = counts
+            else:
+                key = (
+                    row['kind'],
+                    row['arm'],
+                    int(row['seed']),
+                    int(row['step']),
+                    row['context'],
+                    int(row['probe_seed']),
+                )
+                self.errors[key] = counts
+
+    def seeds(self, kind: str, *names: str) -> list[int]:
+        """Return the seeds whose last encoder is judged in both contexts, for all of these arms."""
+        found = [{seed for seed in SEEDS if self.last(kind, name, seed)} for name in names]
+        return sorted(set.intersection(*found))
+
+    def last(self, kind: str, name: str, seed: int) -> int | None:
+        """Return the last judged step of an encoder, where probe 0 has run in all judged contexts; None: it has not."""
+        wanted = KINDS[kind].judged[: 1 if name == FEATURES else None]
+        keys = [key for key in self.errors if key[:3] == (kind, name, seed) and key[5] == 0]
+        steps = [step for step in {key[3] for key in keys} if sum(key[3] == step for key in keys) == len(wanted)]
+        return max(steps, default=None)
+
+    def counts(self, kind: str, name: str, context, seeds: list[int]) -> np.ndarray:
+        """Return the errors of an arm in a context, by the first probe seed, [S, U]."""
+        return np.array([self.errors[kind, name, s, self.last(kind, name, s), label_of(context), 0] for s in seeds])
+
+    def rate(self, kind: str, name: str, context) -> Estimate:
+        """Return the error rate of an arm."""
+        return estimate(self.counts(kind, name, context, self.seeds(kind, name)), self.phones)
+
+    def difference(self, kind: str, first: str, second: str, context, by_speaker: bool = False) -> Estimate:
+        """Return the error rate of the first arm minus that of the second."""
+        seeds = self.seeds(kind, first, second)
+        above = self.counts(kind, first, context, seeds) - self.counts(kind, second, context, seeds)
+        return estimate(above, self.phones, self.speakers if by_speaker else None)
+
+    def rate_of(self, key: tuple) -> float:
+        """Return the error rate of one probe, in %."""
+        return 100 * self.errors[key].sum() / self.phones.sum()
+
+    def probe_deviation(self) -> float | None:
+        """Return the deviation of the error rate over probe seeds, in points, pooled over encoders; None: not yet known."""
+        groups = {}
+        for key in self.errors:
+            groups.setdefault(key[:5], []).append(self.rate_of(key))
+        variances = [np.var(rates, ddof=1) for rates in groups.values() if len(rates) > 1]
+        return float(np.sqrt(np.mean(variances))) if variances else None
+
+    def verdict(self, kind: str, first: str, second: str) -> str:
+        """Return what the comparison comes to, by the rule of protocol.md."""
+        noise = self.probe_deviation()
+        if noise is None or self.seeds(kind, first, second) != list(SEEDS):
+            return OPEN
+        signs = set()
+        for context in KINDS[kind].judged:
+            for by_speaker in (False, True):
+                found = self.difference(kind, first, second, context, by_speaker)
+                signs.add(found.sign if 100 * abs(found.value) > 2 * noise else 0)
+        return {(-1,): BETTER, (1,): WORSE}.get(tuple(signs), UNDECIDED)
+
+    def judged(self) -> list[tuple[str, str]]:
+        """Return the kinds and arms with at least one seed."""
+        return [(kind, name) for kind in KINDS for name in ARMS if self.seeds(kind, name)]
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """Lay a table out."""
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [head, ['---'] * len(head), *rows])
+
+
+def percent(found: Estimate, sign: str = '') -> str:
+    """Return a rate or a difference with its interval, in %."""
+    return f'{100 * found.value:{sign}.1f} ({100 * found.low:{sign}.1f} to {100 * found.high:{sign}.1f})'
+
+
+def rates_table(results: Results) -> str:
+    """Lay out the phone error rate of each arm in each judged context."""
+    rows = []
+    for kind, name in results.judged():
+        contexts = KINDS[kind].judged
+        cells = [percent(results.rate(kind, name, context)) for context in contexts[: 1 if name == FEATURES else None]]
+        seeds = ', '.join(map(str, results.seeds(kind, name)))
+        rows.append([kind, f'`{name}`', ARMS[name].what, seeds, *cells, *['same'] * (2 - len(cells))])
+    heads = [' or '.join(f'`{list(kind.judged[place])}`' for kind in KINDS.values()) for place in (0, 1)]
+    return markdown(['contexts', 'arm', 'encoder', 'seeds', *heads], rows)
+
+
+def differences(results: Results) -> list[str]:
+    """Return a line for each comparison that has a seed."""
+    lines = []
+    for kind in KINDS:
+        for first, second in COMPARED:
+            if results.seeds(kind, first, second):
+                found = [percent(results.difference(kind, first, second, each), '+') for each in KINDS[kind].judged]
+                seeds = len(results.seeds(kind, first, second))
+                verdict = results.verdict(kind, first, second)
+                lines.append(
+                    f'- {kind}, `{first}` minus `{second}` ({seeds} of 3 seeds): {found[0]}, {found[1]}: {verdict}'
+                )
+    return lines
+
+
+def noise(results: Results) -> list[str]:
+    """Return the sentences about the instrument's noise and about the order of one run's checkpoints."""
+    deviation, lines = results.probe_deviation(), []
+    if deviation is not None:
+        lines.append(f'- Deviation over probe seeds: {deviation:.2f} points.')
+    for kind, name in results.judged():
+        seed = results.seeds(kind, name)[0]
+        steps = sorted({key[3] for key in results.errors if key[:3] == (kind, name, seed) and key[5] == 0})
+        if len(steps) > 1:
+            context = label_of(KINDS[kind].judged[0])
+            rates = [f'{results.rate_of((kind, name, seed, step, context, 0)):.1f}' for step in steps]
+            lines.append(
+                f"- {kind}, `{name}`, seed {seed}, after {steps} steps in `[{context}]`: {', '.join(rates)} %."
+            )
+    return lines
+
+
+def missing(results: Results) -> str:
+    """Return which encoders have no result."""
+    total = sum(1 if name == FEATURES else 2 * len(SEEDS) for name in ARMS)
+    done = sum(len(results.seeds(kind, name)) for kind, name in results.judged())
+    return f'{done} of {total} encoders have run.'
+
+
+def earlier(folder: Path) -> str:
+    """Return what the last of the earlier rounds found, seed by seed."""
+    rows = [row for row in rows_of(folder / 'earlier_rounds.csv') if row['round'] == 'sizes 3']
+    phones = next(sum(map(int, row['errors'].split())) for row in rows if row['arm'] == '(phones)')
+    texts = []
+    for arm in ('scratch', 'stock', 'synchronised', 'next_token'):
+        own = [row for row in rows if (row['arm'], row['minutes'], row['context']) == (arm, '60', '10 0')]
+        rates = [
+            100 * sum(map(int, row['errors'].split())) / phones for row in sorted(own, key=lambda row: row['seed'])
+        ]
+        texts.append(f"`{arm}` {', '.join(f'{rate:.0f}' for rate in rates)}")
+    return f"Phone errors in % by seed, `[10, 0]`, 60 minutes: {'; '.join(texts)}."
+
+
+def figures(results: Results) -> str:
+    """Return all that is computed, as Markdown."""
+    parts = [missing(results)]
+    if results.errors:
+        parts += [
+            f'Phone error rates in %, {len(results.phones)} test utterances, {results.phones.sum()} phones; in brackets '
+            f'intervals of {CONFIDENCE:.0%}.',
+            rates_table(results),
+        ]
+        for title, lines in (('Differences', differences(results)), ('Noise of the instrument', noise(results))):
+            parts += [f'{title}:', '\n'.join(lines)] if lines else []
+    return '\n\n'.join([*parts, '## Earlier rounds, judged by fine-tuning', earlier(results.folder)])
+
+
+def with_figures(page: str, made: str) -> str:
+    """Return a page with new figures between its marks.
+
+    Raises:
+        ValueError: if the page does not have both marks once.
+    """
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"the page must have each of these lines once: {BEGIN} {END}")
+    before, _, rest = page.partition(BEGIN)
+    return f'{before}{BEGIN}\n\n{made}\n\n{END}{rest.partition(END)[2]}'
+
+
+def draw_rates(results: Results, path: Path) -> None:
+    """Draw the error rate of each arm, an axis for each kind of contexts: which encoder makes fewer errors?"""
+    from matplotlib.figure import Figure
+
+    kinds = [kind for kind in KINDS if any(own == kind for own, _ in results.judged())]
+    figure = Figure(figsize=(5 * len(kinds), 1.2 + 0.42 * len(results.judged()) / len(kinds)), layout='constrained')
+    for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
+        names = [name for own, name in results.judged() if own == kind]
+        names.sort(key=lambda name: results.rate(kind, name, KINDS[kind].judged[0]).value)
+        for place, name in enumerate(names):
+            for context, shift, fill in zip(KINDS[kind].judged, (0.12, -0.12), (colour(name), 'white')):
+                if name == FEATURES and shift < 0:
+                    continue
+                found = results.rate(kind, name, context)
+                counts = results.counts(kind, name, context, results.seeds(kind, name)).sum(axis=1)
+                style = dict(color=colour(name), markerfacecolor=fill)
+                axis.plot([100 * found.low, 100 * found.high], [place + shift] * 2, lw=1.5, color=colour(name))
+                axis.plot(100 * counts / results.phones.sum(), [place + shift] * len(counts), 'o', ms=4, **style)
+        axis.set_yticks(range(len(names)), [ARMS[name].what for name in names])
+        axis.set_xlabel('phone errors, %')
+        filled, empty = (list(context) for context in KINDS[kind].judged)
+        axis.set_title(f'{kind}: {filled} filled, {empty} empty', fontsize=10)
+        axis.spines[['top', 'right']].set_visible(False)
+    save(figure, path)
+
+
+def draw_distances(folder: Path, path: Path) -> None:
+    """Draw nats below the unigram entropy by distance from the last visible frame: how far is a token predictable?"""
+    from matplotlib.figure import Figure
+
+    lines, rows = {}, rows_of(folder / 'distance.csv')
+    for row in rows:
+        if row['kind'] == 'causal' and row['context'] == '5 0' and int(row['left']) in range(1, 8):
+            label = (
+                f"{ARMS[row['arm']].what}{', beside masks' if row['part'] == 'next' and row['arm'] == 'both' else ''}"
+            )
+            sums = lines.setdefault((row['arm'], label), {}).setdefault(int(row['left']), [0, 0.0])
+            sums[0] += int(row['frames'])
+            sums[1] += int(row['frames']) * float(row['nats_below'])
+    figure = Figure(figsize=(6, 3.6), layout='constrained')
+    axis = figure.subplots()
+    for (arm, label), sums in lines.items():
+        places = sorted(sums)
+        values = [sums[place][1] / sums[place][0] for place in places]
+        axis.plot(places, values, '-o', ms=4, color=colour(arm))
+        axis.annotate(label, (places[0], values[0]), xytext=(6, 4), textcoords='offset points', color=colour(arm))
+    axis.axhline(0, lw=0.8, color='#555555')
+    axis.set_xlabel('frames of 80 ms after the last visible frame, context [5, 0]')
+    axis.set_ylabel('nats below the unigram entropy')
+    axis.spines[['top', 'right']].set_visible(False)
+    save(figure, path)
+
+
+def save(figure, path: Path) -> None:
+    """Write a picture, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110, format='png', metadata={'Software': None})
+
+
+def main(argv=None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--results', type=Path, default=HERE / 'results')
+    parser.add_argument('--page', type=Path, default=PAGE)
+    parser.add_argument('--check', action='store_true', help='write nothing; exit status 1 if the page differs')
+    options = parser.parse_args(argv)
+    results = Results(options.results)
+    page = options.page.read_text(encoding='utf-8')
+    made = with_figures(page, figures(results))
+    if options.check:
+        return int(made != page)
+    with replacing(options.page) as partial:
+        partial.write_text(made, encoding='utf-8')
+    if results.errors:
+        draw_rates(results, options.page.parent / 'pictures/evidence_rates.png')
+    if (options.results / 'distance.csv').exists():
+        draw_distances(options.results, options.page.parent / 'pictures/evidence_distance.png')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

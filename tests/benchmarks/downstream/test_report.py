@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""report.py: rates and verdicts from the CSV files, and the committed page."""
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope='module')
+def report(load):
+    return load('report')
+
+
+def write(folder, rows, phones='10 10', speakers='a b'):
+    """Write probe.csv from tuples of arm, seed, probe seed and errors, the same in both causal contexts."""
+    lines = ['kind,arm,seed,step,context,probe_seed,errors', f',(phones),,,,,{phones}', f',(speakers),,,,,{speakers}']
+    for arm, seed, probe, errors in rows:
+        lines += [f'causal,{arm},{seed},8,{context},{probe},{errors}' for context in ('5 0', '-1 0')]
+    (folder / 'probe.csv').write_text('\n'.join(lines) + '\n')
+
+
+def test_rates_and_differences_by_hand(report, tmp_path):
+    write(tmp_path, [('next', 0, 0, '2 4'), ('next', 1, 0, '4 6'), ('random', 0, 0, '8 8'), ('random', 1, 0, '9 9')])
+    results = report.Results(tmp_path)
+    assert results.seeds('causal', 'next', 'random') == [0, 1]
+    assert results.rate('causal', 'next', (5, 0)).value == pytest.approx(16 / 40)
+    assert results.difference('causal', 'next', 'random', (-1, 0)).value == pytest.approx(-18 / 40)
+    assert '8 of' not in report.missing(results) and report.missing(results).startswith('4 of 103')
+
+
+def test_an_arm_is_better_only_with_all_seeds_and_beyond_the_noise_of_probes(report, tmp_path):
+    rows = [(arm, seed, 0, errors) for seed in range(3) for arm, errors in (('next', '2 3'), ('random', '8 9'))]
+    write(tmp_path, rows)
+    assert report.Results(tmp_path).verdict('causal', 'next', 'random') == 'open'  # the noise is not known
+    write(tmp_path, [*rows, ('next', 0, 1, '2 4')])
+    results = report.Results(tmp_path)
+    assert results.probe_deviation() == pytest.approx(np.std([25, 30], ddof=1))
+    assert results.verdict('causal', 'next', 'random') == 'better'
+    assert results.verdict('causal', 'random', 'next') == 'worse'
+    write(tmp_path, [*rows, ('next', 0, 1, '9 9')])
+    assert report.Results(tmp_path).verdict('causal', 'next', 'random') == 'not shown'
+    write(tmp_path, [*rows[:-1], ('next', 0, 1, '2 4')])
+    assert report.Results(tmp_path).verdict('causal', 'next', 'random') == 'open'
+
+
+def test_checkpoints_of_a_run_are_listed_in_order(report, tmp_path):
+    write(tmp_path, [('next', 0, 0, '2 4')])
+    with open(tmp_path / 'probe.csv', 'a') as file:
+        file.write('causal,next,0,2,5 0,0,5 5\ncausal,next,0,4,5 0,0,4 4\n')
+    assert '[2, 4, 8] steps in `[5 0]`: 50.0, 40.0, 30.0 %' in report.noise(report.Results(tmp_path))[0]
+
+
+def test_the_committed_page_has_the_figures_of_the_committed_results(report):
+    assert report.main(['--check']) == 0
+
+
+def test_a_page_without_its_marks_is_refused(report):
+    with pytest.raises(ValueError, match='each of these lines once'):
+        report.with_figures('no marks', 'text')
+
+
+def test_pictures_are_drawn_from_the_csv_files(report, tmp_path):
+    write(tmp_path, [('next', 0, 0, '2 4'), ('mel', 0, 0, '8 8')])
+    head = 'kind,arm,seed,context,part,left,right,frames,nats_below'
+    (tmp_path / 'distance.csv').write_text(
+        f'{head}\ncausal,next,0,5 0,next,1,0,10,0.5\ncausal,next,0,5 0,next,2,0,9,0.1\n'
+    )
+    for name in ('earlier_rounds.csv',):
+        (tmp_path / name).write_text((report.HERE / 'results' / name).read_text())
+    page = tmp_path / 'page.md'
+    page.write_text(f'{report.BEGIN}\n{report.END}\n')
+    assert report.main(['--results', str(tmp_path), '--page', str(page)]) == 0
+    assert report.main(['--results', str(tmp_path), '--page', str(page), '--check']) == 0
+    assert '`next` | next tokens | 0 | 30.0 (' in page.read_text()
+    assert sorted(path.name for path in (tmp_path / 'pictures').iterdir()) == [
+        'evidence_distance.png',
+        'evidence_rates.png',
+    ]

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""run.py: the order of the grid, and all of its code in miniature."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+RATE = 16000
+
+
+@pytest.fixture(scope='module')
+def run(load):
+    return load('run')
+
+
+@pytest.fixture(scope='module')
+def manifests(tmp_path_factory):
+    """A folder with the four manifests, of noise."""
+    folder, generator = tmp_path_factory.mktemp('speech'), np.random.default_rng(0)
+    speakers = {'train': 'ab', 'validation': 'c', 'speechocean762_train': 'defg', 'speechocean762_test': 'hi'}
+    for role, names in speakers.items():
+        lines = []
+        for name in names:
+            soundfile.write(folder / f'{name}.wav', 0.1 * generator.standard_normal(2 * RATE), RATE)
+            lines.append({'audio_filepath': f'{name}.wav', 'duration': 2.0, 'speaker': name, 'phones': 'AH B K'})
+        (folder / f'{role}_manifest.json').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    return folder
+
+
+def test_the_grid_is_whole_and_begins_with_what_decides_most(run):
+    cells = run.order()
+    plain = [cell for cell in cells if not cell.noise]
+    assert len(set(plain)) == len(plain) == 2 * 3 * (len(run.ARMS) - 1) + 1
+    assert [cell.label for cell in cells[:2]] == ['causal-following-40-0', 'causal-stock-40-0']
+    assert {cell.kind for cell in cells[:14]} == {'causal'}
+
+
+def test_quick_runs_all_of_it_once(run, manifests, tmp_path, capsys):
+    words = ['--speech', str(manifests), '--work', str(tmp_path / 'work'), '--results', str(tmp_path / 'results')]
+    words += ['--quick', '--tune', '--kind', 'causal', '--seed', '0', '--arm', 'next', 'mel']
+    assert run.main(words) == 0
+    rows = run.rows_of(tmp_path / 'results/probe.csv')
+    assert [row['arm'] for row in rows[:2]] == ['(phones)', '(speakers)'] and rows[0]['errors'] == '3 3'
+    judged = {(row['arm'], row['step'], row['context'], row['probe_seed']) for row in rows[2:]}
+    ends = {('next', '4', context, seed) for context in ('5 0', '-1 0') for seed in '012'}
+    earlier = {('next', step, context, '0') for context in ('5 0', '-1 0') for step in '12'}
+    assert judged == ends | earlier | {('mel', '0', '5 0', '0')} and len(judged) == len(rows) - 2
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / 'results').glob('*.csv')}
+    assert set(sizes) == {'probe.csv', 'pretraining.csv', 'distance.csv', 'finetuning.csv'}
+    assert run.main(words) == 0  # all of it is there
+    assert sizes == {path.name: path.stat().st_size for path in (tmp_path / 'results').glob('*.csv')}
+
+
+def test_an_encoder_that_another_process_works_on_is_left_to_it(run, tmp_path):
+    with run.locked(tmp_path / 'a.lock', wait=False) as first, run.locked(tmp_path / 'a.lock', wait=False) as second:
+        assert first and not second
+
+
+def test_a_missing_manifest_is_named(run, tmp_path, capsys):
+    words = ['--speech', str(tmp_path), '--work', str(tmp_path / 'work'), '--results', str(tmp_path / 'results')]
+    assert run.main(words) == 2
+    assert 'train_manifest.json cannot be read' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('steps', 'best', 'done'), [(200, 0, False), (2500, 2250, False), (2500, 1750, True)])
+def test_fine_tuning_has_converged_when_a_fifth_of_the_steps_brought_nothing(load, steps, best, done):
+    assert load('finetune').converged(steps, best) == done
