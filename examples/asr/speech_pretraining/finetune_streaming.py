@@ -15,7 +15,7 @@ features and contexts, those of the layers included, are what the weights have l
 ``StreamingSession`` and ``streaming_inference_example.py``. A run that was interrupted goes on where it was.
 """
 
-from script_tools import fit_or_exit, manifest_lines, require_patches, show_help
+from script_tools import fit_or_exit, require_patches, show_help
 
 show_help(__doc__)
 PATCHES_IN_USE = require_patches(
@@ -24,13 +24,13 @@ PATCHES_IN_USE = require_patches(
     'nemo.collections.asr.parts.preprocessing.features',
 )
 
-import json
 from pathlib import Path
 
 import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo.collections.asr.data.data_checks import check_data
+from nemo.collections.asr.data.transcripts import characters_known_by, characters_of, report_unknown_characters
 from nemo.collections.asr.models import (
     EncDecCTCModel,
     EncDecCTCModelBPE,
@@ -49,6 +49,7 @@ from nemo.utils import logging
 from nemo.utils.exp_manager import exp_manager
 from nemo.utils.trainer_utils import resolve_trainer_cfg
 
+DATA_SECTIONS = ('train_ds', 'validation_ds', 'test_ds')
 TAKEN_OVER = ('preprocessor', 'encoder')  # sections of the pre-trained model's config
 
 
@@ -67,7 +68,7 @@ def prepare(cfg: DictConfig) -> DictConfig:
     missing = OmegaConf.missing_keys(cfg)
     if missing:
         raise ValueError(f"the config gives no value for {', '.join(sorted(missing))}")
-    for section in ('train_ds', 'validation_ds'):
+    for section in DATA_SECTIONS[:2]:
         check_data(f'model.{section}', cfg.model[section])
     pretrained = pretrained_config(cfg)
     with open_dict(cfg):
@@ -104,12 +105,12 @@ def name_tokens(model: DictConfig) -> None:
     """Fill in what is recognised: characters, or the word pieces of a tokenizer.
 
     Raises:
-        ValueError: as :func:`characters` does; if both are given; if the tokenizer's folder has no tokenizer.
+        ValueError: as :func:`characters_of` does; if both are given; if the tokenizer's folder has no tokenizer.
     """
     if model.get('tokenizer') is None:
         model.pop('tokenizer', None)
         if model.labels is None:
-            model.labels = characters(model.train_ds)
+            model.labels = characters_of(model.train_ds)
         for section in ('train_ds', 'validation_ds'):
             model[section].labels = model.labels
         return
@@ -124,27 +125,6 @@ def name_tokens(model: DictConfig) -> None:
             decoder.num_classes, decoder.vocabulary = -1, []
 
 
-def characters(train_ds: DictConfig) -> list[str]:
-    """Return the characters of the training manifests' texts, sorted.
-
-    Raises:
-        ValueError: if an utterance has no text, or no manifest can be read for them.
-    """
-    paths = train_ds.manifest_filepath
-    if train_ds.get('is_tarred') or train_ds.get('use_lhotse') or not isinstance(paths, str):
-        raise ValueError("model.labels is null, which takes the characters of one plain manifest; give a list")
-    found = set()
-    for path in paths.split(','):
-        for number, line in manifest_lines(path):
-            text = json.loads(line).get('text')
-            if text is None:
-                raise ValueError(f"model.train_ds.manifest_filepath: {path}, line {number} has no text")
-            found |= set(text)
-    if not found:
-        raise ValueError(f"model.train_ds.manifest_filepath: the texts of {paths} are empty")
-    return sorted(found)
-
-
 def build(cfg: DictConfig):
     """Make the trainer and the model that the config asks for, in the experiment's folder.
 
@@ -155,6 +135,9 @@ def build(cfg: DictConfig):
     exp_manager(trainer, cfg.get('exp_manager', None))
     model = model_class(cfg.model)(cfg=cfg.model, trainer=trainer)
     model.maybe_init_from_pretrained_checkpoint(cfg)
+    for section in DATA_SECTIONS:
+        if cfg.model.get(section):
+            report_unknown_characters(f'model.{section}', cfg.model[section], characters_known_by(model))
     check_can_stream(model)
     contexts = (look_ahead_title(model, context) for context in model.encoder.att_context_size_all)
     logging.info(f"Attention contexts: {'; '.join(contexts)}")

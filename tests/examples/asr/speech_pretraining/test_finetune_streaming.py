@@ -250,7 +250,6 @@ def test_a_curriculum_narrows_fine_tuning_too(script, pretrained, speech_corpus)
         (['model.train_ds.manifest_filepath=nowhere.json'], 'model.train_ds.manifest_filepath: no file nowhere.json'),
         (['+model.encoder.conv_context_size=[4,4]'], 'conv_context_size: causal'),
         (['+model.encoder.att_contxt_size=[10,0]'], 'did you mean att_context_size'),
-        (['+model.train_ds.is_tarred=true'], 'model.labels is null'),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(script, pretrained, speech_corpus, overrides, message):
