@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Live streams beside NeMo's own loop and beside streams one by one, in turns: times faster, and streams per core.
+"""Live streams beside NeMo's own loop, in turns: speed-up, the cost of phases and idle slots, and streams per core.
 
     OMP_NUM_THREADS=1 python benchmarks/streaming.py --json streams.json --plot docs/pictures/streaming.png
     python benchmarks/streaming.py --quick                       # two small cases, to see that it runs
@@ -31,10 +31,10 @@ FILLED = 8  # chunks after the caches are full before anything is timed
 TURN_SECONDS = 0.1  # steps that take less are repeated within a turn
 SAMPLES = 40  # chunks of audio that come again and again
 PARTS = {  # of the profile: the functions that a part is all of
-    'mel': ('batched.py', '_take'),
-    'subsampling': ('batched.py', '_subsample'),
+    'mel': ('batch_runner.py', '_take'),
+    'subsampling': ('batch_runner.py', '_subsample'),
     'layers': ('layers.py', 'step'),
-    'what is seen': ('batched.py', '_visible'),
+    'what is seen': ('ring_buffers.py', 'visible'),
 }
 
 
@@ -55,6 +55,7 @@ CASES = [
     Case('8 x 256', 1, 40),
     Case('17 x 512', 8, 80),
     *(Case(size, 1, 40, 4) for size in ('tiny', '17 x 512')),
+    *(Case(size, 32, 40, 25) for size in ('tiny', '8 x 256')),  # a backlog of 2 seconds
 ]
 QUICK = [Case('tiny', 1, 10), Case('tiny', 4, 10)]
 
@@ -78,9 +79,9 @@ def runs_of(case: Case, model) -> dict:
     """Return what takes turns in a case, by name, their caches filled."""
     samples = torch.randn(case.streams, SAMPLES * CHUNK_MS * 16, generator=torch.Generator().manual_seed(0)) * 0.1
     session = partial(SessionStream, model, [case.left, 0], samples, case.frames)
-    runs = {'session': session(), 'one by one': session(fast='off')}
+    runs = {'session': session()}
     if case.streams > 1:
-        runs['mixed phases'] = session(mixed=True)
+        runs['mixed phases'], runs['idle slot'] = session(mixed=True), session(idle=True)
     if case.frames == 1:
         runs['nemo'] = NemoStream(model, [case.left, 0], samples)
     for name, run in runs.items():
@@ -137,15 +138,17 @@ def profile(run: SessionStream) -> dict[str, float]:
 
 def table(results: list[dict]) -> str:
     """Lay the figures out as Markdown."""
-    head = '| model | streams | left | frames | session, ms | against NeMo | against one by one | mixed phases | bound, ms |'
+    head = '| model | streams | left | frames | session, ms | against NeMo | mixed phases | idle slot | bound, ms |'
     rows = [head + ' streams per core |', '| --- |' + ' ---: |' * 9]
     for found in results:
         faster = {name: Ratio(**values) for name, values in found['times_faster'].items()}
-        mixed = f"{faster['mixed phases'].median:.2f} x the time" if 'mixed phases' in faster else '-'
         cells = [found['size'], found['streams'], found['left'], found['frames'], f"{found['ms']['session']:.2f}"]
-        cells += [_times(faster.get('nemo')), _times(faster['one by one']), mixed, f"{found['bound_ms']:.2f}"]
-        per_core = found['streams_per_core']
-        cells.append(f"{per_core['session']:.1f} (one by one {per_core['one by one']:.1f})")
+        cells.append(_times(faster.get('nemo')))
+        cells += [
+            f'{faster[name].median:.2f} x the time' if name in faster else '-'
+            for name in ('mixed phases', 'idle slot')
+        ]
+        cells += [f"{found['bound_ms']:.2f}", f"{found['streams_per_core']['session']:.1f}"]
         rows.append('| ' + ' | '.join(map(str, cells)) + ' |')
     return '\n'.join(rows)
 
@@ -169,7 +172,7 @@ def plot(results: list[dict], path: Path) -> None:
             ),
             key=lambda found: found['streams'],
         )
-        for way, style in (('session', '-'), ('mixed phases', ':'), ('one by one', '--')):
+        for way, style in (('session', '-'), ('mixed phases', ':'), ('nemo', '--')):
             points = [(found['streams'], found['streams_per_core'][way]) for found in own if way in found['ms']]
             if points:
                 axis.plot(*zip(*points), style, marker='o', ms=4, color=f'C{number}', label=f'{size}, {way}')

@@ -87,18 +87,20 @@ class SessionStream:
         samples: [B, N].
         frames: in a chunk.
         mixed: whether the streams are in different phases, and some half a chunk ahead.
+        idle: whether the last stream gets no samples.
         settings: further ones of the session.
     """
 
-    def __init__(self, model, context, samples: torch.Tensor, frames: int = 1, mixed: bool = False, **settings):
+    def __init__(self, model, context, samples: torch.Tensor, frames: int = 1, mixed=False, idle=False, **settings):
         self.session = StreamingSession(model, len(samples), context, **settings)
         self.chunks = samples.split(frames * self.session.frame_samples, dim=1)
         self.index = 0
+        self.lengths = [self.chunks[0].shape[1]] * (len(samples) - 1) + [0] if idle else None
         if mixed:
             chunk = self.session.frame_samples
             self.session.step(samples[:, :chunk], [(137 * row) % chunk for row in range(len(samples))])
 
     def step(self):
         """Take the next chunk."""
-        self.index = (self.index + 1) % len(self.chunks)
-        return self.session.step(self.chunks[self.index])
+        self.index = (self.index + 1) % (len(self.chunks) - 1)  # the last chunk can be shorter
+        return self.session.step(self.chunks[self.index], self.lengths)

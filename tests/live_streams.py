@@ -61,3 +61,25 @@ def stream(session, samples, lengths, sizes) -> StreamingOutput:
         outputs.append(session.step(samples[:, position : position + size], counts, ended))
         position, index = position + size, index + 1
     return StreamingOutput.concatenate(outputs + ([] if all(session.ended) else [session.finish()]))
+
+
+@torch.no_grad()
+def offline(model, samples, lengths, context):
+    """Return what the model's own forward gives in eval mode: features, encoded and log-probabilities with lengths."""
+    with model.encoder.using_att_context_size(context):
+        features, feature_lengths = model.preprocessor(input_signal=samples, length=torch.tensor(lengths))
+        encoded, encoded_lengths = model.encoder(audio_signal=features, length=feature_lengths)
+    return features, feature_lengths, encoded, encoded_lengths, model.decoder(encoder_output=encoded)
+
+
+def check_row(model, context, samples, encoded: list, atol=1e-4) -> None:
+    """Compare the frames [D, A] that a stream gave with offline; samples are [1, N]."""
+    count = samples.shape[1]
+    if not count:  # offline fails where all are empty
+        samples, count = torch.zeros(2, 400), [0, 400]
+    else:
+        samples, count = samples, [count]
+    expected, lengths = offline(model, samples, count, context)[2:4]
+    found = torch.cat(encoded, dim=1)
+    assert found.shape[1] == lengths[0]
+    torch.testing.assert_close(found, expected[0, :, : lengths[0]], atol=atol, rtol=0)

@@ -10,30 +10,32 @@ Shapes: F features (or the encoder's width), M mask frames, S target frames, A a
 H codebooks.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
+from nemo.collections.asr.modules.ssl_modules.masked_time_line import MaskedTimeLine
 from nemo.collections.asr.parts.att_context.context import UNLIMITED
 from nemo.collections.asr.parts.att_context.masking_context import follows_context, takes
-from nemo.collections.asr.parts.streaming.state import MaskedStream, joined
+from nemo.collections.asr.parts.streaming.state import joined
 
 LONGEST_REACH = 400  # attention frames that a mask is drawn over where the left context has no limit
 
 
 @dataclass
-class StepLoss:
-    """The loss of the masked frames of a step."""
+class MaskedStream:
+    """The state of one stream that is masked."""
 
-    total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Sum over frames of the mean over codebooks, in nats."""
-    frames: int = 0
-    """Masked frames whose target and prediction this step completed."""
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """Nats per masked frame, 0 where there is none."""
-        return self.total / max(self.frames, 1)
+    recent: torch.Tensor
+    """The last mask frames as they were received, as far as a mask is drawn over them, [F, M]."""
+    masks: torch.Tensor | None = None
+    """Of frames without a loss so far, [1, M]."""
+    tokens: torch.Tensor | None = None
+    """Targets without a loss so far, [S] or [S, H]."""
+    log_probs: torch.Tensor | None = None
+    """Predictions without a loss so far, behind ``decoder_offset`` that the loss drops, [A, C] or [A, C, H]."""
+    time_line: MaskedTimeLine | None = None
+    """What was drawn so far; None for a masking module that does not take it."""
 
 
 class LiveMasking:
@@ -61,38 +63,12 @@ class LiveMasking:
             left = model.encoder.tightest_left_context()
         self.reach = (LONGEST_REACH if left == UNLIMITED else left) * model.mask_frames_per_attention_frame
 
-    @property
-    def decoder_offset(self) -> int:
-        """Leading decoder frames that the loss drops."""
-        return getattr(self.model.loss, 'mlm_loss', self.model.loss).decoder_offset
-
-    @property
-    def squeezes_codebooks(self) -> bool:
-        """Whether predictions and targets come without the dimension of codebooks."""
-        loss = self.model.loss
-        return getattr(loss, 'num_decoders', 1) == 1 and getattr(loss, 'squeeze_single', True)
-
     def new_stream(self, device) -> MaskedStream:
         """The state of a stream before its first frame."""
         features = self.model.mask_processor.mask_embedding.shape[0]
         masking = self.model.mask_processor
         time_line = masking.new_stream(1, device) if takes(masking, 'stream') else None
         return MaskedStream(torch.zeros(features, 0, device=device), time_line=time_line)
-
-    def time_line_after(self, count: int, recent: torch.Tensor) -> dict | None:
-        """Return a time line, as a plain dict, for a stream of which it is not known what was masked.
-
-        Args:
-            count: mask frames that it has received.
-            recent: the last of them, [F, M].
-        """
-        masking = self.model.mask_processor
-        if not takes(masking, 'stream'):
-            return None
-        time_line = masking.new_stream(1, recent.device)
-        time_line.received = time_line.received + count
-        time_line.masks = torch.zeros(1, recent.shape[1], dtype=torch.bool, device=recent.device)
-        return vars(time_line)
 
     def mask(self, stream: MaskedStream, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Take new mask frames and mask among them.
@@ -131,20 +107,23 @@ class LiveMasking:
         """Take new targets [S] or [S, H]; None is nothing. The state moves on."""
         stream.tokens = joined(stream.tokens, tokens)
 
-    def score(self, stream: MaskedStream, log_probs: torch.Tensor) -> StepLoss:
+    def score(self, stream: MaskedStream, log_probs: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Take new predictions; return the loss of all masked frames that now have target and prediction.
 
         Args:
             stream: its state, which moves on.
             log_probs: [A, C] or [A, C, H].
+
+        Returns:
+            the sum over frames of the mean over codebooks, in nats, and the number of these frames.
         """
         stream.log_probs = log_probs = joined(stream.log_probs, log_probs)
         if stream.tokens is None or not log_probs.shape[0]:
-            return StepLoss(log_probs.new_zeros(()))
+            return log_probs.new_zeros(()), 0
         loss, masks = self.model.loss, stream.masks.unsqueeze(0)
         aligned, targets, counted = loss.align(log_probs.unsqueeze(0), stream.tokens.unsqueeze(0), masks)
         ready = aligned.shape[1]
         lost = loss.of_frames(aligned[0], targets[0], reduction='none')
-        stream.log_probs, stream.tokens = log_probs[ready:].clone(), stream.tokens[ready:]
-        stream.masks = stream.masks[:, ready * getattr(loss, 'mlm_loss', loss).combine_time_steps :]
-        return StepLoss(lost[counted[0]].sum(), int(counted.sum()))
+        stream.log_probs, stream.tokens = log_probs[ready:].clone(), stream.tokens[ready:].clone()
+        stream.masks = stream.masks[:, ready * getattr(loss, 'mlm_loss', loss).combine_time_steps :].clone()
+        return lost[counted[0]].sum(), int(counted.sum())

@@ -6,7 +6,7 @@ K horizons, C classes, H codebooks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,6 +24,8 @@ class StreamingOutput:
     current_frame: torch.Tensor
     """Mask frames received by each stream since its beginning, [B] int64: feature frames, or attention frames for a
     model that masks after its convolutions."""
+    failed: dict[int, str] = field(default_factory=dict)
+    """The streams that have failed since they were last reset, with the reason; they give no frames."""
     log_probs: torch.Tensor | None = None
     """With ``return_log_probs``: [B, A, C] or [B, A, C, H], as the model's decoder gives them."""
     tokens: torch.Tensor | None = None
@@ -66,7 +68,7 @@ class StreamingOutput:
         if len(outputs) == 1:
             return outputs[0]
         lengths = [output.lengths for output in outputs]
-        joined = dict(lengths=sum(lengths), current_frame=outputs[-1].current_frame)
+        joined = dict(lengths=sum(lengths), current_frame=outputs[-1].current_frame, failed=outputs[-1].failed)
         joined['surprise_start'] = outputs[0].surprise_start
         if outputs[0].text is not None:
             joined['text'] = [*map(TextUpdate.concatenate, zip(*(output.text for output in outputs)))]

@@ -12,53 +12,58 @@ Shapes: B streams, N samples, F features, T feature frames, M mask frames, D the
 S target frames, K horizons, C classes, H codebooks.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from nemo.collections.asr.parts.att_context.context import AttContext
-from nemo.collections.asr.parts.streaming.batched import BatchedStreams
+from nemo.collections.asr.parts.streaming.batch_runner import BatchRunner
 from nemo.collections.asr.parts.streaming.decoding import decode_frames, decoder_of
 from nemo.collections.asr.parts.streaming.encoder import StreamingEncoder
-from nemo.collections.asr.parts.streaming.features import StreamingFeatures
 from nemo.collections.asr.parts.streaming.linear import check_precision
-from nemo.collections.asr.parts.streaming.masking import LiveMasking
-from nemo.collections.asr.parts.streaming.one_by_one import OneByOne
+from nemo.collections.asr.parts.streaming.mel import StreamingMel
+from nemo.collections.asr.parts.streaming.observers import Observers
 from nemo.collections.asr.parts.streaming.output import StreamingOutput, valid_frames
-from nemo.collections.asr.parts.streaming.surprise import LiveSurprise
-from nemo.collections.asr.parts.streaming.targets import LiveTargets
+from nemo.collections.asr.parts.streaming.prepared_weights import why_not
+from nemo.collections.asr.parts.streaming.state import VERSION, check_settings
 from nemo.collections.asr.parts.streaming.text import LiveText, TextOptions
-from nemo.collections.asr.parts.streaming.together import Together
 from nemo.collections.asr.parts.streaming.words import Transcript
+from nemo.utils import logging
 
-FAST = ('auto', 'off')
+NOT_FINITE = 'its output holds NaN or infinite values'
+LOUD = 8.0  # a peak of samples far above full scale
 
 
 class StreamingSession:
     """A batch of live streams through a model, in one attention context. All state is here, none in the model.
 
     Fed in any pieces, the joined output equals the offline forward of the same samples. Sessions of one model may run in
-    several threads at once (not with ``fast='off'``). The model must be in eval mode.
+    several threads at once. The model must be in eval mode. Its weights are taken when the session is made and when
+    :meth:`reset` starts all streams anew; changes in between have no effect.
+
+    A stream whose output is not finite fails: ``output.failed`` has the reason, its state is set to zero, and it gives no
+    frames until it is reset. The other streams are not affected. A step that an error interrupts leaves the streams that
+    it was to move on broken: they take no samples until they are reset or loaded.
 
     Args:
         model: with ``preprocessor`` and ``encoder`` (an SSL model, a CTC model), or the two as a pair.
         batch_size: B.
         att_context_size: the context, anything that ``AttContext.parse`` reads; None takes the encoder's default. The
-            layers' own contexts narrow it; they must not be changed while the session is in use.
+            layers' own contexts narrow it.
         return_log_probs: whether to run the model's decoder.
         return_tokens: whether to give its likeliest classes.
         return_features: whether to give the features.
         apply_mask: whether to mask, to watch the loss of an SSL model live; see ``LiveMasking``. Draws from torch's
             generator.
-        return_surprise: whether to predict the next tokens, and to say of each token, once it is there, how surprising
-            it was; for a model whose objective predicts next tokens, see ``LiveSurprise``. With ``apply_mask`` they
-            are predicted from the masked stream, as ``model.objective: both`` trains it.
+        return_surprise: whether to predict the next tokens, and to give the surprise of each token once it is there; for a
+            model whose objective predicts next tokens, see ``LiveSurprise``. With ``apply_mask`` they are predicted from
+            the masked stream, as ``model.objective: both`` trains it.
         return_text: whether to decode the text of each stream, with a CTC, RNNT or hybrid model; ``TextOptions`` set how.
-        fast: 'auto' runs all streams as one batch, with cached keys and values and weights arranged for it (which all
-            sessions of the encoder share); 'off' runs NeMo's own layers, as does 'auto' where ``why_not_fast`` says why.
         weights: what the layers' weights are held in, on a CPU: 'float32'; 'bfloat16' and 'int8' are smaller and faster, and
             no longer equal to offline.
+        sample_rate: of the samples, in Hz; must be that of the model. None: that of the model.
 
     Raises:
         ValueError: if the model's configuration cannot stream, with the reason, or lacks what is asked for.
@@ -74,64 +79,65 @@ class StreamingSession:
         return_features: bool = False,
         apply_mask: bool = False,
         return_surprise: bool = False,
-        fast: str = 'auto',
         return_text: bool | TextOptions = False,
         weights: str = 'float32',
+        sample_rate: int | None = None,
     ):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; it must be 1 stream or more")
-        preprocessor, encoder = _parts(model)
-        self.batch_size = batch_size
-        self._model, self._modules = model, (preprocessor, encoder)
+        self.batch_size, self.weights = batch_size, weights
+        self._model, self._modules = model, _parts(model)
         self._masks_frames = getattr(model, 'pre_encoder', None) is not None
-        if fast not in FAST:
-            raise ValueError(f"fast is {fast!r}; it must be one of {FAST}")
         self._check_eval_mode()
+        encoder = self._modules[1]
         default = getattr(encoder, 'att_context_size', None) if att_context_size is None else att_context_size
         self.att_context = AttContext.parse(default)
-        self._front_end = StreamingFeatures(preprocessor)
-        self._encoder = StreamingEncoder(encoder, self.att_context)
-        self._masking = LiveMasking(model, self.att_context) if apply_mask else None
-        self._surprise = LiveSurprise(model, self.att_context) if return_surprise else None
-        self._targets = LiveTargets(model) if apply_mask or return_surprise else None
         self.return_log_probs, self.return_tokens = return_log_probs, return_tokens
-        self.return_features = return_features
+        self.return_features, self.return_text = return_features, return_text
+        self.apply_mask, self.return_surprise = apply_mask, return_surprise
         self._decoder = decoder_of(model) if return_log_probs or return_tokens or apply_mask else None
-        self._text = None
-        if return_text:
-            options = TextOptions() if return_text is True else return_text
-            self._text = LiveText(model, batch_size, self.frame_samples / self.sample_rate, options)
-        self.why_not_fast = self._why_not_fast(fast)
-        check_precision(weights, next(encoder.parameters()))
-        if weights != 'float32' and self.why_not_fast is not None:
+        self._warned = False
+        self._build()
+        if sample_rate not in (None, self.sample_rate):
             raise ValueError(
-                f"weights is {weights!r}, which needs streams that run as one batch; but {self.why_not_fast}"
+                f"sample_rate is {sample_rate}; the model takes {self.sample_rate} Hz: resample the samples"
             )
-        self._way = self._new_way(weights)
-        self._ended = np.zeros(batch_size, bool)
 
-    def _new_way(self, weights: str) -> Together | OneByOne:
-        if self.why_not_fast is None:
-            return Together(BatchedStreams(self._front_end, self._encoder, self.batch_size, weights))
-        watching = self._masking, self._surprise, self._targets
-        return OneByOne(self._front_end, self._encoder, self.batch_size, *watching)
+    def _build(self) -> None:
+        """Take the model as it is now, and start all streams."""
+        preprocessor, encoder = self._modules
+        mel, streaming = StreamingMel(preprocessor), StreamingEncoder(encoder, self.att_context)
+        check_precision(self.weights, next(encoder.parameters()))
+        observers = text = None
+        if self.apply_mask or self.return_surprise:
+            observers = Observers(
+                self._model, self.att_context, self.batch_size, mel.features, self.apply_mask, self.return_surprise
+            )
+        hooks = {} if observers is None else {observers.hook: observers.take}
+        with torch.inference_mode():
+            runner = BatchRunner(mel, streaming, self.batch_size, self.weights, self.return_features, **hooks)
+        if self.return_text:
+            options = TextOptions() if self.return_text is True else self.return_text
+            text = LiveText(self._model, self.batch_size, mel.hop * streaming.factor / mel.sample_rate, options)
+        self._mel, self._encoder, self._runner, self._observers, self._text = mel, streaming, runner, observers, text
+        self._ended, self._broken = (np.zeros(self.batch_size, bool) for _ in range(2))
+        self._failed: dict[int, str] = {}
+        self._flags: list = []  # of earlier steps on a GPU: what tells whether they are there, and which rows are finite
 
-    def _why_not_fast(self, fast: str) -> str | None:
-        if fast == 'off':
-            return "fast is 'off'"
-        if self._targets is not None:
-            return 'apply_mask and return_surprise look at each stream by itself'
-        return BatchedStreams.why_not(self._front_end, self._encoder)
+    @property
+    def why_not_fast(self) -> str | None:
+        """Which part of the model, as it is now, live streams do not compute; None: they compute all of it."""
+        return why_not(self._encoder.encoder)
 
     @property
     def sample_rate(self) -> int:
         """Samples per second of each stream."""
-        return self._front_end.sample_rate
+        return self._mel.sample_rate
 
     @property
     def frame_samples(self) -> int:
         """Samples of an attention frame."""
-        return self._front_end.hop * self._encoder.factor
+        return self._mel.hop * self._encoder.factor
 
     @property
     def look_ahead_samples(self) -> int:
@@ -140,22 +146,23 @@ class StreamingSession:
         Attention frame i begins with the centre of feature frame factor * i: half a window, and the right context of
         the attention (in ``regular`` style of all layers together).
         """
-        return self._front_end.look_ahead + self._encoder.look_ahead * self.frame_samples
+        return self._mel.look_ahead + self._encoder.look_ahead * self.frame_samples
 
     @property
     def next_token_offset(self) -> int | None:
         """How many tokens after its own a frame predicts at the first horizon; None without ``return_surprise``."""
-        return None if self._surprise is None else self._surprise.offset
+        return self._observers.surprise.offset if self.return_surprise else None
 
     @property
     def cache_bytes_per_stream(self) -> int:
-        """Bytes of state now, per stream; they grow only where the left context is unlimited."""
-        return self._way.state(self._ended.tolist()).bytes() // self.batch_size
+        """Bytes of state and of tables of positions now, per stream; they grow only with an unlimited left context."""
+        observed = 0 if self._observers is None else self._observers.bytes()
+        return (self._runner.bytes() + observed) // self.batch_size
 
     @property
     def current_frame(self) -> torch.Tensor:
         """Mask frames received so far by each stream, [B] int64; see ``StreamingOutput.current_frame``."""
-        return self._way.received(self._masks_frames, self._ended)
+        return self._runner.received(self._masks_frames, self._ended)
 
     @property
     def ended(self) -> tuple[bool, ...]:
@@ -163,24 +170,24 @@ class StreamingSession:
         return tuple(self._ended.tolist())
 
     def reset(self, streams: Sequence[int] | None = None) -> None:
-        """Begin anew; all streams, or those with these indices while the others go on.
+        """Start all streams anew, with the model as it is now; or those with these indices while the others go on.
 
         Raises:
-            ValueError: if an index is out of range.
+            ValueError: if an index is out of range, or the model no longer streams; nothing is changed then.
         """
         if streams is None:
-            self._ended = np.zeros(self.batch_size, bool)
-            self._way.reset()
-            if self._text is not None:
-                self._text.reset()
+            self._check_eval_mode()
+            self._build()
             return
-        for row in streams:
-            if not 0 <= row < self.batch_size:
-                raise ValueError(f"reset: there is no stream {row}; the session has {self.batch_size}")
-            self._ended[row] = False
-        self._way.forget(list(streams))
-        if self._text is not None:
-            self._text.reset(list(streams))
+        rows = [self._checked_row(row, 'reset') for row in streams]
+        self._broken[rows] = True
+        with torch.inference_mode():
+            self._read_flags(wait=True)
+            for part in self._stages():
+                part.reset(rows)
+        for row in rows:
+            self._failed.pop(row, None)
+        self._ended[rows] = self._broken[rows] = False
 
     def step(self, samples, lengths=None, ended=None) -> StreamingOutput:
         """Take samples and give out all frames that they complete.
@@ -191,12 +198,14 @@ class StreamingSession:
             ended: for each stream, whether it ends with these samples, [B] bool; None: none does.
 
         Raises:
-            ValueError: if the samples have another shape or dtype or are not finite, or a stream is fed after its end.
+            ValueError: if the samples have another shape or dtype or are not finite, or a stream is fed after its end or
+                after an error; nothing is taken then.
         """
         self._check_eval_mode()
         samples = self._checked(samples)
         lengths = self._checked_lengths(lengths, samples.shape[1])
         ends = self._checked_ends(ended)
+        self._check_whole((lengths > 0) | ends, 'step')
         self._check_finite(samples, lengths)
         return self._advance(samples, lengths, ends)
 
@@ -204,65 +213,124 @@ class StreamingSession:
         """End all streams and give out what is left of them, as the offline forward would see it.
 
         Raises:
-            ValueError: if all of them have ended already.
+            ValueError: if all of them have ended already, or an earlier step broke one.
         """
         self._check_eval_mode()
         if self._ended.all():
             raise ValueError("finish: every stream has ended already; reset() begins anew")
-        nothing = torch.zeros(self.batch_size, 0, device=self._front_end.device)
-        return self._advance(nothing, np.zeros(self.batch_size, np.int64), ~self._ended)
+        self._check_whole(~self._ended, 'finish')
+        return self._advance(torch.zeros(self.batch_size, 0), np.zeros(self.batch_size, np.int64), ~self._ended)
 
     def transcript(self, row: int = 0) -> Transcript:
         """Return the whole text of a stream; its cost grows with the stream.
 
         Raises:
-            ValueError: without ``return_text``.
+            ValueError: without ``return_text``, or if there is no such stream.
         """
         if self._text is None:
             raise ValueError("transcript: the session has no text; set return_text=True")
-        return self._text.transcript(row)
+        return self._text.transcript(self._checked_row(row, 'transcript'))
+
+    def export(self, row: int) -> dict:
+        """Return a copy of the state of a stream: plain containers and tensors, for torch.save or pickle.
+
+        Raises:
+            ValueError: if there is no such stream, or an earlier step broke it.
+        """
+        row = self._checked_row(row, 'export')
+        return {'version': VERSION, 'of': self._settings(), 'stream': self._export(row)}
+
+    def load(self, row: int, state: dict) -> None:
+        """Go on with an exported stream in the place of another one; sessions may have any number of streams.
+
+        Raises:
+            ValueError: if there is no such stream, or the state is of a session with another model, context or setting, or
+                damaged; nothing is changed then.
+        """
+        row = self._checked_row(row, 'load')
+        check_settings(state, self._settings())
+        self._check(state.get('stream'))
+        self._load(row, state['stream'])
 
     def state_dict(self) -> dict:
         """Return a copy of all state: plain containers and tensors, for torch.save or pickle."""
-        text = {} if self._text is None else {'text': [self._text.export(row) for row in range(self.batch_size)]}
-        return {'settings': self._settings(), **self._way.state(self._ended.tolist()).to_dict(), **text}
+        streams = [self._export(row) for row in range(self.batch_size)]
+        return {'version': VERSION, 'of': self._settings(), 'streams': streams}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where another session on the same model was.
 
         Raises:
-            ValueError: if it comes from a session with other settings, or is no such state.
+            ValueError: if it comes from a session with other settings or another number of streams, or is damaged; nothing
+                is changed then.
         """
-        if not isinstance(state, dict) or 'settings' not in state:
-            raise ValueError("load_state_dict: this is no state of a StreamingSession")
-        mine, theirs = self._settings(), state['settings']
-        theirs = {'return_surprise': False, 'return_text': False, **theirs}  # these came later
-        other = [name for name in mine if mine[name] != theirs.get(name)]
-        if other:
-            raise ValueError(
-                "load_state_dict: the state comes from a session with another "
-                + ', '.join(f'{name} ({theirs.get(name)}, here {mine[name]})' for name in other)
-            )
-        self._ended = np.array(self._way.load(state), bool)
-        if self._text is not None:
-            for row, text in enumerate(state['text']):
-                self._text.load(row, text)
+        check_settings(state, self._settings())
+        streams = state.get('streams')
+        if not isinstance(streams, list) or len(streams) != self.batch_size:
+            found = len(streams) if isinstance(streams, list) else type(streams).__name__
+            raise ValueError(f"load: the state has streams: {found}; this session has {self.batch_size}")
+        for stream in streams:
+            self._check(stream)
+        self._broken[:] = True
+        for row, stream in enumerate(streams):
+            self._load(row, stream)
+
+    def _stages(self) -> list:
+        """Return all that keeps something of each stream."""
+        others = [part for part in (self._observers, self._text) if part is not None]
+        return [*self._runner.stages, *others]
+
+    def _export(self, row: int) -> dict:
+        self._read_flags(wait=True)
+        if self._broken[row]:
+            raise ValueError(f"stream {row} is broken by an error in an earlier step; reset([{row}]) starts it anew")
+        stages = [part.export(row) for part in self._stages()]
+        return {'ended': bool(self._ended[row]), 'failed': self._failed.get(row), 'stages': stages}
+
+    def _check(self, stream) -> None:
+        """Raise ValueError unless a state of a stream is whole."""
+        parts = self._stages()
+        if not isinstance(stream, dict) or not isinstance(stream.get('ended'), bool) or 'failed' not in stream:
+            raise ValueError("load: this is no state of a stream")
+        if not isinstance(stream.get('stages'), list) or len(stream['stages']) != len(parts):
+            raise ValueError(f"load: stages is damaged; it must be a list of {len(parts)}")
+        for part, state in zip(parts, stream['stages'], strict=True):
+            part.check(state)
+
+    def _load(self, row: int, stream: dict) -> None:
+        self._read_flags(wait=True)
+        self._broken[row] = True
+        with torch.inference_mode():
+            for part, state in zip(self._stages(), stream['stages'], strict=True):
+                part.load(row, state)
+        self._failed.pop(row, None)
+        if stream['failed'] is not None:
+            self._failed[row] = stream['failed']
+        self._ended[row], self._broken[row] = stream['ended'], False
 
     def _settings(self) -> dict:
-        encoder = self._encoder
         return {
-            'batch_size': self.batch_size,
-            'att_context_size': self.att_context.as_list(),
-            'layer_contexts': [context.as_list() for context in encoder.contexts],
-            'att_context_style': encoder.encoder.att_context_style,
-            'subsampling_factor': encoder.factor,
-            'd_model': encoder.encoder.d_model,
-            'features': self._front_end.features,
-            'hop': self._front_end.hop,
-            'apply_mask': self._masking is not None,
-            'return_surprise': self._surprise is not None,
-            'return_text': self._text is not None,
+            **self._encoder.settings(),
+            **self._mel.settings(),
+            'weights': self.weights,
+            'apply_mask': self.apply_mask,
+            'return_surprise': self.return_surprise,
+            'return_text': bool(self.return_text),
         }
+
+    def _checked_row(self, row, what: str) -> int:
+        whole = isinstance(row, (int, np.integer)) and not isinstance(row, bool)
+        if not whole or not 0 <= row < self.batch_size:
+            raise ValueError(f"{what}: there is no stream {row!r}; the session has {self.batch_size}")
+        return int(row)
+
+    def _check_whole(self, rows: np.ndarray, what: str) -> None:
+        broken = np.flatnonzero(rows & self._broken)
+        if len(broken):
+            raise ValueError(
+                f"{what}: stream {broken[0]} is broken by an error in an earlier step; reset([{broken[0]}]) or load starts "
+                "it anew"
+            )
 
     def _check_eval_mode(self) -> None:
         if any(module.training for module in self._modules):
@@ -277,16 +345,26 @@ class StreamingSession:
         return samples.to(dtype=torch.float32)
 
     def _check_finite(self, samples: torch.Tensor, lengths: np.ndarray) -> None:
-        """Look at the samples where they came from: those of a host's microphone do not make a device wait."""
-        if samples.device.type == 'cpu':  # NumPy takes a quarter of the time of torch for so few
-            finite = bool(np.isfinite(samples.detach().numpy()).all())
-        else:
-            finite = bool(torch.isfinite(samples).all())
-        if finite:
+        """Look at the samples where they came from: those of a microphone make no device wait."""
+        taken = samples[:, : int(lengths.max())]
+        if not taken.numel():
             return
-        for row, length in enumerate(lengths.tolist()):
-            if not bool(torch.isfinite(samples[row, :length]).all()):
+        if samples.device.type == 'cpu':  # NumPy takes a quarter of the time of torch for so few
+            values = taken.detach().numpy()
+            peak = max(float(values.max()), -float(values.min()))
+        else:
+            peak = float(taken.abs().amax())
+        if peak <= LOUD:
+            return
+        loud = False
+        for row in set(np.flatnonzero(lengths).tolist()) - self._failed.keys():
+            peak = float(samples[row, : lengths[row]].abs().amax())
+            if not math.isfinite(peak):
                 raise ValueError(f"samples of stream {row} hold NaN or infinite values")
+            loud = loud or peak > LOUD
+        if loud and not self._warned:
+            logging.warning(f"Samples reach {peak:.3g}; full scale is 1, as of soundfile's float32.")
+            self._warned = True
 
     def _checked_lengths(self, lengths, available: int) -> np.ndarray:
         ended = self._ended
@@ -312,27 +390,46 @@ class StreamingSession:
         return np.array(_row_values(ended, self.batch_size, 'ended')).astype(bool) & ~self._ended
 
     def _advance(self, samples: torch.Tensor, lengths: np.ndarray, ends: np.ndarray) -> StreamingOutput:
+        moved = (lengths > 0) | ends
+        self._broken[moved] = True  # until the step is over
         with torch.inference_mode():
-            if self.why_not_fast is None:
-                output = self._way.advance(samples, lengths, ends, self.return_features)
-                self._predict(output)
-            else:
-                samples = samples.to(self._front_end.device)
-                output = self._way.advance(
-                    samples, lengths.tolist(), ends.tolist(), self.return_features, self._predict
-                )
-        self._ended = self._ended | ends
-        if self._text is not None:
-            with torch.inference_mode():
-                lengths = output.lengths.tolist()
-                output.text = self._text.take(output.encoded, lengths, self._ended.tolist(), output.log_probs)
+            self._read_flags()
+            if self._failed:
+                samples = samples.clone()
+                samples[list(self._failed)] = 0.0
+            found = self._runner.step(samples, lengths, ends)
+            self._ended |= ends
+            output = self._output(found)
         output.current_frame = self.current_frame
-        if not self.return_log_probs:
-            output.log_probs = None
         # tensors made in inference mode could not be used in training
         for name, value in vars(output).items():
             if isinstance(value, torch.Tensor) and value.is_inference():
                 setattr(output, name, value.clone())
+        self._broken[moved] = False
+        return output
+
+    def _output(self, found) -> StreamingOutput:
+        """Return what a step gives out of the frames that it completes."""
+        self._find_failed(found.encoded)
+        device, failed = self._runner.device, list(self._failed)
+        for frames, counts in ((found.features, found.feature_counts), (found.encoded, found.counts)):
+            if failed and frames is not None:
+                frames[failed] = 0.0
+                counts[failed] = 0
+        lengths = torch.from_numpy(found.counts).to(device, non_blocking=True)
+        output = StreamingOutput(found.encoded.transpose(1, 2), lengths, None, failed=dict(self._failed))
+        if found.features is not None:
+            output.features = found.features.transpose(1, 2)
+            output.feature_lengths = torch.from_numpy(found.feature_counts).to(device, non_blocking=True)
+        self._predict(output)
+        if self._observers is not None:
+            self._observers.finish(output, failed)
+        if self._text is not None:
+            output.text = self._text.take(
+                output.encoded, found.counts.tolist(), self._ended.tolist(), output.log_probs
+            )
+        if not self.return_log_probs:
+            output.log_probs = None
         return output
 
     def _predict(self, output: StreamingOutput) -> None:
@@ -341,10 +438,42 @@ class StreamingSession:
             return
         output.log_probs = decode_frames(self._decoder, output.encoded)
         valid = valid_frames(output)
-        shape = valid.shape + (1,) * (output.log_probs.dim() - 2)
-        output.log_probs = output.log_probs * valid.view(shape)
+        output.log_probs = output.log_probs.masked_fill(
+            ~valid.view(*valid.shape, *[1] * (output.log_probs.dim() - 2)), 0
+        )
         if self.return_tokens:
             output.tokens = output.log_probs.argmax(dim=2)
+
+    def _find_failed(self, encoded: torch.Tensor) -> None:
+        """Find the rows whose frames [B, A, D] are not finite, and set their state to zero.
+
+        On a CPU this step's are read. On a GPU the flags are copied while it works, and read in a later step: nothing
+        waits, and ``output.failed`` is that much late. With text, which is read anyway, and at the end of
+        all streams they are read at once.
+        """
+        if not encoded.numel():
+            return
+        if encoded.device.type == 'cpu' and math.isfinite(float(encoded.sum())):
+            return
+        flags = encoded.isfinite().flatten(1).all(dim=1).to('cpu', non_blocking=True)
+        event = None
+        if encoded.device.type == 'cuda':
+            event = torch.cuda.Event()
+            event.record()
+        self._flags.append((event, flags))
+        if encoded.device.type == 'cpu' or self._text is not None or self._ended.all():
+            self._read_flags(wait=True)
+
+    def _read_flags(self, wait: bool = False) -> None:
+        """Read which rows are finite, as far as it is known."""
+        while self._flags and (wait or self._flags[0][0] is None or self._flags[0][0].query()):
+            event, flags = self._flags.pop(0)
+            if event is not None:
+                event.synchronize()
+            new = [row for row in np.flatnonzero(~flags.numpy()).tolist() if row not in self._failed]
+            if new:
+                self._failed.update(dict.fromkeys(new, NOT_FINITE))
+                self._runner.clear(new)
 
 
 def _parts(model) -> tuple[torch.nn.Module, torch.nn.Module]:

@@ -10,18 +10,20 @@ matrix product.
 Shapes: R rows (streams), Q encoder frames, T frames of a stage, F its frequencies, C channels, D the encoder's width.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from nemo.collections.asr.parts.streaming.linear import PreparedLinear
+from nemo.collections.asr.parts.streaming.ring_buffers import Rows, Stage
 
 KERNEL, STRIDE = 3, 2
 BLOCK = 16  # rows whose intermediate results stay in the processor's cache
 SMALL = 1 << 15  # inputs of a convolution for which its set-up takes longer than a sum of products
 
 
-class _Stage:
+class _Convolution:
     """One convolution of 3 x 3 in steps of 2, and what follows it up to the activation.
 
     Args:
@@ -39,8 +41,8 @@ class _Stage:
             self._mixed = PreparedLinear(convolution.weight.permute(0, 2, 3, 1), convolution.bias, relu=relu)
             return
         self._mixed = PreparedLinear(pointwise.weight, pointwise.bias, relu=relu)
-        self._bias = None if convolution.bias is None else convolution.bias.detach()
-        self._weight = weight = convolution.weight.detach().contiguous(memory_format=torch.channels_last)
+        self._bias = None if convolution.bias is None else convolution.bias.detach().clone()
+        self._weight = weight = convolution.weight.detach().clone(memory_format=torch.channels_last)
         sums = weight.device.type == 'cpu' and weight.dtype == torch.float32
         self._taps = weight.permute(2, 3, 0, 1).reshape(KERNEL, KERNEL, 1, 1, -1) if sums else None
 
@@ -78,7 +80,7 @@ class IncrementalSubsampling:
         for layer in subsampling.conv:
             pending.append(layer)
             if not isinstance(layer, nn.Conv2d):
-                self.stages.append(_Stage(pending[0], pending[1] if len(pending) > 2 else None, layer))
+                self.stages.append(_Convolution(pending[0], pending[1] if len(pending) > 2 else None, layer))
                 pending = []
         self.factor, self.features = subsampling.subsampling_factor, subsampling._feat_in
         weight = subsampling.out.weight.detach()
@@ -87,57 +89,67 @@ class IncrementalSubsampling:
         self.out = PreparedLinear(by_frequency.flatten(1), subsampling.out.bias)
         self.dtype, self.device = weight.dtype, weight.device
 
-    def new_caches(self, batch: int) -> list[torch.Tensor]:
-        """Return the last row before each stage, of streams that begin, [B, 1, F, C] each."""
+    def new_stage(self, batch: int) -> 'SubsamplingStage':
+        """Return what streams that begin keep."""
         width, channels, caches = self.features, 1, []
         for stage in self.stages:
             caches.append(torch.zeros(batch, 1, width, channels, dtype=self.dtype, device=self.device))
             width, channels = width // STRIDE + 1, stage.channels
-        return caches
+        return SubsamplingStage(caches, np.zeros(batch, np.int64))
 
     def step(
         self,
         caches: list[torch.Tensor],
         features: torch.Tensor,
-        rows: torch.Tensor | None = None,
+        rows: Rows,
         begins: torch.Tensor | None = None,
         left: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the next encoder frames of some rows, [R, Q, D].
 
         Args:
-            caches: of :meth:`new_caches`; change in place.
+            caches: of :meth:`new_stage`; change in place.
             features: [R, factor * Q, F], those that these frames take.
-            rows: which rows of the caches these are, [R]; None: all.
+            rows: which streams.
             begins: whether a row's first frame is the first of its stream, [R] bool; None: none is. Its caches, and the
-                features before the stream's first, count as zeros, whatever they are.
-            left: of how many of the features there are any, [R] int64, where streams end; None: of all. Those behind count as
-                zeros, whatever they are. A stream without any begins, and has factor - 1 left: those before it.
+                features before the stream's first, count as zeros.
+            left: how many of the features exist, [R] int64, where streams end; None: all. Those behind count as zeros. A
+                stream without any begins, and has factor - 1 left: those before it.
         """
-        count = features.shape[0]
-        size = BLOCK if features.device.type == 'cpu' else max(count, 1)
-        parts = []
-        for start in range(0, count, size):
-            part = slice(start, min(start + size, count))
-            places = part if rows is None else rows[part]
+        own = [rows.select(cache) for cache in caches]
+        size = BLOCK if features.device.type == 'cpu' else max(len(features), 1)
+        parts, last = [], []
+        for start in range(0, len(features), size):
+            part = slice(start, start + size)
             began, remain = (None if values is None else values[part] for values in (begins, left))
-            parts.append(self._step(caches, features[part], places, began, remain))
+            frames, rows_of = self._step([cache[part] for cache in own], features[part], began, remain)
+            parts.append(frames)
+            last.append(rows_of)
+        for cache, new in zip(caches, zip(*last, strict=True), strict=True):
+            rows.store(cache, new[0] if len(new) == 1 else torch.cat(new))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _step(self, caches, features, rows, begins, left) -> torch.Tensor:
-        frames, ahead = features.unsqueeze(-1), self.factor
-        for stage, cache in zip(self.stages, caches):
-            frames = torch.cat((cache[rows], frames), dim=1)
+    def _step(self, caches, features, begins, left) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        frames, ahead, last = features.unsqueeze(-1), self.factor, []
+        for stage, cache in zip(self.stages, caches, strict=True):
+            frames = torch.cat((cache, frames), dim=1)
             if begins is not None:
                 frames[:, :ahead].masked_fill_(begins[:, None, None, None], 0.0)
             if left is not None:
                 behind = torch.arange(frames.shape[1], device=left.device) > left[:, None]
                 frames.masked_fill_(behind[:, :, None, None], 0.0)
                 left = torch.div(left + 1, STRIDE, rounding_mode='floor')
-            cache[rows] = frames[:, -1:]
+            last.append(frames[:, -1:])
             frames = stage(frames)
             ahead //= STRIDE
-        return self.out(frames.flatten(2).flatten(0, 1)).view(len(frames), frames.shape[1], -1)
+        return self.out(frames.flatten(2).flatten(0, 1)).view(len(frames), frames.shape[1], -1), last
+
+
+class SubsamplingStage(Stage):
+    """The last row before each convolution, [B, 1, F, C] each, and the encoder frames so far, [B]."""
+
+    def __init__(self, caches: list[torch.Tensor], count: np.ndarray):
+        self.caches, self.count = caches, count
 
 
 def _patches(frames: torch.Tensor) -> torch.Tensor:

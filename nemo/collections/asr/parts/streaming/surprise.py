@@ -8,11 +8,27 @@ are predicted by none. At the end of a stream some predictions are left over, fo
 Shapes: B streams, D the encoder's width, A attention frames, S target frames, K horizons, C classes, H codebooks.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from nemo.collections.asr.parts.objectives.next_tokens import NextTokens
 from nemo.collections.asr.parts.streaming.decoding import decode_frames
-from nemo.collections.asr.parts.streaming.state import SurprisedStream, joined
+from nemo.collections.asr.parts.streaming.state import joined
+
+
+@dataclass
+class SurprisedStream:
+    """The state of one stream whose tokens are compared with what was predicted of them."""
+
+    start: int
+    """Index of the token whose surprise is the next to be known."""
+    unpredicted: int
+    """Tokens still to come that no frame predicts: those before the first frame's."""
+    tokens: torch.Tensor | None = None
+    """Tokens without a prediction so far, [S] or [S, H]."""
+    log_probs: torch.Tensor | None = None
+    """Predictions at the first horizon without a token so far, [A, C] or [A, C, H]."""
 
 
 class LiveSurprise:
@@ -52,7 +68,7 @@ class LiveSurprise:
 
     def new_stream(self) -> SurprisedStream:
         """The state of a stream before its first frame."""
-        return SurprisedStream(start=self.offset, unasked=self.offset)
+        return SurprisedStream(start=self.offset, unpredicted=self.offset)
 
     def predict(self, encoded: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Predict the next tokens of new frames, one horizon after the other.
@@ -77,9 +93,9 @@ class LiveSurprise:
         """Take new tokens [S] or [S, H]; None is nothing. The state moves on."""
         if tokens is None:
             return
-        unasked = min(stream.unasked, tokens.shape[0])
-        stream.unasked -= unasked
-        stream.tokens = joined(stream.tokens, tokens[unasked:])
+        skipped = min(stream.unpredicted, tokens.shape[0])
+        stream.unpredicted -= skipped
+        stream.tokens = joined(stream.tokens, tokens[skipped:])
 
     def score(self, stream: SurprisedStream, log_probs: torch.Tensor) -> torch.Tensor:
         """Take new predictions; return the surprise of all tokens that have now come and were predicted.

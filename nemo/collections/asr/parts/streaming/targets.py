@@ -8,11 +8,25 @@ that it does not depend on how the stream is cut.
 Shapes: F features (or the encoder's width), M mask frames, S target frames, H codebooks.
 """
 
+from dataclasses import dataclass
+
 import torch
 
-from nemo.collections.asr.parts.streaming.state import TargetStream
-
 SMALLEST_STD = 1e-5  # as in NeMo's per_feature normalisation
+
+
+@dataclass
+class TargetStream:
+    """The state of one stream of which targets are made."""
+
+    waiting: torch.Tensor
+    """Mask frames that do not make a whole target yet, [F, M]."""
+    total: torch.Tensor
+    """Sum over the frames received, [F] float64."""
+    squares: torch.Tensor
+    """Sum of their squares, [F] float64."""
+    count: int = 0
+    """Mask frames received."""
 
 
 class LiveTargets:

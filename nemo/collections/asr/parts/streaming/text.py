@@ -137,14 +137,24 @@ class LiveText:
             for name, value in values.items()
         }
 
+    def check(self, state: dict) -> None:
+        """Raise ValueError unless :meth:`load` can take a state."""
+        try:
+            self._stream_of(state)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"load: the text of the stream is damaged ({type(error).__name__}: {error})") from error
+
     def load(self, row: int, state: dict) -> None:
         """Go on with a stream from an exported state."""
+        self._streams[row] = self._stream_of(state)
+
+    def _stream_of(self, state: dict) -> _Stream:
         stream = _Stream()
         for name in STATE:
             value, now = from_plain(state[name]), getattr(stream, name)
             setattr(stream, name, array(now.typecode, value.tolist()) if isinstance(now, array) else value)
         stream.partial = self._word(stream, stream.open, len(stream.tokens))
-        self._streams[row] = stream
+        return stream
 
     def _advance(self, stream: _Stream, tokens, frames: int, ended: bool) -> TextUpdate:
         """Take the tokens of a stream's new frames."""

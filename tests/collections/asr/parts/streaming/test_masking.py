@@ -81,7 +81,7 @@ def test_targets_are_normalised_by_what_was_received():
     torch.manual_seed(0)
     session = StreamingSession(model, 1, [20, 0], apply_mask=True)
     session.step(samples)
-    stream = session._way._targeted[0]
+    stream = session._observers.streams[0].targets
     features, length = model.preprocessor(input_signal=samples, length=torch.tensor([64000]))
     features = features[0, :, : stream.count].double()
     torch.testing.assert_close(stream.total / stream.count, features.mean(dim=1), atol=1e-6, rtol=0)
@@ -100,7 +100,8 @@ def test_a_masked_stream_is_saved_restored_and_reset():
         outputs.append(going_on.step(noise(1, 16000)))
     assert torch.equal(outputs[0].masks, outputs[1].masks) and torch.equal(outputs[0].loss, outputs[1].loss)
     session.reset([0])
-    assert session._way._targeted[0].count == 0 and session._way._masked[0].masks is None
+    observed = session._observers.streams[0]
+    assert observed.targets.count == 0 and observed.masked.masks is None
 
 
 def test_masking_that_follows_no_context_is_refused():

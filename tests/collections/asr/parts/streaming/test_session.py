@@ -9,7 +9,7 @@ from corpus import first_entries
 from fresh_process import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_streams import CASES, PIECES, THREE_LAYERS, TOTALS, model_of, noise, stream
+from live_streams import CASES, PIECES, THREE_LAYERS, TOTALS, model_of, noise, offline, stream
 from omegaconf import OmegaConf
 from tiny_nest import tiny_config, tiny_model
 
@@ -17,15 +17,6 @@ from nemo.collections.asr.models import EncDecCTCModel
 from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
 
 RATE = 16000
-
-
-@torch.no_grad()
-def offline(model, samples, lengths, context):
-    """Return what the model's own forward gives in eval mode: features, encoded and log-probabilities with lengths."""
-    with model.encoder.using_att_context_size(context):
-        features, feature_lengths = model.preprocessor(input_signal=samples, length=torch.tensor(lengths))
-        encoded, encoded_lengths = model.encoder(audio_signal=features, length=feature_lengths)
-    return features, feature_lengths, encoded, encoded_lengths, model.decoder(encoder_output=encoded)
 
 
 def assert_equal(output, expected):
@@ -234,18 +225,22 @@ def test_a_killed_process_is_carried_on_by_another(tmp_path):
         assert torch.equal(encoded, output.encoded) and torch.equal(log_probs, output.log_probs)
 
 
-def test_state_is_bounded_where_the_context_is_and_grows_where_it_is_not():
-    def bytes_after(context, seconds, fast):
-        session = StreamingSession(model_of('regular'), 1, context, fast=fast)
-        session.step(noise(1, seconds * RATE))
-        return session.cache_bytes_per_stream
-
-    frame = 3 * 16 * 4  # layers, d_model, float32
-    for fast in ('auto', 'off'):
-        assert bytes_after([10, 0], 4, fast) == bytes_after([10, 0], 12, fast)
-    assert bytes_after([-1, 0], 12, 'off') - bytes_after([-1, 0], 4, 'off') == 8 * RATE // 1280 * frame
-    slots = 256 - 64  # twice as many until 150 frames fit; keys and values
-    assert bytes_after([-1, 0], 12, 'auto') - bytes_after([-1, 0], 4, 'auto') == slots * 2 * frame
+def test_state_is_bounded_where_the_context_is_and_grows_and_shrinks_where_it_is_not():
+    model, encoder = model_of('regular'), model_of('regular').encoder
+    table = encoder.pos_enc.pe.shape
+    bounded, session = (StreamingSession(model, 1, context) for context in ([10, 0], [-1, 0]))
+    sizes = []
+    for seconds in (4, 8):
+        for each in (bounded, session):
+            each.step(noise(1, seconds * RATE))
+        sizes.append((bounded.cache_bytes_per_stream, session.cache_bytes_per_stream))
+    assert sizes[0][0] == sizes[1][0]
+    frame, position = 3 * 2 * 16 * 4, 3 * (16 + 2) * 4  # layers, keys and values, d_model, float32; and heads
+    assert sizes[1][1] - sizes[0][1] == (256 - 64) * (frame + position)  # twice as many until 150 frames fit
+    assert encoder.pos_enc.pe.shape == table  # the encoder's own table stays as it is
+    session.reset([0])
+    session.step(noise(1, 4 * RATE))
+    assert session.cache_bytes_per_stream == sizes[0][1]
 
 
 @pytest.mark.parametrize('case', ['regular', 'look-ahead', 'chunked', 'schedule, look-ahead', 'factor 4'])
@@ -357,7 +352,7 @@ def test_half_precision_streams(dtype, tolerance):
     expected = offline(tiny_model(THREE_LAYERS).eval(), noise(2, 20000), [20000, 9000], [4, 0])[2]
     session = StreamingSession(model, 2, [4, 0], return_tokens=True)
     output = stream(session, noise(2, 20000), [20000, 9000], [1280])
-    assert session.why_not_fast is None and output.encoded.dtype == dtype
+    assert output.encoded.dtype == dtype
     for row, length in enumerate(output.lengths.tolist()):
         difference = output.encoded[row, :, :length].float() - expected[row, :, :length]
         assert difference.abs().mean() < tolerance
@@ -372,26 +367,6 @@ def test_smaller_weights_give_nearly_the_same(weights, near):
     )
     assert small.lengths.tolist() == whole.lengths.tolist()
     assert 0 < (small.encoded - whole.encoded).norm() / whole.encoded.norm() < near
-    with pytest.raises(ValueError, match=f"weights is '{weights}', which needs streams that run as one batch"):
-        StreamingSession(model, 2, [4, 0], weights=weights, fast='off')
-
-
-def test_what_the_batched_way_does_not_know_takes_the_other_and_says_why():
-    model = tiny_model(THREE_LAYERS).eval()
-    assert StreamingSession(model).why_not_fast is None
-    assert StreamingSession(model, fast='off').why_not_fast == "fast is 'off'"
-    assert 'each stream by itself' in StreamingSession(model, 1, [4, 0], apply_mask=True).why_not_fast
-    expected = stream(StreamingSession(model, 1, [4, 0]), noise(1, 9000), [9000], [1280])
-    handle = model.encoder.layers[1].norm_out.register_forward_hook(lambda module, inputs, output: output)
-    session = StreamingSession(model, 1, [4, 0])
-    assert session.why_not_fast == 'encoder.layers[1]: norm_out has forward hooks'
-    output = stream(session, noise(1, 9000), [9000], [1280])
-    torch.testing.assert_close(output.encoded, expected.encoded, atol=1e-5, rtol=0)
-    handle.remove()
-    with pytest.raises(ValueError, match=r"fast is True; it must be one of \('auto', 'off'\)"):
-        StreamingSession(model, fast=True)
-    with pytest.raises(ValueError, match='was saved by a fast session'):
-        StreamingSession(model, fast='off').load_state_dict(StreamingSession(model).state_dict())
 
 
 @pytest.mark.run_only_on('GPU')

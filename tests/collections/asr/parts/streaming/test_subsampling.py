@@ -4,12 +4,14 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo.collections.asr.parts.streaming import linear
+from nemo.collections.asr.parts.streaming.ring_buffers import Rows
 from nemo.collections.asr.parts.streaming.subsampling import IncrementalSubsampling
 from nemo.collections.asr.parts.submodules.subsampling import ConvSubsampling
 
@@ -42,6 +44,11 @@ def excerpt(features, lengths, row: int, first: int, count: int):
     return found
 
 
+def some(batch, *numbers, device='cpu'):
+    """These rows of a batch; all without any."""
+    return Rows(np.isin(np.arange(batch), numbers or np.arange(batch)), torch.device(device))
+
+
 def assert_near(found, expected):
     torch.testing.assert_close(found, expected, atol=2e-6 * max(expected.abs().max().item(), 1.0), rtol=0)
 
@@ -59,16 +66,17 @@ def in_any_phases(incremental, caches, features, lengths, sizes, pauses):
         moment += 1
         if not active:
             continue
-        first = [factor * (frames[row] - 1) + 1 for row in active]
-        pieces = [excerpt(features, lengths, row, at, factor * count) for row, at in zip(active, first)]
-        left = torch.tensor([min(max(lengths[row] - at, 0), factor * count) for row, at in zip(active, first)])
+        rows = some(len(lengths), *active)
+        first = [factor * (frames[row] - 1) + 1 for row in rows.numbers]
+        pieces = [excerpt(features, lengths, *pair, factor * count) for pair in zip(rows.numbers, first)]
+        left = torch.tensor([min(max(lengths[row] - at, 0), factor * count) for row, at in zip(rows.numbers, first)])
         begins = torch.tensor(first) < 0
-        rows = None if len(active) == len(lengths) else torch.tensor(active)
         ending = left if (left < factor * count).any() else None
         found = incremental.step(caches, torch.stack(pieces), rows, begins if begins.any() else None, ending)
-        for row, new in zip(active, found):
-            outputs[row].append(new)
-            frames[row] += count
+        for row, new in zip(rows.numbers, found):
+            if row in active:
+                outputs[row].append(new)
+                frames[row] += count
     return [torch.cat(parts) for parts in outputs]
 
 
@@ -84,7 +92,7 @@ def in_any_phases(incremental, caches, features, lengths, sizes, pauses):
 def test_frames_of_streams_in_any_phases_equal_the_whole(kind, factor, lengths, sizes, pauses, width):
     subsampling = subsampling_of(kind, factor, features=width)
     incremental = IncrementalSubsampling(subsampling)
-    caches = incremental.new_caches(len(lengths))
+    caches = incremental.new_stage(len(lengths)).caches
     for seed in range(2):  # the second time in rows that others have left
         features = features_of(lengths, width, seed)
         with torch.no_grad():
@@ -99,38 +107,26 @@ def test_frames_of_streams_in_any_phases_equal_the_whole(kind, factor, lengths, 
 def test_few_and_many_streams_of_any_width_equal_the_whole(channels, batch):
     subsampling, features = subsampling_of(channels=channels), features_of([17] * batch)
     incremental = IncrementalSubsampling(subsampling)
-    caches, padded = incremental.new_caches(batch), torch.nn.functional.pad(features, (0, 0, 7, 0))
+    caches, padded = incremental.new_stage(batch).caches, torch.nn.functional.pad(features, (0, 0, 7, 0))
     with torch.no_grad():
         whole, _ = subsampling(x=features, lengths=torch.full((batch,), 17))
         for frame in range(3):
             begins = torch.full((batch,), True) if frame == 0 else None
-            found = incremental.step(caches, padded[:, 8 * frame : 8 * frame + 8], None, begins)
+            found = incremental.step(caches, padded[:, 8 * frame : 8 * frame + 8], some(batch), begins)
             assert_near(found[:, 0], whole[:, frame])
 
 
-def test_rows_in_any_order_are_those_of_their_streams():
-    incremental, features = IncrementalSubsampling(subsampling_of()), features_of([16] * 20)
-    together, apart = incremental.new_caches(20), incremental.new_caches(20)
-    rows = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize('batch', [3, 16])  # rows are selected, or all are computed
+def test_a_stream_that_is_left_out_keeps_its_caches(batch):
+    incremental, features = IncrementalSubsampling(subsampling_of()), features_of([8] * batch)
+    caches = incremental.new_stage(batch).caches
+    rows = some(batch, *range(1, batch))
     with torch.no_grad():
-        for frame in range(2):
-            piece = features[:, 8 * frame : 8 * frame + 8]
-            expected = incremental.step(together, piece)
-            assert_near(incremental.step(apart, piece[rows], rows), expected[rows])
-    for mine, theirs in zip(apart, together):
-        assert_near(mine, theirs)
-
-
-def test_a_stream_that_is_left_out_keeps_its_caches():
-    incremental, features = IncrementalSubsampling(subsampling_of()), features_of([8] * 3)
-    caches = incremental.new_caches(3)
-    with torch.no_grad():
-        incremental.step(caches, features)
+        incremental.step(caches, features, some(batch))
         before = copy.deepcopy(caches)
-        incremental.step(caches, features[:1], torch.tensor([1]))
+        incremental.step(caches, features[rows.numbers] * 2, rows)
     for cache, earlier in zip(caches, before):
-        assert torch.equal(cache[0], earlier[0]) and torch.equal(cache[2], earlier[2])
-        assert not torch.equal(cache[1], earlier[1])
+        assert torch.equal(cache[0], earlier[0]) and not torch.equal(cache[1], earlier[1])
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
@@ -140,12 +136,12 @@ def test_half_precision_is_as_near_to_the_whole_as_its_digits_allow(kind, dtype,
     with torch.no_grad():
         whole, _ = subsampling(x=features, lengths=torch.tensor([17, 17]))
     incremental = IncrementalSubsampling(subsampling.to(dtype))
-    caches = incremental.new_caches(2)
+    caches = incremental.new_stage(2).caches
     padded = torch.nn.functional.pad(features, (0, 0, 7, 0)).to(dtype)
     began = torch.tensor([True, True])
     with torch.no_grad():
         found = [
-            incremental.step(caches, padded[:, at : at + 8], None, began if at == 0 else None) for at in (0, 8, 16)
+            incremental.step(caches, padded[:, at : at + 8], some(2), began if at == 0 else None) for at in (0, 8, 16)
         ]
     found = torch.cat(found, dim=1)
     assert found.dtype == dtype and all(cache.dtype == dtype for cache in caches)
@@ -155,11 +151,11 @@ def test_half_precision_is_as_near_to_the_whole_as_its_digits_allow(kind, dtype,
 def test_other_activations_are_theirs():
     subsampling, features = subsampling_of(activation=torch.nn.SiLU(), channels=256), features_of([9])
     incremental = IncrementalSubsampling(subsampling)
-    caches, padded = incremental.new_caches(1), torch.nn.functional.pad(features, (0, 0, 7, 0))
+    caches, padded = incremental.new_stage(1).caches, torch.nn.functional.pad(features, (0, 0, 7, 0))
     with torch.no_grad():
         whole, _ = subsampling(x=features, lengths=torch.tensor([9]))
-        assert_near(incremental.step(caches, padded[:, :8], None, torch.tensor([True])), whole[:, :1])
-        assert_near(incremental.step(caches, padded[:, 8:16]), whole[:, 1:])
+        assert_near(incremental.step(caches, padded[:, :8], some(1), torch.tensor([True])), whole[:, :1])
+        assert_near(incremental.step(caches, padded[:, 8:16], some(1)), whole[:, 1:])
 
 
 def test_without_packed_products_the_frames_are_the_same(monkeypatch):
@@ -168,14 +164,14 @@ def test_without_packed_products_the_frames_are_the_same(monkeypatch):
     monkeypatch.setattr(linear, 'can_pack', lambda: False)
     plain = IncrementalSubsampling(subsampling)
     with torch.no_grad():
-        assert_near(*(each.step(each.new_caches(4), features) for each in (packed, plain)))
+        assert_near(*(each.step(each.new_stage(4).caches, features, some(4)) for each in (packed, plain)))
 
 
 def test_all_happens_on_the_device_and_the_host_waits_for_nothing():
     # a tensor of the meta device has no values to wait for, and mixes with no other device's
     incremental = IncrementalSubsampling(subsampling_of().to('meta'))
-    caches = incremental.new_caches(40)
+    caches = incremental.new_stage(40).caches
     features = torch.zeros(20, 16, FEATURES, device='meta')
-    rows, left = (torch.zeros(20, dtype=torch.int64, device='meta') for _ in range(2))
-    found = incremental.step(caches, features, rows, rows == 0, left)
+    left = torch.zeros(20, dtype=torch.int64, device='meta')
+    found = incremental.step(caches, features, some(40, *range(20), device='meta'), left == 0, left)
     assert found.device.type == 'meta' and found.shape == (20, 2, WIDTH)

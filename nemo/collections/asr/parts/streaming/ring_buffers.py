@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What live streams keep: tensors with a row for each stream, ring buffers, and which slots of a ring a query sees.
+
+Position p of a stream lies at slot p % slots of a ring. Counts on the CPU define which positions exist. So a write
+behind a stream's count has no effect until the count moves on.
+
+Shapes: B streams, R rows of them, N positions, S slots, Q queries.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from nemo.collections.asr.parts.att_context.context import UNLIMITED
+from nemo.collections.asr.parts.att_context.windows import Window
+
+MOST_ACTIVE = 7 / 8  # share of the batch from which idle rows are computed, too: selecting rows copies their rings
+GROWTH = 64  # first number of slots of a ring without a limit
+LARGEST_TABLE = 1 << 21  # elements
+SHRINKS_AT = 4  # times the slots in use
+
+
+class Rows:
+    """The rows of a batch that a call moves on.
+
+    Args:
+        active: which they are, [B] bool.
+        device: of the tensors.
+    """
+
+    def __init__(self, active: np.ndarray, device: torch.device):
+        count = int(np.count_nonzero(active))
+        self.active, self.device, self.index, self._moves = active, device, None, None
+        if count < MOST_ACTIVE * len(active):
+            self.numbers = np.flatnonzero(active)
+            self.valid = np.ones(count, bool)
+            self.index = torch.from_numpy(self.numbers).to(device, non_blocking=True)
+            return
+        self.numbers, self.valid = np.arange(len(active)), active
+        if count < len(active):
+            self._moves = torch.from_numpy(active).to(device, non_blocking=True)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all rows of the batch move on."""
+        return self.index is None and self._moves is None
+
+    def select(self, kept: torch.Tensor) -> torch.Tensor:
+        """Return the rows [R, ...] of a tensor [B, ...]."""
+        return kept if self.index is None else kept.index_select(0, self.index)
+
+    def store(self, kept: torch.Tensor, new: torch.Tensor) -> None:
+        """Replace the rows of a tensor [B, ...] by new ones [R, ...]."""
+        if self.index is not None:
+            kept.index_copy_(0, self.index, new)
+        elif self._moves is None:
+            kept.copy_(new)
+        else:
+            kept.copy_(torch.where(self._moves.view(-1, *[1] * (kept.dim() - 1)), new, kept))
+
+
+class Stage:
+    """What one stage keeps of all streams: its attributes that are tensors [B, ...] or counts [B] int64."""
+
+    def kept(self) -> Iterator[tuple[str, torch.Tensor | np.ndarray]]:
+        """Yield all tensors and counts by name."""
+        for name, value in vars(self).items():
+            if isinstance(value, (torch.Tensor, np.ndarray)):
+                yield name, value
+            elif isinstance(value, list):
+                yield from ((f'{name}.{index}', each) for index, each in enumerate(value))
+
+    def reset(self, rows: list[int], counts: bool = True) -> None:
+        """Set all that some rows hold to 0; without ``counts`` their counts stay."""
+        for _, value in self.kept():
+            if counts or isinstance(value, torch.Tensor):
+                value[rows] = 0
+
+    def export(self, row: int) -> dict:
+        """Return a copy of a row: tensors, and counts as integers."""
+        return {
+            name: int(value[row]) if isinstance(value, np.ndarray) else value[row].clone()
+            for name, value in self.kept()
+        }
+
+    def check(self, state: dict) -> None:
+        """Raise ValueError unless :meth:`load` can take a state."""
+        for name, value in self.kept():
+            given = state.get(name)
+            if isinstance(value, np.ndarray):
+                if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+                    raise ValueError(f"{name} is {given!r}; it must be a count")
+                continue
+            expected = tuple(self.shape(name, value[0], state))
+            if not isinstance(given, torch.Tensor) or (given.dtype, tuple(given.shape)) != (value.dtype, expected):
+                found = (
+                    f'{given.dtype} {list(given.shape)}' if isinstance(given, torch.Tensor) else type(given).__name__
+                )
+                raise ValueError(f"{name} is {found}; it must be {value.dtype} {list(expected)}")
+
+    def shape(self, name: str, value: torch.Tensor, state: dict) -> tuple[int, ...]:
+        """Return the shape that a row's tensor must have in a state; ``value`` is a row of it."""
+        return value.shape
+
+    def load(self, row: int, state: dict) -> None:
+        """Replace a row by an exported state, which has been checked."""
+        for name, value in self.kept():
+            given = state[name]
+            value[row] = given.to(value.device) if isinstance(given, torch.Tensor) else given
+
+    def bytes(self) -> int:
+        """Return how many bytes its tensors take."""
+        return sum(value.nbytes for _, value in self.kept() if isinstance(value, torch.Tensor))
+
+
+class RingBuffer(Stage):
+    """The last positions of each stream.
+
+    Args:
+        batch: B.
+        slots: S.
+        shape: of a position.
+        like: dtype and device.
+    """
+
+    def __init__(self, batch: int, slots: int, *shape: int, **like):
+        self.values = torch.zeros(batch, slots, *shape, **like)
+        self.count = np.zeros(batch, np.int64)
+
+    def write(self, rows: Rows, new: torch.Tensor, counts: np.ndarray) -> None:
+        """Append to streams.
+
+        Args:
+            rows: which streams.
+            new: [R, N, ...]; N may be greater than a row's count.
+            counts: how many positions each row gets, [R]; 0 for rows that do not move on.
+        """
+        first, count, slots = self.count[rows.numbers] % self.values.shape[1], new.shape[1], self.values.shape[1]
+        if rows.index is None and are_alike(first):
+            start = int(first[0])
+            room = min(slots - start, count)
+            self.values[:, start : start + room] = new[:, :room]
+            self.values[:, : count - room] = new[:, room:]
+        else:
+            self.values.flatten(0, 1).index_copy_(0, self._places(rows, first, count), new.flatten(0, 1))
+        self.count[rows.numbers] += counts
+
+    def read(self, rows: Rows, first: np.ndarray, count: int) -> torch.Tensor:
+        """Return ``count`` positions of each row from ``first`` [R] on, [R, count, ...]."""
+        slots = self.values.shape[1]
+        first = first % slots
+        if not are_alike(first):
+            found = self.values.flatten(0, 1).index_select(0, self._places(rows, first, count))
+            return found.view(len(first), count, *self.values.shape[2:])
+        start, own = int(first[0]), rows.select(self.values)
+        if start + count <= slots:
+            return own[:, start : start + count]
+        return torch.cat((own[:, start:], own[:, : start + count - slots]), dim=1)
+
+    def _places(self, rows: Rows, first: np.ndarray, count: int) -> torch.Tensor:
+        """Return the places [R * count] of positions in the flattened ring."""
+        slots, device = self.values.shape[1], self.values.device
+        starts = torch.from_numpy(np.stack((first, rows.numbers * slots), axis=1)).to(device, non_blocking=True)
+        places = torch.arange(count, device=device) + starts[:, :1]
+        return (places.sub_((places >= slots) * slots).add_(starts[:, 1:])).view(-1)
+
+
+class Visible(NamedTuple):
+    """What the queries of a push see of a ring."""
+
+    slots: torch.Tensor
+    """Where the frames that arrive are written, [Q], or [R, Q] of rows in different phases."""
+    ages: torch.Tensor
+    """Row of the table of positions for each query and slot, [Q, S] or [R, Q, S] int64."""
+    hidden: torch.Tensor | None
+    """Slots that are not seen, True is hidden, [R or 1, 1, Q, S]; None: all are seen."""
+    began: torch.Tensor | None
+    """Whether a query is a frame of its stream, [R or 1, Q, 1] bool; None: all are."""
+
+
+@dataclass(eq=False)
+class RingWindow:
+    """Which slots of a ring of frames the queries of a push see. What comes again is computed once.
+
+    Queries leave ``wait`` frames after they arrive, when all frames of their right context are there.
+    """
+
+    window: Window
+    slots: int
+    """S."""
+    wait: int
+    """Frames between the arrival of a query and its output."""
+    device: torch.device
+
+    def __post_init__(self):
+        context, chunk = self.window.context, self.window.chunk
+        self.is_unlimited = context.left == UNLIMITED  # all of the past is seen
+        self.future = chunk - 1 if self.window.style == 'chunked_limited' else context.right
+        self.past = self.slots - 1 if self.is_unlimited else context.left + chunk - 1
+        self._start = self.slots + self.wait  # from here on a phase comes again
+        self._phases = 0 if self.is_unlimited else math.lcm(self.slots, chunk)
+        self._tables, self._alike = {}, {}
+
+    def resized(self, slots: int) -> 'RingWindow':
+        """Return the same with another number of slots."""
+        return ring_window(self.window, slots, self.wait, self.device)
+
+    def visible(self, first: np.ndarray, count: int, last: np.ndarray | None = None) -> Visible:
+        """Return what the queries of a push see.
+
+        Args:
+            first: position of the first frame that arrives, [R].
+            count: Q.
+            last: position behind the last frame of each stream, [R]; None: none ends.
+        """
+        alike, size = are_alike(first), (self._start + self._phases) * count * self.slots
+        if last is not None or not self._phases or first.min() < 0 or size > LARGEST_TABLE:
+            return self._tensors(*self.compute(first[:1] if alike and last is None else first, count, last))
+        index = np.where(first < self._start, first, self._start + (first - self._start) % self._phases)
+        if not alike:
+            return self._of_phases(index, count)
+        key = count, int(index[0])
+        if key not in self._alike:
+            self._alike[key] = self._tensors(*self.compute(index[:1], count))
+        return self._alike[key]
+
+    def compute(self, first: np.ndarray, count: int, last: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+        """Return slots [R, Q], ages and hidden [R, Q, S], and began [R, Q, 1]; see :class:`Visible`."""
+        arriving = first[:, None] + np.arange(count)
+        newest = arriving[:, -1:, None]
+        held = newest - (newest - np.arange(self.slots)) % self.slots  # position in each slot
+        query = arriving[:, :, None] - self.wait
+        ages = np.clip(query - held, -self.future, self.past) + self.future
+        hidden = ~self.window.sees(np.maximum(query, 0), held) | (held < 0)
+        if last is not None:
+            hidden |= held >= last[:, None, None]
+        return arriving % self.slots, ages, hidden, query >= 0
+
+    def _of_phases(self, index: np.ndarray, count: int) -> Visible:
+        """Return what rows in different phases see, from tables with a row for each phase."""
+        if count not in self._tables:
+            rows = self._start + self._phases
+            self._tables[count] = (
+                np.zeros((rows, 3), bool),
+                [
+                    torch.zeros(rows, *shape, dtype=dtype, device=self.device)
+                    for shape, dtype in (
+                        ((count,), torch.int64),
+                        ((count, self.slots), torch.int64),
+                        ((count, self.slots), torch.bool),
+                        ((count, 1), torch.bool),
+                    )
+                ],
+            )
+        facts, tables = self._tables[
+            count
+        ]  # of each phase: is known, hides a slot, has queries before the first frame
+        new = np.unique(index[~facts[index, 0]])
+        if len(new):
+            found = self.compute(new, count)
+            places = torch.from_numpy(new).to(self.device)
+            for table, values in zip(tables, found, strict=True):
+                table[places] = torch.from_numpy(values).to(self.device)
+            facts[new] = np.stack((np.ones(len(new)), found[2].any((1, 2)), ~found[3].all((1, 2))), axis=1)
+        places = torch.from_numpy(index).to(self.device, non_blocking=True)
+        slots, ages = (table.index_select(0, places) for table in tables[:2])
+        hides, begins = facts[index, 1:].any(axis=0)
+        return Visible(
+            slots,
+            ages,
+            tables[2].index_select(0, places).unsqueeze(1) if hides else None,
+            tables[3].index_select(0, places) if begins else None,
+        )
+
+    def _tensors(self, slots, ages, hidden, began) -> Visible:
+        alike = len(slots) == 1
+        return Visible(
+            self._tensor(slots[0] if alike else slots),
+            self._tensor(ages[0] if alike else ages),
+            self._tensor(hidden).unsqueeze(1) if hidden.any() else None,
+            None if began.all() else self._tensor(began),
+        )
+
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.device)
+
+
+ring_window = lru_cache(maxsize=32)(RingWindow)  # all layers and sessions share what is computed for a window
+
+
+def are_alike(counts: np.ndarray) -> bool:
+    """Return whether all counts are the same."""
+    return len(counts) == 1 or bool((counts == counts[0]).all())

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights are prepared once for all sessions, and anew when they change."""
+
+import copy
+import gc
+import re
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from live_streams import noise
+from tiny_encoder import with_adapter
+from tiny_nest import tiny_model
+
+from nemo.collections.asr.parts.streaming import prepared_weights
+from nemo.collections.asr.parts.streaming.prepared_weights import PreparedEncoder
+from nemo.collections.asr.parts.streaming.session import StreamingSession
+from nemo.collections.common.parts.adapter_modules import LinearAdapterConfig
+
+CONTEXT = [4, 0]
+
+
+def encoded(model):
+    return StreamingSession(model, 1, CONTEXT).step(noise(1, 9000)).encoded
+
+
+@torch.no_grad()
+def expected(model):
+    with model.encoder.using_att_context_size(CONTEXT):
+        features, lengths = model.preprocessor(input_signal=noise(1, 9000), length=torch.tensor([9000]))
+        return model.encoder(audio_signal=features, length=lengths)[0][:, :, :7]
+
+
+@pytest.fixture
+def model():
+    adaptable = 'model.encoder._target_=nemo.collections.asr.modules.conformer_encoder.ConformerEncoderAdapter'
+    return tiny_model('model.encoder.n_layers=2', adaptable).eval()
+
+
+def test_all_sessions_of_an_encoder_share_them(model):
+    first = PreparedEncoder.of(model.encoder)
+    StreamingSession(model, 3, CONTEXT).step(noise(3, 3000))
+    assert PreparedEncoder.of(model.encoder) is first
+    assert PreparedEncoder.of(copy.deepcopy(model.encoder)) is not first
+
+
+def write(model):
+    with torch.no_grad():
+        model.encoder.layers[1].feed_forward2.linear2.weight.mul_(1.5)
+
+
+def replace(model):
+    layer = model.encoder.layers[0].norm_out
+    layer.weight = torch.nn.Parameter(layer.weight.detach() * 1.5)
+
+
+def load(model):
+    model.load_state_dict(
+        {name: tensor * 1.1 for name, tensor in model.state_dict().items() if 'encoder' in name}, False
+    )
+
+
+def move(model):
+    linear = model.encoder.layers[0].self_attn.linear_q
+    linear.weight.data = linear.weight.data * 2
+
+
+def write_unseen(model):
+    model.encoder.layers[0].self_attn.linear_v.weight.data.mul_(3)  # not counted in the version of the parameter
+
+
+def exchange(model):
+    model.encoder.layers[1].feed_forward1.linear2 = torch.nn.Linear(64, 16)
+
+
+def add_adapter(model):
+    with_adapter(model.encoder, LinearAdapterConfig(in_features=16, dim=4))
+
+
+@pytest.mark.parametrize('change', [write, replace, load, move, write_unseen, exchange, add_adapter])
+def test_weights_are_taken_when_a_session_is_made_and_reset(model, change):
+    session, whole = (StreamingSession(model, 1, CONTEXT) for _ in range(2))
+    samples = noise(1, 9000)
+    before = whole.step(samples).encoded
+    first = session.step(samples[:, :4000]).encoded
+    change(model)
+    mixed = torch.cat((first, session.step(samples[:, 4000:]).encoded), 2)
+    torch.testing.assert_close(mixed, before, atol=1e-5, rtol=0)  # a running stream keeps those that it began with
+    changed = expected(model)
+    assert not torch.allclose(before[:, :, :7], changed, atol=1e-3)
+    session.reset()
+    for found in (encoded(model), session.step(samples).encoded):
+        torch.testing.assert_close(found[:, :, :7], changed, atol=1e-5, rtol=0)
+
+
+class LoRA(torch.nn.Linear):
+    """A linear layer with a low-rank update, as adapter libraries make them."""
+
+    def forward(self, x):
+        return super().forward(x) + x @ torch.ones(self.in_features, self.out_features)
+
+
+def wrap(path):
+    def change(model):
+        *parents, name = path.split('.')
+        owner = model.get_submodule('.'.join(parents))
+        old = getattr(owner, name)
+        new = LoRA(old.in_features, old.out_features)
+        new.load_state_dict(old.state_dict(), strict=False)
+        setattr(owner, name, new)
+
+    return change
+
+
+def add_hook(model):
+    model.encoder.layers[1].norm_out.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def add_hook_to_subsampling(model):
+    model.encoder.pre_encode.conv[0].register_forward_pre_hook(lambda module, inputs: None)
+
+
+def patch_forward(model):
+    layer = model.encoder.layers[0].feed_forward2
+    layer.forward = lambda x: x
+
+
+def change_activation(model):
+    model.encoder.layers[1].conv.activation = torch.nn.ReLU()
+
+
+@pytest.mark.parametrize(
+    'change, place',
+    [
+        *(
+            (wrap(f'encoder.layers.0.{part}'), rf'layers\[0\].{part} is a LoRA')
+            for part in (
+                'self_attn.linear_q',
+                'self_attn.linear_v',
+                'self_attn.linear_pos',
+                'self_attn.linear_out',
+                'feed_forward1.linear1',
+                'feed_forward2.linear2',
+            )
+        ),
+        (wrap('encoder.pre_encode.out'), 'pre_encode.out is a LoRA'),
+        (add_hook, r'layers\[1\].norm_out has forward hooks'),
+        (add_hook_to_subsampling, 'pre_encode.conv.0 has forward hooks'),
+        (patch_forward, r'layers\[0\].feed_forward2 is a ConformerFeedForward'),
+        (change_activation, r'layers\[1\].conv.activation is a ReLU'),
+    ],
+)
+def test_what_streams_do_not_compute_is_named_and_refused(model, change, place):
+    session = StreamingSession(model, 1, CONTEXT)
+    whole = StreamingSession(model, 1, CONTEXT).step(noise(1, 9000)).encoded
+    first = session.step(noise(1, 9000)[:, :4000]).encoded
+    assert session.why_not_fast is None
+    change(model)
+    assert re.search(place, session.why_not_fast)
+    for make in (session.reset, lambda: StreamingSession(model, 1, CONTEXT)):
+        with pytest.raises(ValueError, match=place):
+            make()
+    rest = session.step(noise(1, 9000)[:, 4000:]).encoded  # the refused reset has changed nothing
+    torch.testing.assert_close(torch.cat((first, rest), 2), whole, atol=1e-5, rtol=0)
+
+
+def test_threads_that_start_at_once_prepare_them_once(model, monkeypatch):
+    made, prepare = [], prepared_weights.PreparedEncoder.__init__
+
+    def count(self, *args):
+        made.append(self)
+        prepare(self, *args)
+
+    monkeypatch.setattr(prepared_weights.PreparedEncoder, '__init__', count)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: StreamingSession(model, 1, CONTEXT), range(8)))
+    assert len(made) == 1
+
+
+def test_they_go_with_their_encoder():
+    model = tiny_model().eval()
+    encoder = weakref.ref(model.encoder)
+    encoded(model)
+    del model
+    gc.collect()
+    assert encoder() is None
+
+
+def test_weights_of_a_model_that_streamed_can_be_trained(model):
+    encoded(model)
+    model.train()
+    out, _ = model.encoder(audio_signal=torch.randn(1, 80, 64), length=torch.tensor([64]))
+    out.sum().backward()
+    assert model.encoder.layers[0].self_attn.linear_pos.weight.grad is not None
