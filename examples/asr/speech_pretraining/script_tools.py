@@ -70,7 +70,7 @@ def report_error(script: str, error: Exception, status: int) -> int:
 
 def explained(error: Exception) -> str:
     """Return what an error says, and where the config key is explained that it is about, if it is about one."""
-    from nemo.collections.asr.parts.utils.known_keys import where_to_read
+    from nemo.collections.asr.parts.utils.config_keys import where_to_read
 
     return f"{error}{'' if 'See docs/' in str(error) else where_to_read(str(error))}"
 

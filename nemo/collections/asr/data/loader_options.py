@@ -10,7 +10,9 @@ from torch.utils.data import DataLoader
 from nemo.collections.asr.data.resumable_loader import make_resumable
 from nemo.collections.asr.data.ssl_dataset import set_skip_bad_audio
 from nemo.collections.asr.parts.att_context.synced_collate import create_synced_context_collate
-from nemo.collections.asr.parts.utils.known_keys import LOADER_KEYS, SYNCED_CONTEXT_KEYS, check_known
+from nemo.collections.asr.parts.utils.config_keys import SyncedContexts
+
+LOADER_KEYS = ('synced_contexts', 'skip_bad_audio', 'resumable')  # which NeMo's data loaders do not know
 
 
 def take_own_options(config) -> tuple:
@@ -58,9 +60,7 @@ def with_own_options(loader, synced_contexts=None, skip_bad_audio=None, resumabl
 
 def _sync_contexts(loader, options) -> None:
     """Let a data loader's batches carry contexts; lhotse's, too, passes its ready batches through ``collate_fn``."""
-    check_known('synced_contexts', options, SYNCED_CONTEXT_KEYS)
-    if 'context_options' not in options:
-        raise ValueError(f"synced_contexts is {options}; it needs context_options")
+    SyncedContexts.parse(options, 'synced_contexts')
     if not isinstance(loader, DataLoader):
         raise ValueError(f"synced_contexts needs a torch data loader; {type(loader).__name__} collates nothing")
     loader.collate_fn = create_synced_context_collate(loader.collate_fn, **options)

@@ -24,7 +24,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from nemo.collections.asr.parts.utils.known_keys import RESUMABLE_KEYS, check_known
+from nemo.collections.asr.parts.utils.config_keys import Resumable
 from nemo.utils import logging
 
 
@@ -292,11 +292,7 @@ def seed_of(options) -> int:
     Raises:
         ValueError: naming what is wrong with the options.
     """
-    check_known('train_ds.resumable', options, RESUMABLE_KEYS)
-    seed = options.get('seed', 0)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"train_ds.resumable.seed is {seed!r}; it must be an integer")
-    return seed
+    return Resumable.parse(options, 'train_ds.resumable').seed
 
 
 def seed_generators(*parts) -> None:

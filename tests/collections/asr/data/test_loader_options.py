@@ -34,7 +34,7 @@ def test_without_a_loader_or_an_option_nothing_changes():
 @pytest.mark.parametrize(
     'options, message',
     [
-        ({'seed': 5}, 'it needs context_options'),
+        ({'seed': 5}, 'it must have context_options'),
         ({**SYNCED, 'probs': [1.0]}, 'synced_contexts.probs is not known'),
     ],
 )

@@ -160,7 +160,7 @@ class Stream(IterableDataset):
     'loader, options, message',
     [
         (DataLoader(Noisy()), {'sed': 1}, 'did you mean train_ds.resumable.seed?'),
-        (DataLoader(Noisy()), {'seed': 'x'}, "train_ds.resumable.seed is 'x'; it must be an integer"),
+        (DataLoader(Noisy()), {'seed': 'x'}, "train_ds.resumable.seed is 'x'; it must be a whole number"),
         (DataLoader(Noisy()), {'seed': True}, 'train_ds.resumable.seed is True'),
         (DataLoader(Stream()), {}, 'needs data whose position can be told'),
     ],

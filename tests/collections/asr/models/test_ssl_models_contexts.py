@@ -153,7 +153,7 @@ class TestSyncedContextsInTheConfig:
     @pytest.mark.parametrize(
         'synced, message',
         [
-            ({'context_probs': [1.0]}, 'it needs context_options'),
+            ({'context_probs': [1.0]}, 'it must have context_options'),
             (
                 {'context_options': OPTIONS, 'probs': [1.0]},
                 'synced_contexts.probs is not known; synced_contexts takes',

@@ -9,15 +9,13 @@ many.
 """
 
 from collections.abc import Mapping
-from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nemo.collections.asr.parts.utils.known_keys import REFINE_KEYS, check_known
+from nemo.collections.asr.parts.utils.config_keys import Refine
 
-FIELD = 'model.quantizer.refine'  # as errors name it
 DEAD_SHARE = 0.05  # of the frames that a code has on average: a code with fewer is replaced
 SMALLEST_SPREAD = 1e-3  # of the frames of a code, to be split: rounding alone spreads equal vectors by less
 # Sums are whole multiples of 2^-32, so their order changes no digit: neither the threads of a GPU nor the number of
@@ -43,7 +41,13 @@ class CodebookRefinement(nn.Module):
 
     def __init__(self, num_books: int, num_classes: int, code_dim: int, refine: Mapping):
         super().__init__()
-        self.every_n_steps, self.until_step, self.decay = _settings(refine)
+        settings = Refine.parse(refine)
+        if settings.until_step < settings.every_n_steps:
+            raise ValueError(
+                f"{Refine.name}.until_step is {settings.until_step}; it must be {Refine.name}.every_n_steps or more, which "
+                f"is {settings.every_n_steps}: otherwise nothing is refined"
+            )
+        self.every_n_steps, self.until_step, self.decay = settings.every_n_steps, settings.until_step, settings.decay
         self.observing = True
         """Whether frames still matter, because a refinement is yet to come; :meth:`is_due` keeps it."""
         self.last_batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -165,29 +169,3 @@ def _replaced(values, indices, new, where):
     """Return ``values`` [H, C, K] with the rows ``new`` [H, P, K] at ``indices`` [H, P] where ``where`` [H, P] is True."""
     rows = torch.where(where.unsqueeze(-1), new, _of_codes(values, indices))
     return values.scatter(1, indices.unsqueeze(-1).expand_as(rows), rows)
-
-
-def _settings(refine: Mapping) -> tuple[int, int, float]:
-    """Return ``every_n_steps``, ``until_step`` and ``decay`` of the config's section, checked."""
-    section = refine if isinstance(refine, Mapping) else {}
-    check_known(FIELD, section, REFINE_KEYS)
-    if not {'every_n_steps', 'until_step'} <= section.keys():
-        shown = dict(section) or refine
-        raise ValueError(f"{FIELD} is {shown!r}; it must have every_n_steps and until_step, or be null")
-    every_n_steps, until_step = (_whole_number(section, key) for key in ('every_n_steps', 'until_step'))
-    if until_step < every_n_steps:
-        raise ValueError(
-            f"{FIELD}.until_step is {until_step}; it must be {FIELD}.every_n_steps or more, which is {every_n_steps}: "
-            "otherwise nothing is refined"
-        )
-    decay = section.get('decay', 0.0)
-    if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= decay < 1:
-        raise ValueError(f"{FIELD}.decay is {decay!r}; it must be a number from 0 on and below 1")
-    return every_n_steps, until_step, float(decay)
-
-
-def _whole_number(section: Mapping, key: str) -> int:
-    value = section[key]
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{FIELD}.{key} is {value!r}; it must be a whole number of 1 or more")
-    return int(value)

@@ -7,12 +7,12 @@ icefall do. The full context among the draws keeps it good offline, too.
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, context_label
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window
-from nemo.collections.asr.parts.utils.known_keys import ATT_CONTEXT_SAMPLER_KEYS, check_known
+from nemo.collections.asr.parts.utils.config_keys import check_known
 
 FIELD = 'model.encoder.att_context_sampler'  # as errors name it
 FULL = AttContext(UNLIMITED, UNLIMITED)
@@ -46,7 +46,7 @@ class ContextSampler:
         if isinstance(value, cls):
             value = value.as_dict()
         section = value if isinstance(value, Mapping) else {}
-        check_known(field, section, ATT_CONTEXT_SAMPLER_KEYS)
+        check_known(field, section, [key.name for key in fields(cls)])
         if not {'full_prob', 'chunk_size'} <= section.keys():
             shown = dict(section) or value
             raise ValueError(f"{field} is {shown!r}; it must have full_prob and chunk_size")

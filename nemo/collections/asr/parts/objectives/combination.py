@@ -8,9 +8,9 @@ import torch
 
 from nemo.collections.asr.parts.objectives.base import FrameScores, Logs, Objective
 from nemo.collections.asr.parts.objectives.masked_tokens import MaskedTokens
-from nemo.collections.asr.parts.objectives.next_tokens import NextTokenOptions, NextTokens
+from nemo.collections.asr.parts.objectives.next_tokens import NextTokens
 from nemo.collections.asr.parts.objectives.record import BatchRecord
-from nemo.collections.asr.parts.utils.known_keys import OBJECTIVES
+from nemo.collections.asr.parts.utils.config_keys import Model, NextToken
 from nemo.utils import logging
 
 NORMS_OF_WHOLE_UTTERANCES = ('per_feature', 'all_features')
@@ -42,8 +42,7 @@ class Objectives:
         Raises:
             ValueError: naming the config key, its value and what is allowed.
         """
-        objective = check_objective(model.cfg)
-        options = NextTokenOptions.parse(model.cfg.get('next_token'), objective)
+        objective, options = check_objective(model.cfg)
         weights = {} if objective == 'next_token' else {MaskedTokens(model): 1.0}
         if objective != 'masked':
             weights[NextTokens(model, options)] = options.weight
@@ -102,23 +101,27 @@ class Objectives:
         return next((offset for offset in offsets if offset is not None), None)
 
 
-def check_objective(model_cfg) -> str:
-    """Return the objective of a model's config.
+def check_objective(model_cfg) -> tuple[str, NextToken]:
+    """Return the objective of a model's config, and the options of next tokens.
 
     Raises:
-        ValueError: if it is unknown, or the features that the encoder sees are normalised by what is to be predicted.
+        ValueError: naming the key, its value and what is allowed; also if the features that the encoder sees are
+            normalised by what is to be predicted.
     """
-    objective = model_cfg.get('objective', 'masked')
-    if objective not in OBJECTIVES:
-        raise ValueError(f"model.objective is {objective!r}; it must be one of {OBJECTIVES}")
+    objective, options = Model.parse(model_cfg).objective, NextToken.parse(model_cfg.get('next_token'))
     if objective == 'masked':
         if model_cfg.get('next_token') is not None:
             logging.info("model.objective is masked: model.next_token is ignored")
-        return objective
+        return objective, options
+    if objective == 'next_token' and options.weight != 1:
+        raise ValueError(
+            f"model.next_token.weight is {options.weight} with model.objective next_token; it must be 1.0, for there is "
+            "no other loss to weigh against"
+        )
     normalize = (model_cfg.get('preprocessor') or {}).get('normalize')
     if normalize in NORMS_OF_WHOLE_UTTERANCES:
         raise ValueError(
             f"model.preprocessor.normalize is {normalize}; with model.objective {objective} it must be NA or fixed "
             "statistics (see compute_feature_stats.py): those of the whole utterance depend on the next tokens"
         )
-    return objective
+    return objective, options

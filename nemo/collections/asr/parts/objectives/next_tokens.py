@@ -4,8 +4,6 @@
 Shapes: B batch, D the encoder's width, N loss positions, K horizons, S target frames, C classes, H codebooks.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -24,46 +22,10 @@ from nemo.collections.asr.parts.objectives.base import (
 )
 from nemo.collections.asr.parts.objectives.masked_tokens import why_all_frames
 from nemo.collections.asr.parts.objectives.record import BatchRecord
-from nemo.collections.asr.parts.utils.known_keys import NEXT_TOKEN_KEYS, check_known
+from nemo.collections.asr.parts.utils.config_keys import NextToken
 from nemo.utils import logging
 
-POSITIONS = ('all', 'chunk_end')
 HEADS = 'next_token_decoders.'  # their names in a state dict begin so
-
-
-class NextTokenOptions(NamedTuple):
-    """The section ``model.next_token`` of a config."""
-
-    horizons: int = 4
-    """How many tokens each frame predicts."""
-    positions: str = 'all'
-    """Which frames predict: ``all``, or those at the end of each chunk, ``chunk_end``."""
-    weight: float = 1.0
-    """Of the loss beside that of masked tokens; for the objective ``both``."""
-
-    @classmethod
-    def parse(cls, section, objective: str) -> 'NextTokenOptions':
-        """Read the section; None takes the defaults.
-
-        Raises:
-            ValueError: naming the key, its value and what is allowed.
-        """
-        section = dict(section or {})
-        check_known('model.next_token', section, NEXT_TOKEN_KEYS)
-        options = cls(**section)
-        if isinstance(options.horizons, bool) or not isinstance(options.horizons, int) or options.horizons < 1:
-            raise ValueError(f"model.next_token.horizons is {options.horizons!r}; it must be 1 token or more")
-        if options.positions not in POSITIONS:
-            raise ValueError(f"model.next_token.positions is {options.positions!r}; it must be one of {POSITIONS}")
-        number = isinstance(options.weight, (int, float)) and not isinstance(options.weight, bool)
-        if not number or not 0 < options.weight < float('inf'):
-            raise ValueError(f"model.next_token.weight is {options.weight!r}; it must be a number above 0")
-        if objective == 'next_token' and options.weight != 1:
-            raise ValueError(
-                f"model.next_token.weight is {options.weight} with model.objective next_token; it weighs against the "
-                "loss of masked tokens, which there is none of: leave it at 1.0"
-            )
-        return options
 
 
 class NextTokens(Objective):
@@ -79,7 +41,7 @@ class NextTokens(Objective):
 
     name = 'next'
 
-    def __init__(self, model, options: NextTokenOptions):
+    def __init__(self, model, options: NextToken):
         super().__init__(model)
         reason = why_all_frames(model.decoder, model.loss)
         if model.forward_is_overridden:

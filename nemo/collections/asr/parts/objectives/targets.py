@@ -12,8 +12,7 @@ import torch
 from nemo.collections.asr.modules.ssl_modules.quantizers import check_projection, without_autocast
 from nemo.collections.asr.parts.objectives.base import Logs
 from nemo.collections.asr.parts.preprocessing.features import standardize_per_feature
-
-TARGET_NORMALIZATIONS = (None, 'NA', 'per_feature')
+from nemo.collections.asr.parts.utils.config_keys import Model
 
 
 class Targets:
@@ -29,11 +28,7 @@ class Targets:
     """
 
     def __init__(self, model):
-        self.model, self.normalize, self._observing = model, model.cfg.get('target_normalize', None), False
-        if self.normalize not in TARGET_NORMALIZATIONS:
-            raise ValueError(
-                f"model.target_normalize is {self.normalize!r}; it must be one of {TARGET_NORMALIZATIONS}"
-            )
+        self.model, self.normalize, self._observing = model, Model.parse(model.cfg).target_normalize, False
         normalized = 'per_feature' in (self.normalize, model.cfg.preprocessor.get('normalize'))
         position = model.cfg.get('mask_position', 'pre_conv')
         check_projection(model.quantizer, position, 'per_feature' if normalized else 'NA')

@@ -228,16 +228,9 @@ class TrainingAudit:
 
     Args:
         every_n_batches: from one audit to the next; the first batch is audited.
-
-    Raises:
-        ValueError: if it is no whole number of 1 or more.
     """
 
     def __init__(self, every_n_batches: int):
-        if isinstance(every_n_batches, bool) or not isinstance(every_n_batches, int) or every_n_batches < 1:
-            raise ValueError(
-                f"model.audit_every_n_batches is {every_n_batches!r}; it must be a whole number of 1 or more, or null"
-            )
         self.every_n_batches = every_n_batches
         self._batches = 0
         self._empty: torch.Tensor | None = None

@@ -14,6 +14,7 @@ from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse
 from nemo.collections.asr.parts.ssl_reports.figures import require_matplotlib
 from nemo.collections.asr.parts.ssl_reports.model_figures import ContextFigures, attention_frame_ms
 from nemo.collections.asr.parts.ssl_reports.validation import ContextValidation
+from nemo.collections.asr.parts.utils.config_keys import Model
 from nemo.utils import logging
 
 Logs = dict[str, torch.Tensor]
@@ -30,19 +31,19 @@ class ModelReports:
     """
 
     def __init__(self, model):
-        cfg = model.cfg
-        every, contexts = cfg.get('audit_every_n_batches'), cfg.get('validate_contexts')
+        options, contexts = Model.parse(model.cfg), model.cfg.get('validate_contexts')
         classes = getattr(model.quantizer, 'num_classes', None)
         self.codebook_use = CodebookUse(classes, getattr(model.quantizer, 'num_books', 1)) if classes else None
+        every = options.audit_every_n_batches
         self.audit = None if every is None else TrainingAudit(every)
-        self.figures = ContextFigures() if cfg.get('log_figures') else None
+        self.figures = ContextFigures() if options.log_figures else None
         self.validation: ContextValidation | None = None
         if contexts is not None:
             if model.forward_is_overridden:
                 raise ValueError(
                     f"model.validate_contexts cannot run {type(model).__name__}, which has its own forward"
                 )
-            self.validation = ContextValidation(model, contexts, cfg.get('validation_masks'))
+            self.validation = ContextValidation(model, contexts, model.cfg.get('validation_masks'))
 
     def check(self) -> None:
         """Check before training that pictures can be drawn.

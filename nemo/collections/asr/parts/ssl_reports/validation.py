@@ -17,7 +17,7 @@ from nemo.collections.asr.parts.objectives.record import BatchInputs, BatchRecor
 from nemo.collections.asr.parts.ssl_reports.audit import audit_masks, layer_windows_of
 from nemo.collections.asr.parts.ssl_reports.fixed_masks import FixedMasks, utterance_seeds
 from nemo.collections.asr.parts.ssl_reports.model_figures import attention_frame_ms
-from nemo.collections.asr.parts.utils.known_keys import VALIDATION_MASK_KEYS, check_known
+from nemo.collections.asr.parts.utils.config_keys import ValidationMasks
 from nemo.utils import logging
 
 CHOICES = ('all', 'first')
@@ -122,7 +122,9 @@ class ContextValidation:
 
     def __init__(self, model, contexts='all', masks=None):
         self._wanted = contexts
-        self.seed, self.window = _parse_mask_options(masks)
+        masks = ValidationMasks.parse(masks)
+        self.seed = masks.seed
+        self.window = None if masks.left_context is None else Window(AttContext(masks.left_context, 0))
         if not hasattr(model.loss, 'of_frames') or getattr(model.quantizer, 'num_classes', None) is None:
             raise ValueError(
                 "model.validate_contexts needs a loss with of_frames and a quantizer with num_classes; the loss is "
@@ -256,14 +258,3 @@ class ContextValidation:
             self.finish(mode)
         found = self._results[dataloader_idx]
         return {f'{mode}_loss': found[f'{mode}_loss'], 'log': dict(found)}
-
-
-def _parse_mask_options(options) -> tuple[int, Window | None]:
-    options = dict(options or {})
-    check_known('model.validation_masks', options, VALIDATION_MASK_KEYS)
-    seed, left = options.get('seed', 0), options.get('left_context')
-    for name, value, lowest in (('seed', seed, 0), ('left_context', left, -1)):
-        optional = name == 'left_context' and value is None
-        if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < lowest):
-            raise ValueError(f"model.validation_masks.{name} is {value!r}; it must be a whole number from {lowest} on")
-    return seed, None if left is None else Window(AttContext(left, 0))

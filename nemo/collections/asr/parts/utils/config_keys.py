@@ -1,322 +1,437 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every config key that only this project knows: its default, what it means, and the page that explains it.
+"""The config keys of this project, each declared once: default, meaning, allowed values and page.
 
-``docs/configuration.md`` is written from this table, and errors take their pages from it. New in this project.
+Parsing, errors and ``docs/configuration.md`` follow from the declarations. This module imports the standard library alone.
 """
 
-from dataclasses import dataclass
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import ClassVar, NamedTuple
 
 
-@dataclass(frozen=True)
-class ConfigKey:
-    """One key of a config."""
+class Allowed(NamedTuple):
+    """The values that a key may have."""
 
-    name: str
-    """From the top of the config, such as ``model.train_ds.resumable.seed``."""
-    default: str
-    """As it would stand in a config; ``required`` where its section needs it."""
-    meaning: str
-    """In a sentence, with the unit and what is allowed. Markdown."""
-    page: str
-    """Of ``docs/``, with the heading where there is one: ``contexts#who-wins``."""
+    text: str
+    test: Callable[[object], bool]
+
+    def __or__(self, other: 'Allowed') -> 'Allowed':
+        return Allowed(f'{self.text} or {other.text}', lambda value: self.test(value) or other.test(value))
 
 
-_CURRICULUM_PATH = 'instead of `milestones`: one straight path'
+def one_of(*values) -> Allowed:
+    """Allow some values."""
+    return Allowed(f"one of {', '.join(map(str, values))}", lambda value: value in values)
 
-CONFIG_KEYS = (
-    ConfigKey(
-        'model.objective',
+
+def whole_number(lowest: int = 0) -> Allowed:
+    """Allow whole numbers from a lowest one on."""
+    return Allowed(
+        f'a whole number of {lowest} or more',
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= lowest,
+    )
+
+
+def number(text: str, test: Callable[[float], bool]) -> Allowed:
+    """Allow finite numbers for which a test holds."""
+    return Allowed(
+        f'a number {text}',
+        lambda value: (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and test(value)
+        ),
+    )
+
+
+NULL = Allowed('null', lambda value: value is None)
+FLAG = Allowed('true or false', lambda value: isinstance(value, bool))
+
+
+def key(default, meaning: str, allowed: Allowed | None = None, page: str | None = None, shown: str | None = None):
+    """Declare a key of a section.
+
+    Args:
+        default: ``MISSING`` for a key that its section needs.
+        meaning: in a sentence, with the unit; Markdown.
+        allowed: checked by :meth:`Section.parse`; None: by the code that uses the key.
+        page: of ``docs/``, with the heading where there is one; None: the section's.
+        shown: the default as the page shows it; None: as in a config.
+    """
+    if shown is None:
+        shown = 'required' if default is MISSING else 'null' if default is None else str(default)
+        shown = shown.lower() if isinstance(default, bool) else shown
+    return field(default=default, metadata=dict(meaning=meaning, allowed=allowed, page=page, shown=shown))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A section of a config; its fields are its keys."""
+
+    name: ClassVar[str]
+    page: ClassVar[str]
+    closed: ClassVar[bool]
+    """Whether it has no other keys."""
+
+    def __init_subclass__(cls, name: str, page: str, closed: bool = True):
+        cls.name, cls.page, cls.closed = name, page, closed
+
+    @classmethod
+    def keys(cls) -> tuple[str, ...]:
+        """Return the names of the keys."""
+        return tuple(each.name for each in fields(cls))
+
+    @classmethod
+    def parse(cls, section: Mapping | None, name: str | None = None):
+        """Read a section of a config; None takes the defaults.
+
+        Args:
+            section: of the config.
+            name: for errors, where it is not the section's.
+
+        Raises:
+            ValueError: naming the key, its value and what is allowed.
+        """
+        name, section = name or cls.name, {} if section is None else section
+        if not isinstance(section, Mapping):
+            raise ValueError(f"{name} is {section!r}; it must be a section with {', '.join(cls.keys())}, or null")
+        if cls.closed:
+            check_known(name, section, cls.keys())
+        given = {each.name: section[each.name] for each in fields(cls) if each.name in section}
+        for each in fields(cls):
+            if each.name not in given and each.default is MISSING:
+                raise ValueError(f"{name} is {dict(section)}; it must have {each.name}")
+            allowed = each.metadata['allowed']
+            if allowed is not None and each.name in given and not allowed.test(given[each.name]):
+                raise ValueError(f"{name}.{each.name} is {given[each.name]!r}; it must be {allowed.text}")
+        return cls(**given)
+
+
+class Model(Section, name='model', page='pretraining', closed=False):
+    """Keys beside NeMo's."""
+
+    objective: str = key(
         'masked',
         'What is predicted: `masked` tokens, the `next_token` of every frame, or `both`.',
-        'objectives',
-    ),
-    ConfigKey(
-        'model.next_token.horizons',
-        '4',
-        'How many coming tokens each frame predicts, 1 or more; with `next_token` and `both`.',
-        'objectives#which-tokens-are-next',
-    ),
-    ConfigKey(
-        'model.next_token.positions',
+        one_of('masked', 'next_token', 'both'),
+        page='objectives',
+    )
+    target_normalize: str | None = key(
+        None,
+        'How the features are normalised that targets are made of: `per_feature`, or `NA` and `null` as the preprocessor '
+        'gives them. Targets exist in training only, so the statistics may be those of the whole utterance.',
+        NULL | one_of('NA', 'per_feature'),
+    )
+    validate_contexts: object = key(
+        None,
+        'Contexts in which each validation runs: `all` of the config, the `first`, or a list such as `[[40, 0], low]`; '
+        '`null`: one, as in NeMo.',
+        page='reports#validation-in-every-context',
+    )
+    audit_every_n_batches: int | None = key(
+        None,
+        'Every so many training batches an audit of the masks is logged, layer by layer; `null`: never.',
+        NULL | whole_number(1),
+        page='reports#audit-of-the-masking',
+    )
+    log_figures: bool = key(
+        False, 'Whether each validation draws pictures for TensorBoard.', NULL | FLAG, page='reports#pictures'
+    )
+
+
+class NextToken(Section, name='model.next_token', page='objectives#which-tokens-are-next'):
+    """For the objectives ``next_token`` and ``both``."""
+
+    horizons: int = key(4, 'How many coming tokens each frame predicts, 1 or more.', whole_number(1))
+    positions: str = key(
         'all',
         'Which frames predict next tokens: `all`, or `chunk_end`, the last `horizons` frames of each chunk, for the tokens '
         'right after the chunk; outside `chunked_limited` the two are the same.',
-        'objectives#which-tokens-are-next',
-    ),
-    ConfigKey(
-        'model.next_token.weight',
-        '1.0',
+        one_of('all', 'chunk_end'),
+    )
+    weight: float = key(
+        1.0,
         'Weight of the next tokens beside the masked ones, above 0; with `both`.',
-        'objectives',
-    ),
-    ConfigKey(
-        'model.target_normalize',
-        'null',
-        'How the features are normalised that targets are made of, as `preprocessor.normalize` (`per_feature`, a file of '
-        'statistics, `NA`); `null`: the same features as the encoder has. Targets exist in training only, so the whole '
-        'utterance may be looked at.',
-        'pretraining',
-    ),
-    ConfigKey(
-        'model.preprocessor.normalize',
-        'as in NeMo',
+        number('above 0', lambda value: value > 0),
+        page='objectives',
+    )
+
+
+class Preprocessor(Section, name='model.preprocessor', page='pretraining', closed=False):
+    """Keys beside NeMo's."""
+
+    normalize: object = key(
+        None,
         'Besides the values of NeMo the path of a file of `compute_feature_stats.py`: the mean and deviation of each '
         'feature over a corpus, which need no future.',
-        'pretraining',
-    ),
-    ConfigKey(
-        'model.validate_contexts',
-        'null',
-        'Contexts in which each validation runs: `all` of the config, the `first`, or a list such as `[[40, 0], low]`; `null`: '
-        'one, as in NeMo.',
-        'reports#validation-in-every-context',
-    ),
-    ConfigKey(
-        'model.validation_masks.seed',
-        '0',
-        'Seed of the masks of validation, which are the same each time.',
-        'reports#validation-in-every-context',
-    ),
-    ConfigKey(
-        'model.validation_masks.left_context',
-        'null',
-        'Left context in frames that the masks of validation are answerable in; `null`: the tightest of those validated.',
-        'reports#validation-in-every-context',
-    ),
-    ConfigKey(
-        'model.probe.train_manifest',
-        'required',
-        'Manifest of some minutes of transcribed speech. After validations a small CTC probe is fitted to the frozen encoder on it.',
-        'reports#frozen-probe',
-    ),
-    ConfigKey(
-        'model.probe.test_manifest',
-        'required',
-        'Manifest of other utterances, in which the errors of the probe are counted.',
-        'reports#frozen-probe',
-    ),
-    ConfigKey(
-        'model.probe.every_n_validations',
-        '1',
-        'How many validations lie between two probes, 1 or more.',
-        'reports#frozen-probe',
-    ),
-    ConfigKey('model.probe.steps', '300', 'Steps of fitting a probe, 1 or more.', 'reports#frozen-probe'),
-    ConfigKey(
-        'model.probe.labels',
+        shown='as in NeMo',
+    )
+
+
+class ValidationMasks(Section, name='model.validation_masks', page='reports#validation-in-every-context'):
+    """Masks of validation in contexts."""
+
+    seed: int = key(0, 'Seed of the masks of validation, which are the same each time.', whole_number())
+    left_context: int | None = key(
+        None,
+        'Left context in frames within which the masks of validation keep a frame visible; `null`: the tightest of those '
+        'validated.',
+        NULL | whole_number(-1),
+    )
+
+
+class Probe(Section, name='model.probe', page='reports#frozen-probe'):
+    """A probe after validations."""
+
+    train_manifest: str = key(
+        MISSING,
+        'Manifest of some minutes of transcribed speech. After validations a small CTC probe is fitted to the frozen encoder '
+        'on it.',
+    )
+    test_manifest: str = key(MISSING, 'Manifest of other utterances, in which the errors of the probe are counted.')
+    every_n_validations: int = key(1, 'How many validations lie between two probes, 1 or more.', whole_number(1))
+    steps: int = key(300, 'Steps of fitting a probe, 1 or more.', whole_number(1))
+    labels: str = key(
         'text',
         'What a probe recognises: the characters of `text`, or the words of `phones`.',
-        'reports#frozen-probe',
-    ),
-    ConfigKey(
-        'model.audit_every_n_batches',
-        'null',
-        'Every so many training batches an audit logs what masking asked of each layer; `null`: never.',
-        'reports#audit-of-the-masking',
-    ),
-    ConfigKey(
-        'model.log_figures', 'false', 'Whether each validation draws pictures for TensorBoard.', 'reports#pictures'
-    ),
-    ConfigKey(
-        'model.train_ds.synced_contexts.context_options',
-        'required',
-        'Contexts of which the loader draws one for each batch; every rank and worker draws the same.',
-        'contexts#contexts-that-come-with-the-batches',
-    ),
-    ConfigKey(
-        'model.train_ds.synced_contexts.context_probs',
-        'null',
-        'Their probabilities, with the sum 1; `null`: all alike.',
-        'contexts#contexts-that-come-with-the-batches',
-    ),
-    ConfigKey(
-        'model.train_ds.synced_contexts.seed',
-        '0',
-        'Seed of that draw, a function of which, the epoch and the batch it is.',
-        'contexts#contexts-that-come-with-the-batches',
-    ),
-    ConfigKey(
-        'model.train_ds.skip_bad_audio',
-        'false',
-        'Whether audio that cannot be read, or holds what is no number, is left out with a warning and counted; `false`: it '
+        one_of('text', 'phones'),
+    )
+
+
+class Data(Section, name='model.train_ds', page='faults', closed=False):
+    """Keys beside NeMo's."""
+
+    skip_bad_audio: bool = key(
+        False,
+        'Whether audio that cannot be read, or has non-finite samples, is left out with a warning and counted; `false`: it '
         'ends the run with the name of the file. In `validation_ds` and `test_ds`, too.',
-        'faults',
-    ),
-    ConfigKey(
-        'model.train_ds.resumable.seed',
-        '0',
+    )
+
+
+class SyncedContexts(
+    Section, name='model.train_ds.synced_contexts', page='contexts#contexts-that-come-with-the-batches'
+):
+    """Contexts that come with the batches."""
+
+    context_options: list = key(
+        MISSING, 'Contexts of which the loader draws one for each batch; every rank and worker draws the same.'
+    )
+    context_probs: list | None = key(None, 'Their probabilities, with the sum 1; `null`: all alike.')
+    seed: int = key(0, 'Seed of that draw, a function of which, the epoch and the batch it is.')
+
+
+class Resumable(Section, name='model.train_ds.resumable', page='faults#going-on-exactly'):
+    """Data that go on where they were."""
+
+    seed: int = key(
+        0,
         'Seed of the order of the data and of the noise; with the section `resumable` a run that was interrupted goes on '
         'at the next batch, exactly. `resumable: null` turns it off.',
-        'faults#going-on-exactly',
-    ),
-    ConfigKey(
-        'model.masking.causal',
-        'false',
-        'Whether each masked frame must be answerable where the left context is unlimited, too: at the beginning, where there '
-        'is little past.',
-        'contexts#what-is-masked-in-each-context',
-    ),
-    ConfigKey(
-        'model.masking.left_context_size',
-        '-1',
-        'Left context in attention frames that masks are kept answerable in at all events; -1: only what attention says.',
-        'contexts#what-is-masked-in-each-context',
-    ),
-    ConfigKey(
-        'model.masking.follow_context',
-        'true',
+        whole_number(-(2**63)),
+    )
+
+
+class Masking(Section, name='model.masking', page='contexts#what-is-masked-in-each-context', closed=False):
+    """Keys beside NeMo's."""
+
+    causal: bool = key(
+        False,
+        'Whether masks keep a frame visible in the past of each masked frame where the left context is unlimited, too.',
+    )
+    left_context_size: int = key(
+        -1,
+        'Left context in attention frames within which masks keep a frame visible in any context; -1: that of the attention '
+        'alone.',
+    )
+    follow_context: bool = key(
+        True,
         "Whether masks follow the attention context. `false`: stock's masks; `causal` and `left_context_size` are ignored.",
-        'contexts#what-is-masked-in-each-context',
-    ),
-    ConfigKey(
-        'model.masking.subsampling_factor',
-        '1',
-        'Frames that are masked for one attention frame; the model sets that of its encoder.',
-        'contexts#what-is-masked-in-each-context',
-    ),
-    ConfigKey(
-        'model.quantizer.projection',
+    )
+    subsampling_factor: int = key(
+        1, 'Frames that are masked for one attention frame; the model sets that of its encoder.'
+    )
+
+
+_REFINED = 'objectives#targets-from-principal-components-and-codebooks-that-follow-the-frames'
+
+
+class Quantizer(Section, name='model.quantizer', page=_REFINED, closed=False):
+    """Keys beside NeMo's."""
+
+    projection: str = key(
         'random',
         '`random`, as in NeMo, or `pca`: principal components of the speech, of `compute_feature_stats.py --pca`.',
-        'objectives#targets-from-principal-components-and-codebooks-that-follow-the-frames',
-    ),
-    ConfigKey(
-        'model.quantizer.projection_file',
-        'null',
-        'The file with the components; needed by `pca`, until it is in the checkpoint.',
-        'objectives#targets-from-principal-components-and-codebooks-that-follow-the-frames',
-    ),
-    ConfigKey(
-        'model.quantizer.refine.every_n_steps',
-        'required',
-        'Training steps from one refinement of the codebooks to the next.',
-        'objectives#targets-from-principal-components-and-codebooks-that-follow-the-frames',
-    ),
-    ConfigKey(
-        'model.quantizer.refine.until_step',
-        'required',
-        'The last step at which they are refined.',
-        'objectives#targets-from-principal-components-and-codebooks-that-follow-the-frames',
-    ),
-    ConfigKey(
-        'model.quantizer.refine.decay',
-        '0.0',
+        one_of('random', 'pca'),
+    )
+    projection_file: str | None = key(
+        None, 'The file with the components; needed by `pca`, until it is in the checkpoint.'
+    )
+
+
+class Refine(Section, name='model.quantizer.refine', page=_REFINED):
+    """Refinement of the codebooks."""
+
+    every_n_steps: int = key(
+        MISSING, 'Training steps from one refinement of the codebooks to the next.', whole_number(1)
+    )
+    until_step: int = key(MISSING, 'The last step at which they are refined.', whole_number(1))
+    decay: float = key(
+        0.0,
         'By how much the weight of earlier frames shrinks at each refinement, from 0 on and below 1.',
-        'objectives#targets-from-principal-components-and-codebooks-that-follow-the-frames',
-    ),
-    ConfigKey(
-        'model.encoder.att_context_seed',
-        '0',
-        'Seed of the draw of a context for each batch from `att_context_size`, a function of it and the step.',
-        'contexts',
-    ),
-    ConfigKey(
-        'model.encoder.att_context_sampler.full_prob',
-        'required',
-        'Probability that a batch sees the whole utterance.',
-        'contexts#dynamic-chunks',
-    ),
-    ConfigKey(
-        'model.encoder.att_context_sampler.chunk_size',
-        'required',
-        'The smallest and the largest chunk that is drawn, in attention frames.',
-        'contexts#dynamic-chunks',
-    ),
-    ConfigKey(
-        'model.encoder.att_context_sampler.left_chunks',
-        'null',
-        'The fewest and the most chunks of the past where it is limited; comes with `left_limited_prob`.',
-        'contexts#dynamic-chunks',
-    ),
-    ConfigKey(
-        'model.encoder.att_context_sampler.left_limited_prob',
-        '0.0',
-        'Probability that the past of a batch with chunks is limited.',
-        'contexts#dynamic-chunks',
-    ),
-    ConfigKey(
-        'model.encoder.layer_att_context_size',
-        'null',
-        'Contexts of layers: `[[0, [40, 0]], [6, [80, 0]]]` from layer 0 and from layer 6 on, a list with one for each layer, or '
-        'a mapping with `anchors` and `interpolate`; `null`: one for all.',
-        'contexts#contexts-by-layer',
-    ),
-    ConfigKey(
-        'model.encoder.layer_att_context_size.anchors',
-        'required',
-        'In the mapping: `[[layer, [left, right]], ...]`.',
-        'contexts#contexts-by-layer',
-    ),
-    ConfigKey(
-        'model.encoder.layer_att_context_size.interpolate',
-        'step',
-        'In the mapping: how layers between anchors get theirs, `step` or `linear`.',
-        'contexts#contexts-by-layer',
-    ),
-    ConfigKey(
-        'model.encoder.blockwise_attention',
+        number('from 0 on and below 1', lambda value: 0 <= value < 1),
+    )
+
+
+class Encoder(Section, name='model.encoder', page='contexts', closed=False):
+    """Keys beside NeMo's."""
+
+    att_context_seed: int = key(
+        0, 'Seed of the draw of a context for each batch from `att_context_size`, a function of it and the step.'
+    )
+    layer_att_context_size: object = key(
+        None,
+        'Contexts of layers: `[[0, [40, 0]], [6, [80, 0]]]` from layer 0 and from layer 6 on, a list with one for each layer, '
+        'or a mapping with `anchors` and `interpolate`; `null`: one for all.',
+        page='contexts#contexts-by-layer',
+    )
+    blockwise_attention: str = key(
         'auto',
         'Whether layers with a limited context attend block by block, at linear cost: `auto` (where it is faster), `on`, '
         '`off`.',
-        'performance#block-wise-attention',
-    ),
-    ConfigKey(
-        'model.loss.decoder_offset',
-        '0',
+        page='performance#block-wise-attention',
+    )
+
+
+class ContextSampler(Section, name='model.encoder.att_context_sampler', page='contexts#dynamic-chunks'):
+    """Dynamic chunks; the sampler itself checks the values."""
+
+    full_prob: float = key(MISSING, 'Probability that a batch sees the whole utterance.')
+    chunk_size: list = key(MISSING, 'The smallest and the largest chunk that is drawn, in attention frames.')
+    left_chunks: list | None = key(
+        None, 'The fewest and the most chunks of the past where it is limited; comes with `left_limited_prob`.'
+    )
+    left_limited_prob: float = key(0.0, 'Probability that the past of a batch with chunks is limited.')
+
+
+class LayerContexts(Section, name='model.encoder.layer_att_context_size', page='contexts#contexts-by-layer'):
+    """The mapping; the encoder itself checks the values."""
+
+    anchors: list = key(MISSING, 'In the mapping: `[[layer, [left, right]], ...]`.')
+    interpolate: str = key('step', 'In the mapping: how layers between anchors get theirs, `step` or `linear`.')
+
+
+class Loss(Section, name='model.loss', page='patches#where-results-differ-from-stocks-on-purpose', closed=False):
+    """Keys beside NeMo's."""
+
+    decoder_offset: int = key(
+        0,
         'From how many decoder frames later a token is predicted; 1 with causal subsampling, whose frame i ends where '
         'target i begins.',
-        'patches#where-results-differ-from-stocks-on-purpose',
-    ),
+    )
+
+
+class Curriculum(Section, name='curriculum', page='contexts#a-curriculum'):
+    """The arguments of ``AttContextCurriculum``, which checks the values."""
+
+    milestones: list | None = key(
+        None, 'A ceiling on contexts that rises with the steps: `[[step, [left, right]], ...]`.'
+    )
+    interpolate: str = key('step', 'Between milestones: `step` or `linear`.')
+    start: list | None = key(None, 'The first ceiling, instead of `milestones`: one straight path.')
+    end: list | None = key(None, 'The last ceiling of the path.')
+    warmup_steps: int | None = key(None, 'Steps from the first to the last ceiling of the path.')
+
+
+class Streaming(Section, name='streaming', page='streaming#nemos-streaming-pipelines', closed=False):
+    """Keys of NeMo 3's streaming pipelines."""
+
+    live: object = key(
+        'auto', 'Whether streams are live ones, equal to offline: `auto`, `true`, `false`; in the configs of NeMo 3.'
+    )
+
+
+class ConfigKey(NamedTuple):
+    """One key, as the page shows it."""
+
+    name: str
+    default: str
+    meaning: str
+    page: str
+
+
+SECTIONS = [dataclass(frozen=True, kw_only=True)(section) for section in Section.__subclasses__()]
+CONFIG_KEYS = tuple(
     ConfigKey(
-        'curriculum.milestones',
-        'null',
-        'A ceiling on contexts that rises with the steps: `[[step, [left, right]], ...]`.',
-        'contexts#a-curriculum',
-    ),
-    ConfigKey('curriculum.interpolate', 'step', 'Between milestones: `step` or `linear`.', 'contexts#a-curriculum'),
-    ConfigKey('curriculum.start', 'null', f'The first ceiling, {_CURRICULUM_PATH}.', 'contexts#a-curriculum'),
-    ConfigKey('curriculum.end', 'null', f'The last ceiling, {_CURRICULUM_PATH}.', 'contexts#a-curriculum'),
-    ConfigKey(
-        'curriculum.warmup_steps',
-        'null',
-        f'Steps from the first to the last, {_CURRICULUM_PATH}.',
-        'contexts#a-curriculum',
-    ),
-    ConfigKey(
-        'streaming.live',
-        'auto',
-        'In the configs of streaming pipelines of NeMo 3: whether streams are live ones, equal to offline: `auto`, `true`, '
-        '`false`.',
-        'streaming#nemos-streaming-pipelines',
-    ),
+        f'{section.name}.{each.name}',
+        each.metadata['shown'],
+        each.metadata['meaning'],
+        each.metadata['page'] or section.page,
+    )
+    for section in SECTIONS
+    for each in fields(section)
 )
 
 
-def keys_below(section: str) -> tuple[str, ...]:
-    """Return the last parts of the keys directly in a section, such as ``model.train_ds.resumable``; sections, too."""
-    inside = [key.name.removeprefix(f'{section}.') for key in CONFIG_KEYS if key.name.startswith(f'{section}.')]
-    return tuple(dict.fromkeys(name.partition('.')[0] for name in inside))
+def check_known(section: str, keys: Iterable[str], known: Iterable[str]) -> None:
+    """Check that a section of a config has only known keys.
+
+    Args:
+        section: its full name, such as ``model.train_ds.resumable``.
+        keys: of the section.
+        known: the keys that it may have.
+
+    Raises:
+        ValueError: naming the first unknown key, and the nearest known one or, if none is near, all of them.
+    """
+    known = sorted(known)
+    for each in keys:
+        if each not in known:
+            nearest = nearest_key(each, known, likeness=0.6)
+            hint = f"did you mean {section}.{nearest}?" if nearest else f"{section} takes {', '.join(known)}"
+            raise ValueError(f"{section}.{each} is not known; {hint}{where_to_read(f'{section}.')}")
 
 
-def page_of(text: str) -> str | None:
-    """Return the page about the first key of this project that a text names, None if it names none.
+def check_spelling(section: str, keys: Iterable[str], known: Iterable[str], likeness: float) -> None:
+    """Check a section that may have other keys: none may look like a slip in a known one.
+
+    Args:
+        section: its full name; '' at the top level.
+        keys: of the section.
+        known: the known keys.
+        likeness: from 0 to 1; a key that is more like a known one than this counts as a slip.
+
+    Raises:
+        ValueError: naming the first such key, and the nearest known one.
+    """
+    known, prefix = sorted(known), f'{section}.' if section else ''
+    for each in keys:
+        nearest = None if each in known else nearest_key(each, known, likeness)
+        if nearest:
+            meant = f'{prefix}{nearest}'
+            raise ValueError(f"{prefix}{each} is not known; did you mean {meant}?{where_to_read(meant)}")
+
+
+def nearest_key(name, known: Iterable[str], likeness: float) -> str | None:
+    """Return the known key that is most like this one, None if none is like it enough (from 0 to 1)."""
+    found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=likeness)
+    return found[0] if found else None
+
+
+def where_to_read(text: str) -> str:
+    """Return the page of the first key of this project that an error names, to append to it; or ''.
 
     Args:
         text: of an error; keys may lack the ``model.`` in front, and be those of ``validation_ds`` or ``test_ds``.
     """
     text = text.replace('validation_ds.', 'train_ds.').replace('test_ds.', 'train_ds.')
     places = []
-    for page, names in _names_by_page().items():
-        places += [(text.index(name), -len(name), page) for name in names if name in text]
-    return min(places)[2] if places else None
-
-
-def _names_by_page() -> dict[str, set[str]]:
-    """Return for each page the names that texts have for its keys and for their sections."""
-    found: dict[str, set[str]] = {}
-    for key in CONFIG_KEYS:
-        short = key.name.removeprefix('model.')
-        sections = {short.rpartition('.')[0]} if short.count('.') > 1 else set()
-        telling = {name for name in {short, *sections} if '.' in name or '_' in name}  # a plain word may mean anything
-        found.setdefault(key.page, set()).update({key.name, *telling})
-    return found
+    for each in CONFIG_KEYS:
+        short = each.name.removeprefix('model.')
+        names = {short, short.rpartition('.')[0] if short.count('.') > 1 else short}
+        # a plain word may mean anything
+        names = {each.name, *(name for name in names if '.' in name or '_' in name)}
+        places += [(text.index(name), -len(name), each.page) for name in names if name in text]
+    if not places:
+        return ''
+    page, _, heading = min(places)[2].partition('#')
+    return f"\nSee docs/{page}.md{heading and f'#{heading}'} (python -m nemo_streaming_ssl docs {page})"

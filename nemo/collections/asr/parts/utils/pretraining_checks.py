@@ -12,30 +12,40 @@ from nemo.collections.asr.data.data_checks import check_data
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.context_sampler import FIELD as SAMPLER
 from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler
-from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
 from nemo.collections.asr.parts.objectives.combination import check_objective
-from nemo.collections.asr.parts.objectives.next_tokens import NextTokenOptions
-from nemo.collections.asr.parts.utils.known_keys import (
-    ATT_CONTEXT_SAMPLER_KEYS,
-    DATA_KEYS,
-    DATA_SECTIONS,
-    MODEL_KEYS,
-    NEXT_TOKEN_KEYS,
-    OPTIONAL_SECTIONS,
-    PROBE_KEYS,
-    REFINE_KEYS,
-    RESUMABLE_KEYS,
-    SCHEDULE_KEYS,
+from nemo.collections.asr.parts.utils.config_keys import (
     SECTIONS,
-    SYNCED_CONTEXT_KEYS,
-    TOP_LEVEL_KEYS,
-    VALIDATION_MASK_KEYS,
+    Data,
+    Model,
+    Resumable,
+    SyncedContexts,
     check_known,
     check_spelling,
     nearest_key,
 )
 from nemo.utils.exp_manager import CallbackParams, ExpManagerConfig
 from nemo.utils.model_utils import import_class_by_path
+
+MODEL_SECTIONS = ('train_ds', 'preprocessor', 'masking', 'quantizer', 'encoder', 'decoder', 'loss')
+OPTIONAL_SECTIONS = ('validation_ds', 'test_ds', 'spec_augment', 'optim', 'next_token', 'validation_masks', 'probe')
+DATA_SECTIONS = ('train_ds', 'validation_ds', 'test_ds')
+MODEL_KEYS = (
+    'mask_position',
+    'num_classes',
+    'num_books',
+    'code_dim',
+    'squeeze_single',
+    'skip_nan_grad',
+    *Model.keys(),
+)
+DATA_KEYS = (
+    *('manifest_filepath', 'noise_manifest', 'batch_size', 'num_workers', 'min_duration', 'max_duration', 'shuffle'),
+    *('synced_contexts', 'resumable', *Data.keys()),
+)
+TOP_LEVEL_KEYS = (
+    *('name', 'seed', 'model', 'trainer', 'exp_manager', 'curriculum'),
+    *('init_from_nemo_model', 'init_from_pretrained_model', 'init_from_ptl_ckpt'),
+)
 
 
 def check_pretraining_config(cfg: DictConfig) -> None:
@@ -55,12 +65,12 @@ def check_pretraining_config(cfg: DictConfig) -> None:
     check_spelling('', cfg, TOP_LEVEL_KEYS, likeness=0.85)
     check_known_keys(cfg.model)
     check_own_sections(cfg)
-    for section in SECTIONS:
+    for section in MODEL_SECTIONS:
         if not isinstance(cfg.model.get(section), DictConfig):
             raise ValueError(f"the config has no section model.{section}")
     check_contexts(cfg.model.encoder)
     check_mask_position(cfg.model)
-    NextTokenOptions.parse(cfg.model.get('next_token'), check_objective(cfg.model))
+    check_objective(cfg.model)
     check_data('model.train_ds', cfg.model.train_ds)
     if cfg.model.get('validation_ds'):
         check_data('model.validation_ds', cfg.model.validation_ds)
@@ -72,7 +82,7 @@ def check_known_keys(model_cfg: DictConfig) -> None:
     Raises:
         ValueError: naming the unknown key and the nearest known one.
     """
-    check_spelling('model', model_cfg, [*MODEL_KEYS, *SECTIONS, *OPTIONAL_SECTIONS], likeness=0.85)
+    check_spelling('model', model_cfg, [*MODEL_KEYS, *MODEL_SECTIONS, *OPTIONAL_SECTIONS], likeness=0.85)
     for name in DATA_SECTIONS:
         if isinstance(model_cfg.get(name), DictConfig):  # NeMo knows many more keys here, some of them much alike
             check_spelling(f'model.{name}', model_cfg[name], DATA_KEYS, likeness=0.9)
@@ -94,20 +104,14 @@ def check_own_sections(cfg: DictConfig) -> None:
 def _own_sections() -> dict[str, Iterable[str]]:
     """Return the full names of these sections, and the keys that each may have."""
     own = {
-        'curriculum': _constructor_arguments(AttContextCurriculum),
-        'model.validation_masks': VALIDATION_MASK_KEYS,
-        'model.probe': PROBE_KEYS,
-        'model.next_token': NEXT_TOKEN_KEYS,
-        'model.quantizer.refine': REFINE_KEYS,
-        'model.encoder.layer_att_context_size': SCHEDULE_KEYS,
-        SAMPLER: ATT_CONTEXT_SAMPLER_KEYS,
+        **{section.name: section.keys() for section in SECTIONS if section.closed},
         'trainer': _constructor_arguments(pl.Trainer),
         'exp_manager': _field_names(ExpManagerConfig),
         'exp_manager.checkpoint_callback_params': _field_names(CallbackParams),
     }
-    for data in DATA_SECTIONS:
-        own[f'model.{data}.synced_contexts'] = SYNCED_CONTEXT_KEYS
-        own[f'model.{data}.resumable'] = RESUMABLE_KEYS
+    for section in (SyncedContexts, Resumable):
+        for data in DATA_SECTIONS:
+            own[section.name.replace('train_ds', data)] = section.keys()
     return own
 
 

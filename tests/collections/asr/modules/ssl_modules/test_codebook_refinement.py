@@ -47,8 +47,8 @@ class TestSettings:
         'refine, message',
         [
             (dict(every_n_step=3, until_step=9), 'refine.every_n_step is not known; did you mean .*every_n_steps'),
-            (dict(every_n_steps=3), "refine is {'every_n_steps': 3}; it must have every_n_steps and until_step"),
-            (True, 'refine is True; it must have'),
+            (dict(every_n_steps=3), "refine is {'every_n_steps': 3}; it must have until_step"),
+            (True, 'refine is True; it must be a section'),
             (dict(every_n_steps=0, until_step=9), 'refine.every_n_steps is 0; it must be a whole number of 1 or more'),
             (dict(every_n_steps=1.5, until_step=9), 'refine.every_n_steps is 1.5; it must be a whole number'),
             (dict(every_n_steps=True, until_step=9), 'refine.every_n_steps is True; it must be a whole number'),

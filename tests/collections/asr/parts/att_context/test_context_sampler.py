@@ -15,7 +15,6 @@ from nemo.collections.asr.parts.att_context.context_sampler import (
     within_ceiling,
 )
 from nemo.collections.asr.parts.att_context.windows import Window
-from nemo.collections.asr.parts.utils.known_keys import ATT_CONTEXT_SAMPLER_KEYS
 
 SECTION = {'full_prob': 0.4, 'chunk_size': [1, 25], 'left_chunks': [5, 70], 'left_limited_prob': 0.75}
 KEY = 'model.encoder.att_context_sampler'
@@ -82,7 +81,6 @@ class TestParse:
         sampler = ContextSampler.parse(OmegaConf.create(SECTION))
         assert sampler == ContextSampler(0.4, (1, 25), (5, 70), 0.75)
         assert sampler.as_dict() == SECTION and ContextSampler.parse(sampler) == sampler
-        assert tuple(SECTION) == ATT_CONTEXT_SAMPLER_KEYS
 
     @pytest.mark.parametrize(
         'change, message',

@@ -7,33 +7,17 @@ from tiny_nest import tiny_config, tiny_model
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 from nemo.collections.asr.parts.objectives.combination import check_objective
-from nemo.collections.asr.parts.objectives.next_tokens import HEADS, NextTokenOptions
+from nemo.collections.asr.parts.objectives.next_tokens import HEADS
+from nemo.collections.asr.parts.utils.config_keys import NextToken
 
 NEXT, BOTH = '+model.objective=next_token', '+model.objective=both'
 
 
-def test_options_have_the_documented_defaults():
-    assert NextTokenOptions.parse(None, 'next_token') == NextTokenOptions(horizons=4, weight=1.0)
-    section = {'horizons': 2, 'positions': 'chunk_end', 'weight': 0.5}
-    assert NextTokenOptions.parse(section, 'both') == NextTokenOptions(2, 'chunk_end', 0.5)
-
-
-@pytest.mark.parametrize(
-    ('section', 'objective', 'message'),
-    [
-        ({'horizon': 4}, 'both', 'model.next_token.horizon is not known; did you mean model.next_token.horizons'),
-        ({'horizons': 0}, 'both', 'model.next_token.horizons is 0; it must be 1 token or more'),
-        ({'horizons': 2.0}, 'both', 'model.next_token.horizons is 2.0'),
-        ({'positions': 'end'}, 'both', "model.next_token.positions is 'end'; it must be one of .*chunk_end"),
-        ({'weight': 0}, 'both', 'model.next_token.weight is 0; it must be a number above 0'),
-        ({'weight': float('nan')}, 'both', 'model.next_token.weight is nan'),
-        ({'weight': 'much'}, 'both', "model.next_token.weight is 'much'"),
-        ({'weight': 0.5}, 'next_token', 'model.next_token.weight is 0.5 with model.objective next_token'),
-    ],
-)
-def test_bad_options_are_refused(section, objective, message):
-    with pytest.raises(ValueError, match=message):
-        NextTokenOptions.parse(section, objective)
+def test_a_weight_needs_another_loss():
+    weight = '+model.next_token.weight=0.5'
+    assert check_objective(tiny_config(BOTH, weight).model) == ('both', NextToken(weight=0.5))
+    with pytest.raises(ValueError, match='model.next_token.weight is 0.5 with model.objective next_token'):
+        check_objective(tiny_config(NEXT, weight).model)
 
 
 def test_an_unknown_objective_is_refused():

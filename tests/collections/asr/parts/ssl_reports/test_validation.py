@@ -70,8 +70,8 @@ class TestParseContexts:
 @pytest.mark.parametrize(
     'overrides, message',
     [
-        (['model.validation_masks.seed=-1'], r'model.validation_masks.seed is -1; .*from 0 on'),
-        (['model.validation_masks.left_context=low'], r"model.validation_masks.left_context is 'low'; .*from -1 on"),
+        (['model.validation_masks.seed=-1'], r'model.validation_masks.seed is -1; .*0 or more'),
+        (['model.validation_masks.left_context=low'], r"model.validation_masks.left_context is 'low'; .*-1 or more"),
         (
             ['+model.validation_masks.sed=1'],
             r"model.validation_masks.sed is not known; did you mean model.validation_masks.seed\?",

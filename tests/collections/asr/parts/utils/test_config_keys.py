@@ -3,6 +3,7 @@
 
 import inspect
 import re
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -13,18 +14,28 @@ from nemo.collections.asr.losses import MLMLoss
 from nemo.collections.asr.modules import ConformerEncoder, RandomBlockMasking, RandomProjectionVectorQuantizer
 from nemo.collections.asr.parts.att_context import AttContextCurriculum
 from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler
-from nemo.collections.asr.parts.objectives.next_tokens import NextTokenOptions
-from nemo.collections.asr.parts.utils.config_keys import CONFIG_KEYS, keys_below, page_of
-from nemo.collections.asr.parts.utils.known_keys import REPORT_KEYS
+from nemo.collections.asr.parts.utils.config_keys import (
+    CONFIG_KEYS,
+    SECTIONS,
+    Curriculum,
+    Masking,
+    Model,
+    NextToken,
+    Refine,
+    Resumable,
+    check_known,
+    check_spelling,
+    nearest_key,
+    where_to_read,
+)
 
 ROOT = Path(__file__).resolve().parents[5]
-BY_NAME = {key.name: key for key in CONFIG_KEYS}
+BY_NAME = {section.name: section for section in SECTIONS}
 TAKERS = {
     'model.encoder': ConformerEncoder,
     'model.masking': RandomBlockMasking,
     'model.quantizer': RandomProjectionVectorQuantizer,
     'model.loss': MLMLoss,
-    'model.next_token': NextTokenOptions,
     'model.encoder.att_context_sampler': ContextSampler,
     'curriculum': AttContextCurriculum,
 }
@@ -42,26 +53,66 @@ def anchor(heading):
 
 
 @pytest.mark.parametrize('section', TAKERS)
-def test_the_defaults_are_those_of_who_takes_them(section):
-    defaults, checked = defaults_of(TAKERS[section]), 0
-    for name in keys_below(section):
-        key = BY_NAME.get(f'{section}.{name}')
-        if key is None:  # a section of its own
-            continue
-        said = OmegaConf.create(f'value: {key.default}').value
-        assert name in defaults and said == defaults[name], (key.name, said, defaults.get(name))
-        checked += 1
-    assert checked
+def test_the_defaults_are_those_of_the_classes_that_take_them(section):
+    defaults = defaults_of(TAKERS[section])
+    declared = {
+        each.name: 'required' if each.default is MISSING else each.default for each in fields(BY_NAME[section])
+    }
+    assert declared.items() <= defaults.items()
 
 
 def test_no_key_of_the_project_is_left_out():
-    own = {'audit_every_n_batches', 'log_figures', 'objective', 'target_normalize', 'validate_contexts'}
-    assert own | {'next_token', 'validation_masks'} <= set(keys_below('model'))
-    assert set(REPORT_KEYS) <= set(keys_below('model'))
-    assert {'synced_contexts', 'skip_bad_audio', 'resumable'} == set(keys_below('model.train_ds'))
     stock = {'feat_in', 'mask_prob', 'block_size', 'mask_value', 'freeze', 'allow_overlap', 'max_mask_ratio'}
-    assert set(defaults_of(RandomBlockMasking)) - stock == set(keys_below('model.masking'))
-    assert set(defaults_of(AttContextCurriculum)) == set(keys_below('curriculum'))
+    assert set(defaults_of(RandomBlockMasking)) - stock == set(Masking.keys())
+    assert set(defaults_of(AttContextCurriculum)) == set(Curriculum.keys())
+
+
+@pytest.mark.parametrize('section', SECTIONS, ids=lambda section: section.name)
+def test_defaults_are_allowed(section):
+    for each in fields(section):
+        allowed = each.metadata['allowed']
+        assert allowed is None or each.default is MISSING or allowed.test(each.default), each.name
+
+
+def test_a_section_takes_its_defaults():
+    assert NextToken.parse(None) == NextToken.parse({}) == NextToken(horizons=4, positions='all', weight=1.0)
+    assert Model.parse(OmegaConf.create({'objective': 'both', 'num_classes': 8})) == Model(objective='both')
+
+
+@pytest.mark.parametrize(
+    ('section', 'given', 'message'),
+    [
+        (NextToken, {'horizon': 4}, 'model.next_token.horizon is not known; did you mean model.next_token.horizons'),
+        (NextToken, {'horizons': 0}, 'model.next_token.horizons is 0; it must be a whole number of 1 or more'),
+        (NextToken, {'horizons': 2.0}, 'model.next_token.horizons is 2.0; .* 1 or more'),
+        (NextToken, {'positions': 'end'}, "model.next_token.positions is 'end'; it must be one of .*chunk_end"),
+        (NextToken, {'weight': 0}, 'model.next_token.weight is 0; .* above 0'),
+        (NextToken, {'weight': float('nan')}, 'model.next_token.weight is nan; .* above 0'),
+        (NextToken, {'weight': 'much'}, "model.next_token.weight is 'much'; .* above 0"),
+        (NextToken, 4, 'model.next_token is 4; it must be a section'),
+        (Refine, {'every_n_steps': 3}, 'model.quantizer.refine is .*; it must have until_step'),
+        (Model, {'objective': 'next'}, "model.objective is 'next'; it must be one of masked, next_token, both"),
+        (Model, {'audit_every_n_batches': True}, 'audit_every_n_batches is True; it must be null or .* 1 or more'),
+    ],
+)
+def test_an_error_names_key_value_and_what_is_allowed(section, given, message):
+    with pytest.raises(ValueError, match=message):
+        section.parse(given)
+
+
+def test_a_section_that_takes_nothing_else_names_the_slip_or_all_that_it_takes():
+    check_known('model.train_ds.resumable', ['seed'], Resumable.keys())
+    with pytest.raises(ValueError, match='^a.b.sed is not known; did you mean a.b.seed\?$'):
+        check_known('a.b', ['seed', 'sed'], ['seed', 'batch_size'])
+    with pytest.raises(ValueError, match='^a.b.colour is not known; a.b takes batch_size, seed$'):
+        check_known('a.b', ['colour'], ['seed', 'batch_size'])
+
+
+def test_a_section_that_may_have_other_keys_refuses_slips_only():
+    check_spelling('model', ['colour', 'seed'], ['seed'], likeness=0.8)
+    with pytest.raises(ValueError, match='^model.seeds is not known; did you mean model.seed\?$'):
+        check_spelling('model', ['seeds'], ['seed'], likeness=0.8)
+    assert nearest_key('batchsize', ['batch_size', 'seed'], likeness=0.6) == 'batch_size'
 
 
 @pytest.mark.parametrize('key', CONFIG_KEYS, ids=lambda key: key.name)
@@ -94,4 +145,5 @@ def test_the_reference_page_is_written_from_the_table():
     ],
 )
 def test_a_text_leads_to_the_page_of_the_first_key_in_it(text, page):
-    assert page_of(text) == page
+    found = where_to_read(text)
+    assert f'docs/{page.replace("#", ".md#")}'.removesuffix('.md') in found if page else found == ''
