@@ -10,13 +10,17 @@ endif
 
 # The pins were tested on Python 3.11: take it where there is one.
 PYTHON_BOOTSTRAP ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
-VENV ?= .venv/nemo-$(NEMO)
+# NEWEST=1 takes the newest packages that NeMo and this project allow, in place of the pins.
+NEWEST ?=
+VENV ?= .venv/nemo-$(NEMO)$(if $(NEWEST),-newest)
 PYTHON := $(VENV)/bin/python
 CONSTRAINTS := requirements/constraints-$(NEMO).txt
 TESTS ?= tests
 # One thread for each of several test processes: the tests' tensors are too small to share among threads.
 JOBS ?= $(shell nproc)
 PYTEST_ARGS ?=
+# RANDOM=1 lets Hypothesis try new examples; with CI set it tries the same ones in each run.
+export RANDOM_EXAMPLES := $(RANDOM)
 BENCH ?=
 GPU_CHECK ?=
 SOURCES := $(wildcard src nemo examples tests benchmarks docs .ci setup.py)
@@ -24,7 +28,7 @@ SOURCES := $(wildcard src nemo examples tests benchmarks docs .ci setup.py)
 # The stamps are named after what they stand for: other pins, another packaging or another place mean another stamp.
 REQUIREMENTS := $(CONSTRAINTS) requirements/test.txt
 REQUIREMENTS_STAMP := $(VENV)/.requirements-$(shell cat $(REQUIREMENTS) | cksum | cut -d' ' -f1)
-PROJECT_STAMP := $(VENV)/.project-$(shell { cat $(REQUIREMENTS) setup.py; sed "/^\[tool.ruff/,\$$d" pyproject.toml; pwd; } | cksum | cut -d' ' -f1)
+PROJECT_STAMP := $(VENV)/.project-$(shell { cat $(REQUIREMENTS) setup.py; sed "/^\[tool.ruff\]/,\$$d" pyproject.toml; pwd; } | cksum | cut -d' ' -f1)
 UNFINISHED := $(VENV).unfinished
 AUDIT_VENV := .venv/audit
 WORKFLOWS_VENV := .venv/workflows
@@ -43,7 +47,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test pretrain bench gpu-check lint format audit release docs clean
+.PHONY: help venv test coverage pretrain bench gpu-check lint format audit release docs clean
 
 help: ## list the targets
 	@echo "Targets, each with NEMO= one of $(TESTED_NEMO) (now $(NEMO)):"
@@ -55,6 +59,11 @@ venv: $(PROJECT_STAMP) ## make the environment: NeMo, everything for tests and d
 test: $(PROJECT_STAMP) ## run the tests (TESTS=path, PYTEST_ARGS=... to narrow them)
 	@echo "== Running the tests with NeMo $(NEMO)"
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) --dist worksteal $(TESTS) $(PYTEST_ARGS)
+
+coverage: $(PROJECT_STAMP) ## run the tests and measure branch coverage: coverage.xml
+	@echo "== Measuring the branch coverage of the tests with NeMo $(NEMO)"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) --dist worksteal $(TESTS) $(PYTEST_ARGS) \
+		--cov --cov-report=term:skip-covered --cov-report=xml
 
 pretrain: $(PROJECT_STAMP) ## pre-train the demo model (CONFIG=..., MANIFEST=..., VAL_MANIFEST=...)
 	@echo "== Pre-training the demo model with NeMo $(NEMO)"
@@ -69,12 +78,16 @@ gpu-check: $(PROJECT_STAMP) ## on a machine with a GPU: its tests, benchmarks an
 	@echo "== Checking what needs a GPU with NeMo $(NEMO)"
 	$(PYTHON) .ci/gpu_check.py $(GPU_CHECK)
 
-lint: $(PROJECT_STAMP) ## check formatting and style (ruff), which way imports point, and the workflows
+lint: $(PROJECT_STAMP) ## check format and style (ruff), types (mypy), imports, scripts and workflows
 	@echo "== Checking the formatting of $(SOURCES)"
 	$(PYTHON) -m ruff format --check $(SOURCES)
 	$(PYTHON) -m ruff check $(SOURCES)
+	@echo "== Checking types"
+	$(PYTHON) -m mypy
 	@echo "== Checking which way the imports of the patch set point"
 	$(PYTHON) .ci/import_contract.py
+	@echo "== Checking that every file compiles and every script shows its help"
+	$(PYTHON) .ci/check_scripts.py $(wildcard src nemo examples tests benchmarks docs .ci)
 	@echo "== Checking the workflows"
 	@test -x $(WORKFLOWS_VENV)/bin/check-jsonschema || { $(PYTHON_BOOTSTRAP) -m venv $(WORKFLOWS_VENV) && \
 		$(WORKFLOWS_VENV)/bin/python -m pip install --quiet -r requirements/workflows.txt; } || \
@@ -111,7 +124,7 @@ docs: docs/tutorial.ipynb $(DOCS_STAMP) ## build the site, docs/_build/html; the
 	$(DOCS_VENV)/bin/python .ci/check_site.py $(SITE)/html $(SITE)/linkcheck
 
 clean: ## remove the environments and what builds and tests leave
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .hypothesis $(SITE) docs/api docs/tutorial.ipynb
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .coverage coverage.xml $(SITE) docs/api docs/tutorial.ipynb
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A mark stands beside the environment from the first step to the last: a half-made one is cleared, never repaired.
@@ -125,7 +138,7 @@ $(REQUIREMENTS_STAMP):
 	@test ! -e $(UNFINISHED) || echo "== An earlier install did not finish: starting afresh"
 	clear=$$(test ! -e $(UNFINISHED) || echo --clear); $(if $(OWN_VENV),touch $(UNFINISHED);) \
 		$(PYTHON_BOOTSTRAP) -m venv $$clear $(VENV)
-	$(PYTHON) -m pip install $(PIP_QUIET) --no-compile -c $(CONSTRAINTS) "nemo_toolkit[asr]==$(NEMO)" \
+	$(PYTHON) -m pip install $(PIP_QUIET) --no-compile $(if $(NEWEST),,-c $(CONSTRAINTS)) "nemo_toolkit[asr]==$(NEMO)" \
 		-r requirements/test.txt
 	@touch $@
 	@rm -f $(UNFINISHED)

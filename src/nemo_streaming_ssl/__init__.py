@@ -7,13 +7,20 @@ nothing but ``sys`` until a patched module is asked for. It knows nothing of spe
 
 import sys
 
+TYPE_CHECKING = False  # typing's is not imported: see above
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
+
 SWITCH = "NEMO_STREAMING_SSL"  # environment variable; "0" leaves stock NeMo alone
 _ROOT = "nemo"
-_ORIGINALS = {}  # dotted name -> the NeMo module that a patched one stands in for (None while it loads)
+_ORIGINALS: "dict[str, ModuleType | None]" = {}  # dotted name -> the NeMo module that a patched one stands in for (None while it loads)
 _COPIED_DUNDERS = ("__all__", "__getattr__", "__dir__")  # the others belong to the patched module itself
 
 
-def patch_tree():
+def patch_tree() -> str:
     """Return the directory that holds the patch set's ``nemo/``: in the wheel, or the checkout if editable."""
     if PatchFinder.tree is None:
         import os
@@ -27,10 +34,12 @@ def patch_tree():
 class PatchFinder:
     """Meta-path finder that answers for the ``nemo.*`` modules of the patch set and for nothing else."""
 
-    tree = None  # see patch_tree()
+    tree: "str | None" = None  # see patch_tree()
 
     @classmethod
-    def find_spec(cls, fullname, path=None, target=None):
+    def find_spec(
+        cls, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
         """Return the spec of the patch set's file for ``fullname``, or None where it has none."""
         if path is None or not fullname.startswith(_ROOT + "."):
             return None
@@ -48,7 +57,7 @@ class PatchFinder:
         return spec
 
 
-def install():
+def install() -> None:
     """Put the finder first on ``sys.meta_path``, once; with ``NEMO_STREAMING_SSL=0`` do nothing."""
     import os
 
@@ -56,7 +65,7 @@ def install():
         sys.meta_path.insert(0, PatchFinder)
 
 
-def upstream(namespace):
+def upstream(namespace: "dict[str, Any]") -> "Any":
     """Load the NeMo module that a patched module stands in for, and return it.
 
     Every name of the original is copied into ``namespace``, so what the patch does not redefine stays importable
@@ -90,28 +99,30 @@ def upstream(namespace):
     return original
 
 
-def _add_original_folders(spec, parent_path):
+def _add_original_folders(spec: "ModuleSpec", parent_path: "Iterable[str]") -> None:
     import os
 
+    locations = spec.submodule_search_locations
+    assert locations is not None
     for folder in _outside_patch_set(parent_path):
         original = os.path.join(folder, spec.name.rpartition(".")[2])
         if os.path.isdir(original):
-            spec.submodule_search_locations.append(original)
+            locations.append(original)
 
 
-def _outside_patch_set(folders):
+def _outside_patch_set(folders: "Iterable[str]") -> list[str]:
     own = f"{patch_tree()}/{_ROOT}/"  # and no more: an environment, and NeMo in it, may lie inside the checkout
     return [folder for folder in folders if not folder.startswith(own)]
 
 
-def _load_original(name):
+def _load_original(name: str) -> "ModuleType":
     import importlib.util
 
     parent = sys.modules.get(name.rpartition(".")[0])
     search = _outside_patch_set(getattr(parent, "__path__", ()))
     for finder in sys.meta_path if search else ():
         spec = finder.find_spec(name, search) if finder is not PatchFinder and hasattr(finder, "find_spec") else None
-        if spec is not None and spec.has_location:
+        if spec is not None and spec.loader is not None and spec.has_location:
             break
     else:
         raise ModuleNotFoundError(f"NeMo has no module {name!r} to patch", name=name)

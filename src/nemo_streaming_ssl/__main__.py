@@ -15,9 +15,9 @@ from nemo_streaming_ssl.examples import copy_examples
 from nemo_streaming_ssl.report import report_lines, require_active
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m nemo_streaming_ssl", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m nemo_streaming_ssl", description=str(__doc__).split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", metavar="examples TARGET | doctor | docs [PAGE]")
     examples = commands.add_parser("examples", help="copy the example scripts and their configs to a folder")
     examples.add_argument("target", help="a folder that is not there yet")
@@ -32,7 +32,7 @@ def main(argv=None):
     return copy_out(options.target) if options.command == "examples" else report()
 
 
-def report():
+def report() -> int:
     """Say what is active; return the exit status."""
     print("\n".join(report_lines()))
     try:
@@ -42,7 +42,7 @@ def report():
     return 0
 
 
-def show_documentation(page):
+def show_documentation(page: str | None) -> int:
     """Print a page, or the names and titles of all; return the exit status."""
     try:
         print(read_page(page) if page else "\n".join(f"{name:<16} {title}" for name, title in pages().items()))
@@ -52,7 +52,7 @@ def show_documentation(page):
     return 0
 
 
-def copy_out(target):
+def copy_out(target: str) -> int:
     """Copy the examples; return the exit status."""
     try:
         count = copy_examples(target)

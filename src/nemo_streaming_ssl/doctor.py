@@ -9,8 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from nemo_streaming_ssl import SWITCH, patch_tree
 from nemo_streaming_ssl.report import require_active
@@ -37,7 +37,7 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
-def examine():
+def examine() -> Iterator[Finding]:
     """Yield the findings, one after another; the trial step comes last and takes longest."""
     checks = (_python, _nemo, _patches, _torch, _cuda, _audio, _memory, _disk, _trial)
     for check in checks:
@@ -115,7 +115,7 @@ def _audio() -> Finding:
         import numpy
         import soundfile
 
-        samples = (numpy.arange(-800, 800) * 20).astype("int16")
+        samples: Any = (numpy.arange(-800, 800) * 20).astype("int16")
         for kind in ("WAV", "FLAC"):
             file = io.BytesIO()
             soundfile.write(file, samples, 16000, format=kind, subtype="PCM_16")

@@ -7,7 +7,7 @@ from pathlib import Path
 from nemo_streaming_ssl import patch_tree
 
 
-def pages():
+def pages() -> dict[str, str]:
     """Return the title of each page, by its name; what only includes another file for the site is none."""
     found = {}
     for path in sorted((Path(patch_tree()) / "docs").glob("*.md")):
@@ -17,7 +17,7 @@ def pages():
     return found
 
 
-def read_page(name):
+def read_page(name: str) -> str:
     """Return the text of a page, Markdown.
 
     Args:

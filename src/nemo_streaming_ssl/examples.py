@@ -10,7 +10,7 @@ from nemo_streaming_ssl import patch_tree
 COPIED = (".py", ".yaml")
 
 
-def copy_examples(target):
+def copy_examples(target: str | os.PathLike[str]) -> int:
     """Copy ``examples/`` to a folder that is not there yet, whole or not at all.
 
     Args:
@@ -36,7 +36,7 @@ def copy_examples(target):
     return sum(len(files) for _, _, files in os.walk(target))
 
 
-def _all_but_scripts_and_configs(folder, names):
+def _all_but_scripts_and_configs(folder: str, names: list[str]) -> set[str]:
     """Return what ``copytree`` is to leave out: caches, and whatever else lies in a checkout."""
     kept = (name for name in names if name.endswith(COPIED) or os.path.isdir(os.path.join(folder, name)))
     return set(names) - set(kept) | {"__pycache__"}

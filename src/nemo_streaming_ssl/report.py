@@ -31,12 +31,12 @@ class PatchedModule(NamedTuple):
     stands_in: bool
 
     @property
-    def kind(self):
+    def kind(self) -> str:
         """``patched`` if it stands in for a NeMo module, ``added`` if it is new."""
         return "patched" if self.stands_in or self.original is not None else "added"
 
 
-def patched_modules():
+def patched_modules() -> list[PatchedModule]:
     """Return every module of the patch set, patched or added, as a list of ``PatchedModule`` sorted by name."""
     tree, nemo = patch_tree(), _nemo_folder()
     found = []
@@ -47,7 +47,7 @@ def patched_modules():
     return sorted(found)
 
 
-def report_lines():
+def report_lines() -> list[str]:
     """Return the report as lines: NeMo's version, active or not and why, each module of the patch set and its file."""
     problem = _why_inactive()
     lines = [
@@ -58,7 +58,7 @@ def report_lines():
     return lines + [_module_line(module) for module in patched_modules()]
 
 
-def require_active(*names):
+def require_active(*names: str) -> list[str]:
     """Make sure that the patched modules are the ones in use, and say so.
 
     Args:
@@ -85,7 +85,7 @@ def require_active(*names):
     return report_lines()
 
 
-def _describe(file, tree, nemo):
+def _describe(file: str, tree: str, nemo: str | None) -> PatchedModule:
     relative = os.path.relpath(file, tree)[: -len(".py")]
     parts = relative.split(os.sep)
     parts = parts[:-1] if parts[-1] == "__init__" else parts
@@ -94,7 +94,7 @@ def _describe(file, tree, nemo):
     return PatchedModule(".".join(parts), file, _original_file(nemo, parts[1:]), stands_in)
 
 
-def _original_file(nemo, parts):
+def _original_file(nemo: str | None, parts: list[str]) -> str | None:
     if nemo is None:
         return None
     base = os.path.join(nemo, *parts)
@@ -102,7 +102,7 @@ def _original_file(nemo, parts):
     return next((file for file in candidates if os.path.isfile(file)), None)
 
 
-def _nemo_folder():
+def _nemo_folder() -> str | None:
     try:
         spec = util.find_spec("nemo")  # a top-level name: nothing is imported
     except ValueError:  # a stand-in module without a spec
@@ -110,7 +110,7 @@ def _nemo_folder():
     return os.path.dirname(spec.origin) if spec is not None and spec.origin else None
 
 
-def _why_inactive():
+def _why_inactive() -> str | None:
     """Return why the patched modules are not in use, or None if they are."""
     if PatchFinder not in sys.meta_path:
         return _why_not_installed()
@@ -125,7 +125,7 @@ def _why_inactive():
     return None
 
 
-def _why_not_installed():
+def _why_not_installed() -> str:
     if os.environ.get(SWITCH) == "0":
         return f"switched off by {SWITCH}=0"
     if sys.flags.no_site:
@@ -140,21 +140,21 @@ def _why_not_installed():
     )
 
 
-def _is_stock(module):
+def _is_stock(module: PatchedModule) -> bool:
     if module.name not in sys.modules:
         return False
     file = getattr(sys.modules[module.name], "__file__", None) or ""
     return os.path.realpath(file) != os.path.realpath(module.file)
 
 
-def _own_version():
+def _own_version() -> str:
     try:
         return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         return "(not installed)"
 
 
-def _nemo_line():
+def _nemo_line() -> str:
     folder = _nemo_folder()
     if folder is None:
         return "NeMo: not found"
@@ -167,7 +167,7 @@ def _nemo_line():
     )
 
 
-def _module_line(module):
+def _module_line(module: PatchedModule) -> str:
     missing = module.kind == "patched" and module.original is None and _nemo_folder() is not None
     note = "  (this NeMo has no such module: importing it fails)" if missing else ""
     return f"{module.kind:7}  {module.name}  {module.file}{note}"
