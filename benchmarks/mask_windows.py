@@ -15,12 +15,12 @@ from typing import NamedTuple
 import torch
 
 from nemo.collections.asr.modules.ssl_modules.masking import RandomBlockMasking
-from nemo.collections.asr.parts.att_context.answerability import (
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
+from nemo.collections.asr.parts.att_context.visible_frames import (
     MASK_THRESHOLD,
     masked_share_per_frame,
-    unanswerable_frames,
+    no_visible_frame,
 )
-from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.windows import Window
 from nemo.utils.atomic_files import replacing
 
@@ -54,7 +54,7 @@ def draw_masks(left: int, seconds: float, seed: int) -> dict[str, Frames]:
         torch.manual_seed(seed)
         masks = masking.draw(torch.tensor([frames]), frames, effective_left_context=left if told is None else told)
         share = masked_share_per_frame(masks, FACTOR)
-        found[row] = Frames(share[0] > MASK_THRESHOLD, unanswerable_frames(share, window)[0])
+        found[row] = Frames(share[0] > MASK_THRESHOLD, no_visible_frame(share, window)[0])
     return found
 
 

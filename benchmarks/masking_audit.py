@@ -17,8 +17,6 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
-from nemo.collections.asr.parts.att_context.masking_context import window_arguments
 from nemo.collections.asr.parts.att_context.windows import Window
 from nemo.collections.asr.parts.ssl_reports.audit import MaskAudit, audit_masking, audit_masks, windows_of
 from nemo_streaming_ssl.report import require_active
@@ -42,9 +40,7 @@ def load(name: str):
 def audit_live(masking, window: Window, windows: dict, utterances: int, frames: int) -> MaskAudit:
     """Count what streams hide that come in steps of one chunk."""
     factor = masking.subsampling_factor
-    told = window_arguments(masking, window)
-    left = UNLIMITED if told['effective_left_context'] is None else told['effective_left_context']
-    window = told.get('effective_window', Window(AttContext(left, 0)))
+    window = masking.within(window)
     line, masks = masking.new_stream(utterances), []
     for start in range(0, frames, window.chunk * factor):
         line.forget(0)

@@ -14,10 +14,9 @@ from omegaconf import DictConfig, open_dict
 from nemo.collections.asr.data.audio_to_text_dali import DALIOutputs
 from nemo.collections.asr.data.training_data_mixin import TrainingDataMixin
 from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
-from nemo.collections.asr.parts.att_context.answerability import MASK_THRESHOLD
 from nemo.collections.asr.parts.att_context.context import context_label
-from nemo.collections.asr.parts.att_context.encoder_protocol import why_context_is_unknown
-from nemo.collections.asr.parts.att_context.masking_context import follows_context
+from nemo.collections.asr.parts.att_context.visible_frames import MASK_THRESHOLD, follows_context
+from nemo.collections.asr.parts.att_context.windows import STYLES, tightest_window_of
 from nemo.collections.asr.parts.mixins.att_context_mixin import AttContextMixin
 from nemo.collections.asr.parts.mixins.sharded_training_mixin import ShardedTrainingMixin
 from nemo.collections.asr.parts.objectives.combination import Objectives
@@ -56,7 +55,8 @@ class SpeechEncDecSelfSupervisedModel(
         with self._context_of_step(batch) as context:
             output = self._training_step(batch, batch_idx)
             if context is not None:
-                label = getattr(self.encoder, 'label_of_drawn', context_label)(context)
+                policy = getattr(self.encoder, 'att_context_policy', None)
+                label = context_label(context) if policy is None else policy.label(context)
                 output['log'][f'train_loss/ctx_{label}'] = output['loss'].detach()
         output['loss'] = self.loss_of_valid(output['loss'])
         if 'log' in output:
@@ -118,12 +118,18 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
         self.reports = ModelReports(self)
 
     def _setup_masking(self) -> None:
-        """Set the unit of the masking module's frames, and warn where it cannot follow the attention's context."""
-        name, reason = type(self.mask_processor).__name__, why_context_is_unknown(self.encoder)
+        """Give the masking module the encoder's window and the unit of its frames; warn where it cannot follow them."""
+        name, encoder = type(self.mask_processor).__name__, self.encoder
         if not follows_context(self.mask_processor):
             logging.warning(f"{name} takes no attention context; it masks regardless.")
-        elif reason is not None:
-            logging.warning(f"{name} cannot follow what {type(self.encoder).__name__} attends to: {reason}.")
+        elif tightest_window_of(encoder) is None:
+            context, style = (getattr(encoder, f'att_context_{key}', 'missing') for key in ('size', 'style'))
+            logging.warning(
+                f"{name} cannot follow {type(encoder).__name__}: its att_context_size is {context}, its "
+                f"att_context_style {style}; they must be the present [left, right] and one of {STYLES}."
+            )
+        if hasattr(self.mask_processor, 'attention_window'):
+            self.mask_processor.attention_window = partial(tightest_window_of, encoder)
         if hasattr(self.mask_processor, 'subsampling_factor'):
             self.mask_processor.subsampling_factor = self.mask_frames_per_attention_frame
 

@@ -9,7 +9,6 @@ import math
 import torch
 from omegaconf import OmegaConf, open_dict
 
-from nemo.collections.asr.parts.att_context.batch_context import BatchContext
 from nemo.collections.asr.parts.att_context.blockwise import BlockwiseMask, can_cut, parse_choice, wins_by_blocks
 from nemo.collections.asr.parts.att_context.cache_aware import (
     CannotStreamError,
@@ -17,9 +16,10 @@ from nemo.collections.asr.parts.att_context.cache_aware import (
     largest_left_context,
     streaming_look_ahead,
 )
-from nemo.collections.asr.parts.att_context.context import AttContext, tightest
+from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.context_sampler import FIELD as SAMPLER
 from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler
+from nemo.collections.asr.parts.att_context.encoder_context import EncoderContext
 from nemo.collections.asr.parts.att_context.layer_contexts import (
     LayerAttentionMasks,
     LayerContexts,
@@ -41,14 +41,15 @@ PROBABILITY_TOLERANCE = 1e-6
 LAYER_CONTEXTS = 'layer_att_context_size'  # the argument, the config key, and the entry among the weights
 
 
-class ConformerEncoder(BatchContext, _up.ConformerEncoder):
-    """NeMo's Conformer encoder with a context that can be drawn, pinned for a whole step, and asked for.
+class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
+    """NeMo's Conformer encoder that owns the attention context: policy, override and active context.
 
     Takes NeMo's arguments, and:
 
     Args:
         att_context_seed: seed of the draw among several ``att_context_size`` entries. The draw is a pure function of
-            the seed and the step, hence the same on every rank and after a resume.
+            the seed and the step, hence the same after a resume.
+        att_context_shared: whether all ranks draw the same context in a step; false draws for each rank.
         att_context_sampler: ``full_prob``, ``chunk_size``, ``left_chunks`` and ``left_limited_prob``: draws the context
             of each training batch in place of ``att_context_size``, which then holds in validation and inference; see
             ``ContextSampler``. Layers' own left contexts and a ceiling's are rounded down to whole chunks of the drawn.
@@ -69,21 +70,21 @@ class ConformerEncoder(BatchContext, _up.ConformerEncoder):
         self,
         *args,
         att_context_seed: int = 0,
+        att_context_shared: bool = True,
         att_context_sampler=None,
         layer_att_context_size=None,
         blockwise_attention: str = 'auto',
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        self.att_context_seed = att_context_seed
         self.blockwise_attention = blockwise_attention
         if att_context_sampler is not None:
             self._check_can_narrow(SAMPLER)
-            self.att_context_sampler = ContextSampler.parse(att_context_sampler, self.att_context_style)
+            att_context_sampler = ContextSampler.parse(att_context_sampler, self.att_context_style)
+        self._set_policy(att_context_sampler, att_context_seed, att_context_shared)
         self._watch_layer_contexts()
         self._set_layer_contexts(self._parse_layer_contexts(layer_att_context_size))
         self._configured_layer_contexts = self.layer_att_contexts()
-        self._end_of_construction()
 
     @property
     def blockwise_attention(self) -> str:
@@ -119,11 +120,10 @@ class ConformerEncoder(BatchContext, _up.ConformerEncoder):
         Raises:
             ValueError: if the windows of the encoder's attention style are not known.
         """
-        window = tightest_window(self.effective_windows())
-        ceiling = self.att_context_ceiling if self.training else None
-        if ceiling is None:
-            return window
-        return Window(AttContext(tightest(window.context.left, ceiling.left), window.context.right), window.style)
+        present = self._present_context()
+        return tightest_window(
+            self.effective_windows(self.att_context_policy.narrowed(present) if self.training else present)
+        )
 
     def layer_att_contexts(self) -> LayerContexts:
         """Each layer's own context, None for a layer without one."""
@@ -258,8 +258,7 @@ class ConformerEncoder(BatchContext, _up.ConformerEncoder):
 
     def _create_masks(self, att_context_size, *args, **kwargs):
         # Stock's forward draws a context into a local variable and uses it for nothing but this call.
-        if self._att_context_is_pinned:
-            att_context_size = self.att_context_size
+        att_context_size = self.att_context_size if self._active is not None else att_context_size
         if not self._has_layer_contexts():
             return self._create_mask(self.parse_att_context_size(att_context_size), *args, **kwargs)
         effective = dict(zip(self.layer_att_contexts(), self.effective_att_contexts(att_context_size)))
@@ -307,15 +306,17 @@ class ConformerEncoder(BatchContext, _up.ConformerEncoder):
 
     def _effective_context(self, batch: AttContext, own: AttContext, layer: str) -> AttContext:
         where = f'{layer}.self_attention.att_context_size is {own.as_list()}'
-        return self._window_within(batch, own, where).context
+        return self.att_context_policy.within(batch, own, where).context
 
     def _parse_layer_contexts(self, contexts) -> LayerContexts:
         field = f'encoder.{LAYER_CONTEXTS}'
         if contexts is None:
             return (None,) * len(self.layers)
         self._check_can_narrow(field)
-        rounds = self.att_context_style == 'regular' or self.att_context_sampler is not None  # to each batch's chunks
-        chunks = [] if rounds else [batch.right + 1 for batch in self._batch_contexts()]
+        rounds = (
+            self.att_context_style == 'regular' or self.att_context_policy.sampler is not None
+        )  # to each batch's chunks
+        chunks = [] if rounds else [batch.right + 1 for batch in self.att_context_policy.contexts()]
         multiple = math.lcm(*(chunk for chunk in chunks if chunk))
         return parse_layer_contexts(contexts, len(self.layers), field, multiple, self._check_layer_context)
 
@@ -332,7 +333,7 @@ class ConformerEncoder(BatchContext, _up.ConformerEncoder):
 
     def _check_layer_context(self, own: AttContext, where: str) -> None:
         self._check_can_narrow(where)
-        check_layer_context(own, self._batch_contexts(), self._window_within, where)
+        check_layer_context(own, self.att_context_policy.contexts(), self.att_context_policy.within, where)
 
     def _watch_layer_contexts(self) -> None:
         for layer in self.layers:
@@ -461,10 +462,11 @@ class ConformerEncoder(BatchContext, _up.ConformerEncoder):
         return largest_left_context(Window(batch, self.att_context_style), self.effective_windows(batch), max_context)
 
     def _check_can_attend_within(self, context) -> None:
-        if self.self_attention_model == 'rel_pos_local_attn' and list(context) != list(self.att_context_size):
+        default = self.att_context_policy.default
+        if self.self_attention_model == 'rel_pos_local_attn' and context != default:
             raise ValueError(
                 f"encoder.att_context_size cannot become {list(context)}: self_attention_model rel_pos_local_attn "
-                f"builds {list(self.att_context_size)} into its layers; use change_attention_model"
+                f"builds {list(default)} into its layers; use change_attention_model"
             )
         if self.att_context_style == 'chunked_limited' and context.right >= 0 and context.left > 0:
             chunk = context.right + 1

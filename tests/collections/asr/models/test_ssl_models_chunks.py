@@ -19,7 +19,7 @@ DYNAMIC, MULTI_LATENCY = 'nest_fast-conformer_dynamic_chunk', 'nest_fast-conform
 CONFIG_NAMES = [DYNAMIC, f'{DYNAMIC}_tiny', MULTI_LATENCY, f'{MULTI_LATENCY}_tiny']
 CHUNKED = ['model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[[8,3],[6,1],[6,0]]']
 SAMPLER = '{full_prob: 0.3, chunk_size: [1, 6], left_chunks: [1, 4], left_limited_prob: 0.6}'
-SAMPLED = [*CHUNKED, f'+model.encoder.att_context_sampler={SAMPLER}']
+SAMPLED = [*CHUNKED, f'+model.encoder.att_context_policy.sampler={SAMPLER}']
 FRAME_MS = 80
 
 
@@ -84,7 +84,7 @@ class TestConfigs:
 class TestSampledTraining:
     def test_attention_and_masking_follow_each_draw_and_validation_draws_nothing(self):
         model = tiny_model(*SAMPLED)
-        sampler = model.encoder.att_context_sampler
+        sampler = model.encoder.att_context_policy.sampler
         with recording_contexts(model) as record:
             run = fit(model, batches(8), max_steps=8)
         drawn = [sampler.draw(0, step).as_list() for step in range(8)]
@@ -113,13 +113,13 @@ class TestSampledTraining:
         rest = fit(tiny_model(*SAMPLED), batches(6), max_steps=6, ckpt_path=tmp_path / 'half.ckpt')
         assert first.logger.column('att_context_right') + rest.logger.column('att_context_right') == whole
 
-    def test_by_hand_wins_then_what_comes_with_the_batch(self):
+    def test_an_override_wins_then_what_comes_with_the_batch(self):
         encoder = tiny_model(*SAMPLED).encoder.train()
         assert encoder.att_context_of_batch(AttContext(8, 7), step=0) == AttContext(8, 7)
         encoder.set_att_context_size([6, 1])
         assert encoder.att_context_of_batch(AttContext(8, 7), step=0) == AttContext(6, 1)
         encoder.set_att_context_size(None)
-        assert encoder.draw_att_context_size(0) == encoder.att_context_sampler.draw(0, 0)
+        assert encoder.draw_att_context_size(0) == encoder.att_context_policy.sampler.draw(0, 0)
         assert encoder.eval().draw_att_context_size(0) == AttContext(8, 3)
 
     def test_a_synced_collates_contexts_take_the_place_of_the_draw(self):
@@ -132,13 +132,13 @@ class TestSampledTraining:
     def test_without_the_model_the_encoder_counts_its_own_draws(self):
         encoder = tiny_model(*SAMPLED).encoder.train()
         drawn = [encoder.draw_att_context_size() for _ in range(4)]
-        assert drawn == [encoder.att_context_sampler.draw(0, step) for step in range(4)]
+        assert drawn == [encoder.att_context_policy.sampler.draw(0, step) for step in range(4)]
 
     def test_it_travels_in_the_nemo_file(self, tmp_path):
         model = tiny_model(*SAMPLED)
         model.save_to(str(tmp_path / 'model.nemo'))
         restored = EncDecDenoiseMaskedTokenPredModel.restore_from(str(tmp_path / 'model.nemo'))
-        assert restored.encoder.att_context_sampler == model.encoder.att_context_sampler
+        assert restored.encoder.att_context_policy.sampler == model.encoder.att_context_policy.sampler
 
     def test_block_by_block_the_loss_is_the_same(self):
         losses = []
@@ -147,15 +147,15 @@ class TestSampledTraining:
             losses.append(fit(model, batches(5, seconds=(2.0, 1.5)), max_steps=5).logger.column('train_loss'))
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
-    def test_a_context_set_by_hand_is_known_if_it_can_be_drawn(self):
+    def test_an_override_is_known_if_it_can_be_drawn(self):
         encoder = tiny_model(*SAMPLED).encoder
         with pytest.MonkeyPatch.context() as patch:
             warned = []
-            patch.setattr('nemo.collections.asr.parts.att_context.batch_context.logging.warning', warned.append)
+            patch.setattr('nemo.collections.asr.parts.att_context.encoder_context.logging.warning', warned.append)
             encoder.set_att_context_size([15, 4])
             assert not warned
             encoder.set_att_context_size([70, 13])
-            assert 'it was on those of att_context_sampler' in warned[0]
+            assert 'it was trained on those of att_context_sampler' in warned[0]
 
     def test_validation_tells_the_look_ahead_of_each_context(self):
         with pytest.MonkeyPatch.context() as patch:
@@ -205,7 +205,7 @@ class TestWithLayersAndCurriculum:
         model = tiny_model(*SAMPLED)
         curriculum = AttContextCurriculum(milestones=[[0, [4, 0]], [4, [5, 2]], [8, [-1, -1]]])
         run = fit(model, batches(12), max_steps=12, callbacks=[curriculum])
-        drawn = [model.encoder.att_context_sampler.draw(0, step) for step in range(12)]
+        drawn = [model.encoder.att_context_policy.sampler.draw(0, step) for step in range(12)]
         lefts, rights = (run.logger.column(f'att_context_{side}') for side in ('left', 'right'))
         found = list(zip(lefts, rights))
         assert set(rights[:4]) == {0} and all(0 < left <= 4 for left in lefts[:4])
@@ -225,7 +225,7 @@ class TestWithLayersAndCurriculum:
         model = tiny_model(
             *CHUNKED[:1],
             'model.encoder.att_context_size=[8,3]',
-            f'+model.encoder.att_context_sampler={sampler}',
+            f'+model.encoder.att_context_policy.sampler={sampler}',
             'model.encoder.n_layers=1',
             '+model.encoder.layer_att_context_size=[[4,1]]',
         )
@@ -245,7 +245,7 @@ class TestChecks:
     )
     def test_a_section_that_cannot_work_is_refused_by_name(self, section, message):
         encoder = OmegaConf.create({'att_context_style': 'chunked_limited', 'att_context_sampler': {}})
-        encoder.att_context_sampler = OmegaConf.create(section)
+        encoder.att_context_policy.sampler = OmegaConf.create(section)
         with pytest.raises(ValueError, match=r'model\.encoder\.att_context_sampler.*' + message):
             check_contexts(encoder)
 
@@ -263,10 +263,11 @@ class TestChecks:
 
     def test_an_attention_with_a_built_in_context_cannot_sample(self):
         with pytest.raises(
-            InstantiationException, match='model.encoder.att_context_sampler: self_attention_model rel_pos_local'
+            InstantiationException,
+            match='model.encoder.att_context_policy.sampler: self_attention_model rel_pos_local',
         ):
             tiny_model(
                 'model.encoder.self_attention_model=rel_pos_local_attn',
                 'model.encoder.att_context_size=[8,8]',
-                f'+model.encoder.att_context_sampler={SAMPLER}',
+                f'+model.encoder.att_context_policy.sampler={SAMPLER}',
             )

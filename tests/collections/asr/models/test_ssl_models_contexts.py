@@ -2,6 +2,7 @@
 """Contexts that come with the batches, or are to be the same on several processes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from tiny_nest import POSITIONS, POST_CONV, fit, noise_batch, tiny_model
 from torch.utils.data import DataLoader
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
-from nemo.collections.asr.parts.att_context import create_synced_context_collate
-from nemo.collections.asr.parts.att_context.synced_collate import ContextDraw
+from nemo.collections.asr.parts.att_context import AttContext, create_synced_context_collate
+from nemo.collections.asr.parts.att_context.synced_collate import parse_policy
 
 OPTIONS, PROBABILITIES = [[10, 0], [20, 0], [-1, 0]], [0.3, 0.3, 0.4]
 
@@ -48,7 +49,7 @@ def synced_loader(base=as_it_is, **kwargs):
 
 
 def expected_contexts(steps):
-    draw = ContextDraw.parse(OPTIONS, PROBABILITIES, 5)
+    draw = parse_policy(OPTIONS, PROBABILITIES, 5)
     return [draw.at(number).as_list() for number in range(steps)]
 
 
@@ -95,14 +96,14 @@ class TestSyncedBatches:
         contexts = context_of_each_step(batches_of.steps, record.attention)
         assert len(record.attention) > 8 and contexts == dict(enumerate(expected_contexts(8)))
 
-    def test_a_context_set_by_hand_comes_first_and_a_ceiling_narrows(self):
+    def test_an_override_comes_first_and_a_ceiling_narrows(self):
         model = tiny_model()
         model.set_att_context_size([40, 0])
         with recording_contexts(model) as record:
             fit(model, synced_loader(), max_steps=2)
         assert record.masking == [40, 40]
         model.set_att_context_size(None)
-        model.encoder.att_context_ceiling = [5, 0]
+        model.encoder.att_context_policy = replace(model.encoder.att_context_policy, ceiling=AttContext(5, 0))
         with recording_contexts(model) as record:
             fit(model, synced_loader(), max_steps=2)
         assert record.masking == [5, 5]

@@ -10,9 +10,9 @@ from tiny_nest import batches, fit, noise_batch, signals, tiny_config, tiny_mode
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 from nemo.collections.asr.modules.ssl_modules.masking import RandomBlockMasking
+from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.dynamic_context import sync_masking_to_attention
-from nemo.collections.asr.parts.att_context.encoder_protocol import tightest_window_of, why_context_is_unknown
-from nemo.collections.asr.parts.att_context.masking_context import follows_context, takes
+from nemo.collections.asr.parts.att_context.windows import Window, tightest_window_of
 from nemo.collections.asr.parts.ssl_reports.audit import audit_masking, audit_masks, windows_of
 from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
 
@@ -119,35 +119,30 @@ class TestOtherEncoders:
     @pytest.mark.parametrize(
         'attributes, expected',
         [
-            (dict(att_context_size=[5, 0]), {'effective_left_context': 5}),
-            (dict(att_context_size=(-1, 0)), {'effective_left_context': None}),
-            (dict(att_context_size=[8, 3], att_context_style='chunked_limited'), {'effective_left_context': 8}),
+            (dict(att_context_size=[5, 0]), 5),
+            (dict(att_context_size=(-1, 0)), -1),
+            (dict(att_context_size=[8, 3], att_context_style='chunked_limited'), 8),
         ],
     )
     def test_an_encoder_that_tells_its_context_is_followed(self, monkeypatch, warnings, attributes, expected):
         model = self.model_with(monkeypatch, **attributes)
-        arguments = model.masking_arguments()
         assert not [message for message in warnings if 'cannot follow' in message]
-        assert arguments.pop('current_frame') is None
-        window = arguments.pop('effective_window', None)
-        assert arguments == expected and (window is None) == ('att_context_style' not in attributes)
-        assert tightest_window_of(model.encoder).context.left == attributes['att_context_size'][0]
+        assert model.mask_processor.left_context_size == tightest_window_of(model.encoder).context.left == expected
         with torch.no_grad():
             assert model(**signals(noise_batch((4.0, 3.0))), apply_mask=True)[2].any()
 
     @pytest.mark.parametrize(
         'attributes, reason',
         [
-            (dict(), 'its att_context_size is missing; it must be the present context'),
+            (dict(), 'its att_context_size is missing'),
             (dict(att_context_size=[[5, 0], [10, 0]]), r'its att_context_size is \[\[5, 0\]'),
-            (dict(att_context_size=[5, 0], att_context_style='own'), 'its att_context_style is own'),
+            (dict(att_context_size=[5, 0], att_context_style='own'), 'its att_context_style own'),
         ],
     )
     def test_one_that_does_not_is_named_once_with_what_is_missing(self, monkeypatch, warnings, attributes, reason):
         model = self.model_with(monkeypatch, **attributes)
-        told = [message for message in warnings if 'RandomBlockMasking cannot follow what Own attends to' in message]
-        assert len(told) == 1 and model.masking_arguments()['effective_left_context'] is None
-        assert re.search(reason, why_context_is_unknown(model.encoder))
+        (told,) = [message for message in warnings if 'RandomBlockMasking cannot follow Own' in message]
+        assert re.search(reason, told) and model.mask_processor.left_context_size == -1
 
 
 class TestOtherMaskings:
@@ -156,24 +151,11 @@ class TestOtherMaskings:
             self.asked = kwargs
             return super().forward(*args, **kwargs)
 
-    class PassesOnToNeMo(torch.nn.Module):
-        def forward(self, input_feats, input_lengths, **kwargs):
-            return input_feats, torch.zeros_like(input_feats)
-
-    class Regardless(torch.nn.Module):
-        def forward(self, input_feats, input_lengths):
-            return input_feats, torch.zeros_like(input_feats)
-
-    def test_a_forward_that_passes_keywords_on_is_asked_by_keyword(self):
+    def test_one_that_is_put_in_later_gets_the_window_in_each_call(self):
         model = model_of([[8, 3]], 'chunked_limited')
         model.mask_processor = self.PassesOn(80, 0.5, 16, subsampling_factor=8)
-        assert follows_context(model.mask_processor) and takes(model.mask_processor, 'effective_window')
         model(**signals(noise_batch((4.0,))), apply_mask=True)
-        assert model.mask_processor.asked['effective_left_context'] == 8
-        assert model.mask_processor.asked['effective_window'].context.right == 3
-
-    def test_others(self):
-        assert follows_context(self.PassesOnToNeMo()) and not follows_context(self.Regardless())
+        assert model.mask_processor.asked['effective_window'] == Window(AttContext(8, 3), 'chunked_limited')
 
 
 @pytest.mark.parametrize(
@@ -202,24 +184,8 @@ def test_an_earlier_limit_does_not_stay_with_the_masking():
     model = tiny_model()
     model.set_att_context_size([20, 0])
     model.encoder.att_context_size = [-1, 0]
-    with model.encoder.using_one_att_context_size():
-        assert model.masking_arguments()['effective_left_context'] == -1
+    assert model.mask_processor.left_context_size == -1
     model.encoder.att_context_size = None
-    model.set_att_context_size(None)
-    assert model.mask_processor.followed_left_context_size == -1
     assert sync_masking_to_attention(model) == 10
     with model.encoder.using_att_context_size([-1, 0]):
-        assert model.masking_arguments()['effective_left_context'] == -1
-
-
-def test_what_is_set_by_hand_inside_a_block_stays_and_is_taken_back_to_the_default():
-    encoder = tiny_model().encoder
-    with encoder.using_att_context_size([20, 0]):
-        encoder.att_context_size = [40, 0]
-        assert encoder.att_context_size == [40, 0]
-    assert encoder.att_context_size == list(encoder.att_context_by_hand) == [40, 0]
-    with encoder.using_att_context_size([20, 0]):
-        assert encoder.att_context_size == [20, 0]
-    assert encoder.att_context_size == [40, 0]
-    encoder.att_context_size = None
-    assert encoder.att_context_size == [10, 0] and encoder.att_context_by_hand is None
+        assert model.mask_processor.left_context_size == -1

@@ -156,7 +156,7 @@ def test_contexts_with_look_ahead_are_fine_tuned_and_streamed(
     cfg = script.prepare(config(f'streaming_{kind}', pretrained_in_chunks, speech_corpus, 'exp_manager=null'))
     run, model = script.build(cfg)
     assert type(model) is {'ctc': EncDecCTCModel, 'rnnt': EncDecRNNTModel, 'hybrid': EncDecHybridRNNTCTCModel}[kind]
-    sampler, seen = model.encoder.att_context_sampler, []
+    sampler, seen = model.encoder.att_context_policy.sampler, []
     model.encoder.layers[0].register_forward_pre_hook(
         lambda layer, *_: seen.append(list(model.encoder.att_context_size)) if layer.training else None
     )

@@ -7,7 +7,7 @@ C classes, H codebooks.
 
 import torch
 
-from nemo.collections.asr.parts.att_context.answerability import MASK_THRESHOLD, masked_share_per_frame
+from nemo.collections.asr.parts.att_context.visible_frames import MASK_THRESHOLD, masked_share_per_frame
 from nemo.core import typecheck
 from nemo.core.neural_types import NeuralType
 from nemo_streaming_ssl import upstream

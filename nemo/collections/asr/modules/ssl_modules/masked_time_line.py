@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
-from nemo.collections.asr.parts.att_context.guards import guard_frames, share_of_guards
+from nemo.collections.asr.parts.att_context.visible_frames import kept_visible_frames, share_kept_visible
 from nemo.collections.asr.parts.att_context.windows import Window
 
 FAR_END = 1 << 30  # attention frames: nobody knows where a stream ends
@@ -38,7 +38,7 @@ class BlockChances(NamedTuple):
             window: see ``guards``.
         """
         guards = None if window is None else _answerable_from_the_past(window)
-        free = 1 - (0.0 if guards is None else share_of_guards(guards))
+        free = 1 - (0.0 if guards is None else share_kept_visible(guards))
         share = 1 - (1 - mask_prob) ** block if overlap else mask_prob
         share = min(share, most) / free if free > 0 else 0.0
         if not overlap:
@@ -121,7 +121,7 @@ class MaskedTimeLine:
             windows = 1 if window.context.left == UNLIMITED else window.context.left // window.chunk + 1
             phase = ((phase * windows).floor() + 0.5 / window.chunk) / windows
         ends = torch.full_like(self.received, FAR_END)
-        return ~guard_frames(window, index, ends, phase)
+        return ~kept_visible_frames(window, index, ends, phase)
 
     def _overlapping(self, rank, allowed, chances: BlockChances) -> torch.Tensor:
         """Return, for each new frame, the rank that the last block begun so far goes up to; [B, N]."""

@@ -16,9 +16,8 @@ from typing import NamedTuple
 import torch
 
 from nemo.collections.asr.modules.ssl_modules.masked_time_line import BlockChances, MaskedTimeLine
-from nemo.collections.asr.parts.att_context.answerability import MASK_THRESHOLD
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, tightest
-from nemo.collections.asr.parts.att_context.guards import guard_frames
+from nemo.collections.asr.parts.att_context.visible_frames import MASK_THRESHOLD, kept_visible_frames
 from nemo.collections.asr.parts.att_context.windows import Window
 from nemo.core.neural_types import IntType, LengthsType, NeuralType
 from nemo_streaming_ssl import upstream
@@ -69,10 +68,8 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         ValueError: if an argument is out of range.
     """
 
-    configured_left_context_size = UNLIMITED
-    """What the user configured or set, in attention frames; -1 = unlimited."""
-    followed_left_context_size = UNLIMITED
-    """What the attention of the model sees of the past, where somebody says so; -1 = unlimited."""
+    attention_window: Callable[[], Window | None] | None = None
+    """Returns what the encoder's tightest layer sees at present; the model sets it. None: no encoder."""
 
     def __init__(
         self,
@@ -102,18 +99,27 @@ class RandomBlockMasking(_up.RandomBlockMasking):
 
     @property
     def left_context_size(self) -> int:
-        """The left context in attention frames, -1 = unlimited, for calls that do not name one.
+        """The left context in attention frames, -1 = unlimited, for calls that name none.
 
-        It is the tighter of the configured one, which is what setting this attribute sets, and of the attention
-        context that the model has told the module to follow.
+        It is the tighter of the configured one, which assigning sets, and of what the encoder's tightest layer sees now.
         """
-        if not self.follow_context:
-            return UNLIMITED
-        return tightest(self.configured_left_context_size, self.followed_left_context_size)
+        return self._window().context.left
 
     @left_context_size.setter
     def left_context_size(self, left: int) -> None:
-        self.configured_left_context_size = left
+        self._left_context_size = left
+
+    def within(self, window: Window | None) -> Window:
+        """Narrow an attention window to the configured left context; ``follow_context: false`` ignores both.
+
+        Args:
+            window: None: not known.
+        """
+        if window is None or not self.follow_context:
+            window = Window(AttContext(UNLIMITED, 0))
+        left = tightest(window.context.left, self._left_context_size) if self.follow_context else UNLIMITED
+        style = window.style if window.context.right else 'regular'
+        return Window(AttContext(left, window.context.right), style)
 
     @property
     def input_types(self):
@@ -185,11 +191,13 @@ class RandomBlockMasking(_up.RandomBlockMasking):
     def _draw_and_fill(self, feats, lengths, *args, **kwargs):
         return self.fill(feats, self.draw(lengths.to(feats.device), feats.shape[2], *args, **kwargs))
 
-    def _window(self, effective_left_context: int | None, effective_window: Window | None) -> Window:
+    def _window(self, effective_left_context: int | None = None, effective_window: Window | None = None) -> Window:
         """Return what an attention frame sees in a call with these arguments."""
         if effective_window is not None:
             return effective_window
-        left = self.left_context_size if effective_left_context is None else effective_left_context
+        if effective_left_context is None:
+            return self.within(None if self.attention_window is None else self.attention_window())
+        left = effective_left_context
         _check('effective_left_context', left, left >= -1, '-1 (unlimited) or more')
         return Window(AttContext(left, 0))
 
@@ -299,7 +307,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
             return None
         index = torch.arange(math.ceil(max_time / self.subsampling_factor), dtype=torch.int32, device=end.device)
         ends = end.div(self.subsampling_factor, rounding_mode='floor')
-        guards = guard_frames(window, index.unsqueeze(0), ends, _uniform(end.shape, end.device))
+        guards = kept_visible_frames(window, index.unsqueeze(0), ends, _uniform(end.shape, end.device))
         return ~guards.repeat_interleave(self.subsampling_factor, dim=1)[:, :max_time]
 
     @staticmethod
@@ -308,10 +316,10 @@ class RandomBlockMasking(_up.RandomBlockMasking):
 
         Without a limit to the past only ``causal`` asks for guards: at the beginning, where the past is short.
         """
-        left, right = window.context
-        if (left, right) == (UNLIMITED, UNLIMITED) or (left == UNLIMITED and not causal):
+        if window.context.left == UNLIMITED and not causal:
             return None
-        return window
+        sees_all = window.context.left == window.context.right == UNLIMITED
+        return Window(AttContext(UNLIMITED, 0)) if sees_all else window
 
     def _overlapping_blocks(self, line: _TimeLine) -> torch.Tensor:
         """Let every frame start a block with equal probability; returns the masked frames [B, T] bool."""

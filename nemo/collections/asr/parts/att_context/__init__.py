@@ -9,6 +9,7 @@ from nemo.collections.asr.parts.att_context.dynamic_context import (
     sync_masking_to_attention,
 )
 from nemo.collections.asr.parts.att_context.layer_contexts import LayerAttentionMasks
+from nemo.collections.asr.parts.att_context.policy import ContextPolicy
 from nemo.collections.asr.parts.att_context.receptive_field import ReceptiveField, context_table, receptive_field
 from nemo.collections.asr.parts.att_context.schedule import ContextSchedule, parse_layer_contexts
 from nemo.collections.asr.parts.att_context.synced_collate import create_synced_context_collate
@@ -17,14 +18,13 @@ from nemo.collections.asr.parts.att_context.windows import Window, intersect_in_
 __all__ = [
     'AttContext',
     'AttContextCurriculum',
+    'ContextPolicy',
     'ContextSchedule',
     'DynamicContextModel',
     'EnhancedDynamicContextModel',
     'LayerAttentionMasks',
     'PRESETS',
     'ReceptiveField',
-    'StreamingOutput',
-    'StreamingSession',
     'UNLIMITED',
     'Window',
     'context_table',
@@ -44,8 +44,4 @@ def __getattr__(name):
         from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
 
         return AttContextCurriculum
-    if name in ('StreamingSession', 'StreamingOutput'):  # need the encoder, which needs this package
-        from nemo.collections.asr.parts.att_context import streaming
-
-        return getattr(streaming, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

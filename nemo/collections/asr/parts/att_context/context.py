@@ -90,6 +90,9 @@ class AttContext:
         yield self.left
         yield self.right
 
+    def __len__(self) -> int:
+        return 2  # torch.compile asks before it unpacks
+
     def as_list(self) -> list[int]:
         """NeMo's form, ``[left, right]``."""
         return [self.left, self.right]

@@ -12,7 +12,6 @@ from numbers import Integral, Real
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, context_label
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window
-from nemo.collections.asr.parts.utils.config_keys import check_known
 
 FIELD = 'model.encoder.att_context_sampler'  # as errors name it
 FULL = AttContext(UNLIMITED, UNLIMITED)
@@ -43,6 +42,8 @@ class ContextSampler:
         Raises:
             ValueError: naming the key, its value and what is allowed.
         """
+        from nemo.collections.asr.parts.utils.config_keys import check_known  # that package imports this one
+
         if isinstance(value, cls):
             value = value.as_dict()
         section = value if isinstance(value, Mapping) else {}

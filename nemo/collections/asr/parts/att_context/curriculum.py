@@ -2,21 +2,19 @@
 """A ceiling on the batches' contexts that moves as training goes on."""
 
 import math
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import torch
 
-from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, tightest
-from nemo.collections.asr.parts.att_context.masking_context import follow_left_context, followed_left_context
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.schedule import ContextSchedule
 
 
 class AttContextCurriculum(pl.Callback):
     """Narrow the context of every training batch to a ceiling, which is a function of the global step and of no more.
 
-    So a run that is resumed, in the middle of a milestone too, goes on as if it had never stopped. While training,
-    ``model.mask_processor.left_context_size`` is the tightest of the ceiling, the layers' own contexts and what is
-    configured there. Validation runs in the configured default context, with the configured masking, and nothing is left behind after training.
+    A resumed run has the ceiling of its step. Validation ignores the ceiling, and the end of training removes it.
 
     Either milestones, of which the last at or below the step holds::
 
@@ -53,22 +51,20 @@ class AttContextCurriculum(pl.Callback):
             self._field = 'curriculum: the path [[0, start], [warmup_steps, end]]'
             milestones, interpolate = [[0, start], [warmup_steps, end]], 'linear'
         self.schedule = ContextSchedule.parse(milestones, self._field, 'step', interpolate=interpolate)
-        self._masking_before: int | None = None
 
     def ceiling_at(self, step: int, encoder) -> AttContext | None:
         """Return the ceiling at a global step, None if there is none yet."""
-        chunks = []
-        drawn = getattr(encoder, 'att_context_sampler', None) is not None  # it rounds to whatever chunk it draws
-        if encoder.att_context_style == 'chunked_limited' and not drawn:
-            chunks = [right + 1 for _, right in encoder.att_context_size_all if right != UNLIMITED]
+        policy, chunks = encoder.att_context_policy, []
+        if policy.style == 'chunked_limited' and policy.sampler is None:  # a sampler's chunks are cut to the ceiling
+            chunks = [context.right + 1 for context in policy.options if context.right != UNLIMITED]
         return self.schedule.at(step, math.lcm(*chunks))
 
     def on_fit_start(self, trainer, pl_module) -> None:
         """Check, before training, that the encoder can follow every ceiling."""
         encoder = getattr(pl_module, 'encoder', None)
-        if not hasattr(encoder, 'check_att_context_ceiling'):
+        if not hasattr(encoder, 'att_context_policy'):
             raise ValueError(
-                f"curriculum: {type(pl_module).__name__} has no encoder with a context ceiling; it needs this "
+                f"curriculum: {type(pl_module).__name__} has no encoder with a context policy; it needs this "
                 "project's ConformerEncoder"
             )
         for index, (_, ceiling) in enumerate(self.schedule.anchors):
@@ -76,38 +72,21 @@ class AttContextCurriculum(pl.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         """Set the ceiling of the coming batch."""
-        encoder = pl_module.encoder
-        encoder.att_context_ceiling = ceiling = self.ceiling_at(trainer.global_step, encoder)
+        ceiling = self.ceiling_at(trainer.global_step, pl_module.encoder)
+        self._set_ceiling(pl_module, ceiling)
         left = UNLIMITED if ceiling is None else ceiling.left
-        own = [context.left for context in encoder.layer_att_contexts() if context is not None]
-        self._set_masking(pl_module, tightest(left, *own))
         pl_module.log('att_context_ceiling_left', torch.tensor(float(left)))  # a number would go to the device
 
-    def on_validation_start(self, trainer, pl_module) -> None:
-        """Validate with the configured masking; the encoder follows a ceiling only in training."""
-        self._restore_masking(pl_module)
-
     def on_train_end(self, trainer, pl_module) -> None:
-        """Leave the model as it was configured."""
-        self._restore(pl_module)
+        """Remove the ceiling."""
+        self._set_ceiling(pl_module, None)
 
     def on_exception(self, trainer, pl_module, exception) -> None:
-        """Leave the model as it was configured."""
-        self._restore(pl_module)
+        """Remove the ceiling."""
+        if hasattr(getattr(pl_module, 'encoder', None), 'att_context_policy'):
+            self._set_ceiling(pl_module, None)
 
-    def _restore(self, pl_module) -> None:
-        self._restore_masking(pl_module)
-        if hasattr(getattr(pl_module, 'encoder', None), 'att_context_ceiling'):
-            pl_module.encoder.att_context_ceiling = None
-
-    def _set_masking(self, pl_module, left: int) -> None:
-        masking = getattr(pl_module, 'mask_processor', None)
-        if hasattr(masking, 'left_context_size'):
-            if self._masking_before is None:
-                self._masking_before = followed_left_context(masking)
-            follow_left_context(masking, left)
-
-    def _restore_masking(self, pl_module) -> None:
-        if self._masking_before is not None:
-            follow_left_context(pl_module.mask_processor, self._masking_before)
-            self._masking_before = None
+    @staticmethod
+    def _set_ceiling(pl_module, ceiling: AttContext | None) -> None:
+        encoder = pl_module.encoder
+        encoder.att_context_policy = replace(encoder.att_context_policy, ceiling=ceiling)

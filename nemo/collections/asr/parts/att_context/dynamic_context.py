@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 
 from nemo.collections.asr.parts.att_context.context import PRESETS, AttContext, shown
-from nemo.collections.asr.parts.att_context.masking_context import follow_left_context
 
 
 class _OfForward(NamedTuple):
@@ -83,12 +82,9 @@ class ContextPresets(MutableMapping):
 
 
 def sync_masking_to_attention(model) -> int:
-    """Mask within what the encoder attends to at present: in its tightest layer, and in either mask position.
+    """Return the masking's left context, which follows the encoder: there is nothing to synchronise.
 
-    What the user configured as ``masking.left_context_size`` is kept where it is tighter.
-
-    For after changes of the encoder itself, ``encoder.set_layer_att_context_size`` say. (Training steps, and forward
-    passes with a limited context, pass the context to the masking anyway.)
+    It is the tighter of what the encoder's tightest layer sees now and of the configured ``masking.left_context_size``.
 
     Args:
         model: one of this project's SSL models.
@@ -104,7 +100,6 @@ def sync_masking_to_attention(model) -> int:
         raise ValueError(f"{type(model).__name__} has no encoder with an attention context")
     if not hasattr(masking, 'left_context_size'):
         raise ValueError(f"the masking of {type(model).__name__}, {type(masking).__name__}, takes no context")
-    follow_left_context(masking, encoder.tightest_left_context())
     return masking.left_context_size
 
 

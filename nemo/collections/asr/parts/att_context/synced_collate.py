@@ -16,69 +16,55 @@ from typing import Any
 from torch.utils.data import get_worker_info
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from nemo.collections.asr.parts.att_context.context import AttContext, draw_index, shown
+from nemo.collections.asr.parts.att_context.context import AttContext, shown
+from nemo.collections.asr.parts.att_context.policy import ContextPolicy
 
 PROBABILITY_TOLERANCE = 1e-6
 
 
-@dataclasses.dataclass(frozen=True)
-class ContextDraw:
-    """How contexts are drawn: a pure function of a number."""
+def parse_policy(context_options, context_probs=None, seed: int = 0) -> ContextPolicy:
+    """Read and check the arguments of :func:`create_synced_context_collate`.
 
-    options: tuple[AttContext, ...]
-    """Contexts in attention frames."""
-    probabilities: tuple[float, ...]
-    """One for each option; they sum to 1."""
-    seed: int = 0
+    Raises:
+        ValueError: naming the argument, the item and its value.
+    """
+    if not _is_sequence(context_options) or not len(context_options):
+        raise ValueError(f"context_options is {shown(context_options)}; it must be a list of contexts, and not empty")
+    options = tuple(_parse_option(option, index) for index, option in enumerate(context_options))
+    if context_probs is None:
+        context_probs = [1 / len(options)] * len(options)
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise ValueError(f"seed is {shown(seed)}; it must be a whole number")
+    return ContextPolicy(options[0], options, _parse_probabilities(context_probs, len(options)), seed=int(seed))
 
-    @classmethod
-    def parse(cls, context_options, context_probs=None, seed: int = 0) -> 'ContextDraw':
-        """Read and check what people write; see :func:`create_synced_context_collate`.
 
-        Raises:
-            ValueError: naming the argument, the item and its value.
-        """
-        if not _is_sequence(context_options) or not len(context_options):
-            raise ValueError(
-                f"context_options is {shown(context_options)}; it must be a list of contexts, and not empty"
-            )
-        options = tuple(_parse_option(option, index) for index, option in enumerate(context_options))
-        if context_probs is None:
-            context_probs = [1 / len(options)] * len(options)
-        if isinstance(seed, bool) or not isinstance(seed, Integral):
-            raise ValueError(f"seed is {shown(seed)}; it must be a whole number")
-        return cls(options, _parse_probabilities(context_probs, len(options)), int(seed))
+def attach_context(batch, context: AttContext, policy: ContextPolicy):
+    """Return the batch with its context, ``att_context``, and the policy that drew it, ``context_draw``.
 
-    def at(self, number: int) -> AttContext:
-        """Return the context that this number draws."""
-        return self.options[draw_index(self.seed, number, self.probabilities)]
+    Args:
+        batch: a dataclass such as ``AudioNoiseBatch``, a tuple or a list (which become a :class:`SyncedBatch`).
+        context: the drawn one.
+        policy: draws it anew, where a trainer knows the step.
 
-    def attach(self, batch, context: AttContext):
-        """Return the batch with the context that it is to have, and with this rule.
-
-        Args:
-            batch: a dataclass such as ``AudioNoiseBatch``, a tuple or a list (which become a :class:`SyncedBatch`).
-            context: the drawn one.
-
-        Raises:
-            ValueError: if the batch is something else.
-        """
-        if type(batch) in (tuple, list):
-            batch = SyncedBatch(batch)
-        if not isinstance(batch, SyncedBatch) and not dataclasses.is_dataclass(batch):
-            raise ValueError(
-                f"a batch of type {type(batch).__name__} cannot carry a context; collate to a dataclass such as "
-                "AudioNoiseBatch, a tuple or a list"
-            )
-        batch.att_context, batch.context_draw = context, self
-        return batch
+    Raises:
+        ValueError: if the batch is something else.
+    """
+    if type(batch) in (tuple, list):
+        batch = SyncedBatch(batch)
+    if not isinstance(batch, SyncedBatch) and not dataclasses.is_dataclass(batch):
+        raise ValueError(
+            f"a batch of type {type(batch).__name__} cannot carry a context; collate to a dataclass such as "
+            "AudioNoiseBatch, a tuple or a list"
+        )
+    batch.att_context, batch.context_draw = context, policy
+    return batch
 
 
 class SyncedBatch(tuple):
     """A batch that was a plain tuple or list, with ``att_context`` and ``context_draw``."""
 
     att_context: AttContext | None = None
-    context_draw: ContextDraw | None = None
+    context_draw: ContextPolicy | None = None
 
     def pin_memory(self) -> 'SyncedBatch':
         """Return the batch in pinned memory; the data loader's own way would lose the context."""
@@ -90,11 +76,11 @@ class SyncedBatch(tuple):
 class SyncedContextCollate:
     """Collates, draws a context, and sends it along; made by :func:`create_synced_context_collate`."""
 
-    def __init__(self, base_collate_fn: Callable[..., Any], draw: ContextDraw):
+    def __init__(self, base_collate_fn: Callable[..., Any], policy: ContextPolicy):
         if not callable(base_collate_fn):
             raise ValueError(f"base_collate_fn is {shown(base_collate_fn)}; it must be callable")
         self.base_collate_fn = base_collate_fn
-        self.draw = draw
+        self.policy = policy
         self.start_at(0)
 
     def start_at(self, number: int) -> None:
@@ -111,7 +97,7 @@ class SyncedContextCollate:
         workers, index = (1, 0) if worker is None else (worker.num_workers, worker.id)
         number = self._first + self._collated * workers + index  # the loader deals batches to its workers in turn
         self._collated += 1
-        return self.draw.attach(batch, self.draw.at(number))
+        return attach_context(batch, self.policy.at(number), self.policy)
 
 
 def create_synced_context_collate(
@@ -146,7 +132,7 @@ def create_synced_context_collate(
         arguments = arguments[1:]  # the model
     if not arguments:
         by_name.setdefault('context_options', None)  # for an error that says what they are
-    return SyncedContextCollate(base_collate_fn, ContextDraw.parse(*arguments, **by_name))
+    return SyncedContextCollate(base_collate_fn, parse_policy(*arguments, **by_name))
 
 
 def _parse_option(option, index: int) -> AttContext:

@@ -46,7 +46,7 @@ class Window:
         return self.style == 'chunked_limited' and self.context.right != UNLIMITED
 
     @property
-    def shows_others(self) -> bool:
+    def sees_other_frames(self) -> bool:
         """Whether a frame sees any frame but itself."""
         return self.context.left != 0 or self.context.right != 0
 
@@ -95,13 +95,30 @@ def tightest_window(windows: Iterable[Window]) -> Window:
     styles the look-ahead is left out.
     """
     windows = list(windows)
-    windows = [window for window in windows if window.shows_others] or windows
+    windows = [window for window in windows if window.sees_other_frames] or windows
     left = tightest(*(window.context.left for window in windows))
     if len({window.style for window in windows}) > 1:
         return Window(AttContext(left, 0))
     chunks = [window.chunk for window in windows if window.has_chunks]
     right = math.gcd(*chunks) - 1 if chunks else tightest(*(window.context.right for window in windows))
     return Window(AttContext(left, right), windows[0].style)
+
+
+def tightest_window_of(encoder) -> Window | None:
+    """Return what the tightest layer of an encoder sees at present; None if that is not known.
+
+    An encoder without ``tightest_window`` is read by NeMo's attributes: ``att_context_size``, one pair of numbers, and
+    ``att_context_style``, ``regular`` where there is none.
+    """
+    style = getattr(encoder, 'att_context_style', 'regular')
+    if style not in STYLES:
+        return None
+    if hasattr(encoder, 'tightest_window'):
+        return encoder.tightest_window()
+    try:
+        return Window(AttContext.parse(list(encoder.att_context_size)), style)
+    except (AttributeError, TypeError, ValueError):
+        return None
 
 
 def _check_whole_chunks(batch: AttContext, own: AttContext, both: AttContext, where: str) -> None:

@@ -10,8 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET
 from nemo.collections.asr.losses.ssl_losses.next_token import NextTokenLoss, next_token_indices
-from nemo.collections.asr.parts.att_context.next_token_offset import next_token_offset
-from nemo.collections.asr.parts.att_context.receptive_field import chunk_end_look_ahead
+from nemo.collections.asr.parts.att_context.receptive_field import chunk_end_look_ahead, next_token_offset
 from nemo.collections.asr.parts.objectives.base import (
     FrameScores,
     Logs,
@@ -129,10 +128,10 @@ class NextTokens(Objective):
                 f"model.quantizer.combine_time_steps is {combined}; with model.objective {model.objective} it must be "
                 f"{factor}, the feature frames of an encoder frame"
             )
-        if not model._encoder_follows_contexts():
+        if not model._encoder_has_context():
             self.offset()  # raises
-        by_hand, sampler = encoder.att_context_by_hand, getattr(encoder, 'att_context_sampler', None)
-        if by_hand is None and sampler is not None and sampler.full_prob > 0:
+        override, sampler = model.att_context_override, encoder.att_context_policy.sampler
+        if override is None and sampler is not None and sampler.full_prob > 0:
             raise ValueError(
                 f"model.encoder.att_context_sampler.full_prob is {sampler.full_prob}; with model.objective "
                 f"{model.objective} it must be 0: where the receptive field is the utterance there is no next token"
@@ -141,7 +140,7 @@ class NextTokens(Objective):
         synced = (model.cfg.get('train_ds') or {}).get('synced_contexts') or {}
         trained = [*encoder.att_context_size_all, *(synced.get('context_options') or ())]
         for context in [
-            *([by_hand] if by_hand is not None else trained),
+            *(trained if override is None else [override]),
             *(validation.contexts if validation else ()),
         ]:
             with encoder.using_att_context_size(context):

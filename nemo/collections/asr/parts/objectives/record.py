@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from nemo.collections.asr.parts.att_context.answerability import masked_share_per_frame
+from nemo.collections.asr.parts.att_context.visible_frames import masked_share_per_frame
 
 Frames = tuple[torch.Tensor, torch.Tensor]
 

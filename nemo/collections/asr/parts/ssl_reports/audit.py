@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo.collections.asr.parts.att_context.answerability import (
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
+from nemo.collections.asr.parts.att_context.receptive_field import receptive_field
+from nemo.collections.asr.parts.att_context.visible_frames import (
     MASK_THRESHOLD,
     masked_share_per_frame,
-    unanswerable_frames,
+    no_visible_frame,
+    window_of_masking,
 )
-from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
-from nemo.collections.asr.parts.att_context.masking_context import follows_context, window_arguments
-from nemo.collections.asr.parts.att_context.receptive_field import receptive_field
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tightest_window
 from nemo.collections.asr.parts.objectives.record import BatchRecord
 
@@ -149,7 +149,7 @@ def audit_masks(
     share, in_utterance, masked = _attention_frames(masks, lengths, factor, threshold)
     found = {}
     for window in set((windows or {}).values()):
-        found[window] = (unanswerable_frames(share, window, threshold, lengths // factor) & masked).sum()
+        found[window] = (no_visible_frame(share, window, threshold, lengths // factor) & masked).sum()
     return MaskAudit(
         mask_frames=lengths.sum(),
         mask_frames_masked=(masks.mean(dim=1, dtype=torch.float32) * valid).sum(dtype=torch.float64),
@@ -212,9 +212,7 @@ def audit_masking(
         raise ValueError(f"draws is {draws}; it must be 1 or more")
     windows = windows or {}
     layers = [window for name, window in windows.items() if name != STACK]
-    arguments = {}
-    if follows_context(masking) and layers:
-        arguments = window_arguments(masking, tightest_window(layers))
+    arguments = window_of_masking(masking, tightest_window(layers) if layers else None)
     feats = torch.zeros(lengths.shape[0], features, int(lengths.max()), device=lengths.device)
     with torch.random.fork_rng(devices=[lengths.device] if lengths.is_cuda else []), torch.no_grad():
         torch.manual_seed(seed)

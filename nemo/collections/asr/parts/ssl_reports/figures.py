@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nemo.collections.asr.parts.att_context.answerability import MASK_THRESHOLD
 from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.visible_frames import MASK_THRESHOLD
 from nemo.utils.atomic_files import replacing
 
 # One for each context, the same in every picture: told apart without colour.

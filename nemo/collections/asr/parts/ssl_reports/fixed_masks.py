@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from nemo.collections.asr.parts.att_context.masking_context import follows_context, window_arguments
+from nemo.collections.asr.parts.att_context.visible_frames import window_of_masking
 from nemo.collections.asr.parts.att_context.windows import Window
 
 SAMPLES_HASHED = 4096  # of each utterance, evenly spread: the cost does not grow with its length
@@ -61,7 +61,7 @@ class FixedMasks:
 
     def __init__(self, masking: torch.nn.Module, seeds: Sequence[int], window: Window):
         self._masking, self._seeds = masking, seeds
-        self._arguments = window_arguments(masking, window) if follows_context(masking) else {}
+        self._arguments = window_of_masking(masking, window)
         self._drawn: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, input_feats: torch.Tensor, input_lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

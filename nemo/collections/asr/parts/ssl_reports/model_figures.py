@@ -10,15 +10,14 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from nemo.collections.asr.parts.att_context.answerability import masked_share_per_frame, unanswerable_frames
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
-from nemo.collections.asr.parts.att_context.encoder_protocol import tightest_window_of
 from nemo.collections.asr.parts.att_context.receptive_field import (
     look_ahead_ms,
     look_ahead_text,
     seen_through_layers,
 )
-from nemo.collections.asr.parts.att_context.windows import STYLES, Window
+from nemo.collections.asr.parts.att_context.visible_frames import masked_share_per_frame, no_visible_frame
+from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tightest_window_of
 from nemo.collections.asr.parts.objectives.record import BatchRecord
 from nemo.collections.asr.parts.ssl_reports import figures
 
@@ -76,7 +75,7 @@ def draw_masks(model, utterance: SeenUtterance, title: str = ''):
     factor = model.encoder.subsampling_factor
     masks = torch.from_numpy(utterance.masks).view(1, 1, -1)
     share = masked_share_per_frame(masks, model.mask_frames_per_attention_frame)
-    unanswerable = unanswerable_frames(share, utterance.window)[0].numpy()
+    unanswerable = no_visible_frame(share, utterance.window)[0].numpy()
     return figures.masked_spectrogram(
         utterance.features, utterance.masks, hop_seconds(model), factor, unanswerable, title
     )

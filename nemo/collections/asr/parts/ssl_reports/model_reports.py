@@ -6,8 +6,8 @@ A model has one such object, also when nothing is asked of it, and each of its h
 
 import torch
 
-from nemo.collections.asr.parts.att_context.answerability import unanswerable_frames
-from nemo.collections.asr.parts.att_context.encoder_protocol import tightest_window_of
+from nemo.collections.asr.parts.att_context.visible_frames import no_visible_frame
+from nemo.collections.asr.parts.att_context.windows import tightest_window_of
 from nemo.collections.asr.parts.objectives.record import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.audit import TrainingAudit
 from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse
@@ -92,7 +92,7 @@ class ModelReports:
         logs[f'{prefix}masked_share'] = masked_frames / record.mask_lengths.sum().clamp(min=1)
         if window is not None:
             whole_frames = torch.div(record.mask_lengths, record.factor, rounding_mode='floor')
-            unanswerable = unanswerable_frames(share, window, record.threshold, whole_frames).sum()
+            unanswerable = no_visible_frame(share, window, record.threshold, whole_frames).sum()
             masked = (share > record.threshold).sum()
             logs[f'{prefix}unanswerable_share'] = unanswerable / masked.clamp(min=1)
         return logs

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, context_label
-from nemo.collections.asr.parts.att_context.encoder_protocol import tightest_window_of
 from nemo.collections.asr.parts.att_context.receptive_field import look_ahead_ms, look_ahead_text
-from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tightest_window
+from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tightest_window, tightest_window_of
 from nemo.collections.asr.parts.objectives.base import FrameScores
 from nemo.collections.asr.parts.objectives.record import BatchInputs, BatchRecord
 from nemo.collections.asr.parts.ssl_reports.audit import audit_masks, layer_windows_of
@@ -151,8 +150,8 @@ class ContextValidation:
 
     def start(self, model, loaders: int) -> None:
         """Forget all sums; every rank makes ready for every data loader, whatever batches it will have."""
-        by_hand = model.att_context_set_by_hand
-        self._running = parse_contexts(self._wanted, model.encoder) if by_hand is None else [by_hand]
+        override = model.att_context_override
+        self._running = parse_contexts(self._wanted, model.encoder) if override is None else [list(override)]
         self._objectives, self._names = model.objectives, []
         if model.objectives.masks:
             self._names.append('masked_share')

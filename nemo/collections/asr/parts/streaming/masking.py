@@ -16,7 +16,7 @@ import torch
 
 from nemo.collections.asr.modules.ssl_modules.masked_time_line import MaskedTimeLine
 from nemo.collections.asr.parts.att_context.context import UNLIMITED
-from nemo.collections.asr.parts.att_context.masking_context import follows_context, takes
+from nemo.collections.asr.parts.att_context.visible_frames import follows_context, takes
 from nemo.collections.asr.parts.streaming.state import joined
 
 LONGEST_REACH = 400  # attention frames that a mask is drawn over where the left context has no limit

@@ -288,6 +288,12 @@ class Encoder(Section, name='model.encoder', page='contexts', closed=False):
     att_context_seed: int = key(
         0, 'Seed of the draw of a context for each batch from `att_context_size`, a function of it and the step.'
     )
+    att_context_shared: bool = key(
+        True,
+        'Whether all ranks draw the same context in a step; `false`: each rank draws for itself, for less gradient noise and '
+        'less balanced load.',
+        FLAG,
+    )
     layer_att_context_size: object = key(
         None,
         'Contexts of layers: `[[0, [40, 0]], [6, [80, 0]]]` from layer 0 and from layer 6 on, a list with one for each layer, '

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from nemo.collections.asr.modules.ssl_modules.masking import RandomBlockMasking
-from nemo.collections.asr.parts.att_context.answerability import masked_share_per_frame, unanswerable_frames
 from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.visible_frames import masked_share_per_frame, no_visible_frame
 from nemo.collections.asr.parts.att_context.windows import Window
 
 FACTOR = 8
@@ -46,7 +46,7 @@ def test_every_masked_frame_of_a_stream_can_be_answered(settings, step, context,
     window = Window(AttContext(*context), style)
     share = masked_share_per_frame(streamed(masking_of(settings), window, step, streams=16).unsqueeze(1), FACTOR)
     assert (share > 0.8).sum() > 100
-    assert unanswerable_frames(share, window).sum() == 0
+    assert no_visible_frame(share, window).sum() == 0
 
 
 @pytest.mark.parametrize('settings', [OVERLAP, APART], ids=['overlap', 'apart'])

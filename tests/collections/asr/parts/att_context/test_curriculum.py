@@ -57,17 +57,16 @@ class Recorder(pl.Callback):
     def note(self, masking, args, kwargs):
         encoder = self.model.encoder
         if not self.model.training:
-            self.validation_masking.append((masking.left_context_size, kwargs['effective_left_context']))
+            self.validation_masking.append(masking.left_context_size)
             return
         self.batches.append(
             dict(
                 step=self.model.trainer.global_step,
                 context=list(encoder.att_context_size),
-                ceiling=encoder.att_context_ceiling,
+                ceiling=encoder.att_context_policy.ceiling,
                 layers=encoder.layer_att_contexts(),
                 effective=encoder.effective_att_contexts(),
-                window=kwargs['effective_left_context'],
-                module=masking.left_context_size,
+                masking=masking.left_context_size,
             )
         )
 
@@ -107,19 +106,19 @@ class TestRuns:
             ceiling = {0: 5, 3: 20, 6: 40}[batch['step'] // 3 * 3]
             assert batch['ceiling'].left == ceiling
             tightest = min(context.left for context in batch['effective'] if context.left >= 0)
-            assert batch['window'] == tightest == min(10, ceiling)
-            assert batch['module'] == min(10, ceiling)
+            assert batch['masking'] == tightest == min(10, ceiling)
         assert len({tuple(batch['context']) for batch in recorder.batches}) > 2
         assert recorder.ceilings == {step: {1: 5, 4: 20, 7: 40}[(step - 1) // 3 * 3 + 1] for step in range(1, 10)}
-        assert set(recorder.validation_masking) == {(-1, 10)}  # the default context; the configured masking
-        assert model.encoder.att_context_ceiling is None and model.mask_processor.left_context_size == -1
+        assert set(recorder.validation_masking) == {10}  # the default context, without the ceiling
+        assert model.encoder.att_context_policy.ceiling is None
 
     @pytest.mark.integration
     def test_layers_and_ceiling_bound_the_masking_module(self):
         model = make_model()
         model.encoder.set_layer_att_context_size([[0, [40, 0]], [1, [120, 0]]])
         recorder = train(model, 1, curriculum=AttContextCurriculum(milestones=[[0, [320, 0]]]))
-        assert recorder.batches[0]['module'] == 40
+        (batch,) = recorder.batches
+        assert batch['masking'] == min(context.left for context in batch['effective'] if context.left >= 0) <= 40
 
     @pytest.mark.integration
     def test_a_resumed_run_continues_the_sequence(self, tmp_path):
@@ -171,7 +170,7 @@ class TestCallback:
         encoder = self.make_encoder(att_context_size=[16, 3], att_context_style='chunked_limited')
         assert [curriculum.ceiling_at(step, encoder).left for step in range(9)] == [4, 4, 4, 8, 8, 8, 12, 12, 16]
         for step in range(9):
-            encoder.att_context_ceiling = curriculum.ceiling_at(step, encoder)
+            encoder.check_att_context_ceiling(curriculum.ceiling_at(step, encoder), f'step {step}')
 
     def test_no_ceiling_before_the_first_milestone(self):
         curriculum = AttContextCurriculum(milestones=OmegaConf.create([[10, [40, 0]]]))
@@ -198,5 +197,5 @@ class TestCallback:
         encoder = self.make_encoder(att_context_size=[8, 3], att_context_style='chunked_limited')
         with pytest.raises(ValueError, match=r'curriculum.milestones: item 1, .6, 3.: the left context is 6'):
             curriculum.on_fit_start(None, SimpleNamespace(encoder=encoder))
-        with pytest.raises(ValueError, match='has no encoder with a context ceiling'):
+        with pytest.raises(ValueError, match='has no encoder with a context policy'):
             curriculum.on_fit_start(None, SimpleNamespace())

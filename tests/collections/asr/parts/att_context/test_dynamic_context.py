@@ -199,7 +199,10 @@ def test_an_untrained_context_warns_and_names_the_trained(monkeypatch):
     assert not warnings
     wrapper.set_context('medium')
     assert len(warnings) == 1
-    assert '[240, 0], which the model was not trained on; it was on [10, 0], [20, 0], [40, 0], [-1, 0]' in warnings[0]
+    assert (
+        '[240, 0], a context that the model was not trained on; it was trained on [10, 0], [20, 0], [40, 0], [-1, 0]'
+        in warnings[0]
+    )
 
 
 @POSITIONS
@@ -211,7 +214,7 @@ def test_a_temporary_context(position):
             assert wrapper.mask_processor.left_context_size == 40
             raise RuntimeError
         assert wrapper.att_context_size == [20, 0] and wrapper.mask_processor.left_context_size == 20
-    assert wrapper.att_context_size == [10, 0] and wrapper.mask_processor.left_context_size == -1
+    assert wrapper.att_context_size == [10, 0] and wrapper.mask_processor.left_context_size == 10
 
 
 @POSITIONS

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch
 from nemo.collections.asr.parts.att_context import AttContext, create_synced_context_collate
-from nemo.collections.asr.parts.att_context.synced_collate import ContextDraw, SyncedBatch
+from nemo.collections.asr.parts.att_context.synced_collate import SyncedBatch, parse_policy
 
 OPTIONS, PROBABILITIES = [[10, 0], [20, 0], 'unlimited'], [0.2, 0.3, 0.5]
 
@@ -31,7 +31,7 @@ def loader(base, length=7, **kwargs):
 
 
 def expected(numbers):
-    draw = ContextDraw.parse(OPTIONS, PROBABILITIES, 2)
+    draw = parse_policy(OPTIONS, PROBABILITIES, 2)
     return [draw.at(number) for number in numbers]
 
 
@@ -43,7 +43,7 @@ def test_each_batch_carries_its_context(base, workers):
     assert len({batch.att_context for batch in made}) > 1
     for batch in made:
         assert isinstance(batch, AudioNoiseBatch if base is one_noise_batch else SyncedBatch)
-        assert batch.context_draw == ContextDraw.parse(OPTIONS, PROBABILITIES, 2)
+        assert batch.context_draw == parse_policy(OPTIONS, PROBABILITIES, 2)
 
 
 def test_persistent_workers_count_on():
@@ -63,16 +63,16 @@ def test_a_loop_of_ones_own_says_where_an_epoch_starts(workers):
 
 
 def test_the_share_of_each_option():
-    draw = ContextDraw.parse(OPTIONS, PROBABILITIES, 0)
+    draw = parse_policy(OPTIONS, PROBABILITIES, 0)
     counts = Counter(draw.at(number).left for number in range(4000))
     assert all(abs(counts[left] - 4000 * share) < 150 for left, share in zip((10, 20, -1), PROBABILITIES))
-    assert ContextDraw.parse(OPTIONS).probabilities == pytest.approx((1 / 3,) * 3)
+    assert parse_policy(OPTIONS).probabilities == pytest.approx((1 / 3,) * 3)
 
 
 def test_configs_are_read_as_lists():
     config = OmegaConf.create({'options': OPTIONS, 'probabilities': PROBABILITIES})
-    assert ContextDraw.parse(config.options, config.probabilities) == ContextDraw.parse(OPTIONS, PROBABILITIES)
-    assert ContextDraw.parse(['low']).options == (AttContext(160, 0),)
+    assert parse_policy(config.options, config.probabilities) == parse_policy(OPTIONS, PROBABILITIES)
+    assert parse_policy(['low']).options == (AttContext(160, 0),)
 
 
 def test_a_list_becomes_a_batch_that_pickles_and_pins_with_its_context(monkeypatch):
@@ -158,8 +158,8 @@ def test_a_model_is_taken_and_not_kept(make):
     gc.collect()
     assert kept() is None
     again = pickle.loads(pickle.dumps(collate))
-    assert again.draw == ContextDraw.parse(OPTIONS, PROBABILITIES)
-    assert again([1, 2]).att_context == again.draw.at(0)
+    assert again.policy == parse_policy(OPTIONS, PROBABILITIES)
+    assert again([1, 2]).att_context == again.policy.at(0)
 
 
 def test_all_arguments_of_a_call_reach_the_base():

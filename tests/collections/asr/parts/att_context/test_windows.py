@@ -23,7 +23,7 @@ def test_a_window_shows_what_the_attention_does(context, style):
         seen = row.nonzero().flatten()
         assert (max(int(first[frame]), 0), min(int(last[frame]), FRAMES - 1)) == (seen[0], seen[-1])
         assert window.bounds(frame) == (first[frame], last[frame]) and window.sees(frame, int(seen[0]))
-    assert window.shows_others == bool((expected & ~torch.eye(FRAMES, dtype=torch.bool)).any())
+    assert window.sees_other_frames == bool((expected & ~torch.eye(FRAMES, dtype=torch.bool)).any())
 
 
 @pytest.mark.parametrize(

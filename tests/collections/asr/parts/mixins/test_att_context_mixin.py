@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A context set by hand on a model. Contexts of batches are tested in ``test_ssl_models_contexts.py``."""
+"""The context of a model. Contexts of batches are tested in ``test_ssl_models_contexts.py``."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ def step(model, batch=None):
     return model(**signals(batch or noise_batch()), apply_mask=True)
 
 
-class TestSetByHand:
+class TestOverride:
     @POSITIONS
     def test_attention_and_masking_follow_every_form_of_input(self, position, warnings):
         model = tiny_model(PRESETS, *position).train()
@@ -66,7 +68,7 @@ class TestSetByHand:
         assert record.masking == [20] * 6 and record.attention == [[20, 0]] * 6
 
         model.set_att_context_size(None)
-        assert model.encoder.att_context_size == [10, 0] and model.mask_processor.left_context_size == -1
+        assert model.encoder.att_context_size == [10, 0] and model.mask_processor.left_context_size == 10
         with recording_contexts(model) as record:
             logged = fit(model, batches(3), max_steps=12, max_epochs=-1).logger.column('att_context_left')
         assert record.masking == logged and len(set(logged)) > 1
@@ -76,7 +78,7 @@ class TestSetByHand:
     def test_a_ceiling_narrows_it(self):
         model = tiny_model(PRESETS)
         model.set_att_context_size('low')
-        model.encoder.att_context_ceiling = [30, 0]
+        model.encoder.att_context_policy = replace(model.encoder.att_context_policy, ceiling=AttContext(30, 0))
         with recording_contexts(model) as record:
             fit(model, batches(1), max_steps=1)
         assert record.attention == [[30, 0]] and record.masking == [30]
@@ -85,7 +87,7 @@ class TestSetByHand:
         model = tiny_model()
         model.set_att_context_size([33, 0])
         assert [message for message in warnings if '[33, 0]' in message] == warnings and len(warnings) == 1
-        assert 'not trained on; it was on [10, 0], [20, 0], [40, 0], [-1, 0]' in warnings[0]
+        assert 'not trained on; it was trained on [10, 0], [20, 0], [40, 0], [-1, 0]' in warnings[0]
 
     @pytest.mark.parametrize(
         'bad, message',
@@ -101,7 +103,7 @@ class TestSetByHand:
         model = tiny_model()
         with pytest.raises(ValueError, match=message):
             model.set_att_context_size(bad)
-        assert model.encoder.att_context_size == [10, 0] and model.att_context_set_by_hand is None
+        assert model.encoder.att_context_size == [10, 0] and model.att_context_override is None
 
     def test_a_context_that_the_attention_cannot_follow_is_refused(self):
         model = tiny_model('model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[[8,3]]')
@@ -114,19 +116,13 @@ class TestSetByHand:
         with pytest.raises(KeyError):
             with model.using_att_context_size('medium'):
                 assert model.mask_processor.left_context_size == 7  # configured, and tighter
-                assert model.mask_processor.followed_left_context_size == 240
                 raise KeyError
         assert model.encoder.att_context_size == [80, 0] and model.mask_processor.left_context_size == 7
         assert model.encoder.streaming_cfg.last_channel_cache_size == 80
         model.set_att_context_size('high')
         with model.using_att_context_size('medium'):
-            model.set_att_context_size(None)
-            assert model.encoder.att_context_size == [80, 0] and model.mask_processor.left_context_size == 7
-            assert model.mask_processor.followed_left_context_size == -1
-        assert model.encoder.att_context_size == [320, 0]
-        assert model.mask_processor.followed_left_context_size == 320 and model.mask_processor.left_context_size == 7
-        model.set_att_context_size(None)
-        assert model.mask_processor.left_context_size == 7
+            assert model.encoder.att_context_size == [240, 0]
+        assert model.encoder.att_context_size == [320, 0] and model.mask_processor.left_context_size == 7
 
     def test_configs_and_checkpoints_know_nothing_of_it(self, tmp_path):
         model = tiny_model(PRESETS)
@@ -135,4 +131,4 @@ class TestSetByHand:
         assert OmegaConf.to_yaml(model.cfg) == config and list(model.state_dict()) == weights
         model.save_to(str(tmp_path / 'model.nemo'))
         restored = EncDecDenoiseMaskedTokenPredModel.restore_from(str(tmp_path / 'model.nemo'))
-        assert restored.encoder.att_context_size == [80, 0] and restored.mask_processor.left_context_size == -1
+        assert restored.encoder.att_context_size == [80, 0] and restored.mask_processor.left_context_size == 80

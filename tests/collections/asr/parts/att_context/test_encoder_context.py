@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A context set by hand on an encoder, as NeMo's attribute."""
+"""The context that an encoder owns: policy, override, active context."""
 
 import copy
 import pickle
@@ -12,7 +12,7 @@ from spies import recording_contexts
 from tiny_encoder import tiny_encoder
 from tiny_nest import POSITIONS, PRESETS, batches, fit, tiny_model
 
-from nemo.collections.asr.parts.att_context import AttContext, batch_context
+from nemo.collections.asr.parts.att_context import AttContext
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ class OwnCurriculum(pl.Callback):
         pl_module.encoder.att_context_size = self.contexts[trainer.global_step]
 
 
-class TestSetOnTheEncoder:
+class TestOverride:
     @pytest.mark.integration
     @POSITIONS
     def test_it_holds_in_training_for_attention_and_masking(self, position):
@@ -39,7 +39,7 @@ class TestSetOnTheEncoder:
         with recording_contexts(model) as record:
             logged = fit(model, batches(3), max_steps=6, max_epochs=-1).logger.column('att_context_left')
         assert record.masking == [160] * 6 == logged and record.attention == [[160, 0]] * 6
-        assert model.att_context_set_by_hand == [160, 0]
+        assert list(model.att_context_override) == [160, 0]
 
     @pytest.mark.integration
     @pytest.mark.parametrize('nothing', [None, [[10, 0], [20, 0], [40, 0], [-1, 0]]], ids=['None', 'configured'])
@@ -47,7 +47,7 @@ class TestSetOnTheEncoder:
         model, untouched = tiny_model(), tiny_model()
         model.encoder.att_context_size = [20, 0]
         model.encoder.att_context_size = OmegaConf.create(nothing) if nothing else nothing
-        assert model.encoder.att_context_size == [10, 0] and model.att_context_set_by_hand is None
+        assert model.encoder.att_context_size == [10, 0] and model.att_context_override is None
         drawn = []
         for each in (model, untouched):
             with recording_contexts(each) as record:
@@ -66,17 +66,6 @@ class TestSetOnTheEncoder:
         assert run.logger.column('att_context_left') == lefts
         assert len([message for message in warnings if 'not trained on' in message]) == 1  # [30, 0], set twice
 
-    def test_it_is_said_once(self, monkeypatch):
-        told = []
-        monkeypatch.setattr(batch_context.logging, 'info', told.append)
-        encoder = tiny_model().encoder
-        told.clear()
-        for _ in range(3):
-            encoder.att_context_size = [20, 0]
-        assert told == ['The attention context is [20, 0] from now on, set by hand']
-        encoder.att_context_size = None
-        assert encoder.att_context_size == [10, 0]
-
     @pytest.mark.parametrize('context', [160, 'low', (160, 0), ListConfig([160, 0]), AttContext(160, 0)])
     def test_it_takes_all_that_is_a_context(self, context):
         encoder = tiny_model(PRESETS).encoder
@@ -87,23 +76,28 @@ class TestSetOnTheEncoder:
                 encoder.att_context_size = bad
         assert encoder.att_context_size == [160, 0]
 
-    def test_nemos_own_assignments_are_no_setting_by_hand(self):
+    def test_nemos_own_assignments_set_the_default(self):
         model = tiny_model()
         model.encoder.set_default_att_context_size([20, 0])
         model.change_attention_model('abs_pos', [40, 0])
         model.change_attention_model('rel_pos', [20, 0])
-        assert model.encoder.att_context_size == [20, 0] and model.att_context_set_by_hand is None
+        assert model.encoder.att_context_size == [20, 0] and model.att_context_override is None
         with recording_contexts(model) as record:
             fit(model, batches(3), max_steps=12, max_epochs=-1)
         assert len(set(record.masking)) > 1
 
-    def test_what_is_set_last_holds(self):
+    def test_nemos_default_replaces_the_override(self):
         encoder = tiny_model(PRESETS).encoder
         encoder.att_context_size = [160, 0]
         encoder.set_default_att_context_size([240, 0])
-        assert encoder.att_context_size == [240, 0] == encoder.draw_att_context_size(0).as_list()
-        encoder.att_context_size = None
-        assert encoder.att_context_size == [80, 0] and encoder.att_context_by_hand is None
+        assert encoder.att_context_size == [240, 0] and encoder.att_context_override is None
+
+    def test_an_override_set_inside_a_block_holds_after_it(self):
+        encoder = tiny_model(PRESETS).encoder
+        with encoder.using_att_context_size([240, 0]):
+            encoder.att_context_size = [160, 0]
+            assert encoder.att_context_size == [240, 0]
+        assert encoder.att_context_size == [160, 0]
 
     @pytest.mark.parametrize(
         'copied', [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=['copy', 'pickle']
@@ -115,12 +109,56 @@ class TestSetOnTheEncoder:
             encoder.draw_att_context_size(step) for step in range(9)
         ]
         plain.att_context_size = [8, 0]
-        assert plain.att_context_by_hand == AttContext(8, 0) and encoder.att_context_by_hand is None
-        by_hand = copied(plain)
-        assert by_hand.att_context_size == [8, 0] and {*map(by_hand.draw_att_context_size, range(9))} == {
+        assert plain.att_context_override == AttContext(8, 0) and encoder.att_context_override is None
+        overridden = copied(plain)
+        assert overridden.att_context_size == [8, 0] and {*map(overridden.draw_att_context_size, range(9))} == {
             AttContext(8, 0)
         }
-        by_hand.att_context_size = None
-        assert by_hand.att_context_size == [4, 0] and plain.att_context_size == [8, 0]
-        by_hand.set_default_att_context_size([8, 0])
-        assert by_hand.att_context_by_hand is None
+        overridden.att_context_size = None
+        assert overridden.att_context_size == [4, 0] and plain.att_context_size == [8, 0]
+        overridden.set_default_att_context_size([8, 0])
+        assert overridden.att_context_override is None
+
+
+@pytest.mark.parametrize('owner', ['model', 'encoder'])
+def test_a_block_around_a_training_step_decides_its_context(owner):
+    model = tiny_model()
+    with recording_contexts(model) as record:
+        with (model if owner == 'model' else model.encoder).using_att_context_size([5, 0]):
+            fit(model, batches(1), max_steps=1)
+    assert record.attention == [[5, 0]] and record.masking == [5]
+
+
+def test_clearing_the_override_is_seen_by_the_masking():
+    model = tiny_model()
+    model.set_att_context_size([5, 0])
+    assert model.mask_processor.left_context_size == 5
+    model.encoder.set_att_context_size(None)
+    assert model.encoder.att_context_size == [10, 0] and model.mask_processor.left_context_size == 10
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=['copy', 'pickle'])
+@POSITIONS
+def test_a_copied_masking_asks_the_copied_encoder(copied, position):
+    model = tiny_model(*position)
+    encoder, masking = copied((model.encoder, model.mask_processor))
+    encoder.att_context_size = [3, 0]
+    assert masking.left_context_size == 3 and model.mask_processor.left_context_size == 10
+    assert list(masking.state_dict()) == ['mask_embedding'] and len(list(masking.modules())) == 1
+
+
+@pytest.mark.integration
+def test_encoder_and_masking_compile():
+    torch._dynamo.reset()
+    model = tiny_model().eval()
+    encoder, masking = model.encoder, model.mask_processor
+    x, lengths = torch.randn(2, 80, 160), torch.tensor([160, 120])
+    compiled = torch.compile(encoder, backend='eager')(audio_signal=x, length=lengths)[0]
+    torch.testing.assert_close(compiled, encoder(audio_signal=x, length=lengths)[0])
+    compiled = torch.compile(masking, fullgraph=True, backend='eager')
+    for context in ([10, 0], [5, 0]):
+        with encoder.using_att_context_size(context):
+            torch.manual_seed(0)
+            expected = masking(x, lengths)[1]
+            torch.manual_seed(0)
+            assert torch.equal(compiled(x, lengths)[1], expected)

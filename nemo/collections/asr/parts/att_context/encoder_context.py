@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The context of a batch, for an encoder: a policy, an override, and the active context of a step."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from omegaconf import ListConfig
+
+from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.policy import ContextPolicy
+from nemo.utils import logging
+
+
+class EncoderContext:
+    """Mixin for an encoder with NeMo's ``att_context_size_all``, ``att_context_probs`` and ``att_context_style``.
+
+    NeMo's methods that assign ``att_context_size`` run within :meth:`_assigning_default`. All other assignments set
+    the override.
+    """
+
+    att_context_policy: ContextPolicy | None = None
+    """Which context a training batch gets, and the default; a curriculum replaces its ceiling."""
+    _override: AttContext | None = None
+    _active: AttContext | None = None
+    _draws = 0  # steps counted by the encoder, where the caller passes none
+    _assigns_default = True  # whether NeMo assigns att_context_size; so it does during construction
+
+    def _set_policy(self, sampler, seed: int, shared: bool) -> None:
+        """Make the policy from the constructor's arguments; from now on assignments set the override."""
+        if not isinstance(shared, bool):
+            raise ValueError(f"model.encoder.att_context_shared is {shared!r}; it must be true or false")
+        self.att_context_policy = replace(
+            self.att_context_policy,
+            options=tuple(self.parse_att_context_size(context) for context in self.att_context_size_all),
+            probabilities=tuple(self.att_context_probs),
+            sampler=sampler,
+            seed=seed,
+            shared=shared,
+        )
+        self._assigns_default = False
+
+    @property
+    def att_context_size(self) -> list[int]:
+        """The present context ``[left, right]`` in attention frames: the active one, else the override, else the default.
+
+        Assigning calls :meth:`set_att_context_size`.
+        """
+        return list(self._present_context())
+
+    @att_context_size.setter
+    def att_context_size(self, att_context_size) -> None:
+        if not self._assigns_default:
+            self.set_att_context_size(att_context_size)
+            return
+        default = self.parse_att_context_size(att_context_size)
+        if self.att_context_policy is None:
+            self.att_context_policy = ContextPolicy(default, style=self.att_context_style)
+        else:
+            self.att_context_policy, self._override = replace(self.att_context_policy, default=default), None
+
+    def _present_context(self) -> AttContext:
+        if self._active is not None:
+            return self._active
+        return self.att_context_policy.default if self._override is None else self._override
+
+    @property
+    def att_context_override(self) -> AttContext | None:
+        """The context that :meth:`set_att_context_size` has set; None: the policy holds."""
+        return self._override
+
+    def set_att_context_size(self, att_context_size) -> None:
+        """Override the policy, until the override is cleared; ``encoder.att_context_size = [40, 0]`` does the same.
+
+        The override holds in training, validation and inference, and streaming parameters follow it. It narrows to a
+        curriculum's ceiling. Configs and checkpoints do not contain it.
+
+        Args:
+            att_context_size: anything that ``AttContext.parse`` reads; None, or the list of all configured contexts,
+                clears the override.
+
+        Raises:
+            ValueError: if it is no context, or the encoder cannot follow it.
+        """
+        context = None
+        if att_context_size is not None and not self._are_the_configured(att_context_size):
+            context = self.parse_att_context_size(att_context_size)
+            self.check_att_context_size(context)
+            if context != self._override and not self.att_context_policy.covers(context):
+                logging.warning(
+                    f"encoder.att_context_size is set to {list(context)}, a context that the model was not trained "
+                    f"on; it was trained on {self.att_context_policy}"
+                )
+        if context != self._override:
+            self._override = context
+            self._follow_default()
+
+    def _are_the_configured(self, contexts) -> bool:
+        sequence = list, tuple, ListConfig
+        several = isinstance(contexts, sequence) and all(isinstance(item, sequence) for item in contexts)
+        return several and [list(item) for item in contexts] == [
+            list(item) for item in self.att_context_policy.options
+        ]
+
+    @contextmanager
+    def using_att_context_size(self, att_context_size) -> Iterator[AttContext]:
+        """Make a context the active one: every forward pass, masking and training step inside uses it.
+
+        Streaming parameters do not change.
+
+        Args:
+            att_context_size: anything that ``AttContext.parse`` reads.
+
+        Raises:
+            ValueError: if it is no context, or the encoder's attention cannot follow it.
+        """
+        context = self.parse_att_context_size(att_context_size)
+        self._check_can_attend_within(context)
+        before, self._active = self._active, context
+        try:
+            yield context
+        finally:
+            self._active = before
+
+    @contextmanager
+    def using_one_att_context_size(self) -> Iterator[AttContext]:
+        """Make the context of a batch the active one, if none is; it counts a step."""
+        with self.using_att_context_size(self.att_context_of_batch()) as context:
+            yield context
+
+    def att_context_of_batch(self, with_batch=None, step: int | None = None) -> AttContext:
+        """Return the context of a batch, without making it active.
+
+        Precedence: active, override, ``with_batch``, in training the policy, default. In training the ceiling narrows
+        each of them.
+
+        Args:
+            with_batch: the context that came with the batch, if one did.
+            step: the training step, for the policy. None takes the encoder's own count of draws.
+        """
+        policy = self.att_context_policy
+        if self._active is not None or self._override is not None:
+            context = self._present_context()
+        elif with_batch is not None:
+            context = self.parse_att_context_size(with_batch)
+        else:
+            context = self._drawn(step) if self.training and policy.draws else policy.default
+        return policy.narrowed(context) if self.training else context
+
+    def draw_att_context_size(self, step: int | None = None) -> AttContext:
+        """Return the context of a batch that brings none; see :meth:`att_context_of_batch`."""
+        return self.att_context_of_batch(step=step)
+
+    @torch.compiler.disable  # it would be compiled anew for each step
+    def _drawn(self, step: int | None) -> AttContext:
+        if step is None:
+            step, self._draws = self._draws, self._draws + 1
+        ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return self.att_context_policy.at(step, torch.distributed.get_rank() if ranks else 0)
+
+    def parse_att_context_size(self, att_context_size, field: str = 'encoder.att_context_size'):
+        """Read a context as ``AttContext.parse`` does; the three numbers of ``chunked_limited_with_rc`` become a tuple.
+
+        Args:
+            att_context_size: a context in any form.
+            field: the config key to name in an error.
+
+        Raises:
+            ValueError: if it is no context.
+        """
+        if self.att_context_style == 'chunked_limited_with_rc' and not isinstance(att_context_size, AttContext):
+            return tuple(att_context_size)  # NeMo 3.0 reads it
+        return AttContext.parse(att_context_size, field=field)
+
+    def check_att_context_size(self, att_context_size) -> None:
+        """Raise ValueError if the encoder's attention, or a layer's, cannot follow this context of a batch."""
+        with self.using_att_context_size(att_context_size):
+            self.effective_att_contexts()
+
+    def check_att_context_ceiling(self, ceiling: AttContext, where: str) -> None:
+        """Raise ValueError, beginning with ``where``, if the encoder's attention cannot follow this ceiling."""
+        self._check_can_narrow(where)
+        self.att_context_policy.check_ceiling(ceiling, self.layer_att_contexts(), where)
+
+    @contextmanager
+    def _assigning_default(self) -> Iterator[None]:
+        """Inside, an assignment of ``att_context_size`` sets the policy's default and clears the override."""
+        before, self._assigns_default = self._assigns_default, True
+        try:
+            yield
+        finally:
+            self._assigns_default = before

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which frames masking keeps visible, and which masked frames have no visible frame, in a layer's window or in the stack.
+
+A frame is visible if none of its mask frames is masked. Masking keeps some attention frames visible, so that each
+frame has one in its window.
+
+Shapes: B batch, D features, T mask frames, A attention frames (T // factor).
+"""
+
+import inspect
+
+import torch
+
+from nemo.collections.asr.parts.att_context.context import UNLIMITED
+from nemo.collections.asr.parts.att_context.receptive_field import stack_window
+from nemo.collections.asr.parts.att_context.windows import Window, tightest_window_of
+
+MASK_THRESHOLD = 0.8  # an attention frame counts as masked above this share, as in NeMo's MLMLoss
+
+
+def masked_share_per_frame(masks: torch.Tensor, factor: int) -> torch.Tensor:
+    """Return the share of each attention frame that is masked, [B, A] float32.
+
+    Args:
+        masks: [B, D, T] or [B, T], 1 or True where masked; mask frames beyond the last whole attention frame are
+            left out.
+        factor: mask frames per attention frame.
+    """
+    masks = masks.unsqueeze(1) if masks.dim() == 2 else masks
+    frames = masks.shape[-1] // factor
+    masks = masks[..., : frames * factor].unflatten(-1, (frames, factor))
+    return masks.mean(dim=(1, 3), dtype=torch.float32)
+
+
+def no_visible_frame(
+    share: torch.Tensor, window: Window, threshold: float = MASK_THRESHOLD, lengths: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return which attention frames are masked and have no visible frame in a window, [B, A] bool.
+
+    Args:
+        share: masked share of each attention frame, [B, A].
+        window: one layer's, or the stack's (``receptive_field.stack_window``).
+        threshold: share above which a frame counts as masked.
+        lengths: whole attention frames of each utterance [B]; frames after them are not visible. None: all.
+    """
+    frames = share.shape[1]
+    index = torch.arange(frames, device=share.device)
+    visible = share == 0
+    if lengths is not None:
+        visible = visible & (index < lengths.to(share.device).unsqueeze(1))
+    first, last = window.bounds(index)
+    before = torch.nn.functional.pad(visible.cumsum(dim=1), (1, 0))  # [B, A + 1]: in frames 0 ... a - 1
+    seen = before[:, (last + 1).clamp(max=frames)] > before[:, first.clamp(min=0)]
+    return (share > threshold) & ~seen
+
+
+def no_visible_frame_shares(
+    encoder, share: torch.Tensor, threshold: float = MASK_THRESHOLD, lengths: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the shares of the masked frames that have no visible frame in the encoder's present context; scalars.
+
+    Args:
+        encoder: any; one whose windows are not known has no shares.
+        share, threshold, lengths: as in :func:`no_visible_frame`.
+
+    Returns:
+        ``no_visible_frame_in_window``, by the tightest layer's attention window; and ``no_visible_frame_in_stack``, by
+        the receptive field of all layers, where it is known.
+    """
+    windows = {'window': tightest_window_of(encoder), 'stack': stack_window(encoder)}
+    masked = (share > threshold).sum().clamp(min=1)
+    return {
+        f'no_visible_frame_in_{name}': no_visible_frame(share, window, threshold, lengths).sum() / masked
+        for name, window in windows.items()
+        if window is not None
+    }
+
+
+def kept_visible_frames(window: Window, index: torch.Tensor, ends: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
+    """Return attention frames to keep visible, so that each frame has one in its window; [B, A] bool.
+
+    There are as few as the window allows: one in as many frames as it holds, and one more at either end of an utterance
+    that cuts a window off.
+
+    Args:
+        window: limited on one side at least.
+        index: the frames' positions in the utterances, [1, A] or [B, A].
+        ends: attention frames of each utterance, [B, 1].
+        phase: from 0 to 1, exclusive, [B, 1] float: where the first kept frame lies.
+    """
+    ends = ends.clamp(min=1)
+    if window.has_chunks:
+        return _one_in_a_window_of_chunks(window, index, ends, phase)
+    left, right = window.context
+    if left == UNLIMITED:  # all later frames see the first
+        return index == _scaled(phase, torch.minimum(ends, torch.full_like(ends, right + 1)))
+    if right == UNLIMITED:  # all earlier frames see the last
+        return index == ends - 1 - _scaled(phase, torch.minimum(ends, torch.full_like(ends, left + 1)))
+    period = left + 1 + right
+    first = _scaled(phase, period)
+    kept = (index - first) % period == 0
+    begins_late = first > (ends - 1).clamp(max=right)
+    ends_early = torch.where(first < ends, (ends - 1 - first) % period, ends - 1) > left
+    return kept | (begins_late & (index == 0)) | (ends_early & (index == ends - 1))
+
+
+def _one_in_a_window_of_chunks(window: Window, index, ends, phase) -> torch.Tensor:
+    """One frame of the first chunk and of each (chunks of the window)-th; in a last, short chunk the last frame."""
+    chunk, left = window.chunk, window.context.left
+    chunks = index.div(chunk, rounding_mode='floor')
+    if left == UNLIMITED:
+        has_one = chunks == 0
+        place = _scaled(phase, chunk)
+    else:
+        period = left // chunk + 1
+        first = _scaled(phase, period * chunk)
+        has_one = ((chunks - first // chunk) % period == 0) | (chunks == 0)
+        place = first % chunk
+    return has_one & (index == torch.minimum(chunks * chunk + place, ends - 1))
+
+
+def _scaled(phase: torch.Tensor, count) -> torch.Tensor:
+    """Return a whole number from 0 to count - 1, int32, for a phase from 0 to 1."""
+    return (phase * count).to(torch.int32)
+
+
+def share_kept_visible(window: Window) -> float:
+    """Return the share of a long utterance's frames that are kept visible."""
+    if UNLIMITED in window.context:
+        return 0.0
+    left, right = window.context
+    return 1 / (left // window.chunk * window.chunk + 1 + right)
+
+
+def takes(masking, argument: str) -> bool:
+    """Return whether a masking module's ``forward``, or one that it passes keywords on to, takes an argument."""
+    for cls in inspect.getmro(type(masking)):
+        forward = cls.__dict__.get('forward')
+        if forward is None or cls is torch.nn.Module:
+            continue
+        parameters = inspect.signature(forward).parameters
+        if argument in parameters:
+            return True
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return False
+    return True
+
+
+def follows_context(masking) -> bool:
+    """Return whether a masking module asks for the attention's window, or takes ``effective_left_context``."""
+    return hasattr(masking, 'attention_window') or takes(masking, 'effective_left_context')
+
+
+def window_of_masking(masking, window: Window | None) -> dict:
+    """Return the keyword arguments of a call that is to mask within a window; none where masking follows no context.
+
+    Args:
+        masking: any masking module. This project's takes the window; others a left context, or nothing.
+        window: the tightest layer's; None: not known.
+    """
+    if hasattr(masking, 'within') and takes(masking, 'effective_window'):
+        return {'effective_window': masking.within(window)}
+    if window is None or not takes(masking, 'effective_left_context'):
+        return {}
+    return {'effective_left_context': None if window.context.left == UNLIMITED else window.context.left}
