@@ -22,12 +22,10 @@ from nemo.collections.asr.parts.att_context.context_sampler import ContextSample
 from nemo.collections.asr.parts.att_context.encoder_context import EncoderContext
 from nemo.collections.asr.parts.att_context.layer_contexts import (
     LayerAttentionMasks,
+    LayerContext,
     LayerContexts,
     as_plain,
-    as_tensor,
     check_layer_context,
-    from_pairs,
-    without_those_that_narrow_nothing,
 )
 from nemo.collections.asr.parts.att_context.schedule import parse_layer_contexts
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tightest_window
@@ -38,7 +36,7 @@ from nemo_streaming_ssl import upstream
 _up = upstream(globals())
 
 PROBABILITY_TOLERANCE = 1e-6
-LAYER_CONTEXTS = 'layer_att_context_size'  # the argument, the config key, and the entry among the weights
+LAYER_CONTEXTS = 'layer_att_context_size'  # the argument, and the config key
 
 
 class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
@@ -61,8 +59,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
             ``att_context_sampler`` draws; if ``blockwise_attention`` is no choice.
     """
 
-    _configured_layer_contexts: LayerContexts = ()  # those of the constructor
-    _layer_contexts_came_with_weights = False
+    _layer_contexts: LayerContexts = ()
     _streaming_arguments: dict = {}  # of the last setup_streaming_params
     _blockwise_attention = 'auto'
 
@@ -82,9 +79,9 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
             self._check_can_narrow(SAMPLER)
             att_context_sampler = ContextSampler.parse(att_context_sampler, self.att_context_style)
         self._set_policy(att_context_sampler, att_context_seed, att_context_shared)
-        self._watch_layer_contexts()
+        self._connect_layers()
+        self._layer_contexts = (None,) * len(self.layers)
         self._set_layer_contexts(self._parse_layer_contexts(layer_att_context_size))
-        self._configured_layer_contexts = self.layer_att_contexts()
 
     @property
     def blockwise_attention(self) -> str:
@@ -127,7 +124,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
 
     def layer_att_contexts(self) -> LayerContexts:
         """Each layer's own context, None for a layer without one."""
-        return tuple(layer.self_attn.att_context for layer in self.layers)
+        return self._layer_contexts
 
     def effective_att_contexts(self, att_context_size=None) -> tuple[AttContext, ...]:
         """What each layer attends to when the batch's context is this one: the intersection with its own.
@@ -158,7 +155,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         """Give the layers contexts of their own; each attends within the intersection of the batch's and its own.
 
         ``encoder.layers[i].self_attention.att_context_size = [40, 0]`` does it for one layer. The contexts are written
-        to the encoder's config, and beside its weights.
+        to the encoder's config.
 
         Args:
             contexts: one per layer, in attention frames; a schedule ``[[0, [40, 0]], [6, [120, 0]]]``, of which each
@@ -241,15 +238,12 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
             )
         with self._assigning_default():
             super().change_attention_model(self_attention_model, *args, **kwargs)
-        self._watch_layer_contexts()
-        for layer, context in zip(self.layers, contexts):
-            layer.self_attn._att_context = context
+        self._connect_layers()
         if self._has_layer_contexts():
             self._refresh_streaming_params()  # it also tells the new modules what they are to drop from their cache
 
     def forward_internal(self, audio_signal, length, cache_last_channel=None, *args, **kwargs):
         """Run the encoder within one context; arguments and results are NeMo's."""
-        self._check_all_ranks_have_layer_contexts()
         if cache_last_channel is not None:  # stock counts the chunk only, and fails with an unlimited left context
             positions = max(audio_signal.shape[1:]) + cache_last_channel.shape[2]
             self.set_max_audio_length(max(positions, self.max_audio_length))
@@ -261,9 +255,8 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         att_context_size = self.att_context_size if self._active is not None else att_context_size
         if not self._has_layer_contexts():
             return self._create_mask(self.parse_att_context_size(att_context_size), *args, **kwargs)
-        effective = dict(zip(self.layer_att_contexts(), self.effective_att_contexts(att_context_size)))
-        masks = {}
-        for context in set(effective.values()):
+        effective, masks = self.effective_att_contexts(att_context_size), {}
+        for context in set(effective):
             pad_mask, masks[context] = self._create_mask(context, *args, **kwargs)
         return pad_mask, LayerAttentionMasks(masks, effective) if len(masks) > 1 else masks[context]
 
@@ -335,28 +328,25 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         self._check_can_narrow(where)
         check_layer_context(own, self.att_context_policy.contexts(), self.att_context_policy.within, where)
 
-    def _watch_layer_contexts(self) -> None:
-        for layer in self.layers:
-            layer.self_attn._take_att_context = self._take_layer_context
+    def _connect_layers(self) -> None:
+        for index, layer in enumerate(self.layers):
+            layer.self_attn.layer_context = LayerContext(self, index)
 
-    def _take_layer_context(self, attention, context: AttContext | None) -> None:
-        """Check and store the context that somebody sets on one layer's attention."""
+    def set_context_of_layer(self, index: int, context: AttContext | None) -> None:
+        """Give one layer a context of its own; see :meth:`set_layer_att_context_size`."""
         if context is not None:
-            index = [layer.self_attn is attention for layer in self.layers].index(True)
             where = f'encoder.layers[{index}].self_attention.att_context_size is {context.as_list()}'
             self._check_layer_context(context, where)
             if context.left == 0:
-                logging.warning(f"{where}: it shows a frame nothing of its past. Is that what you want?")
-        attention._att_context = context
-        self._refresh_streaming_params()
-        self._write_layer_contexts_to_config(as_plain(self.layer_att_contexts()))
+                logging.warning(f"{where}: a left context of 0 hides a frame's past")
+        contexts = list(self._layer_contexts)
+        contexts[index] = context
+        self._set_layer_contexts(tuple(contexts))
+        self._write_layer_contexts_to_config(as_plain(self._layer_contexts))
 
-    def _set_layer_contexts(self, contexts) -> None:
-        before = self.layer_att_contexts()
-        for layer, context in zip(self.layers, contexts):
-            layer.self_attn._att_context = context
-        self._layer_contexts_came_with_weights = False
-        if self.layer_att_contexts() != before:
+    def _set_layer_contexts(self, contexts: LayerContexts) -> None:
+        before, self._layer_contexts = self._layer_contexts, contexts
+        if contexts != before:
             self._refresh_streaming_params()
 
     def _write_layer_contexts_to_config(self, contexts) -> None:
@@ -368,60 +358,12 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
             else:
                 self._cfg.pop(LAYER_CONTEXTS, None)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        configured, present = self._configured_layer_contexts, self.layer_att_contexts()
-        if self._has_layer_contexts() or configured != present:
-            destination[prefix + LAYER_CONTEXTS] = as_tensor(configured, present)
-
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        with_weights = state_dict.pop(prefix + LAYER_CONTEXTS, None)
         if not hasattr(self.pre_encode, 'pre_encode'):  # pre-trained with post-conv masking, which wraps it
             wrapped = prefix + 'pre_encode.pre_encode.'
             for name in [name for name in state_dict if name.startswith(wrapped)]:
                 state_dict[f'{prefix}pre_encode.{name[len(wrapped) :]}'] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if with_weights is not None:
-            self._take_layer_contexts_with_weights(*(from_pairs(pairs) for pairs in with_weights.tolist()))
-
-    def _take_layer_contexts_with_weights(self, configured, trained_with) -> None:
-        """Attend as the weights have learned to, unless this encoder's config says otherwise.
-
-        It does not where it says nothing, or what the config of the saved encoder said before its contexts were
-        changed at run time. Contexts of another number of layers are left out.
-        """
-        if len(trained_with) != len(self.layers):
-            logging.warning(
-                f"The weights come from {len(trained_with)} layers; their encoder.{LAYER_CONTEXTS} "
-                f"{as_plain(trained_with)} does not fit this encoder's {len(self.layers)} and is left out."
-            )
-            return
-        own = without_those_that_narrow_nothing(self.layer_att_contexts())
-        if own == trained_with:
-            return
-        if self._has_layer_contexts() and own != configured:
-            logging.warning(
-                f"The weights were trained with encoder.{LAYER_CONTEXTS} {as_plain(trained_with)}; the config's "
-                f"{as_plain(self.layer_att_contexts())} is kept."
-            )
-            return
-        logging.info(f"encoder.{LAYER_CONTEXTS} comes with the weights: {as_plain(trained_with)}")
-        was_configured = self._has_layer_contexts()
-        self.set_layer_att_context_size(trained_with if any(trained_with) else None)
-        self._layer_contexts_came_with_weights = not was_configured
-
-    def _check_all_ranks_have_layer_contexts(self) -> None:
-        """Refuse to train on several processes with contexts that this one alone may have.
-
-        ``init_from_nemo_model`` loads weights on the first process only; NeMo sends the others the weights, no more.
-        """
-        if not (self._layer_contexts_came_with_weights and self.training and torch.distributed.is_initialized()):
-            return
-        if torch.distributed.get_world_size() > 1:
-            raise ValueError(
-                f"encoder.{LAYER_CONTEXTS} came with the weights, which NeMo loads on one process only; to train on "
-                f"several set model.encoder.{LAYER_CONTEXTS}={as_plain(self.layer_att_contexts())}"
-            )
 
     def _streaming_context(self):
         context = self._streaming_arguments.get('att_context_size')

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention contexts as values, and what follows from them. NeMo has no such package."""
 
+import importlib
+
 from nemo.collections.asr.parts.att_context.context import PRESETS, UNLIMITED, AttContext, draw_index, tightest
 from nemo.collections.asr.parts.att_context.dynamic_context import (
     DynamicContextModel,
@@ -25,6 +27,8 @@ __all__ = [
     'LayerAttentionMasks',
     'PRESETS',
     'ReceptiveField',
+    'StreamingOutput',
+    'StreamingSession',
     'UNLIMITED',
     'Window',
     'context_table',
@@ -44,4 +48,6 @@ def __getattr__(name):
         from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
 
         return AttContextCurriculum
+    if name in ('StreamingOutput', 'StreamingSession'):  # need the encoder, which needs this package
+        return getattr(importlib.import_module('nemo.collections.asr.parts.streaming.session'), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

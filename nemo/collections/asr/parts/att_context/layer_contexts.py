@@ -15,21 +15,41 @@ LayerContexts = tuple[AttContext | None, ...]
 """For each layer its own context; None for a layer without."""
 
 
+class LayerContext:
+    """The context of one layer: a place in the encoder's tuple, which the layer's attention reads and sets.
+
+    Args:
+        encoder: has ``layer_att_contexts`` and ``set_context_of_layer``.
+        index: of the layer.
+    """
+
+    def __init__(self, encoder, index: int):
+        self.encoder, self.index = encoder, index
+
+    def get(self) -> AttContext | None:
+        """Return the layer's own context; None: the batch's."""
+        return self.encoder.layer_att_contexts()[self.index]
+
+    def set(self, context: AttContext | None) -> None:
+        """Give the layer a context of its own; raises ValueError if the encoder's attention cannot follow it."""
+        self.encoder.set_context_of_layer(self.index, context)
+
+
 class LayerAttentionMasks:
     """Stands in for the attention mask of a forward pass where layers differ in theirs.
 
     Args:
-        masks: for each context that some layer attends to, its mask [B, A, A] bool, True = hidden, or without
+        masks: for each context that some layer attends to, its mask [B, Q, A] bool, True = hidden, or without
             a cache a :class:`~nemo.collections.asr.parts.att_context.blockwise.BlockwiseMask`.
-        effective: for each context of a layer's own (None: a layer without), the one it attends to.
+        effective: for each layer the context that it attends to.
     """
 
-    def __init__(self, masks: Mapping[AttContext, torch.Tensor], effective: Mapping[AttContext | None, AttContext]):
+    def __init__(self, masks: Mapping[AttContext, torch.Tensor], effective: Sequence[AttContext]):
         self.masks, self.effective = masks, effective
 
-    def of(self, own: AttContext | None) -> torch.Tensor:
-        """Return the mask of a layer with this context of its own, [B, Q, A] bool, True = hidden, or its stand-in."""
-        return self.masks[self.effective[own]]
+    def of(self, layer: int) -> torch.Tensor:
+        """Return the mask of a layer, [B, Q, A] bool, True = hidden, or its stand-in."""
+        return self.masks[self.effective[layer]]
 
     def __getitem__(self, index) -> 'LayerAttentionMasks':
         """Slice every mask, as the encoder does when it has a cache."""
@@ -67,18 +87,3 @@ def as_plain(contexts):
     if isinstance(contexts, dict):
         return {key: as_plain(value) for key, value in contexts.items()}
     return [as_plain(item) for item in contexts] if isinstance(contexts, (list, tuple)) else contexts
-
-
-def as_tensor(*contexts: LayerContexts) -> torch.Tensor:
-    """Return several sets of layers' contexts as int64 [N, L, 2]; -1, -1, which narrows nothing, where there is none."""
-    return torch.tensor([[list(context or (UNLIMITED, UNLIMITED)) for context in layers] for layers in contexts])
-
-
-def from_pairs(pairs) -> LayerContexts:
-    """Return the layers' contexts of L pairs of numbers; None for -1, -1."""
-    return tuple(None if max(pair) == UNLIMITED else AttContext(*pair) for pair in pairs)
-
-
-def without_those_that_narrow_nothing(contexts: LayerContexts) -> LayerContexts:
-    """Return the contexts as they come back from :func:`as_tensor`."""
-    return from_pairs(as_tensor(contexts)[0].tolist())

@@ -23,5 +23,5 @@ class ConformerLayer(_up.ConformerLayer):
             att_mask: [B, Q, A] bool, True = hidden, or :class:`LayerAttentionMasks`, of which the layer picks its own.
         """
         if isinstance(att_mask, LayerAttentionMasks):
-            att_mask = att_mask.of(self.self_attn.att_context)
+            att_mask = att_mask.of(self.self_attn.layer_context.index)
         return super().forward(x, att_mask, *args, **kwargs)

@@ -5,7 +5,6 @@ Shapes: B batch, H heads, T attention frames, D features of a head, N blocks, C 
 window.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nemo.collections.asr.parts.att_context.blockwise import AttentionBlocks, BlockwiseMask
-from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.layer_contexts import LayerContext
 from nemo.collections.asr.parts.att_context.schedule import parse_own_context
 from nemo.utils import avoid_float16_autocast_context
 from nemo_streaming_ssl import upstream
@@ -28,13 +27,8 @@ class MultiHeadAttention(_up.MultiHeadAttention):
     Given a :class:`BlockwiseMask` it computes block by block what NeMo computes from the mask [B, T, T].
     """
 
-    _att_context: AttContext | None = None
-    _take_att_context: Callable | None = None  # the encoder's method that checks a new context and stores it
-
-    @property
-    def att_context(self) -> AttContext | None:
-        """The context of this layer, in attention frames; None: the batch's. See ``att_context_size``."""
-        return self._att_context
+    layer_context: LayerContext | None = None
+    """Where the encoder keeps this layer's context; None: the attention belongs to no encoder."""
 
     @property
     def att_context_size(self) -> list[int] | None:
@@ -45,15 +39,14 @@ class MultiHeadAttention(_up.MultiHeadAttention):
         Raises:
             ValueError: when set to what is no context, or one that the encoder's attention cannot follow.
         """
-        return None if self._att_context is None else self._att_context.as_list()
+        context = None if self.layer_context is None else self.layer_context.get()
+        return None if context is None else context.as_list()
 
     @att_context_size.setter
     def att_context_size(self, value) -> None:
-        context = None if value is None else parse_own_context(value, 'self_attention.att_context_size')
-        if self._take_att_context is None:
-            self._att_context = context
-        else:
-            self._take_att_context(self, context)
+        if self.layer_context is None:
+            raise ValueError(f"self_attention.att_context_size is {value!r}; this attention belongs to no encoder")
+        self.layer_context.set(None if value is None else parse_own_context(value, 'self_attention.att_context_size'))
 
     def forward(self, query, key, value, mask, pos_emb=None, cache=None):
         """Attend; arguments and results are NeMo's.
