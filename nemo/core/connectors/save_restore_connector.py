@@ -36,6 +36,9 @@ class SaveRestoreConnector(_up.SaveRestoreConnector):
         Raises:
             OSError: naming the file and the cause, if it cannot be written; an earlier one is left whole.
         """
+        encoder = getattr(model, 'encoder', None)
+        if hasattr(encoder, 'write_layer_contexts_to') and 'encoder' in model.cfg:  # those set at run time
+            encoder.write_layer_contexts_to(model.cfg.encoder)
         try:
             return super().save_to(model, save_path)
         except OSError as error:

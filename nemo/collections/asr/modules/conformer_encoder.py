@@ -7,7 +7,7 @@ One attention context per batch, known before the encoder runs; each layer atten
 import math
 
 import torch
-from omegaconf import OmegaConf, open_dict
+from omegaconf import open_dict
 
 from nemo.collections.asr.parts.att_context.blockwise import BlockwiseMask, can_cut, parse_choice, wins_by_blocks
 from nemo.collections.asr.parts.att_context.cache_aware import (
@@ -165,11 +165,8 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         Raises:
             ValueError: naming the item and its value, if it is no context, or the attention cannot follow it.
         """
-        parsed = self._parse_layer_contexts(contexts)
-        if OmegaConf.is_config(contexts):
-            contexts = OmegaConf.to_container(contexts, resolve=True)
-        self._set_layer_contexts(parsed)
-        self._write_layer_contexts_to_config(contexts)
+        self._set_layer_contexts(self._parse_layer_contexts(contexts))
+        self._write_layer_contexts()
 
     def setup_streaming_params(
         self, chunk_size=None, shift_size=None, left_chunks=None, att_context_size=None, max_context: int = 10000
@@ -342,21 +339,28 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         contexts = list(self._layer_contexts)
         contexts[index] = context
         self._set_layer_contexts(tuple(contexts))
-        self._write_layer_contexts_to_config(as_plain(self._layer_contexts))
+        self._write_layer_contexts()
 
     def _set_layer_contexts(self, contexts: LayerContexts) -> None:
         before, self._layer_contexts = self._layer_contexts, contexts
         if contexts != before:
             self._refresh_streaming_params()
 
-    def _write_layer_contexts_to_config(self, contexts) -> None:
-        if not hasattr(self, '_cfg'):  # built without one
+    def write_layer_contexts_to(self, cfg) -> None:
+        """Write the layers' contexts to an encoder's config, if it has others."""
+        written = cfg.get(LAYER_CONTEXTS)
+        if written is None and not self._has_layer_contexts():
             return
-        with open_dict(self._cfg):
-            if self._has_layer_contexts():
-                self._cfg[LAYER_CONTEXTS] = as_plain(contexts)
-            else:
-                self._cfg.pop(LAYER_CONTEXTS, None)
+        if written is not None and self._parse_layer_contexts(written) == self._layer_contexts:
+            return
+        with open_dict(cfg):
+            cfg[LAYER_CONTEXTS] = as_plain(self._layer_contexts)
+            if not self._has_layer_contexts():
+                del cfg[LAYER_CONTEXTS]
+
+    def _write_layer_contexts(self) -> None:
+        if hasattr(self, '_cfg'):  # built by a model
+            self.write_layer_contexts_to(self._cfg)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         if not hasattr(self.pre_encode, 'pre_encode'):  # pre-trained with post-conv masking, which wraps it
