@@ -16,6 +16,9 @@ PLAIN += [found for found in vars(omegaconf).values() if isinstance(found, type)
 READABLE = {f'{found.__module__}.{found.__qualname__}': found for found in PLAIN} | {'typing.Any': typing.Any}
 
 
+_torch_load = torch.load
+
+
 class _Ignored:
     """Stands for an object of a class that is not read."""
 
@@ -40,7 +43,7 @@ def load(path: str | Path, map_location='cpu'):
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         classes = [(READABLE.get(name, _Ignored), name) for name in unknown]
         with torch.serialization.safe_globals(classes):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return _torch_load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch, pickle and zipfile each have errors of their own
         raise ValueError(f"{path} cannot be read as a checkpoint: {' '.join(str(error).split())[:300]}") from error
 

@@ -71,9 +71,18 @@ def check_pretraining_config(cfg: DictConfig) -> None:
     check_contexts(cfg.model.encoder)
     check_mask_position(cfg.model)
     check_objective(cfg.model)
+    check_averaging(cfg)
     check_data('model.train_ds', cfg.model.train_ds)
     if cfg.model.get('validation_ds'):
         check_data('model.validation_ds', cfg.model.validation_ds)
+
+
+def check_averaging(cfg: DictConfig) -> None:
+    """Refuse averaged weights with sharded ones: NeMo's callback keeps whole tensors."""
+    strategy = OmegaConf.select(cfg, 'trainer.strategy')
+    strategy = str(strategy.get('_target_', '') if isinstance(strategy, DictConfig) else strategy).lower()
+    if OmegaConf.select(cfg, 'exp_manager.ema.enable') and ('modelparallel' in strategy or 'fsdp' in strategy):
+        raise ValueError(f"exp_manager.ema.enable is true with trainer.strategy {strategy}; set one of them")
 
 
 def check_known_keys(model_cfg: DictConfig) -> None:
