@@ -22,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / 'docs/evidence.md'
 BEGIN, END = '<!-- figures: written by benchmarks/downstream/report.py -->', '<!-- end of the figures -->'
 BETTER, WORSE, UNDECIDED, OPEN = 'better', 'worse', 'not shown', 'open'
+DRAWN = ('stock-40', 'following-40', 'next', 'both')  # whose loss is drawn by distance
 COLOURS = {
     'stock': '#d1495b', 'following': '#00798c', 'next': '#edae49', 'both': '#7b5ea7', 'offline': '#66a182', '': '#555555'
 }  # fmt: skip
@@ -140,29 +141,42 @@ def percent(found: Estimate, sign: str = '') -> str:
 
 def rates_table(results: Results) -> str:
     """Lay out the phone error rate of each arm in each judged context."""
+    heads = [f'{kind} `{list(context)}`' for kind in KINDS for context in KINDS[kind].judged]
     rows = []
-    for kind, name in results.judged():
-        contexts = KINDS[kind].judged
-        cells = [percent(results.rate(kind, name, context)) for context in contexts[: 1 if name == FEATURES else None]]
-        seeds = ', '.join(map(str, results.seeds(kind, name)))
-        rows.append([kind, f'`{name}`', ARMS[name].what, seeds, *cells, *['same'] * (2 - len(cells))])
-    heads = [' or '.join(f'`{list(kind.judged[place])}`' for kind in KINDS.values()) for place in (0, 1)]
-    return markdown(['contexts', 'arm', 'encoder', 'seeds', *heads], rows)
+    for name in ARMS:
+        if any(own == name for _, own in results.judged()):
+            rows.append(
+                [ARMS[name].what, f'`{name}`', *(cell for kind in KINDS for cell in _rates(results, kind, name))]
+            )
+    return markdown(['encoder', 'arm', *heads], rows)
 
 
-def differences(results: Results) -> list[str]:
-    """Return a line for each comparison that has a seed."""
-    lines = []
-    for kind in KINDS:
-        for first, second in COMPARED:
-            if results.seeds(kind, first, second):
-                found = [percent(results.difference(kind, first, second, each), '+') for each in KINDS[kind].judged]
-                seeds = len(results.seeds(kind, first, second))
-                verdict = results.verdict(kind, first, second)
-                lines.append(
-                    f'- {kind}, `{first}` minus `{second}` ({seeds} of 3 seeds): {found[0]}, {found[1]}: {verdict}'
-                )
-    return lines
+def _rates(results: Results, kind: str, name: str) -> list[str]:
+    """Return the cells of an arm in the two contexts of a kind; seeds that are missing are said."""
+    seeds = results.seeds(kind, name)
+    if not seeds:
+        return ['', '']
+    contexts = KINDS[kind].judged[: 1 if name == FEATURES else None]
+    few = '' if name == FEATURES or seeds == list(SEEDS) else f", seed {', '.join(map(str, seeds))}"
+    cells = [percent(results.rate(kind, name, context)) + few for context in contexts]
+    return cells + ['the same'] * (2 - len(cells))
+
+
+def differences(results: Results) -> str:
+    """Lay out the comparisons that have a seed; empty where there is none."""
+    rows = []
+    for first, second in COMPARED:
+        seeds = {kind: results.seeds(kind, first, second) for kind in KINDS}
+        cells = []
+        for kind in KINDS:
+            found = [results.difference(kind, first, second, each) for each in KINDS[kind].judged if seeds[kind]]
+            cells += [
+                '; '.join(percent(each, '+') for each in found),
+                results.verdict(kind, first, second) if found else '',
+            ]
+        if any(cells):
+            rows.append([f'`{first}` minus `{second}`', *cells])
+    return markdown(['arms', *(head for kind in KINDS for head in (kind, 'verdict'))], rows) if rows else ''
 
 
 def noise(results: Results) -> list[str]:
@@ -212,8 +226,12 @@ def figures(results: Results) -> str:
             f'intervals of {CONFIDENCE:.0%}.',
             rates_table(results),
         ]
-        for title, lines in (('Differences', differences(results)), ('Noise of the instrument', noise(results))):
-            parts += [f'{title}:', '\n'.join(lines)] if lines else []
+        compared, noises = differences(results), '\n'.join(noise(results))
+        parts += ['Differences in points, in the two contexts of each kind:', compared] if compared else []
+        parts += ['Noise of the instrument:', noises] if noises else []
+        parts.append('![Phone error rate of each encoder, by kind of contexts](pictures/evidence_rates.png)')
+    if rows_of(results.folder / 'distance.csv'):
+        parts.append('![Loss by distance from the last visible frame](pictures/evidence_distance.png)')
     return '\n\n'.join([*parts, '## Earlier rounds, judged by fine-tuning', earlier(results.folder)])
 
 
@@ -234,52 +252,74 @@ def draw_rates(results: Results, path: Path) -> None:
     from matplotlib.figure import Figure
 
     kinds = [kind for kind in KINDS if any(own == kind for own, _ in results.judged())]
-    figure = Figure(figsize=(5 * len(kinds), 1.2 + 0.42 * len(results.judged()) / len(kinds)), layout='constrained')
-    for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        names = [name for own, name in results.judged() if own == kind]
-        names.sort(key=lambda name: results.rate(kind, name, KINDS[kind].judged[0]).value)
+    names = [name for name in ARMS if any(own == name for _, own in results.judged())]
+    names.sort(
+        key=lambda name: [-results.rate(k, name, KINDS[k].judged[0]).value for k in kinds if results.seeds(k, name)]
+    )
+    figure = Figure(figsize=(3 + 3.2 * len(kinds), 1.2 + 0.4 * len(names)), layout='constrained')
+    axes = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
+    for axis, kind in zip(axes, kinds):
         for place, name in enumerate(names):
-            for context, shift, fill in zip(KINDS[kind].judged, (0.12, -0.12), (colour(name), 'white')):
-                if name == FEATURES and shift < 0:
-                    continue
-                found = results.rate(kind, name, context)
-                counts = results.counts(kind, name, context, results.seeds(kind, name)).sum(axis=1)
-                style = dict(color=colour(name), markerfacecolor=fill)
-                axis.plot([100 * found.low, 100 * found.high], [place + shift] * 2, lw=1.5, color=colour(name))
-                axis.plot(100 * counts / results.phones.sum(), [place + shift] * len(counts), 'o', ms=4, **style)
-        axis.set_yticks(range(len(names)), [ARMS[name].what for name in names])
+            _draw_arm(axis, results, kind, name, place)
         axis.set_xlabel('phone errors, %')
         filled, empty = (list(context) for context in KINDS[kind].judged)
-        axis.set_title(f'{kind}: {filled} filled, {empty} empty', fontsize=10)
+        axis.set_title(f'{kind}\nfilled: {filled}, empty: {empty}', fontsize=9)
         axis.spines[['top', 'right']].set_visible(False)
+    axes[0].set_yticks(range(len(names)), [ARMS[name].what for name in names])
+    for label, name in zip(axes[0].get_yticklabels(), names):
+        label.set_color(colour(name))
     save(figure, path)
 
 
-def draw_distances(folder: Path, path: Path) -> None:
+def _draw_arm(axis, results: Results, kind: str, name: str, place: int) -> None:
+    """Draw a dot for each seed, and a line for the interval, in each judged context."""
+    seeds = results.seeds(kind, name)
+    for context, shift, fill in zip(KINDS[kind].judged, (0.13, -0.13), (colour(name), 'white')):
+        if seeds and not (name == FEATURES and shift < 0):
+            found = results.rate(kind, name, context)
+            rates = 100 * results.counts(kind, name, context, seeds).sum(axis=1) / results.phones.sum()
+            axis.plot([100 * found.low, 100 * found.high], [place + shift] * 2, lw=1.5, color=colour(name))
+            axis.plot(rates, [place + shift] * len(rates), 'o', ms=4, color=colour(name), markerfacecolor=fill)
+
+
+def draw_distances(folder: Path, path: Path, kind: str = 'causal', farthest: int = 7) -> None:
     """Draw nats below the unigram entropy by distance from the last visible frame: how far is a token predictable?"""
     from matplotlib.figure import Figure
 
-    lines, rows = {}, rows_of(folder / 'distance.csv')
-    for row in rows:
-        if row['kind'] == 'causal' and row['context'] == '5 0' and int(row['left']) in range(1, 8):
-            label = (
-                f"{ARMS[row['arm']].what}{', beside masks' if row['part'] == 'next' and row['arm'] == 'both' else ''}"
-            )
-            sums = lines.setdefault((row['arm'], label), {}).setdefault(int(row['left']), [0, 0.0])
+    context = label_of(KINDS[kind].judged[0])
+    lines: dict[tuple, dict[int, list]] = {}
+    for row in rows_of(folder / 'distance.csv'):
+        drawn = row['arm'] in DRAWN and (row['kind'], row['context']) == (kind, context)
+        if drawn and 1 <= int(row['left']) <= farthest:
+            sums = lines.setdefault((row['arm'], row['part']), {}).setdefault(int(row['left']), [0, 0.0])
             sums[0] += int(row['frames'])
             sums[1] += int(row['frames']) * float(row['nats_below'])
-    figure = Figure(figsize=(6, 3.6), layout='constrained')
+    figure = Figure(figsize=(7.5, 3.8), layout='constrained')
     axis = figure.subplots()
-    for (arm, label), sums in lines.items():
+    for (arm, part), sums in lines.items():
         places = sorted(sums)
         values = [sums[place][1] / sums[place][0] for place in places]
-        axis.plot(places, values, '-o', ms=4, color=colour(arm))
-        axis.annotate(label, (places[0], values[0]), xytext=(6, 4), textcoords='offset points', color=colour(arm))
+        axis.plot(
+            places,
+            values,
+            '-' if part == 'masked' else '--',
+            marker='o',
+            ms=4,
+            color=colour(arm),
+            label=label(arm, part),
+        )
+    axis.legend(frameon=False, fontsize=9, labelcolor='linecolor')
     axis.axhline(0, lw=0.8, color='#555555')
-    axis.set_xlabel('frames of 80 ms after the last visible frame, context [5, 0]')
+    axis.set_xlabel(f'frames of 80 ms after the last visible frame; {kind}, [{context.replace(" ", ", ")}]')
     axis.set_ylabel('nats below the unigram entropy')
     axis.spines[['top', 'right']].set_visible(False)
     save(figure, path)
+
+
+def label(arm: str, part: str) -> str:
+    """Return the name of a line: of the arm, and of its part where it has both."""
+    both = ARMS[arm].objective == 'both'
+    return ARMS[arm].what + (f": {'masked' if part == 'masked' else 'next'} tokens" if both else '')
 
 
 def save(figure, path: Path) -> None:

@@ -70,7 +70,7 @@ def test_pictures_are_drawn_from_the_csv_files(report, tmp_path):
     page.write_text(f'{report.BEGIN}\n{report.END}\n')
     assert report.main(['--results', str(tmp_path), '--page', str(page)]) == 0
     assert report.main(['--results', str(tmp_path), '--page', str(page), '--check']) == 0
-    assert '`next` | next tokens | 0 | 30.0 (' in page.read_text()
+    assert '| next tokens | `next` | 30.0 (20.0 to 40.0), seed 0 |' in page.read_text()
     assert sorted(path.name for path in (tmp_path / 'pictures').iterdir()) == [
         'evidence_distance.png',
         'evidence_rates.png',
