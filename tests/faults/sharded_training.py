@@ -61,7 +61,6 @@ def model_config(shards: str, noise: str, validation: str):
             'noise_manifest': noise,
             'shuffle': True,
             'batch_size': 2,
-            'force_finite': True,
             'shuffle_buffer_size': 20,
             'max_duration': 20.0,
             'resumable': {'seed': 3},

@@ -1,75 +1,77 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resumable batches of data that lhotse reads: manifests, tarred manifests, lhotse Shar, mixed and bucketed. New here.
+"""Resumable batches of data that lhotse reads: manifests, tarred manifests, lhotse Shar, mixtures, buckets. New here.
 
-lhotse's samplers can save a state, but not with NeMo's constraints on batches, and not for another number of ranks. So a
-batch is a function of (seed, epoch, number) here: each epoch has a sampler of its own, made by NeMo's function from the
-config, whose every draw is seeded, and which lives in the training process. To resume is to ask a new one for as many
-batches and to throw them away: their audio is not decoded, but of shards it is read.
-
-The samplers make batches for all ranks together and hand them out in turn. So the batches of an epoch do not depend on who
-takes them, and on another number of ranks the next one is still the next.
+As in lhotse, the shards of each source are shuffled, divided among ranks and workers, and read in the workers. A reader (one
+worker of one rank) reads segments: as many cuts as the sampler's buffer holds, which NeMo's sampler makes batches of, until
+nothing is left. All draws of a segment are seeded with its first position. So a position is where each source was when the
+segment began, and how many of its batches are used. To resume, a reader opens the open shards, and makes these batches again
+without loading audio.
 """
 
 import copy
 import itertools
 import random
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 
-import numpy as np
 import torch
+from lhotse import CutSet
+from lhotse.lazy import LazyInfiniteApproximateMultiplexer, LazyIteratorChain, LazyManifestIterator, LazySlicer
+from lhotse.shar.readers.lazy import LazySharIterator
 from omegaconf import OmegaConf, open_dict
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from nemo.collections.asr.data.resumable_loader import ResumableLoader, derive_seed, seed_generators, seed_of
-from nemo.collections.common.data.lhotse.dataloader import LhotseDataLoadingConfig, get_lhotse_dataloader_from_config
+from nemo.collections.asr.data.resumable_loader import ResumableLoader, derive_seed, seed_generators
+from nemo.collections.asr.parts.utils.config_keys import Resumable
+from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator, LazyNeMoTarredIterator
+from nemo.utils import logging
 
-SEEDS = ('seed', 'shard_seed')
-# What makes the order depend on more than the seed, and why.
-DISORDERLY = {
-    'concurrent_bucketing': "a thread fills the buckets, so the order depends on its pace",
-    'force_iterable_dataset': "each worker then reads an order of its own, which another number of workers changes",
-    'multi_config': "its samplers divide the batches each by itself; input_cfg mixes data, too",
+REFUSED = {
+    'concurrent_bucketing': 'a thread fills the buckets, so the order depends on its pace',
+    'force_map_dataset': 'each rank then reads the cuts of all ranks',
+    'multi_config': 'input_cfg mixes sources, too',
+    'max_open_streams': 'a reader opens one shard of each source',
 }
 
 
 def reads_cuts(config) -> bool:
-    """Whether the data of a section can be resumed through lhotse: it asks for lhotse, or for tarred manifests."""
+    """Whether lhotse can read the data of a section: it sets ``use_lhotse``, or has tarred manifests."""
     return bool(config is not None and (config.get('use_lhotse', False) or config.get('is_tarred', False)))
 
 
-def repeatable_config(config, options):
-    """Return a data section whose batches are a function of a seed; seeds that it has itself stay.
-
-    Tarred manifests are read through lhotse, an epoch at a time: NeMo's own reader shuffles by clock and process.
+def resumable_config(config, options, ranks: int):
+    """Return a data section that NeMo makes a loader of which :func:`make_resumable_cuts` takes.
 
     Args:
         config: the section, which is left as it is.
         options: ``train_ds.resumable``.
+        ranks: how many ranks there are.
 
     Raises:
-        ValueError: naming the setting that stands against it, the reason, and what to set.
+        ValueError: naming the setting that cannot be resumed, the reason, and what to set.
     """
-    seed_of(options)
+    seed = Resumable.parse(options, 'train_ds.resumable').seed
     config = copy.deepcopy(config if OmegaConf.is_config(config) else OmegaConf.create(config))
-    for key, reason in DISORDERLY.items():
-        if config.get(key, False):
-            raise ValueError(f"train_ds.{key} is true; train_ds.resumable needs it false: {reason}")
-    for key in SEEDS:
-        if isinstance(config.get(key), str):
-            raise ValueError(
-                f"train_ds.{key} is {config[key]!r}, another one in each process; train_ds.resumable needs a number"
-            )
+    for key, reason in REFUSED.items():
+        if config.get(key):
+            raise ValueError(f"train_ds.{key} is {config[key]}; train_ds.resumable needs it unset: {reason}")
     with open_dict(config):
         if not config.get('use_lhotse', False):
-            _read_tarred_through_lhotse(config)
-        config.force_map_dataset = True
-        if 'concurrent_bucketing' in LhotseDataLoadingConfig.__dataclass_fields__:  # NeMo 3.0.0's default is true
-            config.concurrent_bucketing = False
+            _read_tarred_through_lhotse(config, finite=ranks == 1)
+        if config.get('force_finite', False) and ranks > 1:
+            raise ValueError(
+                f"train_ds.force_finite is true on {ranks} ranks; they have different numbers of batches, so it must be "
+                "false: end epochs with trainer.limit_train_batches, and the run with trainer.max_steps"
+            )
+        config.update(force_iterable_dataset=True, concurrent_bucketing=False)
+        for key in ('seed', 'shard_seed'):
+            if not isinstance(config.get(key), int):
+                config[key] = derive_seed(seed, key) % 2**31
     return config
 
 
-def _read_tarred_through_lhotse(config) -> None:
+def _read_tarred_through_lhotse(config, finite: bool) -> None:
     for key in ('is_concat', 'augmentor'):
         if config.get(key):
             raise ValueError(
@@ -81,155 +83,319 @@ def _read_tarred_through_lhotse(config) -> None:
         config.shuffle_buffer_size = shuffle_n
     config.pop('is_tarred')
     config.pop('tarred_shard_strategy', None)
-    config.use_lhotse, config.force_finite = True, True
+    config.use_lhotse, config.force_finite = True, finite
 
 
 def make_resumable_cuts(loader: DataLoader, config, options, rank: int, ranks: int) -> 'ResumableCutLoader':
     """Return a loader of the same data that is resumable.
 
     Args:
-        loader: what NeMo made of ``config``.
-        config: of :func:`repeatable_config`.
+        loader: made by NeMo of ``config``.
+        config: returned by :func:`resumable_config`.
         options: ``train_ds.resumable``.
-        rank: of this process.
-        ranks: how many there are.
+        rank: the rank of this process.
+        ranks: the number of ranks.
 
     Raises:
-        ValueError: if NeMo's loader reads in its workers after all.
+        ValueError: if a source cannot be divided into shards.
     """
-    seed = seed_of(options)
-    if loader.sampler is None or isinstance(loader.dataset, torch.utils.data.IterableDataset):
-        raise ValueError("train_ds.resumable: the data are read in the loader's workers; set force_map_dataset: true")
-
-    def make_sampler(epoch: int, ranks: int):
-        own = {key: derive_seed(seed, key, config.get(key), epoch) % 2**31 for key in SEEDS}
-        of_epoch = copy.deepcopy(config)
-        with open_dict(of_epoch):
-            of_epoch.update(own)
-        return get_lhotse_dataloader_from_config(of_epoch, 0, ranks, loader.dataset).sampler
-
+    buffer = config.get('bucket_buffer_size' if config.get('use_bucketing', False) else 'shuffle_buffer_size')
+    data = ResumableCuts(
+        loader.dataset.dataset,
+        loader.dataset.sampler,
+        seed=Resumable.parse(options, 'train_ds.resumable').seed,
+        rank=rank,
+        readers=ranks * max(1, loader.num_workers),
+        segment=buffer or 10000,
+        finite=config.get('force_finite', False),
+    )
     return ResumableCutLoader(
-        RepeatableCuts(loader.dataset, seed, rank),
-        seed=seed,
-        sampler=CutBatches(make_sampler, seed, rank, ranks),
+        data,
+        seed=data.seed,
         batch_size=None,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
     )
 
 
-class CutBatches(DistributedSampler):
-    """The batches of cuts of a rank, each with its epoch and number.
-
-    It is a ``DistributedSampler``, for it divides the data by itself, and Lightning leaves such ones alone.
+class CutStream:
+    """The cuts of one source that one of several readers reads, pass after pass; its position can be set.
 
     Args:
-        make_sampler: takes an epoch and a number of ranks; returns lhotse's sampler of its first rank.
-        seed: of all that a sampler draws when it is asked for a batch.
-        rank: of this process.
-        ranks: how many there are.
+        open_shard: for each shard, a function of a pass, a part and a number of parts; it returns the cuts of the part.
+        shuffled: whether each pass has another order of the shards.
+        seed: of the orders.
+        readers: the number of readers. Where there are fewer shards, readers share a shard: each takes every n-th cut.
+        finite: whether the stream ends after a pass.
     """
 
-    def __init__(self, make_sampler: Callable, seed: int, rank: int, ranks: int):
-        super().__init__([], num_replicas=ranks, rank=rank)
-        self.make_sampler, self.seed = make_sampler, seed
-        self.used = 0
-        self.began_with = ranks
-        """How many ranks the batches of the epoch were made for: buckets are chosen for so many at once."""
+    def __init__(self, open_shard: list[Callable], shuffled: bool, seed: int, readers: int, finite: bool):
+        self.open_shard, self.shuffled, self.seed = open_shard, shuffled, seed
+        self.readers, self.finite = readers, finite
+        self.parts = -(-readers // max(1, len(open_shard)))
+        self.go_to(0, (0, 0, 0, 0))
 
-    def __len__(self) -> int:
-        raise TypeError("how many batches lhotse will make is not known")
+    def go_to(self, reader: int, position: tuple[int, int, int, int]) -> None:
+        """Set the reader, and its position: pass, first shard of the pass, shards read by the reader, cuts read of the next."""
+        self.reader, self.position, self._cuts = reader, tuple(position), None
 
-    def __iter__(self) -> Iterator[tuple]:
-        epoch, ranks = self.epoch, self.began_with
-        with own_generators(self.seed, 'epoch', epoch):
-            sampler = self.make_sampler(epoch, ranks)
-            iter(sampler)
-        numbers = itertools.count()
-        if ranks != self.num_replicas:
-            self._share(sampler, 0, 1)
-            self._pass(sampler, numbers, epoch, self.used)
-            self._share(sampler, self.rank, self.num_replicas)
-        else:
-            self._share(sampler, self.rank, ranks)
-            self._pass(sampler, numbers, epoch, self.used // ranks)
-        for number in numbers:
-            try:
-                yield (epoch, number), self._next(sampler, epoch, number)
-            except StopIteration:
+    def __iter__(self) -> 'CutStream':
+        return self
+
+    def __next__(self):
+        self._cuts = self._cuts or self._read()
+        return next(self._cuts)
+
+    def __deepcopy__(self, memo) -> 'CutStream':
+        return self  # copies of the sampler go on reading where the one before was
+
+    def _read(self) -> Iterator:
+        number, first, done, offset = self.position
+        empty = not (done or offset)
+        while True:
+            for shard, part in self._order(number)[first:][self.reader :: self.readers][done:]:
+                cuts = self.open_shard[shard](number, part, self.parts)
+                for cut in itertools.islice(cuts, offset, None):
+                    offset, empty = offset + 1, False
+                    self.position = number, first, done, offset
+                    yield cut
+                done, offset = done + 1, 0
+                self.position = number, first, done, 0
+            if self.finite or (empty and not first):
                 return
+            number, first, done = number + 1, 0, 0
 
-    def _pass(self, sampler, numbers: Iterator[int], epoch: int, batches: int) -> None:
-        for number in itertools.islice(numbers, batches):
-            self._next(sampler, epoch, number)
-
-    def _next(self, sampler, epoch: int, number: int):
-        with own_generators(self.seed, 'cuts', epoch, number):
-            return next(sampler)
-
-    @staticmethod
-    def _share(sampler, rank: int, ranks: int) -> None:
-        """Say whom a sampler that has begun hands its batches to."""
-        sampler.rank, sampler.world_size = rank, ranks
+    def _order(self, number: int) -> list[tuple[int, int]]:
+        order = list(itertools.product(range(len(self.open_shard)), range(self.parts)))
+        if self.shuffled:
+            random.Random(derive_seed(self.seed, number)).shuffle(order)
+        return order
 
 
-class RepeatableCuts(Dataset):
-    """A dataset of which each batch is loaded with generators seeded for it.
+class ResumableCuts(IterableDataset):
+    """Batches of the cuts of a reader, each with its place: the reader, the segment's positions, and the next batch in it.
 
     Args:
         dataset: makes a batch of cuts.
-        seed: of the draws.
-        rank: of this process.
+        sampler: NeMo's sampler; the sources in it are replaced by streams.
+        seed: of all draws.
+        rank: the rank of this process.
+        readers: the number of readers of all ranks.
+        segment: the number of cuts of a segment.
+        finite: whether the data end after a pass.
     """
 
-    def __init__(self, dataset, seed: int, rank: int):
-        self.dataset, self.seed, self.rank = dataset, seed, rank
+    def __init__(self, dataset, sampler, *, seed: int, rank: int, readers: int, segment: int, finite: bool):
+        self.dataset, self.sampler, self.seed, self.rank = dataset, sampler, seed, rank
+        self.readers, self.segment = readers, segment
+        self.streams: list[CutStream] = []
+        replaced = {}
 
-    def __getitem__(self, numbered):
-        place, cuts = numbered
-        seed_generators(self.seed, 'data', self.rank, *place)
-        return self.dataset[cuts]
+        def make_stream(source) -> CutStream:
+            if id(source) not in replaced:
+                seed_of_source = derive_seed(seed, 'shards', len(self.streams))
+                replaced[id(source)] = CutStream(*_shards_of(source), seed_of_source, readers, finite)
+                self.streams.append(replaced[id(source)])
+            return replaced[id(source)]
+
+        _replace_sources(sampler, make_stream)
+        self.begin = [(0, 0)] * len(self.streams)  # pass and first shard of each source
+        self.places: dict[int, tuple] = {}  # of the readers of this rank: the segment's positions, batches used
+        self.first_reader = 0
+
+    def __iter__(self) -> Iterator[tuple]:
+        info = get_worker_info()
+        reader, workers = (info.id, info.num_workers) if info else (0, 1)
+        if reader < self.first_reader:
+            yield None  # the batch comes from the next worker
+        start = tuple((*begin, 0, 0) for begin in self.begin)
+        positions, used = self.places.get(reader, (start, 0))
+        for stream, position in zip(self.streams, positions):
+            stream.go_to(self.rank * workers + reader, position)
+        while True:
+            size = self.segment if positions != start else -(-self.segment * (reader + 1) // workers)  # staggered
+            empty = True
+            for number, cuts in self._batches_of_segment(reader, positions, size):
+                empty = False
+                if number >= used:
+                    seed_generators(self.seed, 'data', self.rank, reader, positions, number)
+                    yield (reader, (positions, number + 1)), self.dataset[cuts]
+            if empty:
+                return
+            positions, used = tuple(stream.position for stream in self.streams), 0
+
+    def _batches_of_segment(self, reader: int, positions: tuple, size: int) -> Iterator[tuple]:
+        sampler = copy.deepcopy(self.sampler)
+        place = self.seed, 'cuts', self.rank, reader, positions
+        _seed_draws(sampler, *place)
+        seed_generators(*place)
+        sampler.cuts = tuple(itertools.islice(iter(cuts), size) for cuts in sampler.cuts)
+        iter(sampler)
+        for number in itertools.count():
+            seed_generators(*place, number)
+            try:
+                cuts = next(sampler)
+            except StopIteration:
+                return
+            yield number, cuts
 
 
 class ResumableCutLoader(ResumableLoader):
     """Resumable batches of cuts; made by :func:`make_resumable_cuts`."""
 
-    unit = 'batches'
-    _ended = False
+    def __init__(self, dataset: ResumableCuts, **kwargs):
+        self._ahead: deque = deque()  # places of batches that no step has trained on yet
+        self._has_steps = False
+        super().__init__(dataset, **kwargs)
+
+    def start_step(self) -> None:
+        """Count the next batch as used by a training step, and seed what the step draws."""
+        self._has_steps = True
+        reader, place = self._ahead.popleft()
+        self._use(reader, place)
+        self.seed_step(reader, place)
 
     def state_dict(self) -> dict:
-        """Return where the loader is, and how many ranks the batches of the epoch are made for."""
-        state = super().state_dict()
-        same = state['epoch'] == self._epoch()
-        return {**state, 'made_for': self.sampler.began_with if same else self.ranks}
+        """Return the places of the readers of all ranks; every rank calls it."""
+        while self._ahead and not self._has_steps:
+            self._use(*self._ahead.popleft())
+        data = self.dataset
+        own = {data.rank: dict(data.places)}
+        parts = [own]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            parts = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, own)
+        return {
+            'readers': data.readers,
+            'workers': max(1, self.num_workers),
+            'parts': [stream.parts for stream in data.streams],
+            'begin': list(data.begin),
+            'first_reader': data.first_reader,
+            'places': {rank: places for part in parts for rank, places in part.items()},
+        }
 
     def load_state_dict(self, state: dict) -> None:
-        """Begin the next epoch where a loader with this state was, on as many ranks or others."""
-        super().load_state_dict(state)
-        self.sampler.began_with = state['made_for']
+        """Go on where a loader with this state was; with other numbers of ranks or workers, with the next shards."""
+        data = self.dataset
+        if (state['readers'], state['workers']) == (data.readers, max(1, self.num_workers)):
+            data.begin, data.first_reader = state['begin'], state['first_reader']
+            data.places = dict(state['places'].get(data.rank, {}))
+            return
+        data.begin = [_next_shard(state, index, stream.parts) for index, stream in enumerate(data.streams)]
+        data.places, data.first_reader = {}, 0
+        logging.warning(
+            f"train_ds.resumable: the state is of {state['readers']} readers (ranks times workers), now there are "
+            f"{data.readers}. They go on with shards that no reader had opened when its last segment began: up to {data.segment} "
+            "utterances of each reader may come twice, and what was left of open shards is left out of this pass."
+        )
 
-    def _begin_epoch(self, epoch, used):
-        self._ended = False
-        self.sampler.used = used
-        if not used:
-            self.sampler.began_with = self.ranks
+    def __iter__(self) -> Iterator:
+        self._ahead.clear()
+        for place, batch in filter(None, super().__iter__()):
+            self._ahead.append(place)
+            self.seed_step(*place)
+            yield batch
+        self.state_dict()  # takes the last places
+        self.dataset.begin = [(number + 1, 0) for number, _ in self.dataset.begin]
+        self.dataset.places, self.dataset.first_reader = {}, 0
 
-    def _is_over(self, batches):
-        return self._ended and batches >= self._given
+    def _get_iterator(self):
+        collate = self.collate_fn
+        self.collate_fn = partial(_collate_batch, collate)
+        try:
+            return super()._get_iterator()
+        finally:
+            self.collate_fn = collate
 
-    def _after_the_last(self):
-        self._ended = True
+    def _use(self, reader: int, place: tuple) -> None:
+        self.dataset.places[reader] = place
+        self.dataset.first_reader = (reader + 1) % max(1, self.num_workers)
 
 
-@contextmanager
-def own_generators(*parts) -> Iterator[None]:
-    """Let the block draw from generators seeded with a function of the parts, and put the process's own back."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed_generators(*parts)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
+def _collate_batch(collate: Callable, placed: tuple | None) -> tuple | None:
+    return placed and (placed[0], collate(placed[1]))
+
+
+def _next_shard(state: dict, index: int, parts: int) -> tuple[int, int]:
+    """Return the pass of a source and its first shard that no reader of a state had opened."""
+    opened = [state['begin'][index]]
+    for rank, places in state['places'].items():
+        for reader, (positions, _) in places.items():
+            number, first, done, offset = positions[index]
+            last = rank * state['workers'] + reader + (done - (offset == 0)) * state['readers']
+            opened.append((number, first + max(0, last + 1)))
+    number, shard = max(opened)
+    return (number, shard) if parts == state['parts'][index] or shard == 0 else (number + 1, 0)
+
+
+def _shards_of(source) -> tuple[list[Callable], bool]:
+    """Return functions that open the shards of a source, and whether their order is shuffled."""
+    shuffled = bool(getattr(source, 'shuffle_shards', False))
+    if isinstance(source, LazySharIterator):
+        return [partial(_open_shar, source, shard) for shard in range(source.num_shards)], shuffled
+    if isinstance(source, LazyNeMoTarredIterator):
+        return [partial(_open_tar, source, shard) for shard in source.shard_ids], shuffled
+    if isinstance(source, LazyNeMoIterator):
+        files = source.source.iterators if isinstance(source.source, LazyIteratorChain) else [source.source]
+        return [partial(_open_manifest, source, file) for file in files], shuffled
+    return [lambda number, part, parts: LazySlicer(source, part, parts)], shuffled
+
+
+def _open_shar(source, shard: int, number: int, part: int, parts: int) -> Iterator:
+    fields = {field: [path] for field, path in source.shards[shard].items()}
+    functions = [source.cut_map_fns[shard]]
+    one = LazySharIterator(fields, cut_map_fns=functions, seed=source.seed, slice_length=source.slice_length)
+    one.epoch = number
+    return LazySlicer(one, part, parts)
+
+
+def _open_tar(source, shard: int, number: int, part: int, parts: int) -> Iterator:
+    one = copy.copy(source)
+    one.shard_id_to_manifest, one.epoch = {shard: source.shard_id_to_manifest[shard]}, number
+    return LazySlicer(one, part, parts)
+
+
+def _open_manifest(source, file, number: int, part: int, parts: int) -> Iterator:
+    one = copy.copy(source)
+    one.source = LazySlicer(file, part, parts)  # NeMo opens the audio of each line that it takes
+    return one
+
+
+def _children(node) -> list[tuple]:
+    """Return the keys and values in an object of lhotse or NeMo, or in a list; nothing of other objects."""
+    if isinstance(node, (list, tuple)):
+        return list(enumerate(node))
+    if isinstance(node, CutStream) or type(node).__module__.split('.')[0] not in ('lhotse', 'nemo'):
+        return []
+    return list(getattr(node, '__dict__', {}).items())
+
+
+def _replace_sources(node, make_stream: Callable) -> None:
+    """Replace what reads cuts, below a sampler, by streams; noise that lhotse mixes in stays whole in each reader."""
+    if isinstance(node, LazyInfiniteApproximateMultiplexer):
+        raise ValueError(f"train_ds.max_open_streams is set; {REFUSED['max_open_streams']}")
+    readers = LazySharIterator, LazyNeMoTarredIterator, LazyNeMoIterator, LazyManifestIterator
+    for key, value in _children(node):
+        eager = isinstance(node, CutSet) and isinstance(value, (list, dict))
+        if isinstance(value, readers) or eager:
+            stream = make_stream(list(value.values()) if isinstance(value, dict) else value)
+            node.__setitem__(key, stream) if isinstance(node, list) else setattr(node, key, stream)
+        elif isinstance(node, CutSet) and not type(value).__module__.startswith('lhotse'):
+            raise ValueError(
+                f"train_ds.resumable cannot divide {type(value).__name__} into shards: set resumable: null"
+            )
+        elif key != 'mix_in_cuts':
+            _replace_sources(value, make_stream)
+
+
+def _seed_draws(node, *parts) -> None:
+    """Seed whatever draws below a sampler with a function of the parts and of its place there."""
+    for key, value in _children(node):
+        if isinstance(value, random.Random):
+            value.seed(derive_seed(*parts, key))
+        elif key in ('seed', 'shard_seed'):
+            setattr(node, key, derive_seed(*parts, key) % 2**31)
+        else:
+            _seed_draws(value, *parts, key)

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A data loader that goes on in the middle of an epoch as if it had never stopped. New in this project.
+"""A data loader that resumes in the middle of an epoch, exactly. New in this project.
 
-Plain loaders start an epoch anew after a resume: the first utterances come twice, the last never. Here the order of
-the utterances, and all that is drawn for a batch (noise, masks, dropout), is a pure function of (seed, epoch, batch):
-the same with workers or without, after a kill, on the same number of ranks. On another number of ranks the order of the
-epoch stays, and each goes on where all of them together had been.
-
-``resumable_cuts.py`` has the same for data that lhotse reads.
+The order of the utterances, and all that is drawn for a batch (noise, masks, dropout), is a pure function of (seed, epoch,
+batch), with any number of workers. On another number of ranks the order stays, and each rank goes on where all ranks
+together were. ``resumable_cuts.py`` has the same for data that lhotse reads.
 """
 
 import hashlib
@@ -15,170 +12,122 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-)
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
 from nemo.collections.asr.parts.utils.config_keys import Resumable
 from nemo.utils import logging
 
 
 class ResumableLoader(DataLoader):
-    """A ``DataLoader`` with the state that Lightning saves and restores.
-
-    What all ranks together have used of an epoch is counted in units: utterances of plain manifests, batches of cuts.
+    """A ``DataLoader`` whose state Lightning saves and restores.
 
     Args:
-        dataset: of the data.
+        dataset: the data.
         seed: of the order and of all draws.
         **kwargs: of ``DataLoader``.
     """
 
-    unit = 'utterances'
-
     def __init__(self, dataset, *, seed: int = 0, **kwargs):
-        self._used_before = self._to_pass = 0  # units, by all ranks, before this start; and before the next
-        self._given = 0  # batches, since this start
-        self._steps: int | None = None  # of training, since this start; None: nobody tells
         super().__init__(dataset, **kwargs)
         self.seed = seed
 
-    @property
-    def ranks(self) -> int:
-        """How many ranks share the data."""
-        return getattr(self.sampler, 'num_replicas', 1)
-
-    @property
-    def position(self) -> int:
-        """The batches of this epoch that were handed out."""
-        """The first batch of this start, counted as if the present ranks had begun the epoch."""
-        return self._used_before // (self.ranks * self._units_of_a_batch)
-
-    @property
-    def next_batch(self) -> int:
-        """The batch of the epoch that comes next, counted as if the present ranks had begun it."""
-        return self.position + self._given
-
-    def start_step(self) -> None:
-        """Say that a training step takes the next batch; Lightning may have asked for the one after it.
-
-        Seeds the generators for what the step draws.
-        """
-        self._steps = (self._steps or 0) + 1
-        seed_generators(self.seed, 'step', _rank(), self._epoch(), self.position + self._steps)
-
-    def state_dict(self) -> dict:
-        """Return where the loader is: an epoch, and what all ranks have used of it."""
-        used = self._given if self._steps is None else min(self._steps, self._given)
-        epoch, units = self._epoch(), self._used_before + used * self.ranks * self._units_of_a_batch
-        if self._is_over(used):
-            epoch, units = epoch + 1, 0
-        return {
-            'epoch': epoch,
-            'batches': units // (self.ranks * self._units_of_a_batch),
-            'used': units,
-            'ranks': self.ranks,
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        """Begin the next epoch where a loader with this state was, on as many ranks or others."""
-        self.sampler.set_epoch(state['epoch'])
-        here = state['batches'] * self.ranks * self._units_of_a_batch  # version 0.1 kept no more
-        self._used_before = self._to_pass = state.get('used', here)
-        ranks = state.get('ranks', self.ranks)
-        if ranks != self.ranks and self._to_pass:
-            logging.warning(
-                f"train_ds.resumable: {ranks} ranks had used {self._to_pass} {self.unit} of epoch {state['epoch']}; "
-                f"{self.ranks} go on after these. Fewer than a batch of each rank may come twice."
-            )
-
-    def __iter__(self) -> Iterator:
-        self._used_before, self._to_pass = self._to_pass, 0
-        self._given, self._steps = 0, None
-        self._begin_epoch(self._epoch(), self._used_before)
-        return self._numbered(super().__iter__(), self._epoch(), self.position)
-
-    def _numbered(self, batches, epoch: int, position: int) -> Iterator:
-        for batch in batches:
-            self._given += 1
-            seed_generators(self.seed, 'step', _rank(), epoch, position + self._given)
-            yield batch
-        self._after_the_last()
-
-    def _epoch(self) -> int:
-        return getattr(self.sampler, 'epoch', 0)
-
-    @property
-    def _units_of_a_batch(self) -> int:
-        return 1
-
-    def _begin_epoch(self, epoch: int, used: int) -> None:
-        """Make ready to give what is left of an epoch of which all ranks have used so many units."""
-        raise NotImplementedError
-
-    def _is_over(self, batches: int) -> bool:
-        """Whether nothing is left of the epoch after so many batches of this start."""
-        raise NotImplementedError
-
-    def _after_the_last(self) -> None:
-        """Take note that the data has come to its end."""
+    def seed_step(self, *place) -> None:
+        """Seed what a training step on the batch at a place draws."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        seed_generators(self.seed, 'step', torch.distributed.get_rank() if distributed else 0, *place)
 
 
 class ResumableDataLoader(ResumableLoader):
     """Resumable utterances of plain manifests; made by :func:`make_resumable`.
 
-    Under a distributed strategy Lightning puts its own sampler in; what is taken from that is who has which share.
+    Under a distributed strategy Lightning replaces the sampler; its rank and number of ranks are used.
 
     Args:
-        dataset: :class:`RepeatableItems`.
-        shuffled: whether the order is another in each epoch.
+        dataset: :class:`SeededItems`.
+        shuffled: whether each epoch has another order.
         **kwargs: of :class:`ResumableLoader`.
     """
 
     def __init__(self, dataset, *, seed: int = 0, shuffled: bool = True, **kwargs):  # Lightning reads the names
+        self._used_before = self._to_skip = 0  # utterances, by all ranks, before this start; and before the next
+        self._given = 0  # batches since this start
+        self._steps: int | None = None  # training steps since this start; None where nothing counts them
         self._rest: BatchSampler | None = None
         super().__init__(dataset, seed=seed, **kwargs)
         self.shuffled = shuffled
 
     @property
-    def _units_of_a_batch(self) -> int:
-        return self.batch_size
+    def ranks(self) -> int:
+        """The number of ranks that share the data."""
+        return getattr(self.sampler, 'num_replicas', 1)
 
-    def _begin_epoch(self, epoch, used):
-        self.dataset.epoch = epoch  # before the workers take their copies
-        share = _Indices(self._share(epoch)[used // self.ranks :])
+    @property
+    def position(self) -> int:
+        """The first batch of this start, counted as if the present ranks had begun the epoch."""
+        left = -(-len(self.dataset) // self.ranks) - self._used_before // self.ranks
+        return len(self) - len(BatchSampler(range(left), self.batch_size, self.drop_last))
+
+    @property
+    def next_batch(self) -> int:
+        """The next batch of the epoch, counted as if the present ranks had begun it."""
+        return self.position + self._given
+
+    def start_step(self) -> None:
+        """Count the next batch as used by a training step, and seed what the step draws."""
+        self._steps = (self._steps or 0) + 1
+        self.seed_step(self.sampler.epoch, self.position + self._steps)
+
+    def state_dict(self) -> dict:
+        """Return the epoch, and the number of its utterances that all ranks have used."""
+        batches = self._given if self._steps is None else min(self._steps, self._given)
+        epoch, used = self.sampler.epoch, self._used_before + batches * self.ranks * self.batch_size
+        if self._rest is not None and batches >= len(self._rest):
+            epoch, used = epoch + 1, 0
+        return {'epoch': epoch, 'used': used, 'ranks': self.ranks}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Begin the next epoch where a loader with this state was, on as many ranks or others."""
+        self.sampler.set_epoch(state['epoch'])
+        self._used_before = self._to_skip = state['used']
+        if state['ranks'] != self.ranks and self._to_skip:
+            logging.warning(
+                f"train_ds.resumable: {state['ranks']} ranks had used {self._to_skip} utterances of epoch {state['epoch']}; "
+                f"{self.ranks} go on after these. Fewer than a batch of each rank may come twice."
+            )
+
+    def __iter__(self) -> Iterator:
+        self._used_before, self._to_skip = self._to_skip, 0
+        self._given, self._steps = 0, None
+        epoch = self.dataset.epoch = self.sampler.epoch  # before the workers take their copies
+        share = self._share(epoch)[self._used_before // self.ranks :]
         self._rest = BatchSampler(share, self.batch_size, self.drop_last)
+        return self._seed_steps(super().__iter__(), epoch, self.position)
+
+    def _seed_steps(self, batches, epoch: int, position: int) -> Iterator:
+        for batch in batches:
+            self._given += 1
+            self.seed_step(epoch, position + self._given)
+            yield batch
 
     def _share(self, epoch: int) -> np.ndarray:
         """Return the utterances of this rank in the order of an epoch; all ranks have equally many."""
         indices = np.arange(len(self.dataset))
         if self.shuffled:
-            indices = EpochSampler.order(len(self.dataset), self.seed, epoch).numpy()
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, 'order', epoch))
+            indices = torch.randperm(len(self.dataset), generator=generator).numpy()
         missing = -len(indices) % self.ranks
         return np.resize(indices, len(indices) + missing)[getattr(self.sampler, 'rank', 0) :: self.ranks]
 
-    def _is_over(self, batches):
-        return self._rest is not None and batches >= len(self._rest)
-
-    @property
-    def position(self) -> int:
-        """The batches of this epoch that were handed out."""
-        left = -(-len(self.dataset) // self.ranks) - self._used_before // self.ranks
-        return len(self) - len(BatchSampler(range(left), self.batch_size, self.drop_last))
+    def __len__(self) -> int:
+        return len(super()._index_sampler)  # of the whole epoch, as Lightning counts
 
     @property
     def _index_sampler(self):
-        whole = super()._index_sampler
-        return whole if self._rest is None else _Rest(self._rest, len(whole))
+        return super()._index_sampler if self._rest is None else self._rest
 
 
-class RepeatableItems(Dataset):
-    """A dataset of which each batch is loaded with generators seeded for it; a loader's workers ask for whole batches.
+class SeededItems(Dataset):
+    """A dataset of which each batch is loaded with generators seeded for it; a loader's workers fetch whole batches.
 
     Args:
         dataset: a dataset with a length.
@@ -195,64 +144,18 @@ class RepeatableItems(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list:
-        seed_generators(self.seed, 'data', self.epoch, indices[0])  # which stands in no other batch of the epoch
+        seed_generators(self.seed, 'data', self.epoch, int(indices[0]))  # which is in no other batch of the epoch
         return [self.dataset[index] for index in indices]
 
 
-class EpochSampler(RandomSampler):
-    """Shuffles as a function of (seed, epoch) and of nothing else."""
-
-    def __init__(self, dataset, seed: int):
-        super().__init__(dataset)
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch's order comes next; Lightning does."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(_Indices(self.order(len(self.data_source), self.seed, self.epoch).numpy()))
-
-    @staticmethod
-    def order(items: int, seed: int, epoch: int) -> torch.Tensor:
-        """Return an epoch's order, int64 [items]."""
-        return torch.randperm(items, generator=torch.Generator().manual_seed(derive_seed(seed, 'order', epoch)))
-
-
-class InOrder(SequentialSampler):
-    """Does not shuffle, and knows the epoch."""
+class EpochSampler(SequentialSampler):
+    """Holds the epoch where Lightning has no distributed sampler; the order is the loader's."""
 
     epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes next."""
+        """Set the epoch; Lightning does."""
         self.epoch = epoch
-
-
-class _Indices:
-    """Numbers of utterances; a list of a million Python numbers would take 40 MB."""
-
-    def __init__(self, indices: np.ndarray):
-        self.indices = indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[int]:
-        return map(int, self.indices)
-
-
-class _Rest:
-    """The batches that are left of an epoch; its length is that of the whole epoch, as Lightning counts."""
-
-    def __init__(self, batches, length: int):
-        self.batches, self.length = batches, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator:
-        return iter(self.batches)
 
 
 def make_resumable(loader: DataLoader, options) -> ResumableDataLoader:
@@ -263,36 +166,26 @@ def make_resumable(loader: DataLoader, options) -> ResumableDataLoader:
         options: ``seed`` (default 0), as ``train_ds.resumable`` gives it.
 
     Raises:
-        ValueError: if the options are others, or the data are a stream whose position nobody knows.
+        ValueError: if the options are others, or the data are a stream without positions.
     """
-    seed = seed_of(options)
+    seed = Resumable.parse(options, 'train_ds.resumable').seed
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
         raise ValueError(
-            "train_ds.resumable needs data whose position can be told: plain manifests, or tarred and other data that "
-            "lhotse reads (train_ds.use_lhotse: true); concatenated and DALI data are streams of their own"
+            "train_ds.resumable needs data with positions: plain manifests, or tarred and other data that lhotse reads "
+            "(train_ds.use_lhotse: true); concatenated and DALI data have none"
         )
-    dataset = RepeatableItems(loader.dataset, seed)
-    shuffles = isinstance(loader.sampler, RandomSampler)
+    dataset = SeededItems(loader.dataset, seed)
     return ResumableDataLoader(
         dataset,
         seed=seed,
-        shuffled=shuffles,
-        sampler=EpochSampler(dataset, seed) if shuffles else InOrder(dataset),
+        shuffled=isinstance(loader.sampler, RandomSampler),
+        sampler=EpochSampler(dataset),
         batch_size=loader.batch_size,
         collate_fn=loader.collate_fn,
         drop_last=loader.drop_last,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
     )
-
-
-def seed_of(options) -> int:
-    """Return the seed of ``train_ds.resumable``.
-
-    Raises:
-        ValueError: naming what is wrong with the options.
-    """
-    return Resumable.parse(options, 'train_ds.resumable').seed
 
 
 def seed_generators(*parts) -> None:
@@ -307,9 +200,3 @@ def derive_seed(*parts) -> int:
     """Return a number below 2**63 that is a function of the parts, numbers and words, on every machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, 'big') >> 1
-
-
-def _rank() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return 0

@@ -52,6 +52,8 @@ class AudioNoiseBatch(_up.AudioNoiseBatch):
 
     skipped: int = 0
     samples_are_checked: bool = False
+    sources: list[str] | None = None
+    """The tag ``source`` of each utterance, where lhotse's ``input_cfg`` gives one."""
 
 
 class SkippedItem:
@@ -191,6 +193,8 @@ class LhotseAudioNoiseDataset(_up.LhotseAudioNoiseDataset):
             noise, noise_length = _up.sample_noise(self.noise_data, cut.sampling_rate, int(length))
             items.append(_up.AudioNoiseItem(cut.id, audio[: int(length)], length, noise, noise_length))
         batch = _up._audio_noise_collate_fn(items, self.batch_augmentor)
+        if all(cut.has_custom('source') for cut in read):
+            batch.sources = [cut.source for cut in read]
         batch.skipped, batch.samples_are_checked = len(cuts) - len(items), True
         return batch
 

@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset
 
 from nemo.collections.asr.data.loader_options import take_own_options, with_own_options
 from nemo.collections.asr.data.loader_workers import end_workers_with_their_parent
-from nemo.collections.asr.data.resumable_cuts import make_resumable_cuts, reads_cuts, repeatable_config
+from nemo.collections.asr.data.resumable_cuts import make_resumable_cuts, reads_cuts, resumable_config
 from nemo.collections.asr.data.resumable_loader import ResumableDataLoader, ResumableLoader
 from nemo.collections.asr.data.ssl_dataset import parts_of
 from nemo.collections.asr.parts.utils.data_wait import NAME, DataWait
@@ -61,6 +61,8 @@ class TrainingDataMixin:
         try:
             super().setup_training_data(train_data_config)
         except TypeError as error:
+            if isinstance(self._train_dl, ResumableLoader):
+                return  # the data have no end, and need no limit
             if not isinstance(getattr(self._train_dl, 'dataset', None), IterableDataset):
                 raise
             raise ValueError(
@@ -81,7 +83,7 @@ class TrainingDataMixin:
         if own.get('resumable') is None or not reads_cuts(config):
             return with_own_options(super()._setup_dataloader_from_config(config), **own)
         options = own.pop('resumable')
-        config = repeatable_config(config, options)
+        config = resumable_config(config, options, self.world_size)
         loader = super()._setup_dataloader_from_config(config)
         if loader is not None:
             loader = make_resumable_cuts(loader, config, options, self.global_rank, self.world_size)

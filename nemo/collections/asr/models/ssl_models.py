@@ -19,6 +19,7 @@ from nemo.collections.asr.parts.att_context.visible_frames import MASK_THRESHOLD
 from nemo.collections.asr.parts.att_context.windows import STYLES, tightest_window_of
 from nemo.collections.asr.parts.mixins.att_context_mixin import AttContextMixin
 from nemo.collections.asr.parts.mixins.sharded_training_mixin import ShardedTrainingMixin
+from nemo.collections.asr.parts.mixins.training_numbers_mixin import TrainingNumbersMixin
 from nemo.collections.asr.parts.objectives.combination import Objectives
 from nemo.collections.asr.parts.objectives.masked_tokens import has_forward_of
 from nemo.collections.asr.parts.objectives.next_tokens import check_same_heads, with_heads_of
@@ -39,6 +40,7 @@ _up = upstream(globals())
 class SpeechEncDecSelfSupervisedModel(
     AttContextMixin,
     TrainingDataMixin,
+    TrainingNumbersMixin,
     NonFiniteGuard,
     ShardedTrainingMixin,
     _up.SpeechEncDecSelfSupervisedModel,
@@ -62,6 +64,7 @@ class SpeechEncDecSelfSupervisedModel(
         if 'log' in output:
             output['log'].update(self._waiting_for_data())
             output['log'] = cpu_scalars(output['log'])
+            self.add_step(output['log'])
         return output
 
     def _training_step(self, batch, batch_idx):
@@ -278,6 +281,7 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
             else:
                 record = self.encode_batch(batch, self.masking_in_context())
                 loss, parts = self.objectives.loss(record)
+                self.add_batch(batch, record, sum(objective.predicted for objective in self.objectives))
                 logs = {'learning_rate': self._optimizer.param_groups[0]['lr'], 'train_loss': loss}
                 logs.update({f'train_loss/{name}': part for name, part in parts.items()})
                 output = {'loss': loss, 'log': {'global_step': self.trainer.global_step, **logs}}

@@ -1,31 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches that lhotse makes are given on from where they were; a whole run is in ``tests/faults``."""
+"""Batches that lhotse makes resume where they were, and each rank reads its share; a whole run is in ``tests/faults``."""
 
+import functools
 import json
 import random
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from lhotse import CutSet
+from lhotse import CutSet, Recording
+from lhotse.shar.readers.lazy import LazySharIterator
 from omegaconf import OmegaConf
 from tiny_nest import tiny_model
 
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
+
 RATE = 16000
 FILES = 13
+LENGTHS = [RATE * (5 + number) // 5 for number in range(FILES)]
 
 
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory):
-    """Speech of other lengths, as single files, NeMo's tar files and lhotse Shar; and noise."""
+    """Speech of different lengths, as single files, NeMo's tar files and lhotse Shar; and noise."""
     folder = tmp_path_factory.mktemp('cuts')
     rows = []
-    for number in range(FILES):
-        samples = np.random.default_rng(number).normal(0, 0.1, RATE * (5 + number) // 5)
+    for number, length in enumerate(LENGTHS):
+        samples = np.random.default_rng(number).normal(0, 0.1, length)
         soundfile.write(folder / f'{number}.wav', samples, RATE)
-        rows.append({'audio_filepath': f'{number}.wav', 'duration': len(samples) / RATE, 'text': ''})
+        rows.append({'audio_filepath': f'{number}.wav', 'duration': length / RATE, 'text': ''})
     (folder / 'plain.json').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     (folder / 'noise.json').write_text(''.join(json.dumps(row) + '\n' for row in rows[:4]))
     tarred = []
@@ -36,17 +42,16 @@ def corpus(tmp_path_factory):
                 tarred.append({**row, 'shard_id': shard})
     (folder / 'tarred.json').write_text(''.join(json.dumps(row) + '\n' for row in tarred))
     files = [str(folder / f'{number}.wav') for number in range(FILES)]
-    from lhotse import Recording
-
     cuts = CutSet.from_cuts(Recording.from_file(file).to_cut() for file in files)
+    cuts.to_jsonl(folder / 'cuts.jsonl')
     (folder / 'shar').mkdir()
-    cuts.to_shar(folder / 'shar', fields={'recording': 'wav'}, shard_size=4)
+    cuts.to_shar(folder / 'shar', fields={'recording': 'wav'}, shard_size=2)
     return folder
 
 
 def sections(folder):
-    """The data of the tests by name; all but the last come to an end."""
-    lhotse = dict(use_lhotse=True, force_finite=True, shuffle_buffer_size=20)
+    """The data of the tests by name; none ends."""
+    lhotse = dict(use_lhotse=True, shuffle_buffer_size=5)
     tarred = dict(manifest_filepath=str(folder / 'tarred.json'))
     tarred['tarred_audio_filepaths'] = str(folder / 'audio__OP_0..1_CL_.tar')
     plain = dict(manifest_filepath=str(folder / 'plain.json'))
@@ -54,17 +59,26 @@ def sections(folder):
         dict(type='nemo', weight=0.7, **plain),
         dict(type='lhotse_shar', weight=0.3, shar_path=str(folder / 'shar')),
     ]
-    buckets = dict(use_bucketing=True, num_buckets=3, batch_duration=5.0, batch_size=None, bucket_buffer_size=20)
+    buckets = dict(use_bucketing=True, num_buckets=3, batch_duration=5.0, batch_size=None, bucket_buffer_size=6)
     return {
         'manifest': {**lhotse, **plain},
+        'cuts': {**lhotse, 'cuts_path': str(folder / 'cuts.jsonl'), 'perturb_speed': True},
         'bucketed': {**lhotse, **plain, **buckets},
         'shar': {**lhotse, 'shar_path': str(folder / 'shar')},
-        'tarred': {'is_tarred': True, **tarred},
-        'mixed': {'use_lhotse': True, 'shuffle_buffer_size': 20, 'input_cfg': mixed, **buckets},
+        'tarred': {**lhotse, **tarred},
+        'mixed': {'use_lhotse': True, 'input_cfg': mixed, **buckets},
+        'native tarred': {'is_tarred': True, **tarred},
     }
 
 
-def loader(folder, name, workers=0, seed=3, model=None, **more):
+@functools.cache
+def one_model():
+    """Make the model whose loaders the tests use."""
+    return tiny_model()
+
+
+def loader(folder, name, workers=0, seed=3, rank=0, ranks=1, **more):
+    """The loader of one of some simulated ranks."""
     section = {
         'sample_rate': RATE,
         'batch_size': 2,
@@ -75,103 +89,149 @@ def loader(folder, name, workers=0, seed=3, model=None, **more):
         **sections(folder)[name],
         **more,
     }
-    model = model or tiny_model()
+    model = one_model()
+    model.world_size = ranks
+    model.__class__ = type('OfARank', (EncDecDenoiseMaskedTokenPredModel,), {'global_rank': rank})
     return model._setup_dataloader_from_config(OmegaConf.create(section))
 
 
-def epoch(batches, number, stop=9):
-    """What each batch of an epoch is, and what a step on it would draw."""
-    batches.sampler.set_epoch(number)
+def batches(data, stop=99):
+    """What each batch is, and what a step on it would draw."""
     given = []
-    for batch in batches:
-        given.append(
-            (batch.audio_len.tolist(), batch.noisy_audio.sum().item(), torch.rand(()).item(), random.random())
-        )
+    for batch in data:
+        audio = batch.noisy_audio.sum().item()
+        given.append((batch.audio_len.tolist(), audio, torch.rand(()).item(), random.random()))
         if len(given) == stop:
             break
     return given
 
 
-@pytest.mark.parametrize('name', ['manifest', 'bucketed', 'shar', 'tarred', 'mixed'])
-@pytest.mark.parametrize('workers', [0, 2])
-def test_goes_on_where_it_was_with_any_number_of_workers(corpus, name, workers):
-    whole = [epoch(loader(corpus, name), number) for number in (0, 1)]
-    assert whole[0] != whole[1] and len(whole[1]) >= 4
-    stopped, again = loader(corpus, name, workers), loader(corpus, name, 2 - workers)
-    assert epoch(stopped, 0) == whole[0] and epoch(stopped, 1, stop=3) == whole[1][:3]
-    again.load_state_dict(stopped.state_dict())
-    assert epoch(again, 1, stop=len(whole[1]) - 3) == whole[1][3:]
-    assert epoch(again, 0) == whole[0]
-    assert epoch(loader(corpus, name, seed=4), 0) != whole[0]
-
-
-@pytest.mark.parametrize('name', ['manifest', 'bucketed', 'shar', 'tarred'])
-def test_an_epoch_has_each_utterance_once_and_is_followed_by_the_next(corpus, name):
-    batches, again = loader(corpus, name), loader(corpus, name)
-    lengths = [length for batch in batches for length in batch.audio_len.tolist()]
-    assert sorted(lengths) == sorted(RATE * (5 + number) // 5 for number in range(FILES))
-    state = batches.state_dict()
-    assert (state['epoch'], state['used']) == (1, 0)
-    again.load_state_dict(state)
-    assert epoch(again, again.sampler.epoch) == epoch(loader(corpus, name), 1)
-
-
-def rank_of(model, rank, ranks):
-    """A model that believes to be one of some ranks."""
-    model.world_size = ranks
-    model.__class__ = type('OfARank', (type(model),), {'global_rank': rank})
-    return model
-
-
-def shares(folder, name, ranks, number, stop=99, state=None):
-    """The lengths of the utterances that each rank is given, by batch, and the state that the first rank leaves."""
-    given, left = [], None
-    for rank in range(ranks):
-        batches = loader(folder, name, model=rank_of(tiny_model(), rank, ranks))
-        if state:
-            batches.load_state_dict(state)
-        given.append([lengths for lengths, *_ in epoch(batches, number, stop)])
-        left = left or batches.state_dict()
-    return given, left
-
-
-@pytest.mark.parametrize('name', ['manifest', 'bucketed', 'shar'])
-@pytest.mark.parametrize('before, after', [(2, 2), (2, 1), (1, 2)])
-def test_goes_on_with_other_ranks_without_repeating_or_losing_more_than_a_batch_of_each(corpus, name, before, after):
-    whole, _ = shares(corpus, name, before, 1)
-    first, state = shares(corpus, name, before, 1, stop=2)
-    second, _ = shares(corpus, name, after, 1, state=state)
-    if before == after:
-        assert [one + two for one, two in zip(first, second)] == whole
-    everything = sorted(length for share in (*first, *second) for batch in share for length in batch)
-    missed = len(set(RATE * (5 + number) // 5 for number in range(FILES)) - set(everything))
-    assert missed == 0 and len(everything) - FILES <= 2 * after
-    assert len({len(share) for share in second}) == 1
+def utterances(given):
+    return [length for lengths, *_ in given for length in lengths]
 
 
 @pytest.mark.parametrize(
-    'name, more, message',
+    ('name', 'workers'),
+    [('manifest', 0), ('cuts', 0), ('bucketed', 0), ('shar', 0), ('tarred', 0), ('mixed', 0), ('mixed', 2)],
+)
+def test_resumes_exactly_in_any_batch_of_several_passes(corpus, name, workers):
+    whole = batches(loader(corpus, name, workers), 24)
+    assert len({draw for *_, draw in whole}) == 24
+    for stop in (3, 14) if workers == 0 else (13,):
+        stopped, again = loader(corpus, name, workers), loader(corpus, name, workers)
+        assert batches(stopped, stop) == whole[:stop]
+        again.load_state_dict(stopped.state_dict())
+        assert batches(again, 24 - stop) == whole[stop:]
+    assert batches(loader(corpus, name, workers, seed=4), 3) != whole[:3]
+
+
+@pytest.mark.parametrize(('name', 'workers'), [('bucketed', 0), ('shar', 2), ('native tarred', 0)])
+def test_finite_data_end_after_each_utterance_came_once_and_go_on_with_the_next_pass(corpus, name, workers):
+    data, again = (loader(corpus, name, workers, force_finite=True) for _ in range(2))
+    first, state = batches(data), data.state_dict()
+    assert sorted(utterances(first)) == LENGTHS
+    second = batches(data)
+    assert sorted(utterances(second)) == LENGTHS and second != first
+    again.load_state_dict(state)
+    assert batches(again, 2) == second[:2]
+    again.load_state_dict(again.state_dict())
+    assert batches(again) == second[2:]
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Counts how often each shard is opened."""
+    counts = Counter()
+    read = LazySharIterator.__iter__
+
+    def count(self):
+        counts.update(str(shard['cuts']) for shard in self.shards)
+        return read(self)
+
+    monkeypatch.setattr(LazySharIterator, '__iter__', count)
+    return counts
+
+
+def test_a_resumed_reader_opens_the_open_shard_only(corpus, opened):
+    stopped = loader(corpus, 'shar', shuffle_buffer_size=2)
+    batches(stopped, 12)
+    assert opened.total() >= 12
+    again = loader(corpus, 'shar', shuffle_buffer_size=2)
+    again.load_state_dict(stopped.state_dict())
+    opened.clear()
+    batches(again, 1)
+    assert opened.total() <= 4  # of the segment that was begun, and of the next
+
+
+@pytest.fixture
+def pulled(monkeypatch):
+    """Counts the cuts that are made of lines and shards."""
+    from nemo.collections.asr.data.resumable_cuts import CutStream
+
+    counts, read = Counter(), CutStream.__next__
+
+    def count(self):
+        counts['pulled'] += 1
+        return read(self)
+
+    monkeypatch.setattr(CutStream, '__next__', count)
+    return counts
+
+
+@pytest.mark.parametrize('name', ['manifest', 'shar', 'tarred'])
+@pytest.mark.parametrize('ranks', [1, 8, 64])
+def test_ranks_read_their_share_and_all_utterances_together(corpus, pulled, name, ranks):
+    seen = []
+    for rank in range(ranks):
+        data = loader(corpus, name, rank=rank, ranks=ranks, batch_size=1, shuffle_buffer_size=1)
+        seen += utterances(batches(data, max(2, FILES // ranks)))
+    assert set(seen) == set(LENGTHS)
+    assert pulled['pulled'] < 1.2 * len(seen)
+
+
+@pytest.mark.parametrize(('before', 'after'), [(2, 1), (1, 2), (2, 3)])
+def test_other_numbers_of_ranks_go_on_with_shards_that_were_not_read(corpus, warnings, before, after):
+    states, seen = [], []
+    for rank in range(before):
+        data = loader(corpus, 'shar', rank=rank, ranks=before, shuffle_buffer_size=2)
+        seen += utterances(batches(data, 2 // before))
+        states.append(data.state_dict())
+    state = {**states[0], 'places': {rank: places for state in states for rank, places in state['places'].items()}}
+    rest = []
+    for rank in range(after):
+        data = loader(corpus, 'shar', rank=rank, ranks=after, shuffle_buffer_size=2)
+        data.load_state_dict(state)
+        rest += utterances(batches(data, 1))
+    assert len(seen) == 4 and len({*seen, *rest}) >= len(seen) + len(rest) - 2 * before
+    assert f'{before} readers' in ''.join(warnings)
+
+
+def test_a_batch_that_is_fetched_ahead_of_the_step_is_not_lost(corpus):
+    whole, data, again = (loader(corpus, 'shar') for _ in range(3))
+    whole, given = batches(whole, 4), iter(data)
+    next(given), data.start_step()
+    first = torch.rand(()).item()
+    next(given)  # Lightning does, where a loader has no length
+    again.load_state_dict(data.state_dict())
+    assert first == whole[0][2] and batches(again, 3) == whole[1:]
+
+
+@pytest.mark.parametrize(
+    ('name', 'more', 'message'),
     [
-        ('manifest', {'shard_seed': 'trng'}, "train_ds.shard_seed is 'trng', another one in each process"),
-        ('manifest', {'concurrent_bucketing': True}, 'train_ds.concurrent_bucketing is true; .* a thread fills'),
-        ('shar', {'force_iterable_dataset': True}, 'train_ds.force_iterable_dataset is true; .* needs it false'),
-        ('manifest', {'multi_config': True}, 'train_ds.multi_config is true; .*input_cfg mixes'),
-        ('tarred', {'is_concat': True}, 'train_ds.is_concat is set; .*set use_lhotse: true'),
+        ('manifest', {'concurrent_bucketing': True}, 'train_ds.concurrent_bucketing is True'),
+        ('shar', {'force_map_dataset': True}, 'train_ds.force_map_dataset is True'),
+        ('manifest', {'multi_config': True}, 'train_ds.multi_config is True'),
+        ('mixed', {'max_open_streams': 2}, 'train_ds.max_open_streams is 2'),
+        ('native tarred', {'is_concat': True}, 'train_ds.is_concat is set; .*use_lhotse: true'),
         ('shar', {'resumable': {'seed': 'x'}}, "train_ds.resumable.seed is 'x'"),
+        (
+            'shar',
+            {'force_finite': True, 'ranks': 2},
+            'train_ds.force_finite is true on 2 ranks; .*limit_train_batches',
+        ),
     ],
 )
-def test_what_cannot_be_exact_is_refused_with_the_reason(corpus, name, more, message):
+def test_refuses_what_cannot_be_exact(corpus, name, more, message):
     with pytest.raises(ValueError, match=message):
         loader(corpus, name, **more)
-
-
-def test_the_generators_of_the_process_are_left_alone(corpus):
-    batches = loader(corpus, 'manifest', workers=1)
-    torch.manual_seed(0)
-    random.seed(0)
-    for _ in batches.sampler:
-        pass
-    drawn = torch.rand(()).item(), random.random()
-    torch.manual_seed(0)
-    random.seed(0)
-    assert drawn == (torch.rand(()).item(), random.random())

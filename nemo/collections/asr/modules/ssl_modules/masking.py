@@ -20,6 +20,7 @@ from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.visible_frames import MASK_THRESHOLD, kept_visible_frames
 from nemo.collections.asr.parts.att_context.windows import Window
 from nemo.core.neural_types import IntType, LengthsType, NeuralType
+from nemo.utils import logging
 from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
@@ -440,11 +441,14 @@ class RandomBlockMasking(_up.RandomBlockMasking):
 class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
     """Mask after the encoder's subsampling; takes the arguments of :class:`RandomBlockMasking` beforehand.
 
-    (Stock's spelling is public API.) A mask frame here is an attention frame.
+    (Stock's spelling is public API.) A mask frame here is an attention frame. The subsampling gets no gradient, as in stock,
+    for the targets are made of its output: so it is frozen, and distributed training does not wait for its gradient.
     """
 
     def __init__(self, pre_encode_module: torch.nn.Module, masking_module: torch.nn.Module) -> None:
         super().__init__(pre_encode_module, masking_module)
+        pre_encode_module.requires_grad_(False)
+        logging.info("model.mask_position is post_conv: the encoder's subsampling is frozen.")
         self._mask = None
 
     def set_masking_enabled(

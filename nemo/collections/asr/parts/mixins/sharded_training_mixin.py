@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -19,9 +20,9 @@ class ShardedTrainingMixin:
             _target_: lightning.pytorch.strategies.ModelParallelStrategy
             data_parallel_size: 8
             tensor_parallel_size: 1
-            save_distributed_checkpoint: false   # checkpoints that load on any number of ranks, and without sharding
+            save_distributed_checkpoint: true    # a folder, each rank writes its shard; false: one file
 
-    Each layer of the encoder is gathered when it computes and let go afterwards; what is left of the encoder, and each
+    Each layer of the encoder is gathered when it computes, in the precision that it computes in, and freed afterwards; what is left of the encoder, and each
     decoder, is a unit of its own. Other strategies take no notice. ``.nemo`` files have whole weights.
     """
 
@@ -40,11 +41,12 @@ class ShardedTrainingMixin:
                 f"trainer.strategy.tensor_parallel_size is {mesh['tensor_parallel'].size()}; it must be 1: ranks share "
                 "weights (data_parallel_size), they do not divide a layer's work"
             )
-        if mesh['data_parallel'].size() > 1:
-            from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-            for module in self._units_to_shard():
-                fully_shard(module, mesh=mesh['data_parallel'])
+        computed_in = {'bf16-mixed': torch.bfloat16, '16-mixed': torch.float16}.get(str(self.trainer.precision))
+        policy = MixedPrecisionPolicy(param_dtype=computed_in, reduce_dtype=computed_in and torch.float32)
+        for module in self._units_to_shard():
+            fully_shard(module, mesh=mesh['data_parallel'], mp_policy=policy)
 
     def _units_to_shard(self) -> Iterator[nn.Module]:
         """Yield what is gathered at a time: inner modules first, and all that have weights to train."""

@@ -61,6 +61,10 @@ class Objective:
     """In the names of what is logged, where there are several objectives."""
     masks = False
     """Whether the encoder's input is masked."""
+    predicted: torch.Tensor | float = 0.0
+    """The number of tokens that the last loss was computed of."""
+    frame_losses: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    """Of the last loss, without gradient: each position's loss [N], its predicted tokens [N], and its utterance [N]."""
     parts: tuple[str, ...] = ()
     """What its scores are divided into; none: they are filed under the name of the objective."""
 
@@ -75,6 +79,27 @@ class Objective:
     def loss(self, record: BatchRecord) -> tuple[torch.Tensor, Logs]:
         """Return the loss of a pass, a scalar, and the loss of each part, without gradient."""
         raise NotImplementedError
+
+    def rank_weight(self, predicted: torch.Tensor) -> torch.Tensor | float:
+        """Return what the mean over a rank's tokens is multiplied by, so that the ranks' mean is that over all tokens.
+
+        1 unless ``model.loss_over`` is ``global``; in training every rank calls it.
+
+        Args:
+            predicted: the number of tokens of this rank, a scalar.
+        """
+        self.predicted = predicted.detach()
+        group = torch.distributed
+        if not (self.loss_over_ranks and self.model.training and group.is_available() and group.is_initialized()):
+            return 1.0
+        total = self.predicted.float()  # a copy
+        group.all_reduce(total)
+        return self.predicted * group.get_world_size() / total.clamp(min=1)
+
+    @property
+    def loss_over_ranks(self) -> bool:
+        """Whether the loss is a mean over the tokens of all ranks (``model.loss_over: global``)."""
+        return self.model.cfg.get('loss_over', 'rank') == 'global'
 
     def scores(self, record: BatchRecord) -> dict[str, FrameScores]:
         """Score the predictions of a pass, part by part; synchronises host and device."""

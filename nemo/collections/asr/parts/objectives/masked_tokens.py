@@ -8,7 +8,7 @@ import inspect
 
 import torch
 
-from nemo.collections.asr.losses.ssl_losses.mlm import MLMLoss, MultiMLMLoss
+from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET, MLMLoss, MultiMLMLoss
 from nemo.collections.asr.modules.ssl_modules.multi_softmax_decoder import MultiSoftmaxDecoder
 from nemo.collections.asr.parts.objectives.base import (
     FrameScores,
@@ -39,7 +39,12 @@ class MaskedTokens(Objective):
         """Return the loss of a pass; see :class:`Objective`."""
         reason = why_all_frames(self.model.decoder, self.model.loss)
         if reason is None:
-            return self.model.loss.of_frames(*self.predictions(record)[:2]), {}
+            log_probs, targets, utterances = self.predictions(record)
+            loss, counted = self.model.loss.of_frames(log_probs, targets), targets != IGNORED_TARGET
+            with torch.no_grad():
+                losses = self.model.loss.of_frames(log_probs, targets, reduction='none')
+            self.frame_losses = losses, counted.view(len(counted), -1).any(dim=1), utterances
+            return loss * self.rank_weight(counted.sum()), {}
         if not self._warned:
             logging.warning(f"Each step computes logits for all frames, not only at the loss positions: {reason}.")
             self._warned = True
@@ -66,6 +71,8 @@ class MaskedTokens(Objective):
             ValueError: if targets made after the subsampling are predicted from another frame than their own.
         """
         model = self.model
+        if self.loss_over_ranks and (reason := why_all_frames(model.decoder, model.loss)):
+            raise ValueError(f"model.loss_over is global; it must be rank: {reason}")
         offset = getattr(getattr(model.loss, 'mlm_loss', model.loss), 'decoder_offset', None)
         if model.pre_encoder is not None:
             if offset:

@@ -79,7 +79,7 @@ class NextTokens(Objective):
 
         def of_horizon(outputs, targets, decoder):
             lost, counted = self.token_loss.of_horizon(decode(decoder, outputs), targets)
-            return lost.sum(), counted.sum()
+            return lost.sum(), counted.sum(), lost.detach(), counted
 
         # Nothing in here is random: the state of the generators need not be kept (on a GPU, that would wait for it).
         settings = dict(use_reentrant=False, preserve_rng_state=False)
@@ -87,9 +87,11 @@ class NextTokens(Objective):
             checkpoint(of_horizon, positions.outputs, positions.targets[:, horizon], decoder, **settings)
             for horizon, decoder in enumerate(self.model.next_token_decoders)
         ]
-        totals, counts = (torch.stack(part) for part in zip(*pairs, strict=True))
+        totals, counts, losses, counted = (torch.stack(part) for part in zip(*pairs, strict=True))
+        self.frame_losses = losses.sum(dim=0), counted.sum(dim=0), positions.utterances
         means = (totals / counts.clamp(min=1)).detach()
-        return totals.sum() / counts.sum().clamp(min=1), dict(zip(self.parts, means, strict=True))
+        loss = totals.sum() / counts.sum().clamp(min=1) * self.rank_weight(counts.sum())
+        return loss, dict(zip(self.parts, means, strict=True))
 
     def scores(self, record: BatchRecord) -> dict[str, FrameScores]:
         """Score a pass at each horizon; see :class:`Objective`."""

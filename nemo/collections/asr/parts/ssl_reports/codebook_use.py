@@ -82,22 +82,28 @@ class CodebookUse:
         """Whether the last batch ended a block: the time to look at the statistics."""
         return self.batches > 0 and self.batches % self.batches_per_block == 0
 
-    def statistics(self) -> CodebookStatistics:
-        """Return the statistics of the batches covered; all zero before the first batch.
+    @property
+    def counts(self) -> torch.Tensor | None:
+        """The counts of the batches covered, [H, C]; None before the first batch."""
+        return self._total
+
+    def statistics(self, counts: torch.Tensor | None = None) -> CodebookStatistics:
+        """Return the statistics of the batches covered, or of counts [H, C]; all zero before the first batch.
 
         Perplexity is exp of the entropy of the tokens' distribution: C at best, 1 if one code serves for all.
         """
-        if self._total is None:
+        counts = self._total if counts is None else counts
+        if counts is None:
             return CodebookStatistics(*torch.zeros(4))
-        frames = self._total.sum(dim=1, keepdim=True)
-        shares = self._total.float() / frames.clamp(min=1)
+        frames = counts.sum(dim=1, keepdim=True)
+        shares = counts.float() / frames.clamp(min=1)
         perplexity = torch.special.entr(shares).sum(dim=1).exp()
-        used = (self._total > 0).sum(dim=1)
+        used = (counts > 0).sum(dim=1)
         return CodebookStatistics(used.min(), perplexity.min(), shares.max(), frames.min())
 
-    def logs(self) -> dict[str, torch.Tensor]:
-        """Return the scalars to log, on the tokens' device."""
-        statistics = self.statistics()
+    def logs(self, counts: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Return the scalars to log, on the tokens' device; of the batches covered, or of counts [H, C]."""
+        statistics = self.statistics(counts)
         return {
             'codebook/codes_used': statistics.codes_used.float(),
             'codebook/perplexity': statistics.perplexity,

@@ -122,6 +122,19 @@ class Model(Section, name='model', page='pretraining', closed=False):
         'gives them. Targets exist in training only, so the statistics may be those of the whole utterance.',
         NULL | one_of('NA', 'per_feature'),
     )
+    loss_over: str = key(
+        'rank',
+        'What the loss of a training step is a mean over: the tokens of each `rank`, as in NeMo, or of all ranks, `global`, '
+        'at the cost of one more number reduced in each step.',
+        one_of('rank', 'global'),
+        page='scale#numbers-to-steer-by',
+    )
+    log_peak_flops: float | None = key(
+        None,
+        'Peak operations per second of one device, such as 9.9e14; with it `model_flops_share` is logged.',
+        NULL | number('above 0', lambda value: value > 0),
+        page='scale#numbers-to-steer-by',
+    )
     validate_contexts: object = key(
         None,
         'Contexts in which each validation runs: `all` of the config, the `first`, or a list such as `[[40, 0], low]`; '

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers of a logging interval: sums and means over its steps and over all ranks, in one reduction."""
+
+import copy
+import resource
+import time
+
+import torch
+from omegaconf import ListConfig
+from torch.utils.flop_counter import FlopCounterMode
+
+Logs = dict[str, float | torch.Tensor]
+OF_ONE_STEP = ('learning_rate', 'global_step', 'att_context_left', 'att_context_right', 'next_token_offset')
+SAMPLE_RATE = 16000
+
+
+class IntervalNumbers:
+    """Sums and means over the steps of an interval; they stay on the device until they are reduced."""
+
+    def __init__(self):
+        self.totals: dict[str, torch.Tensor] = {}  # sum and weight [2]
+        self.summed: set[str] = set()
+
+    def add(self, sums: Logs = (), means: Logs = ()) -> None:
+        """Add what a step counted, and values of which the mean over steps and ranks is wanted."""
+        self.summed.update(sums)
+        for name, value in {**dict(sums), **dict(means)}.items():
+            self.add_mean(name, value, 1.0)
+
+    def add_mean(self, name: str, total, weight) -> None:
+        """Add a sum of values, and the weight that it is divided by."""
+        total = torch.as_tensor(total, dtype=torch.float32).detach().reshape(1)
+        weight = weight.reshape(1) if isinstance(weight, torch.Tensor) else torch.full_like(total, weight)
+        pair = torch.cat([total, weight.float()])
+        self.totals[name] = self.totals[name] + pair.to(self.totals[name].device) if name in self.totals else pair
+
+    def reduce(self, counts: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return sums and means over the interval and all ranks, and begin the next interval.
+
+        Every rank calls it, and has added the same names. A mean of nothing is NaN.
+
+        Args:
+            counts: a tensor [N] of the device of the reduction, which is summed over ranks, too; N may be 0.
+        """
+        names, totals = sorted(self.totals), self.totals
+        self.totals = {}
+        vector = torch.cat([*(_to(totals[name], counts.device) for name in names), counts.float()])
+        if ranks() > 1:
+            torch.distributed.all_reduce(vector)
+        pairs = dict(zip(names, vector[: 2 * len(names)].view(-1, 2), strict=True))
+        values = {name: pair[0] if name in self.summed else pair[0] / pair[1] for name, pair in pairs.items()}
+        return values, vector[2 * len(names) :]
+
+
+class TrainingNumbersMixin:
+    """Mixin for the SSL models: logs the numbers of each logging interval (``trainer.log_every_n_steps``).
+
+    What a step logs is averaged over the interval's steps and over all ranks; ``skipped_utterances`` is summed. Besides:
+
+    - ``audio_seconds_per_second`` of all ranks, and ``.../rank``, its mean over the ranks;
+    - ``predicted_tokens_per_second`` of all ranks;
+    - ``padding_share`` of the batches' samples;
+    - ``update_to_weight_ratio`` of the interval's last step: the norm of the update over that of the weights;
+    - ``train_loss/source/NAME`` for each tag ``source`` of ``train_ds.input_cfg``;
+    - ``peak_memory_gb``, the largest of the ranks: of the device, or of the process on a CPU;
+    - ``model_tflops_per_second`` of all ranks, and with ``model.log_peak_flops``, of one device, ``model_flops_share``.
+
+    The host waits for the device in none of it.
+    """
+
+    _interval: IntervalNumbers | None = None
+    _interval_began = 0.0
+    _weights_before: list[torch.Tensor] | None = None
+    _subsampling_flops = 0.0  # of a feature frame
+
+    def configure_model(self) -> None:
+        """Count the operations of the subsampling, before its weights may be sharded."""
+        if hasattr(self.encoder, 'pre_encode'):
+            subsampling = getattr(self.encoder.pre_encode, 'pre_encode', self.encoder.pre_encode)  # without masking
+            self._subsampling_flops = _flops_per_frame(subsampling, self.cfg.encoder.feat_in)
+        super().configure_model()
+
+    def on_train_start(self) -> None:
+        """Begin the first interval."""
+        super().on_train_start()
+        self._interval, self._interval_began = IntervalNumbers(), time.perf_counter()
+
+    def add_step(self, logs: Logs) -> None:
+        """Add what a training step logs to the interval."""
+        if self._interval is not None:
+            self._interval.add(means={name: value for name, value in logs.items() if name not in OF_ONE_STEP})
+
+    def add_batch(self, batch, record, predicted: torch.Tensor) -> None:
+        """Add the sizes of a batch to the interval.
+
+        Args:
+            batch: as the data loader gives it.
+            record: of its forward pass.
+            predicted: the number of tokens that it predicts, a scalar.
+        """
+        if self._interval is None:
+            return
+        audio, lengths = (batch.audio, batch.audio_len) if hasattr(batch, 'audio') else (batch[0], batch[1])
+        sums = {'samples': lengths.sum(), 'padded_samples': float(audio.numel()), 'predicted': predicted}
+        self._interval.add(sums | {'flops': self.flops_of_step(record, predicted)})
+        if getattr(batch, 'sources', None):
+            self._add_losses_of_sources(batch.sources)
+
+    def _add_losses_of_sources(self, sources: list[str]) -> None:
+        """Add the loss of the utterances of each source of ``train_ds.input_cfg``."""
+        names = sorted(_sources_of((self.cfg.get('train_ds') or {}).get('input_cfg')))
+        found = [objective.frame_losses for objective in self.objectives if objective.frame_losses is not None]
+        if not names or not found:
+            return
+        losses, predicted, utterances = found[0]
+        index = _to(torch.tensor([names.index(source) for source in sources]), losses.device)[utterances]
+        sums = [losses.new_zeros(len(names)).index_add(0, index, each.to(losses)) for each in (losses, predicted)]
+        for name, total, weight in zip(names, *sums, strict=True):
+            self._interval.add_mean(f'train_loss/source/{name}', total, weight)
+
+    def flops_of_step(self, record, predicted: torch.Tensor):
+        """Return the floating point operations of forward and backward pass, without what is computed twice.
+
+            Six for each weight and frame, and twelve for each pair of a frame and a key in the window, dimension and layer; the
+        subsampling's are counted on a batch.
+        """
+        encoder, (batch, _, frames) = self.encoder, record.encoded.shape
+        weights = sum(weight.numel() for weight in encoder.layers.parameters() if weight.dim() > 1)
+        left, right = (encoder.att_context_size[0], encoder.att_context_size[-1])
+        keys = frames if left < 0 else min(frames, left + 1 + max(right, 0))
+        attention = 12.0 * len(encoder.layers) * encoder.d_model * frames * keys
+        decoder = 6.0 * sum(weight.numel() for weight in self.objectives.decoder.parameters() if weight.dim() > 1)
+        subsampling = 3.0 * self._subsampling_flops * record.features[:, 0].numel()
+        return batch * (6.0 * weights * frames + attention) + subsampling + decoder * predicted
+
+    def on_before_optimizer_step(self, optimizer) -> None:
+        """Keep the weights before the last step of an interval."""
+        super().on_before_optimizer_step(optimizer)
+        if self._interval is not None and self._interval_ends():
+            weights = [weight for group in optimizer.param_groups for weight in group['params']]
+            self._weights_before = [weight.detach().clone() for weight in weights if weight.grad is not None]
+            self._updated = [weight for weight in weights if weight.grad is not None]
+
+    def on_train_batch_end(self, outputs, batch, batch_idx: int, unused: int = 0) -> None:
+        """Reduce and log the numbers of an interval after its last step."""
+        super().on_train_batch_end(outputs, batch, batch_idx, unused)
+        if self._interval is not None and self._interval_ends():
+            self.log_dict(self._numbers_of_interval())
+
+    def _interval_ends(self) -> bool:
+        trainer = self.trainer
+        return trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate()
+
+    def _numbers_of_interval(self) -> dict[str, torch.Tensor]:
+        now, rank = time.perf_counter(), self.global_rank
+        seconds, self._interval_began = now - self._interval_began, now
+        sums = {f'memory {each}': peak_memory(self.device) * (each == rank) for each in range(ranks())}
+        if self._weights_before:
+            sums.update(_squares(self._weights_before, self._updated))
+            self._weights_before = self._updated = None
+        if self._skips_nonfinite() or (self.cfg.get('train_ds') or {}).get('skip_bad_audio'):
+            sums['skipped_utterances'] = self._skipped_utterances
+        self._interval.add(sums, {'seconds': seconds})
+        use = getattr(getattr(self, 'reports', None), 'codebook_use', None)
+        counted = use is not None and use.batches > 0
+        counts = use.counts.flatten() if counted else torch.zeros(0, device=self.device)
+        logs, counts = self._interval.reduce(counts)
+        if counted:
+            logs.update(use.logs(counts.view_as(use.counts)))
+        return self._derived(logs) | logs
+
+    def _derived(self, logs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Take the sums out of what was reduced, and return what is computed of them."""
+        seconds, derived = logs.pop('seconds'), {}
+        memory = [logs.pop(f'memory {each}') for each in range(ranks())]
+        derived['peak_memory_gb'] = torch.stack(memory).max() / 1e9
+        if 'weights' in logs:
+            derived['update_to_weight_ratio'] = (logs.pop('updates') / logs.pop('weights').clamp(min=1e-30)).sqrt()
+        if 'samples' not in logs:
+            return derived
+        samples, padded = logs.pop('samples'), logs.pop('padded_samples')
+        audio = samples / self.cfg.get('sample_rate', SAMPLE_RATE) / seconds
+        derived['audio_seconds_per_second'], derived['audio_seconds_per_second/rank'] = audio, audio / ranks()
+        derived['padding_share'] = 1 - samples / padded
+        derived['predicted_tokens_per_second'] = logs.pop('predicted') / seconds
+        derived['model_tflops_per_second'] = logs.pop('flops') / seconds / 1e12
+        if self.cfg.get('log_peak_flops'):
+            flops = derived['model_tflops_per_second'] * 1e12
+            derived['model_flops_share'] = flops / ranks() / float(self.cfg.log_peak_flops)
+        return derived
+
+
+def ranks() -> int:
+    """Return how many ranks train together."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
+
+
+def _sources_of(input_cfg) -> set[str]:
+    """Return the tags ``source`` of a mixture and of its groups."""
+    if not isinstance(input_cfg, (list, ListConfig)):
+        return set()
+    own = {item.tags.source for item in input_cfg if 'source' in (item.get('tags') or {})}
+    return own.union(*(_sources_of(item.get('input_cfg')) for item in input_cfg))
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the largest number of bytes so far: of tensors on a GPU, else of this process."""
+    if device.type == 'cuda':
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def _squares(before: list[torch.Tensor], after: list[torch.Tensor]) -> Logs:
+    """Return the sums of squares of weights and of their updates; of sharded weights, those of this rank's shards."""
+    old, new = ([getattr(w.detach(), 'to_local', lambda w=w: w.detach())() for w in each] for each in (before, after))
+    updates = torch._foreach_norm(torch._foreach_sub(new, old))
+    return {
+        'weights': torch.stack(torch._foreach_norm(old)).square().sum(),
+        'updates': torch.stack(updates).square().sum(),
+    }
+
+
+def _flops_per_frame(subsampling: torch.nn.Module, features: int, frames: int = 1024) -> float:
+    """Return the operations of a forward pass of the subsampling, per feature frame; on torch's meta device."""
+    copied = copy.deepcopy(subsampling).to('meta')
+    lengths = torch.full((1,), frames, device='meta')
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copied(x=torch.empty(1, frames, features, device='meta'), lengths=lengths)
+    return counter.get_total_flops() / frames
+
+
+def _to(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to a device without waiting for it."""
+    if device.type != 'cuda' or value.device == device:
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)

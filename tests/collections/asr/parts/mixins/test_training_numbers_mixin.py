@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of a logging interval, against computations by hand; on two ranks in ``training_numbers_run.py``."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from omegaconf import open_dict
+from ranks import run_on_two_ranks
+from tiny_nest import RecordingLogger, noise_batch, tiny_config, tiny_model, trainer
+
+from nemo.collections.asr.parts.mixins.training_numbers_mixin import IntervalNumbers
+
+LENGTHS = (1.0, 0.6), (0.8, 0.8), (1.2, 0.4), (0.5, 0.5)
+RUN = Path(__file__).with_name('training_numbers_run.py')
+
+
+class Fixed(torch.utils.data.Dataset):
+    """Batches of known lengths; some have sources."""
+
+    def __len__(self):
+        return len(LENGTHS)
+
+    def __getitem__(self, index):
+        batch = noise_batch(LENGTHS[index], seed=index)
+        batch.sources = ['books', 'phone'] if index != 1 else ['phone', 'phone']
+        return batch
+
+
+@pytest.fixture(scope='module')
+def run():
+    """A model that trained four steps, its logger, and the updates that it made."""
+    fitter = trainer(4, log_every_n_steps=2)
+    fitter.logger = RecordingLogger()
+    model = tiny_model('model.log_peak_flops=1e9')
+    mixture = [{'tags': {'source': name}} for name in ('phone', 'books')]
+    with open_dict(model.cfg):
+        model.cfg.update(train_ds={'input_cfg': mixture}, skip_nan_grad=True)
+    model._skipped_utterances = 3
+    weights = []
+    take = model.on_before_optimizer_step
+
+    def remember(optimizer):
+        take(optimizer)
+        weights.append([weight.detach().clone() for weight in model.parameters() if weight.grad is not None])
+
+    model.on_before_optimizer_step = remember
+    model.set_trainer(fitter)
+    fitter.fit(model, torch.utils.data.DataLoader(Fixed(), batch_size=None))
+    return model, fitter.logger, weights
+
+
+def test_logs_once_in_an_interval_what_its_steps_add_up_to(run):
+    model, logger, _ = run
+    padding = logger.column('padding_share')
+    assert padding == pytest.approx([1 - (1.0 + 0.6 + 0.8 + 0.8) / 3.6, 1 - (1.2 + 0.4 + 0.5 + 0.5) / 3.4], abs=1e-3)
+    audio, ratio = logger.column('audio_seconds_per_second'), logger.column('predicted_tokens_per_second')
+    assert len(audio) == len(ratio) == 2 and audio == logger.column('audio_seconds_per_second/rank')
+    assert logger.column('skipped_utterances') == [3.0, 3.0]
+    assert all(0.05 < peak < 1000 for peak in logger.column('peak_memory_gb'))
+    share, flops = logger.column('model_flops_share'), logger.column('model_tflops_per_second')
+    assert share == pytest.approx([value * 1e3 for value in flops])
+
+
+def test_the_update_to_weight_ratio_is_that_of_the_last_step(run):
+    model, logger, weights = run
+    before, after = weights[3], [weight.detach() for weight in model.parameters() if weight.requires_grad]
+    after = [weight for weight in after if any(weight.shape == old.shape for old in before)]
+    assert len(logger.column('update_to_weight_ratio')) == 2
+    norm = sum(weight.square().sum() for weight in before).sqrt()
+    update = sum((new - old).square().sum() for new, old in zip(after, before, strict=True)).sqrt()
+    assert logger.column('update_to_weight_ratio')[1] == pytest.approx(float(update / norm), rel=1e-4)
+
+
+def test_sources_have_losses_of_their_own(run):
+    _, logger, _ = run
+    both = zip(logger.column('train_loss/source/books'), logger.column('train_loss/source/phone'), strict=True)
+    assert all(3 < loss < 12 for pair in both for loss in pair)
+
+
+def test_means_are_means_of_all_values_and_sums_are_sums():
+    numbers = IntervalNumbers()
+    numbers.add({'tokens': 3}, {'loss': torch.tensor(1.0)})
+    numbers.add({'tokens': torch.tensor(4)}, {'loss': 2.0, 'rare': 5.0})
+    numbers.add_mean('source', 6.0, 3)
+    numbers.add_mean('none', 0.0, 0)
+    values, counts = numbers.reduce(torch.tensor([1, 2]))
+    assert values.pop('none').isnan()
+    assert values == {'tokens': 7.0, 'loss': 1.5, 'rare': 5.0, 'source': 2.0} and counts.tolist() == [1.0, 2.0]
+    assert numbers.reduce(torch.zeros(0))[0] == {}
+
+
+def test_flops_are_those_of_a_hand_computation():
+    model = tiny_model('model.encoder.n_layers=2')
+    model.configure_model()
+    record = SimpleNamespace(encoded=torch.zeros(3, 96, 20), features=torch.zeros(3, 80, 160))
+    with model.encoder.using_att_context_size([5, 0]):
+        found = model.flops_of_step(record, torch.tensor(10))
+    layers = sum(weight.numel() for weight in model.encoder.layers.parameters() if weight.dim() > 1)
+    decoder = sum(weight.numel() for weight in model.decoder.parameters() if weight.dim() > 1)
+    d_model = model.cfg.encoder.d_model
+    expected = 3 * (6 * layers * 20 + 12 * 2 * d_model * 20 * 6) + 6 * decoder * 10
+    assert found - expected == pytest.approx(3 * 3 * 160 * model._subsampling_flops)
+    first = model.encoder.pre_encode.conv[0]  # 3 x 3, stride 2 in time and frequency: its share alone
+    assert model._subsampling_flops > 2 * first.weight.numel() * 40 / 2
+
+
+@pytest.fixture(scope='module')
+def two_ranks(tmp_path_factory):
+    """What two gloo ranks find."""
+    return run_on_two_ranks(RUN, tmp_path_factory.mktemp('ranks'))
+
+
+def test_two_ranks_log_the_mean_over_both_and_sums_of_both(two_ranks):
+    first, second = two_ranks
+    assert first['numbers'] == second['numbers'] == {'loss': 2.0, 'tokens': 7.0}
+    assert first['counts'] == [3.0, 0.0, 5.0]
+
+
+def test_the_loss_over_all_ranks_has_the_gradient_of_one_process(two_ranks):
+    for objective in ('masked', 'next_token', 'both'):
+        for rank in two_ranks:
+            assert rank[objective]['global'] == pytest.approx(rank[objective]['alone'], rel=1e-4, abs=1e-6)
+        assert two_ranks[0][objective]['rank'] != pytest.approx(two_ranks[0][objective]['alone'], rel=1e-3)
+
+
+def test_masking_after_the_subsampling_trains_on_two_ranks(two_ranks):
+    assert all(len(rank['post_conv']) == 3 for rank in two_ranks)
+
+
+def test_sharded_layers_compute_in_the_trainers_precision(two_ranks):
+    assert two_ranks[0]['gathered'] == {'32-true': 'torch.float32', 'bf16-mixed': 'torch.bfloat16'}
+
+
+@pytest.mark.parametrize(('key', 'value'), [('loss_over', 'all')])
+def test_refuses(key, value):
+    with pytest.raises(ValueError, match=f"model.{key} is '{value}'; it must be one of"):
+        tiny_model(f'model.{key}={value}')
+
+
+def test_the_shipped_configs_do_not_wait_for_the_longest_utterance_of_all_ranks():
+    assert tiny_config().model.encoder.sync_max_audio_length is False
