@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 Logs = dict[str, float | torch.Tensor]
 OF_ONE_STEP = ('learning_rate', 'global_step', 'att_context_left', 'att_context_right', 'next_token_offset')
 SAMPLE_RATE = 16000
+CONTEXT_LOSS = 'train_loss/ctx_'
 
 
 class IntervalNumbers:
@@ -33,6 +34,14 @@ class IntervalNumbers:
         weight = weight.reshape(1) if isinstance(weight, torch.Tensor) else torch.full_like(total, weight)
         pair = torch.cat([total, weight.float()])
         self.totals[name] = self.totals[name] + pair.to(self.totals[name].device) if name in self.totals else pair
+
+    def limit(self, prefix: str, names: set[str]) -> None:
+        """Make the means whose names have a prefix the same on all ranks: those of some names and no others."""
+        self.totals = {
+            name: total for name, total in self.totals.items() if not name.startswith(prefix) or name in names
+        }
+        for name in names:
+            self.add_mean(name, 0.0, 0)
 
     def reduce(self, counts: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return sums and means over the interval and all ranks, and begin the next interval.
@@ -161,6 +170,10 @@ class TrainingNumbersMixin:
         if self._skips_nonfinite() or (self.cfg.get('train_ds') or {}).get('skip_bad_audio'):
             sums['skipped_utterances'] = self._skipped_utterances
         self._interval.add(sums, {'seconds': seconds})
+        policy = getattr(self.encoder, 'att_context_policy', None)
+        if policy is not None and not policy.shared:  # the ranks have had different contexts
+            labels = {f'{CONTEXT_LOSS}{policy.label(context)}' for context in policy.contexts()}
+            self._interval.limit(CONTEXT_LOSS, labels)
         use = getattr(getattr(self, 'reports', None), 'codebook_use', None)
         counted = use is not None and use.batches > 0
         counts = use.counts.flatten() if counted else torch.zeros(0, device=self.device)

@@ -88,7 +88,10 @@ def test_means_are_means_of_all_values_and_sums_are_sums():
     values, counts = numbers.reduce(torch.tensor([1, 2]))
     assert values.pop('none').isnan()
     assert values == {'tokens': 7.0, 'loss': 1.5, 'rare': 5.0, 'source': 2.0} and counts.tolist() == [1.0, 2.0]
-    assert numbers.reduce(torch.zeros(0))[0] == {}
+    numbers.add(means={'ctx_a': 1.0, 'ctx_b': 2.0})
+    numbers.limit('ctx_', {'ctx_a', 'ctx_c'})
+    values, _ = numbers.reduce(torch.zeros(0))
+    assert values['ctx_a'] == 1 and values['ctx_c'].isnan() and len(values) == 2
 
 
 def test_flops_are_those_of_a_hand_computation():
