@@ -6,8 +6,8 @@
 The eSpeak NG synthesiser of the PyPI package ``espeakng-loader`` reads sentences of a small English grammar (numbers,
 dates, commands: ``corpus_sentences.py``) with four voices, so that what was said tells something of what comes. DIR
 gets 16 kHz mono wav files and NeMo manifests with relative paths: ``train_manifest.json``,
-``validation_manifest.json`` (a tenth of the length, other sentences, a fifth of them by a voice that is not in train)
-and ``noise_manifest.json``. The same settings give the same bytes, whatever the number of processes. A corpus that is
+``validation_manifest.json`` and ``test_manifest.json`` (each a tenth of the length, with sentences of its own, a fifth of
+them by a voice that is in no other split), and ``noise_manifest.json``. The same settings give the same bytes, whatever the number of processes. A corpus that is
 complete is used again; one that was interrupted, or made with other settings, is made anew.
 """
 
@@ -31,15 +31,15 @@ from tqdm import tqdm
 
 SAMPLE_RATE = 16000  # Hz
 SHORTEST, LONGEST = 2.0, 9.0  # seconds of an utterance
-RECIPE = 3  # raise it when this script's output changes, so that corpora on disk are made anew
+RECIPE = 4  # raise it when this script's output changes, so that corpora on disk are made anew
 PATIENCE = 120  # seconds to wait for one utterance
 SETTINGS = "corpus.json"  # written last: its presence says that the corpus is complete
-SPLITS = ("train", "validation", "noise")
+SPLITS = ("train", "validation", "test", "noise")
 
-# eSpeak's voices, with variants (formants, pitch, roughness); those held out speak in validation only. They speak slowly:
+# eSpeak's voices, with variants (formants, pitch, roughness); a held-out voice is in one split only. They speak slowly:
 # a recogniser by CTC writes no more than one character in 80 ms.
 VOICES = ("en-us+m3", "en-us+f2", "en-gb-x-rp+m7", "en-gb-x-rp+f4")
-HELD_OUT_VOICES = ("en-us+f5",)
+HELD_OUT_VOICES = {"validation": ("en-us+f5",), "test": ("en-us+m5",)}
 RATES = (80, 90)  # words per minute
 
 
@@ -94,11 +94,13 @@ def plan_split(rng, split, seconds, speakers):
 
 
 def plan_corpus(minutes, seed):
-    """Return the train and the validation utterances, in that order."""
+    """Return the utterances of the splits train, validation and test, in that order."""
     rng = random.Random(seed)
-    known, unknown = make_speakers(rng, VOICES), make_speakers(rng, HELD_OUT_VOICES)
-    train = plan_split(rng, "train", 60 * minutes, known)
-    return train + plan_split(rng, "validation", max(6 * minutes, 20), known + unknown)
+    known = make_speakers(rng, VOICES)
+    planned = plan_split(rng, "train", 60 * minutes, known)
+    for split, voices in HELD_OUT_VOICES.items():
+        planned += plan_split(rng, split, max(6 * minutes, 20), known + make_speakers(rng, voices))
+    return planned
 
 
 class Synthesiser:
@@ -296,7 +298,7 @@ def make_corpus(folder, minutes=30.0, seed=0, workers=None, progress=True):
 
     Args:
         folder: where to; it is made if need be.
-        minutes: about how much train speech; validation gets a tenth of it, at least 20 seconds.
+        minutes: about how much train speech; validation and test get a tenth of it each, at least 20 seconds.
         seed: of everything random.
         workers: processes; None: one per CPU core.
         progress: whether to show a progress bar.
@@ -314,7 +316,7 @@ def make_corpus(folder, minutes=30.0, seed=0, workers=None, progress=True):
     if made:
         clear(folder)
         entries = synthesise_all(plan_corpus(minutes, seed), folder, workers, progress)
-        groups = {split: [item for item in entries if f"/{split}-" in item["audio_filepath"]] for split in SPLITS[:2]}
+        groups = {split: [item for item in entries if f"/{split}-" in item["audio_filepath"]] for split in SPLITS[:3]}
         groups["noise"] = make_noises(folder, seed, groups["train"])
         for split in SPLITS:
             write_lines(Path(folder, f"{split}_manifest.json"), groups[split])

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw the two diagrams of architecture.md: how an import finds its module, and how a batch becomes a loss.
+
+python docs/draw_architecture.py
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use('Agg')
+from matplotlib import pyplot
+
+PICTURES = Path(__file__).resolve().parent / 'pictures'
+OWN, STOCK, OWNER = '#d9e8f6', '#eeeeee', '#fde2b3'  # this project, NeMo and data, the owner of the context
+
+
+@dataclass(frozen=True)
+class Box:
+    """A labelled box; ``x`` and ``y`` are its centre, in inches."""
+
+    x: float
+    y: float
+    title: str
+    text: str = ''
+    colour: str = OWN
+    width: float = 2.3
+    height: float = 0.72
+
+    def draw(self, axes) -> None:
+        """Draw the box with its title in bold and its text below."""
+        corner = (self.x - self.width / 2, self.y - self.height / 2)
+        axes.add_patch(
+            matplotlib.patches.FancyBboxPatch(
+                corner, self.width, self.height, 'round,pad=0.02,rounding_size=0.08', fc=self.colour, ec='#444444'
+            )
+        )
+        lift = 0.14 if self.text else 0.0
+        axes.text(self.x, self.y + lift, self.title, ha='center', va='center', weight='bold', size=9)
+        axes.text(self.x, self.y - 0.16, self.text, ha='center', va='center', size=7.5)
+
+    def edge(self, toward: 'Box') -> tuple[float, float]:
+        """Return the middle of the side that faces another box."""
+        across, along = toward.x - self.x, toward.y - self.y
+        if abs(across) * self.height > abs(along) * self.width:
+            return self.x + self.width / 2 * (1 if across > 0 else -1), self.y
+        return self.x, self.y + self.height / 2 * (1 if along > 0 else -1)
+
+
+def arrow(axes, start: Box, end: Box, label: str = '', dashed: bool = False) -> None:
+    """Draw an arrow between the facing sides of two boxes."""
+    first, last = start.edge(end), end.edge(start)
+    style = dict(arrowstyle='-|>', color='#a35c00' if dashed else '#333333', linestyle='--' if dashed else '-', lw=1.2)
+    axes.annotate('', last, first, arrowprops=dict(style, shrinkA=2, shrinkB=2))
+    middle = (first[0] + last[0]) / 2, (first[1] + last[1]) / 2
+    axes.text(*middle, label, size=7.5, ha='center', va='center', bbox=dict(fc='white', ec='none', pad=1.0))
+
+
+def figure(width: float, height: float):
+    """Return a figure and its axes, one unit an inch."""
+    made, axes = pyplot.subplots(figsize=(width, height))
+    axes.set(xlim=(0, width), ylim=(0, height))
+    axes.axis('off')
+    made.subplots_adjust(0, 0, 1, 1)
+    return made, axes
+
+
+def imports():
+    """Draw how ``import nemo...`` finds a patched module."""
+    made, axes = figure(9.4, 3.1)
+    script = Box(1.3, 2.3, 'your script', 'import nemo...masking', STOCK)
+    finder = Box(4.7, 2.3, 'nemo_streaming_ssl', 'finder on sys.meta_path')
+    patched = Box(8.1, 2.3, 'nemo/.../masking.py', 'this project: the difference')
+    stock = Box(8.1, 0.7, 'nemo/.../masking.py', 'site-packages: stock NeMo', STOCK)
+    other = Box(4.7, 0.7, 'all other modules', 'site-packages: stock NeMo', STOCK)
+    for box in (script, finder, patched, stock, other):
+        box.draw(axes)
+    arrow(axes, script, finder)
+    arrow(axes, finder, patched, 'patched')
+    arrow(axes, finder, other, 'not patched')
+    arrow(axes, patched, stock, 'upstream(): subclasses')
+    return made
+
+
+def batch():
+    """Draw how a batch goes from the loader to the loss, with its one context."""
+    made, axes = figure(9.4, 5.6)
+    loader = Box(1.3, 4.9, 'data loader', 'clean and noisy samples', STOCK)
+    model = Box(4.7, 4.9, 'ssl_models.py', 'one training step')
+    encoder_owner = Box(8.1, 4.9, 'encoder: the context', 'active > override > policy', OWNER)
+    preprocessor = Box(1.3, 3.5, 'preprocessor', 'features [B, D, T]', STOCK)
+    masking = Box(4.7, 3.5, 'masking.py', 'masked features, masks')
+    encoder = Box(4.7, 2.1, 'conformer_encoder.py', 'attention within the context')
+    layers = Box(8.1, 2.1, 'layer contexts', 'each narrows the batch context')
+    quantizer = Box(1.3, 2.1, 'quantizers.py', 'tokens of the clean features')
+    objective = Box(3.0, 0.7, 'parts/objectives', 'loss at the loss positions')
+    reports = Box(7.0, 0.7, 'ssl_reports', 'metrics, audit, figures')
+    for box in (
+        loader,
+        model,
+        encoder_owner,
+        preprocessor,
+        masking,
+        encoder,
+        layers,
+        quantizer,
+        objective,
+        reports,
+    ):
+        box.draw(axes)
+    arrow(axes, loader, model, 'batch')
+    arrow(axes, model, encoder_owner, 'policy.at(step)')
+    arrow(axes, loader, preprocessor)
+    arrow(axes, preprocessor, masking, 'noisy')
+    arrow(axes, preprocessor, quantizer, 'clean')
+    arrow(axes, masking, encoder)
+    arrow(axes, encoder_owner, masking, 'window', dashed=True)
+    arrow(axes, encoder_owner, layers, 'context', dashed=True)
+    arrow(axes, layers, encoder, dashed=True)
+    arrow(axes, quantizer, objective, 'targets')
+    arrow(axes, encoder, objective, 'encoded')
+    arrow(axes, objective, reports, 'record of the batch')
+    return made
+
+
+def main() -> None:
+    """Write both diagrams."""
+    for name, draw in (('architecture_imports', imports), ('architecture_batch', batch)):
+        made = draw()
+        made.savefig(PICTURES / f'{name}.png', dpi=150)
+        pyplot.close(made)
+
+
+if __name__ == '__main__':
+    main()
