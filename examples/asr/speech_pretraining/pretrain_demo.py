@@ -1,44 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pre-train a tiny streaming encoder from nothing, say what it has learned, and make a recogniser of it.
+"""Pre-train a tiny streaming encoder, fine-tune a recogniser from it and from scratch, and stream a sentence.
 
     python pretrain_demo.py [--manifest train.json --validation-manifest validation.json] [--output outputs]
 
-``make pretrain`` runs it. Without manifests it makes a synthetic corpus first. A recogniser of characters is fine-tuned
-twice on a few minutes of the transcripts, from the pre-trained encoder and from scratch; where the manifests have no
-``text`` it is left out. Each choice of data and settings has a folder of its own under
-``--output``; started again after an interruption it goes on from the last checkpoint there.
+``make pretrain`` runs it. Without manifests it makes a synthetic corpus with transcripts. Where the manifests have no
+``text``, it stops after pre-training. Each choice of data and settings has a folder of its own under ``--output``, with
+a log file for each stage; a run that was interrupted continues there.
 """
 
 import argparse
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
-import demo_stages
-from demo_stages import say
-from script_tools import manifest_seconds, require_patches
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
+HERE = Path(__file__).resolve().parent
 CONFIG = 'nest_next_token_demo'
-SEED = 0
-RECOGNISER_STEPS = 110
+RECOGNISER_STEPS = 700
+ARMS = {'pre-trained': '[preprocessor,encoder]', 'from scratch': '[]'}  # what the .nemo gives to each
+STEP = re.compile(r'Epoch (\d+):.*?(\d+)/(\d+) \[')  # Lightning's progress bar, in the log of a stage
+
+console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 
 
 def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--manifest', help='train manifest; without it a synthetic corpus is made')
-    parser.add_argument('--validation-manifest', help='needed with --manifest')
-    parser.add_argument('--noise-manifest', help='noise to mix in; optional')
-    parser.add_argument('--output', default='outputs', type=Path, help='where everything goes')
+    parser.add_argument('--manifest', type=Path, help='train manifest; without it a synthetic corpus is made')
+    parser.add_argument('--validation-manifest', type=Path, help='needed with --manifest')
+    parser.add_argument('--output', default='outputs', type=Path, help='folder for all results')
     parser.add_argument('--config', default=CONFIG, help='name of a config in examples/asr/conf/ssl/nest')
-    parser.add_argument(
-        '--recogniser-steps', type=int, default=RECOGNISER_STEPS, help='of fine-tuning, twice; 0 leaves it out'
-    )
-    parser.add_argument('overrides', nargs='*', help='Hydra overrides, such as trainer.max_steps=2000')
+    parser.add_argument('--recogniser-steps', type=int, default=RECOGNISER_STEPS, help='of each fine-tuning; 0: none')
+    parser.add_argument('overrides', nargs='*', help='Hydra overrides of pre-training, such as trainer.max_steps=2000')
     options = parser.parse_args(argv)
     if bool(options.manifest) != bool(options.validation_manifest):
         parser.error('--manifest and --validation-manifest (MANIFEST and VAL_MANIFEST) go together')
@@ -47,105 +49,190 @@ def arguments(argv=None) -> argparse.Namespace:
     return options
 
 
-def data_of(options: argparse.Namespace) -> dict:
-    """Return the manifests to use, by role, after making the synthetic corpus if there are none."""
-    if options.manifest:
-        given = (options.manifest, options.validation_manifest, options.noise_manifest)
-        return dict(zip(('train', 'validation', 'noise'), [path and str(Path(path).resolve()) for path in given]))
-    folder = options.output / 'speech_corpus'
-    say(f'Making a synthetic speech corpus in {folder}')
-    demo_stages.run('make_speech_corpus.py', '--output', folder, stdout=subprocess.DEVNULL)
-    data = {role: str(folder.resolve() / f'{role}_manifest.json') for role in ('train', 'validation', 'noise')}
-    say(', '.join(f'{role}: {manifest_seconds(path) / 60:.1f} minutes' for role, path in data.items()))
-    return data
+def run_stage(title: str, log: Path, script: str, *words) -> None:
+    """Run a script of this folder as a stage: one line and a bar here, its output in a log file.
+
+    Raises:
+        SystemExit: with the script's status and the end of its log, if it fails.
+    """
+    command = [sys.executable, str(HERE / script), *map(str, words)]
+    columns = TextColumn('== {task.description}'), BarColumn(30), TextColumn('{task.fields[step]}'), TimeElapsedColumn()
+    with open(log, 'wb') as output, Progress(*columns, console=console) as progress:
+        bar = progress.add_task(f'{title:<44}', total=None, step='')
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                time.sleep(0.5)
+                progress.update(bar, **steps_done(log))
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+        progress.update(bar, total=1, completed=1)
+    if process.returncode:
+        tail = log.read_text(encoding='utf-8', errors='replace').splitlines()[-15:]
+        console.print(*tail, f'pretrain_demo: error: {script} failed; its output is in {log}', sep='\n', markup=False)
+        raise SystemExit(process.returncode)
 
 
-def run_folder(options: argparse.Namespace, data: dict) -> Path:
-    """Return the folder of this choice of data and settings, made if need be."""
-    settings = {
-        'data': data,
-        'config': options.config,
-        'overrides': options.overrides,
-        'nemo': version('nemo_toolkit'),
-    }
-    settings['manifests'] = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in data.values() if path]
-    text = json.dumps(settings, indent=2, sort_keys=True)
-    folder = options.output / f"pretrain-{settings['nemo']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+def steps_done(log: Path) -> dict:
+    """Return the progress that the end of a training log shows, as arguments of a progress bar."""
+    with open(log, 'rb') as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
+        found = STEP.findall(file.read().decode(errors='replace'))
+    if not found:
+        return {}
+    epoch, step, length = map(int, found[-1])
+    return {'step': f'step {epoch * length + step}'}
+
+
+def corpus(output: Path) -> dict[str, Path]:
+    """Make the synthetic corpus, or use the one that is complete; returns its manifests by split."""
+    folder = (output / 'speech_corpus').resolve()
+    run_stage('Making 30 minutes of synthetic speech', output / 'corpus.log', 'make_speech_corpus.py', '--output', folder)
+    return {split: folder / f'{split}_manifest.json' for split in ('train', 'validation', 'test', 'noise')}
+
+
+def run_folder(options: argparse.Namespace, data: dict[str, Path]) -> Path:
+    """Return the folder of this choice of data and settings."""
+    settings = [options.config, *options.overrides, version('nemo_toolkit')]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for path in data.values():
+        digest.update(path.read_bytes())
+    folder = options.output / f"pretrain-{settings[-1]}-{digest.hexdigest()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / 'settings.json.partial'  # nemo.utils.atomic_files would have to wait for NeMo
-    partial.write_text(text)
-    os.replace(partial, folder / 'settings.json')
-    return folder
+    return folder.resolve()
 
 
-def overrides_for(options: argparse.Namespace, data: dict, folder: Path) -> list[str]:
-    """Return the Hydra overrides of the training run."""
-    noise = data['noise'] or 'null'
-    return [
-        f"model.train_ds.manifest_filepath='{data['train']}'",
-        f"model.train_ds.noise_manifest={noise if noise == 'null' else repr(noise)}",
-        f"model.validation_ds.manifest_filepath='{data['validation']}'",
-        f"model.preprocessor.normalize='{folder.resolve() / 'feature_stats.yaml'}'",
-        f"seed={SEED}",
-        "trainer.val_check_interval=50",  # steps; each validation runs in several contexts and draws pictures
-        "trainer.check_val_every_n_epoch=null",
-        *options.overrides,
-    ]
+def train(title: str, folder: Path, script: str, config: str, overrides: list[str]) -> Path:
+    """Train with one of the training scripts, or continue an interrupted run; returns the .nemo file.
 
-
-def train(options: argparse.Namespace, data: dict, folder: Path) -> Path:
-    """Train, or go on training; returns the ``.nemo`` file."""
-    model_file = folder / 'model.nemo'
+    Args:
+        title: of the stage.
+        folder: of the run; ``folder.nemo`` is put in place when training is complete.
+        script: of this folder.
+        config: name of its config.
+        overrides: for Hydra.
+    """
+    model_file = folder.with_suffix('.nemo')
     if model_file.exists():
-        say(f'{model_file} is there already: no training (remove {folder} to train anew)')
+        console.print(f'== {title:<44} complete already: {model_file}')
         return model_file
-    say('Computing the feature statistics of the corpus')
-    demo_stages.run('compute_feature_stats.py', '--manifest', data['train'], '--output', folder / 'feature_stats.yaml')
-    say(f"Training; TensorBoard logs are in {folder / 'run'}")
-    overrides = overrides_for(options, data, folder)
-    demo_stages.train('hierarchical_streaming_nest.py', options.config, overrides, folder / 'run', model_file)
+    words = ['--config-name', config, f"+exp_manager.explicit_log_dir='{folder}'", *overrides]
+    run_stage(title, folder.with_suffix('.log'), script, *words)
+    (saved, *_) = sorted((folder / 'checkpoints').glob('*.nemo'), key=os.path.getmtime, reverse=True)
+    os.replace(saved, model_file)
     return model_file
 
 
-def report(options: argparse.Namespace, data: dict, folder: Path, model_file: Path) -> None:
-    """Restore the model, print and draw what it has learned, and make a recogniser of it."""
-    # Imported here, for the corpus is made without waiting for NeMo.
-    import demo_recogniser
-    import demo_report
-    from rich.console import Console
-
-    from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-
-    say(f'Restoring {model_file}')
-    trained = EncDecDenoiseMaskedTokenPredModel.restore_from(str(model_file), map_location='cpu')
-    console = Console(width=120 if not sys.stdout.isatty() else None)
-    results, audio = demo_report.evaluate(trained, data['validation']), first_audio(data['validation'])
-    demo_report.show(results, console)
-    demo_report.show_parity(trained, audio)
-    demo_report.draw(model_file, audio, folder)
-    steps = options.recogniser_steps
-    rates = demo_recogniser.compare(data, folder / f'recogniser-{steps}-steps', model_file, steps, console)
-    demo_report.write_learned(folder / 'learned.json', results, rates)
-    say(f"Model: {model_file}; figures: {folder / 'learned.json'}; tensorboard --logdir {folder / 'run'}")
+def pretrain(options: argparse.Namespace, data: dict[str, Path], folder: Path) -> Path:
+    """Pre-train the encoder; returns the .nemo file."""
+    statistics = folder / 'feature_stats.yaml'
+    if not statistics.exists():
+        words = ['--manifest', data['train'], '--output', statistics]
+        run_stage('Computing feature statistics', folder / 'statistics.log', 'compute_feature_stats.py', *words)
+    overrides = [
+        f"model.train_ds.manifest_filepath='{data['train']}'",
+        f"model.validation_ds.manifest_filepath='{data['validation']}'",
+        f"model.train_ds.noise_manifest={repr(str(data['noise'])) if 'noise' in data else 'null'}",
+        f"model.preprocessor.normalize='{statistics}'",
+        'seed=0',
+        'trainer.val_check_interval=100',
+        'trainer.check_val_every_n_epoch=null',
+        *options.overrides,
+    ]
+    return train('Pre-training without transcripts', folder / 'encoder', 'pretrain.py', options.config, overrides)
 
 
-def first_audio(manifest: str) -> str:
-    """Return the audio file of a manifest's first entry."""
-    from nemo.collections.common.parts.preprocessing.manifest import get_full_path
+def fine_tune(arm: str, options: argparse.Namespace, data: dict[str, Path], folder: Path, encoder: Path) -> Path:
+    """Fine-tune a recogniser of characters by CTC, from one of ``ARMS``; returns the .nemo file."""
+    overrides = [
+        f"init_from_nemo_model.pretrained.path='{encoder}'",
+        f'init_from_nemo_model.pretrained.include={ARMS[arm]}',
+        f"model.train_ds.manifest_filepath='{data['train']}'",
+        f"model.validation_ds.manifest_filepath='{data['validation']}'",
+        f'trainer.max_steps={options.recogniser_steps}',
+    ]
+    name = f"recogniser-{options.recogniser_steps}-{arm.replace(' ', '-')}"
+    title = f'Fine-tuning a recogniser, {arm}'
+    return train(title, folder / name, 'finetune_streaming.py', 'streaming_ctc_tiny', overrides)
 
-    with open(manifest, encoding='utf-8') as lines:
-        return get_full_path(json.loads(lines.readline())['audio_filepath'], manifest_file=manifest)
+
+def entries_of(manifest: Path) -> list[dict]:
+    """Return the entries of a manifest, with absolute paths of audio."""
+    entries = [json.loads(line) for line in manifest.read_text(encoding='utf-8').splitlines() if line.strip()]
+    return [{**entry, 'audio_filepath': str(manifest.parent / entry['audio_filepath'])} for entry in entries]
+
+
+def error_rates(model, entries: list[dict]) -> dict[tuple[int, int], float]:
+    """Return the character error rate of a CTC model on entries of a manifest, in each of its contexts."""
+    from nemo.collections.asr.metrics.wer import word_error_rate
+
+    paths, texts = [entry['audio_filepath'] for entry in entries], [entry['text'] for entry in entries]
+    rates = {}
+    for context in model.encoder.att_context_size_all:
+        with model.encoder.using_att_context_size(context):
+            hypotheses = [found.text for found in model.transcribe(paths, batch_size=8, verbose=False)]
+        rates[tuple(context)] = word_error_rate(hypotheses=hypotheses, references=texts, use_cer=True)
+    return rates
+
+
+def stream(model, entry: dict) -> None:
+    """Stream the audio of an entry as it would arrive, and print its words when they become final."""
+    import soundfile
+    import torch
+
+    from nemo.collections.asr.parts.streaming import StreamingSession
+
+    samples, rate = soundfile.read(entry['audio_filepath'], dtype='float32')
+    session = StreamingSession(model, return_text=True)
+    console.print('== Streaming a test sentence:', end=' ')
+    for piece in torch.from_numpy(samples).unsqueeze(0).split(rate * 80 // 1000, dim=1):
+        for word in session.step(piece).text[0].final_words:
+            console.print(word.text, end=' ')
+    for word in session.finish().text[0].final_words:
+        console.print(word.text, end=' ')
+    console.print(f"\n   The transcript is:            {entry['text']}")
+
+
+def compare(models: dict[str, Path], data: dict[str, Path], folder: Path) -> None:
+    """Print and save the error rates of both recognisers, and stream a sentence with the pre-trained one."""
+    from nemo.collections.asr.models import ASRModel
+    from nemo.utils import logging
+
+    logging.setLevel(logging.ERROR)
+    entries = entries_of(data.get('test', data['validation']))
+    restored = {arm: ASRModel.restore_from(str(path), map_location='cpu').eval() for arm, path in models.items()}
+    rates = {arm: error_rates(model, entries) for arm, model in restored.items()}
+    table = Table('context', *ARMS, title=f'Character error rate on {len(entries)} held-out sentences')
+    for context in rates['pre-trained']:
+        table.add_row(str(list(context)), *(f'{rates[arm][context]:.1%}' for arm in ARMS))
+    console.print(table)
+    found = {arm: {str(list(context)): rate for context, rate in rows.items()} for arm, rows in rates.items()}
+    (folder / 'error_rates.json').write_text(json.dumps(found, indent=2), encoding='utf-8')
+    stream(restored['pre-trained'], entries[0])
 
 
 def main(argv=None) -> None:
-    """Make data, train, restore, report."""
+    """Make data, pre-train, fine-tune twice, compare."""
     options = arguments(argv)
-    require_patches(__file__)
-    data = data_of(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.manifest:
+        data = {'train': options.manifest.resolve(), 'validation': options.validation_manifest.resolve()}
+    else:
+        data = corpus(options.output)
     folder = run_folder(options, data)
-    say(f'Everything of this run is in {folder}')
-    model_file = train(options, data, folder)
-    report(options, data, folder, model_file)
+    encoder = pretrain(options, data, folder)
+    if options.recogniser_steps and all(entry.get('text') for entry in entries_of(data['train'])):
+        compare({arm: fine_tune(arm, options, data, folder, encoder) for arm in ARMS}, data, folder)
+    else:
+        console.print('== No recogniser: --recogniser-steps is 0, or the manifest has entries without text')
+    console.print(f"""\
+== Next, with your own data (docs/getting_started.md has each step):
+   1. python {HERE / 'compute_feature_stats.py'} --manifest train.json --output stats.yaml
+   2. python {HERE / 'pretrain.py'} --config-name=nest_next_token_streaming, with your manifests and stats.yaml
+   3. python {HERE / 'finetune_streaming.py'}, then streaming_inference_example.py
+   Models and logs of this run: {folder}; tensorboard --logdir {folder}""")
 
 
 if __name__ == '__main__':
