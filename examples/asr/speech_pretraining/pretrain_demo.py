@@ -182,7 +182,7 @@ def stream(model, entry: dict) -> None:
     import soundfile
     import torch
 
-    from nemo.collections.asr.parts.streaming import StreamingSession
+    from nemo.collections.asr.parts.streaming.session import StreamingSession
 
     samples, rate = soundfile.read(entry['audio_filepath'], dtype='float32')
     session = StreamingSession(model, return_text=True)
