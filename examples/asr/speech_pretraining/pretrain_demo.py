@@ -22,6 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from script_tools import require_patches
 
 HERE = Path(__file__).resolve().parent
 CONFIG = 'nest_next_token_demo'
@@ -56,7 +57,12 @@ def run_stage(title: str, log: Path, script: str, *words) -> None:
         SystemExit: with the script's status and the end of its log, if it fails.
     """
     command = [sys.executable, str(HERE / script), *map(str, words)]
-    columns = TextColumn('== {task.description}'), BarColumn(30), TextColumn('{task.fields[step]}'), TimeElapsedColumn()
+    columns = (
+        TextColumn('== {task.description}'),
+        BarColumn(30),
+        TextColumn('{task.fields[step]}'),
+        TimeElapsedColumn(),
+    )
     with open(log, 'wb') as output, Progress(*columns, console=console) as progress:
         bar = progress.add_task(f'{title:<44}', total=None, step='')
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -89,7 +95,9 @@ def steps_done(log: Path) -> dict:
 def corpus(output: Path) -> dict[str, Path]:
     """Make the synthetic corpus, or use the one that is complete; returns its manifests by split."""
     folder = (output / 'speech_corpus').resolve()
-    run_stage('Making 30 minutes of synthetic speech', output / 'corpus.log', 'make_speech_corpus.py', '--output', folder)
+    run_stage(
+        'Making 30 minutes of synthetic speech', output / 'corpus.log', 'make_speech_corpus.py', '--output', folder
+    )
     return {split: folder / f'{split}_manifest.json' for split in ('train', 'validation', 'test', 'noise')}
 
 
@@ -141,7 +149,13 @@ def pretrain(options: argparse.Namespace, data: dict[str, Path], folder: Path) -
         'trainer.check_val_every_n_epoch=null',
         *options.overrides,
     ]
-    return train('Pre-training without transcripts', folder / 'encoder', 'pretrain.py', options.config, overrides)
+    return train(
+        'Pre-training without transcripts',
+        folder / 'encoder',
+        'hierarchical_streaming_nest.py',
+        options.config,
+        overrides,
+    )
 
 
 def fine_tune(arm: str, options: argparse.Namespace, data: dict[str, Path], folder: Path, encoder: Path) -> Path:
@@ -185,7 +199,7 @@ def stream(model, entry: dict) -> None:
     from nemo.collections.asr.parts.streaming.session import StreamingSession
 
     samples, rate = soundfile.read(entry['audio_filepath'], dtype='float32')
-    session = StreamingSession(model, return_text=True)
+    session = StreamingSession(model.eval(), return_text=True)  # NeMo's transcribe leaves modules in training mode
     console.print('== Streaming a test sentence:', end=' ')
     for piece in torch.from_numpy(samples).unsqueeze(0).split(rate * 80 // 1000, dim=1):
         for word in session.step(piece).text[0].final_words:
@@ -216,6 +230,7 @@ def compare(models: dict[str, Path], data: dict[str, Path], folder: Path) -> Non
 def main(argv=None) -> None:
     """Make data, pre-train, fine-tune twice, compare."""
     options = arguments(argv)
+    require_patches(__file__)
     options.output.mkdir(parents=True, exist_ok=True)
     if options.manifest:
         data = {'train': options.manifest.resolve(), 'validation': options.validation_manifest.resolve()}

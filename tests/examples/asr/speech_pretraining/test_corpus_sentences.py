@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
 import random
 import re
 
@@ -15,16 +16,16 @@ def drawn(sentences, split, count=500):
     return [sentences.make_sentence(rng, split) for _ in range(count)]
 
 
-@pytest.mark.parametrize('split', ['train', 'validation'])
+@pytest.mark.parametrize('split', ['train', 'validation', 'test'])
 def test_every_slot_is_filled(sentences, split):
     assert all(re.fullmatch(r"[A-Z][a-z' ]+\.", sentence) for sentence in drawn(sentences, split))
 
 
-def test_no_sentence_is_in_both_splits_and_words_are_few(sentences):
-    train, validation = (drawn(sentences, split, 2000) for split in ('train', 'validation'))
-    assert not set(train) & set(validation)
-    known, heard = (set(' '.join(map(sentences.transcript, split)).split()) for split in (train, validation))
-    assert heard <= known and 80 < len(known) < 200
+def test_no_sentence_is_in_two_splits_and_words_are_few(sentences):
+    splits = {split: set(drawn(sentences, split, 2000)) for split in ('train', 'validation', 'test')}
+    words = {split: set(' '.join(map(sentences.transcript, texts)).split()) for split, texts in splits.items()}
+    assert not any(splits[one] & splits[other] for one, other in itertools.combinations(splits, 2))
+    assert words['validation'] | words['test'] <= words['train'] and 80 < len(words['train']) < 200
 
 
 def test_every_slot_of_the_grammar_can_be_reached(sentences):

@@ -19,9 +19,6 @@ FOLDER = Path(__file__).resolve().parents[4] / 'examples/asr/speech_pretraining'
 TREES = {path.stem: ast.parse(path.read_text(encoding='utf-8')) for path in sorted(FOLDER.glob('*.py'))}
 TOOLS = [
     'corpus_sentences',
-    'demo_recogniser',
-    'demo_report',
-    'demo_stages',
     'evaluation_tools',
     'script_tools',
     'streaming_tools',
