@@ -180,7 +180,7 @@ def test_an_error_about_a_key_leads_to_its_page(tools, capsys):
     assert said[1] == 'See docs/contexts.md#a-curriculum (python -m nemo_streaming_ssl docs contexts)'
     assert tools.explained(ValueError('x is 3')) == 'x is 3'
     twice = tools.explained(ValueError(tools.explained(ValueError('encoder.blockwise_attention is 3'))))
-    assert twice.count('See docs/performance.md#block-wise-attention') == 1
+    assert twice.count('See docs/blockwise.md') == 1
 
 
 def test_the_report_on_the_patches_comes_back_for_the_log(tools):

@@ -317,7 +317,7 @@ class Encoder(Section, name='model.encoder', page='contexts', closed=False):
         'auto',
         'Whether layers with a limited context attend block by block, at linear cost: `auto` (where it is faster), `on`, '
         '`off`.',
-        page='performance#block-wise-attention',
+        page='blockwise',
     )
 
 
