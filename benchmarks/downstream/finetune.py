@@ -30,6 +30,15 @@ class Recogniser(torch.nn.Module):
         return self.classify(encoded.transpose(1, 2)).log_softmax(dim=-1), encoded_lengths
 
 
+def ctc_loss(log_probs: torch.Tensor, lengths: torch.Tensor, utterances: list) -> torch.Tensor:
+    """Return the CTC loss of log-probabilities [B, A, C + 1] with lengths [B] of utterances."""
+    labels = [torch.tensor(utterance.labels) for utterance in utterances]
+    sizes = torch.tensor([len(row) for row in labels])
+    return torch.nn.functional.ctc_loss(
+        log_probs.transpose(0, 1), torch.cat(labels), lengths, sizes, blank=len(PHONES), zero_infinity=True
+    )
+
+
 @torch.no_grad()
 def errors_of(recogniser: Recogniser, speech: Speech, utterances: list, context) -> list[int]:
     """Return the errors of the greedy CTC path in each utterance."""
@@ -75,12 +84,7 @@ def fine_tune(
         chosen = drawn.sample(tuned_on, min(UTTERANCES, len(tuned_on)))
         with encoder.using_att_context_size(drawn.choice(KINDS[kind].contexts)):
             log_probs, lengths = recogniser(*speech.batch([utterance.features for utterance in chosen]))
-            labels = [torch.tensor(utterance.labels) for utterance in chosen]
-            sizes = torch.tensor([len(row) for row in labels])
-            loss = torch.nn.functional.ctc_loss(
-                log_probs.transpose(0, 1), torch.cat(labels), lengths, sizes, blank=len(PHONES), zero_infinity=True
-            )
-            loss.backward()
+            ctc_loss(log_probs, lengths, chosen).backward()
         torch.nn.utils.clip_grad_norm_(recogniser.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from arms import ARMS, KINDS, MASKED_SHARE, SHORT, overrides
 from data import Speech
+from finetune import ctc_loss
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from phones import PHONES
@@ -131,16 +132,7 @@ def supervised_loss(model, speech: Speech, seed: int, step: int) -> torch.Tensor
     chosen = random.Random(f'ctc {seed} {step}').sample(speech.probe, min(5, len(speech.probe)))
     features, lengths = speech.batch([utterance.features for utterance in chosen])
     encoded, encoded_lengths = model.encoder(audio_signal=features, length=lengths)
-    log_probs = model.phones(encoded.transpose(1, 2)).log_softmax(dim=-1)
-    labels = [torch.tensor(utterance.labels) for utterance in chosen]
-    return torch.nn.functional.ctc_loss(
-        log_probs.transpose(0, 1),
-        torch.cat(labels),
-        encoded_lengths,
-        torch.tensor(list(map(len, labels))),
-        blank=len(PHONES),
-        zero_infinity=True,
-    )
+    return ctc_loss(model.phones(encoded.transpose(1, 2)).log_softmax(dim=-1), encoded_lengths, chosen)
 
 
 @torch.no_grad()

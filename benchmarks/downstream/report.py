@@ -8,13 +8,13 @@ In docs/evidence.md it replaces what stands between its two marks. Protocol.md d
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
 import numpy as np
 from arms import ARMS, COMPARED, FEATURES, KINDS, SEEDS
 from bootstrap import CONFIDENCE, Estimate, estimate
+from tables import label_of, rows_of
 
 from nemo.utils.atomic_files import replacing
 
@@ -26,19 +26,6 @@ DRAWN = ('stock-40', 'following-40', 'next', 'both')  # whose loss is drawn by d
 COLOURS = {
     'stock': '#d1495b', 'following': '#00798c', 'next': '#edae49', 'both': '#7b5ea7', 'offline': '#66a182', '': '#555555'
 }  # fmt: skip
-
-
-def rows_of(path: Path) -> list[dict]:
-    """Return the rows of a CSV file; none where there is no file."""
-    if not path.exists():
-        return []
-    with open(path, newline='') as file:
-        return list(csv.DictReader(file))
-
-
-def label_of(context) -> str:
-    """Return the name of a context in the CSV files."""
-    return ' '.join(map(str, context))
 
 
 def colour(arm: str) -> str:
@@ -205,7 +192,7 @@ def missing(results: Results) -> str:
 
 def earlier(folder: Path) -> str:
     """Return what the last of the earlier rounds found, seed by seed."""
-    rows = [row for row in rows_of(folder / 'earlier_rounds.csv') if row['round'] == 'sizes 3']
+    rows = [row for row in rows_of(folder / 'earlier_rounds.csv.gz') if row['round'] == 'sizes 3']
     phones = next(sum(map(int, row['errors'].split())) for row in rows if row['arm'] == '(phones)')
     texts = []
     for arm in ('scratch', 'stock', 'synchronised', 'next_token'):

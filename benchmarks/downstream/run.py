@@ -10,13 +10,9 @@ command goes on after an interruption, and can run several times at a time: each
 """
 
 import argparse
-import csv
-import fcntl
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +23,7 @@ from distance import loss_by_distance
 from finetune import fine_tune
 from phones import PHONES
 from pretrain import FACTOR, Recipe, build, pretrain, set_masks
+from tables import append, label_of, locked, rows_of
 
 from nemo.collections.asr.parts.ssl_reports.probe import ProbeSettings, layer_outputs, probe_errors
 from nemo.utils.atomic_files import replacing
@@ -105,39 +102,6 @@ def sizes(quick: bool) -> tuple[Recipe, ProbeSettings, dict]:
     return recipe, ProbeSettings(steps=3, batch_size=2, hidden=8), dict(minutes=0.1, tested=4)
 
 
-@contextmanager
-def locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Hold a lock on a file while the block runs; False where another process holds it and ``wait`` is false."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'w') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def append(path: Path, columns: tuple, rows: list[dict]) -> None:
-    """Append rows to a CSV file that other processes append to, too."""
-    with locked(path.with_suffix('.lock'), wait=True):
-        new = not path.exists()
-        with open(path, 'a', newline='') as file:
-            writer = csv.DictWriter(file, columns, lineterminator='\n')
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
-    path.with_suffix('.lock').unlink(missing_ok=True)
-
-
-def rows_of(path: Path) -> list[dict]:
-    """Return the rows of a CSV file; none where there is no file."""
-    if not path.exists():
-        return []
-    with open(path, newline='') as file:
-        return list(csv.DictReader(file))
-
-
 class Judge:
     """Fits probes on encoders and writes their errors.
 
@@ -151,9 +115,11 @@ class Judge:
         self.speech, self.settings, self.path = speech, settings, path
         self.parts = {'train': speech.probe, 'test': speech.test}
         self.labels = {part: [one.labels for one in found] for part, found in self.parts.items()}
-        if not path.exists():
-            lists = {'(phones)': map(len, self.labels['test']), '(speakers)': [one.speaker for one in speech.test]}
-            append(path, PROBES, [{'arm': name, 'errors': ' '.join(map(str, row))} for name, row in lists.items()])
+        lists = {'(phones)': map(len, self.labels['test']), '(speakers)': [one.speaker for one in speech.test]}
+        with locked(path.with_suffix('.begin'), wait=True):
+            if not path.exists():
+                append(path, PROBES, [('', name, '', '', '', '', label_of(found)) for name, found in lists.items()])
+        path.with_suffix('.begin').unlink(missing_ok=True)
 
     def judge(self, cell: Cell, encoder, step: int, probe_seeds: range) -> None:
         """Fit the probes of one encoder that have no row yet, in each context that is judged."""
@@ -161,27 +127,24 @@ class Judge:
         for context in KINDS[cell.kind].judged[: None if encoder is not None else 1]:
             cached = {}
             for probe_seed in probe_seeds:
-                label = ' '.join(map(str, context))
-                row = dict(zip(PROBES, (*cell[:3], step, label, probe_seed)))
-                if tuple(map(str, row.values())) in done:
+                row = (*cell[:3], step, label_of(context), probe_seed)
+                if tuple(map(str, row)) in done:
                     continue
                 if not cached:
                     cached = {part: self.outputs(part, encoder, context) for part in self.parts}
                 settings = ProbeSettings(**{**vars(self.settings), 'seed': probe_seed})
                 errors, _ = probe_errors(cached.__getitem__, self.labels, len(PHONES), settings)
-                append(self.path, PROBES, [{**row, 'errors': ' '.join(map(str, errors))}])
+                append(self.path, PROBES, [(*row, label_of(errors))])
                 rate = 100 * sum(errors) / sum(map(len, self.labels['test']))
-                print(f'{cell.label}: step {step}, context {label}, probe {probe_seed}: {rate:.2f} %', flush=True)
+                print(f'{cell.label}: step, context and probe seed {row[3:]}: {rate:.2f} %', flush=True)
 
     def outputs(self, part: str, encoder, context) -> list[torch.Tensor]:
         """Return the layer outputs of a part's utterances; without an encoder, their features as one layer."""
         utterances = self.parts[part]
         if encoder is not None:
             return layer_outputs(encoder, self.speech.batches(utterances), context)
-        features = [batch[0] for batch, _ in (self.speech.batch([one.features]) for one in utterances)]
-        return [
-            each[:, : each.shape[1] // FACTOR * FACTOR].t().reshape(-1, 1, 80 * FACTOR).half() for each in features
-        ]
+        features = [self.speech.batch([one.features])[0][0].half() for one in utterances]
+        return [each[:, : each.shape[1] // FACTOR * FACTOR].t().reshape(-1, 1, 80 * FACTOR) for each in features]
 
 
 def run_cell(cell: Cell, speech: Speech, recipe: Recipe, settings: ProbeSettings, options: argparse.Namespace) -> None:
@@ -227,8 +190,7 @@ def write_distances(cell: Cell, speech: Speech, recipe: Recipe, folder: Path, pa
     for context in KINDS[cell.kind].judged:
         found = loss_by_distance(model, speech.batches(speech.validation, size=5), context)
         for distance, (frames, below) in sorted(found.items()):
-            values = (*cell[:3], ' '.join(map(str, context)), *distance, frames, f'{below:.4f}')
-            rows.append(dict(zip(DISTANCES, values)))
+            rows.append((*cell[:3], label_of(context), *distance, frames, f'{below:.4f}'))
     append(path, DISTANCES, rows)
 
 
@@ -237,23 +199,16 @@ def write_tuning(cell: Cell, encoder, speech: Speech, recipe: Recipe, options: a
     path, looks = options.results / 'finetuning.csv', dict(every=2, most=4) if options.quick else {}
     if is_missing(cell, path):
         step, errors = fine_tune(encoder, recipe.width, speech, cell.kind, cell.seed, **looks)
-        rows = [
-            (*cell[:3], step, ' '.join(map(str, context)), ' '.join(map(str, row))) for context, row in errors.items()
-        ]
-        append(path, TUNINGS, [dict(zip(TUNINGS, row)) for row in rows])
+        rows = [(*cell[:3], step, label_of(context), label_of(counts)) for context, counts in errors.items()]
+        append(path, TUNINGS, rows)
 
 
-def training_rows(cell: Cell, log: dict) -> list[dict]:
+def training_rows(cell: Cell, log: dict) -> list[tuple]:
     """Return the rows of a pre-training: its loss each 100 steps, the validation loss where there is one."""
-    rows = []
-    for step, loss in log['loss']:
-        made = {**dict(zip(TRAININGS, cell[:3])), 'step': step, 'train_loss': f'{loss:.4f}'}
-        if step in log['validation']:
-            made['validation_loss'] = f"{log['validation'][step]:.4f}"
-        rows.append(made)
-    if rows:
-        rows[-1]['seconds'] = round(log['seconds'])
-        rows[-1].update({key: round(log[key], 4) for key in ('block', 'masked_share', 'mean_run') if key in log})
+    validation = {step: f'{loss:.4f}' for step, loss in log['validation'].items()}
+    rows = [(*cell[:3], step, f'{loss:.4f}', validation.get(step, '')) for step, loss in log['loss']]
+    masks = [round(log[key], 4) if key in log else '' for key in ('block', 'masked_share', 'mean_run')]
+    rows[-1:] = [(*row, *masks, round(log['seconds'])) for row in rows[-1:]]
     return rows
 
 

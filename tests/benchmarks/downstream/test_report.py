@@ -64,8 +64,8 @@ def test_pictures_are_drawn_from_the_csv_files(report, tmp_path):
     (tmp_path / 'distance.csv').write_text(
         f'{head}\ncausal,next,0,5 0,next,1,0,10,0.5\ncausal,next,0,5 0,next,2,0,9,0.1\n'
     )
-    for name in ('earlier_rounds.csv',):
-        (tmp_path / name).write_text((report.HERE / 'results' / name).read_text())
+    name = 'earlier_rounds.csv.gz'
+    (tmp_path / name).write_bytes((report.HERE / 'results' / name).read_bytes())
     page = tmp_path / 'page.md'
     page.write_text(f'{report.BEGIN}\n{report.END}\n')
     assert report.main(['--results', str(tmp_path), '--page', str(page)]) == 0
