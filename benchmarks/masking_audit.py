@@ -4,7 +4,7 @@
     python benchmarks/masking_audit.py [--utterances 480] [--seconds 16] [--json shares.json]
 
 Prints the table of docs/contexts.md: the share of the frames that is masked, offline and in a stream that comes in
-steps of one chunk (80 ms without one), and how many masked frames no layer could answer.
+steps of one chunk (80 ms without one), and how many masked frames have no visible frame in a layer's window.
 """
 
 import argparse
@@ -67,8 +67,8 @@ def rows_of(name: str, options: argparse.Namespace) -> list[dict]:
                 'masked': offline.masked_share().item(),
                 'masked_live': live.masked_share().item(),
                 'masked_frames': int(offline.frames_masked),
-                'unanswerable': int(max(offline.unanswerable.values())),
-                'unanswerable_live': int(max(live.unanswerable.values())),
+                'no_visible_frame': int(max(offline.no_visible_frame.values())),
+                'no_visible_frame_live': int(max(live.no_visible_frame.values())),
                 'mean_run': offline.mean_run().item(),
             }
         )
@@ -78,14 +78,14 @@ def rows_of(name: str, options: argparse.Namespace) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """Return the rows as Markdown."""
     lines = [
-        '| config | context | masked | masked live | mean run (frames) | unanswerable | unanswerable live |',
+        '| config | context | masked | masked live | mean run (frames) | no visible frame | no visible frame live |',
         '| --- | --- | --- | --- | --- | --- | --- |',
     ]
     for row in rows:
         left, right = row['context']
         lines.append(
             f"| `{row['config']}` | {left}, {right} | {row['masked']:.1%} | {row['masked_live']:.1%} | "
-            f"{row['mean_run']:.1f} | {row['unanswerable']} of {row['masked_frames']} | {row['unanswerable_live']} |"
+            f"{row['mean_run']:.1f} | {row['no_visible_frame']} of {row['masked_frames']} | {row['no_visible_frame_live']} |"
         )
     return '\n'.join(lines)
 

@@ -13,7 +13,7 @@ def test_every_shipped_config_masks_what_can_be_answered_and_as_much_live_as_off
     rows = script.main(['--json', str(tmp_path / 'rows.json')])
     assert len({row['config'] for row in rows}) == len(list(script.CONFIGS.glob('*.yaml')))
     for row in rows:
-        assert row['unanswerable'] == row['unanswerable_live'] == 0 and row['masked_frames'] > 10000, row
+        assert row['no_visible_frame'] == row['no_visible_frame_live'] == 0 and row['masked_frames'] > 10000, row
         assert row['masked_live'] == pytest.approx(row['masked'], rel=0.15), row
         assert row['masked'] == pytest.approx(0.33, rel=0.1), row
     assert capsys.readouterr().out.count('| `nest_') == len(rows)

@@ -14,7 +14,7 @@ With a model or a config and an audio file:
 - attention_windows: what one frame attends to in each layer, and what its output depends on through all layers
 
 and, on the terminal, an audit of the masking, if there is any: the share that is masked, in runs of what length, and what
-nobody could answer, over --draws draws. A config's weights are random; of the pictures only the surprise depends on them.
+has no visible frame, over --draws draws. A config's weights are random; of the pictures only the surprise depends on them.
 
 With the logs of a training run (a folder with TensorBoard's event files or a metrics.csv):
 
@@ -196,10 +196,10 @@ def audit_text(model, record, context, options: argparse.Namespace) -> str:
         f'  runs of masked attention frames: mean {audit.mean_run():.1f}, 90 % up to {audit.run_quantile(0.9)}, '
         f'longest {audit.longest_run()}',
     ]
-    for share, group in groupby(audit.unanswerable_share().items(), key=lambda item: f'{item[1]:.1%}'):
+    for share, group in groupby(audit.no_visible_frame_share().items(), key=lambda item: f'{item[1]:.1%}'):
         names = [name for name, _ in group]
         within = ' to '.join(dict.fromkeys((names[0], names[-1])))
-        lines.append(f'  unanswerable in {within}: {share} of the masked attention frames')
+        lines.append(f'  no visible frame in {within}: {share} of the masked attention frames')
     return '\n'.join(lines)
 
 

@@ -67,7 +67,7 @@ def test_a_step_logs_what_was_masked_aimed_at_and_lost():
         assert step[f'train_loss/ctx_{label}'] == step['train_loss']
         assert 0 < step['codebook/codes_used'] <= 32
         assert 1 <= step['codebook/perplexity'] <= 32
-        assert step['unanswerable_share'] == 0
+        assert step['masking/no_visible_frame_in_window'] == step['masking/no_visible_frame_in_stack'] == 0
     assert 0.1 < sum(logged.column('masked_share')) / 12 < 0.6
 
 

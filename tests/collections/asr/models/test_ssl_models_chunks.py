@@ -74,7 +74,7 @@ class TestConfigs:
         run = fit(model, batches(6, seconds=(3.0, 2.0)), max_steps=6)
         losses = run.logger.column('train_loss')
         assert len(losses) == 6 and all(0 < loss < 10 for loss in losses)
-        assert run.logger.column('unanswerable_share') == [0] * 6
+        assert run.logger.column('masking/no_visible_frame_in_window') == [0] * 6
         contexts = [list(context) for context in model.encoder.att_context_size_all if context[1] != -1]
         assert {right + 1 for _, right in contexts} == ({1, 4, 14} if DYNAMIC in name else {1, 2, 7, 14})
         for context in contexts:
@@ -194,7 +194,7 @@ class TestWithLayersAndCurriculum:
     def test_everything_masked_can_be_answered_in_each_layer(self):
         model = tiny_model(*SAMPLED, *self.LAYERS, 'model.audit_every_n_batches=1')
         run = fit(model, batches(10, seconds=(3.0, 2.0)), max_steps=10)
-        names = [name for name in run.logger.steps[0] if name.startswith('audit/unanswerable_share')]
+        names = [name for name in run.logger.steps[0] if name.startswith('audit/no_visible_frame')]
         assert names and all(run.logger.column(name) == [0] * 10 for name in names)
 
     def test_a_layer_with_chunks_of_its_own_must_fit_every_chunk(self):

@@ -82,7 +82,7 @@ def test_a_hierarchical_training_is_audited(position):
     for step in logged.steps.values():
         assert step['audit/masked_share'] == pytest.approx(step['masked_share'], rel=0.02) or step['global_step'] > 0
         for window in ('layer_00', 'layer_01', 'stack'):
-            assert step[f'audit/unanswerable_share/{window}'] == 0
+            assert step[f'audit/no_visible_frame/{window}'] == 0
     assert logged.column('audit/empty_batches') == [0, 0, 0]
     assert logged.column('audit/run_frames/longest')[0] >= 1
 

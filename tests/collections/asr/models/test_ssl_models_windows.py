@@ -37,7 +37,7 @@ def test_masks_are_answered_by_what_the_attention_sees_and_take_their_normal_sha
     for context in contexts:
         with model.encoder.using_att_context_size(context):
             audit = audit_masking(model.mask_processor, lengths, 1, 8, windows_of(model.encoder), draws=1)
-        assert audit.unanswerable['layers'] == 0 and audit.frames_masked > 1000
+        assert audit.no_visible_frame['layers'] == 0 and audit.frames_masked > 1000
         unlimited = audit_masking(model.mask_processor, lengths, 1, 8, None, draws=1)
         assert audit.masked_share() == pytest.approx(unlimited.masked_share().item(), rel=0.1)
 
@@ -57,7 +57,10 @@ def test_masks_that_do_not_follow_the_context_are_the_same_in_every_context():
 def test_training_masks_and_learns_within_them(contexts, style):
     model = model_of(contexts, style)
     run = fit(model, batches(3, (4.0, 3.0)), max_steps=3)
-    assert min(run.logger.column('masked_share')) > 0.1 and max(run.logger.column('unanswerable_share')) == 0
+    assert (
+        min(run.logger.column('masked_share')) > 0.1
+        and max(run.logger.column('masking/no_visible_frame_in_window')) == 0
+    )
     assert min(run.logger.column('train_loss')) > 0
 
 
@@ -177,7 +180,7 @@ def test_masks_of_a_live_stream_are_answered_however_it_is_cut(context, style, s
     masks = output.masks.unsqueeze(1)
     with model.encoder.using_att_context_size(context):
         audit = audit_masks(masks, output.mask_lengths, 8, windows_of(model.encoder))
-    assert audit.frames_masked > 50 and audit.unanswerable['layers'] == 0
+    assert audit.frames_masked > 50 and audit.no_visible_frame['layers'] == 0
 
 
 def test_an_earlier_limit_does_not_stay_with_the_masking():

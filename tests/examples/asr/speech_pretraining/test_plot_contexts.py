@@ -42,7 +42,7 @@ def test_a_model(plot, tmp_path, audio, position):
     status, out, err = plot(*given, '--context', '20', '--frame', '9', '--output', tmp_path / 'new/pictures')
     assert status == 0, err
     assert made(tmp_path / 'new/pictures') == both('masked_spectrogram', 'attention_windows')
-    assert 'audit of 5 draws in context [20, 0]' in out and 'unanswerable in layers' in out
+    assert 'audit of 5 draws in context [20, 0]' in out and 'no visible frame in layers' in out
     before = (tmp_path / 'new/pictures/masked_spectrogram.png').read_bytes()
     assert plot(*given, '--context', '20', '--output', tmp_path / 'new/pictures')[0] == 0
     assert (tmp_path / 'new/pictures/masked_spectrogram.png').read_bytes() == before
@@ -68,7 +68,7 @@ def test_a_context_with_look_ahead(plot, tmp_path, audio, context, wait):
     status, out, err = plot(*given, '--output', tmp_path / 'pictures')
     assert status == 0, err
     assert made(tmp_path / 'pictures') == both('masked_spectrogram', 'attention_windows')
-    assert f'look-ahead {wait}:' in out and 'unanswerable in layers to stack: 0.0%' in out
+    assert f'look-ahead {wait}:' in out and 'no visible frame in layers to stack: 0.0%' in out
 
 
 @pytest.mark.integration
@@ -82,7 +82,7 @@ def test_a_config_and_logs(plot, tmp_path, audio):
     status, out, err = plot(*given, '--output', tmp_path / 'pictures')
     assert status == 0, err
     assert made(tmp_path / 'pictures') == both('masked_spectrogram', 'attention_windows', 'learning_curves')
-    assert 'unanswerable in layer_00 to stack: 0.0% of the masked attention frames' in out
+    assert 'no visible frame in layer_00 to stack: 0.0% of the masked attention frames' in out
 
 
 @pytest.mark.parametrize(

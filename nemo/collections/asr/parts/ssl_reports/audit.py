@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What masking asks of the attention: how much is masked, in runs of what length, and what nobody could answer.
+"""Masks audited: how much is masked, in runs of what length, and which masked frames have no visible frame.
 
 Shapes: B batch, D features, M mask frames, A attention frames (M // factor), R run lengths from 0 to the longest.
 
@@ -41,8 +41,8 @@ class MaskAudit:
     """Attention frames."""
     frames_masked: torch.Tensor
     """Those of them that are masked."""
-    unanswerable: dict[str, torch.Tensor]
-    """For each window, the masked frames that see no frame without any masked mask frame."""
+    no_visible_frame: dict[str, torch.Tensor]
+    """For each window, the masked frames that have no visible frame in it: none without any masked mask frame."""
     runs: torch.Tensor
     """[R]: how many runs of so many masked frames there are, one after the other."""
     batches: torch.Tensor
@@ -54,19 +54,19 @@ class MaskAudit:
         """Add up two audits of the same windows."""
         longest = max(self.runs.shape[0], other.runs.shape[0])
         runs = sum(torch.nn.functional.pad(audit.runs, (0, longest - audit.runs.shape[0])) for audit in (self, other))
-        unanswerable = {name: count + other.unanswerable[name] for name, count in self.unanswerable.items()}
+        no_visible = {name: count + other.no_visible_frame[name] for name, count in self.no_visible_frame.items()}
         names = ('mask_frames', 'mask_frames_masked', 'frames', 'frames_masked', 'batches', 'empty_batches')
         counts = {name: getattr(self, name) + getattr(other, name) for name in names}
-        return MaskAudit(runs=runs, unanswerable=unanswerable, **counts)
+        return MaskAudit(runs=runs, no_visible_frame=no_visible, **counts)
 
     def masked_share(self) -> torch.Tensor:
         """Share of the mask frames that is masked; a scalar."""
         return self.mask_frames_masked / self.mask_frames.clamp(min=1)
 
-    def unanswerable_share(self) -> dict[str, torch.Tensor]:
-        """For each window, the share of the masked frames that it leaves unanswerable; scalars."""
+    def no_visible_frame_share(self) -> dict[str, torch.Tensor]:
+        """For each window, the share of the masked frames that have no visible frame in it; scalars."""
         masked = self.frames_masked.clamp(min=1)
-        return {name: count / masked for name, count in self.unanswerable.items()}
+        return {name: count / masked for name, count in self.no_visible_frame.items()}
 
     def mean_run(self) -> torch.Tensor:
         """Mean length of a run of masked frames, in attention frames; a scalar."""
@@ -83,7 +83,7 @@ class MaskAudit:
 
     def logs(self, prefix: str = 'audit/') -> dict[str, torch.Tensor]:
         """Return the scalars to log, on the device of the counts."""
-        shares = {f'{prefix}unanswerable_share/{name}': share for name, share in self.unanswerable_share().items()}
+        shares = {f'{prefix}no_visible_frame/{name}': share for name, share in self.no_visible_frame_share().items()}
         runs = {'mean': self.mean_run(), 'p90': self.run_quantile(0.9).float(), 'longest': self.longest_run().float()}
         return {
             f'{prefix}masked_share': self.masked_share(),
@@ -134,7 +134,7 @@ def audit_masks(
     windows: Mapping[str, Window] | None = None,
     threshold: float = MASK_THRESHOLD,
 ) -> MaskAudit:
-    """Count what these masks hide, and what of it nobody could answer.
+    """Count what these masks hide, and the masked frames that have no visible frame.
 
     Args:
         masks: [B, D, M] or [B, M], 1 or True where masked.
@@ -155,7 +155,7 @@ def audit_masks(
         mask_frames_masked=(masks.mean(dim=1, dtype=torch.float32) * valid).sum(dtype=torch.float64),
         frames=in_utterance.sum(),
         frames_masked=masked.sum(),
-        unanswerable={name: found[window] for name, window in (windows or {}).items()},
+        no_visible_frame={name: found[window] for name, window in (windows or {}).items()},
         runs=_run_lengths(masked),
         batches=torch.ones((), dtype=torch.int64, device=masks.device),
         empty_batches=(~masked.any()).long(),
@@ -193,8 +193,7 @@ def audit_masking(
 ) -> MaskAudit:
     """Count what a masking module would hide in utterances of these lengths; torch's generators are left as they were.
 
-    A module that takes a context is told the tightest of the windows, as a training step tells it; others mask
-    regardless.
+    A module that takes a context gets the tightest of the windows, as in a training step; others mask regardless.
 
     Args:
         masking: a module that is called with ``input_feats`` [B, D, M] and ``input_lengths`` [B], and returns the

@@ -48,7 +48,7 @@ def masked_spectrogram(
     masks: np.ndarray,
     hop_seconds: float,
     factor: int,
-    unanswerable: np.ndarray | None = None,
+    no_visible_frame: np.ndarray | None = None,
     title: str = '',
 ):
     """Draw a spectrogram with its masked blocks, and below what that means for the attention frames.
@@ -58,7 +58,7 @@ def masked_spectrogram(
         masks: [M], 1 or True where masked; M is T, or where masking follows the subsampling T // factor or so.
         hop_seconds: length of a feature frame.
         factor: feature frames per attention frame.
-        unanswerable: [A] bool, which masked attention frames nobody can answer; None leaves them out.
+        no_visible_frame: [A] bool, the masked attention frames without a visible one in their window; None leaves them out.
         title: of the picture.
     """
     figure = _figure(height=4.6)
@@ -68,7 +68,7 @@ def masked_spectrogram(
     unit = hop_seconds * (factor if post_conv else 1)
     _draw_spectrogram(upper, features, seconds, title)
     _draw_blocks(upper, masks, unit)
-    _draw_attention_frames(lower, masks, 1 if post_conv else factor, hop_seconds * factor, unanswerable)
+    _draw_attention_frames(lower, masks, 1 if post_conv else factor, hop_seconds * factor, no_visible_frame)
     lower.set_xlabel(f'seconds (a feature frame: {1000 * hop_seconds:g} ms)')
     lower.set_xlim(0, max(seconds, unit))
     return figure
@@ -99,14 +99,14 @@ def _draw_blocks(axis, masks: np.ndarray, unit: float) -> None:
         axis.legend(loc='upper right', fontsize=8, framealpha=1)
 
 
-def _draw_attention_frames(axis, masks, factor: int, frame_seconds: float, unanswerable) -> None:
+def _draw_attention_frames(axis, masks, factor: int, frame_seconds: float, no_visible_frame) -> None:
     frames = masks.shape[0] // factor
     share = masks[: frames * factor].reshape(frames, factor).mean(axis=1) if frames else np.zeros(0)
     states = [('masked', share > MASK_THRESHOLD, dict(facecolor='0.15'))]
     states.append(('partly masked', (share > 0) & (share <= MASK_THRESHOLD), dict(facecolor='0.75')))
-    if unanswerable is not None:
+    if no_visible_frame is not None:
         crosses = dict(facecolor='white', hatch='xxxx', edgecolor='black', linewidth=0)
-        states.append((f'unanswerable ({int(unanswerable.sum())})', unanswerable[:frames], crosses))
+        states.append((f'no visible frame ({int(no_visible_frame.sum())})', no_visible_frame[:frames], crosses))
     for label, where, style in states:
         spans = [(start * frame_seconds, (end - start) * frame_seconds) for start, end in _runs(where)]
         axis.broken_barh(spans, (0, 1), label=label, **style)

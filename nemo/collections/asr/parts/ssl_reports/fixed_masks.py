@@ -56,7 +56,7 @@ class FixedMasks:
         masking: a module that is called with ``input_feats`` [B, D, M] and ``input_lengths`` [B], and returns features
             and masks [B, D, M].
         seeds: one for each utterance.
-        window: that the masks are to be answerable in; for a module that takes a context.
+        window: within which each masked frame has a visible one; for a module that takes a context.
     """
 
     def __init__(self, masking: torch.nn.Module, seeds: Sequence[int], window: Window):

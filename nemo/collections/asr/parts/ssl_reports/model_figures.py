@@ -75,10 +75,8 @@ def draw_masks(model, utterance: SeenUtterance, title: str = ''):
     factor = model.encoder.subsampling_factor
     masks = torch.from_numpy(utterance.masks).view(1, 1, -1)
     share = masked_share_per_frame(masks, model.mask_frames_per_attention_frame)
-    unanswerable = no_visible_frame(share, utterance.window)[0].numpy()
-    return figures.masked_spectrogram(
-        utterance.features, utterance.masks, hop_seconds(model), factor, unanswerable, title
-    )
+    lost = no_visible_frame(share, utterance.window)[0].numpy()
+    return figures.masked_spectrogram(utterance.features, utterance.masks, hop_seconds(model), factor, lost, title)
 
 
 def draw_surprise(model, utterance: SeenUtterance, title: str = ''):

@@ -6,7 +6,7 @@ A model has one such object, also when nothing is asked of it, and each of its h
 
 import torch
 
-from nemo.collections.asr.parts.att_context.visible_frames import no_visible_frame
+from nemo.collections.asr.parts.att_context.visible_frames import no_visible_frame_shares
 from nemo.collections.asr.parts.att_context.windows import tightest_window_of
 from nemo.collections.asr.parts.objectives.record import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.audit import TrainingAudit
@@ -75,7 +75,7 @@ class ModelReports:
         return logs
 
     def of_pass(self, model, record: BatchRecord | None, prefix: str = '') -> Logs:
-        """Return the present context, and what the masks, if any, left to answer in it; scalars on their device."""
+        """Return the present context, and the shares of frames that are masked, and have no visible frame; scalars."""
         if record is None:
             return {}
         encoder, logs = model.encoder, {}
@@ -90,11 +90,9 @@ class ModelReports:
         share = record.masked_share()
         masked_frames = record.masks[:, 0].sum(dtype=torch.float32)
         logs[f'{prefix}masked_share'] = masked_frames / record.mask_lengths.sum().clamp(min=1)
-        if window is not None:
-            whole_frames = torch.div(record.mask_lengths, record.factor, rounding_mode='floor')
-            unanswerable = no_visible_frame(share, window, record.threshold, whole_frames).sum()
-            masked = (share > record.threshold).sum()
-            logs[f'{prefix}unanswerable_share'] = unanswerable / masked.clamp(min=1)
+        frames = torch.div(record.mask_lengths, record.factor, rounding_mode='floor')
+        shares = no_visible_frame_shares(encoder, share, record.threshold, frames)
+        logs.update({f'{prefix}masking/{name}': value for name, value in shares.items()})
         return logs
 
     def _codebook_logs(self, record: BatchRecord) -> Logs:

@@ -86,8 +86,8 @@ def passes_in_contexts(
         batch: as its data loader gives it.
         contexts: that its encoder can follow.
         seed: of the masks.
-        window: that the masks are drawn for; None: the tightest of ``contexts``, so that what is masked can be
-            answered in each.
+        window: that the masks are drawn for; None: the tightest of ``contexts``, so that masked frames have a visible
+            one in each.
         masked: whether anything is masked.
         inputs: the features of the batch, where they are there already.
     """
@@ -156,7 +156,9 @@ class ContextValidation:
         if model.objectives.masks:
             self._names.append('masked_share')
             if layer_windows_of(model.encoder):
-                self._names += [f'unanswerable_share/ctx_{context_label(context)}' for context in self._running]
+                self._names += [
+                    f'masking/no_visible_frame_in_window/ctx_{context_label(each)}' for each in self._running
+                ]
         places = [place for context in self._running for place in self._places(context_label(context))]
         self._names += [f'{name}/{place}' for place in places for name in ('loss', 'accuracy')]
         self._sums = torch.zeros(loaders, len(self._names), 2, dtype=torch.float64, device=model.device)
@@ -221,8 +223,8 @@ class ContextValidation:
         if first:  # the masks are the same in every context
             self._add(loader, 'masked_share', audit.mask_frames_masked, audit.mask_frames)
         if windows:
-            unanswerable = torch.stack(list(audit.unanswerable.values())).max()
-            self._add(loader, f'unanswerable_share/ctx_{label}', unanswerable, audit.frames_masked)
+            no_visible = torch.stack(list(audit.no_visible_frame.values())).max()
+            self._add(loader, f'masking/no_visible_frame_in_window/ctx_{label}', no_visible, audit.frames_masked)
 
     def finish(self, mode: str) -> None:
         """Add up over the ranks, which must all call this, whether they had batches or not, in one reduction."""

@@ -45,7 +45,7 @@ def masked_batches(draw):
 def brute_force(masks, lengths, factor, windows, threshold=0.8):
     """Look at every frame of every utterance, one after the other."""
     found = {'mask_frames': 0, 'mask_frames_masked': 0, 'frames': 0, 'frames_masked': 0, 'runs': {}}
-    unanswerable = dict.fromkeys(windows, 0)
+    no_visible_frame = dict.fromkeys(windows, 0)
     for row, length in zip(masks.tolist(), lengths.tolist()):
         row = row[:length]
         shares = [sum(row[start : start + factor]) / factor for start in range(0, length - factor + 1, factor)]
@@ -60,8 +60,8 @@ def brute_force(masks, lengths, factor, windows, threshold=0.8):
             sees = attended(tuple(window.context), window.style, len(shares)).tolist()
             for frame, flag in enumerate(masked):
                 answers = [other for other, seen in enumerate(sees[frame]) if seen and shares[other] == 0]
-                unanswerable[name] += flag and not answers
-    return {**found, 'unanswerable': unanswerable}
+                no_visible_frame[name] += flag and not answers
+    return {**found, 'no_visible_frame': no_visible_frame}
 
 
 class TestAuditMasks:
@@ -74,7 +74,7 @@ class TestAuditMasks:
         for name in ('mask_frames', 'mask_frames_masked', 'frames', 'frames_masked'):
             assert getattr(audit, name).item() == expected[name]
         assert {length: count for length, count in enumerate(audit.runs.tolist()) if count} == expected['runs']
-        assert {name: count.item() for name, count in audit.unanswerable.items()} == expected['unanswerable']
+        assert {name: count.item() for name, count in audit.no_visible_frame.items()} == expected['no_visible_frame']
         assert audit.empty_batches.item() == (expected['frames_masked'] == 0)
 
     def test_by_eye(self):
@@ -85,7 +85,7 @@ class TestAuditMasks:
         assert audit.runs.tolist() == [0, 0, 3, 1, 0, 0, 0, 0, 0, 0, 0]
         assert audit.mean_run().item() == 9 / 4 and audit.longest_run() == 3
         assert audit.run_quantile(0.75) == 2 and audit.run_quantile(0.76) == 3
-        shares = {name: share.item() for name, share in audit.unanswerable_share().items()}
+        shares = {name: share.item() for name, share in audit.no_visible_frame_share().items()}
         # The first two frames see nothing; with one frame of the past so do frames 4, 5 and 9, and one more below.
         assert shares == {'layer_00': pytest.approx(6 / 9), 'layer_01': pytest.approx(2 / 9)}
 
@@ -153,14 +153,14 @@ class TestAuditMasking:
         audit = audit_masking(OwnMasking(), torch.tensor([40, 24]), features=4, factor=4, windows=windows, draws=3)
         assert audit.batches == 3 and audit.masked_share() == 0.5 and audit.longest_run() == 5
         # of five masked frames the first two see the unmasked half; of three, two
-        assert audit.unanswerable_share()['layers'].item() == pytest.approx(4 / 8)
-        assert audit.unanswerable_share()[STACK] == 0
+        assert audit.no_visible_frame_share()['layers'].item() == pytest.approx(4 / 8)
+        assert audit.no_visible_frame_share()[STACK] == 0
 
     def test_ours_asks_for_nothing_impossible_and_stocks_does(self):
         windows, lengths = {'layers': Window(AttContext(5, 0))}, torch.tensor([800, 640])
         settings = dict(feat_in=8, mask_prob=0.5, block_size=48, subsampling_factor=8)
         ours = audit_masking(RandomBlockMasking(**settings), lengths, 8, 8, windows, draws=20)
-        assert ours.frames_masked > 0 and ours.unanswerable['layers'] == 0
+        assert ours.frames_masked > 0 and ours.no_visible_frame['layers'] == 0
 
         class Regardless(torch.nn.Module):
             masking = RandomBlockMasking(**settings)
@@ -169,7 +169,7 @@ class TestAuditMasking:
                 return self.masking(input_feats, input_lengths)
 
         unbound = audit_masking(Regardless(), lengths, 8, 8, windows, draws=20)
-        assert unbound.unanswerable_share()['layers'] > 0.2
+        assert unbound.no_visible_frame_share()['layers'] > 0.2
 
     def test_seeds_and_generators(self):
         masking, lengths = RandomBlockMasking(feat_in=8), torch.tensor([300])
@@ -213,4 +213,4 @@ class TestTrainingAudit:
         assert [logs['audit/frames_without_mask'] for logs in seen] == [2, 4, 6, 8]  # 7 decoder frames, 5 whole ones
         assert [logs['audit/run_frames/longest'] for logs in seen] == [2, 2, 0, 0]
         assert [logs['audit/masked_share'] for logs in seen[:2]] == [pytest.approx(8 / 61)] * 2
-        assert {'audit/unanswerable_share/layers', 'audit/unanswerable_share/stack'} <= set(seen[0])
+        assert {'audit/no_visible_frame/layers', 'audit/no_visible_frame/stack'} <= set(seen[0])

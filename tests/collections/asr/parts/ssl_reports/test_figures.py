@@ -29,14 +29,14 @@ class TestMaskedSpectrogram:
     def test_blocks_and_attention_frames(self):
         masks = np.zeros(40)
         masks[8:16], masks[22:30] = 1, 1
-        unanswerable = np.array([0, 1, 0, 0, 0], dtype=bool)
-        figure = figures.masked_spectrogram(self.FEATURES, masks, 0.01, 8, unanswerable, 'a title')
+        no_visible_frame = np.array([0, 1, 0, 0, 0], dtype=bool)
+        figure = figures.masked_spectrogram(self.FEATURES, masks, 0.01, 8, no_visible_frame, 'a title')
         upper, lower = figure.axes
         shown = [(round(patch.get_x(), 4), round(patch.get_x() + patch.get_width(), 4)) for patch in upper.patches]
         assert shown == [(0.08, 0.16), (0.22, 0.3)]
         assert spans(lower, 'masked') == [(0.08, 0.16)]
         assert spans(lower, 'partly masked') == [(0.16, 0.32)]  # 2 of 8 mask frames, then 6 of 8
-        assert spans(lower, 'unanswerable (1)') == [(0.08, 0.16)]
+        assert spans(lower, 'no visible frame (1)') == [(0.08, 0.16)]
         written = texts(figure)
         assert 'seconds (a feature frame: 10 ms)' in written and 'frames of\n80 ms' in written and 'a title' in written
 

@@ -68,7 +68,7 @@ class TestFixedMasks:
         assert torch.equal(masked, torch.where(masks > 0, embedding, feats))
         windows = {'tight': Window(AttContext(3, 0))}
         audit = audit_masks(masks, torch.tensor([400, 160]), 8, windows)
-        assert audit.frames_masked > 0 and audit.unanswerable['tight'] == 0
+        assert audit.frames_masked > 0 and audit.no_visible_frame['tight'] == 0
 
     def test_generators_and_module_are_left_as_they_were(self):
         masking = RandomBlockMasking(**self.SETTINGS)

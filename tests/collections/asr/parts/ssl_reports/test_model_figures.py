@@ -34,7 +34,7 @@ def test_a_masked_utterance(position):
     assert utterance.surprise is None and utterance.context == [20, 0]
     assert list(draw_utterance(model, utterance, 'it')) == ['masked_spectrogram']
     lower = draw_masks(model, utterance).axes[1]
-    assert 'unanswerable (0)' in [text.get_text() for text in lower.get_legend().get_texts()]
+    assert 'no visible frame (0)' in [text.get_text() for text in lower.get_legend().get_texts()]
 
 
 def test_attention_of_a_frame():

@@ -190,7 +190,7 @@ class TestValidation:
             assert reported[f'{mode}_loss/ctx_{label}'] == pytest.approx(loss, rel=1e-5)
             assert reported[f'{mode}_accuracy/ctx_{label}'] == pytest.approx(accuracy)
             assert reported[f'{mode}_perplexity/ctx_{label}'] == pytest.approx(math.exp(loss), rel=1e-4)
-            assert reported[f'{mode}_unanswerable_share/ctx_{label}'] == 0
+            assert reported[f'{mode}_masking/no_visible_frame_in_window/ctx_{label}'] == 0
         for name in ('loss', 'accuracy'):
             values = [reported[f'{mode}_{name}/ctx_{label}'] for label in LABELS]
             assert reported[f'{mode}_{name}'] == pytest.approx(sum(values) / 4)
