@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streams that start, end, fail, move and reset at random, for thousands of steps; prints what was found as JSON.
 
-    python live_streams_soak.py STEPS
+python live_streams_soak.py STEPS
 """
 
 import gc
@@ -15,12 +15,20 @@ from tiny_nest import tiny_model
 
 from nemo.collections.asr.parts.streaming.session import StreamingSession
 
-STREAMS, CONTEXT, SECONDS = 64, [4, 0], 3
+STREAMS, CONTEXT, RATE = 64, [4, 0], 1000
+LONGEST = 6 * RATE  # samples
 TINY = (
     'model.encoder.n_layers=1',
     'model.encoder.d_model=8',
     'model.encoder.subsampling_conv_channels=4',
-    'model.preprocessor.features=16',
+    'model.encoder.subsampling_factor=2',
+    'model.quantizer.combine_time_steps=2',
+    'model.sample_rate=1000',
+    'model.preprocessor.sample_rate=1000',
+    'model.preprocessor.window_size=0.04',
+    'model.preprocessor.window_stride=0.04',
+    'model.preprocessor.n_fft=64',
+    'model.preprocessor.features=8',
     'model.num_classes=8',
 )
 CHECKED = 300  # streams that are compared with offline at once
@@ -31,7 +39,7 @@ class Soak:
 
     def __init__(self):
         self.random, self.model = random.Random(0), tiny_model(*TINY).eval()
-        self.recording = noise(1, 20 * 16000, seed=1)[0]
+        self.recording = noise(1, 40 * RATE, seed=1)[0]
         self.sessions = [StreamingSession(self.model, STREAMS // 2, CONTEXT) for _ in range(2)]
         self.found = dict(ended=0, failed=0, moved=0, reset=0, differ=0, largest=0.0)
         self.streams = [[self.new() for _ in range(STREAMS // 2)] for _ in range(2)]
@@ -39,13 +47,13 @@ class Soak:
 
     def new(self) -> dict:
         """A stream: where it starts, how much of it was fed, how long it will be, and its frames."""
-        start, total = self.random.randrange(16 * 16000), self.random.randrange(800, SECONDS * 16000)
+        start, total = self.random.randrange(30 * RATE), self.random.randrange(50, LONGEST)
         return dict(start=start, fed=0, total=total, frames=[], dead=False)
 
     def step(self, index: int) -> None:
         """Feed some streams of a session; one in a few thousand gets samples that make it fail."""
         session, streams = self.sessions[index], self.streams[index]
-        size = self.random.choice([400, 1280, 1280, 1280, 2560])
+        size = self.random.choice([25, 80, 80, 80, 160])
         samples, lengths, ends = torch.zeros(len(streams), size), [], []
         for row, stream in enumerate(streams):
             count = 0 if self.random.random() < 0.1 else min(size, stream['total'] - stream['fed'])

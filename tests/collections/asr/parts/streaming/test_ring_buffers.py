@@ -86,7 +86,9 @@ def test_what_queries_see(style, context, slots, wait, first, count, last, expec
     assert seen(style, context, slots, wait, first, count, last) == expected
 
 
-@pytest.mark.parametrize('style, context, wait', [('regular', (3, 0), 0), ('regular', (2, 1), 1), ('chunked_limited', (2, 1), 0)])
+@pytest.mark.parametrize(
+    'style, context, wait', [('regular', (3, 0), 0), ('regular', (2, 1), 1), ('chunked_limited', (2, 1), 0)]
+)
 def test_what_comes_again_is_computed_once_and_is_the_same(style, context, wait, monkeypatch):
     window = RingWindow(Window(AttContext(*context), style), 6, wait, CPU)
     phases = [np.array([start, 2 * start + 2]) for start in range(0, 40, 2)]

@@ -133,7 +133,12 @@ def test_a_step_that_fails_breaks_its_streams_and_no_others(fail, error, monkeyp
         fail(patch, session, error)
         with pytest.raises(type(error)):
             session.step(samples[:, 6000:9000], [3000, 0, 3000])
-    for work in (lambda: session.step(samples[:, 6000:9000]), session.finish, session.state_dict, lambda: session.export(2)):
+    for work in (
+        lambda: session.step(samples[:, 6000:9000]),
+        session.finish,
+        session.state_dict,
+        lambda: session.export(2),
+    ):
         with pytest.raises(ValueError, match='is broken by an error'):
             work()
     outputs.append(session.step(samples[:, 6000:], [0, 10000, 0], [False, True, False]))
@@ -180,9 +185,9 @@ def test_a_stream_moves_between_sessions_of_other_sizes(case, context, tmp_path)
     sessions = [StreamingSession(model, size, context) for size in (4, 1, 9)]
     outputs = [sessions[0].step(samples[:, :9000], [9000, 7000, 9000, 5000])]
     frames = frames_of(outputs, 1)
-    position, row = 7000, 1
+    position, row, before = 7000, 1, sessions[0]
     for session, place in ((sessions[1], 0), (sessions[2], 5), (sessions[0], 3)):
-        state = (sessions[0] if position == 7000 else before).export(row)
+        state = before.export(row)
         torch.save(state, tmp_path / 'stream.pt')
         session.load(place, torch.load(tmp_path / 'stream.pt', weights_only=True))
         moved = session.export(place)['stream']
