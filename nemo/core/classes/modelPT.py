@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch of NeMo's ``modelPT.py``: ``init_from_*`` checks what it is given and logs what was loaded."""
+"""Patch of NeMo's ``modelPT.py``: ``init_from_*`` checks what it is given and logs what was loaded.
+
+Data workers can be spawned: NeMo's ``collate_fn`` is decorated with wrapt, whose methods pickle refuses.
+"""
+
+import copyreg
+
+import wrapt
 
 from nemo.core.connectors.initial_weights import check_encoder_was_loaded, load_weights, sources_of
 from nemo.utils.get_rank import is_global_rank_zero
@@ -27,3 +34,6 @@ class ModelPT(_up.ModelPT):
             config, weights = source.read(self, map_location, strict=cfg.get('init_strict', True))
             loaded |= load_weights(self, source, config, weights)
         check_encoder_was_loaded(self, sources, loaded)
+
+
+copyreg.pickle(wrapt.BoundFunctionWrapper, lambda method: (getattr, (method._self_instance, method.__name__)))
