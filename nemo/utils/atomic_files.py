@@ -55,8 +55,10 @@ def remove_partial_files(folder: str | Path, name: str | None = None) -> list[Pa
 
 def _is_in_use(partial: Path) -> bool:
     process = partial.name.removesuffix(PARTIAL_SUFFIX).rpartition('.')[2]
-    if not process.isdigit():
-        return True  # not made by this module
+    if (
+        not process.isdigit() or os.name != 'posix'
+    ):  # not made by this module; or Windows, where signal 0 ends a process
+        return True
     try:
         os.kill(int(process), 0)  # signal 0 only asks
     except ProcessLookupError:
@@ -67,7 +69,9 @@ def _is_in_use(partial: Path) -> bool:
 
 
 def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name != 'posix' and path.is_dir():  # only POSIX opens folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name == 'posix' else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

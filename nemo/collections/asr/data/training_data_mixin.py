@@ -5,7 +5,7 @@ import copy
 from contextlib import nullcontext
 
 from omegaconf import OmegaConf, open_dict
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, RandomSampler, SequentialSampler
 
 from nemo.collections.asr.data.loader_options import take_own_options, with_own_options
 from nemo.collections.asr.data.loader_workers import end_workers_with_their_parent
@@ -36,6 +36,15 @@ def log_left_out() -> None:
     """Log how many utterances this rank has left out, for which reasons, and the first of each."""
     log = logging.warning if LEFT_OUT.total() else logging.info
     log(f"Data{on_this_rank()}: {LEFT_OUT.summary()}")
+
+
+def warn_of_undivided_data(trainer) -> None:
+    """Warn if all ranks read the same utterances of a plain manifest."""
+    sampler = getattr(trainer.train_dataloader, 'sampler', None)
+    if trainer.world_size > 1 and isinstance(sampler, (RandomSampler, SequentialSampler)):  # not one that divides
+        logging.warning(
+            "trainer.use_distributed_sampler is false, so all ranks train on the same batches of the manifest; set it to true"
+        )
 
 
 class TrainingDataMixin:
@@ -92,6 +101,7 @@ class TrainingDataMixin:
     def on_train_start(self):
         """Count the batches of a resumed epoch as the data loader does; the ranks may be others than before."""
         super().on_train_start()
+        warn_of_undivided_data(self.trainer)
         self._data_wait = DataWait()
         loader = self._resumable_loader()
         if not isinstance(loader, ResumableDataLoader):

@@ -101,6 +101,7 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
       masked tokens stays in the model, without being trained.
     """
 
+    _validation_losses = ()
     last_batch: BatchRecord | None = None
     """The record of the last call of ``forward``, which cannot return one: NeMo's own step calls it."""
 
@@ -336,7 +337,10 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
     def on_validation_epoch_end(self, *args, **kwargs):
         """Add the contexts' results up over the ranks, log them as NeMo does, and draw."""
         self.reports.finish_validation('val')
+        self._validation_losses = ()
         logged = super().on_validation_epoch_end(*args, **kwargs)
+        if len(self._validation_losses) > 1:  # NeMo's val_loss is that of the first
+            self.log('val_loss_mean', torch.stack(self._validation_losses).mean(), sync_dist=True)
         self.reports.draw(self)
         return logged
 
@@ -357,7 +361,9 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
     def multi_validation_epoch_end(self, outputs: list, dataloader_idx: int = 0):
         """Average the validation batches: NeMo's ``val_loss``, and the context's metrics."""
         in_contexts = self.reports.validation_summary('val', dataloader_idx)
-        return in_contexts or _add_means(super().multi_validation_epoch_end(outputs, dataloader_idx), outputs)
+        metrics = in_contexts or _add_means(super().multi_validation_epoch_end(outputs, dataloader_idx), outputs)
+        self._validation_losses = [*self._validation_losses, torch.as_tensor(metrics['val_loss'])]
+        return metrics
 
     def multi_test_epoch_end(self, outputs: list, dataloader_idx: int = 0):
         """Average the test batches: NeMo's ``test_loss``, and the context's metrics."""

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training data of a model: spawned workers, platforms without POSIX, undivided data, several validation sets."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+from fresh_process import run_python
+from omegaconf import OmegaConf
+from tiny_nest import batches, tiny_config, tiny_model, trainer
+from torch.utils.data import DataLoader, DistributedSampler
+
+from nemo.collections.asr.data.training_data_mixin import warn_of_undivided_data, without_null
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
+
+
+@pytest.fixture(scope='module')
+def speech(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('speech')
+    with open(folder / 'm.json', 'w') as lines:
+        for number in range(4):
+            soundfile.write(folder / f'{number}.wav', np.random.default_rng(number).normal(0, 0.1, 20000), 16000)
+            lines.write(json.dumps({'audio_filepath': f'{number}.wav', 'duration': 1.25}) + '\n')
+    return folder
+
+
+SPAWNED = """
+import multiprocessing, os, sys
+sys.modules['fcntl'] = None  # as on Windows
+for name in ('getuid', 'fork'):
+    delattr(os, name)
+if __name__ == '__main__':
+    multiprocessing.set_start_method('spawn', force=True)
+    from omegaconf import OmegaConf
+    from tiny_nest import tiny_model
+    import nemo.collections.asr.parts.utils.pretraining_checks
+    section = {'sample_rate': 16000, 'batch_size': 2, 'shuffle': True, 'num_workers': 1, 'resumable': {'seed': 0}}
+    section |= {'manifest_filepath': sys.argv[1], 'noise_manifest': sys.argv[1], 'skip_bad_audio': True}
+    model = tiny_model()
+    model.setup_training_data(OmegaConf.create(section))
+    print('batches', [len(batch.audio) for batch in model._train_dl])
+"""
+
+
+@pytest.mark.integration
+def test_spawned_workers_load_where_posix_modules_are_missing(speech, tmp_path):
+    (tmp_path / 'script.py').write_text(SPAWNED)
+    paths = ':'.join(path for path in sys.path if path)
+    done = run_python(tmp_path / 'script.py', speech / 'm.json', PYTHONPATH=paths)
+    assert 'batches [2, 2]' in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize('sampler, warned', [(None, True), ('divided', False)])
+def test_undivided_data_is_a_warning(warnings, sampler, warned):
+    sampler = DistributedSampler(range(4), num_replicas=2, rank=0) if sampler else None
+    loader = DataLoader(range(4), sampler=sampler)
+    warn_of_undivided_data(SimpleNamespace(world_size=2, train_dataloader=loader))
+    assert any('use_distributed_sampler' in message for message in warnings) == warned
+
+
+def test_an_augmentor_that_is_null_is_none(speech):
+    section = {'manifest_filepath': str(speech / 'm.json'), 'sample_rate': 16000, 'batch_size': 4, 'shuffle': False}
+    section = OmegaConf.create({**section, 'batch_augmentor': None, 'augmentor': None})
+    model = tiny_model()
+    model.setup_training_data(section)
+    assert [len(batch.audio) for batch in model._train_dl] == [4]
+    assert 'batch_augmentor' in section and set(without_null(section)) == set(section) - {
+        'batch_augmentor',
+        'augmentor',
+    }
+
+
+def test_data_without_a_length_need_a_limit(speech):
+    cfg = tiny_config(name='nest_fast-conformer_streaming_lhotse_tiny')
+    section = {'use_lhotse': True, 'manifest_filepath': str(speech / 'm.json'), 'sample_rate': 16000, 'batch_size': 2}
+    OmegaConf.set_struct(cfg, False)
+    cfg.model.train_ds = {**section, 'shuffle': True, 'num_workers': 0, 'force_iterable_dataset': True}
+    with pytest.raises(ValueError, match='trainer.limit_train_batches is 1.0'):
+        EncDecDenoiseMaskedTokenPredModel(cfg.model, trainer(1))
+
+
+def test_several_validation_sets_have_a_mean():
+    model, run = tiny_model(), trainer(1)
+    model._val_dl_idx = 0
+    model._validation_names, model._validation_dl = ['first_', 'second_'], [batches(1), batches(2)]
+    model.set_trainer(run)
+    run.fit(model, train_dataloaders=batches(1), val_dataloaders=model._validation_dl)
+    logged = {name: float(value) for name, value in run.callback_metrics.items()}
+    losses = [logged['val_loss'], logged['second_val_loss']]
+    assert logged['val_loss_mean'] == pytest.approx(sum(losses) / 2)
