@@ -163,12 +163,12 @@ def run_cell(cell: Cell, speech: Speech, recipe: Recipe, settings: ProbeSettings
             with replacing(folder / 'log.json') as partial:
                 partial.write_text(json.dumps(log))
         steps = sorted(int(path.stem.split('-')[1]) for path in folder.glob('encoder-*.pt'))
+        encoder = build('random', cell.kind, cell.seed, recipe).encoder
         for step in reversed(steps if cell.noise else steps[-1:]):
-            encoder = build('random', cell.kind, cell.seed, recipe).encoder
             encoder.load_state_dict(torch.load(folder / f'encoder-{step}.pt'))
             judge.judge(cell, encoder, step, range(PROBE_SEEDS if cell.noise and step == steps[-1] else 1))
         write_distances(cell, speech, recipe, folder, options.results / 'distance.csv')
-        if options.tune and cell.arm in FIRST:
+        if options.tune and cell.arm in FIRST and not cell.noise:
             write_tuning(cell, encoder, speech, recipe, options)
 
 

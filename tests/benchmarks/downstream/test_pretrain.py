@@ -46,9 +46,9 @@ def test_encoders_and_quantizers_of_a_seed_begin_alike(pretraining, small, kind)
 
 
 def test_all_masks_have_the_same_share_and_short_blocks_the_run_of_following_ones(pretraining):
-    recipe = pretraining.Recipe(layers=1, width=16, classes=16)
+    recipe = pretraining.Recipe(layers=1, width=16, classes=16, crop_frames=400)
     found = {}
-    for name in ('stock-40', 'following-40', 'stock-short', 'following-8'):
+    for name in ('stock-40', 'following-40', 'stock-short'):
         model = pretraining.build(name, 'causal', 0, recipe)
         found[name] = pretraining.set_masks(model, name, 'causal', 0, recipe)
         assert found[name]['masked_share'] == pytest.approx(0.3, abs=0.01), name
