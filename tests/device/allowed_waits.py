@@ -37,6 +37,7 @@ COUNT = 'the number of frames that count is the size of the tensors that follow'
 GRADIENTS = 'whether the gradients are finite must be known before the optimizer changes the weights'
 SEEDS = 'the masks of a validation are drawn from the audio itself, utterance by utterance'
 STREAMS = 'a session that masks or predicts walks over its streams one by one, on the host'
+FINITE = 'which streams are finite: copied while the device works, and read in the next step; nobody waits for it'
 PLACES = 'which places of the rings a step writes and sees, a few numbers that the host counts; nobody waits for them'
 UTTERANCES = 'negatives come from the same utterance, so many for each: the count is a size'
 MASKED_FILES = 'parts/objectives/base.py', 'gather_loss_positions'
@@ -92,6 +93,7 @@ ALLOWED = (
         'samples are looked at where they come from: only those that lie on the device make it wait; in each of three steps',
     ),
     Allowed('live streams', TO_DEVICE, 'parts/streaming/*', '*', 28, PLACES),
+    Allowed('live streams', TO_HOST, 'parts/streaming/session.py', '_find_failed', 4, FINITE),
     Allowed('live streams, *', WAIT, 'parts/streaming/*', '*', 16, STREAMS),
     Allowed('live streams, *', TO_HOST, 'parts/streaming/*', '*', 8, STREAMS),
     Allowed('live streams, *', TO_DEVICE, 'parts/streaming/*', '*', 8, STREAMS),

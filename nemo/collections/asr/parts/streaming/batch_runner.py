@@ -14,7 +14,6 @@ A encoder frames.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ from nemo.collections.asr.parts.att_context.windows import Window
 from nemo.collections.asr.parts.streaming.encoder import StreamingEncoder
 from nemo.collections.asr.parts.streaming.layers import LayerStage
 from nemo.collections.asr.parts.streaming.mel import StreamingMel
-from nemo.collections.asr.parts.streaming.prepared_weights import PreparedEncoder
+from nemo.collections.asr.parts.streaming.prepared_weights import PreparedEncoder, without_autocast
 from nemo.collections.asr.parts.streaming.ring_buffers import GROWTH, RingBuffer, RingWindow, Rows, Stage, ring_window
 
 BLOCK = 4  # frames that are pushed at once where streams have them
@@ -139,7 +138,7 @@ class BatchRunner:
         samples = samples[:, : int(lengths.max())].to(self.device, non_blocking=True)
         features, frames = _Gathered(self.batch), _Gathered(self.batch)
         count = max(-(-samples.shape[1] // self.unit), 1)
-        with torch.autocast(self.device.type, enabled=False) if _has_autocast(self.device) else nullcontext():
+        with without_autocast(self.device):
             for index in range(count):
                 start = index * self.unit
                 some = lengths if count == 1 else np.clip(lengths - start, 0, self.unit)
@@ -271,7 +270,3 @@ class _Gathered:
             to_row, to_place, from_row, from_column = torch.from_numpy(index).to(device, non_blocking=True)
             joined[to_row, to_place] = frames[from_row, from_column].to(dtype)
         return joined, self.counts
-
-
-def _has_autocast(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

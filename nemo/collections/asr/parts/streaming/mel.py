@@ -129,6 +129,8 @@ def check_features_can_stream(preprocessor, featurizer) -> None:
             f"{type(preprocessor).__name__} cannot be streamed; the preprocessor must be an "
             "AudioToMelSpectrogramPreprocessor (without use_torchaudio)"
         )
+    if any(module._forward_hooks or module._forward_pre_hooks for module in preprocessor.modules()):
+        raise ValueError("the preprocessor has forward hooks, which a stream cannot follow; remove them")
     normalize = featurizer.normalize
     if isinstance(normalize, str) and normalize in WHOLE_UTTERANCE:
         raise ValueError(

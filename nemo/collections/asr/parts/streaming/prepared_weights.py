@@ -3,6 +3,7 @@
 
 import threading
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from operator import is_not
 
 import torch
@@ -15,6 +16,7 @@ from nemo.collections.asr.parts.streaming.subsampling import IncrementalSubsampl
 from nemo.collections.asr.parts.submodules.causal_convs import CausalConv2D
 from nemo.collections.asr.parts.submodules.multi_head_attention import RelPositionalEncoding
 
+PLAIN = (bool, int, float, str, tuple)
 SAMPLED = 31  # elements of each tensor that are compared
 _LOCK = threading.RLock()
 _PREPARED: 'weakref.WeakKeyDictionary' = weakref.WeakKeyDictionary()
@@ -33,13 +35,17 @@ class _Seen:
     def __init__(self, modules: list[nn.Module]):
         found, self._tensors = _walk(modules)
         self._modules = [weakref.ref(module) for module in found]  # which refer to their encoder
+        self._settings = [_settings_of(module) for module in found]
         self._facts, self._samples = self._now()
 
     def holds(self, modules: list[nn.Module]) -> bool:
         """Return whether all are the same."""
         modules, tensors = _walk(modules)
+        settings = [_settings_of(module) for module in modules]
         before = [*(module() for module in self._modules), *self._tensors]
         if len(before) != len(modules) + len(tensors) or any(map(is_not, before, [*modules, *tensors])):
+            return False
+        if self._settings != settings:
             return False
         facts, samples = self._now()
         return facts == self._facts and torch.equal(samples, self._samples)
@@ -63,6 +69,12 @@ def _walk(roots: list[nn.Module]) -> tuple[list[nn.Module], list[torch.Tensor]]:
     modules = [module for part in roots for module in part.modules()]
     owned = (owner.values() for module in modules for owner in (module._parameters, module._buffers))
     return modules, [tensor for values in owned for tensor in values if tensor is not None]
+
+
+def _settings_of(module: nn.Module) -> list:
+    """Return the plain attributes of a module, and which adapters are enabled."""
+    plain = [value for name, value in vars(module).items() if name[0] != '_' and isinstance(value, PLAIN)]
+    return plain + (module.get_enabled_adapters() if hasattr(module, 'get_enabled_adapters') else [])
 
 
 class PreparedEncoder:
@@ -113,7 +125,7 @@ class PreparedEncoder:
         with _LOCK:
             found = self._positions.get((index, future, past))
             if found is None:
-                with torch.inference_mode(False), torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad(), without_autocast(self._like[2]):
                     found = self.layers[index].positions(self._embeddings(future, past))
                 self._positions[index, future, past] = found
             return found
@@ -126,6 +138,13 @@ class PreparedEncoder:
         table = encoding.pe[0]
         centre = table.shape[0] // 2  # the embedding of distance 0; greater distances lie before it
         return table[centre - past : centre + future + 1].flip(0)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Return a context in which operations keep the dtype of their inputs."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def why_not(encoder: nn.Module) -> str | None:

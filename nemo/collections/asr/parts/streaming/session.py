@@ -356,13 +356,13 @@ class StreamingSession:
             peak = float(taken.abs().amax())
         if peak <= LOUD:
             return
-        loud = False
+        peak = 0.0
         for row in set(np.flatnonzero(lengths).tolist()) - self._failed.keys():
-            peak = float(samples[row, : lengths[row]].abs().amax())
-            if not math.isfinite(peak):
+            own = float(samples[row, : lengths[row]].abs().amax())
+            if not math.isfinite(own):
                 raise ValueError(f"samples of stream {row} hold NaN or infinite values")
-            loud = loud or peak > LOUD
-        if loud and not self._warned:
+            peak = max(peak, own)
+        if peak > LOUD and not self._warned:
             logging.warning(f"Samples reach {peak:.3g}; full scale is 1, as of soundfile's float32.")
             self._warned = True
 
