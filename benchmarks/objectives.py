@@ -108,7 +108,7 @@ def evaluate(options: argparse.Namespace, model: Path) -> dict[str, dict]:
     for manifest in options.validation:
         found = model.with_name(f'{manifest.stem}.json')
         if not found.exists():
-            run('evaluate_contexts.py', '--model_path', model, '--manifest', manifest, '--json', found)
+            run('evaluate_contexts.py', '--model', model, '--manifest', manifest, '--output', found)
         results[manifest.stem] = json.loads(found.read_text())
     return results
 

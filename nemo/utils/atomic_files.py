@@ -2,6 +2,8 @@
 """Files that are there whole or not at all. New in this project."""
 
 import glob
+import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,3 +78,21 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_json(path: str | Path, contents) -> None:
+    """Write JSON, whole or not at all; NaN and infinite numbers become null.
+
+    Raises:
+        OSError: naming the file, if it cannot be written.
+    """
+    with replacing(Path(path).resolve()) as partial:
+        partial.write_text(json.dumps(_finite(contents), indent=2, allow_nan=False) + '\n', encoding='utf-8')
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -33,12 +33,12 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
-from streaming_tools import encode_offline, streamable_contexts
 
 from nemo.collections.asr.models import ssl_models
 from nemo.collections.asr.parts.att_context import AttContext
 from nemo.collections.asr.parts.preprocessing.features import load_fixed_statistics
 from nemo.collections.asr.parts.ssl_reports.model_figures import look_ahead_title
+from nemo.collections.asr.parts.streaming.evaluation import encode_offline, streamable_contexts
 from nemo.collections.asr.parts.streaming.session import StreamingSession
 
 MODELS = ('EncDecDenoiseMaskedTokenPredModel', 'EncDecMaskedTokenPredModel')

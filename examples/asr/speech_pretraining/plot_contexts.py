@@ -1,69 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Draw what a model masks, what surprises it, whom it attends to, and how it learned; as PNG and SVG, for print in grey.
+r"""Draw masks, surprise, attention windows and learning curves, as PNG and SVG.
 
-    python plot_contexts.py --model_path model.nemo --audio_path speech.wav --output pictures
-    python plot_contexts.py --config ../conf/ssl/nest/nest_hierarchical_streaming.yaml --audio_path speech.wav \
+    python plot_contexts.py --model model.nemo --audio speech.wav --output pictures
+    python plot_contexts.py --config ../conf/ssl/nest/nest_hierarchical_streaming.yaml --audio speech.wav \
         --context 80 --frame 100 --output pictures
     python plot_contexts.py --logs experiments/run --output pictures
 
 With a model or a config and an audio file:
 
-- masked_spectrogram: the audio's features with the masked blocks, and what that means for the attention frames; if the
-  model predicts masked tokens
-- surprise: the features, and how surprising each token was, in nats; if it predicts next tokens
+- masked_spectrogram: the features with their masked blocks, and which attention frames are masked; of a model that
+  predicts masked tokens
+- surprise: the features, and the surprise of each token in nats; of a model that predicts next tokens
 - attention_windows: what one frame attends to in each layer, and what its output depends on through all layers
 
-and, on the terminal, an audit of the masking, if there is any: the share that is masked, in runs of what length, and what
-has no visible frame, over --draws draws. A config's weights are random; of the pictures only the surprise depends on them.
+and on the terminal an audit of the masking over --draws draws: the masked share, the length of its runs, and the share
+without a visible frame. The weights of a config are random; only the surprise depends on them.
 
 With the logs of a training run (a folder with TensorBoard's event files or a metrics.csv):
 
-- learning_curves: loss and accuracy in each context over the steps, those of each horizon, and the curriculum's ceiling
+- learning_curves: loss and accuracy in each context and of each horizon, and the curriculum's ceiling
 
 Exit status: 0; 2 if something given cannot be used.
 """
 
 import argparse
-import json
 import sys
 from itertools import groupby
 from pathlib import Path
 
 import torch
-from script_tools import read_audio, report_error, require_patches, restore, sample_rate_of
+from script_tools import context_option, read_audio, report_error, require_patches, restore, sample_rate_of
 
 
 def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model_path', type=Path, help='a .nemo file')
+    parser.add_argument('--model', type=Path, help='a .nemo file')
     parser.add_argument('--config', type=Path, help='or a training config (yaml); what it inherits lies beside it')
-    parser.add_argument('--audio_path', type=Path, help='speech to mask')
+    parser.add_argument('--audio', type=Path, help='an audio file')
     parser.add_argument('--logs', type=Path, help='folder of a training run')
     parser.add_argument('--output', type=Path, required=True, help='folder for the pictures; made if need be')
-    parser.add_argument('--context', help='such as "[40,0]", 40 or low (the default of the model)')
+    parser.add_argument(
+        '--context', type=context_option, help='such as "[40,0]", 40 or low (the default of the model)'
+    )
     parser.add_argument('--frame', type=int, help='attention frame to draw the windows of (at three quarters)')
     parser.add_argument('--frames', type=int, help='attention frames to draw the windows in (those of the audio)')
     parser.add_argument('--seed', type=int, default=0, help='of the masks (0)')
     parser.add_argument('--draws', type=int, default=100, help='of the audit (100)')
     options = parser.parse_args(argv)
-    _check_options(parser, options)
+    models = [given for given in (options.model, options.config) if given is not None]
+    if len(models) > 1 or bool(models) != (options.audio is not None):
+        parser.error('--audio goes with --model or --config, one of them')
+    if not models and options.logs is None:
+        parser.error('nothing to draw: give --model or --config with --audio, or --logs')
+    for name, least in {'frames': 1, 'draws': 1, 'seed': 0}.items():
+        if getattr(options, name) is not None and getattr(options, name) < least:
+            parser.error(f'--{name} is {getattr(options, name)}; it must be {least} or more')
     return options
-
-
-def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """End with the parser's error if the options do not go together, or one has a value that cannot be used."""
-    if options.model_path is not None and options.config is not None:
-        parser.error('give --model_path or --config, not both')
-    has_model = options.model_path is not None or options.config is not None
-    if has_model != (options.audio_path is not None):
-        parser.error('--audio_path goes with --model_path or --config')
-    if not has_model and options.logs is None:
-        parser.error('nothing to draw: give --model_path or --config with --audio_path, or --logs')
-    if options.frames is not None and options.frames < 1:
-        parser.error('--frames must be 1 or more')
-    if options.draws < 1 or options.seed < 0:
-        parser.error('--draws must be 1 or more, --seed 0 or more')
 
 
 def model_of_config(path: Path):
@@ -96,23 +89,6 @@ def model_of_config(path: Path):
         raise ValueError(f'--config {path}: no model can be built of it: {error}') from error
 
 
-def context_of(option, model) -> list:
-    """Return the context that the option names, or the model's default.
-
-    Raises:
-        ValueError: if it is none, or the encoder cannot follow it.
-    """
-    from nemo.collections.asr.parts.ssl_reports.validation import parse_contexts
-
-    if option is None:
-        return list(model.encoder.att_context_size)
-    try:
-        wanted = json.loads(option)
-    except json.JSONDecodeError:
-        wanted = option  # the name of a preset
-    return parse_contexts([wanted], model.encoder, '--context')[0]
-
-
 def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
     """Return the pictures of a model by name, and print the audit of its masking, if it masks.
 
@@ -121,10 +97,13 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
     """
     from nemo.collections.asr.parts.ssl_reports import model_figures
     from nemo.collections.asr.parts.ssl_reports.fixed_masks import FixedMasks, utterance_seeds
+    from nemo.collections.asr.parts.ssl_reports.validation import parse_contexts
 
     if not hasattr(model, 'objectives'):
         raise ValueError(f'{type(model).__name__} predicts neither masked nor next tokens')
-    context = context_of(options.context, model)
+    context = list(model.encoder.att_context_size)
+    if options.context is not None:
+        (context,) = parse_contexts([options.context], model.encoder, '--context')
     samples = torch.from_numpy(read_audio(audio, sample_rate_of(model))).unsqueeze(0)
     lengths = torch.tensor([samples.shape[1]])
     batch = batch_of(model, samples, lengths)
@@ -137,23 +116,11 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
         if masked:
             print(audit_text(model, record, context, options))
         frames = options.frames or max(utterance.features.shape[1] // model.encoder.subsampling_factor, 1)
-        return {
-            **model_figures.draw_utterance(model, utterance, audio.name + masked),
-            'attention_windows': _draw_windows(model, options.frame, frames, context),
-        }
-
-
-def _draw_windows(model, frame: int | None, frames: int, context: list):
-    """Return the picture of what one frame attends to; it has ``frames`` attention frames."""
-    from nemo.collections.asr.parts.ssl_reports.model_figures import (
-        attention_frame_ms,
-        draw_attention,
-        look_ahead_title,
-    )
-
-    seconds = attention_frame_ms(model) / 1000
-    title = f'attention in context {look_ahead_title(model, context)}'
-    return draw_attention(model.encoder, frame, frames, seconds, title=title)
+        seconds = model_figures.attention_frame_ms(model) / 1000
+        title = f'attention in context {model_figures.look_ahead_title(model, context)}'
+        windows = model_figures.draw_attention(model.encoder, options.frame, frames, seconds, title=title)
+        pictures = model_figures.draw_utterance(model, utterance, audio.name + masked)
+        return {**pictures, 'attention_windows': windows}
 
 
 def batch_of(model, samples: torch.Tensor, lengths: torch.Tensor):
@@ -163,16 +130,8 @@ def batch_of(model, samples: torch.Tensor, lengths: torch.Tensor):
 
     if not isinstance(model, EncDecDenoiseMaskedTokenPredModel):
         return samples, lengths
-    noise = torch.zeros_like(samples)
-    return AudioNoiseBatch(
-        sample_id=None,
-        audio=samples,
-        audio_len=lengths,
-        noise=noise,
-        noise_len=lengths,
-        noisy_audio=samples,
-        noisy_audio_len=lengths,
-    )
+    audio, noise = (samples, lengths), (torch.zeros_like(samples), lengths)
+    return AudioNoiseBatch(None, *audio, *noise, *audio)
 
 
 def audit_text(model, record, context, options: argparse.Namespace) -> str:
@@ -215,9 +174,9 @@ def main(argv=None) -> int:
         pictures = {}
         if options.logs is not None:
             pictures['learning_curves'] = learning_curves(read_curves(options.logs))
-        if options.audio_path is not None:
-            model = model_of_config(options.config) if options.config else restore(options.model_path, 'cpu')
-            pictures.update(draw_model(model, options.audio_path, options))
+        if options.audio is not None:
+            model = model_of_config(options.config) if options.config else restore(options.model, 'cpu')
+            pictures.update(draw_model(model, options.audio, options))
         options.output.mkdir(parents=True, exist_ok=True)
         for name, figure in pictures.items():
             for file in save_figure(figure, options.output / name):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the scripts of this folder share: the check of the patches, errors, files, audio, models and training.
 
-No script imports another script. What two of them need is here, in ``streaming_tools.py`` or in ``evaluation_tools.py``.
-These modules import NeMo inside their functions only, because a script imports them before it checks the patches.
+No script imports another script. What two of them need is here or in the package.
+This module imports NeMo inside its functions only, because a script imports it before it checks the patches.
 """
 
 import argparse
@@ -195,13 +195,44 @@ def restore(path: Path, device: str):
     from nemo.utils import logging
 
     if not path.is_file():
-        raise ValueError(f'--model_path {path}: there is no such file')
+        raise ValueError(f'--model {path}: there is no such file')
     logging.setLevel(logging.ERROR)  # NeMo warns that there is no training data
     try:
         model = ModelPT.restore_from(str(path), map_location=torch.device(device))
     except Exception as error:  # whatever tarfile, yaml, OmegaConf, torch and the model's class raise
-        raise ValueError(f'--model_path {path}: NeMo cannot restore it: {error!r}') from error
+        raise ValueError(f'--model {path}: NeMo cannot restore it: {error!r}') from error
     return model.eval()
+
+
+def context_option(text: str):
+    """Return what a context on the command line stands for: ``[40,0]``, a number, or the name of a preset."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def audio_entries(files: list[Path], manifest: Path | None) -> list[dict]:
+    """Return an entry for each audio file, or those of a manifest with the paths of its audio.
+
+    Raises:
+        ValueError: naming the manifest and the line, if it is no manifest.
+    """
+    if manifest is None:
+        return [{'audio_filepath': str(path)} for path in files]
+    entries = []
+    for number, line in manifest_lines(manifest):
+        try:
+            entry = json.loads(line)
+            entries.append({**entry, 'audio_filepath': str(manifest.parent / entry['audio_filepath'])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f'manifest {manifest}, line {number}: no entry of a manifest: {error!r}') from None
+    return entries
+
+
+def read_entry(entry: dict, rate: int) -> np.ndarray:
+    """Return the samples of an entry, float32 [N]; errors are those of :func:`read_audio`."""
+    return read_audio(Path(entry['audio_filepath']), rate, entry.get('offset') or 0.0, entry.get('duration'))
 
 
 def sample_rate_of(model) -> int:

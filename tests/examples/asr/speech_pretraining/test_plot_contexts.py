@@ -38,7 +38,7 @@ def test_a_model(plot, tmp_path, audio, position):
     overrides = [f'model.mask_position={position}', '+model.encoder.layer_att_context_size=[[0,[4,0]]]']
     overrides += ['model.quantizer.combine_time_steps=1'] * (position == 'post_conv')
     tiny_model(*overrides).save_to(str(tmp_path / 'model.nemo'))
-    given = ['--model_path', tmp_path / 'model.nemo', '--audio_path', audio, '--draws', '5']
+    given = ['--model', tmp_path / 'model.nemo', '--audio', audio, '--draws', '5']
     status, out, err = plot(*given, '--context', '20', '--frame', '9', '--output', tmp_path / 'new/pictures')
     assert status == 0, err
     assert made(tmp_path / 'new/pictures') == both('masked_spectrogram', 'attention_windows')
@@ -52,7 +52,7 @@ def test_a_model(plot, tmp_path, audio, position):
 @pytest.mark.parametrize('objective, pictures', [('next_token', []), ('both', ['masked_spectrogram'])])
 def test_what_surprises_a_model_of_next_tokens(plot, tmp_path, audio, objective, pictures):
     tiny_model(f'+model.objective={objective}').save_to(str(tmp_path / 'model.nemo'))
-    given = ['--model_path', tmp_path / 'model.nemo', '--audio_path', audio, '--draws', '5', '--context', '20']
+    given = ['--model', tmp_path / 'model.nemo', '--audio', audio, '--draws', '5', '--context', '20']
     status, out, err = plot(*given, '--output', tmp_path / 'pictures')
     assert status == 0, err
     assert made(tmp_path / 'pictures') == both('surprise', 'attention_windows', *pictures)
@@ -64,7 +64,7 @@ def test_what_surprises_a_model_of_next_tokens(plot, tmp_path, audio, objective,
 @pytest.mark.parametrize('context, wait', [('[28,13]', '1040 ms'), ('[28,0]', '0 ms')])
 def test_a_context_with_look_ahead(plot, tmp_path, audio, context, wait):
     config = CONFIGS / 'nest_fast-conformer_streaming_multi_latency_tiny.yaml'
-    given = ['--config', config, '--audio_path', audio, '--draws', '20', '--context', context]
+    given = ['--config', config, '--audio', audio, '--draws', '20', '--context', context]
     status, out, err = plot(*given, '--output', tmp_path / 'pictures')
     assert status == 0, err
     assert made(tmp_path / 'pictures') == both('masked_spectrogram', 'attention_windows')
@@ -78,7 +78,7 @@ def test_a_config_and_logs(plot, tmp_path, audio):
         logger.log_metrics({'val_loss/ctx_10_0': 3.0, 'val_accuracy/ctx_10_0': 0.1}, step=step)
     logger.finalize('success')
     config = CONFIGS / 'nest_hierarchical_streaming_tiny.yaml'
-    given = ['--config', config, '--audio_path', audio, '--logs', tmp_path / 'run', '--frames', '100', '--draws', '2']
+    given = ['--config', config, '--audio', audio, '--logs', tmp_path / 'run', '--frames', '100', '--draws', '2']
     status, out, err = plot(*given, '--output', tmp_path / 'pictures')
     assert status == 0, err
     assert made(tmp_path / 'pictures') == both('masked_spectrogram', 'attention_windows', 'learning_curves')
@@ -89,8 +89,8 @@ def test_a_config_and_logs(plot, tmp_path, audio):
     'given, message',
     [
         (['--logs', 'nowhere'], 'nowhere: there is no such file or folder'),
-        (['--config', 'no.yaml', '--audio_path', 'no.wav'], '--config no.yaml: there is no such file'),
-        (['--model_path', 'no.nemo', '--audio_path', 'no.wav'], 'no.nemo: there is no such file'),
+        (['--config', 'no.yaml', '--audio', 'no.wav'], '--config no.yaml: there is no such file'),
+        (['--model', 'no.nemo', '--audio', 'no.wav'], 'no.nemo: there is no such file'),
     ],
 )
 def test_what_is_not_there(plot, tmp_path, given, message):
@@ -108,7 +108,7 @@ def test_what_is_not_there(plot, tmp_path, given, message):
 )
 def test_what_does_not_fit_the_model(plot, tmp_path, audio, given, message):
     tiny_model().save_to(str(tmp_path / 'model.nemo'))
-    here = ['--model_path', tmp_path / 'model.nemo', '--audio_path', audio, '--draws', '1']
+    here = ['--model', tmp_path / 'model.nemo', '--audio', audio, '--draws', '1']
     status, _, err = plot(*here, *given, '--output', tmp_path / 'pictures')
     assert status == 2 and message in err and not (tmp_path / 'pictures').exists()
 
@@ -117,9 +117,9 @@ def test_bad_arguments(load_example, capsys):
     script = load_example('plot_contexts')
     for bad, message in (
         ([], 'nothing to draw'),
-        (['--audio_path', 'a.wav'], '--audio_path goes with --model_path or --config'),
-        (['--model_path', 'a.nemo', '--config', 'a.yaml'], 'not both'),
-        (['--logs', 'run', '--frames', '0'], '--frames must be 1 or more'),
+        (['--audio', 'a.wav'], '--audio goes with --model or --config'),
+        (['--model', 'a.nemo', '--config', 'a.yaml'], '--audio goes with --model or --config'),
+        (['--logs', 'run', '--frames', '0'], '--frames is 0'),
     ):
         with pytest.raises(SystemExit) as ended:
             script.arguments([*bad, '--output', 'pictures'])

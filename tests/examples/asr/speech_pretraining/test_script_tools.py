@@ -19,9 +19,7 @@ FOLDER = Path(__file__).resolve().parents[4] / 'examples/asr/speech_pretraining'
 TREES = {path.stem: ast.parse(path.read_text(encoding='utf-8')) for path in sorted(FOLDER.glob('*.py'))}
 TOOLS = [
     'corpus_sentences',
-    'evaluation_tools',
     'script_tools',
-    'streaming_tools',
 ]
 SCRIPTS = [name for name in TREES if name not in TOOLS]
 GUARD = 'require_patches'
@@ -31,14 +29,15 @@ RATE = 16000
 COMMANDS = {
     'compute_feature_stats': ['--manifest', 'train.json', '--output', 'made'],
     'convert_to_streaming': ['--model_path', 'offline.nemo', '--output', 'made'],
-    'evaluate_contexts': ['--model_path', 'model.nemo', '--manifest', __file__],
+    'evaluate_contexts': ['--model', 'model.nemo', '--manifest', __file__],
+    'evaluate_streaming': ['--model', 'model.nemo', 'speech.wav'],
     'finetune_streaming': [],
     'hierarchical_streaming_nest': [],
     'make_speech_corpus': ['--output', 'made'],
     'plot_contexts': ['--logs', 'run', '--output', 'made'],
     'prepare_shards': ['--manifest', 'train.json', '--output', 'made'],
     'pretrain_demo': ['--output', 'made'],
-    'streaming_inference_example': ['--model_path', 'model.nemo', '--audio_path', 'speech.wav'],
+    'streaming_inference_example': ['--model', 'model.nemo', 'speech.wav'],
     'trial_step': [],
 }
 
@@ -279,7 +278,7 @@ def test_bad_files_are_named(tools, audio_folder, name, reason):
     ('name', 'reason'), [('missing.nemo', 'there is no such file'), ('text.wav', 'NeMo cannot restore it')]
 )
 def test_files_that_are_no_model_are_named(tools, audio_folder, name, reason):
-    with pytest.raises(ValueError, match=f'--model_path {audio_folder / name}: {reason}'):
+    with pytest.raises(ValueError, match=f'--model {audio_folder / name}: {reason}'):
         tools.restore(audio_folder / name, 'cpu')
 
 
