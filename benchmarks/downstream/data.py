@@ -107,27 +107,25 @@ def check_speakers(trained: Iterable[Utterance], tested: Iterable[Utterance]) ->
         raise ValueError(f"speakers of the test are in other data, too: {', '.join(shared)}")
 
 
-def extract(manifests: Iterable[Path], with_phones: bool) -> list[Utterance]:
-    """Compute the features of manifests.
+def extract(manifest: Path) -> list[Utterance]:
+    """Compute the features of a manifest.
 
     Raises:
-        ValueError: naming an entry without phones, where they are needed, or audio that cannot be read.
+        ValueError: naming the audio that cannot be read, or an unknown phone.
     """
     preprocessor = AudioToMelSpectrogramPreprocessor(
         sample_rate=RATE, normalize='NA', features=80, n_fft=512, dither=0.0, pad_to=0
     )
     found = []
-    for entry in tqdm([entry for path in manifests for entry in read_manifest(path)], desc='features'):
+    for entry in tqdm(read_manifest(manifest), desc=f'features of {manifest.name}'):
         path = entry['audio_filepath']
-        if with_phones and not entry.get('phones', '').split():
-            raise ValueError(f"{path} has no phones")
         try:
             samples = AudioSegment.from_file(path, target_sr=RATE).samples
         except Exception as error:  # every audio library has errors of its own
             raise ValueError(f"audio file {path} cannot be read: {error}") from error
         samples = torch.from_numpy(samples).float()[None]
         features, length = preprocessor(input_signal=samples, length=torch.tensor([samples.shape[1]]))
-        labels = labels_of(entry['phones'], path) if with_phones else []
+        labels = labels_of(entry.get('phones', ''), path)
         found.append(Utterance(features[0, :, : int(length)].half(), labels, entry['speaker']))
     return found
 
@@ -165,9 +163,17 @@ class Speech:
 
     @classmethod
     def load(cls, manifests: dict[str, list[Path]], cache: Path, **sizes) -> 'Speech':
-        """Load the speech of manifests by role; the features are computed once, into a file."""
+        """Load the speech of manifests by role; the features are computed once, into a file.
+
+        Raises:
+            ValueError: naming what cannot be read, or a manifest of probe or test with an utterance without phones.
+        """
         if not cache.exists():
-            utterances = {role: extract(manifests[role], role in ('probe', 'test')) for role in ROLES}
+            found = {path: extract(path) for path in dict.fromkeys(path for role in ROLES for path in manifests[role])}
+            for path in (*manifests['probe'], *manifests['test']):
+                if not all(utterance.labels for utterance in found[path]):
+                    raise ValueError(f"{path} has utterances without phones")
+            utterances = {role: [one for path in manifests[role] for one in found[path]] for role in ROLES}
             with replacing(cache) as partial:
                 torch.save({role: list(map(tuple, found)) for role, found in utterances.items()}, partial)
         saved = torch.load(cache)

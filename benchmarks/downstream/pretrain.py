@@ -23,7 +23,6 @@ from phones import PHONES
 
 from nemo.collections.asr.models.ssl_models import EncDecMaskedTokenPredModel
 from nemo.collections.asr.parts.objectives.record import BatchInputs
-from nemo.collections.asr.parts.preprocessing.features import standardize_per_feature
 from nemo.utils.atomic_files import replacing
 
 EXAMPLES = Path(__file__).resolve().parents[2] / 'examples/asr'
@@ -121,8 +120,6 @@ def set_masks(model, name: str, kind: str, seed: int, recipe: Recipe) -> dict[st
 
 def loss_of(model, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Return the loss of a batch by the model's objective, in its present context."""
-    if model.cfg.preprocessor.normalize == 'per_feature':
-        features = standardize_per_feature(features, lengths)
     inputs = BatchInputs((features, lengths), (features, lengths))
     return model.objectives.loss(model.encode(inputs, model.masking_in_context())).loss
 

@@ -70,7 +70,7 @@ def test_audio_that_cannot_be_read_is_named(data, tmp_path):
     path = tmp_path / 'manifest.json'
     path.write_text('{"audio_filepath": "none.wav", "duration": 1, "speaker": "a", "phones": "AH"}\n')
     with pytest.raises(ValueError, match='none.wav cannot be read'):
-        data.extract([path], with_phones=True)
+        data.extract(path)
 
 
 def test_phones_lose_their_stress_and_unknown_ones_are_refused(load):
