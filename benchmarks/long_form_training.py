@@ -23,7 +23,7 @@ from measure import GIVE_BACK
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / 'examples/asr/speech_pretraining/hierarchical_streaming_nest.py'
+SCRIPT = ROOT / 'examples/asr/speech_pretraining/pretrain.py'
 RATE = 16000
 
 

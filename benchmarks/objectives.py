@@ -3,7 +3,7 @@
 
     python benchmarks/objectives.py --train train.json more.json --validation validation.json --output objectives
 
-Each arm is a run of hierarchical_streaming_nest.py in a folder of its own under --output; started again after an
+Each arm is a run of pretrain.py in a folder of its own under --output; started again after an
 interruption it goes on where it was, and arms that are done are left alone. Writes OUTPUT/objectives.json and a plot;
 docs/objectives.md has the table.
 """
@@ -92,7 +92,7 @@ def train(options: argparse.Namespace, objective: str, targets: str, files) -> P
     if not model.exists():
         folder.mkdir(parents=True, exist_ok=True)
         run(
-            'hierarchical_streaming_nest.py',
+            'pretrain.py',
             '--config-path=../conf/ssl/nest',
             f'--config-name={options.config}',
             *overrides(options, objective, targets, folder, files),

@@ -6,7 +6,7 @@
 Streaming models cannot normalise by the statistics of a whole utterance, and un-normalised features make the targets of
 BEST-RQ collapse into a few codes. Fixed statistics of the training corpus stream. ``stats.yaml`` holds the two lists
 ``fixed_mean`` and ``fixed_std``, one number per feature: what NeMo's ``model.preprocessor.normalize`` takes.
-hierarchical_streaming_nest.py reads it with ``model.preprocessor.normalize=stats.yaml``; for another NeMo script, put the two
+pretrain.py reads it with ``model.preprocessor.normalize=stats.yaml``; for another NeMo script, put the two
 lists into its config, or give Hydra ``'model.preprocessor.normalize={fixed_mean: [...], fixed_std: [...]}'``.
 
 Every utterance gives its count, mean and sum of squared deviations; these are merged pairwise in float64 and in the
@@ -494,7 +494,7 @@ def main(argv=None):
         entries = read_manifests(options.manifest)
         said = (_statistics_alone if options.pca is None else _with_components)(options, preprocessor, entries)
     except (ValueError, OSError) as error:
-        return report_error(__file__, error, status=1)
+        return report_error(__file__, error)
     print(said)
     return 0
 
@@ -538,7 +538,7 @@ def _write_moments(options, preprocessor, entries, moments):
     return (
         f"{options.output}: {len(statistics['fixed_mean'])} features over {moments.count} frames "
         f"({moments.seconds / 3600:.2f} h, {len(entries)} utterances).\n"
-        f"Use it with model.preprocessor.normalize={options.output} in hierarchical_streaming_nest.py; "
+        f"Use it with model.preprocessor.normalize={options.output} in pretrain.py; "
         "in any other NeMo config its two lists go under model.preprocessor.normalize."
     )
 

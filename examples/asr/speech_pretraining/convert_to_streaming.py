@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Turn an offline NEST model into a streaming one, to be trained on.
 
-    python convert_to_streaming.py --model_path offline.nemo --output streaming.nemo --stats stats.yaml \
+    python convert_to_streaming.py --model offline.nemo --output streaming.nemo --stats stats.yaml \
         [--contexts "[[80,0],[160,0],[320,0],[-1,0]]"] [--style regular] [--overwrite]
     ... --contexts "[[70,13],[70,6],[70,1],[70,0]]" --style chunked_limited    # with look-ahead, in chunks
 
@@ -10,7 +10,7 @@ by the corpus statistics that compute_feature_stats.py writes (or not at all), l
 normalised per utterance (which is how the offline model had them), and ``decoder_offset: 1``. Every weight that fits
 is carried over, quantizer included, so the tokens stay what they were; the rest is listed. The result streams at once,
 equal to its own offline forward (which is checked), but has not learned to: train it, with
-hierarchical_streaming_nest.py and ``+init_from_nemo_model=streaming.nemo``, or fine-tune it.
+pretrain.py and ``+init_from_nemo_model=streaming.nemo``, or fine-tune it.
 """
 
 from script_tools import report_error, require_patches, sample_rate_of
@@ -222,9 +222,9 @@ def convert(options) -> Carried:
         ValueError: saying what cannot be converted, or that a file is there already.
         OSError: if a file cannot be read or written.
     """
-    source, output = Path(options.model_path), Path(options.output)
+    source, output = Path(options.model), Path(options.output)
     if not source.is_file():
-        raise ValueError(f"--model_path {source}: there is no such file")
+        raise ValueError(f"--model {source}: there is no such file")
     if output.suffix != '.nemo' or not output.absolute().parent.is_dir():
         raise ValueError(f"--output {output}: it must be a .nemo file in a folder that is there")
     if output.exists() and (not options.overwrite or output.samefile(source)):
@@ -262,7 +262,7 @@ def _parsed_contexts(text: str) -> list:
 def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model_path', required=True, help='the offline model, a .nemo file')
+    parser.add_argument('--model', required=True, help='the offline model, a .nemo file')
     parser.add_argument('--output', required=True, help='the .nemo file to write')
     parser.add_argument(
         '--stats', help='yaml file of compute_feature_stats.py; without it features are not normalised'
@@ -279,7 +279,7 @@ def main(argv=None) -> int:
     try:
         carried = convert(options)
     except (ValueError, OSError, pickle.UnpicklingError) as error:
-        return report_error(__file__, error, status=1)
+        return report_error(__file__, error)
     print(carried)
     print(f"{options.output}: train it on, its weights are those of an offline model")
     if options.stats is None:

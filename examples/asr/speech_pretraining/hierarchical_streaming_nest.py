@@ -1,79 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Pre-train a streaming encoder by denoising masked token prediction (NEST) on one attention context per batch.
+"""Pre-train as ``pretrain.py`` does, with contexts by layer and a curriculum: the config ``nest_hierarchical_streaming``.
 
-    python hierarchical_streaming_nest.py \
-        --config-path=../conf/ssl/nest --config-name=nest_fast-conformer_streaming \
-        model.train_ds.manifest_filepath=train.json \
-        model.validation_ds.manifest_filepath=validation.json \
-        model.train_ds.noise_manifest=noise.json \
-        model.preprocessor.normalize=stats.yaml \
-        exp_manager.exp_dir=experiments
-
-``model.preprocessor.normalize`` takes the file that ``compute_feature_stats.py`` writes. A run that was interrupted
-goes on where it was if it is started again with the same ``exp_manager`` settings (``exp_manager.version=...`` or
-``exp_manager.use_datetime_version=false``).
+python hierarchical_streaming_nest.py model.train_ds.manifest_filepath=train.json ...
 """
 
-from script_tools import fit_or_exit, require_patches, show_help
+import sys
+
+from script_tools import require_patches, show_help
 
 show_help(__doc__)
-PATCHES_IN_USE = require_patches(
-    __file__,
-    'nemo.collections.asr.losses.ssl_losses.mlm',
-    'nemo.collections.asr.models.ssl_models',
-    'nemo.collections.asr.modules.conformer_encoder',
-    'nemo.collections.asr.modules.ssl_modules.masking',
-)
-
-import lightning.pytorch as pl
-from omegaconf import DictConfig, open_dict
-
-from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
-from nemo.collections.asr.parts.att_context.receptive_field import context_table
-from nemo.collections.asr.parts.preprocessing.features import load_fixed_statistics
-from nemo.collections.asr.parts.utils.pretraining_checks import check_pretraining_config
-from nemo.core.config import hydra_runner
-from nemo.utils import logging
-from nemo.utils.exp_manager import exp_manager
-from nemo.utils.trainer_utils import resolve_trainer_cfg
 
 
-def prepare(cfg: DictConfig) -> DictConfig:
-    """Check the config, and replace the name of a statistics file by the statistics.
-
-    Raises:
-        ValueError: naming the key, its value and what is allowed.
-    """
-    check_pretraining_config(cfg)
-    normalize = cfg.model.preprocessor.get('normalize')
-    if isinstance(normalize, str) and normalize.endswith(('.yaml', '.yml')):
-        with open_dict(cfg):
-            cfg.model.preprocessor.normalize = load_fixed_statistics(normalize)
-    return cfg
-
-
-def build(cfg: DictConfig) -> tuple[pl.Trainer, EncDecDenoiseMaskedTokenPredModel]:
-    """Make the trainer and the model that the config asks for, in the experiment's folder; log the model's contexts.
-
-    Raises:
-        ValueError: from any of them, naming what cannot work.
-    """
-    callbacks = [AttContextCurriculum(**cfg.curriculum)] if cfg.get('curriculum') else []
-    trainer = pl.Trainer(**resolve_trainer_cfg(cfg.trainer), callbacks=callbacks)
-    exp_manager(trainer, cfg.get("exp_manager", None))
-    model = EncDecDenoiseMaskedTokenPredModel(cfg=cfg.model, trainer=trainer)
-    model.maybe_init_from_pretrained_checkpoint(cfg)
-    frame = model.encoder.subsampling_factor * cfg.model.preprocessor.get('window_stride', 0.01) * 1000
-    logging.info(f"Attention contexts:\n{context_table(model.encoder, frame)}")
-    return trainer, model
-
-
-@hydra_runner(config_path="../conf/ssl/nest", config_name="nest_hierarchical_streaming")
-def main(cfg: DictConfig) -> None:
+def main() -> None:
     """Pre-train as the config says."""
-    fit_or_exit(__file__, PATCHES_IN_USE, cfg, prepare, build)
+    require_patches(__file__)
+    from pretrain import main as pretrain
+
+    if not any(argument.startswith(('--config-name', '-cn')) for argument in sys.argv):
+        sys.argv.insert(1, '--config-name=nest_hierarchical_streaming')
+    pretrain()
 
 
 if __name__ == "__main__":
-    main()  # noqa: Hydra supplies the config
+    main()

@@ -345,7 +345,7 @@ def main(argv=None):
     try:
         seconds, made = make_corpus(options.output, options.minutes, options.seed, options.workers)
     except (ValueError, OSError) as error:
-        return report_error(__file__, error, status=1)
+        return report_error(__file__, error)
     lengths = ", ".join(f"{value / 60:.1f} min {split}" for split, value in seconds.items())
     print(f"{options.output}: {lengths} ({'made now' if made else 'complete already, used again'})")
     return 0

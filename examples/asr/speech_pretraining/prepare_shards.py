@@ -3,7 +3,7 @@ r"""Pack the speech of NeMo manifests into shards (lhotse Shar), which disks and
 
     python prepare_shards.py --manifest train_manifest.json --output shards/train --workers 8
     python prepare_shards.py --manifest noise_manifest.json --output shards/noise
-    python hierarchical_streaming_nest.py --config-name=nest_fast-conformer_streaming_lhotse \\
+    python pretrain.py --config-name=nest_fast-conformer_streaming_lhotse \\
         model.train_ds.shar_path=shards/train/shar model.train_ds.noise_manifest=shards/noise/shar ...
 
 A shard is a tar file of recordings and a manifest of as many cuts. ``OUTPUT/shar`` appears when all shards are whole, and
@@ -366,7 +366,7 @@ def main(argv=None) -> int:
             put_together(options.output, maker.folder, reports)
         shutil.rmtree(options.output / '.parts', ignore_errors=True)  # of one that was killed at its very end
     except (ValueError, OSError) as error:
-        return report_error(__file__, error, 2)
+        return report_error(__file__, error)
     found = json.loads((options.output / 'report.json').read_text())
     for bad in found['bad']:
         print(f"bad audio: {bad['manifest']}, line {bad['line']}: {bad['file']}: {bad['reason']}")

@@ -152,7 +152,7 @@ def pretrain(options: argparse.Namespace, data: dict[str, Path], folder: Path) -
     return train(
         'Pre-training without transcripts',
         folder / 'encoder',
-        'hierarchical_streaming_nest.py',
+        'pretrain.py',
         options.config,
         overrides,
     )

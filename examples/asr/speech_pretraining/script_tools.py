@@ -62,7 +62,7 @@ def name_of(script: str) -> str:
     return Path(script).stem
 
 
-def report_error(script: str, error: Exception, status: int) -> int:
+def report_error(script: str, error: Exception, status: int = 2) -> int:
     """Print what stopped the script, beginning with its name, and the page about it; return the exit status."""
     print(f'{name_of(script)}: error: {explained(error)}', file=sys.stderr)
     return status
@@ -251,7 +251,7 @@ def fit_or_exit(script: str, patches: list[str], cfg, prepare: Callable, build: 
         build: takes the prepared config and returns the trainer and the model.
 
     Raises:
-        SystemExit: with the message of a ValueError, an OSError or a class that Hydra cannot make.
+        SystemExit: with status 2, after the message of a ValueError, an OSError or a class that Hydra cannot make.
     """
     import lightning.pytorch as pl
     from hydra.errors import InstantiationException
@@ -267,5 +267,5 @@ def fit_or_exit(script: str, patches: list[str], cfg, prepare: Callable, build: 
             pl.seed_everything(cfg.seed, workers=True)
         trainer, model = build(cfg)
     except (ValueError, OSError, InstantiationException) as error:
-        raise SystemExit(f'{name_of(script)}: {explained(error)}') from error
+        raise SystemExit(report_error(script, error)) from error
     trainer.fit(model)

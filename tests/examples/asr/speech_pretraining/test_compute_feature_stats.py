@@ -246,7 +246,7 @@ class TestErrors:
         status = stats.main(
             ["--manifest", str(manifest or folder / "manifest.json"), "--output", str(output), *options]
         )
-        assert status == 1
+        assert status == 2
         assert list(output.parent.iterdir()) == []
         return next(line for line in capsys.readouterr().err.splitlines() if "error:" in line)
 
@@ -337,7 +337,7 @@ class TestErrors:
 
     def test_output_folder_and_options(self, stats, capsys, manifest, tmp_path):
         output = tmp_path / "none" / "stats.yaml"
-        assert stats.main(["--manifest", str(manifest), "--output", str(output)]) == 1
+        assert stats.main(["--manifest", str(manifest), "--output", str(output)]) == 2
         assert "there is no folder" in capsys.readouterr().err
         with pytest.raises(SystemExit):
             stats.main(["--manifest", str(manifest), "--output", str(output), "--workers", "-1"])

@@ -54,7 +54,7 @@ def converted(script, offline_file, statistics_file):
     path = offline_file.with_name('streaming.nemo')
     status = script.main(
         [
-            *('--model_path', str(offline_file), '--output', str(path), '--stats', str(statistics_file)),
+            *('--model', str(offline_file), '--output', str(path), '--stats', str(statistics_file)),
             *('--contexts', '[[10, 0], [4, 0]]'),
         ]
     )
@@ -99,7 +99,7 @@ def test_contexts_with_look_ahead_stream_equal_to_offline_and_their_latency_is_t
     """``main`` itself streams each context and compares it with offline."""
     path = tmp_path / 'chunks.nemo'
     contexts = ('--contexts', '[[28,13],[28,6],[28,1],[28,0],[-1,-1]]', '--style', 'chunked_limited')
-    assert script.main(['--model_path', str(offline_file), '--output', str(path), *contexts]) == 0
+    assert script.main(['--model', str(offline_file), '--output', str(path), *contexts]) == 0
     out = capsys.readouterr().out
     assert float(re.search('streamed against offline: (.*)', out)[1]) < 1e-4
     told = re.findall(r'context (.*), look-ahead (.*)', out)
@@ -148,11 +148,11 @@ def test_the_config_keeps_the_data_and_gets_the_statistics(script, offline, conv
 
 
 def test_never_overwrites_unasked(script, offline_file, converted, capsys):
-    arguments = ['--model_path', str(offline_file), '--contexts', '[6, 0]']
+    arguments = ['--model', str(offline_file), '--contexts', '[6, 0]']
     before = converted.read_bytes()
-    assert script.main([*arguments, '--output', str(converted)]) == 1
+    assert script.main([*arguments, '--output', str(converted)]) == 2
     assert '--overwrite' in capsys.readouterr().err and converted.read_bytes() == before
-    assert script.main([*arguments, '--output', str(offline_file), '--overwrite']) == 1  # its own source
+    assert script.main([*arguments, '--output', str(offline_file), '--overwrite']) == 2  # its own source
 
 
 @pytest.mark.parametrize(
@@ -177,20 +177,20 @@ def test_refuses_what_cannot_stream(script, offline, change, words):
 
 
 def test_refuses_a_model_that_streams(script, converted, tmp_path, capsys):
-    assert script.main(['--model_path', str(converted), '--output', str(tmp_path / 'again.nemo')]) == 1
+    assert script.main(['--model', str(converted), '--output', str(tmp_path / 'again.nemo')]) == 2
     assert 'streams already' in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('contexts', ['[[10, 0', '{}', '[[10]]', '[[-3, 0]]', '"low"'])
 def test_names_a_bad_context(script, offline_file, tmp_path, contexts, capsys):
-    arguments = ['--model_path', str(offline_file), '--output', str(tmp_path / 'x.nemo'), '--contexts', contexts]
-    assert script.main(arguments) == 1
+    arguments = ['--model', str(offline_file), '--output', str(tmp_path / 'x.nemo'), '--contexts', contexts]
+    assert script.main(arguments) == 2
     assert '--contexts' in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_names_a_file_that_is_no_model(script, tmp_path, capsys):
     (tmp_path / 'junk.nemo').write_bytes(json.dumps({'no': 'model'}).encode())
-    assert script.main(['--model_path', str(tmp_path / 'junk.nemo'), '--output', str(tmp_path / 'x.nemo')]) == 1
+    assert script.main(['--model', str(tmp_path / 'junk.nemo'), '--output', str(tmp_path / 'x.nemo')]) == 2
     assert 'junk.nemo is truncated, corrupt or no .nemo file' in capsys.readouterr().err
-    assert script.main(['--model_path', str(tmp_path / 'none.nemo'), '--output', str(tmp_path / 'x.nemo')]) == 1
+    assert script.main(['--model', str(tmp_path / 'none.nemo'), '--output', str(tmp_path / 'x.nemo')]) == 2
     assert 'none.nemo: there is no such file' in capsys.readouterr().err

@@ -154,7 +154,7 @@ class TestPlan:
 class TestErrors:
     @pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
     def test_minutes(self, maker, tmp_path, capsys, minutes):
-        assert maker.main(["--output", str(tmp_path / "none"), f"--minutes={minutes}"]) == 1
+        assert maker.main(["--output", str(tmp_path / "none"), f"--minutes={minutes}"]) == 2
         assert "minutes is" in capsys.readouterr().err
         assert not (tmp_path / "none").exists()
 
@@ -163,7 +163,7 @@ class TestErrors:
             raise maker.importlib.metadata.PackageNotFoundError(name)
 
         monkeypatch.setattr(maker.importlib.metadata, "version", missing)
-        assert maker.main(["--output", str(tmp_path)]) == 1
+        assert maker.main(["--output", str(tmp_path)]) == 2
         assert "pip install espeakng-loader" in capsys.readouterr().err
 
     def test_a_synthesis_that_never_ends(self, maker, tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ RATE = 16000
 # For each script a command line that its parser accepts; the training scripts take theirs from a config.
 COMMANDS = {
     'compute_feature_stats': ['--manifest', 'train.json', '--output', 'made'],
-    'convert_to_streaming': ['--model_path', 'offline.nemo', '--output', 'made'],
+    'convert_to_streaming': ['--model', 'offline.nemo', '--output', 'made'],
     'evaluate_contexts': ['--model', 'model.nemo', '--manifest', __file__],
     'evaluate_streaming': ['--model', 'model.nemo', 'speech.wav'],
     'finetune_streaming': [],
@@ -36,9 +36,9 @@ COMMANDS = {
     'make_speech_corpus': ['--output', 'made'],
     'plot_contexts': ['--logs', 'run', '--output', 'made'],
     'prepare_shards': ['--manifest', 'train.json', '--output', 'made'],
+    'pretrain': [],
     'pretrain_demo': ['--output', 'made'],
     'streaming_inference_example': ['--model', 'model.nemo', 'speech.wav'],
-    'trial_step': [],
 }
 
 
@@ -108,7 +108,7 @@ def test_a_file_is_a_script_or_a_tool():
     assert sorted(COMMANDS) == SCRIPTS
 
 
-@pytest.mark.parametrize('name', TREES)
+@pytest.mark.parametrize('name', set(TREES) - {'hierarchical_streaming_nest'})  # which is another name of pretrain
 def test_no_script_is_imported(name):
     assert not set(imports_of(ast.walk(TREES[name]))) & set(SCRIPTS)
 
@@ -303,13 +303,14 @@ def test_what_was_prepared_is_built_and_fitted(tools):
 
 @pytest.mark.parametrize('error', [ValueError('size is 2'), OSError('size is 2'), InstantiationException('size is 2')])
 @pytest.mark.parametrize('place', ['prepare', 'build'])
-def test_what_cannot_be_built_ends_in_one_message_before_training(tools, error, place):
+def test_what_cannot_be_built_ends_in_one_message_before_training(tools, error, place, capsys):
     def fail(cfg):
         raise error
 
     steps = {'prepare': lambda cfg: cfg, 'build': lambda cfg: (Trainer(), None), place: fail}
-    with pytest.raises(SystemExit, match='^script: size is 2$'):
+    with pytest.raises(SystemExit) as end:
         tools.fit_or_exit('some/script.py', ['active: yes'], OmegaConf.create({'size': 2}), **steps)
+    assert end.value.code == 2 and capsys.readouterr().err == 'script: error: size is 2\n'
 
 
 def test_errors_of_training_itself_keep_their_traceback(tools):

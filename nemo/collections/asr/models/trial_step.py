@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train one step of the tiny streaming config on two seconds of noise: does this installation work?
+"""Train one step of the tiny streaming config on two seconds of noise, to show that an installation works. New in this project.
 
-python trial_step.py
+python -m nemo.collections.asr.models.trial_step
 """
 
-import sys
-
-from script_tools import require_patches
-
-require_patches(__file__, 'nemo.collections.asr.models.ssl_models', 'nemo.collections.asr.modules.conformer_encoder')
-
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -23,8 +18,9 @@ from torch.utils.data import DataLoader
 from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 from nemo.utils import logging
+from nemo_streaming_ssl import patch_tree
 
-CONFIGS = Path(__file__).resolve().parents[1] / 'conf/ssl/nest'
+CONFIGS = Path(patch_tree()).resolve() / 'examples/asr/conf/ssl/nest'
 SAMPLES = 32000  # two seconds
 
 

@@ -9,7 +9,7 @@ from fresh_process import run_python
 from omegaconf import open_dict
 from tiny_nest import SMALL, tiny_config
 
-SCRIPT = Path(__file__).resolve().parents[4] / 'examples/asr/speech_pretraining/hierarchical_streaming_nest.py'
+SCRIPT = Path(__file__).resolve().parents[4] / 'examples/asr/speech_pretraining/pretrain.py'
 
 
 def run_script(folder, corpus, *overrides, **environment):
@@ -74,7 +74,7 @@ def test_a_bad_config_ends_in_one_clear_error_before_anything_is_written(tmp_pat
 
 @pytest.fixture
 def script(load_example):
-    return load_example('hierarchical_streaming_nest')
+    return load_example('pretrain')
 
 
 def config_for(corpus, **changes):
