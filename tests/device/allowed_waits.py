@@ -65,9 +65,6 @@ ALLOWED = (
     Allowed('validation*both', WAIT, 'parts/objectives/next_tokens.py', 'scores', 4, f'{COUNT}; at each horizon'),
     Allowed('validation*', TO_HOST, FIXED_MASKS, 'utterance_seeds', 1, SEEDS),
     Allowed('validation*', TO_HOST, FIXED_MASKS, '_mask_one_by_one', 1, f'{SEEDS}: their lengths'),
-    Allowed(
-        'validation*', TO_DEVICE, 'parts/ssl_reports/validation.py', '_new_metrics', 95, 'once, before the first batch'
-    ),
     Allowed('validation*', WAIT, 'parts/ssl_reports/validation.py', '_result', 1, 'once, after the last batch'),
     Allowed('contrastive*', WAIT, CONTRASTIVE, 'forward', 1, 'the number of masked frames is a size'),
     Allowed(

@@ -116,11 +116,11 @@ def validation(place: Place, *overrides: str) -> list:
     """A validation batch in every context, and the summary."""
     model = model_at(place, *overrides).eval()
     with torch.no_grad():
-        model.reports.start_validation(model, 1)
+        model.reports.validation.start(model, 1)
         with place.autocast():
             model.inference_pass(batch_at(place), 0, 0, mode='val', apply_mask=True)
-        model.reports.finish_validation('val')
-    return list(model.reports.validation_summary('val', 0)['log'].values())
+        model.reports.validation.finish('val')
+    return list(model.reports.validation.summary('val', 0)['log'].values())
 
 
 def live_streams(place: Place, *overrides: str, **asked) -> list:

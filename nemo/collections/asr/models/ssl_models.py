@@ -26,7 +26,7 @@ from nemo.collections.asr.parts.objectives.next_tokens import check_same_heads, 
 from nemo.collections.asr.parts.objectives.record import BatchInputs, BatchRecord
 from nemo.collections.asr.parts.objectives.targets import Targets, kept_in_full_precision, unconverted
 from nemo.collections.asr.parts.ssl_reports.model_reports import ModelReports
-from nemo.collections.asr.parts.ssl_reports.validation_probe import ValidationProbe
+from nemo.collections.asr.parts.ssl_reports.reports_mixin import ReportsMixin
 from nemo.collections.asr.parts.utils.logged_numbers import cpu_scalars
 from nemo.collections.asr.parts.utils.nonfinite_guard import NonFiniteGuard
 from nemo.core.classes.common import typecheck
@@ -89,7 +89,7 @@ class SpeechEncDecSelfSupervisedModel(
         return loss, {}
 
 
-class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMaskedTokenPredModel):
+class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, _up.EncDecMaskedTokenPredModel):
     """NeMo's masked token prediction, with attention, masking and loss on one context per batch.
 
     Takes NeMo's config, and:
@@ -101,7 +101,6 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
       masked tokens stays in the model, without being trained.
     """
 
-    _validation_losses = ()
     last_batch: BatchRecord | None = None
     """The record of the last call of ``forward``, which cannot return one: NeMo's own step calls it."""
 
@@ -146,11 +145,6 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
     def forward_is_overridden(self) -> bool:
         """Whether a subclass has a ``forward`` of its own; its steps are NeMo's."""
         return not has_forward_of(self, EncDecMaskedTokenPredModel, EncDecDenoiseMaskedTokenPredModel)
-
-    def configure_callbacks(self) -> list:
-        """Add the probe of ``model.probe``, if the config has one."""
-        probe = self.cfg.get('probe')
-        return [*super().configure_callbacks(), *([ValidationProbe(**probe)] if probe else [])]
 
     def _apply(self, fn, recurse=True):
         """Move and convert the model; the targets' modules stay float32 where it is converted to half precision."""
@@ -295,7 +289,8 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
         In the default context the metrics have its masked share, too.
         """
         if self.reports.validation is not None and apply_mask:
-            return {f'{mode}_loss': self.reports.validate_in_contexts(self, batch, dataloader_idx)}
+            validated = self.reports.validation.step(self, batch, dataloader_idx, self.reports.keep_for_figures)
+            return {f'{mode}_loss': validated}
         with self._one_context():
             if self.forward_is_overridden:
                 self.last_batch = None
@@ -318,57 +313,6 @@ class EncDecMaskedTokenPredModel(SpeechEncDecSelfSupervisedModel, _up.EncDecMask
         super().on_load_checkpoint(checkpoint)
         if self._trainer is not None and self._trainer.state.fn == 'fit':
             check_same_heads(self, checkpoint)
-
-    def on_train_end(self) -> None:
-        """Look at the targets once more."""
-        super().on_train_end()
-        self.reports.end_of_training()
-
-    def on_validation_epoch_start(self) -> None:
-        """Make ready for the contexts of the config."""
-        super().on_validation_epoch_start()
-        self.reports.start_validation(self, len(self.trainer.num_val_batches))
-
-    def on_test_epoch_start(self) -> None:
-        """Make ready for the contexts of the config."""
-        super().on_test_epoch_start()
-        self.reports.start_validation(self, len(self.trainer.num_test_batches))
-
-    def on_validation_epoch_end(self, *args, **kwargs):
-        """Add the contexts' results up over the ranks, log them as NeMo does, and draw."""
-        self.reports.finish_validation('val')
-        self._validation_losses = ()
-        logged = super().on_validation_epoch_end(*args, **kwargs)
-        if len(self._validation_losses) > 1:  # NeMo's val_loss is that of the first
-            self.log('val_loss_mean', torch.stack(self._validation_losses).mean(), sync_dist=True)
-        self.reports.draw(self)
-        return logged
-
-    def on_test_epoch_end(self, *args, **kwargs):
-        """Add the contexts' results up over the ranks, and log them as NeMo does."""
-        self.reports.finish_validation('test')
-        return super().on_test_epoch_end(*args, **kwargs)
-
-    def test_step(self, batch, batch_idx=0, dataloader_idx=0):
-        """Compute a test batch's metrics; stock files them under validation, where no test looks for them."""
-        metrics = self.inference_pass(batch, batch_idx, dataloader_idx, mode='test', apply_mask=True)
-        outputs = self.test_step_outputs
-        if isinstance(self.trainer.test_dataloaders, list) and len(self.trainer.test_dataloaders) > 1:
-            outputs = outputs[dataloader_idx]
-        outputs.append(metrics)
-        return metrics
-
-    def multi_validation_epoch_end(self, outputs: list, dataloader_idx: int = 0):
-        """Average the validation batches: NeMo's ``val_loss``, and the context's metrics."""
-        in_contexts = self.reports.validation_summary('val', dataloader_idx)
-        metrics = in_contexts or _add_means(super().multi_validation_epoch_end(outputs, dataloader_idx), outputs)
-        self._validation_losses = [*self._validation_losses, torch.as_tensor(metrics['val_loss'])]
-        return metrics
-
-    def multi_test_epoch_end(self, outputs: list, dataloader_idx: int = 0):
-        """Average the test batches: NeMo's ``test_loss``, and the context's metrics."""
-        in_contexts = self.reports.validation_summary('test', dataloader_idx)
-        return in_contexts or _add_means(super().multi_test_epoch_end(outputs, dataloader_idx), outputs)
 
 
 class EncDecDenoiseMaskedTokenPredModel(EncDecMaskedTokenPredModel, _up.EncDecDenoiseMaskedTokenPredModel):
@@ -397,7 +341,7 @@ class EncDecDenoiseMaskedTokenPredModel(EncDecMaskedTokenPredModel, _up.EncDecDe
         input_signal_length=None,
         processed_signal=None,
         processed_signal_length=None,
-        noise_signal=None,  # noqa: as in NeMo, noise comes already mixed into the noisy signal
+        noise_signal=None,  # noqa  as in NeMo, noise comes already mixed into the noisy signal
         noise_signal_length=None,  # noqa
         processed_noise_signal=None,  # noqa
         processed_noise_signal_length=None,  # noqa
@@ -424,15 +368,6 @@ class EncDecDenoiseMaskedTokenPredModel(EncDecMaskedTokenPredModel, _up.EncDecDe
         """Return the features of the clean audio of a batch, and of the noisy one."""
         clean = self.preprocessor(input_signal=batch.audio, length=batch.audio_len)
         return BatchInputs(clean, self.preprocessor(input_signal=batch.noisy_audio, length=batch.noisy_audio_len))
-
-
-def _add_means(averaged: dict | None, outputs: list) -> dict | None:
-    """Add to NeMo's averages and their ``log`` the mean of every metric that it leaves out."""
-    if averaged:
-        for name in outputs[0].keys() - averaged.keys():
-            mean = torch.stack([torch.as_tensor(output[name], dtype=torch.float32) for output in outputs]).mean()
-            averaged[name] = averaged['log'][name] = mean
-    return averaged
 
 
 def _undo_earlier_post_conv_adjustment(cfg: DictConfig) -> None:

@@ -20,8 +20,8 @@ IGNORED_TARGET = -100  # as torch.nn.NLLLoss, which stock uses
 class MLMLoss(_up.MLMLoss):
     """Mean negative log-likelihood of the targets at masked frames.
 
-    Decoder outputs, masks and targets are cut to their common length; frames at or beyond ``decoder_lengths`` never
-    count. Without any masked frame the loss is zero and still back-propagates. Needs no host-device sync.
+    Decoder outputs, masks and targets are cut to their common length; frames at or beyond ``decoder_lengths`` are left
+    out. Without any masked frame the loss is zero and back-propagates. Synchronises nothing.
 
     Args:
         combine_time_steps: mask frames per target.
@@ -53,10 +53,10 @@ class MLMLoss(_up.MLMLoss):
         Args:
             decoder_outputs: log-probabilities [B, T, C], any floating dtype.
             targets: tokens [B, S] int64; -100 is left out, as in NeMo.
-            decoder_lengths: valid decoder frames [B], before the offset; None counts all.
+            decoder_lengths: valid decoder frames [B], before the offset; None: all.
             target_lengths: not used, as in NeMo.
             spec_masks: masks, used where ``masks`` is None.
-            masks: masks [B, D, M] or [B, M], floating or bool, 1 or True where masked. None counts every frame.
+            masks: [B, D, M] or [B, M], floating or bool, 1 or True where masked. None: every frame is a loss position.
 
         Returns:
             The loss, a scalar; float32 for half-precision inputs, else the dtype of ``decoder_outputs``.
@@ -65,24 +65,24 @@ class MLMLoss(_up.MLMLoss):
             ValueError: if the masks have another number of dimensions.
         """
         masks = spec_masks if masks is None else masks
-        decoder_outputs, targets, counted = self.align(decoder_outputs, targets, masks, decoder_lengths)
-        return self.of_frames(decoder_outputs, torch.where(counted, targets, IGNORED_TARGET))
+        decoder_outputs, targets, loss_mask = self.align(decoder_outputs, targets, masks, decoder_lengths)
+        return self.of_frames(decoder_outputs, torch.where(loss_mask, targets, IGNORED_TARGET))
 
     def of_frames(self, log_probs: torch.Tensor, targets: torch.Tensor, reduction: str = 'mean') -> torch.Tensor:
-        """Return the loss of frames that are aligned already.
+        """Return the loss of aligned frames.
 
         Args:
             log_probs: [..., C], any floating dtype.
-            targets: tokens [...] int64; -100 where a frame does not count.
-            reduction: ``mean``: over the frames that count, a scalar as in :meth:`forward`; ``none``: each frame's
-                negative log-likelihood [...], 0 where it does not count.
+            targets: tokens [...] int64; -100 where there is none.
+            reduction: ``mean``: over the frames with a target, a scalar; ``none``: each frame's negative
+                log-likelihood [...], 0 without a target.
         """
-        counted = targets != IGNORED_TARGET
-        log_likelihood = log_probs.gather(-1, torch.where(counted, targets, 0).unsqueeze(-1)).squeeze(-1)
+        valid = targets != IGNORED_TARGET
+        log_likelihood = log_probs.gather(-1, torch.where(valid, targets, 0).unsqueeze(-1)).squeeze(-1)
         if log_likelihood.dtype != torch.float64:
             log_likelihood = log_likelihood.float()
-        lost = -torch.where(counted, log_likelihood, 0.0)
-        return lost if reduction == 'none' else lost.sum() / counted.sum().clamp(min=1)
+        lost = -torch.where(valid, log_likelihood, 0.0)
+        return lost if reduction == 'none' else lost.sum() / valid.sum().clamp(min=1)
 
     def align(
         self,
@@ -91,15 +91,15 @@ class MLMLoss(_up.MLMLoss):
         masks: torch.Tensor | None = None,
         decoder_lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Cut outputs and targets to their common frames, and tell which of these count.
+        """Cut outputs and targets to their common frames, and find the loss positions.
 
         Args:
-            decoder_outputs: [B, T, ...]: the decoder's, or what it is to decode.
+            decoder_outputs: [B, T, ...]: log-probabilities, or the encoder frames that they are computed of.
             targets: tokens [B, S], or [B, S, H] of several codebooks.
             masks, decoder_lengths: as in :meth:`forward`.
 
         Returns:
-            outputs [B, F, ...] and targets [B, F] or [B, F, H], both views, and the frames that count [B, F] bool.
+            outputs [B, F, ...] and targets [B, F] or [B, F, H], both views, and the loss mask [B, F] bool.
         """
         if masks is not None and masks.dim() not in (2, 3):
             raise ValueError(f"the masks have the shape {list(masks.shape)}; it must be [B, D, T] or [B, T]")
@@ -108,16 +108,16 @@ class MLMLoss(_up.MLMLoss):
         if masks is not None:
             frames = min(frames, masks.shape[-1] // self.combine_time_steps)
         decoder_outputs, targets = decoder_outputs[:, :frames], targets[:, :frames]
-        counted = targets != IGNORED_TARGET
-        if counted.dim() == 3:
-            counted = counted.any(dim=2)
+        loss_mask = targets != IGNORED_TARGET
+        if loss_mask.dim() == 3:
+            loss_mask = loss_mask.any(dim=2)
         if masks is not None:
             share = masked_share_per_frame(masks, self.combine_time_steps)[:, :frames]
-            counted = counted & (share > self.mask_threshold)
+            loss_mask = loss_mask & (share > self.mask_threshold)
         if decoder_lengths is not None:
             index = torch.arange(self.decoder_offset, self.decoder_offset + frames, device=targets.device)
-            counted = counted & (index < decoder_lengths.to(targets.device).unsqueeze(1))
-        return decoder_outputs, targets, counted
+            loss_mask = loss_mask & (index < decoder_lengths.to(targets.device).unsqueeze(1))
+        return decoder_outputs, targets, loss_mask
 
 
 class MultiMLMLoss(_up.MultiMLMLoss):
@@ -136,7 +136,7 @@ class MultiMLMLoss(_up.MultiMLMLoss):
 
     @property
     def needs_labels(self) -> bool:
-        """SpeechEncDecSelfSupervisedModel asks this of every loss; stock lacks it (NeMo issue 15743)."""
+        """Whether targets are passed: True. Stock lacks this attribute (NeMo issue 15743)."""
         return True
 
     @property
@@ -157,28 +157,22 @@ class MultiMLMLoss(_up.MultiMLMLoss):
         """Compute the loss.
 
         Args:
-            masks: masks [B, D, M] or [B, M], as :class:`MLMLoss` takes them.
             decoder_outputs: log-probabilities [B, T, C, H], or [B, T, C] with ``squeeze_single`` and one codebook.
             targets: tokens [B, S, H], or [B, S].
-            decoder_lengths: valid decoder frames [B].
-            target_lengths: not used, as in NeMo.
-            spec_masks: masks where ``masks`` is None, as SpeechEncDecSelfSupervisedModel passes them.
-
-        Returns:
-            The loss, a scalar.
+            masks, decoder_lengths, target_lengths, spec_masks: as in :class:`MLMLoss`.
         """
         masks = spec_masks if masks is None else masks
-        decoder_outputs, targets, counted = self.align(decoder_outputs, targets, masks, decoder_lengths)
-        counted = counted if targets.dim() == 2 else counted.unsqueeze(-1)
-        return self.of_frames(decoder_outputs, torch.where(counted, targets, IGNORED_TARGET))
+        decoder_outputs, targets, loss_mask = self.align(decoder_outputs, targets, masks, decoder_lengths)
+        loss_mask = loss_mask if targets.dim() == 2 else loss_mask.unsqueeze(-1)
+        return self.of_frames(decoder_outputs, torch.where(loss_mask, targets, IGNORED_TARGET))
 
     def of_frames(self, log_probs: torch.Tensor, targets: torch.Tensor, reduction: str = 'mean') -> torch.Tensor:
-        """Return the loss of frames that are aligned already, the mean over the codebooks.
+        """Return the loss of aligned frames, the mean over the codebooks; see :meth:`MLMLoss.of_frames`.
 
         Args:
             log_probs: [..., C, H], or [..., C] with ``squeeze_single`` and one codebook.
-            targets: tokens [..., H], or [...]; -100 where a frame does not count.
-            reduction: as in :meth:`MLMLoss.of_frames`; ``none`` returns [...], without the codebooks.
+            targets: tokens [..., H], or [...]; -100 where there is none.
+            reduction: ``mean``, or ``none`` for [...], without the codebooks.
         """
         if self.squeeze_single and self.num_decoders == 1:
             return self.mlm_loss.of_frames(log_probs, targets, reduction)

@@ -1,91 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loss of next-token prediction (NEST-RQ, https://arxiv.org/abs/2409.08680). New in this project.
+"""Loss of next-token prediction (NEST-RQ, https://arxiv.org/abs/2409.08680).
 
-Shapes: B batch, T encoder frames, S target frames, F frames in common, K horizons, N frames that count, C classes,
+Shapes: B batch, T encoder frames, S target frames, F frames in common, K horizons, N loss positions, C classes,
 H codebooks.
 """
 
 import torch
 
 from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET, MLMLoss, MultiMLMLoss
-from nemo.core import Loss, typecheck
-from nemo.core.neural_types import LengthsType, LossType, NeuralType
 
 
-class NextTokenLoss(Loss):
-    """Mean negative log-likelihood of the tokens that come next, over frames and horizons.
+class NextTokenLoss(torch.nn.Module):
+    """Mean negative log-likelihood of next tokens, over all pairs of a frame and a horizon whose token exists.
 
-    Frame j is asked for the tokens j + offset ... j + offset + K - 1, one for each horizon. Every pair of a frame and
-    a horizon whose token exists counts alike. Without any the loss is zero and still back-propagates. Needs no
-    host-device sync.
+    Without any the loss is zero and back-propagates. Synchronises nothing.
 
     Args:
         horizons: K.
         num_decoders: H; the loss of a pair is the mean over the codebooks.
         squeeze_single: whether a single codebook comes without its dimension.
-
-    Raises:
-        ValueError: if there is no horizon.
     """
 
     def __init__(self, horizons: int = 4, num_decoders: int = 1, squeeze_single: bool = True):
         super().__init__()
-        if isinstance(horizons, bool) or not isinstance(horizons, int) or horizons < 1:
-            raise ValueError(f"model.next_token.horizons is {horizons!r}; it must be 1 token or more")
         self.horizons = horizons
         squeezed = squeeze_single and num_decoders == 1
         self.frame_loss = MLMLoss() if squeezed else MultiMLMLoss(num_decoders=num_decoders)
 
-    @property
-    def input_types(self):
-        """Return the definitions of the inputs."""
-        lengths = NeuralType(tuple('B'), LengthsType(), optional=True)
-        return {
-            'decoder_outputs': NeuralType(),
-            'targets': NeuralType(),
-            'offset': NeuralType(optional=True),
-            'chunk': NeuralType(optional=True),
-            'decoder_lengths': lengths,
-            'target_lengths': lengths,
-        }
-
-    @property
-    def output_types(self):
-        """Return the definitions of the outputs."""
-        return {'loss': NeuralType(elements_type=LossType())}
-
-    @typecheck()
     def forward(self, decoder_outputs, targets, offset=0, decoder_lengths=None, target_lengths=None, chunk=1):
-        """Compute the loss from the log-probabilities of all horizons.
-
-        A model decodes one horizon after the other instead, see ``next_token_frames.of_horizons``.
+        """Return the loss of the log-probabilities of all horizons; a model computes one horizon at a time instead.
 
         Args:
-            decoder_outputs: log-probabilities [B, T, K, C] or [B, T, K, C, H], any floating dtype.
-            targets: tokens [B, S] or [B, S, H] int64; -100 is left out.
-            offset: tokens between a frame's own and the first that it is asked for, 0 or more.
-            decoder_lengths, target_lengths: valid frames [B]; None counts all.
-            chunk: frames of a chunk at whose end tokens are predicted; see :func:`next_token_indices`.
-
-        Returns:
-            The loss, a scalar; float32 for half-precision inputs, else the dtype of ``decoder_outputs``.
+            decoder_outputs: [B, T, K, C] or [B, T, K, C, H], any floating dtype.
+            targets, offset, decoder_lengths, target_lengths, chunk: as in :meth:`align`.
         """
         outputs, wanted, _ = self.align(decoder_outputs, targets, offset, decoder_lengths, target_lengths, chunk)
-        total = count = 0
-        for horizon in range(self.horizons):
-            lost, counted = self.of_horizon(outputs[:, :, horizon], wanted[:, :, horizon])
-            total, count = total + lost.sum(), count + counted.sum()
+        pairs = [self.of_horizon(outputs[:, :, each], wanted[:, :, each]) for each in range(self.horizons)]
+        total, count = (sum(part.sum() for part in parts) for parts in zip(*pairs, strict=True))
         return total / count.clamp(min=1)
 
     def of_horizon(self, log_probs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss of each frame at one horizon, and which of them count.
+        """Return the loss of each frame at one horizon, and which frames have a target.
 
         Args:
             log_probs: [..., C] or [..., C, H], any floating dtype.
-            targets: tokens [...] or [..., H] int64; -100 where a frame does not count.
+            targets: tokens [...] or [..., H] int64; -100 where there is none.
 
         Returns:
-            negative log-likelihood [...], 0 where a frame does not count, and the frames that count [...] bool.
+            negative log-likelihood [...], 0 without a target, and the frames with a target [...] bool.
         """
         counted = targets != IGNORED_TARGET
         if isinstance(self.frame_loss, MultiMLMLoss):
@@ -101,12 +63,14 @@ class NextTokenLoss(Loss):
         target_lengths: torch.Tensor | None = None,
         chunk: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pair frames with the tokens that they are asked for.
+        """Pair frames with the tokens that they predict.
 
         Args:
-            encoded: [B, T, ...]: the encoder's output, or what was decoded of it.
-            tokens: [B, S] or [B, S, H] int64.
-            offset, decoder_lengths, target_lengths, chunk: as in :meth:`forward`.
+            encoded: [B, T, ...]: the encoder's output, or log-probabilities.
+            tokens: [B, S] or [B, S, H] int64; -100 is left out.
+            offset: tokens between a frame's own and the first that it predicts, 0 or more.
+            decoder_lengths, target_lengths: valid frames [B]; None: all.
+            chunk: frames of a chunk at whose end tokens are predicted; see :func:`next_token_indices`.
 
         Returns:
             frames [B, F, ...], a view with F at least 1; their tokens [B, F, K] or [B, F, K, H], -100 where there is

@@ -123,30 +123,7 @@ class ModelReports:
         if self.codebook_use is not None and self.codebook_use.batches and not self.codebook_use.block_is_complete:
             self._warn_if_targets_collapsed()
 
-    def start_validation(self, model, loaders: int) -> None:
-        """Make ready for the contexts of the config, and for so many data loaders."""
-        if self.validation is not None:
-            self.validation.start(model, loaders)
-
-    def validate_in_contexts(self, model, batch, dataloader_idx: int) -> torch.Tensor:
-        """Run a batch in every context of the config; returns its loss."""
-        return self.validation.step(model, batch, dataloader_idx, self.keep_for_figures)
-
     def keep_for_figures(self, model, record: BatchRecord | None) -> None:
         """Keep an utterance of a validation batch, within its context, for the pictures."""
         if self.figures is not None and record is not None and model._trainer is not None:
             self.figures.keep(model, record)
-
-    def finish_validation(self, mode: str) -> None:
-        """Add the contexts' results up over the ranks, which must all call this."""
-        if self.validation is not None:
-            self.validation.finish(mode)
-
-    def validation_summary(self, mode: str, dataloader_idx: int) -> dict | None:
-        """Return what NeMo's ``multi_validation_epoch_end`` returns; None where the contexts are not asked for."""
-        return None if self.validation is None else self.validation.summary(mode, dataloader_idx)
-
-    def draw(self, model) -> None:
-        """Draw and log the pictures, at the end of a validation."""
-        if self.figures is not None:
-            self.figures.log(model)

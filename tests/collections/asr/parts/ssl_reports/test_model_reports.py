@@ -12,11 +12,7 @@ def test_it_is_there_also_when_nothing_is_asked_of_it():
     reports = model.reports
     assert (reports.audit, reports.figures, reports.validation) == (None, None, None)
     assert reports.of_training_batch(model, None) == {} == reports.of_pass(model, None)
-    reports.start_validation(model, loaders=1)
     reports.keep_for_figures(model, None)
-    reports.finish_validation('val')
-    assert reports.validation_summary('val', dataloader_idx=0) is None
-    reports.draw(model)
     reports.end_of_training()
 
 
