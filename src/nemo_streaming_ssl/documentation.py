@@ -21,7 +21,7 @@ def read_page(name: str) -> str:
     """Return the text of a page, Markdown.
 
     Args:
-        name: such as ``contexts``; ``docs/contexts.md#who-wins`` is taken, too.
+        name: such as ``contexts``; ``docs/contexts.md#precedence`` is taken, too.
 
     Raises:
         ValueError: if there is no such page, with the nearest one or all that there are.

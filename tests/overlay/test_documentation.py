@@ -16,7 +16,7 @@ def test_all_pages_are_listed_with_their_titles(checkout, capsys):
     assert pages()["streaming"] == "Live streaming"
 
 
-@pytest.mark.parametrize("name", ["contexts", "contexts.md", "docs/contexts.md#who-wins"])
+@pytest.mark.parametrize("name", ["contexts", "contexts.md", "docs/contexts.md#precedence"])
 def test_a_page_is_printed_however_an_error_names_it(checkout, capsys, name):
     assert main(["docs", name]) == 0
     assert capsys.readouterr().out == (checkout / "docs/contexts.md").read_text(encoding="utf-8") + "\n"

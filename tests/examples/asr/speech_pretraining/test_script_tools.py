@@ -176,7 +176,7 @@ def test_help_is_shown_before_anything_is_imported(tools, monkeypatch, capsys):
 def test_an_error_about_a_key_leads_to_its_page(tools, capsys):
     tools.report_error('script.py', ValueError('curriculum.milestones is 3; it must be pairs'), status=1)
     said = capsys.readouterr().err.splitlines()
-    assert said[1] == 'See docs/contexts.md#a-curriculum (python -m nemo_streaming_ssl docs contexts)'
+    assert said[1] == 'See docs/contexts.md#curriculum (python -m nemo_streaming_ssl docs contexts)'
     assert tools.explained(ValueError('x is 3')) == 'x is 3'
     twice = tools.explained(ValueError(tools.explained(ValueError('encoder.blockwise_attention is 3'))))
     assert twice.count('See docs/blockwise.md') == 1

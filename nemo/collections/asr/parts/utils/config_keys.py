@@ -148,7 +148,7 @@ class Model(Section, name='model', page='pretraining', closed=False):
         page='reports#audit-of-the-masking',
     )
     log_figures: bool = key(
-        False, 'Whether each validation draws pictures for TensorBoard.', NULL | FLAG, page='reports#pictures'
+        False, 'Whether each validation draws pictures for TensorBoard.', NULL | FLAG, page='reports#figures'
     )
 
 
@@ -265,7 +265,7 @@ class Masking(Section, name='model.masking', page='contexts#what-is-masked-in-ea
     )
 
 
-_REFINED = 'objectives#targets-from-principal-components-and-codebooks-that-follow-the-frames'
+_REFINED = 'objectives#codebooks-that-follow-the-frames'
 
 
 class Quantizer(Section, name='model.quantizer', page=_REFINED, closed=False):
@@ -349,7 +349,7 @@ class Loss(Section, name='model.loss', page='patches#where-results-differ-from-s
     )
 
 
-class Curriculum(Section, name='curriculum', page='contexts#a-curriculum'):
+class Curriculum(Section, name='curriculum', page='contexts#curriculum'):
     """The arguments of ``AttContextCurriculum``, which checks the values."""
 
     milestones: list | None = key(

@@ -139,7 +139,7 @@ def test_the_reference_page_is_written_from_the_table():
         ('train_ds.resumable.sed is not known', 'faults#going-on-exactly'),
         ('model.validation_ds.skip_bad_audio is 3', 'faults'),
         ('encoder.att_context_sampler.full_prob is 2', 'contexts#dynamic-chunks'),
-        ('curriculum.milestones: step 0 comes twice; model.objective is fine', 'contexts#a-curriculum'),
+        ('curriculum.milestones: step 0 comes twice; model.objective is fine', 'contexts#curriculum'),
         ('the model is in training mode', None),
         ('no masked frames', None),
     ],

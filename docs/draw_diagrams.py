@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw the two diagrams of architecture.md: how an import finds its module, and how a batch becomes a loss.
+"""Draw the diagrams of architecture.md, and the two attention styles of contexts.md.
 
-python docs/draw_architecture.py
+python docs/draw_diagrams.py
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import numpy
 
 matplotlib.use('Agg')
 from matplotlib import pyplot
@@ -124,9 +125,33 @@ def batch():
     return made
 
 
+def styles(frames: int = 12, right: int = 3, left: int = 4):
+    """Draw which frames each frame attends to, in ``regular`` and ``chunked_limited`` with the same context."""
+    made, both = pyplot.subplots(1, 2, figsize=(9.4, 4.4), layout='constrained')
+    query, key = numpy.indices((frames, frames))
+    chunk = right + 1
+    chunks = query // chunk - key // chunk
+    seen = {
+        'regular': (key >= query - left) & (key <= query + right),
+        'chunked_limited': (chunks >= 0) & (chunks <= left // chunk),
+    }
+    for axes, (style, visible) in zip(both, seen.items()):
+        axes.imshow(visible, cmap=matplotlib.colors.ListedColormap(['#ffffff', '#4a86c5']))
+        axes.set(title=f'{style}, [{left}, {right}]', xlabel='frame attended to', ylabel='frame')
+        axes.set_xticks(numpy.arange(frames + 1) - 0.5, minor=True)
+        axes.set_yticks(numpy.arange(frames + 1) - 0.5, minor=True)
+        axes.grid(which='minor', color='#cccccc', linewidth=0.6)
+        axes.tick_params(which='minor', length=0)
+    return made
+
+
 def main() -> None:
-    """Write both diagrams."""
-    for name, draw in (('architecture_imports', imports), ('architecture_batch', batch)):
+    """Write all of them."""
+    for name, draw in (
+        ('architecture_imports', imports),
+        ('architecture_batch', batch),
+        ('attention_styles', styles),
+    ):
         made = draw()
         made.savefig(PICTURES / f'{name}.png', dpi=150)
         pyplot.close(made)
