@@ -19,7 +19,7 @@ DYNAMIC, MULTI_LATENCY = 'nest_fast-conformer_dynamic_chunk', 'nest_fast-conform
 CONFIG_NAMES = [DYNAMIC, f'{DYNAMIC}_tiny', MULTI_LATENCY, f'{MULTI_LATENCY}_tiny']
 CHUNKED = ['model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[[8,3],[6,1],[6,0]]']
 SAMPLER = '{full_prob: 0.3, chunk_size: [1, 6], left_chunks: [1, 4], left_limited_prob: 0.6}'
-SAMPLED = [*CHUNKED, f'+model.encoder.att_context_policy.sampler={SAMPLER}']
+SAMPLED = [*CHUNKED, f'+model.encoder.att_context_sampler={SAMPLER}']
 FRAME_MS = 80
 
 
@@ -225,7 +225,7 @@ class TestWithLayersAndCurriculum:
         model = tiny_model(
             *CHUNKED[:1],
             'model.encoder.att_context_size=[8,3]',
-            f'+model.encoder.att_context_policy.sampler={sampler}',
+            f'+model.encoder.att_context_sampler={sampler}',
             'model.encoder.n_layers=1',
             '+model.encoder.layer_att_context_size=[[4,1]]',
         )
@@ -245,7 +245,7 @@ class TestChecks:
     )
     def test_a_section_that_cannot_work_is_refused_by_name(self, section, message):
         encoder = OmegaConf.create({'att_context_style': 'chunked_limited', 'att_context_sampler': {}})
-        encoder.att_context_policy.sampler = OmegaConf.create(section)
+        encoder.att_context_sampler = OmegaConf.create(section)
         with pytest.raises(ValueError, match=r'model\.encoder\.att_context_sampler.*' + message):
             check_contexts(encoder)
 
@@ -264,10 +264,10 @@ class TestChecks:
     def test_an_attention_with_a_built_in_context_cannot_sample(self):
         with pytest.raises(
             InstantiationException,
-            match='model.encoder.att_context_policy.sampler: self_attention_model rel_pos_local',
+            match='model.encoder.att_context_sampler: self_attention_model rel_pos_local',
         ):
             tiny_model(
                 'model.encoder.self_attention_model=rel_pos_local_attn',
                 'model.encoder.att_context_size=[8,8]',
-                f'+model.encoder.att_context_policy.sampler={SAMPLER}',
+                f'+model.encoder.att_context_sampler={SAMPLER}',
             )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block masking of streams that never end: what was drawn is remembered, and drawn on. New in this project.
+"""Block masking of endless streams: the state of what was drawn. New in this project.
 
-The guards lie on one grid from the beginning of a stream, blocks begin and go on as in ``RandomBlockMasking``, on the
-time line from which the guards are cut out.
+The frames that are kept visible lie on one grid from the beginning of a stream. Blocks begin and go on as in
+``RandomBlockMasking``, on the frames between.
 
 Shapes: B streams, N new mask frames, T mask frames asked for, A attention frames.
 """
@@ -17,39 +17,50 @@ from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.visible_frames import kept_visible_frames, share_kept_visible
 from nemo.collections.asr.parts.att_context.windows import Window
 
-FAR_END = 1 << 30  # attention frames: nobody knows where a stream ends
+FAR_END = 1 << 30  # attention frames: the end of a stream is not known
+
+
+def kept_window(window: Window, causal: bool) -> Window | None:
+    """Return the window in which masking keeps a frame visible; None where every frame may be masked.
+
+    Without a limit to the past only ``causal`` keeps one: at the beginning, where the past is short.
+    """
+    left, right = window.context
+    if left == UNLIMITED and not causal:
+        return None
+    return Window(AttContext(UNLIMITED, 0)) if left == right == UNLIMITED else window
 
 
 class BlockChances(NamedTuple):
-    """How blocks are drawn on the frames of a stream that are no guards."""
+    """How blocks are drawn on the frames of a stream that are not kept visible."""
 
     block: int  # mask frames of a block
     probability: float  # that a frame begins a block; without overlap: that a slot of the grid is masked
     overlap: bool
-    guards: Window | None  # the window that the guards are for; None: there are none
+    kept: Window | None  # in which a frame is kept visible; None: nowhere
 
     @classmethod
     def of(cls, mask_prob: float, block: int, overlap: bool, most: float, window: Window | None) -> 'BlockChances':
-        """Make up for the guards, so that of all frames the share is masked that is masked of long utterances.
+        """Make up for the frames that are kept visible, so that the share is that of long utterances.
 
         Args:
             mask_prob, block, overlap: as in ``RandomBlockMasking``.
             most: share of the frames that is never exceeded.
-            window: see ``guards``.
+            window: see ``kept``.
         """
-        guards = None if window is None else _answerable_from_the_past(window)
-        free = 1 - (0.0 if guards is None else share_kept_visible(guards))
+        kept = None if window is None else _without_look_ahead(window)
+        free = 1 - (0.0 if kept is None else share_kept_visible(kept))
         share = 1 - (1 - mask_prob) ** block if overlap else mask_prob
         share = min(share, most) / free if free > 0 else 0.0
         if not overlap:
-            return cls(block, min(share, 1.0), overlap, guards)
-        return cls(block, 1.0 if share >= 1 else -math.expm1(math.log1p(-share) / block), overlap, guards)
+            return cls(block, min(share, 1.0), overlap, kept)
+        return cls(block, 1.0 if share >= 1 else -math.expm1(math.log1p(-share) / block), overlap, kept)
 
 
-def _answerable_from_the_past(window: Window) -> Window:
-    """Return the window that guards are placed for: what comes after the end of a stream answers nothing.
+def _without_look_ahead(window: Window) -> Window:
+    """Return the window to keep a frame visible in: no frame after the end of a stream is.
 
-    A ``regular`` window that has a past does without its look-ahead; in one of chunks the guard is the first frame.
+    A ``regular`` window that has a past loses its look-ahead; in one of chunks the kept frame is the first.
     """
     left, right = window.context
     if window.has_chunks or left == 0:
@@ -62,11 +73,11 @@ class MaskedTimeLine:
     """What masking remembers of streams, one row for each; moved on by :meth:`draw`."""
 
     phase: torch.Tensor
-    """Where the guards lie, from 0 to 1; [B, 1] float32."""
+    """Where the kept frames lie, from 0 to 1; [B, 1] float32."""
     received: torch.Tensor
     """Mask frames received, [B, 1] int64."""
     free: torch.Tensor
-    """Those of them that are no guards, from a random number on, which is the offset of the grid; [B, 1] int64."""
+    """Those of them not kept visible, from a random number on, which is the offset of the grid; [B, 1] int64."""
     masked_up_to: torch.Tensor
     """Count of free frames that the last block goes up to, [B, 1] int64."""
     masks: torch.Tensor
@@ -104,7 +115,7 @@ class MaskedTimeLine:
 
     def _draw_new(self, new: int, chances: BlockChances, factor: int) -> torch.Tensor:
         place = self.received + torch.arange(new, device=self.received.device)
-        allowed = self._no_guard(place.div(factor, rounding_mode='floor'), chances.guards)
+        allowed = self._may_be_masked(place.div(factor, rounding_mode='floor'), chances.kept)
         rank = self.free + allowed.cumsum(dim=1)  # from 1 on
         draw_blocks = self._overlapping if chances.overlap else self._on_a_grid
         up_to = draw_blocks(rank, allowed, chances)
@@ -113,7 +124,7 @@ class MaskedTimeLine:
             self.free, self.masked_up_to = rank[:, -1:], up_to[:, -1:]
         return allowed & (rank <= up_to)
 
-    def _no_guard(self, index: torch.Tensor, window: Window | None) -> torch.Tensor:
+    def _may_be_masked(self, index: torch.Tensor, window: Window | None) -> torch.Tensor:
         if window is None:
             return torch.ones_like(index, dtype=torch.bool)
         phase = self.phase

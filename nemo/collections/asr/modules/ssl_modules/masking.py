@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch of NeMo's ``masking.py``: block masking that hides only what the attention context can answer.
+"""Patch of NeMo's ``masking.py``: block masking that keeps a visible frame in the attention window of every frame.
 
-Shapes: B batch, D features, T mask frames (frames of the tensor that is masked), A attention frames.
+Blocks are drawn as stock draws them, on the whole time line. Where the window is limited, some attention frames are
+kept visible, one in every window (``visible_frames.py``): they are cleared, and more blocks make up for the share.
 
-How a bounded context is kept answerable: some attention frames of each utterance, the *guards*, are never masked;
-one lies in every window (``guards.py``). The guards are cut out of the time line, blocks are drawn as stock draws them
-on what is left, and the guards are put back. Whatever is drawn, every masked frame then sees a guard.
+Shapes: B batch, D features, T mask frames (frames of the tensor that is masked), A attention frames, S slots of a grid.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
-from nemo.collections.asr.modules.ssl_modules.masked_time_line import BlockChances, MaskedTimeLine
+from nemo.collections.asr.modules.ssl_modules.masked_time_line import BlockChances, MaskedTimeLine, kept_window
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, tightest
 from nemo.collections.asr.parts.att_context.visible_frames import MASK_THRESHOLD, kept_visible_frames
 from nemo.collections.asr.parts.att_context.windows import Window
@@ -26,26 +25,49 @@ from nemo_streaming_ssl import upstream
 _up = upstream(globals())
 
 SHORT_BLOCK = 8  # mask frames that stock 2.5.3 masks in an utterance too short for a block
-START_PROBABILITIES = 64  # tried, and interpolated between, to find one that makes up for the guards
 
 
-class _TimeLine(NamedTuple):
-    """The mask frames that may be masked, and the lengths that say how many are to be; int32, the narrowest that fits."""
+@dataclass(frozen=True)
+class Region:
+    """What a call may mask, and how."""
 
-    allowed: torch.Tensor  # [B, T] bool: in the available range, and no guard
-    rank: torch.Tensor  # [B, T] or [1, T]: number of allowed frames up to this one; the first allowed frame's is 1
-    length: torch.Tensor  # [B, 1]: number of allowed frames
-    available: torch.Tensor  # [B, 1]: length of the available range, guards included
-    end: torch.Tensor  # [B, 1]: the frame after the last of the available range
-    limit: torch.Tensor  # [B, 1]: most frames that may be masked
-    guarded: bool  # whether there are guards
-    whole: bool  # whether all frames before the end are allowed: ranks are places
+    window: Window | None
+    """The window in which a frame is kept visible; None: every frame may be masked."""
+    overlap: bool
+    """Whether blocks may overlap."""
+    current_frame: int | torch.Tensor | None
+    """Mask frames received so far; None: the whole utterance."""
+    left: int
+    """With ``current_frame``: attention frames before it that may be masked; -1 = all."""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The mask frames of a batch; counts are int32 [B, 1]."""
+
+    index: torch.Tensor  # [1, T]
+    first: torch.Tensor  # of the available range
+    end: torch.Tensor  # the frame after its last
+    allowed: torch.Tensor  # [B, T] bool: available, and not kept visible
+    free: torch.Tensor  # number of allowed frames
+    limit: torch.Tensor  # most frames that may be masked
+    keeps: bool  # whether any frame is kept visible
+
+    @property
+    def available(self) -> torch.Tensor:
+        """Length of the available range, frames that are kept visible included."""
+        return (self.end - self.first).clamp(min=0)
+
+    @property
+    def makes_up(self) -> torch.Tensor:
+        """By how much more to mask so that the share stays, [B, 1] float64."""
+        return self.available.double() / self.free.clamp(min=1)
 
 
 class RandomBlockMasking(_up.RandomBlockMasking):
-    """Mask random blocks of frames, within what an attention context can answer.
+    """Mask random blocks of frames, and keep a visible frame in the attention window of every masked one.
 
-    Every masked attention frame (more than 0.8 of its mask frames masked) sees another frame without any masked mask
+    Every masked attention frame (more than 0.8 of its mask frames masked) has another frame without any masked mask
     frame in its window, if the window is limited or ``causal`` is set. Otherwise the distribution is stock's.
 
     Args:
@@ -56,9 +78,9 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         freeze: whether ``mask_embedding`` is kept from training.
         allow_overlap: whether blocks may overlap.
         max_mask_ratio: share of the available range that is never exceeded by more than one block; where a block alone
-            exceeds it, 8 frames are masked, as in NeMo 2.5.3.
-        causal: whether every masked frame must be answerable also where the left context is unlimited: at the
-            beginning, where there is little past.
+            exceeds it, 8 frames are masked, as in NeMo 2.5.3, on one whole attention frame.
+        causal: whether a visible frame is kept also where the left context is unlimited: at the beginning, where there
+            is little past.
         left_context_size: left attention context in attention frames, -1 = unlimited.
         subsampling_factor: mask frames per attention frame; the model sets the encoder's factor where features are
             masked before its convolutions.
@@ -142,7 +164,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         effective_window: Window | None = None,
         stream: MaskedTimeLine | None = None,
     ):
-        """Mask a batch of features. Draws from torch's generator of the features' device; never waits for it.
+        """Mask a batch of features. Draws from torch's generator of the features' device, without synchronisation.
 
         Args:
             input_feats: features [B, D, T], any floating dtype, any device (the meta device too). NaN and infinity
@@ -152,8 +174,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
                 masked. None masks over the whole utterance.
             effective_left_context: left context in attention frames for this call, -1 = unlimited; overrides
                 ``left_context_size``.
-            effective_window: what each attention frame sees, where it looks ahead; overrides both. Then the frames
-                after a masked one can answer it, too.
+            effective_window: the window of an attention frame, where it has look-ahead; overrides both.
             stream: what was drawn for the frames received before, see :meth:`new_stream`. ``input_feats`` has the
                 frames whose masks it remembers, and then new ones: those alone are drawn, and it moves on.
 
@@ -167,12 +188,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         if stream is not None:
             window = self._window(effective_left_context, effective_window)
             return self.fill(input_feats, self.draw_on(stream, input_feats.shape[2], window))
-        given = {
-            'current_frame': current_frame,
-            'effective_left_context': effective_left_context,
-            'effective_window': effective_window,
-        }
-        given = {name: value for name, value in given.items() if value is not None}  # stock's overrides take none
+        given = _given(current_frame, effective_left_context, effective_window)  # stock's overrides take none
         if self.allow_overlap:
             return self.forward_with_overlap(input_feats, input_lengths, **given)
         return self.forward_without_overlap(input_feats, input_lengths, **given)
@@ -202,24 +218,24 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         _check('effective_left_context', left, left >= -1, '-1 (unlimited) or more')
         return Window(AttContext(left, 0))
 
-    def draw(
-        self,
-        lengths: torch.Tensor,
-        frames: int,
-        current_frame: int | torch.Tensor | None = None,
-        effective_left_context: int | None = None,
-        effective_window: Window | None = None,
-        overlap: bool | None = None,
-        causal: bool | None = None,
-    ) -> torch.Tensor:
-        """Draw which mask frames are masked; from torch's generator of the lengths' device, without a wait for it.
+    def _region(
+        self, current_frame=None, effective_left_context=None, effective_window=None, overlap=None, causal=None
+    ) -> Region:
+        if isinstance(current_frame, int):
+            _check('current_frame', current_frame, current_frame >= 0, 'the number of mask frames received, 0 or more')
+        causal = (self.causal and self.follow_context) if causal is None else causal
+        window = self._window(effective_left_context, effective_window)
+        overlap = self.allow_overlap if overlap is None else overlap
+        return Region(kept_window(window, causal), overlap, current_frame, window.context.left)
+
+    def draw(self, lengths: torch.Tensor, frames: int, *args, **kwargs) -> torch.Tensor:
+        """Draw which mask frames are masked; from torch's generator of the lengths' device, without synchronisation.
 
         Args:
             lengths: valid mask frames of each utterance [B].
             frames: T.
-            current_frame, effective_left_context, effective_window: as in :meth:`forward`.
-            overlap: whether blocks may overlap; None: ``allow_overlap``.
-            causal: whether every masked frame must be answerable, whatever the context; None: the module's own setting.
+            args, kwargs: ``current_frame``, ``effective_left_context`` and ``effective_window`` as in :meth:`forward`;
+                ``overlap`` and ``causal`` instead of the module's own settings.
 
         Returns:
             [B, T] bool, True where masked.
@@ -227,11 +243,14 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         Raises:
             ValueError: as :meth:`forward` does.
         """
-        causal = (self.causal and self.follow_context) if causal is None else causal
-        window = self._window(effective_left_context, effective_window)
-        line = self._time_line(lengths, frames, current_frame, window, causal)
-        overlap = self.allow_overlap if overlap is None else overlap
-        return self._overlapping_blocks(line) if overlap else self._separate_blocks(line)
+        region = self._region(*args, **kwargs)
+        line = self._line(lengths, frames, region)
+        if self.mask_prob == 0 or frames == 0:
+            return torch.zeros_like(line.allowed)
+        masked = self._overlapping_blocks(line) if region.overlap else self._separate_blocks(line)
+        short = self.block_size >= line.available.float() * self.max_mask_ratio
+        masked = torch.where(short, self._one_short_block(line), line.allowed & masked)
+        return self._leave_a_frame(self._thin_out(masked, line.limit), line)
 
     def fill(self, feats: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put ``mask_embedding`` into the masked frames.
@@ -253,7 +272,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         return MaskedTimeLine.new(streams, self.block_size, device)
 
     def draw_on(self, stream: MaskedTimeLine, frames: int, window: Window) -> torch.Tensor:
-        """Draw on, for the frames of streams that are new; returns the masks of the last ``frames``, [B, T] bool.
+        """Draw the new frames of streams; returns the masks of the last ``frames``, [B, T] bool.
 
         Args:
             stream: of the frames received before; it moves on.
@@ -261,181 +280,127 @@ class RandomBlockMasking(_up.RandomBlockMasking):
             window: what each attention frame sees.
         """
         settings = self.mask_prob, self.block_size, self.allow_overlap, self.max_mask_ratio
-        chances = BlockChances.of(*settings, self._guards_of(window, self.causal and self.follow_context))
-        return stream.draw(frames, chances, self.subsampling_factor)
+        kept = kept_window(window, self.causal and self.follow_context)
+        return stream.draw(frames, BlockChances.of(*settings, kept), self.subsampling_factor)
 
-    def _time_line(self, lengths, max_time: int, current_frame, window: Window, causal: bool) -> _TimeLine:
-        batch, device = lengths.shape[0], lengths.device
-        places = torch.arange(1, max_time + 1, dtype=torch.int32, device=device).unsqueeze(0)
-        lengths = lengths.to(torch.int32).clamp(max=max_time).view(batch, 1)
+    def _line(self, lengths: torch.Tensor, frames: int, region: Region) -> _Line:
+        index = torch.arange(frames, dtype=torch.int32, device=lengths.device).unsqueeze(0)
+        end = lengths.to(torch.int32).clamp(max=frames).view(-1, 1)
+        first = torch.zeros_like(end)
+        if region.current_frame is not None:
+            received = region.current_frame
+            if isinstance(received, torch.Tensor):
+                received = received.to(end.device, torch.int32).view(-1, 1)
+            else:
+                received = torch.full_like(end, received)
+            end = torch.minimum(received, end)
+            if region.left >= 0:
+                first = (received - region.left * self.subsampling_factor).clamp(min=0)
+        allowed = (index >= first) & (index < end)
+        if region.window is not None:
+            allowed &= ~self._kept_visible(end, frames, region.window)
+        free = allowed.sum(dim=1, keepdim=True, dtype=torch.int32)
+        limit = ((end - first).clamp(min=0).float() * self.max_mask_ratio).int() + self.block_size
+        return _Line(index, first, end, allowed, free, torch.minimum(limit, free), region.window is not None)
 
-        first, end = self._available_range(lengths, current_frame, window.context.left)
-        allowed = places <= end
-        if first is not None:
-            allowed &= places > first
-        free = self._free_of_guards(end, max_time, window, causal)
-        if free is not None:
-            allowed &= free
+    def _kept_visible(self, end: torch.Tensor, frames: int, window: Window) -> torch.Tensor:
+        """Return which mask frames [B, T] are kept visible, for mask frames received [B, 1]."""
+        factor = self.subsampling_factor
+        index = torch.arange(math.ceil(frames / factor), dtype=torch.int32, device=end.device).unsqueeze(0)
+        ends = end.div(factor, rounding_mode='floor')
+        kept = kept_visible_frames(window, index, ends, _uniform(end.shape, end.device))
+        return kept.repeat_interleave(factor, dim=1)[:, :frames]
 
-        whole = first is None and free is None
-        rank = places if whole else allowed.cumsum(dim=1, dtype=torch.int32)
-        length = end if whole or max_time == 0 else rank[:, -1:]
-        available = end if first is None else (end - first).clamp(min=0)
-        limit = (available.float() * self.max_mask_ratio).int() + self.block_size
-        limit = torch.minimum(limit, length)
-        return _TimeLine(allowed, rank, length, available, end, limit, free is not None, whole)
+    def _overlapping_blocks(self, line: _Line) -> torch.Tensor:
+        """Let every frame start a block with equal probability; returns the frames of blocks, [B, T] bool."""
+        block = self.block_size
+        starts = (line.available - block).clamp(min=0)  # the first so many frames may start one, as in stock
+        probability = self._start_probability(line, starts)
+        is_start = (_uniform(line.allowed.shape, line.allowed.device) < probability) & (line.index >= line.first)
+        is_start &= line.index < line.first + starts
+        return line.index < torch.where(is_start, line.index + block, 0).cummax(dim=1).values
 
-    def _available_range(self, lengths, current_frame, left):
-        """Return the first mask frame [B, 1] that may be masked (None: 0), and the one after the last [B, 1]."""
-        if current_frame is None:
-            return None, lengths
-        if isinstance(current_frame, torch.Tensor):
-            current_frame = current_frame.to(lengths.device, torch.int32).view(-1, 1)
-        else:
-            _check('current_frame', current_frame, current_frame >= 0, 'the number of mask frames received, 0 or more')
-            current_frame = torch.full_like(lengths, current_frame)
-        end = torch.minimum(current_frame, lengths)
-        return (None if left < 0 else (current_frame - left * self.subsampling_factor).clamp(min=0)), end
+    def _start_probability(self, line: _Line, starts: torch.Tensor):
+        """Return the probability of a start, [B, 1], that masks as many frames as stock in spite of those kept visible.
 
-    def _free_of_guards(self, end: torch.Tensor, max_time: int, window: Window, causal: bool):
-        """Return which mask frames [B, T] lie in no guard, an attention frame kept unmasked; None for all.
-
-        Args:
-            end: mask frames of each utterance that have been received, [B, 1].
+        A frame that k starts reach is masked with probability 1 - (1 - p)^k; k rises to the smaller of ``starts`` and the
+        block, stays, and falls. In its place stands the one k that masks as many frames of the whole utterance.
         """
-        window = self._guards_of(window, causal)
-        if window is None:
-            return None
-        index = torch.arange(math.ceil(max_time / self.subsampling_factor), dtype=torch.int32, device=end.device)
-        ends = end.div(self.subsampling_factor, rounding_mode='floor')
-        guards = kept_visible_frames(window, index.unsqueeze(0), ends, _uniform(end.shape, end.device))
-        return ~guards.repeat_interleave(self.subsampling_factor, dim=1)[:, :max_time]
-
-    @staticmethod
-    def _guards_of(window: Window, causal: bool) -> Window | None:
-        """Return the window that guards are placed for; None where every frame may be masked.
-
-        Without a limit to the past only ``causal`` asks for guards: at the beginning, where the past is short.
-        """
-        if window.context.left == UNLIMITED and not causal:
-            return None
-        sees_all = window.context.left == window.context.right == UNLIMITED
-        return Window(AttContext(UNLIMITED, 0)) if sees_all else window
-
-    def _overlapping_blocks(self, line: _TimeLine) -> torch.Tensor:
-        """Let every frame start a block with equal probability; returns the masked frames [B, T] bool."""
-        if self.mask_prob == 0:
-            return torch.zeros_like(line.allowed)
-        block = (line.length - 1).clamp(min=1, max=self.block_size)
-        starts = line.length - block  # frames that may start a block: the first of so many ranks, as in stock
-        short, short_start, short_block = self._one_short_block(line)
-        probability = torch.where(short, 0.0, self._start_probability(line, starts, block))
-        block = torch.where(short, short_block, block)
-
-        is_start = (_uniform(line.allowed.shape, line.allowed.device) < probability) & (line.rank <= starts)
-        is_start = (is_start & line.allowed) | (line.rank == torch.where(short, short_start, -1))
-        last_start = torch.where(is_start, line.rank, -self.block_size).cummax(dim=1).values
-        masked = line.allowed & (line.rank < last_start + block)
-        return self._leave_a_frame(self._thin_out(masked, line.limit), line)
-
-    def _start_probability(self, line: _TimeLine, starts: torch.Tensor, block: torch.Tensor):
-        """The probability [B, 1] of a start that masks, beside the guards, as many frames as stock masks without."""
-        if not line.guarded:
+        if not line.keeps or self.mask_prob == 1:
             return self.mask_prob
-        stock_starts = (line.available - self.block_size).clamp(min=0)
-        target = _expected_cover(stock_starts, torch.full_like(block, self.block_size), self.mask_prob)
-        candidates = torch.logspace(
-            math.log10(self.mask_prob), 0, START_PROBABILITIES, dtype=torch.float64, device=block.device
-        )
-        cover = _expected_cover(starts, block, candidates)
-        above = (cover < target).sum(dim=1, keepdim=True).clamp(min=1, max=START_PROBABILITIES - 1)
-        low, high = cover.gather(1, above - 1), cover.gather(1, above)
-        part = ((target - low) / (high - low).clamp(min=1e-9)).clamp(min=0, max=1)
-        return torch.lerp(candidates[above - 1], candidates[above], part).float()
+        missed, starts = 1 - self.mask_prob, starts.clamp(min=1).double()
+        top, frames = starts.clamp(max=self.block_size), starts + self.block_size - 1
+        slopes = 2 * (top - 1 - (missed - missed**top) / self.mask_prob)
+        share = (((frames + 2 - 2 * top) * (1 - missed**top) + slopes) / frames).clamp(max=1 - 1e-9)
+        reach = torch.log1p(-share) / math.log(missed)
+        return -torch.expm1(torch.log1p(-(share * line.makes_up).clamp(max=1)) / reach)
+
+    def _separate_blocks(self, line: _Line) -> torch.Tensor:
+        """Fill random slots of a grid of blocks with a random offset; returns the frames of blocks, [B, T] bool."""
+        frames, device, shape = line.allowed.shape[1], line.end.device, line.end.shape
+        blocks, block = self._number_and_size(line)
+        slots = line.available // block
+        if line.keeps:
+            blocks = torch.minimum((blocks * line.makes_up + _uniform(shape, device)).int(), slots)
+        slots = torch.where(blocks < slots, slots - 1, slots).clamp(min=0)  # stock leaves a slot for the offset
+        room = torch.minimum(block, line.available - slots * block + 1)
+        offset = line.first + (_uniform(shape, device) * room).int()
+
+        # A block is block_size frames, or a (blocks + 1)-th of the range, rounded down: so many slots are enough.
+        most_blocks = math.ceil(frames * self.mask_prob / self.block_size)
+        most_slots = min(frames, max(frames // self.block_size, 2 * (most_blocks + 1)))
+        score = _uniform((shape[0], most_slots), device)
+        score = score.masked_fill(torch.arange(most_slots, device=device) >= slots, 2.0)
+        last = score.sort(dim=1).values.gather(1, (blocks.long() - 1).clamp(min=0, max=most_slots - 1))
+        chosen = (score <= last) & (blocks > 0) & (score < 2)
+
+        slot = (line.index - offset).div(block, rounding_mode='floor')
+        inside = (slot >= 0) & (slot < slots)
+        return inside & chosen.gather(1, slot.clamp(min=0, max=most_slots - 1).long())
+
+    def _number_and_size(self, line: _Line) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stock's number and size of blocks for the available range, [B, 1] each."""
+        available = line.available
+        blocks = torch.ceil(available.float() * self.mask_prob / self.block_size).int()
+        too_long = (blocks + 1) * self.block_size > available
+        block = torch.where(too_long, available // (blocks + 1), self.block_size).clamp(min=1)
+        return torch.minimum(blocks, (available // block - 1).clamp(min=0)), block
+
+    def _one_short_block(self, line: _Line) -> torch.Tensor:
+        """Return one block of 8 frames, as stock 2.5.3 masks in a short utterance, on a whole attention frame; [B, T]."""
+        factor = self.subsampling_factor
+        length = line.limit.clamp(max=max(SHORT_BLOCK, factor))
+        in_frame = torch.nn.functional.pad(line.allowed, (0, -line.allowed.shape[1] % factor))
+        in_frame = in_frame.unflatten(1, (-1, factor)).sum(dim=2, dtype=torch.int32)  # [B, A], allowed mask frames
+        before = in_frame.cumsum(dim=1, dtype=torch.int32) - in_frame
+        score = _uniform(in_frame.shape, in_frame.device) + (in_frame == factor).int() + (before + length <= line.free)
+        chosen = score.masked_fill(in_frame == 0, -1.0).argmax(dim=1, keepdim=True)
+        rank = line.allowed.cumsum(dim=1, dtype=torch.int32) - before.gather(1, chosen)
+        return line.allowed & (rank > 0) & (rank <= length)
 
     def _thin_out(self, masked: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
         """Keep no more than ``limit`` [B, 1] of the masked frames [B, T], from a random one on, around the end."""
         count = masked.cumsum(dim=1, dtype=torch.int32)
-        total = count[:, -1:] if count.shape[1] else torch.zeros_like(limit)
+        total = count[:, -1:]
         start = (_uniform(total.shape, total.device) * total).int()
         around = start + limit >= total
         end = torch.where(around, torch.minimum(start + limit - total, start), start + limit)
         return masked & ((count > start) ^ (count > end) ^ around)
 
-    def _separate_blocks(self, line: _TimeLine) -> torch.Tensor:
-        """Fill random slots of a grid of blocks with a random offset; returns the masked frames [B, T] bool."""
-        max_time = line.allowed.shape[1]
-        most_blocks = math.ceil(max_time * self.mask_prob / self.block_size)
-        if most_blocks == 0:
-            return torch.zeros_like(line.allowed)
-        blocks, block = self._number_and_size(line)
-        slots = line.length // block
-        slots = torch.where(blocks < slots, slots - 1, slots).clamp(min=0)  # stock leaves a slot for the offset
-        room = torch.minimum(block, line.length - slots * block + 1)
-        offset = (_uniform(room.shape, room.device) * room).int()
-
-        # A block is block_size frames, or a (blocks + 1)-th of the range, rounded down: so many slots are enough.
-        most_slots = min(max_time, max(max_time // self.block_size, 2 * (most_blocks + 1)))
-        index = torch.arange(most_slots, dtype=torch.int32, device=slots.device)
-        score = _uniform((slots.shape[0], most_slots), slots.device).masked_fill(index >= slots, -1.0)
-        start = score.topk(most_blocks, dim=1).indices * block + offset + 1
-        chosen = index[:most_blocks] < blocks
-
-        short, short_start, short_block = self._one_short_block(line)
-        start = torch.where(short, short_start, start)
-        chosen = torch.where(short, index[:most_blocks] == 0, chosen)
-        return self._leave_a_frame(self._cover(line, start, torch.where(short, short_block, block), chosen), line)
-
-    def _cover(self, line: _TimeLine, start: torch.Tensor, block: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Return the allowed frames [B, T] bool of the chosen blocks.
-
-        Args:
-            start: ranks [B, N] of their first frames; block: their length [B, 1]; chosen: [B, N] bool.
-        """
-        batch, max_time = line.allowed.shape
-        change = torch.zeros(batch, max_time + 2, dtype=torch.int32, device=start.device)
-        first, beyond = (place.clamp(max=max_time + 1).long() for place in (start, start + block))
-        change.scatter_add_(1, first, chosen.int()).scatter_add_(1, beyond, -chosen.int())
-        covered = change.cumsum(dim=1, dtype=torch.int32) > 0  # by rank
-        return line.allowed & (covered[:, 1:-1] if line.whole else covered.gather(1, line.rank.long()))
-
-    def _number_and_size(self, line: _TimeLine) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stock's number and size of blocks for the available range, [B, 1] each, cut to what may be masked."""
-        blocks = torch.ceil(line.available.float() * self.mask_prob / self.block_size).int()
-        block = torch.where(
-            (blocks + 1) * self.block_size > line.available, line.available // (blocks + 1), self.block_size
-        ).clamp(min=1)
-        blocks = torch.minimum(blocks, (line.available // block - 1).clamp(min=0))
-        all_but_guards = (blocks * block >= line.length) & (line.limit == line.length)
-        block = torch.where(all_but_guards, line.length.clamp(min=1), block)
-        return torch.minimum(blocks, line.limit // block), block
-
-    def _one_short_block(self, line: _TimeLine) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Which utterances are too short for a block, and where their one block of 8 frames, as in stock 2.5.3, lies.
-
-        Returns:
-            [B, 1] bool; the rank of the block's first frame, at random, and the block's length, [B, 1] int32.
-        """
-        short = self.block_size >= line.available.float() * self.max_mask_ratio
-        block = line.limit.clamp(max=SHORT_BLOCK)
-        start = (_uniform(block.shape, block.device) * (line.length - block + 1)).int() + 1
-        return short, start, block
-
-    def _leave_a_frame(self, masked: torch.Tensor, line: _TimeLine) -> torch.Tensor:
+    def _leave_a_frame(self, masked: torch.Tensor, line: _Line) -> torch.Tensor:
         """Unmask a random attention frame where two or more are all there is and all are masked; [B, T] bool."""
-        max_time, factor = masked.shape[1], self.subsampling_factor
-        if line.guarded or max_time == 0:
-            return masked  # the first attention frame is a guard
+        if line.keeps:
+            return masked  # one frame is kept visible
+        frames, factor = masked.shape[1], self.subsampling_factor
         count = masked.cumsum(dim=1, dtype=torch.int32)
-        start = torch.arange(0, max_time, factor, device=masked.device)
+        start = torch.arange(0, frames, factor, device=masked.device)
         up_to = [torch.zeros_like(line.end), count[:, factor - 1 :: factor], count[:, -1:]]
-        count_of_frame = torch.cat(up_to if max_time % factor else up_to[:2], dim=1).diff(dim=1)
+        count_of_frame = torch.cat(up_to if frames % factor else up_to[:2], dim=1).diff(dim=1)
         counts = torch.where(line.end < 2 * factor, start < line.end, start + factor <= line.end)
         hidden = ((count_of_frame > MASK_THRESHOLD * factor) | ~counts).all(dim=1, keepdim=True)
         hidden = (hidden | (count[:, -1:] == line.end)) & (line.end > factor)
         spared = (_uniform(line.end.shape, masked.device) * (line.end // factor)).int()
-        attention_frame = torch.arange(max_time, dtype=torch.int32, device=masked.device) // factor
-        return masked & (attention_frame != torch.where(hidden, spared, -1))
+        return masked & (line.index // factor != torch.where(hidden, spared, -1))
 
 
 class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
@@ -459,7 +424,7 @@ class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
         effective_window: Window | None = None,
         masking: Callable | None = None,
     ):
-        """Say whether, and how, the coming forward passes mask.
+        """Set whether, and how, the coming forward passes mask.
 
         Args:
             apply_mask: whether they do.
@@ -467,21 +432,16 @@ class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
             masking: what to call with ``input_feats`` and ``input_lengths`` instead of the masking module.
         """
         super().set_masking_enabled(apply_mask=apply_mask)
-        given = {
-            'current_frame': current_frame,
-            'effective_left_context': effective_left_context,
-            'effective_window': effective_window,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
+        given = _given(current_frame, effective_left_context, effective_window)
         self._mask = partial(self.masking if masking is None else masking, **given)
 
     def get_sampling_frames(self):
-        """What the encoder's subsampling says; without it NeMo would set streaming up for chunks of 0 frames."""
+        """Return the subsampling's; without it NeMo would set streaming up for chunks of 0 frames."""
         get = getattr(self.pre_encode, 'get_sampling_frames', None)
         return 0 if get is None else get()
 
     def get_streaming_cache_size(self):
-        """What the encoder's subsampling says."""
+        """Return the subsampling's."""
         get = getattr(self.pre_encode, 'get_streaming_cache_size', None)
         return 0 if get is None else get()
 
@@ -502,24 +462,14 @@ def _uniform(shape, device) -> torch.Tensor:
     return torch.rand(shape, dtype=torch.float32, device=device)
 
 
-def _expected_cover(starts: torch.Tensor, block: torch.Tensor, probability) -> torch.Tensor:
-    """How many frames are masked on average if each of so many adjacent frames starts a block with a probability.
-
-    A frame that k of the starts can reach is masked with probability 1 - (1 - p)^k; k rises to the smaller of
-    ``starts`` and ``block``, stays, and falls.
-
-    Args:
-        starts, block: [B, 1] int64.
-        probability: p, above 0, a number or a tensor [P].
-
-    Returns:
-        [B, 1] or [B, P] float64.
-    """
-    top, length = torch.minimum(starts, block).double(), torch.maximum(starts, block) + 1 - starts.minimum(block)
-    missed = 1 - probability
-    plateau = length * (1 - missed**top)
-    slopes = 2 * (top - 1 - (missed - missed**top) / probability)
-    return torch.where(starts > 0, plateau + slopes, 0.0)
+def _given(current_frame, effective_left_context, effective_window) -> dict:
+    """Return the arguments of a call that are not None."""
+    given = dict(
+        current_frame=current_frame,
+        effective_left_context=effective_left_context,
+        effective_window=effective_window,
+    )
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _check(name: str, value, valid: bool, allowed: str) -> None:

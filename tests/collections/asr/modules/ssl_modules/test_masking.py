@@ -355,6 +355,17 @@ class TestStock:
         lengths = runs(time_mask(RandomBlockMasking(1, 0.02, 40, allow_overlap=True), [60] * 100))
         assert lengths.min() == 40 and lengths.max() <= 59
 
+    @pytest.mark.parametrize('allow_overlap', [True, False])
+    @pytest.mark.parametrize('left', [-1, 5])
+    def test_a_short_utterance_is_masked_on_one_whole_attention_frame(self, allow_overlap, left):
+        module = RandomBlockMasking(
+            1, 0.01, 40, allow_overlap=allow_overlap, left_context_size=left, subsampling_factor=8
+        )
+        for frames in (24, 33, 48):
+            masks = time_mask(module, [frames] * 50)
+            whole = masks[:, : frames // 8 * 8].unflatten(1, (-1, 8)).all(dim=2)
+            assert (whole.sum(dim=1) == 1).all() and (masks.sum(dim=1) == 8).all()
+
     def test_constructor_positions_and_state_dict(self):
         arguments = (5, 0.4, 7, 0.25, False, True, 0.6)
         module, stock = RandomBlockMasking(*arguments), patched._up.RandomBlockMasking(*arguments)

@@ -20,7 +20,8 @@ def watched(model):
 
     def watch(input_feats, input_lengths, current_frame=None, effective_left_context=None, **more):
         result = forward(input_feats, input_lengths, current_frame, effective_left_context, **more)
-        calls.append((input_feats.shape[2], current_frame.tolist(), effective_left_context, result[1][0, 0]))
+        left = model.mask_processor.left_context_size if effective_left_context is None else effective_left_context
+        calls.append((input_feats.shape[2], current_frame.tolist(), left, result[1][0, 0]))
         return result
 
     model.mask_processor.forward = watch
