@@ -15,22 +15,21 @@ KEY = 'streaming.live'
 class CacheAwarePipelineBuilder(_up.CacheAwarePipelineBuilder):
     """NeMo's builder of cache-aware pipelines, with one more key.
 
-    ``streaming.live: auto | true | false`` (``auto``): whether streams equal offline, see ``live_pipelines.py``. ``auto``:
-    for models that normalise by fixed statistics, which NeMo's own pipelines leave out.
+    ``streaming.live: auto | true | false`` (``auto``): whether streams equal offline, see ``live_pipelines.py``. ``auto``
+    is true for models that normalise by fixed statistics, which NeMo's own pipelines leave out.
+
+    Raises:
+        ValueError: if the key has another value, or is true and the model cannot stream.
     """
 
     @classmethod
     def build_cache_aware_ctc_pipeline(cls, cfg):
-        """Build the pipeline of a CTC model.
-
-        Raises:
-            ValueError: if ``streaming.live`` is no such value, or is on and the model cannot stream.
-        """
+        """Build the pipeline of a CTC model."""
         return cls._build_pipeline(cfg, cls.get_ctc_decoding_cfg(), _up.CacheAwareCTCPipeline, LiveCTCPipeline)
 
     @classmethod
     def build_cache_aware_rnnt_pipeline(cls, cfg):
-        """Build the pipeline of an RNNT model; errors are those of the CTC one."""
+        """Build the pipeline of an RNNT model."""
         return cls._build_pipeline(cfg, cls.get_rnnt_decoding_cfg(cfg), _up.CacheAwareRNNTPipeline, LiveRNNTPipeline)
 
     @classmethod

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """NeMo's cache-aware pipelines over live streams that equal offline.
 
-NeMo's ``CacheAwareCTCPipeline`` and ``CacheAwareRNNTPipeline`` compute the features of each piece of audio by itself,
-without the model's normalisation, and begin a stream with frames of silence. Here a ``StreamingSession`` turns samples
-into encoder frames. End of utterance, words, ITN and translation stay NeMo's.
+NeMo's own pipelines leave the model's normalisation out and start a stream with frames of silence. Here a
+``StreamingSession`` turns samples into encoder frames; end of utterance, words, ITN and translation stay NeMo's.
 
-An error belongs to its stream. A request that cannot be used gets a :class:`FailedStep`; a stream that lost a piece is
-closed; all other streams get what they would have got without it.
-
-Shapes: B slots, N samples, D the encoder's width, A attention frames, C classes.
+An error belongs to its stream: a request that cannot be used gets a :class:`FailedStep`, a stream that lost a piece is
+closed, and all other streams get what they would have got without it.
 """
 
 from dataclasses import dataclass
@@ -35,7 +32,7 @@ class FailedStep(TranscribeStepOutput):
 class LiveStreams:
     """What the pipelines below share: slots of a session in the place of feature buffers and caches.
 
-    Takes what NeMo's pipelines take. The encoder runs in the precision of its weights, whatever ``asr.use_amp``.
+    The encoder runs in the precision of its weights, whatever ``asr.use_amp``.
 
     Raises:
         ValueError: if the model cannot stream, with the reason; if ``streaming.request_type`` is not ``frame``.
@@ -51,9 +48,9 @@ class LiveStreams:
             )
         if getattr(self, 'prompt_enabled', False):
             raise ValueError("streaming.live is true; models with prompts need NeMo's own pipeline: false")
-        context = cfg.streaming.att_context_size
-        model, wanted = asr_model.asr_model, self.return_log_probs
-        self.session = StreamingSession(model, self.num_slots, context, return_log_probs=wanted)
+        model, context = asr_model.asr_model, cfg.streaming.att_context_size
+        self.session = StreamingSession(model, self.num_slots, context, return_log_probs=self.return_log_probs)
+        self._lost: dict = {}  # streams whose output is not finite, with the reason
         self._free_slots()
 
     def init_context_manager(self) -> None:
@@ -93,7 +90,10 @@ class LiveStreams:
                 outputs[index] = _failed(request, error)
         made = super().transcribe_step([requests[index] for index in usable]) if usable else []
         for index, output in zip(usable, made):
-            outputs[index] = output
+            reason = self._lost.pop(output.stream_id, None)
+            outputs[index] = output if reason is None else _failed(requests[index], reason)
+            if reason is not None:
+                self.delete_state(output.stream_id)
         return outputs
 
     def _admit(self, request, seen: set) -> None:
@@ -135,11 +135,21 @@ class LiveStreams:
         for slot, frame in zip(slots, frames):
             samples[slot, : frame.valid_size] = frame.samples[: frame.valid_size]
             lengths[slot], ended[slot] = frame.valid_size, frame.is_last
-        output = self.session.step(samples, lengths, ended)
-        counts = output.lengths[slots].tolist()
-        ready = self._take(frames, slots, counts, output)
-        for slot, count in zip(slots, counts):
-            self._frames[slot] += count
+        try:
+            output = self.session.step(samples, lengths, ended)
+        except BaseException:
+            self.delete_states([frame.stream_id for frame in frames])  # an interrupted step breaks its streams
+            raise
+        names = {slot: frame.stream_id for slot, frame in zip(slots, frames)}
+        self._lost = {
+            names[slot]: f"stream {names[slot]}: {why}" for slot, why in output.failed.items() if slot in names
+        }
+        frames = [frame for frame in frames if frame.stream_id not in self._lost]
+        slots = [self._slot_of[frame.stream_id] for frame in frames]
+        counts = output.lengths.tolist()
+        ready = self._take(frames, slots, [counts[slot] for slot in slots], output)
+        for slot in slots:
+            self._frames[slot] += counts[slot]
         if ready:
             self.text_processor.process(ready)
         self.update_partial_transcript(frames, self.tokenizer, self.leading_regex_pattern)

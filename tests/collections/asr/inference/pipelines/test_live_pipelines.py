@@ -4,6 +4,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -190,12 +191,13 @@ BAD_PIECES = {
     'unknown': (lambda frame: replace(frame, stream_id=9), 'stream 9 is not open'),
     'first again': (lambda frame: replace(frame, is_first=True), 'stream 2 is open'),
     'another piece': (lambda frame: replace(frame, stream_id=1), 'stream 1 has another piece'),
+    'overflow': (with_samples(lambda samples: samples.fill_(1e25)), 'stream 2: .* NaN or infinite'),
     'features': (lambda frame: FeatureBuffer(torch.zeros(80, 8), 2), 'FeatureBuffer'),
     'no key': (lambda frame: replace(frame, stream_id=[2]), 'unhashable'),
 }
 
 
-@pytest.mark.parametrize('kind, what', [*(('ctc', what) for what in BAD_PIECES), ('rnnt', 'NaN')])
+@pytest.mark.parametrize('kind, what', [*(('ctc', what) for what in BAD_PIECES), ('rnnt', 'overflow')])
 def test_an_error_belongs_to_its_stream(saved, audio, kind, what):
     pipeline = pipeline_of(saved(kind, 'one context'), kind.upper())
     first, second = pieces_of(audio[0], 1), pieces_of(audio[2], 2)
@@ -207,7 +209,7 @@ def test_an_error_belongs_to_its_stream(saved, audio, kind, what):
     failed = [output for _, output in together if isinstance(output, FailedStep)]
     assert together[1][1] is failed[0] and re.search(reason, failed[0].error)
     assert failed[0].stream_id == getattr(second[1], 'stream_id', 2) and not failed[0].final_transcript
-    lost = what in ('NaN', 'Inf', 'integers', 'channels', 'no tensor', 'length')
+    lost = what in ('NaN', 'Inf', 'overflow', 'integers', 'channels', 'no tensor', 'length')
     assert len(failed) == (3 if lost else 1)  # a stream that lost a piece is closed
     again = [pipeline.transcribe_step([piece])[0] for piece in pieces_of(audio[0], 2)]
     assert [str(output) for output in again] == [str(output) for output in alone]  # its slot is as new
@@ -223,6 +225,17 @@ def test_a_client_too_many_and_one_without_options_lose_nobodys_step(saved, audi
     assert [isinstance(output, FailedStep) for output in outputs] == [False, True, False, False, True]
     assert 'streaming.num_slots is 3' in outputs[4].error
     assert {str(outputs[index]) for index in (0, 2, 3)} == {alone}
+
+
+def test_an_interrupted_step_closes_its_streams_only(saved, audio):
+    pipeline = pipeline_of(saved('ctc', 'one context'))
+    first, second = pieces_of(audio[0], 1), pieces_of(audio[2], 2)
+    alone = [str(pipeline.transcribe_step([piece])[0]) for piece in first]
+    assert str(pipeline.transcribe_step(first[:1])[0]) == alone[0]
+    with mock.patch.object(pipeline.session, 'step', side_effect=MemoryError), pytest.raises(MemoryError):
+        pipeline.transcribe_step(second[:1])
+    assert [str(pipeline.transcribe_step([piece])[0]) for piece in first[1:]] == alone[1:]
+    assert isinstance(pipeline.transcribe_step(second[1:2])[0], FailedStep)
 
 
 def test_empty_pieces_change_nothing(saved, audio):
