@@ -98,7 +98,7 @@ def _cells(model: str | None, row: dict) -> dict[str, str]:
     cells = {} if model is None else {'model': model}
     cells.update({'context': str(row['context']), 'look-ahead': look_ahead_text(row['look_ahead_ms'])})
     cells.update({'part': row['part'], 'loss': _interval(row, 'loss', '{:.3f}')})
-    cells.update({'accuracy': _interval(row, 'accuracy', '{:.2%}'), 'majority class': f"{row['commonest']:.2%}"})
+    cells.update({'accuracy': _interval(row, 'accuracy', '{:.2%}'), 'majority class': f"{row['majority_class']:.2%}"})
     cells.update({'unigram entropy': f"{row['unigram_entropy']:.3f}", 'frames': str(row['frames'])})
     if model is not None:
         cells['loss above the first'] = _interval(row, 'loss_difference', '{:+.3f}')

@@ -45,7 +45,7 @@ class SpeechEncDecSelfSupervisedModel(
     ShardedTrainingMixin,
     _up.SpeechEncDecSelfSupervisedModel,
 ):
-    """NeMo's base class of SSL models, with a context that can be set by hand or come with a batch.
+    """NeMo's base class of SSL models, with a context that can be overridden or come with a batch.
 
     Takes NeMo's config, and ``train_ds.synced_contexts`` with the arguments ``context_options``, ``context_probs`` and
     ``seed`` of ``create_synced_context_collate``, which the data loader then uses; ``train_ds.skip_bad_audio`` (see
@@ -74,7 +74,7 @@ class SpeechEncDecSelfSupervisedModel(
     def decoder_loss_step(self, spectrograms, spec_masks, encoded, encoded_len, targets=None, target_lengths=None):
         """Decode and compute the loss; arguments and results are NeMo's.
 
-        NeMo tells the lengths to each loss of a ``loss_list``, but not to a single one.
+        NeMo passes the lengths to each loss of a ``loss_list``, but not to a single one.
         """
         takes_lengths = self.decoder_losses is None and 'decoder_lengths' in (self.loss.input_types or {})
         if not takes_lengths or self.loss.needs_labels:
@@ -115,7 +115,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
         self.target_normalize = self.targets.normalize
         self.next_token_decoders = None
         self.objectives = Objectives.of(self)
-        if not self.objectives.masks:  # DistributedDataParallel wants no parameter that gets no gradient
+        if not self.objectives.masks:  # DistributedDataParallel refuses parameters without a gradient
             self.decoder.requires_grad_(False)
             self.mask_processor.requires_grad_(False)
         self.reports = ModelReports(self)

@@ -59,7 +59,9 @@ class ContrastiveLoss(_up.ContrastiveLoss):
         masked &= real
         # The last frames have no output any more, and are not real.
         decoder_outputs = F.pad(decoder_outputs[:, self.decoder_offset :], (0, 0, 0, min(self.decoder_offset, frames)))
-        index = masked.flatten().nonzero().squeeze(1)  # waits once; by a mask both would, and their backward passes
+        index = (
+            masked.flatten().nonzero().squeeze(1)
+        )  # synchronises once; a mask would twice, and in the backward passes
         outputs, positives = (frames.flatten(0, 1).index_select(0, index) for frames in (decoder_outputs, targets))
         if len(outputs):
             loss = self._cross_entropy(outputs, positives, targets, masked, real)
@@ -82,7 +84,7 @@ class ContrastiveLoss(_up.ContrastiveLoss):
         return targets, perplexity_loss
 
     def _cross_entropy(self, outputs, positives, targets, masked, real):
-        """Cross entropy of finding the positives [M, C] among the negatives; reduced as ``reduce`` says."""
+        """Cross entropy of finding the positives [M, C] among the negatives; reduced by ``reduce``."""
         if self.group_loss and not self.sample_from_same_utterance_only:
             groups = self.quantizer.groups
             outputs, positives = (x.reshape(-1, x.shape[-1] // groups) for x in (outputs, positives))

@@ -2,7 +2,7 @@
 """Codebooks that move to where the frames are: spherical k-means, a step every so many training steps.
 
 Every code becomes the direction of the mean of the unit vectors that chose it. A code that hardly any frame chose
-takes half of the frames of one that many chose, as in the algorithm of Linde, Buzo and Gray (1980). New in this project.
+takes half of the frames of one that many chose, as in the algorithm of Linde, Buzo and Gray (1980).
 
 Shapes: H codebooks, C classes, K code dimensions, N frames of a batch, P pairs of a code with few frames and one with
 many.
@@ -52,7 +52,7 @@ class CodebookRefinement(nn.Module):
         """Whether frames still matter, because a refinement is yet to come; :meth:`is_due` keeps it."""
         self.last_batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         """The three arguments of the latest :meth:`observe`; not in checkpoints."""
-        self._refined_step: int | None = 0  # refined_step, without a wait for the device; None: not read yet
+        self._refined_step: int | None = 0  # refined_step on the host; None: not read yet
         shape = num_books, num_classes, code_dim + 1
         # Per code, K sums and then a count; of the frames since the last refinement, and of those before, decayed.
         self.register_buffer('observed', torch.zeros(shape, dtype=torch.int64))
@@ -61,7 +61,7 @@ class CodebookRefinement(nn.Module):
 
     @torch.no_grad()
     def observe(self, vectors: torch.Tensor, tokens: torch.Tensor, counted: torch.Tensor) -> None:
-        """Add a batch; with several ranks, that of each. Exchanges H x C x (K + 1) numbers, and waits for none.
+        """Add a batch; with several ranks, that of each. Exchanges H x C x (K + 1) numbers, and synchronises nothing.
 
         Args:
             vectors: unit vectors [N, H, K], any floating dtype. One without a direction (digital silence), or not
@@ -91,7 +91,7 @@ class CodebookRefinement(nn.Module):
         if step <= 0 or step > self.until_step or step % self.every_n_steps:
             return False
         if self._refined_step is None:
-            self._refined_step = int(self.refined_step)  # the one wait for the device, once after loading
+            self._refined_step = int(self.refined_step)  # the one synchronisation, once after loading
         return step != self._refined_step
 
     @torch.no_grad()

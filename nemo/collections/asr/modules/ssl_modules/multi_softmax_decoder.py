@@ -36,7 +36,7 @@ class MultiSoftmaxDecoder(_up.MultiSoftmaxDecoder):
         return F.log_softmax(logits, dim=2, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     def _is_linear(self) -> bool:
-        """Whether the layers are NeMo's one convolution of one frame, and nothing waits for it to be called.
+        """Whether the layers are NeMo's one convolution of one frame, without hooks.
 
         A wrapper, such as FSDP's, is of another type, or has hooks.
         """

@@ -61,7 +61,7 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
         super().__init__(*args, **kwargs)
         self.projection = projection
         self.projection_normalization: str | None = None
-        """What the features must be normalised by, as ``projection_file`` says; None without one."""
+        """What the features must be normalised by, from ``projection_file``; None without one."""
         if _needs_projection(projection, projection_file):
             shape = self.proj.out_features, self.combine_time_steps, self.feat_in
             weights, self.projection_normalization = read_projection(projection_file, *shape)
@@ -102,12 +102,12 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
 
     @torch.no_grad()
     def observe(self, input_signal, lengths: torch.Tensor, tokens: torch.Tensor | None = None) -> None:
-        """Tell the refinement, in a training step, what the quantizer sees; without one this does nothing.
+        """Let the refinement observe the input of a training step; without one this does nothing.
 
         Args:
             input_signal: as :meth:`forward` takes it.
             lengths: valid target frames [B].
-            tokens: what :meth:`forward` returned for it, [B, S, H] or [B, S]; None: they are found anew.
+            tokens: what :meth:`forward` returned for it, [B, S, H] or [B, S]; None: they are computed again.
         """
         if self.refinement is None or not self.refinement.observing:
             return
@@ -200,13 +200,13 @@ def check_projection(quantizer, mask_position: str, normalization: str | None = 
     if mask_position == 'post_conv':
         raise ValueError(
             f"{_FIELD}.projection is 'pca' with mask_position post_conv; it must be random, for the quantizer then "
-            "sees features after a subsampling that is learned, whose principal components nobody knows beforehand"
+            "sees features after a subsampling that is learned, whose principal components are not known beforehand"
         )
     needed = quantizer.projection_normalization
     if needed is not None and normalization not in (None, needed):
         raise ValueError(
             f"model.target_normalize is {normalization!r}; {_FIELD}.projection_file was computed from features "
-            f"normalised by {needed!r}: set that, or compute it anew with --target_normalize {normalization}"
+            f"normalised by {needed!r}: set that, or compute it again with --target_normalize {normalization}"
         )
 
 

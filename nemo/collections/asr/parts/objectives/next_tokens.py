@@ -72,7 +72,7 @@ class NextTokens(Objective):
     def loss(self, record: BatchRecord) -> tuple[torch.Tensor, Logs]:
         """Return the mean over all pairs of a frame and a horizon, and that of each horizon; see :class:`Objective`.
 
-        Log-probabilities of one horizon exist at a time. The backward pass computes them anew: a decoder is a small
+        Log-probabilities of one horizon exist at a time. The backward pass recomputes them: a decoder is a small
         part of the model, its log-probabilities are a large part of a step's memory.
         """
         positions = self.loss_positions(record)
@@ -81,7 +81,7 @@ class NextTokens(Objective):
             lost, counted = self.token_loss.of_horizon(decode(decoder, outputs), targets)
             return lost.sum(), counted.sum(), lost.detach(), counted
 
-        # Nothing in here is random: the state of the generators need not be kept (on a GPU, that would wait for it).
+        # Nothing in here is random: the state of the generators need not be kept (on a GPU, that would synchronise).
         settings = dict(use_reentrant=False, preserve_rng_state=False)
         pairs = [
             checkpoint(of_horizon, positions.outputs, positions.targets[:, horizon], decoder, **settings)

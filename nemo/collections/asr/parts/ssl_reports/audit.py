@@ -3,7 +3,7 @@
 
 Shapes: B batch, D features, M mask frames, A attention frames (M // factor), R run lengths from 0 to the longest.
 
-Counts stay on the device of the masks: nothing here waits for it but what says so.
+Counts stay on the device of the masks, and nothing synchronises.
 """
 
 from collections.abc import Mapping
@@ -243,7 +243,7 @@ class TrainingAudit:
             frame_ms: milliseconds of an attention frame; None: the look-ahead is not reported.
 
         Returns:
-            scalars to log: of the last audited batch, for a logger that looks at some steps only, with
+            scalars to log: of the last audited batch, for a logger that logs some steps only, with
             ``audit/look_ahead_ms``, the look-ahead of the whole encoder in its context (-1: all); and the counts
             since training began in this process, ``audit/empty_batches`` (without any masked frame) and
             ``audit/frames_without_mask`` (decoder frames beyond the last whole frame of the masks: left out).

@@ -79,7 +79,7 @@ class CodebookUse:
 
     @property
     def block_is_complete(self) -> bool:
-        """Whether the last batch ended a block: the time to look at the statistics."""
+        """Whether the last batch ended a block: the time to check the statistics."""
         return self.batches > 0 and self.batches % self.batches_per_block == 0
 
     @property

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Per utterance, what a model knows of masked and of next tokens in each context, and how sure that is.
+"""Scores of a model by utterance, in each context and part of its objectives, with confidence intervals.
 
-Shapes: U utterances, N frames that count, S target frames, C classes, H codebooks.
+Shapes: U utterances, N loss positions, S target frames, C classes, H codebooks.
 """
 
 import zlib
@@ -47,7 +47,7 @@ class UtteranceScores:
         self._digests.append(_digests(draws, utterances))
 
     def columns(self) -> np.ndarray:
-        """Return negative log-likelihood, correct predictions and frames that count, [3, U] float64."""
+        """Return negative log-likelihood, correct predictions and loss positions, [3, U] float64."""
         return np.concatenate(self._sums).T if self._sums else np.zeros((3, 0))
 
     def digests(self) -> np.ndarray:
@@ -55,8 +55,8 @@ class UtteranceScores:
         return np.concatenate(self._digests) if self._digests else np.zeros(0, dtype=np.int64)
 
     @property
-    def commonest(self) -> float:
-        """The accuracy of always guessing the commonest target; the mean over codebooks."""
+    def majority_class(self) -> float:
+        """The accuracy of the majority-class baseline; the mean over codebooks."""
         return (self._counts.amax(dim=1) / self._counts.sum(dim=1).clamp(min=1)).mean().item()
 
     @property
@@ -77,7 +77,7 @@ class ModelScores:
     tokens: np.ndarray
     """A number for each utterance that stands for all its targets, [U] int64."""
     offsets: dict[str, int]
-    """How many tokens after its own the first is that a frame is asked for, by context; empty without next tokens."""
+    """How many tokens after its own a frame predicts first, by context; empty without next tokens."""
 
     @property
     def contexts(self) -> dict[str, UtteranceScores]:
@@ -96,7 +96,7 @@ def evaluate(
 
     The model is put into eval mode. Masked tokens are predicted on the same masks in each context. Masks depend on the
     seed, on each utterance, on the masking's configuration and on ``window`` only: batches may be cut in any way. Next
-    tokens are predicted from what is not masked, so that a model of both objectives answers the same question as one
+    tokens are predicted from unmasked input, so that a model of both objectives is comparable with one
     of next tokens alone.
 
     Args:
@@ -108,7 +108,7 @@ def evaluate(
         draws: how often each utterance is masked, with the seeds from ``seed`` on: for more masked frames.
 
     Raises:
-        ValueError: with the reason, if next tokens are asked for where a context leaves none unheard.
+        ValueError: with the reason, if in a context the receptive field leaves no next token.
     """
     model.eval()
     classes, books = model.quantizer.num_classes, model.quantizer.num_books
@@ -218,7 +218,7 @@ def summarize(scores: UtteranceScores, resamples: int, confidence: float, seed: 
 def why_not_compared(scores: ModelScores, reference: ModelScores, part: str, label: str) -> str | None:
     """Return why the losses of two models cannot be compared in a part and a context, in words; None: they can.
 
-    They can where both were asked the same: for the same tokens, in the same frames of the same utterances.
+    They can where both predict the same tokens, in the same frames of the same utterances.
 
     Args:
         scores: of the model that the words call "it".
@@ -230,7 +230,7 @@ def why_not_compared(scores: ModelScores, reference: ModelScores, part: str, lab
         if part not in model.parts:
             return f'{who} has no such part'
     if label not in reference.parts[part]:
-        return 'the first was not asked in this context'
+        return 'the first was not run in this context'
     if not np.array_equal(scores.tokens, reference.tokens):
         return "its targets are other tokens than the first's: they come from another quantizer or other features"
     pair = scores.parts[part][label], reference.parts[part][label]
@@ -241,7 +241,7 @@ def why_not_compared(scores: ModelScores, reference: ModelScores, part: str, lab
 
 
 def _why_other_frames(scores: ModelScores, reference: ModelScores, part: str, label: str) -> str:
-    """Return why two models that have the same tokens were not asked for the same ones."""
+    """Return why two models that have the same tokens do not predict the same ones."""
     if part == MASKED:
         return 'other frames are masked for it: its masking has other settings'
     offsets = scores.offsets[label], reference.offsets[label]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of masking, surprise, attention windows and learning curves, legible in black-and-white print.
+"""Figures of masking, surprise, attention windows and learning curves, legible in black-and-white print.
 
 Each function returns a ``matplotlib.figure.Figure``, without pyplot and its global state. Matplotlib is imported when
 a picture is made; :func:`require_matplotlib` finds out beforehand whether it can be.
@@ -31,7 +31,7 @@ PART = re.compile('masked|next_[0-9]+')  # of an objective, as the last part of 
 
 
 def require_matplotlib(wanted_by: str) -> None:
-    """Raise an error that says what to do if matplotlib is not installed.
+    """Raise an error if matplotlib is not installed.
 
     Args:
         wanted_by: what to name in the error: a config key or a script.
@@ -125,15 +125,15 @@ def surprise_over_time(
     masks: np.ndarray | None = None,
     title: str = '',
 ):
-    """Draw a spectrogram, and below how surprising each of its tokens was for a model that predicts the next one.
+    """Draw a spectrogram, and below the surprise of each of its tokens for a model that predicts the next one.
 
     Args:
         features: [D, T].
         surprise: nats of each token [S], of ``factor`` feature frames each; NaN where it was not predicted.
         hop_seconds: length of a feature frame.
         factor: feature frames per token.
-        classes: of the tokens, for a line at the surprise of one who knows nothing; None leaves it out.
-        masks: [M] as in :func:`masked_spectrogram`, where the model heard what was not masked alone; None: it heard all.
+        classes: of the tokens, for a line at the uniform baseline; None leaves it out.
+        masks: [M] as in :func:`masked_spectrogram`, where the input was masked; None: it was not.
         title: of the picture.
     """
     figure = _figure(height=4.6)
@@ -148,7 +148,7 @@ def surprise_over_time(
         mean = float(np.nanmean(surprise))
         lower.axhline(mean, color='black', linewidth=1, linestyle='--', label=f'mean, {mean:.2f}')
     if classes is not None:
-        label = f'all {classes} tokens alike, {math.log(classes):.2f}'
+        label = f'uniform baseline, {math.log(classes):.2f}'
         lower.axhline(math.log(classes), color='black', linewidth=1, linestyle=':', label=label)
     lower.set_ylabel('surprise of\nthe next token\n(nats)', fontsize=9)
     lower.set_ylim(bottom=0)

@@ -18,7 +18,7 @@ SAMPLES_HASHED = 4096  # of each utterance, evenly spread: the cost does not gro
 
 
 def utterance_seeds(signal: torch.Tensor, lengths: torch.Tensor, seed: int) -> list[int]:
-    """Return a seed for each utterance, from its own samples and length; waits for the device.
+    """Return a seed for each utterance, from its own samples and length; synchronises host and device.
 
     Neither padding, nor the batch around it, nor the rank changes it.
 
@@ -41,7 +41,7 @@ def utterance_seeds(signal: torch.Tensor, lengths: torch.Tensor, seed: int) -> l
         bits = chosen.contiguous().view(torch.int32).long().flatten(1)
         weights = 2 * torch.arange(bits.shape[1], device=signal.device) + 1  # odd: no bit of a sample is lost
         hashes = (bits * weights).sum(dim=1)  # wraps around, the same in any order
-    pairs = torch.stack([hashes, lengths], dim=1).tolist()  # the one wait
+    pairs = torch.stack([hashes, lengths], dim=1).tolist()  # the one synchronisation
     return [random.Random(f'{seed}:{length}:{value}').getrandbits(32) for value, length in pairs]
 
 

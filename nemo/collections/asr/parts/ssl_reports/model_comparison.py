@@ -131,7 +131,7 @@ def _row(scores: ModelScores, first: ModelScores, context: Sequence, part: str, 
     for figure, estimate in summarize(sums, *sampling).items():
         row[figure], row[f'{figure}_interval'] = estimate.value, [estimate.low, estimate.high]
     frames = sums.columns()[2]
-    row.update(commonest=sums.commonest, unigram_entropy=sums.unigram_entropy)
+    row.update(majority_class=sums.majority_class, unigram_entropy=sums.unigram_entropy)
     row.update(below_unigram=sums.unigram_entropy - row['loss'], frames=int(frames.sum()), utterances=len(frames))
     row.update(next_token_offset=None if part == MASKED else scores.offsets[label])
     row.update(loss_difference=None, loss_difference_interval=None, not_compared=None)

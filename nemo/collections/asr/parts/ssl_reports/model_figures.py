@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a model: what it masks, what surprises it, whom it attends to, how it learns; in TensorBoard, too.
+"""Figures of a model: its masks, the surprise of tokens, attention windows, learning curves; in TensorBoard, too.
 
 Shapes: D features, T feature frames, M mask frames, S target frames.
 """
@@ -39,7 +39,7 @@ def hop_seconds(model) -> float:
 
 
 def attention_frame_ms(model) -> float | None:
-    """Return the length of an attention frame, in milliseconds; None if preprocessor and encoder do not tell."""
+    """Return the length of an attention frame, in milliseconds; None if preprocessor or encoder lacks it."""
     try:
         return 1000 * hop_seconds(model) * model.encoder.subsampling_factor
     except AttributeError:
@@ -80,7 +80,7 @@ def draw_masks(model, utterance: SeenUtterance, title: str = ''):
 
 
 def draw_surprise(model, utterance: SeenUtterance, title: str = ''):
-    """Draw how surprising each token of an utterance was for a model; see ``surprise_over_time``."""
+    """Draw the surprise of each token of an utterance; see ``surprise_over_time``."""
     return figures.surprise_over_time(
         utterance.features,
         utterance.surprise,
@@ -104,7 +104,7 @@ def draw_utterance(model, utterance: SeenUtterance, of: str) -> dict:
     if utterance.masks is not None:
         drawn['masked_spectrogram'] = draw_masks(model, utterance, of)
     if utterance.surprise is not None:
-        drawn['surprise'] = draw_surprise(model, utterance, f'{of}, heard in context {utterance.context}')
+        drawn['surprise'] = draw_surprise(model, utterance, f'{of}, in context {utterance.context}')
     return drawn
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All that is reported of a model of masked token prediction; see docs/reports.md.
 
-A model has one such object, also when nothing is asked of it, and each of its hooks asks it with one line.
+A model has one such object, also where the config enables no report.
 """
 
 import torch
@@ -24,7 +24,7 @@ class ModelReports:
     """Audit, use of the codebook, validation in contexts, and pictures of one model.
 
     Args:
-        model: an ``EncDecMaskedTokenPredModel``, whose config says what is wanted; it is not kept.
+        model: an ``EncDecMaskedTokenPredModel``, whose config enables the reports; it is not kept.
 
     Raises:
         ValueError: naming the config key, its value and what is allowed.
@@ -66,7 +66,7 @@ class ModelReports:
         return {**self.of_pass(model, record), **self._codebook_logs(record), **self._audit_logs(model, record)}
 
     def _audit_logs(self, model, record: BatchRecord) -> Logs:
-        """Audit what a batch was asked for, if that is wanted."""
+        """Audit a batch, if the config enables it."""
         if self.audit is None:
             return {}
         logs = self.audit.step(record, model.encoder, attention_frame_ms(model)) if model.objectives.masks else {}
@@ -113,7 +113,7 @@ class ModelReports:
             )
 
     def targets_were_refined(self) -> None:
-        """Begin to count the targets anew, for each code now stands for others; looks at the old ones once more."""
+        """Count the targets anew, for the codes have changed; check the old counts once more."""
         if self.codebook_use is not None and self.codebook_use.batches:
             self._warn_if_targets_collapsed()
             self.codebook_use.forget()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model knows in each attention context, on the same masks: in validation, and in ``evaluate_contexts.py``.
+"""Validation in each attention context, on the same features, targets and masks.
 
-Shapes: N frames that count, C classes, H codebooks.
+Shapes: N loss positions, C classes, H codebooks.
 """
 
 from collections.abc import Callable, Iterator, Sequence

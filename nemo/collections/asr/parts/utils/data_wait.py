@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of training is spent waiting for data. New in this project."""
+"""The share of training time that is spent waiting for data."""
 
 import time
 from collections import deque
@@ -15,8 +15,7 @@ STEPS_TO_JUDGE = 50
 class DataWait:
     """Measures, by the clock of this process, from the end of a step to the start of the next.
 
-    On a GPU the process runs ahead of the device; what it waits for while the device still works costs nothing, so the
-    share is then an upper bound.
+    On a GPU the process runs ahead of the device, so the share is an upper bound.
 
     Args:
         clock: returns seconds.
@@ -30,11 +29,11 @@ class DataWait:
         self.warned = False
 
     def step_starts(self) -> float | None:
-        """Take note that a batch is there.
+        """Note the start of a step.
 
         Returns:
-            the share of the time since the step before began that went by without a batch; None for the first step,
-            and for one before which there was something else, as validation.
+            the share of the time since the last step began that was spent waiting; None for the first step, and after
+            something else, as validation.
         """
         now, share = self.clock(), None
         if self.started is not None and self.ended is not None:
@@ -45,11 +44,11 @@ class DataWait:
         return share
 
     def step_ends(self) -> None:
-        """Take note that a step is over."""
+        """Note the end of a step."""
         self.ended = self.clock()
 
     def pause(self) -> None:
-        """Take note that something else comes before the next step."""
+        """Note that something else comes before the next step."""
         self.ended = None
 
     def _warn(self) -> None:

@@ -48,13 +48,13 @@ def test_sums_of_utterances_over_draws():
     assert scores.columns().tolist() == [[3, 0, 12, 3, 0, 4], [1, 0, 1, 1, 0, 1], [2, 0, 2, 2, 0, 1]]
 
 
-def test_the_commonest_target_and_the_entropy_of_the_unigrams():
+def test_the_majority_class_and_the_entropy_of_the_unigrams():
     scores = UtteranceScores(classes=4, books=2)
-    assert scores.commonest == scores.unigram_entropy == 0
+    assert scores.majority_class == scores.unigram_entropy == 0
     for targets in ([[0, 3], [0, 1]], [[0, 2], [2, 3]]):
         scores.add([frames([1.0, 1.0], [0.0, 0.0], [0, 0], targets)], 1)
     shares = np.array([3, 1]) / 4, np.array([2, 1, 1]) / 4  # of tokens 0 and 2, and of 3, 1 and 2
-    assert scores.commonest == pytest.approx((0.75 + 0.5) / 2)
+    assert scores.majority_class == pytest.approx((0.75 + 0.5) / 2)
     assert scores.unigram_entropy == pytest.approx(np.mean([-(share * np.log(share)).sum() for share in shares]))
 
 
@@ -109,7 +109,7 @@ def test_it_agrees_with_validation_and_with_any_cut_into_batches():
         likelihood, correct, frames = found.contexts[label].columns().sum(axis=1)
         assert likelihood / frames == pytest.approx(reported[f'val_loss/ctx_{label}'], rel=1e-5)
         assert correct / frames == pytest.approx(reported[f'val_accuracy/ctx_{label}'], rel=1e-5)
-    assert found.contexts['10_0'].columns().shape == (3, 6) and 0 < found.contexts['10_0'].commonest < 1
+    assert found.contexts['10_0'].columns().shape == (3, 6) and 0 < found.contexts['10_0'].majority_class < 1
     assert found.codebook['classes'] == 32 and 1 < found.codebook['codes_used'] <= 32
 
     twice = (
@@ -179,7 +179,7 @@ def test_next_tokens_agree_with_validation_and_horizons_add_up(books):
     shares = [np.unique(held, return_counts=True)[1] / len(held) for held in tokens]
     entropy = np.mean([-(share * np.log(share)).sum() for share in shares])
     assert found.parts['next_0']['10_0'].unigram_entropy == pytest.approx(entropy)
-    assert found.parts['next_0']['10_0'].commonest == pytest.approx(np.mean([share.max() for share in shares]))
+    assert found.parts['next_0']['10_0'].majority_class == pytest.approx(np.mean([share.max() for share in shares]))
 
 
 @pytest.mark.integration
@@ -204,7 +204,7 @@ def test_what_is_not_the_same_question_is_not_compared():
         'other frames are masked for it: its masking has other settings'
     )
     assert why_not_compared(found(BOTH, contexts=[[20, 0]]), one, 'next', '20_0') == (
-        'the first was not asked in this context'
+        'the first was not run in this context'
     )
     hears_six = found(NEXT_TOKEN, 'model.encoder.n_layers=2', contexts=[[8, 3]])
     hears_three = found(NEXT_TOKEN, 'model.encoder.n_layers=2', *chunks, contexts=[[8, 3]])

@@ -63,7 +63,7 @@ class TestSurprise:
         assert edges == pytest.approx([0, 0.08, 0.16, 0.24, 0.32, 0.4]) and not upper.patches
         assert [line.get_ydata()[0] for line in lower.lines] == pytest.approx([6.5 / 3, math.log(64)])
         written = texts(figure)
-        for expected in ('a title', 'surprise of\nthe next token\n(nats)', 'mean, 2.17', 'all 64 tokens alike, 4.16'):
+        for expected in ('a title', 'surprise of\nthe next token\n(nats)', 'mean, 2.17', 'uniform baseline, 4.16'):
             assert expected in written
         assert 'mask' not in written and 'seconds (a token: 80 ms)' in written
 

@@ -78,7 +78,7 @@ def test_the_surprise_is_what_evaluation_measures():
     assert utterance.masks is None and np.isfinite(utterance.surprise).sum() == frames[1]
     assert np.nansum(utterance.surprise) == pytest.approx(likelihood[1], rel=1e-5)
     drawn = draw_utterance(model, utterance, 'it')
-    assert list(drawn) == ['surprise'] and drawn['surprise'].axes[0].get_title() == 'it, heard in context [20, 0]'
+    assert list(drawn) == ['surprise'] and drawn['surprise'].axes[0].get_title() == 'it, in context [20, 0]'
     assert drawn['surprise'].axes[1].lines[1].get_ydata()[0] == pytest.approx(math.log(32))
 
 
