@@ -18,7 +18,7 @@ its utterances and durations are compared with what went in.
 What the entries of the manifests have besides (text, speaker, language) comes along.
 """
 
-from script_tools import manifest_lines, report_error, require_patches, write_text
+from script_tools import report_error, require_patches, write_text
 
 require_patches(__file__, 'nemo.collections.asr.data.ssl_dataset')
 
@@ -42,6 +42,7 @@ from lhotse.shar import SharWriter
 from tqdm import tqdm
 
 from nemo.collections.asr.data.ssl_dataset import LEAST_SHARE_OF_DURATION, BadAudioError
+from nemo.collections.asr.parts.utils.manifest_index import Line, read_entries
 from nemo.collections.asr.parts.utils.nonfinite_guard import samples_are_valid
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
 
@@ -81,14 +82,6 @@ class Plan:
             return
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(mine, indent=1) + '\n')
-
-
-class Line(NamedTuple):
-    """An entry of a manifest."""
-
-    manifest: str
-    number: int
-    entry: dict
 
 
 class Shard(NamedTuple):
@@ -242,7 +235,7 @@ def kept(plan: Plan) -> list[Line]:
     lines = [
         line
         for manifest in plan.manifests
-        for line in entries_of(manifest)
+        for line in read_entries(manifest)
         if plan.min_duration <= (line.entry.get('duration') or plan.min_duration) <= plan.max_duration
     ]
     if not lines:
@@ -250,21 +243,9 @@ def kept(plan: Plan) -> list[Line]:
     return lines
 
 
-def entries_of(manifest: str) -> Iterator[Line]:
-    """Read a manifest; raise ValueError, naming the line, if it is no NeMo manifest."""
-    for number, text in manifest_lines(Path(manifest)):
-        try:
-            entry = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--manifest {manifest}, line {number} is no JSON: {error}") from error
-        if not isinstance(entry, dict) or not isinstance(audio_of(entry), str):
-            raise ValueError(f"--manifest {manifest}, line {number} has no audio_filepath")
-        yield Line(manifest, number, entry)
-
-
-def audio_of(entry: dict):
-    """Return the audio file of an entry, under either of NeMo's names."""
-    return entry.get('audio_filepath', entry.get('audio_filename'))
+def audio_of(entry: dict) -> str:
+    """Return the audio file of an entry, under either of NeMo's names; '' where it has none."""
+    return entry.get('audio_filepath', entry.get('audio_filename', ''))
 
 
 def make_shards(shards: list[Shard], maker: ShardMaker, workers: int) -> list[ShardReport]:
@@ -284,7 +265,9 @@ def _finished(shards: list[Shard], maker: ShardMaker, workers: int) -> Iterator[
             maker(shard)
             yield shard
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context('fork')) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context('fork' if os.name == 'posix' else 'spawn')
+    ) as pool:
         futures = {pool.submit(maker, shard): shard for shard in shards}
         try:
             for future in as_completed(futures):

@@ -30,6 +30,7 @@ def speech(tmp_path_factory):
 SPAWNED = """
 import multiprocessing, os, sys
 sys.modules['fcntl'] = None  # as on Windows
+os.environ.setdefault('USER', 'someone')  # as there
 for name in ('getuid', 'fork'):
     delattr(os, name)
 if __name__ == '__main__':
