@@ -5,6 +5,7 @@ One attention context per batch, known before the encoder runs; each layer atten
 """
 
 import math
+import re
 
 import torch
 from omegaconf import open_dict
@@ -53,10 +54,12 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
             ``ContextSampler``. Layers' own left contexts and a ceiling's are rounded down to whole chunks of the drawn.
         layer_att_context_size: contexts of the layers' own, see :meth:`set_layer_att_context_size`.
         blockwise_attention: see :attr:`blockwise_attention`.
+        activation_checkpointing: ``none``, ``layers`` or ``every_n`` with a number for n (``every_2``: each second layer): the
+            layers whose activations the backward pass computes again instead of keeping them; the results are the same.
 
     Raises:
         ValueError: if a layer's context is none, or the encoder's attention cannot follow it or what
-            ``att_context_sampler`` draws; if ``blockwise_attention`` is no choice.
+            ``att_context_sampler`` draws; if ``blockwise_attention`` or ``activation_checkpointing`` is no choice.
     """
 
     _layer_contexts: LayerContexts = ()
@@ -71,6 +74,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         att_context_sampler=None,
         layer_att_context_size=None,
         blockwise_attention: str = 'auto',
+        activation_checkpointing: str = 'none',
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -79,6 +83,8 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
             self._check_can_narrow(SAMPLER)
             att_context_sampler = ContextSampler.parse(att_context_sampler, self.att_context_style)
         self._set_policy(att_context_sampler, att_context_seed, att_context_shared)
+        for index, layer in enumerate(self.layers):
+            layer.recomputes = _recomputes(activation_checkpointing, index)
         self._connect_layers()
         self._layer_contexts = (None,) * len(self.layers)
         self._set_layer_contexts(self._parse_layer_contexts(layer_att_context_size))
@@ -244,7 +250,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         if cache_last_channel is not None:  # stock counts the chunk only, and fails with an unlimited left context
             positions = max(audio_signal.shape[1:]) + cache_last_channel.shape[2]
             self.set_max_audio_length(max(positions, self.max_audio_length))
-        with self.using_one_att_context_size():
+        with self.using_att_context_size(self._context_of_pass(audio_signal)):
             return super().forward_internal(audio_signal, length, cache_last_channel, *args, **kwargs)
 
     def _create_masks(self, att_context_size, *args, **kwargs):
@@ -421,6 +427,17 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
                     f"encoder.att_context_size is {context.as_list()}: with att_context_style chunked_limited the "
                     f"left context must be a multiple of the chunk, {chunk} frames (right context + 1)"
                 )
+
+
+def _recomputes(choice: str, layer: int) -> bool:
+    """Return whether a layer's activations are computed again, by ``activation_checkpointing``."""
+    every = re.fullmatch(r'every_([1-9]\d*)', str(choice))
+    if every is None and choice not in ('none', 'layers'):
+        raise ValueError(
+            f"model.encoder.activation_checkpointing is {choice!r}; it must be none, layers, or every_n with a number "
+            "of 1 or more for n, such as every_2"
+        )
+    return choice == 'layers' or (every is not None and layer % int(every[1]) == 0)
 
 
 class ConformerEncoderAdapter(ConformerEncoder, _up.ConformerEncoderAdapter):

@@ -12,6 +12,8 @@ from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.policy import ContextPolicy
 from nemo.utils import logging
 
+PASSES_KEPT = 16  # forward passes in training whose context a recomputation finds again
+
 
 class EncoderContext:
     """Mixin for an encoder with NeMo's ``att_context_size_all``, ``att_context_probs`` and ``att_context_style``.
@@ -25,6 +27,7 @@ class EncoderContext:
     _override: AttContext | None = None
     _active: AttContext | None = None
     _draws = 0  # steps counted by the encoder, where the caller passes none
+    _passes: dict = {}  # the contexts of the last forward passes in training
     _assigns_default = True  # whether NeMo assigns att_context_size; so it does during construction
 
     def _set_policy(self, sampler, seed: int, shared: bool) -> None:
@@ -128,6 +131,21 @@ class EncoderContext:
         """Make the context of a batch the active one, if none is; it counts a step."""
         with self.using_att_context_size(self.att_context_of_batch()) as context:
             yield context
+
+    def _context_of_pass(self, signal: torch.Tensor) -> AttContext:
+        """Return the context of a forward pass over a signal; a recomputation for the backward pass has the pass's own."""
+        return self._kept_context_of_pass(signal) if self.training else self.att_context_of_batch()
+
+    @torch.compiler.disable
+    def _kept_context_of_pass(self, signal: torch.Tensor) -> AttContext:
+        recomputes = torch._C._current_graph_task_id() != -1  # within a backward pass
+        place = signal.data_ptr(), signal.shape  # checkpointing keeps the signal until it recomputes
+        if recomputes and place in self._passes:
+            return self._passes[place]
+        context = self.att_context_of_batch()
+        kept = [item for item in self._passes.items() if item[0] != place][-PASSES_KEPT:]
+        self._passes = {**dict(kept), place: context}
+        return context
 
     def att_context_of_batch(self, with_batch=None, step: int | None = None) -> AttContext:
         """Return the context of a batch, without making it active.

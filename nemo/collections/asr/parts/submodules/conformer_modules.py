@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``conformer_modules.py``: a layer attends within its own context."""
 
+import torch
+from torch.utils.checkpoint import checkpoint
+
 from nemo.collections.asr.parts.att_context.layer_contexts import LayerAttentionMasks
 from nemo_streaming_ssl import upstream
 
@@ -9,6 +12,9 @@ _up = upstream(globals())
 
 class ConformerLayer(_up.ConformerLayer):
     """NeMo's Conformer layer; its attention, and attention adapters, see what the layer's own context leaves."""
+
+    recomputes = False
+    """Whether the backward pass computes the activations again instead of keeping them; the encoder sets it."""
 
     @property
     def self_attention(self):
@@ -24,4 +30,6 @@ class ConformerLayer(_up.ConformerLayer):
         """
         if isinstance(att_mask, LayerAttentionMasks):
             att_mask = att_mask.of(self.self_attn.layer_context.index)
+        if self.recomputes and self.training and torch.is_grad_enabled():
+            return checkpoint(super().forward, x, att_mask, *args, use_reentrant=False, **kwargs)
         return super().forward(x, att_mask, *args, **kwargs)

@@ -313,6 +313,12 @@ class Encoder(Section, name='model.encoder', page='contexts', closed=False):
         'or a mapping with `anchors` and `interpolate`; `null`: one for all.',
         page='contexts#contexts-by-layer',
     )
+    activation_checkpointing: str = key(
+        'none',
+        'Layers whose activations the backward pass computes again instead of keeping them: `none`, `layers` (all), or `every_2` '
+        'and so on (each second). Same loss and gradients, less memory.',
+        page='scale#what-a-step-takes',
+    )
     blockwise_attention: str = key(
         'auto',
         'Whether layers with a limited context attend block by block, at linear cost: `auto` (where it is faster), `on`, '
