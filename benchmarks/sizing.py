@@ -67,7 +67,7 @@ def encoder(layers: int, width: int, heads: int, context: list, checkpointing: s
     cfg.encoder.update(n_layers=layers, d_model=width, n_heads=heads, att_context_size=context)
     options = OmegaConf.to_container(cfg, resolve=True)['encoder']
     del options['_target_']
-    return ConformerEncoder(**options, sync_max_audio_length=False, activation_checkpointing=checkpointing)
+    return ConformerEncoder(**{**options, 'activation_checkpointing': checkpointing})
 
 
 def step_of(model, batch: int, seconds: float, device: str, dtype: torch.dtype):

@@ -30,11 +30,14 @@ WELL = [
     'sharded-rest',
     'alone',
     'alone-from-sharded',
+    'folder-half',
+    'sharded-from-folder',
+    'alone-from-folder',
     'unreadable-skipped',
     'samples-skipped',
     'gradients-skipped',
 ]
-ON_ONE_RANK = ('alone', 'alone-from-sharded')
+ON_ONE_RANK = ('alone', 'alone-from-sharded', 'alone-from-folder')
 
 
 @pytest.fixture(scope='module')
@@ -116,9 +119,18 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(runs, name):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize('name', ['alone', 'alone-from-sharded'])
+def test_a_checkpoint_of_shards_goes_on_as_one_file_does(runs):
+    for rank in range(2):
+        assert batches(runs, 'sharded-from-folder', rank) == batches(runs, 'sharded-rest', rank)
+    assert same(weights(runs, 'sharded-from-folder'), weights(runs, 'sharded-rest'))
+    (folder,) = (runs / 'folder-half/experiment/checkpoints').glob('*last.ckpt')
+    assert (folder / '.metadata').is_file() and len(list(folder.glob('*.distcp'))) == 2
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize('name', ['alone', 'alone-from-sharded', 'alone-from-folder'])
 def test_what_two_ranks_began_goes_on_on_one_with_nothing_repeated_or_lost(runs, name):
-    before = 'sharded-half' if name == 'alone-from-sharded' else 'plain-half'
+    before = {'alone-from-sharded': 'sharded-half', 'alone-from-folder': 'folder-half'}.get(name, 'plain-half')
     seen = [utterance for rank in range(2) for *_, names in batches(runs, before, rank) for utterance in names]
     rest = [utterance for *_, names in batches(runs, name) for utterance in names]
     assert len(seen) == 8 and len(rest) == 4 and len({*seen, *rest}) == 12

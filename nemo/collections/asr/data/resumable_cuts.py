@@ -340,7 +340,11 @@ def _shards_of(source) -> tuple[list[Callable], bool]:
     if isinstance(source, LazyNeMoIterator):
         files = source.source.iterators if isinstance(source.source, LazyIteratorChain) else [source.source]
         return [partial(_open_manifest, source, file) for file in files], shuffled
-    return [lambda number, part, parts: LazySlicer(source, part, parts)], shuffled
+    return [partial(_open_whole, source)], shuffled
+
+
+def _open_whole(source, number: int, part: int, parts: int) -> Iterator:
+    return LazySlicer(source, part, parts)
 
 
 def _open_shar(source, shard: int, number: int, part: int, parts: int) -> Iterator:
