@@ -150,6 +150,16 @@ class TrainingNumbersMixin:
             self._weights_before = [weight.detach().clone() for weight in weights if weight.grad is not None]
             self._updated = [weight for weight in weights if weight.grad is not None]
 
+    def on_validation_start(self) -> None:
+        """Leave validation out of the seconds of the interval."""
+        super().on_validation_start()
+        self._interval_began -= time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        """Leave validation out of the seconds of the interval."""
+        super().on_validation_end()
+        self._interval_began += time.perf_counter()
+
     def on_train_batch_end(self, outputs, batch, batch_idx: int, unused: int = 0) -> None:
         """Reduce and log the numbers of an interval after its last step."""
         super().on_train_batch_end(outputs, batch, batch_idx, unused)
