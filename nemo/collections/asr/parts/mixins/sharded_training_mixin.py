@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -58,6 +59,14 @@ class ShardedTrainingMixin:
 
     def _is_sharded(self) -> bool:
         return any(isinstance(weight, DTensor) for weight in self.parameters())
+
+    def on_save_checkpoint(self, checkpoint) -> None:
+        """Write the config as plain containers to a folder of shards, whose rest Lightning reads as plain data alone."""
+        super().on_save_checkpoint(checkpoint)
+        if getattr(self.trainer.strategy, '_save_distributed_checkpoint', False):
+            checkpoint.pop('hparams_type', None)
+            if OmegaConf.is_config(checkpoint.get('hyper_parameters')):
+                checkpoint['hyper_parameters'] = OmegaConf.to_container(checkpoint['hyper_parameters'])
 
     def save_to(self, save_path: str) -> None:
         """Save a ``.nemo`` file as NeMo does; sharded weights are gathered, so every rank has to call it."""
