@@ -228,7 +228,7 @@ def test_a_post_conv_model_keeps_its_block_size_through_saving_and_restoring(tmp
 def test_layer_contexts_set_at_run_time_are_in_the_saved_config(tmp_path):
     model = tiny_model()
     model.encoder.set_layer_att_context_size([[0, [6, 0]]])
-    assert model.cfg.encoder.layer_att_context_size == [[0, [6, 0]]]
+    assert model.cfg.encoder.layer_att_context_size == [[6, 0]]
     model.save_to(str(tmp_path / 'model.nemo'))
     restored = type(model).restore_from(str(tmp_path / 'model.nemo'))
     assert restored.encoder.layers[0].self_attention.att_context_size == [6, 0]
