@@ -76,7 +76,10 @@ def main() -> int:
             'manifest': {'manifest_filepath': str(folder / 'manifest.json')},
         }
         print(
-            '| data | ' + ' | '.join(f'{ranks} ranks' for ranks in RANKS) + ' | resume, s of CPU |\n| --- |' + ' ---: |' * 4
+            '| data | '
+            + ' | '.join(f'{ranks} ranks' for ranks in RANKS)
+            + ' | resume, s of CPU |\n| --- |'
+            + ' ---: |' * 4
         )
         for kind, section in data.items():
             shares = []
