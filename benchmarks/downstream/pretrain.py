@@ -153,8 +153,8 @@ def is_offline(model) -> bool:
 def converted(model, kind: str):
     """Turn an offline model into a streaming one, as ``convert_to_streaming.py`` does."""
     sys.path.append(str(EXAMPLES / 'speech_pretraining'))
-    from convert_to_streaming import build as build_streaming
-    from convert_to_streaming import carry_over, streaming_config
+    from nemo.collections.asr.models.streaming_conversion import build as build_streaming
+    from nemo.collections.asr.models.streaming_conversion import carry_over, streaming_config
 
     cfg = copy.deepcopy(model.cfg)
     OmegaConf.update(cfg, 'target', f'{type(model).__module__}.{type(model).__name__}', force_add=True)

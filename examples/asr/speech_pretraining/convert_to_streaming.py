@@ -13,7 +13,7 @@ equal to its own offline forward (which is checked), but has not learned to: tra
 pretrain.py and ``+init_from_nemo_model=streaming.nemo``, or fine-tune it.
 """
 
-from script_tools import report_error, require_patches, sample_rate_of
+from script_tools import report_error, require_patches
 
 require_patches(
     __file__,
@@ -24,195 +24,25 @@ require_patches(
 )
 
 import argparse
-import copy
 import json
 import pickle
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from omegaconf import DictConfig, OmegaConf, open_dict
-
 from nemo.collections.asr.models import ssl_models
+from nemo.collections.asr.models.streaming_conversion import (
+    Carried,
+    build,
+    carry_over,
+    check_convertible,
+    check_streams,
+    streaming_config,
+)
 from nemo.collections.asr.parts.att_context import AttContext
 from nemo.collections.asr.parts.preprocessing.features import load_fixed_statistics
 from nemo.collections.asr.parts.ssl_reports.model_figures import look_ahead_title
-from nemo.collections.asr.parts.streaming.evaluation import encode_offline, streamable_contexts
-from nemo.collections.asr.parts.streaming.session import StreamingSession
 
-MODELS = ('EncDecDenoiseMaskedTokenPredModel', 'EncDecMaskedTokenPredModel')
-SUBSAMPLINGS = ('dw_striding', 'striding')
-DATA_SECTIONS = ('train_ds', 'validation_ds', 'test_ds')
 CONTEXTS = '[[80,0],[160,0],[320,0],[-1,0]]'
-SUBSAMPLED = 'encoder.pre_encode.out.weight'
-LARGEST_DIFFERENCE = 1e-4  # of streamed and offline outputs
-
-
-@dataclass
-class Carried:
-    """What became of the weights, by name."""
-
-    as_they_are: list = field(default_factory=list)
-    moved: dict = field(default_factory=dict)
-    """Those that a wider layer took, and how."""
-    dropped: dict = field(default_factory=dict)
-    """Those of the offline model that no part of the streaming one takes, and why."""
-    fresh: dict = field(default_factory=dict)
-    """Those of the streaming model that begin anew, and why."""
-
-    def __str__(self) -> str:
-        lines = [f'{len(self.as_they_are)} weights carried over as they are']
-        for title, weights in (('moved', self.moved), ('dropped', self.dropped), ('begun anew', self.fresh)):
-            lines += [f'{title}: {name}: {reason}' for name, reason in weights.items()]
-        return '\n'.join(lines)
-
-
-def check_convertible(cfg: DictConfig) -> None:
-    """Refuse what cannot become a streaming model.
-
-    Args:
-        cfg: the config in a ``.nemo`` file.
-
-    Raises:
-        ValueError: naming the key, its value and what is allowed.
-    """
-    kind = str(cfg.get('target', '')).rpartition('.')[2]
-    if kind not in MODELS:
-        raise ValueError(f"it is a {kind or 'model of no known class'}; only {' and '.join(MODELS)} can be converted")
-    if str(cfg.encoder.get('_target_')).rpartition('.')[2] != 'ConformerEncoder':
-        raise ValueError(f"model.encoder._target_ is {cfg.encoder.get('_target_')}; it must be ConformerEncoder")
-    if str(cfg.preprocessor.get('_target_')).rpartition('.')[2] != 'AudioToMelSpectrogramPreprocessor':
-        raise ValueError(f"model.preprocessor._target_ is {cfg.preprocessor.get('_target_')}; it must be mel features")
-    if is_streaming(cfg):
-        raise ValueError("it streams already; set its contexts in the config or with set_att_context_size")
-    _check_value(cfg, 'encoder.self_attention_model', 'rel_pos', ('rel_pos',))
-    _check_value(cfg, 'encoder.subsampling', 'striding', SUBSAMPLINGS)
-    _check_value(cfg, 'encoder.reduction', None, (None,))
-    _check_value(cfg, 'encoder.global_tokens', 0, (0,))
-    # after the convolutions, the targets are made of what causal convolutions change
-    _check_value(cfg, 'mask_position', 'pre_conv', ('pre_conv',))
-
-
-def _check_value(cfg: DictConfig, key: str, default, allowed) -> None:
-    value = OmegaConf.select(cfg, key)
-    if (default if value is None else value) not in allowed:
-        raise ValueError(f"model.{key} is {value!r}; only {' and '.join(map(str, allowed))} can be converted")
-
-
-def is_streaming(cfg: DictConfig) -> bool:
-    """Whether a config's encoder is causal throughout."""
-    encoder = cfg.encoder
-    causal = encoder.get('conv_context_size') == 'causal' and encoder.get('causal_downsampling', False)
-    return bool(causal and encoder.get('conv_norm_type') == 'layer_norm')
-
-
-def streaming_config(cfg: DictConfig, contexts, style: str, statistics) -> DictConfig:
-    """Return the config of the streaming model.
-
-    Args:
-        cfg: that of the offline model.
-        contexts: a pair [left, right] in attention frames, or several.
-        style: of the attention, ``regular`` or ``chunked_limited``.
-        statistics: ``fixed_mean`` and ``fixed_std``, or None for un-normalised features.
-    """
-    cfg = copy.deepcopy(cfg)
-    OmegaConf.set_struct(cfg, False)
-    with open_dict(cfg):
-        cfg.encoder.update(causal_downsampling=True, conv_context_size='causal', conv_norm_type='layer_norm')
-        cfg.encoder.update(att_context_size=contexts, att_context_style=style, att_context_probs=None)
-        cfg.encoder.pop('att_context_sampler', None)
-        cfg.preprocessor.normalize = 'NA' if statistics is None else statistics
-        cfg.target_normalize = 'per_feature'
-        cfg.masking.causal = True
-        cfg.loss.decoder_offset = 1
-    return cfg
-
-
-def build(cfg: DictConfig):
-    """Build the streaming model without its data, which need not be on this machine.
-
-    Raises:
-        ValueError: if the encoder refuses its contexts.
-    """
-    without_data = copy.deepcopy(cfg)
-    for section in DATA_SECTIONS:
-        without_data.pop(section, None)
-    model = getattr(ssl_models, str(cfg.target).rpartition('.')[2])(without_data)
-    with open_dict(model.cfg):
-        for section in DATA_SECTIONS:
-            if section in cfg:
-                model.cfg[section] = cfg[section]
-    return model.eval()
-
-
-@torch.no_grad()
-def carry_over(offline, streaming) -> Carried:
-    """Copy every weight that fits into the streaming model.
-
-    The affine part of batch_norm becomes that of layer_norm: both scale and shift a channel that has been
-    standardised. The projection after subsampling gets a column of zeros, see :func:`shifted_by_a_bin`.
-
-    Args:
-        offline: the model to copy from.
-        streaming: the model to copy to, of :func:`streaming_config`.
-    """
-    old, new, result = offline.state_dict(), streaming.state_dict(), Carried()
-    for name, weight in old.items():
-        if name not in new:
-            is_statistic = '.conv.batch_norm.' in name
-            result.dropped[name] = 'a running statistic of batch_norm' if is_statistic else 'the new model has none'
-        elif weight.shape == new[name].shape:
-            new[name].copy_(weight)
-            result.as_they_are.append(name)
-        elif name == SUBSAMPLED and (moved := shifted_by_a_bin(weight, new[name].shape, offline)) is not None:
-            new[name].copy_(moved)
-            result.moved[name] = 'the first of the frequency bins that causal subsampling adds begins with zeros'
-        else:
-            result.dropped[name] = f'its shape is {list(weight.shape)}'
-            result.fresh[name] = f'its shape is {list(new[name].shape)}'
-    result.fresh.update({name: 'the offline model has none' for name in new if name not in old})
-    streaming.load_state_dict(new)
-    return result
-
-
-def shifted_by_a_bin(weight: torch.Tensor, shape: torch.Size, model):
-    """Fit the projection after subsampling to causal subsampling, None if that is not what widened it.
-
-    Causal subsampling pads before the first feature and by one more in all, which adds a frequency bin. Over the
-    layers its bin i sees what bin i - 1 saw, within a feature (7/8 of a bin at factor 8): the weights move up by one.
-
-    Args:
-        weight: [d_model, channels * bins].
-        shape: of the new weight, [d_model, channels * (bins + 1)].
-        model: the offline model.
-    """
-    channels = model.encoder.pre_encode._conv_channels
-    if shape[0] != weight.shape[0] or shape[1] != weight.shape[1] + channels:
-        return None
-    bins = weight.reshape(weight.shape[0], channels, -1)
-    return torch.nn.functional.pad(bins, (1, 0)).reshape(shape)
-
-
-@torch.no_grad()
-def check_streams(model, seconds: float = 2.0) -> float:
-    """Stream noise through the model in each of its contexts, and return the largest difference from offline.
-
-    A context that sees the whole utterance, beside others, is left out.
-
-    Raises:
-        ValueError: if it does not stream, or differs.
-    """
-    samples = torch.randn(1, int(seconds * sample_rate_of(model)), generator=torch.Generator().manual_seed(0))
-    largest = 0.0
-    for context in streamable_contexts(model) or model.encoder.att_context_size_all:  # whose session says why not
-        session = StreamingSession(model, att_context_size=context)
-        pieces = [session.step(piece).encoded for piece in samples.split(1234, dim=1)] + [session.finish().encoded]
-        difference = torch.cat(pieces, dim=2) - encode_offline(model, samples, context)
-        largest = max(largest, difference.abs().max().item())
-    if not largest <= LARGEST_DIFFERENCE:
-        raise ValueError(f"streamed and offline outputs differ by {largest:.1e}, more than {LARGEST_DIFFERENCE:.0e}")
-    return largest
 
 
 def convert(options) -> Carried:

@@ -9,6 +9,8 @@ import pytest
 import soundfile
 from lhotse import CutSet
 
+from nemo.collections.asr.data import shard_writer
+
 RATE = 16000
 
 
@@ -74,7 +76,7 @@ def test_after_a_kill_whole_shards_stay_and_the_result_is_the_same(shards, manif
     out = manifest.parent / 'out'
     whole = contents(out)
     out.rename(manifest.parent / 'first')
-    check, written = shards.check_written, []
+    check, written = shard_writer.check_written, []
 
     def killed_in_the_second(folder, number, durations):
         written.append(number)
@@ -82,7 +84,7 @@ def test_after_a_kill_whole_shards_stay_and_the_result_is_the_same(shards, manif
             raise KeyboardInterrupt
         check(folder, number, durations)
 
-    monkeypatch.setattr(shards, 'check_written', killed_in_the_second)
+    monkeypatch.setattr(shard_writer, 'check_written', killed_in_the_second)
     with pytest.raises(KeyboardInterrupt):
         pack(shards, manifest)
     assert not (out / 'shar').exists()
@@ -94,7 +96,7 @@ def test_after_a_kill_whole_shards_stay_and_the_result_is_the_same(shards, manif
 
 
 def test_a_kill_while_the_shards_are_put_together_loses_none(shards, manifest, monkeypatch):
-    replace, moved = shards.os.replace, []
+    replace, moved = shard_writer.os.replace, []
 
     def killed(source, target):
         if '.parts' in str(source) and len(moved) == 3:
@@ -102,16 +104,16 @@ def test_a_kill_while_the_shards_are_put_together_loses_none(shards, manifest, m
         moved.append(target)
         replace(source, target)
 
-    monkeypatch.setattr(shards.os, 'replace', killed)
+    monkeypatch.setattr(shard_writer.os, 'replace', killed)
     with pytest.raises(KeyboardInterrupt):
         pack(shards, manifest)
-    monkeypatch.setattr(shards.os, 'replace', replace)
+    monkeypatch.setattr(shard_writer.os, 'replace', replace)
     assert pack(shards, manifest) == 0
     assert len(list(CutSet.from_shar(in_dir=manifest.parent / 'out/shar'))) == 7
 
 
 def test_what_is_read_back_must_be_what_went_in(shards, manifest, monkeypatch, capsys):
-    monkeypatch.setattr(shards.CutSet, 'from_shar', staticmethod(lambda fields: []))
+    monkeypatch.setattr(shard_writer.CutSet, 'from_shar', staticmethod(lambda fields: []))
     assert pack(shards, manifest) == 2
     assert 'shard 0: 0-0 has 1.0 s, and None when it is read back' in capsys.readouterr().err
     assert not (manifest.parent / 'out/shar').exists()
