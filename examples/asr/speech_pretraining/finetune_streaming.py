@@ -30,6 +30,7 @@ import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo.collections.asr.data.data_checks import check_data
+from nemo.collections.asr.data.training_data_mixin import LogLeftOut
 from nemo.collections.asr.data.transcripts import characters_known_by, characters_of, report_unknown_characters
 from nemo.collections.asr.models import (
     EncDecCTCModel,
@@ -59,10 +60,10 @@ def prepare(cfg: DictConfig) -> DictConfig:
     Raises:
         ValueError: naming the key, its value and what is allowed.
     """
-    if cfg.init_from_ptl_ckpt or cfg.init_from_pretrained_model:
+    if cfg.get('init_from_ptl_ckpt') or cfg.get('init_from_pretrained_model'):
         cfg.init_from_nemo_model = None
     for kind, place in PLACES.items():
-        if isinstance(cfg[kind], str):  # a recogniser has a decoder of its own
+        if isinstance(cfg.get(kind), str):  # a recogniser has a decoder of its own
             with open_dict(cfg):
                 cfg[kind] = {'pretrained': {place: cfg[kind], 'include': list(TAKEN_OVER)}}
     missing = OmegaConf.missing_keys(cfg)
@@ -131,7 +132,7 @@ def build(cfg: DictConfig):
     Raises:
         ValueError: from any of them, naming what cannot work.
     """
-    trainer = pl.Trainer(**resolve_trainer_cfg(cfg.trainer))
+    trainer = pl.Trainer(**resolve_trainer_cfg(cfg.trainer), callbacks=[LogLeftOut()])
     exp_manager(trainer, cfg.get('exp_manager', None))
     model = model_class(cfg.model)(cfg=cfg.model, trainer=trainer)
     model.maybe_init_from_pretrained_checkpoint(cfg)

@@ -4,6 +4,7 @@
 import copy
 from contextlib import nullcontext
 
+import lightning.pytorch as pl
 from omegaconf import OmegaConf, open_dict
 from torch.utils.data import IterableDataset, RandomSampler, SequentialSampler
 
@@ -36,6 +37,18 @@ def log_left_out() -> None:
     """Log how many utterances this rank has left out, for which reasons, and the first of each."""
     log = logging.warning if LEFT_OUT.total() else logging.info
     log(f"Data{on_this_rank()}: {LEFT_OUT.summary()}")
+
+
+class LogLeftOut(pl.Callback):
+    """Logs what was left out, for models without :class:`TrainingDataMixin`."""
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        """Log what was left out so far."""
+        log_left_out()
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        """Log what was left out."""
+        log_left_out()
 
 
 def warn_of_undivided_data(trainer) -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
 import shutil
 import tarfile
 
@@ -9,10 +10,12 @@ import soundfile
 import torch
 from lhotse import CutSet, Recording
 from omegaconf import OmegaConf
+from tiny_nest import tiny_model
 from torch.utils.data import DataLoader
 
 from nemo.collections.asr.data import ssl_dataset
 from nemo.collections.asr.data.loader_options import with_own_options
+from nemo.utils.left_out import LEFT_OUT
 
 
 class CountingArray(np.ndarray):
@@ -150,6 +153,47 @@ def test_tarred_audio(audio, tmp_path, skip):
     else:
         with pytest.raises(ValueError, match='bad audio: .*nan.wav'):
             list(loader)
+
+
+@pytest.mark.parametrize('skip', [False, True])
+def test_a_tar_file_that_is_cut_off(audio, tmp_path, skip, monkeypatch):
+    monkeypatch.setattr(LEFT_OUT, 'path', str(tmp_path / 'left_out'))
+    names = ['a.wav', 'b.wav', 'c.wav']
+    path = tmp_path / 'audio_0.tar'
+    with tarfile.open(path, 'w') as archive:
+        for name in names:
+            archive.add(audio / name, name)
+    os.truncate(path, int(os.path.getsize(path) * 0.6))
+    tarred = {'is_tarred': True, 'tarred_audio_filepaths': str(path), 'skip_bad_audio': skip}
+    loader = data_loader(manifest(audio, *names), **tarred)
+    if skip:
+        assert sum(len(batch.audio) for batch in loader) in (1, 2) and 'audio_0.tar is cut off' in LEFT_OUT.summary()
+    else:
+        with pytest.raises(ValueError, match='bad audio: .*audio_0.tar is cut off after member'):
+            list(loader)
+
+
+@pytest.mark.parametrize('selector, level', [(None, -0.25), ('average', -0.25), (1, -0.75)])
+@pytest.mark.parametrize('reader', ['plain', 'tarred'])
+def test_channels_are_mixed_down_or_selected(tmp_path, selector, level, reader):
+    samples = np.full((24000, 2), 0.25, dtype=np.float32)
+    samples[:, 1] = -0.75
+    soundfile.write(tmp_path / 'two.wav', samples, 16000, subtype='FLOAT')
+    path, more = manifest(tmp_path, 'two.wav'), {'channel_selector': selector}
+    if reader == 'tarred':
+        with tarfile.open(tmp_path / 'audio_0.tar', 'w') as archive:
+            archive.add(tmp_path / 'two.wav', 'two.wav')
+        more |= {'is_tarred': True, 'tarred_audio_filepaths': str(tmp_path / 'audio_0.tar')}
+    model = tiny_model()
+    section = {
+        'manifest_filepath': path,
+        'sample_rate': 16000,
+        'batch_size': 1,
+        'shuffle': False,
+        'noise_manifest': path,
+    }
+    [batch] = model._setup_dataloader_from_config(OmegaConf.create({**section, **more}))
+    assert batch.audio.mean().item() == pytest.approx(level) and batch.noise.mean().item() == pytest.approx(-0.25)
 
 
 def test_lhotse_audio(audio, warnings):

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from nemo.collections.asr.parts.att_context.context import context_label
-from nemo.collections.asr.parts.preprocessing.segment import AudioSegment
+from nemo.collections.asr.parts.preprocessing.features import WaveformFeaturizer
 from nemo.collections.asr.parts.ssl_reports.probe import ProbeSettings, layer_outputs, probe_errors
 
 LABELS = ('text', 'phones')
@@ -69,7 +69,7 @@ class ValidationProbe(Callback):
         """Yield the features [B, D, T] and lengths [B] of a part's utterances, as the encoder gets them."""
         for start in range(0, len(self.audio[part]), BATCH):
             paths = self.audio[part][start : start + BATCH]
-            signals = [torch.from_numpy(AudioSegment.from_file(p, target_sr=_rate(model)).samples) for p in paths]
+            signals = [WaveformFeaturizer(_rate(model)).process(path) for path in paths]
             lengths = torch.tensor([len(signal) for signal in signals], device=model.device)
             padded = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True).float().to(model.device)
             with torch.no_grad():
