@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 from attention_cases import HIERARCHICAL, build
 from matplotlib.figure import Figure
-from measure import GIVE_BACK, CaseProcess, Seconds, growth_exponent, in_turn, ratio, timed
+from measure import GIVE_BACK, CaseProcess, Quick, Seconds, growth_exponent, in_turn, ratio, timed
 from tqdm import tqdm
 
 from nemo.collections.asr.parts.att_context import blockwise
@@ -45,7 +45,7 @@ LENGTHS_FRAMES = 1500  # of the audio that they are tried on
 WINDOWS = (1, 1.5, 2, 3, 4, 6, 8)  # lengths of audio for the rule, in windows of a block
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('--part', choices=('encoder', 'attention', 'rule', 'blocks'), default='encoder')
@@ -64,7 +64,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--output', type=Path, help='a folder for the JSON and the plot')
     parser.add_argument('--resume', action='store_true', help='measure only what the JSON in --output lacks')
-    options = parser.parse_args()
+    parser.add_argument(
+        '--quick', action=Quick, small=dict(minutes=[0.05], contexts=['10'], turns=1, layers=3, d_model=32, heads=2)
+    )
+    options = parser.parse_args(argv)
     if options.resume and (options.output is None or options.part in TABLES):
         parser.error('--resume continues --part encoder and --part attention, and needs --output')
     return options
@@ -72,7 +75,10 @@ def arguments() -> argparse.Namespace:
 
 def case_of(options: argparse.Namespace, **changes) -> dict:
     """Return what ``attention_cases.py`` is told."""
-    return {**{name: value for name, value in vars(options).items() if name not in ('output', 'resume')}, **changes}
+    return {
+        **{name: value for name, value in vars(options).items() if name not in ('output', 'resume', 'quick')},
+        **changes,
+    }
 
 
 def measure_case(options: argparse.Namespace, context: str, minutes: float) -> dict:
@@ -294,9 +300,9 @@ def write(results: list[dict], options: argparse.Namespace) -> None:
         plot(results, options)
 
 
-def main() -> None:
+def main(argv=None) -> None:
     """Measure, print and write."""
-    options = arguments()
+    options = arguments(argv)
     torch.set_num_threads(options.threads)
     results = {'rule': rule, 'blocks': blocks}.get(options.part, sweep)(options)
     print('\n'.join(heading(options).values()) + '\n')

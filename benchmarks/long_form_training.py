@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from measure import GIVE_BACK
+from measure import GIVE_BACK, Quick
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +27,7 @@ SCRIPT = ROOT / 'examples/asr/speech_pretraining/pretrain.py'
 RATE = 16000
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('--manifest', type=Path, required=True, help='a NeMo manifest of speech, 16 kHz')
@@ -37,8 +37,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument('--steps', type=int, default=12)
     parser.add_argument('--layers', type=int, default=17, help='13 or more, as the schedule of contexts has it')
     parser.add_argument('--d_model', type=int, default=256)
+    parser.add_argument(
+        '--quick', action=Quick, small=dict(minutes=0.2, cut_minutes=0.1, steps=2, layers=13, d_model=32)
+    )
     parser.add_argument('overrides', nargs='*', help='of the config')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def make_recording(options: argparse.Namespace) -> Path:
@@ -106,9 +109,9 @@ def scalars(logs: Path, name: str) -> list:
     return EventAccumulator(str(file), size_guidance={'scalars': 0}).Reload().Scalars(name)
 
 
-def main() -> None:
+def main(argv=None) -> None:
     """Make the recording, train, print."""
-    options = arguments()
+    options = arguments(argv)
     logs = train(options, make_recording(options))
     losses, contexts = (scalars(logs, name) for name in ('train_loss', 'att_context_left'))
     kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss

@@ -21,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from measure import Quick
+
 LINE = {
     'audio_filepath': 'a.wav',
     'duration': 1.5,
@@ -98,6 +100,7 @@ def main(argv=None) -> None:
     parser.add_argument('--lines', type=int, default=1_000_000)
     parser.add_argument('--workers', type=int, default=2)
     parser.add_argument('--json', help='also write the figures to this file')
+    parser.add_argument('--quick', action=Quick, small=dict(lines=100, workers=0))
     parser.add_argument('--part', choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument('--manifest', help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

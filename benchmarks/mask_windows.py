@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from measure import Quick
 
 from nemo.collections.asr.modules.ssl_modules.masking import RandomBlockMasking
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
@@ -103,6 +104,7 @@ def main(argv=None) -> None:
     """Draw and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     root = Path(__file__).resolve().parents[1]
+    parser.add_argument('--quick', action=Quick, small=dict(seconds=4.0))
     parser.add_argument('--output', type=Path, default=root / 'docs/pictures/mask_windows.png')
     parser.add_argument('--left', type=int, default=5, help='attention frames of the past that a frame sees')
     parser.add_argument('--seconds', type=float, default=8.0)

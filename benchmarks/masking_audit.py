@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from measure import Quick
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
@@ -98,6 +99,9 @@ def arguments(args=None) -> argparse.Namespace:
     parser.add_argument('--seed', type=int, default=0, help='of the draws')
     parser.add_argument('--configs', nargs='*', help='names of configs (all that are shipped)')
     parser.add_argument('--json', type=Path, help='file for the rows')
+    parser.add_argument(
+        '--quick', action=Quick, small=dict(utterances=4, seconds=4.0, configs=['nest_fast-conformer_streaming_tiny'])
+    )
     return parser.parse_args(args)
 
 

@@ -4,6 +4,7 @@
 Imports nothing of NeMo, so that a case can be built by stock NeMo too, in a process with the overlay off.
 """
 
+import argparse
 import ctypes
 import json
 import math
@@ -43,6 +44,18 @@ class Ratio(NamedTuple):
 
     def __str__(self) -> str:
         return f'{self.median:.3f} ({self.low:.3f} to {self.high:.3f})'
+
+
+class Quick(argparse.Action):
+    """The option ``--quick``: sets other options to one small case of seconds, to see that a benchmark runs."""
+
+    def __init__(self, option_strings, dest, small: Mapping = MappingProxyType({}), **settings):
+        super().__init__(option_strings, dest, nargs=0, default=False, help='one small case, to see that it runs')
+        self.small = small
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Set the options; those that come later on the command line win."""
+        vars(namespace).update({self.dest: True, **self.small})
 
 
 def timed(run: Callable[[], object], at_least: float = 0.0) -> Seconds:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure import GIVE_BACK, CaseProcess, in_turn, ratio
+from measure import GIVE_BACK, CaseProcess, Quick, in_turn, ratio
 
 CASES_SCRIPT = Path(__file__).with_name('training_step_cases.py')
 OBJECTIVES = {
@@ -33,7 +33,7 @@ def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('--turns', type=int, default=5, help='timed runs of each objective')
-    parser.add_argument('--quick', action='store_true', help='one small case, to see that it runs')
+    parser.add_argument('--quick', action=Quick, small=dict(turns=2))
     options = parser.parse_args(argv)
     if options.turns < 2:
         parser.error('--turns must be 2 or more: a ratio needs its spread')

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from measure import Quick
 from tqdm import tqdm
 
 from nemo.utils.atomic_files import replacing
@@ -38,6 +39,9 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument('--steps', type=int, default=3000)
     parser.add_argument('--config', default=CONFIG, help='in examples/asr/conf/ssl/nest')
     parser.add_argument('--output', type=Path, default=Path('benchmarks/results/objectives'))
+    parser.add_argument(
+        '--quick', action=Quick, small=dict(objectives=['next_token'], targets=['random'], steps=2, classes=32)
+    )
     return parser.parse_args(argv)
 
 

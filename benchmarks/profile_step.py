@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 
 import torch
+from measure import Quick
 from torch.profiler import ProfilerActivity, profile
 from training_step_cases import is_patched, step_model
 
@@ -25,7 +26,7 @@ PARTS = {
 }
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('--batch', type=int, default=4)
@@ -34,7 +35,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument('--layers', type=int, default=16)
     parser.add_argument('--steps', type=int, default=5, help='timed steps, after one to warm up')
     parser.add_argument('--operators', type=int, default=12, help='how many to list')
-    return parser.parse_args()
+    parser.add_argument('--quick', action=Quick, small=dict(batch=1, seconds=2.0, d_model=32, layers=2, steps=1))
+    return parser.parse_args(argv)
 
 
 def watch(model: torch.nn.Module, spent: dict) -> None:
@@ -67,9 +69,9 @@ def run(model, batch, spent: dict) -> None:
     spent['optimizer'] += time.perf_counter() - backward
 
 
-def main() -> None:
+def main(argv=None) -> None:
     """Time the parts, then the operators, and print both."""
-    options = arguments()
+    options = arguments(argv)
     case = dict(batch=options.batch, seconds=options.seconds, d_model=options.d_model, layers=options.layers)
     model, batch = step_model({**case, 'contexts': [[80, 0], [-1, 0]]})
     run(model, batch, defaultdict(float))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from measure import GIVE_BACK, machine_rates, peak_memory, timed
+from measure import GIVE_BACK, Quick, machine_rates, peak_memory, timed
 from omegaconf import OmegaConf
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
@@ -195,6 +195,7 @@ def main(argv=None) -> int:
     parser.add_argument('--operations', type=float, default=120e12, help='a second that a device reaches')
     parser.add_argument('--link', type=float, default=20e9, help='bytes a second that each rank sends')
     parser.add_argument('--markdown', type=Path, help='also write the tables to this file')
+    parser.add_argument('--quick', action=Quick, small=dict(only=['scaling']))
     options = parser.parse_args(argv)
     if min(options.batch, options.operations, options.link) <= 0:
         parser.error('--batch, --operations and --link must be above 0')

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
-from measure import wait_for_device
+from measure import Quick, wait_for_device
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
@@ -30,7 +30,7 @@ INTERVAL = 100  # batches from one audit to the next, as in the streaming config
 SAMPLE_RATE = 16000
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('--config', default='nest_hierarchical_streaming', help='in examples/asr/conf/ssl/nest')
@@ -40,7 +40,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument('--seconds', type=float, default=16.0, help='of audio in each utterance')
     parser.add_argument('--steps', type=int, default=20, help='timed steps')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    return parser.parse_args()
+    parser.add_argument('--quick', action=Quick, small=dict(layers=4, d_model=32, batch_size=1, seconds=2.0, steps=2))
+    return parser.parse_args(argv)
 
 
 def make_model(options: argparse.Namespace) -> EncDecDenoiseMaskedTokenPredModel:
@@ -94,9 +95,9 @@ def run(model, optimizer, batch) -> tuple[float, float]:
         return done - start, now() - done
 
 
-def main() -> None:
+def main(argv=None) -> None:
     """Time steps and reports, and print the table."""
-    options = arguments()
+    options = arguments(argv)
     model, batch = make_model(options), make_batch(options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     for _ in range(2):

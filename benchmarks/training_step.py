@@ -32,7 +32,7 @@ VERSION = "from importlib.metadata import version; print(version('nemo_toolkit')
 TURN_SECONDS = 0.3  # runs that take less are repeated
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('--only', nargs='+', choices=PARTS, default=list(PARTS), help='parts to time')
@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument('--quick', action='store_true', help='one small case of each part, to see that it runs')
     parser.add_argument('--device', default='cpu', help='cuda, to time a GPU by its own events')
     parser.add_argument('--output', type=Path, default=Path('benchmarks/results'), help='folder of the JSON and plot')
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if min(options.turns, options.step_turns) < 2:
         parser.error('--turns and --step-turns must be 2 or more: a ratio needs its spread')
     return options
@@ -172,9 +172,9 @@ def plot(results: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def main(argv=None) -> None:
     """Time everything, print the table, and write JSON and plot."""
-    options = arguments()
+    options = arguments(argv)
     variants = environments(options)
     machine = dict(
         nemo=version('nemo_toolkit'),

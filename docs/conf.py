@@ -5,6 +5,8 @@ Sphinx reads Markdown and notebooks with MyST. The API reference comes from the 
 imported: the environment of the site has no NeMo.
 """
 
+import ast
+import re
 from pathlib import Path
 
 import tomllib
@@ -54,6 +56,53 @@ def _link_to_pages(app, name, source):
         source[0] = source[0].replace(f']({file}', f']({page}')
 
 
+# The packages whose ``__all__`` is the public API.
+PARTS = 'nemo.collections.asr.parts'
+PUBLIC = ('att_context', 'objectives', 'streaming')
+
+
+def _origins(folder: Path) -> dict[str, str]:
+    """Return the modules from which a package imports its names."""
+    nodes = ast.walk(ast.parse((folder / '__init__.py').read_text(encoding='utf-8')))
+    return {alias.name: node.module for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+
+
+def _public_api(folder: Path, package: str, origins: dict[str, str]) -> list[str]:
+    """Return the table of what a package exports, Markdown: each name, and the first line of its docstring."""
+    tree = ast.parse((folder / '__init__.py').read_text(encoding='utf-8'))
+    exported = next(
+        node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == '__all__'
+    )
+    rows = [f'## `{package}`', '', '| name | |', '| --- | --- |']
+    for name in sorted(ast.literal_eval(exported), key=str.lower):
+        module = origins[name]
+        rows.append(f'| {{py:obj}}`{name} <{module}.{name}>` | {_first_line(module, name)} |')
+    return [*rows, '']
+
+
+def _first_line(module: str, name: str) -> str:
+    """Return the first line of a definition's docstring, without reStructuredText's marks."""
+    file = ROOT / (module.replace('.', '/') + '.py')
+    if not file.is_file():
+        return ''
+    for node in ast.parse(file.read_text(encoding='utf-8')).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name:
+            first = (ast.get_docstring(node) or '').split('\n')[0]
+            return re.sub(r':\w+:`|``', '`', first).replace('|', '\\|')
+    return ''
+
+
+def _write_public_api(app):
+    """Write the page of the public API, which is made of the packages' ``__all__``."""
+    lines = ['# Public API', '', 'What these packages export. Other names that NeMo does not have may change.', '']
+    folders = {f'{PARTS}.{name}': ROOT / f'{PARTS}.{name}'.replace('.', '/') for name in PUBLIC}
+    origins = {name: module for folder in folders.values() for name, module in _origins(folder).items()}
+    for package, folder in folders.items():
+        lines += _public_api(folder, package, origins)
+    (ROOT / 'docs/public_api.md').write_text('\n'.join(lines), encoding='utf-8')
+
+
 def setup(app):
     """Called by Sphinx."""
+    app.connect('builder-inited', _write_public_api, priority=400)
     app.connect('source-read', _link_to_pages)

@@ -21,6 +21,7 @@ from nemo.collections.asr.parts.att_context.visible_frames import (
 )
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tightest_window
 from nemo.collections.asr.parts.objectives.record import BatchRecord
+from nemo_streaming_ssl.deprecation import renamed
 
 LAYERS, STACK = 'layers', 'stack'  # names of windows: of all layers alike, and of the whole encoder
 
@@ -67,6 +68,8 @@ class MaskAudit:
         """For each window, the share of the masked frames that have no visible frame in it; scalars."""
         masked = self.frames_masked.clamp(min=1)
         return {name: count / masked for name, count in self.no_visible_frame.items()}
+
+    unanswerable_share = renamed('MaskAudit.unanswerable_share', no_visible_frame_share)
 
     def mean_run(self) -> torch.Tensor:
         """Mean length of a run of masked frames, in attention frames; a scalar."""
