@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -45,12 +44,11 @@ def data(tmp_path_factory, speech_corpus):
 
 
 def torchrun(folder, data, *options, strike=0):
-    """Run the script on two ranks; returns what it left to say, and the seconds that it took."""
+    """Run the script on two ranks, for 600 seconds at most; return the ended process."""
     folder.mkdir()
     words = [folder, data / 'train/shar', data / 'noise/shar', data / 'validation.json', strike]
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone', *options, SCRIPT]
-    started = time.monotonic()
-    done = subprocess.run(
+    return subprocess.run(
         [str(word) for word in [*command, *words]],
         env={**os.environ, **OWN_STORE, 'OMP_NUM_THREADS': '1'},
         capture_output=True,
@@ -58,7 +56,6 @@ def torchrun(folder, data, *options, strike=0):
         timeout=600,
         check=False,
     )
-    return done, time.monotonic() - started
 
 
 def steps(folder, rank):
@@ -76,7 +73,7 @@ def runs(tmp_path_factory, data):
 
     def make(folder):
         for name, options, strike in (('whole', [], 0), ('killed', ['--max-restarts=1'], STRIKE)):
-            done, _ = torchrun(folder / name, data, *options, strike=strike)
+            done = torchrun(folder / name, data, *options, strike=strike)
             assert done.returncode == 0, done.stderr[-5000:]
             (folder / f'{name}.log').write_text(done.stdout + done.stderr)
 
@@ -112,8 +109,6 @@ def test_validates_in_each_context_and_logs_the_wait_for_data(runs):
 
 @pytest.mark.integration
 def test_without_restarts_a_killed_rank_ends_the_job_with_a_message(tmp_path, data):
-    done, seconds = torchrun(tmp_path / 'ended', data, strike=STRIKE)
-    last = Path(tmp_path / 'ended/steps-0.jsonl').stat().st_mtime
+    done = torchrun(tmp_path / 'ended', data, strike=STRIKE)
     assert done.returncode != 0 and 'exitcode  : -9' in done.stderr
-    assert time.time() - last < 60 and seconds < 600
     assert not (tmp_path / 'ended/trained.nemo').exists()

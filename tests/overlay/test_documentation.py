@@ -3,7 +3,6 @@
 
 import pytest
 
-from nemo_streaming_ssl import PatchFinder
 from nemo_streaming_ssl.__main__ import main
 from nemo_streaming_ssl.documentation import pages, read_page
 
@@ -27,10 +26,3 @@ def test_a_page_that_is_not_there_is_an_error_with_the_nearest(capsys):
     assert "there is no page 'context'; did you mean contexts?" in capsys.readouterr().err
     with pytest.raises(ValueError, match="the pages are .*contexts"):
         read_page("zzz")
-
-
-def test_an_installation_without_pages_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(PatchFinder, "tree", str(tmp_path))
-    assert pages() == {}
-    with pytest.raises(ValueError, match="the pages are not installed"):
-        read_page("contexts")

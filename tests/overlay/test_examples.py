@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m nemo_streaming_ssl examples TARGET``: scripts and configs out of the installed package."""
 
-import shutil
-
 import pytest
 
 from nemo_streaming_ssl import PatchFinder
@@ -41,21 +39,3 @@ def test_what_is_there_is_not_touched(tree, tmp_path):
 def test_a_missing_parent_is_named(tree, tmp_path):
     with pytest.raises(ValueError, match="there is no folder .*nowhere to make it in"):
         copy_examples(tmp_path / "nowhere" / "mine")
-
-
-def test_an_installation_without_examples_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(PatchFinder, "tree", str(tmp_path))
-    with pytest.raises(ValueError, match="this installation has no examples"):
-        copy_examples(tmp_path / "mine")
-
-
-@pytest.mark.integration
-def test_the_wheel_has_the_examples_of_the_checkout(fresh_venv, small_project, checkout, run, tmp_path):
-    shutil.copytree(checkout / "examples", small_project / "examples")
-    fresh_venv.install(small_project)
-    command = (fresh_venv.python, "-m", "nemo_streaming_ssl", "examples", tmp_path / "mine")
-    assert f"{tmp_path / 'mine'}: " in run(*command).stdout
-    wanted = [name for name in files_in(checkout / "examples") if name.endswith((".py", ".yaml"))]
-    assert files_in(tmp_path / "mine") == wanted
-    again = run(*command, check=False)
-    assert again.returncode == 1 and "is there already" in again.stderr

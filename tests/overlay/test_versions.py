@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tested range, and the one warning outside it."""
 
-from importlib import metadata
-
 import pytest
 
 from nemo_streaming_ssl import versions
@@ -36,18 +34,3 @@ def test_untested_version_warns_once_on_the_first_patched_import(stand_in):
         assert len(caught) == 1 and 'found 9.8.7' in str(caught[0].message), caught
         assert 'NEMO_STREAMING_SSL=0' in str(caught[0].message)
         """)
-
-
-def test_tested_version_does_not_warn(stand_in):
-    assert stand_in.python("import nemo.tools.saw", "-W", "error").stderr == ""
-
-
-def test_unknown_version_warns(monkeypatch):
-    def not_installed(name):
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "version", not_installed)
-    monkeypatch.setattr(versions, "_warned", False)
-    monkeypatch.setitem(versions.sys.modules, "nemo", None)
-    with pytest.warns(UserWarning, match="found one of unknown version"):
-        versions.warn_if_untested()
