@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 CONFIG = Path(__file__).resolve().parents[1] / 'examples/asr/conf/ssl/nest/nest_fast-conformer_streaming.yaml'
 SIZES = {'17 x 512': (17, 512, 8), '24 x 1024': (24, 1024, 8), '42 x 1024': (42, 1024, 8)}
+QUICK = {'2 x 64': (2, 64, 4)}
 PRECISIONS = {'float32': torch.float32, 'bf16-mixed': torch.bfloat16}
 CONTEXTS = ([80, 0], [-1, 0])
 SECONDS = (15.0, 60.0)
@@ -132,14 +133,14 @@ def sizes(batch_seconds: float) -> list[str]:
     return lines
 
 
-def scaling(batch_seconds: float, operations: float, link: float) -> list[str]:
+def scaling(encoders: dict, batch_seconds: float, operations: float, link: float) -> list[str]:
     """Return the lines of the table of scaling."""
     columns = ' | '.join('1 rank' if ranks == 1 else f'{ranks} ranks' for ranks in RANKS)
     lines = [
         f'| encoder | gradients, GB | step, ms | {columns} |',
         f'| --- | ---: | ---: |{" ---: |" * len(RANKS)}',
     ]
-    for name, size in SIZES.items():
+    for name, size in encoders.items():
         need = count(encoder(*size, [80, 0]), max(1, int(batch_seconds / 15)), 15.0, torch.bfloat16)
         compute, sent = need.operations / operations, 4 * need.parameters
         shares = []
@@ -201,7 +202,7 @@ def main(argv=None) -> int:
         parser.error('--batch, --operations and --link must be above 0')
     tables = {
         'sizes': lambda: sizes(options.batch),
-        'scaling': lambda: scaling(options.batch, options.operations, options.link),
+        'scaling': lambda: scaling(QUICK if options.quick else SIZES, options.batch, options.operations, options.link),
         'measured': measured,
     }
     text = '\n\n'.join('\n'.join(make()) for name, make in tables.items() if name in (options.only or tables)) + '\n'

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each benchmark runs with --quick. What it starts as processes runs here, or where NeMo is imported already."""
 
-import json
 import subprocess
 import threading
 from pathlib import Path
@@ -94,5 +93,3 @@ def test_it_runs(name, tmp_path, monkeypatch, capsys, request):
         places |= {'train': corpus / 'train_manifest.json', 'validation': corpus / 'validation_manifest.json'}
     script.main([option.format(**places) for option in options])
     assert capsys.readouterr().out
-    for written in tmp_path.glob('*.json'):
-        json.loads(written.read_text())
