@@ -247,9 +247,9 @@ def _squares(before: list[torch.Tensor], after: list[torch.Tensor]) -> Logs:
 def _flops_per_frame(subsampling: torch.nn.Module, features: int, frames: int = 1024) -> float:
     """Return the operations of a forward pass of the subsampling, per feature frame; on torch's meta device."""
     copied = copy.deepcopy(subsampling).to('meta')
-    lengths = torch.full((1,), frames, device='meta')
+    lengths, dtype = torch.full((1,), frames, device='meta'), next(copied.parameters()).dtype  # not the default one
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        copied(x=torch.empty(1, frames, features, device='meta'), lengths=lengths)
+        copied(x=torch.empty(1, frames, features, dtype=dtype, device='meta'), lengths=lengths)
     return counter.get_total_flops() / frames
 
 
