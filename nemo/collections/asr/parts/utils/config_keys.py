@@ -367,7 +367,7 @@ class Curriculum(Section, name='curriculum', page='contexts#curriculum'):
     warmup_steps: int | None = key(None, 'Steps from the first to the last ceiling of the path.')
 
 
-class Streaming(Section, name='streaming', page='streaming#nemos-streaming-pipelines', closed=False):
+class Streaming(Section, name='streaming', page='nemo_pipelines', closed=False):
     """Keys of NeMo 3's streaming pipelines."""
 
     live: object = key(
