@@ -140,15 +140,13 @@ class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
     def _members(self, shards) -> Iterator[dict]:
         """Yield the members of tar files; one that is cut off ends there."""
         for shard in shards:
-            self.tar, last = shard['url'], None
-            try:
-                for member in webdataset.tarfile_to_samples()([shard]):
-                    last = member['__key__']
-                    yield member
-            except Exception as error:  # webdataset's, of tar files
-                self._left_out(
-                    BadAudioError(f"{self.tar} is cut off after member {last}: {error}", 'rest of a tar file')
-                )
+            self.tar, last, errors = shard['url'], None, []
+            for member in webdataset.tarfile_to_samples(handler=errors.append)([shard]):  # None ends the file
+                last = member['__key__']
+                yield member
+            if errors:
+                what = f"{self.tar} is cut off after member {last}: {errors[0]}"
+                self._left_out(BadAudioError(what, 'rest of a tar file'))
 
     def _build_sample(self, tup):
         _, name, offset_id = tup
