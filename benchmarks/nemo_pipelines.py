@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NeMo's streaming pipelines over a recogniser: how many words differ from offline, live and as NeMo has them.
+"""Compare NeMo's streaming pipelines over a recogniser with offline: live streams, and NeMo's own.
 
     python benchmarks/nemo_pipelines.py --model recogniser.nemo --manifest validation.json [--decoding RNNT]
 
-The model recognises word pieces, as the pipelines want it (``finetune_streaming.py`` with ``model.tokenizer``). Three pipelines
-run: over live streams (``streaming.live: true``), NeMo's own as it is, and NeMo's own with the model's normalisation put back,
-which it leaves out. What is left of the last is its start and its cuts: feature frames at a cut are made of a part of
-their window, and a stream begins with frames of silence, where offline has padding. NeMo 3.0.0 or later.
+The model recognises word pieces (``finetune_streaming.py`` with ``model.tokenizer``). Three pipelines run: over live streams
+(``streaming.live: true``), NeMo's own, and NeMo's own with the model's normalisation, which it leaves out. The last still
+differs from offline: feature frames at a cut are computed from a part of their window, and a stream begins with
+frames of silence, where offline has padding. NeMo 3.0.0 or later.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', type=Path, required=True, help='a recogniser of word pieces')
-    parser.add_argument('--manifest', type=Path, required=True, help='what it recognises, with texts')
+    parser.add_argument('--manifest', type=Path, required=True, help='a NeMo manifest with texts')
     parser.add_argument('--decoding', choices=['CTC', 'RNNT'], default='CTC')
     parser.add_argument('--context', type=json.loads, help="[left, right]; the model's first if left out")
     return parser.parse_args(argv)
@@ -57,19 +57,19 @@ def normalised():
 
 def pipeline_of(options: argparse.Namespace, live: bool):
     """Build a pipeline from the shipped config."""
-    said = {
+    settings = {
         'log_level': 40,
         'asr_decoding_type': options.decoding,
         'asr': {'model_name': str(options.model)},
         'streaming': {'live': live, 'att_context_size': options.context},
         'endpointing': {'stop_history_eou': -1},
     }
-    return PipelineBuilder.build_pipeline(OmegaConf.merge(OmegaConf.load(CONFIG), said))
+    return PipelineBuilder.build_pipeline(OmegaConf.merge(OmegaConf.load(CONFIG), settings))
 
 
 @torch.inference_mode()
 def offline(model, path: Path, decoding: str) -> str:
-    """Return what a model says of a whole file."""
+    """Return the text of a whole file."""
     samples = torch.from_numpy(AudioSegment.from_file(path, target_sr=model.preprocessor._sample_rate).samples)
     features, length = model.preprocessor(input_signal=samples[None], length=torch.tensor([len(samples)]))
     encoded, length = model.encoder(audio_signal=features, length=length)
@@ -99,9 +99,9 @@ def main(argv=None) -> int:
     print(f'| offline | 0 | 0 | {100 * word_error_rate(whole, texts):.2f} |')
     for name, pipeline in pipelines.items():
         found = pipeline.run([str(path) for path in files])
-        said = [' '.join(found[index]['text'].split()) for index in range(len(files))]
-        other = sum(text.split() != expected.split() for text, expected in zip(said, whole))
-        differ, errors = 100 * word_error_rate(said, whole), 100 * word_error_rate(said, texts)
+        heard = [' '.join(found[index]['text'].split()) for index in range(len(files))]
+        other = sum(text.split() != expected.split() for text, expected in zip(heard, whole))
+        differ, errors = 100 * word_error_rate(heard, whole), 100 * word_error_rate(heard, texts)
         print(f'| {name} | {differ:.2f} | {other} | {errors:.2f} |')
     return 0
 

@@ -218,15 +218,17 @@ def audio_entries(files: list[Path], manifest: Path | None) -> list[dict]:
     Raises:
         ValueError: naming the manifest and the line, if it is no manifest.
     """
+    from nemo.collections.asr.parts.utils.manifest_index import read_entries
+    from nemo.collections.common.parts.preprocessing.manifest import get_full_path
+
     if manifest is None:
         return [{'audio_filepath': str(path)} for path in files]
     entries = []
-    for number, line in manifest_lines(manifest):
-        try:
-            entry = json.loads(line)
-            entries.append({**entry, 'audio_filepath': str(manifest.parent / entry['audio_filepath'])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f'manifest {manifest}, line {number}: no entry of a manifest: {error!r}') from None
+    for name, number, entry in read_entries(manifest):
+        audio = entry.get('audio_filepath')
+        if not isinstance(audio, str):
+            raise ValueError(f'{name}, line {number}: audio_filepath is {audio!r}; it must be the path of a file')
+        entries.append({**entry, 'audio_filepath': get_full_path(audio, manifest_file=name)})
     return entries
 
 

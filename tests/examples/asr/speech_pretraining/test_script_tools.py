@@ -320,3 +320,22 @@ def test_errors_of_training_itself_keep_their_traceback(tools):
 
     with pytest.raises(ValueError, match='in step 7'):
         tools.fit_or_exit('script.py', [], OmegaConf.create({}), lambda cfg: cfg, lambda cfg: (Broken(), None))
+
+
+def test_entries_are_those_of_audio_files_or_of_a_manifest(tools, audio_folder, tmp_path):
+    assert tools.audio_entries([Path('a.wav'), Path('-')], None) == [
+        {'audio_filepath': 'a.wav'},
+        {'audio_filepath': '-'},
+    ]
+    manifest = audio_folder / 'entries.json'
+    manifest.write_text(json.dumps({'audio_filepath': 'mono.wav', 'duration': 0.5, 'text': 'a'}) + '\n')
+    (entry,) = tools.audio_entries([], manifest)
+    assert entry == {'audio_filepath': str(audio_folder / 'mono.wav'), 'duration': 0.5, 'text': 'a'}
+    assert tools.read_entry(entry, RATE).shape == (RATE // 2,)
+    manifest.write_text('{"text": "a"}')
+    with pytest.raises(ValueError, match='entries.json, line 1: audio_filepath is None'):
+        tools.audio_entries([], manifest)
+
+
+def test_contexts_on_the_command_line(tools):
+    assert [tools.context_option(text) for text in ('[40,0]', '40', 'low')] == [[40, 0], 40, 'low']

@@ -88,12 +88,16 @@ class LiveStreams:
                 usable.append(index)
             except Exception as error:  # whatever a client sends, the others go on
                 outputs[index] = _failed(request, error)
-        made = super().transcribe_step([requests[index] for index in usable]) if usable else []
+        try:
+            made = super().transcribe_step([requests[index] for index in usable]) if usable else []
+        except BaseException:
+            self.delete_states([requests[index].stream_id for index in usable])  # none is whole
+            raise
         for index, output in zip(usable, made):
-            reason = self._lost.pop(output.stream_id, None)
-            outputs[index] = output if reason is None else _failed(requests[index], reason)
-            if reason is not None:
-                self.delete_state(output.stream_id)
+            name, outputs[index] = output.stream_id, output
+            if name in self._lost:
+                outputs[index] = _failed(requests[index], f"stream {name}: {self._lost[name]}")
+                self.delete_state(name)
         return outputs
 
     def _admit(self, request, seen: set) -> None:
@@ -135,15 +139,9 @@ class LiveStreams:
         for slot, frame in zip(slots, frames):
             samples[slot, : frame.valid_size] = frame.samples[: frame.valid_size]
             lengths[slot], ended[slot] = frame.valid_size, frame.is_last
-        try:
-            output = self.session.step(samples, lengths, ended)
-        except BaseException:
-            self.delete_states([frame.stream_id for frame in frames])  # an interrupted step breaks its streams
-            raise
-        names = {slot: frame.stream_id for slot, frame in zip(slots, frames)}
-        self._lost = {
-            names[slot]: f"stream {names[slot]}: {why}" for slot, why in output.failed.items() if slot in names
-        }
+        output = self.session.step(samples, lengths, ended)
+        failed = output.failed
+        self._lost = {frame.stream_id: failed[slot] for slot, frame in zip(slots, frames) if slot in failed}
         frames = [frame for frame in frames if frame.stream_id not in self._lost]
         slots = [self._slot_of[frame.stream_id] for frame in frames]
         counts = output.lengths.tolist()
@@ -163,9 +161,7 @@ def _check_samples(frame: Frame) -> None:
     """Raise ValueError if the samples of a request cannot be used."""
     samples, name = frame.samples, f"samples of stream {frame.stream_id}"
     if not isinstance(samples, torch.Tensor) or samples.dim() != 1 or not samples.is_floating_point():
-        kind = (
-            f'{samples.dtype} {list(samples.shape)}' if isinstance(samples, torch.Tensor) else type(samples).__name__
-        )
+        kind = (samples.dtype, list(samples.shape)) if isinstance(samples, torch.Tensor) else type(samples).__name__
         raise ValueError(f"{name} are {kind}; they must be a floating point tensor [n], with full scale at 1")
     if not 0 <= frame.valid_size <= frame.size:
         raise ValueError(f"length of stream {frame.stream_id} is {frame.length}; there are {frame.size} samples")
@@ -207,10 +203,8 @@ class LiveRNNTPipeline(LiveStreams, CacheAwareRNNTPipeline):
         rows = [row for row, count in enumerate(counts) if count]
         if rows:
             some = [slots[row] for row in rows]
-            memory, first = (
-                [states[row].get_previous_hypothesis() for row in rows],
-                [self._frames[slot] for slot in some],
-            )
+            memory = [states[row].get_previous_hypothesis() for row in rows]
+            first = [self._frames[slot] for slot in some]
             new = self._greedy.decode(output.encoded[some], [counts[row] for row in rows], memory, first)
             for row, tokens, hypothesis in zip(rows, *new):
                 found[row] = tokens

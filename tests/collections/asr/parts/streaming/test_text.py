@@ -166,6 +166,18 @@ def test_a_saved_state_goes_on_and_a_stream_begins_anew(kind):
     assert second.transcript(1) == fresh.transcript(0)
 
 
+@pytest.mark.parametrize('damage', [lambda text: text.pop('frames'), lambda text: text.update(tokens='ab')])
+def test_a_damaged_state_changes_nothing(damage):
+    session = StreamingSession(model_of('ctc'), 1, CONTEXT, return_text=True)
+    session.step(noise(1, 20000))
+    state, before = session.export(0), session.transcript(0)
+    damage(state['stream']['stages'][-1])
+    with pytest.raises(ValueError, match='load: the text of the stream is damaged'):
+        session.load(0, state)
+    assert session.transcript(0) == before
+    session.step(noise(1, 20000))
+
+
 @pytest.mark.parametrize('aggregation', ['min', 'mean', 'prod'])
 @pytest.mark.parametrize('kind', ['ctc', 'rnnt'])
 def test_confidence_is_that_of_nemo(kind, aggregation):
