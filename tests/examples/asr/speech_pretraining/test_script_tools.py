@@ -108,7 +108,7 @@ def test_a_file_is_a_script_or_a_tool():
     assert sorted(COMMANDS) == SCRIPTS
 
 
-@pytest.mark.parametrize('name', set(TREES) - {'hierarchical_streaming_nest'})  # which is another name of pretrain
+@pytest.mark.parametrize('name', TREES)
 def test_no_script_is_imported(name):
     assert not set(imports_of(ast.walk(TREES[name]))) & set(SCRIPTS)
 
