@@ -166,7 +166,7 @@ class BatchRunner:
             return
         rows = Rows(new > 0, self.device)
         counts = new[rows.numbers]
-        found = self.mel.frames(self.samples, rows, self.features.count[rows.numbers], most)
+        found = self.mel.frames(self.samples, rows, rows.counts(self.features.count), most)
         valid = np.arange(most) < counts[:, None]
         if self.keep_features:
             gathered.add(found, rows, valid)
@@ -191,8 +191,8 @@ class BatchRunner:
 
     def _push(self, rows: Rows, count: int, ends: _Ends | None, out: '_Gathered') -> None:
         """Push some frames of some streams through all layers."""
-        first = self.subsampling.count[rows.numbers]
-        last = None if ends is None else ends.frames[rows.numbers]
+        first = rows.counts(self.subsampling.count)
+        last = None if ends is None else rows.counts(ends.frames)
         frames = self._subsample(rows, first, count, ends)
         if self.on_frames is not None:
             places = first[:, None] + np.arange(count)
@@ -234,7 +234,7 @@ class BatchRunner:
         step, caches = self.weights.subsampling.step, self.subsampling.caches
         if begins is None and ends is None:
             return step(caches, found, rows)
-        total = NEVER if ends is None else ends.features[rows.numbers][:, None]
+        total = NEVER if ends is None else rows.counts(ends.features)[:, None]
         place = start[:, None] + np.arange(width)
         found = found.masked_fill(self._tensor((place < 0) | (place >= total)).unsqueeze(2), 0.0)
         left = None if ends is None else self._tensor(np.clip(total[:, 0] - start, 0, width))

@@ -226,14 +226,19 @@ class PreparedLayer:
 
     def store(self, stage: LayerStage, projected: torch.Tensor, rows: Rows, slots: torch.Tensor) -> torch.Tensor:
         """Write keys and values of what was projected [R, Q, 3, H, K] to their slots; returns all, [R, 2, H, S, K]."""
+        kept, places, new = stage.keys_values, slots, projected[:, :, 1:]
+        if rows.computes_idle:
+            idle = rows.idle[:, None]
+            places = slots if slots.dim() == 1 else slots.index_select(0, rows.idle)
+            before = kept[idle, :, :, places]
         if rows.index is None and slots.dim() == 1:
-            new = projected[:, :, 1:].permute(0, 2, 3, 1, 4)
-            stage.keys_values.index_copy_(3, slots, new)
-            return stage.keys_values
-        slots = slots if slots.dim() == 2 else slots.expand(projected.shape[0], -1)
-        index = torch.arange(projected.shape[0], device=projected.device) if rows.index is None else rows.index
-        stage.keys_values[index[:, None], :, :, slots] = projected[:, :, 1:]
-        return rows.select(stage.keys_values)
+            kept.index_copy_(3, slots, new.permute(0, 2, 3, 1, 4))
+        else:
+            index = torch.arange(len(new), device=new.device) if rows.index is None else rows.index
+            kept[index[:, None], :, :, slots] = new
+        if rows.computes_idle:
+            kept[idle, :, :, places] = before
+        return rows.select(kept)
 
     def _attend(self, query, keys_values, count: int, visible: Visible, positions: PositionTable) -> torch.Tensor:
         """Return the attention's output of scaled queries, both [R * Q, D]."""

@@ -72,7 +72,7 @@ class StreamingMel:
         """
         start = first * self.hop - self._before - 1  # preemphasis takes one sample more
         span = (count - 1) * self.hop + self.featurizer.win_length + 1
-        inside = _inside(ring.values.device, start, span, ring.count[rows.numbers])
+        inside = _inside(ring.values.device, start, span, rows.counts(ring.count))
         samples = self._emphasised(ring.read(rows, start, span), inside)
         return self._features_of(samples).to(self.dtype)
 

@@ -34,21 +34,35 @@ class Rows:
     """
 
     def __init__(self, active: np.ndarray, device: torch.device):
-        count = int(np.count_nonzero(active))
-        self.active, self.device, self.index, self._moves = active, device, None, None
-        if count < MOST_ACTIVE * len(active):
-            self.numbers = np.flatnonzero(active)
-            self.valid = np.ones(count, bool)
-            self.index = torch.from_numpy(self.numbers).to(device, non_blocking=True)
+        self.active, self.device, self.moving, self.index = active, device, None, None
+        moving = np.flatnonzero(active)
+        self._leader = moving[0]
+        if len(moving) == len(active):
+            self.numbers, self.valid = moving, active
+            return
+        self.moving = torch.from_numpy(moving).to(device, non_blocking=True)
+        if len(moving) < MOST_ACTIVE * len(active):
+            self.numbers, self.valid, self.index = moving, np.ones(len(moving), bool), self.moving
             return
         self.numbers, self.valid = np.arange(len(active)), active
-        if count < len(active):
-            self._moves = torch.from_numpy(active).to(device, non_blocking=True)
+        self._moves = torch.from_numpy(active).to(device, non_blocking=True)
+        self.idle = torch.from_numpy(np.flatnonzero(~active)).to(device, non_blocking=True)
 
     @property
     def is_whole(self) -> bool:
         """Whether all rows of the batch move on."""
-        return self.index is None and self._moves is None
+        return self.moving is None
+
+    @property
+    def computes_idle(self) -> bool:
+        """Whether idle rows are computed, too; nothing of it is kept."""
+        return self.moving is not None and self.index is None
+
+    def counts(self, of_all: np.ndarray) -> np.ndarray:
+        """Return the counts [R] of a batch [B]; an idle row has those of a row that moves on."""
+        if self.computes_idle:
+            return np.where(self.active, of_all, of_all[self._leader])
+        return of_all[self.numbers]
 
     def select(self, kept: torch.Tensor) -> torch.Tensor:
         """Return the rows [R, ...] of a tensor [B, ...]."""
@@ -58,7 +72,7 @@ class Rows:
         """Replace the rows of a tensor [B, ...] by new ones [R, ...]."""
         if self.index is not None:
             kept.index_copy_(0, self.index, new)
-        elif self._moves is None:
+        elif self.moving is None:
             kept.copy_(new)
         else:
             kept.copy_(torch.where(self._moves.view(-1, *[1] * (kept.dim() - 1)), new, kept))
@@ -140,12 +154,19 @@ class RingBuffer(Stage):
             new: [R, N, ...]; N may be greater than a row's count.
             counts: how many positions each row gets, [R]; 0 for rows that do not move on.
         """
-        first, count, slots = self.count[rows.numbers] % self.values.shape[1], new.shape[1], self.values.shape[1]
-        if rows.index is None and are_alike(first):
-            start = int(first[0])
+        count, slots = new.shape[1], self.values.shape[1]
+        first = self.count[rows.numbers] % slots
+        if are_alike(first[rows.valid]):
+            start = int(first[rows.valid][0])
             room = min(slots - start, count)
-            self.values[:, start : start + room] = new[:, :room]
-            self.values[:, : count - room] = new[:, room:]
+            new = new.index_select(0, rows.moving) if rows.computes_idle else new
+            for place, piece in ((slice(start, start + room), new[:, :room]), (slice(count - room), new[:, room:])):
+                if rows.is_whole:
+                    self.values[:, place] = piece
+                elif piece.shape[1]:
+                    self.values[:, place].index_copy_(0, rows.moving, piece)
+        elif self.values.dim() == 2:
+            self.values.view(-1).scatter_(0, self._places(rows, first, count), new.reshape(-1))
         else:
             self.values.flatten(0, 1).index_copy_(0, self._places(rows, first, count), new.flatten(0, 1))
         self.count[rows.numbers] += counts
@@ -157,17 +178,23 @@ class RingBuffer(Stage):
         if not are_alike(first):
             found = self.values.flatten(0, 1).index_select(0, self._places(rows, first, count))
             return found.view(len(first), count, *self.values.shape[2:])
-        start, own = int(first[0]), rows.select(self.values)
+        start, own = int(first[0]), self.values
         if start + count <= slots:
-            return own[:, start : start + count]
-        return torch.cat((own[:, start:], own[:, : start + count - slots]), dim=1)
+            return rows.select(own[:, start : start + count])
+        return rows.select(torch.cat((own[:, start:], own[:, : start + count - slots]), dim=1))
 
     def _places(self, rows: Rows, first: np.ndarray, count: int) -> torch.Tensor:
         """Return the places [R * count] of positions in the flattened ring."""
         slots, device = self.values.shape[1], self.values.device
-        starts = torch.from_numpy(np.stack((first, rows.numbers * slots), axis=1)).to(device, non_blocking=True)
-        places = torch.arange(count, device=device) + starts[:, :1]
-        return (places.sub_((places >= slots) * slots).add_(starts[:, 1:])).view(-1)
+        starts = torch.from_numpy(np.stack((first, rows.numbers * slots))).to(device, non_blocking=True)
+        # an excerpt of a table for each row: to copy it takes a fifth of the time of computing it
+        places = _remainders(slots, count, device).unfold(0, count, 1).index_select(0, starts[0])
+        return places.add_(starts[1, :, None]).view(-1)
+
+
+@lru_cache(maxsize=64)
+def _remainders(slots: int, count: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(slots + count, device=device).remainder_(slots)
 
 
 class Visible(NamedTuple):
