@@ -37,14 +37,12 @@ def test_streams_that_join_end_and_begin_anew_at_any_time_equal_offline(data):
             check_row(model, context, samples[row : row + 1, begin[row] : position[row]], encoded[row])
             begin[row], encoded[row] = position[row], []
         session.reset(again)
-    output = session.finish() if not all(session.ended) else session.step(torch.zeros(batch, 0))
-    for row, length in enumerate(output.lengths.tolist()):
-        check_row(
-            model,
-            context,
-            samples[row : row + 1, begin[row] : position[row]],
-            [*encoded[row], output.encoded[row, :, :length]],
-        )
+    if not all(session.ended):
+        output = session.finish()
+        for row, length in enumerate(output.lengths.tolist()):
+            encoded[row].append(output.encoded[row, :, :length])
+    for row, start in enumerate(begin):
+        check_row(model, context, samples[row : row + 1, start : position[row]], encoded[row])
 
 
 def test_a_step_has_no_python_of_its_own_for_each_stream():
