@@ -83,6 +83,30 @@ def test_a_compiled_encoder_that_draws_for_itself_is_compiled_once_for_each_cont
     assert counter.frame_count == 2
 
 
+def test_compiled_layers_take_the_mask_as_an_input_and_compile_once_for_all_contexts_of_a_sampler():
+    sampler = '{full_prob: 0.2, chunk_size: [1, 8], left_chunks: [1, 6], left_limited_prob: 0.7}'
+    overrides = (
+        'model.encoder.att_context_style=chunked_limited',
+        'model.encoder.att_context_size=[8,3]',
+        'model.encoder.blockwise_attention=off',
+        f'+model.encoder.att_context_sampler={sampler}',
+    )
+    encoder, plain = (tiny_model(*overrides).encoder.train() for _ in range(2))
+    features, lengths = torch.randn(1, 80, 160), torch.tensor([160])
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend('eager')
+    for layer in encoder.layers:
+        layer.compile(backend=counter, dynamic=False)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for step in range(8):
+            outputs = []
+            for each in (encoder, plain):
+                torch.manual_seed(step)
+                outputs.append(each(audio_signal=features, length=lengths)[0])
+            torch.testing.assert_close(*outputs, atol=1e-6, rtol=0)
+    assert counter.frame_count == 1 and plain.att_context_policy.at(0) != plain.att_context_policy.at(1)
+
+
 def test_a_model_trains_with_its_encoder_compiled_in_place():
     plain, compiled = tiny_model(*TWO_LAYERS), tiny_model(*TWO_LAYERS)
     torch._dynamo.reset()

@@ -134,9 +134,10 @@ class EncoderContext:
 
     def _context_of_pass(self, signal: torch.Tensor) -> AttContext:
         """Return the context of a forward pass over a signal; a recomputation for the backward pass has the pass's own."""
-        return self._kept_context_of_pass(signal) if self.training else self.att_context_of_batch()
+        if not self.training or torch.compiler.is_compiling():
+            return self.att_context_of_batch()
+        return self._kept_context_of_pass(signal)
 
-    @torch.compiler.disable
     def _kept_context_of_pass(self, signal: torch.Tensor) -> AttContext:
         recomputes = torch._C._current_graph_task_id() != -1  # within a backward pass
         place = signal.data_ptr(), signal.shape  # checkpointing keeps the signal until it recomputes
