@@ -24,7 +24,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from nemo.collections.asr.data.corpus_statistics import (
@@ -33,8 +32,8 @@ from nemo.collections.asr.data.corpus_statistics import (
     TargetSettings,
     corpus_statistics,
     utterances_of,
+    write_projection,
 )
-from nemo.utils.atomic_files import replacing
 
 DEFAULT_COMPONENTS = 64
 PCA_OPTIONS = ("combine_time_steps", "components", "target_normalize")  # those that are of use only with --pca
@@ -42,10 +41,7 @@ TARGET_NORMALIZATIONS = ("per_feature", "NA")
 
 
 def read_preprocessor(path):
-    """Return ``model.preprocessor`` of a NeMo training or model config as a dict, interpolations resolved.
-
-    Args:
-        path: yaml file; None for the preprocessor of NeMo's NEST configs.
+    """Return ``model.preprocessor`` of a NeMo config as a dict; without a path that of NeMo's NEST configs.
 
     Raises:
         ValueError: naming the file, if it cannot be read or has no preprocessor.
@@ -66,11 +62,6 @@ def read_preprocessor(path):
 def read_target_settings(path, target_normalize=None, combine_time_steps=None):
     """Return the ``TargetSettings`` of a command line, else of a NeMo config, else those of the NEST configs.
 
-    Args:
-        path: yaml file with ``model.target_normalize`` (null is ``NA``, as for the model) and
-            ``model.quantizer.combine_time_steps``; None: no file.
-        target_normalize, combine_time_steps: those of the command line; None: not given.
-
     Raises:
         ValueError: naming the key, its value and what is allowed.
     """
@@ -86,26 +77,6 @@ def read_target_settings(path, target_normalize=None, combine_time_steps=None):
     if not isinstance(settings.combine_time_steps, int) or settings.combine_time_steps < 1:
         raise ValueError(f"--combine_time_steps is {settings.combine_time_steps!r}; it must be 1 or more")
     return settings
-
-
-def write_projection(path, scatter, settings, number):
-    """Write the principal components to an .npz file whole or not at all; return their share of the variance.
-
-    Raises:
-        ValueError: if there are not as many components.
-    """
-    components, eigenvalues, shares = scatter.components(number)
-    arrays = dict(components=components, eigenvalues=eigenvalues, variance_share=shares, count=scatter.count)
-    features = components.shape[1] // settings.combine_time_steps
-    with replacing(path) as partial, open(partial, "wb") as file:
-        np.savez(
-            file,
-            **arrays,
-            normalization=settings.target_normalize,
-            combine_time_steps=settings.combine_time_steps,
-            features=features,
-        )
-    return float(shares.sum())
 
 
 def arguments(argv):

@@ -27,6 +27,7 @@ from nemo.collections.asr.parts.preprocessing.features import (
 )
 from nemo.collections.asr.parts.utils.manifest_index import read_entries
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
+from nemo.utils.atomic_files import replacing
 
 # the preprocessor of NeMo's NEST configs
 DEFAULT_PREPROCESSOR = {
@@ -293,3 +294,23 @@ def _in_order(dataset, workers: int, batch: int) -> Iterator:
             yield item
     finally:
         torch.set_num_threads(threads)
+
+
+def write_projection(path, scatter, settings, number):
+    """Write the principal components to an .npz file whole or not at all; return their share of the variance.
+
+    Raises:
+        ValueError: if there are not as many components.
+    """
+    components, eigenvalues, shares = scatter.components(number)
+    arrays = dict(components=components, eigenvalues=eigenvalues, variance_share=shares, count=scatter.count)
+    features = components.shape[1] // settings.combine_time_steps
+    with replacing(path) as partial, open(partial, "wb") as file:
+        np.savez(
+            file,
+            **arrays,
+            normalization=settings.target_normalize,
+            combine_time_steps=settings.combine_time_steps,
+            features=features,
+        )
+    return float(shares.sum())
