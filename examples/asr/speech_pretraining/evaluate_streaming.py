@@ -23,10 +23,8 @@ import sys
 from pathlib import Path
 
 from script_tools import (
-    audio_entries,
     check_folders,
     context_option,
-    read_entry,
     report_error,
     require_patches,
     restore,
@@ -84,6 +82,7 @@ def measure_entry(model, entry: dict, contexts: list, options: argparse.Namespac
     Raises:
         ValueError: naming the file, if it cannot be read.
     """
+    from nemo.collections.asr.data.audio_files import read_entry
     from nemo.collections.asr.parts.streaming.evaluation import compare_with_offline, measure_stream
     from nemo.collections.asr.parts.streaming.text import TextOptions
 
@@ -134,6 +133,8 @@ def main(argv=None) -> int:
     """Measure, print and write; return the exit status."""
     options = arguments(argv)
     require_patches(__file__)
+    from nemo.collections.asr.data.audio_files import audio_entries
+
     try:
         model = restore(options.model, options.device)
         contexts = contexts_of(model, options)

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import soxr
 from corpus_sentences import make_sentence, transcript
-from script_tools import manifest_seconds, report_error, require_patches
+from script_tools import report_error, require_patches
 from tqdm import tqdm
 
 SAMPLE_RATE = 16000  # Hz
@@ -321,7 +321,14 @@ def make_corpus(folder, minutes=30.0, seed=0, workers=None, progress=True):
         for split in SPLITS:
             write_lines(Path(folder, f"{split}_manifest.json"), groups[split])
         write_lines(Path(folder, SETTINGS), [settings])
-    return {split: manifest_seconds(Path(folder, f"{split}_manifest.json")) for split in SPLITS}, made
+    return {split: seconds_of(Path(folder, f"{split}_manifest.json")) for split in SPLITS}, made
+
+
+def seconds_of(manifest: Path) -> float:
+    """Return how many seconds of audio the entries of a manifest claim together."""
+    from nemo.collections.asr.parts.utils.manifest_index import read_entries
+
+    return sum(line.entry["duration"] for line in read_entries(manifest))
 
 
 def _loader_version():

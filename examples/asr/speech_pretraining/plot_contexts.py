@@ -29,7 +29,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from script_tools import context_option, read_audio, report_error, require_patches, restore, sample_rate_of
+from script_tools import context_option, report_error, require_patches, restore, sample_rate_of
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -95,6 +95,7 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
     Raises:
         ValueError: if the audio or the context cannot be used.
     """
+    from nemo.collections.asr.data.audio_files import read_audio
     from nemo.collections.asr.parts.ssl_reports import model_figures
     from nemo.collections.asr.parts.ssl_reports.fixed_masks import FixedMasks, utterance_seeds
     from nemo.collections.asr.parts.ssl_reports.validation import parse_contexts

@@ -21,10 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from script_tools import (
-    audio_entries,
     check_folders,
     context_option,
-    read_entry,
     report_error,
     require_patches,
     restore,
@@ -86,6 +84,8 @@ def pieces_of(entry: dict, options: argparse.Namespace, rate: int) -> Iterator[t
     Raises:
         ValueError: naming the file, if it cannot be read.
     """
+    from nemo.collections.asr.data.audio_files import read_entry
+
     if entry['audio_filepath'] == '-':
         return pipe_pieces(sys.stdin.buffer, rate, options.sample_rate or rate, options.step_seconds)
     samples = torch.from_numpy(read_entry(entry, rate))[None]
@@ -112,6 +112,7 @@ def main(argv=None) -> int:
     """Transcribe, print and write; return the exit status."""
     options = arguments(argv)
     require_patches(__file__)
+    from nemo.collections.asr.data.audio_files import audio_entries
     from nemo.collections.asr.parts.streaming.session import StreamingSession
     from nemo.collections.asr.parts.streaming.text import TextOptions
 

@@ -3,15 +3,12 @@
 
 import argparse
 import ast
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
@@ -221,59 +218,6 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one(tools, tmp_path):
         tools.write_text(tmp_path / 'none/file.txt', 'new')
 
 
-def test_lines_of_a_manifest_are_numbered_and_blank_ones_left_out(tools, tmp_path):
-    entries = [{'duration': 1.5}, {'duration': 2.0, 'text': 'one\u2028line'}]
-    path = tmp_path / 'manifest.json'
-    path.write_text('\n  \n'.join(json.dumps(entry, ensure_ascii=False) for entry in entries) + '\n')
-    assert [(number, json.loads(line)) for number, line in tools.manifest_lines(path)] == [
-        (1, entries[0]),
-        (3, entries[1]),
-    ]
-    assert tools.manifest_seconds(path) == 3.5
-
-
-@pytest.mark.parametrize(
-    ('content', 'reason'), [(None, 'cannot be read'), (b'\n \n', 'has no entries'), (b'\xff\n', 'cannot be read')]
-)
-def test_bad_manifests_are_named(tools, tmp_path, content, reason):
-    path = tmp_path / 'manifest.json'
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=f'manifest {path} {reason}'):
-        tools.manifest_lines(path)
-
-
-def test_reading_mixes_down_and_resamples(tools, audio_folder):
-    assert tools.read_audio(audio_folder / 'mono.wav', RATE).shape == (RATE,)
-    stereo = tools.read_audio(audio_folder / 'stereo.flac', RATE)
-    assert stereo.dtype == np.float32 and abs(len(stereo) - 0.7 * RATE) <= 1
-    part = tools.read_audio(audio_folder / 'mono.wav', RATE, offset=0.5, duration=0.25)
-    np.testing.assert_array_equal(part, tools.read_audio(audio_folder / 'mono.wav', RATE)[8000:12000])
-
-
-def test_silence_is_audio(tools, tmp_path):
-    soundfile.write(tmp_path / 'zeros.wav', np.zeros((100, 2)), RATE)
-    np.testing.assert_array_equal(tools.read_audio(tmp_path / 'zeros.wav', RATE), np.zeros(100, np.float32))
-
-
-@pytest.mark.parametrize(
-    'name, reason',
-    [
-        ('missing.wav', 'there is no such file'),
-        ('empty.wav', 'the file is empty'),
-        ('silent.wav', 'there are no samples in it'),
-        ('text.wav', 'cannot be read as audio'),
-        ('cut.wav', 'truncated'),
-        ('cut.flac', ''),  # the decoder's own words
-        ('broken.wav', 'samples that are not finite'),
-        ('', 'there is no such file'),  # a folder
-    ],
-)
-def test_bad_files_are_named(tools, audio_folder, name, reason):
-    with pytest.raises(ValueError, match=f'{audio_folder / name}.*{reason}'):
-        tools.read_audio(audio_folder / name, RATE)
-
-
 @pytest.mark.parametrize(
     ('name', 'reason'), [('missing.nemo', 'there is no such file'), ('text.wav', 'NeMo cannot restore it')]
 )
@@ -320,21 +264,6 @@ def test_errors_of_training_itself_keep_their_traceback(tools):
 
     with pytest.raises(ValueError, match='in step 7'):
         tools.fit_or_exit('script.py', [], OmegaConf.create({}), lambda cfg: cfg, lambda cfg: (Broken(), None))
-
-
-def test_entries_are_those_of_audio_files_or_of_a_manifest(tools, audio_folder, tmp_path):
-    assert tools.audio_entries([Path('a.wav'), Path('-')], None) == [
-        {'audio_filepath': 'a.wav'},
-        {'audio_filepath': '-'},
-    ]
-    manifest = audio_folder / 'entries.json'
-    manifest.write_text(json.dumps({'audio_filepath': 'mono.wav', 'duration': 0.5, 'text': 'a'}) + '\n')
-    (entry,) = tools.audio_entries([], manifest)
-    assert entry == {'audio_filepath': str(audio_folder / 'mono.wav'), 'duration': 0.5, 'text': 'a'}
-    assert tools.read_entry(entry, RATE).shape == (RATE // 2,)
-    manifest.write_text('{"text": "a"}')
-    with pytest.raises(ValueError, match='entries.json, line 1: audio_filepath is None'):
-        tools.audio_entries([], manifest)
 
 
 def test_contexts_on_the_command_line(tools):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process of a machine reads a large manifest, and the others find what it found; entries are in ``test_manifest_entries.py``."""
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from nemo.collections.asr.parts.utils import manifest_index
-from nemo.collections.asr.parts.utils.manifest_index import ManifestIndex
+from nemo.collections.asr.parts.utils.manifest_index import ManifestIndex, ends_of, read_entries
 
 
 @pytest.fixture
@@ -91,3 +92,30 @@ def test_where_nothing_can_be_left_each_process_reads_for_itself(manifest, monke
     monkeypatch.setattr(manifest_index.tempfile, 'gettempdir', lambda: str(manifest))  # a file
     assert len(ManifestIndex(str(manifest))) == 300
     assert any('Each process reads' in message for message in warnings)
+
+
+def test_entries_are_read_as_lhotse_reads_them(tmp_path):
+    for number in range(2):
+        rows = [json.dumps({'text': f'{number}\u2028é'}, ensure_ascii=False), '  ', json.dumps({'text': 'b'})]
+        (tmp_path / f'{number}.json').write_text('\n'.join(rows) + '\n', encoding='utf-8')
+    (tmp_path / 'all.jsonl.gz').write_bytes(gzip.compress((tmp_path / '0.json').read_bytes()))
+    lines = list(read_entries(f'{tmp_path}/{{0..1}}.json'))
+    assert [(line.number, line.entry['text']) for line in lines] == [
+        (1, '0\u2028é'),
+        (3, 'b'),
+        (1, '1\u2028é'),
+        (3, 'b'),
+    ]
+    assert [line.entry for line in read_entries(tmp_path / 'all.jsonl.gz')] == [line.entry for line in lines[:2]]
+    assert [entry.line for entry in ends_of(str(tmp_path / 'all.jsonl.gz'))] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ('content', 'reason'),
+    [(None, 'cannot be read'), (b'\n \n', 'has no entries'), (b'{"a": 1}\n[]\n', 'line 2 is no JSON')],
+)
+def test_a_manifest_that_cannot_be_read_is_named(tmp_path, content, reason):
+    if content is not None:
+        (tmp_path / 'm.json').write_bytes(content)
+    with pytest.raises(ValueError, match=f'm.json,? {reason}'):
+        list(read_entries(tmp_path / 'm.json'))

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read audio files as mono samples, with an error that names what is wrong with a file. New in this project."""
+
+import re
+from pathlib import Path
+
+import librosa
+import numpy as np
+import soundfile
+
+from nemo.collections.asr.parts.utils.manifest_index import read_entries
+from nemo.collections.common.parts.preprocessing.manifest import get_full_path
+
+UNKNOWN_LENGTH = 0x7FFFF000  # bytes: headers of piped wav files claim this much or more
+
+
+def read_audio(path: Path, rate: int, offset: float = 0.0, duration: float | None = None) -> np.ndarray:
+    """Read a file as mono samples at ``rate``, float32 [N] with full scale at 1.
+
+    Args:
+        path: of an audio file of any rate and number of channels.
+        rate: samples per second wanted.
+        offset: where the part to read begins, in seconds.
+        duration: how long the part is, in seconds; None: it ends where the file ends.
+
+    Raises:
+        ValueError: naming the file, if it is missing, empty, truncated or no audio.
+    """
+    if not path.is_file():
+        raise ValueError(f'{path}: there is no such file')
+    if path.stat().st_size == 0:
+        raise ValueError(f'{path}: the file is empty')
+    try:
+        with soundfile.SoundFile(str(path)) as audio:
+            _check_complete(audio)
+            samples, wanted = _read_part(audio, offset, duration)
+            own_rate = audio.samplerate
+    except (soundfile.LibsndfileError, ValueError) as error:
+        raise ValueError(f'{path}: cannot be read as audio: {error}') from None
+    if len(samples) < wanted:
+        raise ValueError(f'{path}: the file is truncated: {len(samples)} of {wanted} samples are there')
+    if len(samples) == 0:
+        raise ValueError(f'{path}: there are no samples in it')
+    if not np.isfinite(samples).all():
+        raise ValueError(f'{path}: it holds samples that are not finite')
+    return resampled(samples.mean(axis=1), own_rate, rate)
+
+
+def _check_complete(audio: soundfile.SoundFile) -> None:
+    """Raise ValueError if the header promises more than the file holds; libsndfile only notes it in its log."""
+    for claimed, there in re.findall(r'^\s*data\s*:\s*(\d+)\s*\(should be (\d+)\)', audio.extra_info, re.MULTILINE):
+        if int(there) < int(claimed) < UNKNOWN_LENGTH:
+            raise ValueError(f'the file is truncated: {there} of {claimed} bytes of samples are there')
+
+
+def _read_part(audio: soundfile.SoundFile, offset: float, duration: float | None) -> tuple[np.ndarray, int]:
+    """Return a part of an audio file as float32 [N, channels], and how many samples it should have."""
+    audio.seek(min(int(offset * audio.samplerate), audio.frames))
+    wanted = audio.frames - audio.tell()
+    if duration is not None:
+        wanted = min(wanted, int(duration * audio.samplerate))
+    return audio.read(wanted, dtype='float32', always_2d=True), wanted
+
+
+def resampled(samples: np.ndarray, own_rate: int, rate: int) -> np.ndarray:
+    """Return samples [N] of ``own_rate`` per second as float32 samples of ``rate`` per second."""
+    if own_rate == rate:
+        return np.ascontiguousarray(samples)
+    return librosa.resample(samples, orig_sr=own_rate, target_sr=rate).astype(np.float32)
+
+
+def audio_entries(files: list[Path], manifest: Path | None) -> list[dict]:
+    """Return an entry for each audio file, or those of a manifest with the paths of its audio.
+
+    Raises:
+        ValueError: naming the manifest and the line, if it is no manifest.
+    """
+    if manifest is None:
+        return [{'audio_filepath': str(path)} for path in files]
+    entries = []
+    for name, number, entry in read_entries(manifest):
+        audio = entry.get('audio_filepath')
+        if not isinstance(audio, str):
+            raise ValueError(f'{name}, line {number}: audio_filepath is {audio!r}; it must be the path of a file')
+        entries.append({**entry, 'audio_filepath': get_full_path(audio, manifest_file=name)})
+    return entries
+
+
+def read_entry(entry: dict, rate: int) -> np.ndarray:
+    """Return the samples of an entry, float32 [N]; errors are those of :func:`read_audio`."""
+    return read_audio(Path(entry['audio_filepath']), rate, entry.get('offset') or 0.0, entry.get('duration'))
