@@ -21,7 +21,7 @@ from lhotse import CutSet
 
 from nemo.collections.asr.data.manifest_entries import entries_read_when_asked_for
 from nemo.collections.asr.parts.utils.nonfinite_guard import NOT_FINITE, on_this_rank, samples_are_valid
-from nemo.collections.common.data.lhotse.nemo_adapters import CUT_OFF
+from nemo.collections.common.data.lhotse.nemo_adapters import CUT_OFF, STANDS_FOR
 from nemo.utils import logging
 from nemo.utils.left_out import LEFT_OUT
 from nemo_streaming_ssl import upstream
@@ -193,7 +193,7 @@ class LhotseAudioNoiseDataset(_up.LhotseAudioNoiseDataset):
         batch = _up._audio_noise_collate_fn(items, self.batch_augmentor)
         if all(cut.has_custom('source') for cut in read):
             batch.sources = [cut.source for cut in read]
-        batch.skipped, batch.samples_are_checked = len(cuts) - len(items), True
+        batch.skipped, batch.samples_are_checked = self.load_audio.skipped, True
         return batch
 
 
@@ -201,6 +201,8 @@ class CheckedAudioSamples:
     """Wraps lhotse's loading of a batch; bad cuts are refused, or left out and counted, and channels mixed down."""
 
     skip_bad_audio: bool | None = None
+    skipped = 0
+    """Utterances that were left out of the latest batch."""
 
     def __init__(self, load_audio):
         self.load_audio, self.counter = load_audio, LEFT_OUT
@@ -208,6 +210,7 @@ class CheckedAudioSamples:
 
     def __call__(self, cuts):
         """Return the audio, lengths and cuts that can be read and are finite."""
+        self.skipped = 0
         audios, lengths, read = self._read(cuts)
         if samples_are_valid(audios):
             return audios, lengths, read
@@ -216,7 +219,7 @@ class CheckedAudioSamples:
         message = f"{', '.join(map(_name_of_cut, bad))}: {NOT_FINITE}"
         if not self.skip_bad_audio or not valid.any():
             raise _refusal(message)
-        self._count(NOT_FINITE, message, len(bad))
+        self._count(NOT_FINITE, message, bad)
         is_valid = dict(zip((cut.id for cut in read), valid.tolist()))
         return audios[valid], lengths[valid], read.filter(lambda cut: is_valid[cut.id]).to_eager()
 
@@ -236,10 +239,12 @@ class CheckedAudioSamples:
         message = f'{_name_of_cut(missing[0])}: {_why_unreadable(missing[0])}'
         if found is None or self.skip_bad_audio is False:
             raise _refusal(message)
-        self._count(CUT_OFF if MISSING in message else UNREADABLE, message, len(missing))
+        self._count(CUT_OFF if MISSING in message else UNREADABLE, message, missing)
         return found
 
-    def _count(self, reason: str, message: str, count: int) -> None:
+    def _count(self, reason: str, message: str, cuts: list) -> None:
+        count = sum((getattr(cut, 'custom', None) or {}).get(STANDS_FOR, 1) for cut in cuts)
+        self.skipped += count
         logging.warning(
             f"Skipped bad audio{on_this_rank()}: {message}{f' and {count - 1} others' if count > 1 else ''}"
         )

@@ -27,6 +27,8 @@ from nemo_streaming_ssl import upstream
 _up = upstream(globals())
 
 CUT_OFF = 'missing in a tar file that is cut off'
+STANDS_FOR = 'stands_for'
+"""Key of a cut's custom values: how many utterances without audio it stands for."""
 UNREADABLE = SimpleNamespace(
     samplerate=16000, channels=1, frames=1, duration=1 / 16000
 )  # a header, where there is none
@@ -96,9 +98,8 @@ class LazyNeMoTarredIterator(_up.LazyNeMoTarredIterator):
         if not missing or getattr(self, 'slice_length', None) is not None:
             return
         logging.warning(f"{len(missing)} members are missing, the first is {missing[0]}: {reason}")
-        others = [entry for name in missing for entry in shard_manifest[name]][1:]
-        LEFT_OUT.add(CUT_OFF, f'{missing[0]}: {reason}', len(others))
-        shard_manifest[missing[0]] = shard_manifest[missing[0]][:1]
+        entries = [entry for name in missing for entry in shard_manifest[name]]
+        shard_manifest[missing[0]] = [{**entries[0], STANDS_FOR: len(entries)}]
         yield shard_manifest[missing[0]], b'', tarfile.TarInfo(missing[0])  # the dataset counts it, or refuses it
 
 

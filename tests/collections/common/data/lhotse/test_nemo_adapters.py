@@ -80,8 +80,7 @@ def test_what_follows_the_end_of_a_tar_file_is_counted_or_named(tmp_path, counte
     cuts = list(reader)
     assert len(cuts) == (3 if share else 0) + 1  # the first that is missing stands for the others
     if share:
-        assert batch(cuts, skip=True).skipped == 1
-        assert sum(found.count for found in counter.reasons().values()) == 3
+        assert batch(cuts, skip=True).skipped == counter.total() == 3
     with pytest.raises(BadAudioError, match=rf'u{len(cuts) - 1}.wav \(.*audio_0.tar\): the file has no such member'):
         batch(cuts, skip=False)
 
