@@ -50,7 +50,7 @@ class AttContext:
     right: int
     """Frames seen after the present one (the look-ahead)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _parse_side('left', self.left, 'AttContext')
         _parse_side('right', self.right, 'AttContext')
 

@@ -31,7 +31,7 @@ class Window:
     style: str = 'regular'
     """``regular`` or ``chunked_limited``."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.style not in STYLES:
             raise ValueError(f"att_context_style is {self.style!r}; windows are known for {STYLES}")
 

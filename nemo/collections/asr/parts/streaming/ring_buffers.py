@@ -224,7 +224,7 @@ class RingWindow:
     """Frames between the arrival of a query and its output."""
     device: torch.device
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         context, chunk = self.window.context, self.window.chunk
         self.is_unlimited = context.left == UNLIMITED  # all of the past is seen
         self.future = chunk - 1 if self.window.style == 'chunked_limited' else context.right

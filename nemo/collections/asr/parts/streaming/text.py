@@ -35,7 +35,7 @@ class TextOptions:
     longest_word: int = 64
     """Tokens after which a word is final, for languages without spaces."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ('silence_after_nothing', 'silence_after_speech', 'utterance_seconds'):
             value = getattr(self, name)
             if value is not None and not 0 < value < float('inf'):
