@@ -156,6 +156,7 @@ def stock_forward(module):
     """Run NeMo's own encoder class on a copy of the module's weights."""
     stock = copy.deepcopy(module)
     stock.__class__ = conformer_encoder._up.ConformerEncoder
+    stock.__dict__['att_context_size'] = module.att_context_size  # where stock has it
     return stock(audio_signal=features()[0], length=features()[1])
 
 

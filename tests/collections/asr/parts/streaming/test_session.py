@@ -165,7 +165,7 @@ def test_sessions_take_turns_on_a_model_and_leave_nothing_in_it():
         expected = offline(model, samples[row : row + 1], [16000], context)[2][..., : output.lengths]
         torch.testing.assert_close(output.encoded, expected, atol=1e-4, rtol=0)
     after = encoder.att_context_size, vars(encoder.streaming_cfg), encoder.layers[0].self_attn.cache_drop_size
-    assert after == before and not encoder.att_context_is_pinned
+    assert after == before and encoder.att_context_override is None
 
 
 @pytest.mark.parametrize('case', ['regular', 'look-ahead', 'chunked'])

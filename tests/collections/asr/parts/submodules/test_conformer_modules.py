@@ -2,6 +2,7 @@
 import torch
 
 from nemo.collections.asr.parts.att_context import AttContext, LayerAttentionMasks
+from nemo.collections.asr.parts.att_context.layer_contexts import LayerContext
 from nemo.collections.asr.parts.submodules.conformer_modules import ConformerLayer
 
 
@@ -20,9 +21,10 @@ class TestConformerLayer:
         frame, key = torch.arange(6).unsqueeze(1), torch.arange(6)
         wide, narrow = AttContext(2, 0), AttContext(1, 0)
         hidden = {context: ((key > frame) | (key < frame - context.left)).unsqueeze(0) for context in (wide, narrow)}
-        masks = LayerAttentionMasks(hidden, {None: wide, narrow: narrow})
+        masks = LayerAttentionMasks(hidden, [wide, narrow])
+        layer.self_attn.layer_context = LayerContext(None, 0)
         assert torch.equal(layer(signal, masks), layer(signal, att_mask=hidden[wide]))
-        layer.self_attention.att_context_size = [1, 0]
+        layer.self_attn.layer_context = LayerContext(None, 1)
         assert layer.self_attention is layer.self_attn
         assert torch.equal(layer(signal, att_mask=masks), layer(signal, hidden[narrow]))
         assert not torch.equal(layer(signal, hidden[narrow]), layer(signal, hidden[wide]))

@@ -176,19 +176,14 @@ class TestAttContextSize:
     @pytest.mark.parametrize(
         'attention', [mha.MultiHeadAttention(**SIZES), mha.RelPositionMultiHeadAttention(**SIZES, **BIASES)]
     )
-    def test_it_is_none_until_set_and_reads_as_a_list(self, attention):
+    def test_without_an_encoder_it_cannot_be_set(self, attention):
         assert attention.att_context_size is None
-        attention.att_context_size = (40, 0)
-        assert attention.att_context_size == [40, 0]
-        with pytest.raises(ValueError, match='self_attention.att_context_size: the left context is -2'):
-            attention.att_context_size = [-2, 0]
-        assert attention.att_context_size == [40, 0]
-        attention.att_context_size = None
-        assert attention.att_context_size is None
+        with pytest.raises(ValueError, match=r'att_context_size is \(40, 0\); this attention belongs to no encoder'):
+            attention.att_context_size = (40, 0)
 
     def test_longformer_keeps_the_context_it_was_built_for(self):
         attention = mha.RelPositionMultiHeadAttentionLongformer(**SIZES, **BIASES, att_context_size=[4, 4])
-        assert attention.att_context_size == [4, 4] and attention.att_context is None
+        assert attention.att_context_size == [4, 4]
         with pytest.raises(ValueError, match='rel_pos_local_attn is built for .4, 4.'):
             attention.att_context_size = [2, 4]
 
