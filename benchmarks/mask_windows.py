@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw what stock masks ask of a streaming encoder, and what masks that follow its context ask.
+"""Draw which masked frames have a visible frame in their window, under stock masks and masks that follow the context.
 
     python benchmarks/mask_windows.py [--output docs/pictures/mask_windows.png] [--left 5] [--seconds 8] [--seed 28]
 
-Both rows have NEST's settings (blocks of 40 feature frames, ``mask_prob`` 0.01) and the same random numbers. A masked
-frame that sees nothing unmasked in its window cannot be answered: the loss asks for a guess. Prints the shares of 300
-utterances.
+Both rows have NEST's settings (blocks of 40 feature frames, ``mask_prob`` 0.01) and the same random numbers. Prints
+the shares of masked frames without a visible frame over 300 utterances: in one layer's attention window, and in the
+receptive field of a stack of two layers with causal convolutions of 9 frames.
 """
 
 import argparse
@@ -28,14 +28,22 @@ from nemo.utils.atomic_files import replacing
 FACTOR, FRAMES_PER_SECOND = 8, 100
 UTTERANCES = 300
 ROWS = {'stock: regardless of the context': UNLIMITED, 'this project: within the context': None}
-COLOURS = {'seen': '#d9d9d9', 'masked, answerable': '#4c78a8', 'masked, nothing to answer from': '#e45756'}
+COLOURS = {
+    'visible': '#d9d9d9',
+    'masked, visible frame in its window': '#4c78a8',
+    'masked, no visible frame in its window': '#e45756',
+}
+LAYERS, CONVOLUTION = 2, 8  # of the stack; frames before its own that a layer's convolution sees
 
 
 class Frames(NamedTuple):
     """Attention frames of one utterance, [A] bool."""
 
     masked: torch.Tensor
-    unanswerable: torch.Tensor
+    in_window: torch.Tensor
+    """Masked, without a visible frame in one layer's attention window."""
+    in_stack: torch.Tensor
+    """Masked, without a visible frame in the receptive field of the stack."""
 
 
 def draw_masks(left: int, seconds: float, seed: int) -> dict[str, Frames]:
@@ -55,46 +63,55 @@ def draw_masks(left: int, seconds: float, seed: int) -> dict[str, Frames]:
         torch.manual_seed(seed)
         masks = masking.draw(torch.tensor([frames]), frames, effective_left_context=left if told is None else told)
         share = masked_share_per_frame(masks, FACTOR)
-        found[row] = Frames(share[0] > MASK_THRESHOLD, no_visible_frame(share, window)[0])
+        stack = Window(AttContext(LAYERS * (left + CONVOLUTION), 0))
+        lost = (no_visible_frame(share, seen)[0] for seen in (window, stack))
+        found[row] = Frames(share[0] > MASK_THRESHOLD, *lost)
     return found
 
 
-def mean_shares(left: int, seconds: float) -> dict[str, float]:
-    """Return which share of the masked frames cannot be answered in each row, over utterances of other seeds."""
+def mean_shares(left: int, seconds: float) -> dict[str, tuple[float, float]]:
+    """Return the shares of masked frames without a visible frame in window and stack, over utterances of other seeds."""
     drawn = [draw_masks(left, seconds, seed) for seed in range(UTTERANCES)]
-    counts = {row: [(frames[row].masked.sum(), frames[row].unanswerable.sum()) for frames in drawn] for row in ROWS}
-    return {row: float(sum(lost for _, lost in of) / sum(masked for masked, _ in of)) for row, of in counts.items()}
+    shares = {}
+    for row in ROWS:
+        masked, window, stack = (sum(int(kind.sum()) for kind in kinds) for kinds in zip(*(of[row] for of in drawn)))
+        shares[row] = window / masked, stack / masked
+    return shares
 
 
 def figure(rows: dict[str, Frames], left: int):
-    """Draw the rows, and over each the window of the frame that stock masks leave without an answer.
+    """Draw the rows, and over each the window of the frame that has no visible frame in its window under stock masks.
 
     Args:
         rows: of :func:`draw_masks`.
         left: see there.
 
     Raises:
-        ValueError: if stock's masks leave no frame without an answer: another seed shows one.
+        ValueError: if every masked frame has a visible frame in its window: another seed shows one.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 
-    lost = next(iter(rows.values())).unanswerable.nonzero().flatten().tolist()
+    lost = next(iter(rows.values())).in_window.nonzero().flatten().tolist()
     if not lost:
-        raise ValueError("these masks leave no frame without an answer; take another --seed")
+        raise ValueError("every masked frame has a visible frame in its window; take another --seed")
     shown = lost[-1]
     drawing = Figure(figsize=(9, 2.5), layout='constrained')
     axes = drawing.subplots(len(rows), 1, sharex=True)
     for axis, (title, frames) in zip(axes, rows.items()):
-        kinds = frames.masked.int() + frames.unanswerable.int()
+        kinds = frames.masked.int() + frames.in_window.int()
         for place, kind in enumerate(kinds.tolist()):
             axis.add_patch(Rectangle((place + 0.06, 0), 0.88, 1, color=list(COLOURS.values())[kind]))
         axis.add_patch(Rectangle((shown - left, -0.18), left + 1, 1.36, fill=False, lw=2, clip_on=False))
         axis.set(xlim=(0, len(kinds)), ylim=(-0.25, 1.25), yticks=[])
-        lost_share = frames.unanswerable.sum() / frames.masked.sum().clamp(min=1)
-        axis.set_title(f'{title}: {lost_share:.0%} of the masked frames unanswerable', loc='left', fontsize=9)
+        lost_share = frames.in_window.sum() / frames.masked.sum().clamp(min=1)
+        axis.set_title(
+            f'{title}: {lost_share:.0%} of the masked frames have no visible frame in their window',
+            loc='left',
+            fontsize=9,
+        )
         axis.spines[:].set_visible(False)
-    axes[-1].set_xlabel(f'attention frames of 80 ms; the box is what frame {shown} sees', fontsize=9)
+    axes[-1].set_xlabel(f'attention frames of 80 ms; the box is the window of frame {shown}', fontsize=9)
     handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
     drawing.legend(handles=handles, ncols=3, loc='outside lower center', fontsize=8, frameon=False)
     return drawing
@@ -114,8 +131,10 @@ def main(argv=None) -> None:
     with replacing(options.output) as partial:
         made.savefig(partial, dpi=120, format='png', metadata={'Software': None})
     print(f'{options.output}; of {UTTERANCES} utterances:')
-    for row, share in mean_shares(options.left, options.seconds).items():
-        print(f'  {row}: {share:.1%} of the masked frames unanswerable')
+    for row, (window, stack) in mean_shares(options.left, options.seconds).items():
+        print(
+            f'  {row}: {window:.1%} of the masked frames have no visible frame in their window, {stack:.1%} in the stack'
+        )
 
 
 if __name__ == '__main__':
