@@ -102,10 +102,11 @@ def kept_in_full_precision(*modules: torch.nn.Module) -> Iterator[None]:
     yield
     for store, name, tensor in before:
         if store[name].dtype in (torch.float16, torch.bfloat16):
-            if isinstance(store[name], torch.nn.Parameter):
-                store[name].data = tensor.to(store[name].device)
+            kept = tensor.to(store[name].device)
+            if store[name].requires_grad:  # an optimizer may hold the parameter
+                store[name].data = kept
             else:
-                store[name] = tensor.to(store[name].device)
+                store[name] = torch.nn.Parameter(kept, False) if isinstance(store[name], torch.nn.Parameter) else kept
 
 
 def unconverted(data):
