@@ -85,6 +85,7 @@ class BatchRunner:
         self.block = -(-BLOCK // self.chunk) * self.chunk
         self.unit = self.block * self.factor * mel.hop  # samples that are taken at once
         self.lag = sum(encoder.waits)
+        self._whole = Rows(np.ones(batch, bool), self.device)
         self.samples = mel.new_ring(batch, self.unit)
         like = dict(dtype=self.dtype, device=self.device)
         self.features = RingBuffer(batch, self.factor * (2 * self.block + 3), mel.features, **like)
@@ -158,13 +159,13 @@ class BatchRunner:
     def _take(self, samples: torch.Tensor, lengths: np.ndarray, ends: np.ndarray, gathered: '_Gathered') -> None:
         """Take samples, and compute the features that they complete."""
         if samples.shape[1]:
-            rows = Rows(lengths > 0, self.device)
+            rows = self._rows(lengths > 0)
             self.samples.write(rows, rows.select(samples), lengths[rows.numbers])
         new = np.maximum(self.mel.complete(self.samples.count, ends) - self.features.count, 0)
         most = int(new.max())
         if not most:
             return
-        rows = Rows(new > 0, self.device)
+        rows = self._rows(new > 0)
         counts = new[rows.numbers]
         found = self.mel.frames(self.samples, rows, rows.counts(self.features.count), most)
         valid = np.arange(most) < counts[:, None]
@@ -186,7 +187,7 @@ class BatchRunner:
         while (most := due.max()) > 0:
             count = self.block if most >= self.block else self.chunk
             active = due >= count
-            self._push(Rows(active, self.device), count, ending, out)
+            self._push(self._rows(active), count, ending, out)
             due[active] -= count
 
     def _push(self, rows: Rows, count: int, ends: _Ends | None, out: '_Gathered') -> None:
@@ -239,6 +240,9 @@ class BatchRunner:
         found = found.masked_fill(self._tensor((place < 0) | (place >= total)).unsqueeze(2), 0.0)
         left = None if ends is None else self._tensor(np.clip(total[:, 0] - start, 0, width))
         return step(caches, found, rows, begins, left)
+
+    def _rows(self, active: np.ndarray) -> Rows:
+        return self._whole if active.all() else Rows(active, self.device)
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device)

@@ -227,6 +227,8 @@ class PreparedLayer:
     def store(self, stage: LayerStage, projected: torch.Tensor, rows: Rows, slots: torch.Tensor) -> torch.Tensor:
         """Write keys and values of what was projected [R, Q, 3, H, K] to their slots; returns all, [R, 2, H, S, K]."""
         kept, places, new = stage.keys_values, slots, projected[:, :, 1:]
+        if rows.is_whole and slots.dim() == 1:
+            return kept.index_copy_(3, slots, new.permute(0, 2, 3, 1, 4))
         if rows.computes_idle:
             idle = rows.idle[:, None]
             places = slots if slots.dim() == 1 else slots.index_select(0, rows.idle)
@@ -272,8 +274,12 @@ class PreparedLayer:
         inner = F.glu(self.pointwise1(self.norm_convolution(frames)), -1).view(shape)
         if began is not None:
             inner = inner * began
-        window = torch.cat((rows.select(stage.convolution), inner), 1)
-        rows.store(stage.convolution, window[:, count:])
+        kept = stage.convolution
+        window = torch.cat((kept if rows.is_whole else rows.select(kept), inner), 1)
+        if rows.is_whole:
+            kept.copy_(window[:, count:])
+        else:
+            rows.store(kept, window[:, count:])
         if count == 1 and shape[0] < FEW:
             mixed = (window * self.taps).sum(1).add_(self.tap_bias)
         else:

@@ -34,35 +34,27 @@ class Rows:
     """
 
     def __init__(self, active: np.ndarray, device: torch.device):
-        self.active, self.device, self.moving, self.index = active, device, None, None
         moving = np.flatnonzero(active)
-        self._leader = moving[0]
-        if len(moving) == len(active):
-            self.numbers, self.valid = moving, active
+        self.active, self.moving, self.index, self._leader = active, None, None, moving[0]
+        self.is_whole = len(moving) == len(active)  # all rows of the batch move on
+        self.computes_idle = not self.is_whole and len(moving) >= MOST_ACTIVE * len(
+            active
+        )  # but keeps nothing of them
+        self.numbers, self.valid = np.arange(len(active)), active
+        if self.is_whole:
             return
         self.moving = torch.from_numpy(moving).to(device, non_blocking=True)
-        if len(moving) < MOST_ACTIVE * len(active):
+        if self.computes_idle:
+            self._moves = torch.from_numpy(active).to(device, non_blocking=True)
+            self.idle = torch.from_numpy(np.flatnonzero(~active)).to(device, non_blocking=True)
+        else:
             self.numbers, self.valid, self.index = moving, np.ones(len(moving), bool), self.moving
-            return
-        self.numbers, self.valid = np.arange(len(active)), active
-        self._moves = torch.from_numpy(active).to(device, non_blocking=True)
-        self.idle = torch.from_numpy(np.flatnonzero(~active)).to(device, non_blocking=True)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all rows of the batch move on."""
-        return self.moving is None
-
-    @property
-    def computes_idle(self) -> bool:
-        """Whether idle rows are computed, too; nothing of it is kept."""
-        return self.moving is not None and self.index is None
 
     def counts(self, of_all: np.ndarray) -> np.ndarray:
         """Return the counts [R] of a batch [B]; an idle row has those of a row that moves on."""
         if self.computes_idle:
             return np.where(self.active, of_all, of_all[self._leader])
-        return of_all[self.numbers]
+        return of_all.copy() if self.is_whole else of_all[self.numbers]
 
     def select(self, kept: torch.Tensor) -> torch.Tensor:
         """Return the rows [R, ...] of a tensor [B, ...]."""
@@ -70,10 +62,10 @@ class Rows:
 
     def store(self, kept: torch.Tensor, new: torch.Tensor) -> None:
         """Replace the rows of a tensor [B, ...] by new ones [R, ...]."""
-        if self.index is not None:
-            kept.index_copy_(0, self.index, new)
-        elif self.moving is None:
+        if self.is_whole:
             kept.copy_(new)
+        elif self.index is not None:
+            kept.index_copy_(0, self.index, new)
         else:
             kept.copy_(torch.where(self._moves.view(-1, *[1] * (kept.dim() - 1)), new, kept))
 
