@@ -12,12 +12,13 @@ import copy
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
 from lhotse import CutSet
-from lhotse.lazy import LazyInfiniteApproximateMultiplexer, LazyIteratorChain, LazyManifestIterator, LazySlicer
+from lhotse.lazy import LazyInfiniteApproximateMultiplexer, LazyIteratorChain, LazyManifestIterator
+from lhotse.serialization import deserialize_item
 from lhotse.shar.readers.lazy import LazySharIterator
 from omegaconf import OmegaConf, open_dict
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -124,7 +125,7 @@ class CutStream:
     """The cuts of one source that one of several readers reads, pass after pass; its position can be set.
 
     Args:
-        open_shard: for each shard, a function of a pass, a part and a number of parts; it returns the cuts of the part.
+        open_shard: for each shard, a function that opens it, see :func:`_shards_of`.
         shuffled: whether each pass has another order of the shards.
         seed: of the orders.
         readers: the number of readers. Where there are fewer shards, readers share a shard: each takes every n-th cut.
@@ -156,8 +157,7 @@ class CutStream:
         empty = not (done or offset)
         while True:
             for shard, part in self._order(number)[first:][self.reader :: self.readers][done:]:
-                cuts = self.open_shard[shard](number, part, self.parts)
-                for cut in itertools.islice(cuts, offset, None):
+                for cut in self.open_shard[shard](number, part, self.parts, offset):
                     offset, empty = offset + 1, False
                     self.position = number, first, done, offset
                     yield cut
@@ -331,7 +331,10 @@ def _next_shard(state: dict, index: int, parts: int) -> tuple[int, int]:
 
 
 def _shards_of(source) -> tuple[list[Callable], bool]:
-    """Return functions that open the shards of a source, and whether their order is shuffled."""
+    """Return functions that open the shards of a source, and whether their order is shuffled.
+
+    They take a pass, a part and a number of parts, and the cuts to skip.
+    """
     shuffled = bool(getattr(source, 'shuffle_shards', False))
     if isinstance(source, LazySharIterator):
         return [partial(_open_shar, source, shard) for shard in range(source.num_shards)], shuffled
@@ -340,31 +343,36 @@ def _shards_of(source) -> tuple[list[Callable], bool]:
     if isinstance(source, LazyNeMoIterator):
         files = source.source.iterators if isinstance(source.source, LazyIteratorChain) else [source.source]
         return [partial(_open_manifest, source, file) for file in files], shuffled
-    return [partial(_open_whole, source)], shuffled
+    return [partial(_open_cuts, source)], shuffled
 
 
-def _open_whole(source, number: int, part: int, parts: int) -> Iterator:
-    return LazySlicer(source, part, parts)
+def _part(items: Iterable, part: int, parts: int, skip: int) -> Iterator:
+    return itertools.islice(items, part + skip * parts, None, parts)
 
 
-def _open_shar(source, shard: int, number: int, part: int, parts: int) -> Iterator:
+def _open_shar(source, shard: int, number: int, *part: int) -> Iterator:
     fields = {field: [path] for field, path in source.shards[shard].items()}
     functions = [source.cut_map_fns[shard]]
     one = LazySharIterator(fields, cut_map_fns=functions, seed=source.seed, slice_length=source.slice_length)
     one.epoch = number
-    return LazySlicer(one, part, parts)
+    return _part(one, *part)
 
 
-def _open_tar(source, shard: int, number: int, part: int, parts: int) -> Iterator:
+def _open_tar(source, shard: int, number: int, *part: int) -> Iterator:
     one = copy.copy(source)
     one.shard_id_to_manifest, one.epoch = {shard: source.shard_id_to_manifest[shard]}, number
-    return LazySlicer(one, part, parts)
+    return _part(one, *part)
 
 
-def _open_manifest(source, file, number: int, part: int, parts: int) -> Iterator:
-    one = copy.copy(source)
-    one.source = LazySlicer(file, part, parts)  # NeMo opens the audio of each line that it takes
-    return one
+def _open_manifest(source, file, number: int, *part: int) -> Iterator:
+    one = copy.copy(source)  # which opens the audio of each line that it takes
+    one.source = _part((line for line in file if not line.get('_skipme', False)), *part)
+    return iter(one)
+
+
+def _open_cuts(source, number: int, *part: int) -> Iterator:
+    lazy = isinstance(source, LazyManifestIterator)
+    return map(deserialize_item, _part(source.source, *part)) if lazy else _part(source, *part)
 
 
 def _children(node) -> list[tuple]:
