@@ -8,16 +8,12 @@ import pytest
 from nemo.utils.left_out import LEFT_OUT, LeftOut
 
 
-def _count(counter):
-    counter.add('unreadable', 'c.wav', 3)
-
-
 @pytest.mark.parametrize('method', ['fork', 'spawn'])
 def test_counts_of_other_processes_arrive(tmp_path, monkeypatch, method):
     monkeypatch.setattr(LEFT_OUT, 'path', str(tmp_path / 'left_out'))
     LEFT_OUT.add('not finite', 'a.wav')
     LEFT_OUT.add('unreadable', 'b.wav')
-    process = multiprocessing.get_context(method).Process(target=_count, args=(LEFT_OUT,))
+    process = multiprocessing.get_context(method).Process(target=LEFT_OUT.add, args=('unreadable', 'c.wav', 3))
     process.start()
     process.join()
     assert LEFT_OUT.reasons() == {'not finite': (1, 'a.wav'), 'unreadable': (4, 'b.wav')}

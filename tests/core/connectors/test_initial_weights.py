@@ -21,6 +21,7 @@ def files(first, tmp_path_factory):
     folder = tmp_path_factory.mktemp('weights')
     first.save_to(str(folder / 'first.nemo'))
     run = trainer(1)
+    first.set_trainer(run)
     run.strategy.connect(first)
     run.save_checkpoint(folder / 'first.ckpt')
     return {'init_from_nemo_model': folder / 'first.nemo', 'init_from_ptl_ckpt': folder / 'first.ckpt'}

@@ -268,6 +268,7 @@ def test_a_file_that_is_no_model_is_refused(script, speech_corpus, tmp_path):
 def test_a_checkpoint_of_the_pretraining_is_taken_as_well(script, speech_corpus, tmp_path):
     pretrained = tiny_model(seed=1)
     run = trainer(1)
+    pretrained.set_trainer(run)
     run.strategy.connect(pretrained)
     run.save_checkpoint(tmp_path / 'last.ckpt')
     cfg = config('streaming_ctc', '???', speech_corpus, 'exp_manager=null', f'init_from_ptl_ckpt={tmp_path}/last.ckpt')
