@@ -80,13 +80,13 @@ class TrainingNumbersMixin:
     _interval: IntervalNumbers | None = None
     _interval_began = 0.0
     _weights_before: list[torch.Tensor] | None = None
-    _subsampling_flops = 0.0  # of a feature frame
+    _subsampling_flops: float | None = None  # of a feature frame; None: of an encoder that is no Conformer
 
     def configure_model(self) -> None:
         """Count the operations of the subsampling, before its weights may be sharded."""
-        if hasattr(self.encoder, 'pre_encode'):
+        if hasattr(self.encoder, 'pre_encode') and hasattr(self.encoder, '_feat_in'):
             subsampling = getattr(self.encoder.pre_encode, 'pre_encode', self.encoder.pre_encode)  # without masking
-            self._subsampling_flops = _flops_per_frame(subsampling, self.cfg.encoder.feat_in)
+            self._subsampling_flops = _flops_per_frame(subsampling, self.encoder._feat_in)
         super().configure_model()
 
     def on_train_start(self) -> None:
@@ -111,7 +111,9 @@ class TrainingNumbersMixin:
             return
         audio, lengths = (batch.audio, batch.audio_len) if hasattr(batch, 'audio') else (batch[0], batch[1])
         sums = {'samples': lengths.sum(), 'padded_samples': float(audio.numel()), 'predicted': predicted}
-        self._interval.add(sums | {'flops': self.flops_of_step(record, predicted)})
+        if self._subsampling_flops is not None:
+            sums['flops'] = self.flops_of_step(record, predicted)
+        self._interval.add(sums)
         if getattr(batch, 'sources', None):
             self._add_losses_of_sources(batch.sources)
 
@@ -206,8 +208,9 @@ class TrainingNumbersMixin:
         derived['audio_seconds_per_second'], derived['audio_seconds_per_second/rank'] = audio, audio / ranks()
         derived['padding_share'] = 1 - samples / padded
         derived['predicted_tokens_per_second'] = logs.pop('predicted') / seconds
-        derived['model_tflops_per_second'] = logs.pop('flops') / seconds / 1e12
-        if self.cfg.get('log_peak_flops'):
+        if 'flops' in logs:
+            derived['model_tflops_per_second'] = logs.pop('flops') / seconds / 1e12
+        if 'model_tflops_per_second' in derived and self.cfg.get('log_peak_flops'):
             flops = derived['model_tflops_per_second'] * 1e12
             derived['model_flops_share'] = flops / ranks() / float(self.cfg.log_peak_flops)
         return derived
@@ -246,7 +249,7 @@ def _squares(before: list[torch.Tensor], after: list[torch.Tensor]) -> Logs:
 
 def _flops_per_frame(subsampling: torch.nn.Module, features: int, frames: int = 1024) -> float:
     """Return the operations of a forward pass of the subsampling, per feature frame; on torch's meta device."""
-    copied = copy.deepcopy(subsampling).to('meta')
+    copied = copy.deepcopy(subsampling).to('meta', torch.float32)
     lengths, dtype = torch.full((1,), frames, device='meta'), next(copied.parameters()).dtype  # not the default one
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         copied(x=torch.empty(1, frames, features, dtype=dtype, device='meta'), lengths=lengths)
