@@ -8,7 +8,9 @@ from pathlib import Path
 
 import omegaconf
 import torch
-from lightning.fabric.utilities.load import _load_distributed_checkpoint
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 PLAIN = [getattr(builtins, name) for name in ('bool', 'bytes', 'dict', 'float', 'int', 'list', 'set', 'str', 'tuple')]
 PLAIN += [collections.defaultdict, omegaconf.base.ContainerMetadata, omegaconf.base.Metadata]
@@ -32,20 +34,28 @@ class _Ignored:
 def load(path: str | Path, map_location='cpu'):
     """Load a checkpoint, a file or a folder of sharded weights; tensors, plain values and configs are read.
 
-    Nothing in the file is run: what has another class is replaced by a placeholder.
+    Nothing in a file is run: what has another class is replaced by a placeholder. A folder's index is torch's own pickle.
 
     Raises:
         ValueError: naming the file, if it cannot be read.
     """
     try:
         if Path(path).is_dir():
-            return _load_distributed_checkpoint(Path(path))
+            return _load_folder(Path(path))
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         classes = [(READABLE.get(name, _Ignored), name) for name in unknown]
         with torch.serialization.safe_globals(classes):
             return _torch_load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch, pickle and zipfile each have errors of their own
         raise ValueError(f"{path} cannot be read as a checkpoint: {' '.join(str(error).split())[:300]}") from error
+
+
+def _load_folder(folder: Path) -> dict:
+    """Load what Lightning's ``ModelParallelStrategy`` writes: sharded weights, and a file with all else."""
+    checkpoint: dict = {}
+    planner = _EmptyStateDictLoadPlanner()
+    _load_state_dict(checkpoint, storage_reader=FileSystemReader(folder), planner=planner, no_dist=True)
+    return checkpoint | (load(folder / 'meta.pt') if (folder / 'meta.pt').is_file() else {})
 
 
 def save(content, path: str | Path) -> None:

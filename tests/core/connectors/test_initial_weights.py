@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+import torch.distributed.checkpoint as distributed
 from omegaconf import OmegaConf
 from tiny_nest import STOCK_OFFLINE, tiny_model, trainer
 
@@ -115,6 +116,12 @@ def test_an_offline_checkpoint_names_what_differs_and_the_tool(tmp_path):
     for words in ('causal_downsampling is False in the file and True', 'conv_norm_type is batch_norm in the file'):
         assert words in str(error.value)
     assert 'convert_to_streaming.py' in str(error.value)
+
+
+def test_a_folder_of_sharded_weights_is_loaded(first, tmp_path):
+    distributed.save({'state_dict': first.state_dict()}, checkpoint_id=str(tmp_path / 'sharded.ckpt'))
+    torch.save({'hyper_parameters': OmegaConf.create({'cfg': first.cfg})}, tmp_path / 'sharded.ckpt/meta.pt')
+    assert share_of_encoder(load(tiny_model(), init_from_ptl_ckpt=str(tmp_path / 'sharded.ckpt')), first) == 1
 
 
 class Marker:
