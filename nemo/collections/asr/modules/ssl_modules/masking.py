@@ -446,7 +446,7 @@ class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
         return 0 if get is None else get()
 
     def forward(self, x: torch.Tensor, lengths: torch.Tensor):
-        """Subsample x [B, T, D], then mask as told; returns [B, A, d_model] and the lengths [B]."""
+        """Subsample x [B, T, D], then mask as set; returns [B, A, d_model] and the lengths [B]."""
         feats, lengths = self.pre_encode(x=x, lengths=lengths)
         self.curr_feat = feats.detach()
         if not self.apply_mask:

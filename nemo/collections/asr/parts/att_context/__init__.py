@@ -15,7 +15,7 @@ from nemo.collections.asr.parts.att_context.policy import ContextPolicy
 from nemo.collections.asr.parts.att_context.receptive_field import ReceptiveField, context_table, receptive_field
 from nemo.collections.asr.parts.att_context.schedule import ContextSchedule, parse_layer_contexts
 from nemo.collections.asr.parts.att_context.synced_collate import create_synced_context_collate
-from nemo.collections.asr.parts.att_context.windows import Window, intersect_in_style
+from nemo.collections.asr.parts.att_context.windows import Window
 
 __all__ = [
     'AttContext',
@@ -34,7 +34,6 @@ __all__ = [
     'context_table',
     'create_synced_context_collate',
     'draw_index',
-    'intersect_in_style',
     'parse_layer_contexts',
     'receptive_field',
     'set_dynamic_context',

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Setting a model's context by hand: each way here calls ``model.set_att_context_size``.
+"""Helpers that override a model's context: each calls ``model.set_att_context_size``.
 
 Shapes: B batch, N samples, D features, M mask frames, A attention frames, S target frames, C classes, H codebooks.
 """
@@ -104,7 +104,7 @@ def sync_masking_to_attention(model) -> int:
 
 
 def set_dynamic_context(model, context) -> None:
-    """Attend and mask within this context until told otherwise; ``model.set_att_context_size`` as a function.
+    """Override the context for attention and masking; ``model.set_att_context_size`` as a function.
 
     Args:
         model: one of this project's SSL models.
@@ -211,7 +211,7 @@ class EnhancedDynamicContextModel(DynamicContextModel):
         self.set_context(context)
 
     def set_context(self, mode_or_context) -> None:
-        """Attend and mask within this context until told otherwise.
+        """Override the context for attention and masking.
 
         Args:
             mode_or_context: the name of a preset, or what :func:`set_dynamic_context` takes.

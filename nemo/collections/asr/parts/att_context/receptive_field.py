@@ -138,12 +138,12 @@ def _last_seen(frame: int, windows: Sequence[Window], after: int) -> int:
 
 
 def next_token_offset(encoder, after_subsampling: bool, att_context_size=None, at_chunk_end: bool = False) -> int:
-    """Return how many tokens after its own an encoder frame can be asked for, without having heard it.
+    """Return how many tokens after its own an encoder frame predicts first: the first beyond its receptive field.
 
-    Frame j of the output has heard all features up to ``8 * (j + look-ahead) + ahead`` at factor 8: the look-ahead is
+    The receptive field of output frame j ends at feature ``8 * (j + look-ahead) + ahead`` at factor 8: the look-ahead is
     that of attention and convolutions, ``ahead`` that of the subsampling (0 if it is causal). Token i is made of the
     features ``8 * i`` to ``8 * i + 7``, or, after the subsampling, of subsampled frame i. A token of features of which
-    the first alone was heard is a next token: with a causal encoder the offset is 0.
+    the first alone is in it counts as a next token: with a causal encoder the offset is 0.
 
     Args:
         encoder: a ``ConformerEncoder``.
@@ -166,14 +166,14 @@ def next_token_offset(encoder, after_subsampling: bool, att_context_size=None, a
 
 
 def why_no_next_token(encoder, att_context_size=None) -> str | None:
-    """Return why every token has been heard, or may have been, by an encoder's output; None: there are next ones.
+    """Return why every token is, or may be, in an output's receptive field; None: there are next ones.
 
     Args:
         encoder: any.
         att_context_size: the batch's context; None takes the encoder's present one.
     """
     if not hasattr(encoder, 'effective_windows'):
-        return f"what an output of {type(encoder).__name__} has heard is not known"
+        return f"the receptive field of {type(encoder).__name__} is not known"
     if encoder.att_context_style not in STYLES:
         return f"att_context_style is {encoder.att_context_style}, whose windows are not known (known are {STYLES})"
     if getattr(encoder, 'self_attention_model', None) == 'rel_pos_local_attn':
@@ -190,26 +190,26 @@ def why_no_next_token(encoder, att_context_size=None) -> str | None:
         )
     if receptive_field(encoder, att_context_size).right == UNLIMITED:
         context = list(encoder.att_context_size if att_context_size is None else att_context_size)
-        return f"in att_context_size {context} an output hears the whole utterance; the right context must be limited"
+        return f"in att_context_size {context} the receptive field is the whole utterance; the right context must be limited"
     return None
 
 
 def _features_ahead(encoder) -> int | None:
-    """Return the last feature that frame 0 of the subsampling has heard; None if that is not known."""
+    """Return the last feature in the receptive field of the subsampling's frame 0; None if that is not known."""
     module = getattr(encoder.pre_encode, 'pre_encode', encoder.pre_encode)  # without the wrapper of post-conv masking
     if isinstance(module, nn.Linear):
         return 0
     layers = getattr(module, 'conv', None)
     if layers is None:  # StackingSubsampling
         return module.subsampling_factor - 1 if hasattr(module, 'proj_out') else None
-    heard = 0
+    last = 0
     for layer in reversed(list(layers.modules())):
         if isinstance(layer, nn.Conv2d):
             before = getattr(layer, '_left_padding', layer.padding[0])  # NeMo's causal convolution pads by itself
-            heard = heard * layer.stride[0] - before + layer.kernel_size[0] - 1
+            last = last * layer.stride[0] - before + layer.kernel_size[0] - 1
         elif isinstance(layer, (nn.Conv1d, nn.MaxPool2d)):
             return None
-    return heard
+    return last
 
 
 def context_table(encoder, frame_ms: float) -> str:

@@ -140,8 +140,3 @@ def _check_whole_chunks(batch: AttContext, own: AttContext, both: AttContext, wh
             f"{where}: the left context is {both.left}; with att_context_style chunked_limited it must be a multiple "
             f"of the chunk, {own_chunk} frames (right context + 1)"
         )
-
-
-def intersect_in_style(batch: AttContext, own: AttContext, style: str, where: str) -> AttContext:
-    """Return the context of all that is visible in both; see :meth:`Window.intersect`."""
-    return Window(batch, style).intersect(own, where).context

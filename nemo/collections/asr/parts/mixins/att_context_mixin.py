@@ -57,7 +57,7 @@ class AttContextMixin:
             raise ValueError(f"current_frame is given, but {type(masking).__name__} does not take it")
         return {**arguments, 'current_frame': current_frame}
 
-    def check_masking_can_be_answered(self) -> None:
+    def check_frames_see_others(self) -> None:
         """Check that in every context of the policy some layer sees another frame than the masked one.
 
         Raises:

@@ -85,7 +85,7 @@ class MaskedTokens(Objective):
                 "model.loss.decoder_offset is 0 with causal_downsampling: the receptive field of encoder frame i ends "
                 "at the beginning of target i. Set model.loss.decoder_offset=1."
             )
-        model.check_masking_can_be_answered()
+        model.check_frames_see_others()
 
 
 def why_all_frames(decoder: torch.nn.Module, loss: torch.nn.Module) -> str | None:

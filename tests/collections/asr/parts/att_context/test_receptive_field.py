@@ -104,8 +104,8 @@ def test_the_subsampling_looks_as_far_ahead_as_its_gradient_reaches(subsampling,
 @pytest.mark.parametrize(
     ('changes', 'reason'),
     [
-        ({'att_context_size': [4, -1]}, r'att_context_size \[4, -1\] an output hears the whole utterance'),
-        ({'att_context_size': [-1, -1]}, 'hears the whole utterance'),
+        ({'att_context_size': [4, -1]}, r'att_context_size \[4, -1\] the receptive field is the whole utterance'),
+        ({'att_context_size': [-1, -1]}, 'the receptive field is the whole utterance'),
         ({'conv_norm_type': 'batch_norm'}, 'conv_norm_type is batch_norm.*use layer_norm'),
         ({'self_attention_model': 'rel_pos_local_attn', 'att_context_size': [4, 4]}, 'rel_pos_local_attn'),
         ({'subsampling': 'vggnet', 'subsampling_factor': 4}, 'encoder.subsampling looks ahead is not known'),
@@ -126,7 +126,7 @@ def test_an_encoder_that_may_hear_its_next_tokens_is_refused(changes, reason):
 
 
 def test_an_encoder_of_others_is_refused():
-    assert 'Linear has heard is not known' in why_no_next_token(torch.nn.Linear(2, 2))
+    assert 'receptive field of Linear is not known' in why_no_next_token(torch.nn.Linear(2, 2))
 
 
 def test_the_context_may_be_given():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from attention_windows import attended
 
-from nemo.collections.asr.parts.att_context import AttContext, intersect_in_style
+from nemo.collections.asr.parts.att_context import AttContext
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window
 
 FRAMES = 24
@@ -64,7 +64,7 @@ class TestIntersectInStyle:
             if style == 'chunked_limited' and batch.left > 0 and batch.right >= 0 and batch.left % (batch.right + 1):
                 continue  # no context of this style
             try:
-                both = intersect_in_style(batch, own, style, 'here')
+                both = Window(batch, style).intersect(own, 'here').context
             except ValueError as error:
                 assert style == 'chunked_limited' and str(error).startswith('here: the ')
                 continue
@@ -92,8 +92,8 @@ class TestIntersectInStyle:
     )
     def test_what_chunks_cannot_show_is_refused(self, batch, own, message):
         with pytest.raises(ValueError, match=f'^here: {message}'):
-            intersect_in_style(AttContext(*batch), AttContext(*own), 'chunked_limited', 'here')
+            Window(AttContext(*batch), 'chunked_limited').intersect(AttContext(*own), 'here')
 
     def test_smaller_chunks_within_the_batchs(self):
-        both = intersect_in_style(AttContext(8, 3), AttContext(4, 1), 'chunked_limited', 'here')
+        both = Window(AttContext(8, 3), 'chunked_limited').intersect(AttContext(4, 1), 'here').context
         assert both == AttContext(4, 1)

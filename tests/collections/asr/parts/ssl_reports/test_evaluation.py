@@ -211,5 +211,5 @@ def test_what_is_not_the_same_question_is_not_compared():
     assert why_not_compared(hears_six, hears_three, 'next_0', '8_3') == (
         "its horizons begin 6 tokens after a frame's own, the first's 3"
     )
-    with pytest.raises(ValueError, match='an output hears the whole utterance'):
+    with pytest.raises(ValueError, match='the receptive field is the whole utterance'):
         found(NEXT_TOKEN, contexts=[[-1, -1]])
