@@ -98,9 +98,9 @@ class LiveMasking:
         earlier = {} if stream.time_line is None else {'stream': stream.time_line}
         with self.model.encoder.using_att_context_size(self.context):
             arguments = self.model.masking_arguments(current_frame=received)
-        masked, masks = self.model.mask_processor(
-            input_feats=frames.unsqueeze(0), input_lengths=received, **earlier, **arguments
-        )
+            masked, masks = self.model.mask_processor(
+                input_feats=frames.unsqueeze(0), input_lengths=received, **earlier, **arguments
+            )
         return masked[0], masks[0]
 
     def take_targets(self, stream: MaskedStream, tokens: torch.Tensor | None) -> None:
