@@ -132,7 +132,7 @@ class TrainingNumbersMixin:
     def flops_of_step(self, record, predicted: torch.Tensor):
         """Return the floating point operations of forward and backward pass, without what is computed twice.
 
-            Six for each weight and frame, and twelve for each pair of a frame and a key in the window, dimension and layer; the
+        Six for each weight and frame, and twelve for each pair of a frame and a key in the window, dimension and layer; the
         subsampling's are counted on a batch.
         """
         encoder, (batch, _, frames) = self.encoder, record.encoded.shape
