@@ -25,7 +25,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         path: the target, in a folder that is there.
 
     Raises:
-        OSError: naming the target and the cause, if it cannot be written (a full disk, say).
+        OSError: naming the target and the cause, if it cannot be written (such as a full disk).
     """
     target = Path(path)
     remove_partial_files(target.parent, target.name)

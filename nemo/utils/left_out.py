@@ -56,7 +56,7 @@ class LeftOut:
         return describe(self.reasons())
 
     def clear(self) -> None:
-        """Begin to count anew."""
+        """Clear the counts."""
         if self._owner == os.getpid():
             Path(self.path).unlink(missing_ok=True)
 

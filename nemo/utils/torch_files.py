@@ -62,7 +62,7 @@ def save(content, path: str | Path) -> None:
     """Save as ``torch.save`` does.
 
     Raises:
-        OSError: naming the file and the cause (a full disk, say), which torch's own error leaves out.
+        OSError: naming the file and the cause (such as a full disk), which torch's own error leaves out.
     """
     try:
         with open(path, 'wb') as file:

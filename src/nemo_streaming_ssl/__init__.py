@@ -2,7 +2,7 @@
 """Serve this project's patch set in place of the NeMo modules of the same dotted names.
 
 ``install()`` runs at every interpreter start (from ``nemo_streaming_ssl.pth`` or ``.start``), so this file imports
-nothing but ``sys`` until a patched module is asked for. It knows nothing of speech.
+nothing but ``sys`` until a patched module is imported. It has no speech code.
 """
 
 import sys

@@ -2,7 +2,7 @@
 """``python -m nemo_streaming_ssl``: which NeMo, active or not and why, which modules. Exits with 1 if inactive.
 
 ``python -m nemo_streaming_ssl examples TARGET`` copies the example scripts and their configs to TARGET;
-``python -m nemo_streaming_ssl doctor`` checks all that pre-training needs, and says what to do about what is wrong;
+``python -m nemo_streaming_ssl doctor`` checks all that pre-training needs, and prints what to do about each problem;
 ``python -m nemo_streaming_ssl docs [PAGE]`` lists the pages of the documentation, or prints one.
 """
 
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nemo_streaming_ssl", description=str(__doc__).split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", metavar="examples TARGET | doctor | docs [PAGE]")
     examples = commands.add_parser("examples", help="copy the example scripts and their configs to a folder")
-    examples.add_argument("target", help="a folder that is not there yet")
+    examples.add_argument("target", help="a folder that does not exist yet")
     commands.add_parser("doctor", help="check the installation, with a step of pre-training")
     documentation = commands.add_parser("docs", help="list the pages of the documentation, or print one")
     documentation.add_argument("page", nargs="?", help="such as contexts")
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def report() -> int:
-    """Say what is active; return the exit status."""
+    """Print what is active; return the exit status."""
     print("\n".join(report_lines()))
     try:
         require_active()

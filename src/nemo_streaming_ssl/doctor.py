@@ -26,13 +26,13 @@ class Finding(NamedTuple):
 
     Attributes:
         name: of what was checked.
-        sound: whether it is as it should be.
+        ok: whether the check passed.
         found: what there is.
-        remedy: what to do, where it is not sound; else ''.
+        remedy: what to do, where it is not ok; else ''.
     """
 
     name: str
-    sound: bool
+    ok: bool
     found: str
     remedy: str = ""
 
@@ -45,21 +45,21 @@ def examine() -> Iterator[Finding]:
 
 
 def doctor(say: Callable[[str], None] = print) -> int:
-    """Say what each check found, and return the exit status: 1 if anything is wrong."""
+    """Print the result of each check; return the exit status, 1 if any fails."""
     wrong = 0
     for finding in examine():
-        wrong += not finding.sound
-        say(f"{'ok   ' if finding.sound else 'WRONG'} {finding.name}: {finding.found}")
+        wrong += not finding.ok
+        say(f"{'ok   ' if finding.ok else 'WRONG'} {finding.name}: {finding.found}")
         if finding.remedy:
             say(f"      {finding.remedy}")
-    say("All is well." if not wrong else f"{wrong} to mend, see above.")
+    say("All checks passed." if not wrong else f"{wrong} to fix, see above.")
     return int(bool(wrong))
 
 
 def _python() -> Finding:
     found = f"{sys.version.split()[0]}, {sys.executable}"
-    sound = sys.version_info >= (3, 10)
-    return Finding("Python", sound, found, "" if sound else "Install Python 3.10 or later; 3.11 was tested.")
+    ok = sys.version_info >= (3, 10)
+    return Finding("Python", ok, found, "" if ok else "Install Python 3.10 or later; 3.11 was tested.")
 
 
 def _nemo() -> Finding:
@@ -67,8 +67,8 @@ def _nemo() -> Finding:
     wanted = 'Run pip install "nemo_toolkit[asr]>={},<{}"'.format(*supported_range())
     if version is None:
         return Finding("NeMo", False, "not installed", wanted)
-    sound = in_tested_range(version)
-    return Finding("NeMo", sound, version, "" if sound else wanted)
+    ok = in_tested_range(version)
+    return Finding("NeMo", ok, version, "" if ok else wanted)
 
 
 def _patches() -> Finding:
@@ -133,14 +133,14 @@ def _memory() -> Finding:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
         free = max(free, _available())
     except (AttributeError, ValueError, OSError):  # of other systems than Linux
-        return Finding("memory", True, "this system does not say how much is free")
-    sound = free >= FREE_MEMORY
-    remedy = "" if sound else f"The demo takes up to {FREE_MEMORY} GB; end other programs, or train elsewhere."
-    return Finding("memory", sound, f"{free:.1f} GB free", remedy)
+        return Finding("memory", True, "the free memory is unknown on this system")
+    ok = free >= FREE_MEMORY
+    remedy = "" if ok else f"The demo takes up to {FREE_MEMORY} GB; end other programs, or train elsewhere."
+    return Finding("memory", ok, f"{free:.1f} GB free", remedy)
 
 
 def _available() -> float:
-    """Return the GB that Linux could free for a new program; 0 if it does not say."""
+    """Return the GB that Linux could free for a new program; 0 if that is unknown."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             lines = dict(line.split(":", 1) for line in file)
@@ -151,9 +151,9 @@ def _available() -> float:
 
 def _disk() -> Finding:
     free = shutil.disk_usage(os.getcwd()).free / 1e9
-    sound = free >= FREE_DISK
-    remedy = "" if sound else f"Checkpoints of the demo take up to {FREE_DISK} GB; work in another folder."
-    return Finding("disk", sound, f"{free:.1f} GB free in {os.getcwd()}", remedy)
+    ok = free >= FREE_DISK
+    remedy = "" if ok else f"Checkpoints of the demo take up to {FREE_DISK} GB; work in another folder."
+    return Finding("disk", ok, f"{free:.1f} GB free in {os.getcwd()}", remedy)
 
 
 def _trial() -> Finding:

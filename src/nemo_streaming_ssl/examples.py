@@ -11,7 +11,7 @@ COPIED = (".py", ".yaml")
 
 
 def copy_examples(target: str | os.PathLike[str]) -> int:
-    """Copy ``examples/`` to a folder that is not there yet, whole or not at all.
+    """Copy ``examples/`` to a new folder, complete or not at all.
 
     Args:
         target: the folder to make; its parent must be there.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tell whether the patched modules are the ones in use. Imports nothing of NeMo: it only looks at files."""
+"""Report whether the patched modules are the ones in use. Imports nothing of NeMo: it only looks at files."""
 
 import os
 import re
@@ -21,8 +21,8 @@ class PatchedModule(NamedTuple):
     Attributes:
         name: dotted name it is imported by.
         file: the patch set's file.
-        original: NeMo's file of that name, or None if NeMo has none (or is not there).
-        stands_in: whether the file asks for its original, that is, calls ``upstream(globals())``.
+        original: NeMo's file of that name, or None if NeMo has none (or is missing).
+        stands_in: whether the file loads its original, that is, calls ``upstream(globals())``.
     """
 
     name: str
@@ -59,7 +59,7 @@ def report_lines() -> list[str]:
 
 
 def require_active(*names: str) -> list[str]:
-    """Make sure that the patched modules are the ones in use, and say so.
+    """Check that the patched modules are in use; return the lines of a report.
 
     Args:
         names: dotted names of modules of the patch set that must be in use; they are imported if they are not yet.

@@ -23,7 +23,7 @@ def found(name):
 def test_a_sound_installation_trains_a_step(capsys):
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert all(line.startswith("ok ") for line in lines[:-1]) and lines[-1] == "All is well."
+    assert all(line.startswith("ok ") for line in lines[:-1]) and lines[-1] == "All checks passed."
     assert "a pre-training step: one step on" in lines[-2] and "loss" in lines[-2]
 
 
@@ -35,7 +35,7 @@ def test_each_thing_that_is_wrong_is_said_with_its_remedy(monkeypatch, capsys):
         "WRONG disk: full",
         "      Make room.",
         "ok    torch: 2.0",
-        "1 to mend, see above.",
+        "1 to fix, see above.",
     ]
 
 

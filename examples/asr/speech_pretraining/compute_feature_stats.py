@@ -110,7 +110,7 @@ def _add_pca_arguments(parser):
     parser.add_argument(
         "--target_normalize",
         choices=TARGET_NORMALIZATIONS,
-        help="how the quantizer's input is normalised (default: as --config says, or per_feature)",
+        help="how the quantizer's input is normalised (default: that of --config, or per_feature)",
     )
 
 

@@ -46,7 +46,7 @@ CONTEXTS = '[[80,0],[160,0],[320,0],[-1,0]]'
 
 
 def convert(options) -> Carried:
-    """Convert as the command line says; writes the file in one step, and only if all went well.
+    """Convert a model by the command line; write the file in one step.
 
     Raises:
         ValueError: saying what cannot be converted, or that a file is there already.

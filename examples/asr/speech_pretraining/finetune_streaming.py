@@ -12,7 +12,7 @@ recognised, or with ``model.tokenizer='{dir: TOKENIZER, type: bpe}'`` the word p
 ``process_asr_text_tokenizer.py`` made. The preprocessor and the encoder are built as those of the pre-trained model, so
 features and contexts, those of the layers included, are what the weights have learned; ``model.preprocessor`` and
 ``model.encoder`` replace single settings. The .nemo that results is streamed by
-``StreamingSession`` and ``streaming_inference_example.py``. A run that was interrupted goes on where it was.
+``StreamingSession`` and ``streaming_inference_example.py``. An interrupted run continues.
 """
 
 from script_tools import fit_or_exit, require_patches, show_help
@@ -127,7 +127,7 @@ def name_tokens(model: DictConfig) -> None:
 
 
 def build(cfg: DictConfig):
-    """Make the trainer and the model that the config asks for, in the experiment's folder.
+    """Make the trainer and the model of the config, in the experiment's folder.
 
     Raises:
         ValueError: from any of them, naming what cannot work.
@@ -170,7 +170,7 @@ def check_can_stream(model) -> None:
 
 @hydra_runner(config_path="../conf/ssl/finetune", config_name="streaming_ctc")
 def main(cfg: DictConfig) -> None:
-    """Fine-tune as the config says."""
+    """Fine-tune by the config."""
     fit_or_exit(__file__, PATCHES_IN_USE, cfg, prepare, build)
 
 

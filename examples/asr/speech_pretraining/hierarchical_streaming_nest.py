@@ -14,7 +14,7 @@ show_help(__doc__)
 
 
 def main() -> None:
-    """Pre-train as the config says."""
+    """Pre-train by the config."""
     require_patches(__file__)
     if not any(argument.startswith(('--config-name', '-cn')) for argument in sys.argv):
         sys.argv.insert(1, '--config-name=nest_hierarchical_streaming')

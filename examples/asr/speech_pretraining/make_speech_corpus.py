@@ -4,11 +4,11 @@
     python make_speech_corpus.py --output DIR [--minutes 30] [--seed 0]
 
 The eSpeak NG synthesiser of the PyPI package ``espeakng-loader`` reads sentences of a small English grammar (numbers,
-dates, commands: ``corpus_sentences.py``) with four voices, so that what was said tells something of what comes. DIR
+dates, commands: ``corpus_sentences.py``) with four voices, so that coming words are predictable. DIR
 gets 16 kHz mono wav files and NeMo manifests with relative paths: ``train_manifest.json``,
 ``validation_manifest.json`` and ``test_manifest.json`` (each a tenth of the length, with sentences of its own, a fifth of
 them by a voice that is in no other split), and ``noise_manifest.json``. The same settings give the same bytes, whatever the number of processes. A corpus that is
-complete is used again; one that was interrupted, or made with other settings, is made anew.
+complete is used again; one that was interrupted, or made with other settings, is replaced.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 SAMPLE_RATE = 16000  # Hz
 SHORTEST, LONGEST = 2.0, 9.0  # seconds of an utterance
-RECIPE = 4  # raise it when this script's output changes, so that corpora on disk are made anew
+RECIPE = 4  # raise it when this script's output changes, so that corpora on disk are replaced
 PATIENCE = 120  # seconds to wait for one utterance
-SETTINGS = "corpus.json"  # written last: its presence says that the corpus is complete
+SETTINGS = "corpus.json"  # written last: it marks a complete corpus
 SPLITS = ("train", "validation", "test", "noise")
 
 # eSpeak's voices, with variants (formants, pitch, roughness); a held-out voice is in one split only. They speak slowly:

@@ -9,7 +9,7 @@ r"""Pack the speech of NeMo manifests into shards (lhotse Shar), which disks and
 A shard is a tar file of recordings and a manifest of as many cuts. ``OUTPUT/shar`` appears when all shards are whole, and
 has nothing but them; beside it are ``SHA256SUMS`` (``sha256sum -c SHA256SUMS`` in OUTPUT checks it) and ``report.json``,
 with the utterances, seconds, and every bad file with the reason. Bad are files that cannot be read, have no samples or
-samples that are NaN or infinite, or less than half of the duration that the manifest says. They are left out, named and
+samples that are NaN or infinite, or less than half of the duration in the manifest. They are left out, named and
 counted; with ``--bad_audio stop`` the first one ends it.
 
 The command can be interrupted and started again: shards that are whole stay. Each is read back when it is written, and

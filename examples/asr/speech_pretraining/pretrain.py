@@ -54,7 +54,7 @@ def prepare(cfg: DictConfig) -> DictConfig:
 
 
 def build(cfg: DictConfig) -> tuple[pl.Trainer, EncDecDenoiseMaskedTokenPredModel]:
-    """Make the trainer and the model that the config asks for, in the experiment's folder; log the model's contexts.
+    """Make the trainer and the model of the config, in the experiment's folder; log the model's contexts.
 
     Raises:
         ValueError: from any of them, naming what cannot work.
@@ -71,7 +71,7 @@ def build(cfg: DictConfig) -> tuple[pl.Trainer, EncDecDenoiseMaskedTokenPredMode
 
 @hydra_runner(config_path="../conf/ssl/nest", config_name="nest_next_token_streaming")
 def main(cfg: DictConfig) -> None:
-    """Pre-train as the config says."""
+    """Pre-train by the config."""
     fit_or_exit(__file__, PATCHES_IN_USE, cfg, prepare, build)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 def require_patches(script: str, *modules: str) -> list[str]:
     """End the script with a clear error if the patches of this project are not in use.
 
-    A script calls it before it imports NeMo: on stock NeMo an import would fail with less to say.
+    A script calls it before it imports NeMo: on stock NeMo an import would fail without the reason.
 
     Args:
         script: the ``__file__`` of the script.
@@ -36,7 +36,7 @@ def require_patches(script: str, *modules: str) -> list[str]:
 
 
 def show_help(text: str) -> None:
-    """Print the help of a script that takes its options from a config, and end it, if the command line asks for help.
+    """Print the help of a script that takes its options from a config, and end it, if the command line has --help.
 
     Hydra's own help is the whole config. A script calls this before it imports NeMo, which takes longest.
 
@@ -63,14 +63,14 @@ def report_error(script: str, error: Exception, status: int = 2) -> int:
 
 
 def explained(error: Exception) -> str:
-    """Return what an error says, and where the config key is explained that it is about, if it is about one."""
+    """Return the message of an error, and the page that explains its config key, if it has one."""
     from nemo.collections.asr.parts.utils.config_keys import where_to_read
 
     return f"{error}{'' if 'See docs/' in str(error) else where_to_read(str(error))}"
 
 
 def check_folders(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
-    """End with the parser's error if the folder of an output file is not there.
+    """End with the parser's error if the folder of an output file does not exist.
 
     Args:
         parser: made the options.
@@ -130,7 +130,7 @@ def sample_rate_of(model) -> int:
 
 
 def fit_or_exit(script: str, patches: list[str], cfg, prepare: Callable, build: Callable) -> None:
-    """Train as the config says; if it cannot work, end with one message before any training.
+    """Train by the config; if it cannot work, end with one message before any training.
 
     Args:
         script: the ``__file__`` of the script.

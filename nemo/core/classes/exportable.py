@@ -2,7 +2,7 @@
 """Patch of NeMo's ``exportable.py``: ONNX export with any torch.
 
 NeMo 2.5.3 leaves the exporter to torch, which since 2.9 takes one that cannot do with NeMo's dynamic axes. Later NeMo
-asks for the exporter that traces; so does this, for all versions.
+takes the tracing exporter; so does this, for all versions.
 """
 
 import functools

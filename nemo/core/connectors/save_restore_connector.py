@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch of NeMo's ``save_restore_connector.py``: ``.nemo`` files are whole or not there, and broken ones are named."""
+"""Patch of NeMo's ``save_restore_connector.py``: ``.nemo`` files are complete or absent, and errors name broken ones."""
 
 import gzip
 import os
@@ -102,7 +102,7 @@ class SaveRestoreConnector(_up.SaveRestoreConnector):
 
 def _check_sums(model_weights) -> None:
     """Compare the weights with the sums that torch writes and does not read; some 0.7 s for a gigabyte."""
-    if zipfile.is_zipfile(model_weights):  # others are from before torch 1.6, or end too early: torch says so
+    if zipfile.is_zipfile(model_weights):  # others are from before torch 1.6, or end too early: torch raises
         with zipfile.ZipFile(model_weights) as archive:
             damaged = archive.testzip()
         if damaged is not None:

@@ -37,11 +37,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class NeMoModelCheckpoint(_up.NeMoModelCheckpoint):
-    """NeMo's checkpoints, whole or not there.
+    """NeMo's checkpoints, complete or absent.
 
     NeMo marks a checkpoint ``-unfinished`` while it is written or removed, and refuses to resume if the only last
     checkpoint bears the mark, or if there are two. A file that is written atomically is good in spite of the mark,
-    and of two last checkpoints the newer is the one to go on from.
+    and of two last checkpoints a run continues from the newer.
     """
 
     def setup(self, trainer, pl_module, stage: str) -> None:

@@ -186,7 +186,7 @@ def check_manifest(path: str, key: str, min_duration: float | None = None, max_d
         The number of utterances that are kept; 0 for a manifest in a data store, which is left to its reader.
 
     Raises:
-        ValueError: if it is missing, malformed, empty, wholly dropped, or names audio that is not there.
+        ValueError: if it is missing, malformed, empty, wholly dropped, or names missing audio.
     """
     if is_remote(path):
         return 0

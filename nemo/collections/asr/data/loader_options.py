@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of a data section that NeMo's loaders do not know, applied to the loader that NeMo makes. New in this project."""
+"""Options of a data section that NeMo's loaders lack, applied to the loader that NeMo makes."""
 
 import copy
 from contextlib import nullcontext
@@ -12,7 +12,7 @@ from nemo.collections.asr.data.ssl_dataset import set_skip_bad_audio
 from nemo.collections.asr.parts.att_context.synced_collate import create_synced_context_collate
 from nemo.collections.asr.parts.utils.config_keys import SyncedContexts
 
-LOADER_KEYS = ('synced_contexts', 'skip_bad_audio', 'resumable')  # which NeMo's data loaders do not know
+LOADER_KEYS = ('synced_contexts', 'skip_bad_audio', 'resumable')  # which NeMo's data loaders lack
 
 
 def take_own_options(config) -> tuple:
@@ -36,7 +36,7 @@ def take_own_options(config) -> tuple:
 
 
 def with_own_options(loader, synced_contexts=None, skip_bad_audio=None, resumable=None):
-    """Apply to a data loader what the config says; None leaves it as it is.
+    """Apply the options of the config to a data loader; None leaves it as it is.
 
     Args:
         loader: a data loader, or None.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The utterances of manifests, parsed when they are asked for. New in this project; takes the place of ``ASRAudioText``.
+"""Lazy manifests: utterances are parsed on access. Takes the place of ``ASRAudioText``.
 
 NeMo makes a Python object of each entry before the first step, and looks for its audio file on the disk: a million take 45 s
 and more, and each worker's copy of them grows as it counts references.
@@ -28,11 +28,11 @@ class ManifestEntries(Sequence):
         manifests: paths; those in a data store are fetched as NeMo does.
         parse: makes a dict of a line and its manifest's name.
         min_duration: shorter utterances are left out, in seconds.
-        max_duration: the same for longer ones; those whose duration is not said stay.
+        max_duration: the same for longer ones; those without a duration stay.
         max_number: how many are taken at most; 0 or None: all.
 
     Raises:
-        ValueError: naming file and line, if there is a line that is no JSON object or has a duration that is no number.
+        ValueError: naming file and line, if there is a line that is no JSON object or has a duration that is not a number.
     """
 
     def __init__(

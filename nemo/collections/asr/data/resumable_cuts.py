@@ -150,7 +150,7 @@ class CutStream:
         return next(self._cuts)
 
     def __deepcopy__(self, memo) -> 'CutStream':
-        return self  # copies of the sampler go on reading where the one before was
+        return self  # copies of the sampler continue reading where the one before was
 
     def _read(self) -> Iterator:
         number, first, done, offset = self.position
@@ -277,7 +277,7 @@ class ResumableCutLoader(ResumableLoader):
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where a loader with this state was; with other numbers of ranks or workers, with the next shards."""
+        """Continue where a loader with this state was; with other numbers of ranks or workers, with the next shards."""
         data = self.dataset
         if (state['readers'], state['workers']) == (data.readers, max(1, self.num_workers)):
             data.begin, data.first_reader = state['begin'], state['first_reader']
@@ -287,7 +287,7 @@ class ResumableCutLoader(ResumableLoader):
         data.places, data.first_reader = {}, 0
         logging.warning(
             f"train_ds.resumable: the state is of {state['readers']} readers (ranks times workers), now there are "
-            f"{data.readers}. They go on with shards that no reader had opened when its last segment began: up to {data.segment} "
+            f"{data.readers}. They continue with shards that no reader had opened when its last segment began: up to {data.segment} "
             "utterances of each reader may come twice, and what was left of open shards is left out of this pass."
         )
 

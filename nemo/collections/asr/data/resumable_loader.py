@@ -2,7 +2,7 @@
 """A data loader that resumes in the middle of an epoch, exactly. New in this project.
 
 The order of the utterances, and all that is drawn for a batch (noise, masks, dropout), is a pure function of (seed, epoch,
-batch), with any number of workers. On another number of ranks the order stays, and each rank goes on where all ranks
+batch), with any number of workers. On another number of ranks the order stays, and each rank continues where all ranks
 together were. ``resumable_cuts.py`` has the same for data that lhotse reads.
 """
 
@@ -92,7 +92,7 @@ class ResumableDataLoader(ResumableLoader):
         if state['ranks'] != self.ranks and self._to_skip:
             logging.warning(
                 f"train_ds.resumable: {state['ranks']} ranks had used {self._to_skip} utterances of epoch {state['epoch']}; "
-                f"{self.ranks} go on after these. Fewer than a batch of each rank may come twice."
+                f"{self.ranks} continue after these. Fewer than a batch of each rank may come twice."
             )
 
     def __iter__(self) -> Iterator:

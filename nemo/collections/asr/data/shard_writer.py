@@ -226,7 +226,7 @@ def audio_of(entry: dict) -> str:
 
 
 def make_shards(shards: list[Shard], maker: ShardMaker, workers: int) -> list[ShardReport]:
-    """Make the shards that are not there, with a progress bar; returns the reports of all."""
+    """Make the missing shards, with a progress bar; returns the reports of all."""
     missing = [shard for shard in shards if not (maker.folder / f'{shard.number:06d}' / 'report.json').exists()]
     whole = sum(len(shard.lines) for shard in shards)
     done = whole - sum(len(shard.lines) for shard in missing)
@@ -261,7 +261,7 @@ def read_report(folder: Path) -> ShardReport:
 
 
 def put_together(output: Path, parts: Path, reports: list[ShardReport]) -> None:
-    """Move the files of all shards into one folder, and that into place; interrupted, it goes on."""
+    """Move the files of all shards into one folder, and that into place; an interrupted run continues."""
     gathered = output / '.shar'
     gathered.mkdir(exist_ok=True)
     for report in reports:

@@ -28,7 +28,7 @@ from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
 
-LEAST_SHARE_OF_DURATION = 0.5  # of what the manifest says; a file with less is most likely cut off
+LEAST_SHARE_OF_DURATION = 0.5  # of the duration in the manifest; a shorter file is most likely cut off
 SHORTER = 'shorter than the manifest says'
 UNREADABLE = 'unreadable'
 MISSING = 'the file has no such member, or ends before it'
@@ -109,7 +109,7 @@ class _LeavesOut:
 
 
 class AudioNoiseDataset(_LeavesOut, _up.AudioNoiseDataset):
-    """NeMo's dataset of noisy audio, with errors that name the file, and entries that are parsed when asked for."""
+    """NeMo's dataset of noisy audio, with errors that name the file, and entries that are parsed on access."""
 
     def __init__(self, *args, **kwargs):
         with entries_read_when_asked_for():
@@ -375,7 +375,7 @@ def parts_of(dataset) -> Iterator:
 
 
 def _bad_file(file, error: Exception) -> BadAudioError:
-    """Name a file and why it cannot be read; NeMo 2.5.3 tries a second decoder, whose error says less."""
+    """Name a file and why it cannot be read; NeMo 2.5.3 tries a second decoder, whose error lacks the cause."""
     if str(error).endswith(NOT_FINITE):
         return BadAudioError(f'{file}: {NOT_FINITE}', NOT_FINITE)
     if isinstance(file, str) and os.path.isfile(file):

@@ -28,7 +28,7 @@ class Carried:
     dropped: dict = field(default_factory=dict)
     """Those of the offline model that no part of the streaming one takes, and why."""
     fresh: dict = field(default_factory=dict)
-    """Those of the streaming model that begin anew, and why."""
+    """Those of the streaming model that start from random weights, and why."""
 
     def __str__(self) -> str:
         lines = [f'{len(self.as_they_are)} weights carried over as they are']
@@ -176,7 +176,9 @@ def check_streams(model, seconds: float = 2.0) -> float:
         1, int(seconds * model.preprocessor.featurizer.sample_rate), generator=torch.Generator().manual_seed(0)
     )
     largest = 0.0
-    for context in streamable_contexts(model) or model.encoder.att_context_size_all:  # whose session says why not
+    for context in (
+        streamable_contexts(model) or model.encoder.att_context_size_all
+    ):  # whose session raises with the reason
         session = StreamingSession(model, att_context_size=context)
         pieces = [session.step(piece).encoded for piece in samples.split(1234, dim=1)] + [session.finish().encoded]
         difference = torch.cat(pieces, dim=2) - encode_offline(model, samples, context)

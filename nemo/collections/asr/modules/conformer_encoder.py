@@ -196,7 +196,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
             check_streaming_chunk(Window(batch, self.att_context_style), chunk_size, shift_size, look_ahead)
         elif self.att_context_style == 'regular':
             given.update(chunk_size=look_ahead + 1, shift_size=1)
-        # Stock knows one left context only; with left_chunks it asks for none, and does not warn.
+        # Stock supports one left context only; with left_chunks it takes none, and does not warn.
         given['left_chunks'] = left_chunks or 0
         super().setup_streaming_params(**given, att_context_size=batch.as_list(), max_context=max_context)
         if left_chunks is None or chunk_size is None:
@@ -243,7 +243,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
             super().change_attention_model(self_attention_model, *args, **kwargs)
         self._connect_layers()
         if self._has_layer_contexts():
-            self._refresh_streaming_params()  # it also tells the new modules what they are to drop from their cache
+            self._refresh_streaming_params()  # it also sets what the new modules drop from their cache
 
     def forward_internal(self, audio_signal, length, cache_last_channel=None, *args, **kwargs):
         """Run the encoder within one context; arguments and results are NeMo's."""
@@ -290,7 +290,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
 
     def _calc_context_sizes(self, att_context_size, att_context_probs, **kwargs):
         if att_context_probs and abs(sum(att_context_probs) - 1) <= PROBABILITY_TOLERANCE:
-            # Stock wants a sum of exactly 1, which ten times 0.1 misses.
+            # Stock requires a sum of exactly 1, which ten times 0.1 misses.
             att_context_probs = list(att_context_probs)
             att_context_probs[-1] = 1 - sum(att_context_probs[:-1])
         return super()._calc_context_sizes(

@@ -125,7 +125,7 @@ def test_goes_on_with_other_ranks_without_repeating_or_losing_more_than_a_batch_
 def test_says_that_the_ranks_are_others(warnings):
     _, state = shares(2, 1, 2)
     resumable().load_state_dict(state)
-    assert '2 ranks had used 8 utterances of epoch 1; 1 go on after these' in ''.join(warnings)
+    assert '2 ranks had used 8 utterances of epoch 1; 1 continue after these' in ''.join(warnings)
 
 
 def test_a_batch_that_is_fetched_ahead_of_the_step_is_not_lost():

@@ -86,7 +86,7 @@ class LiveStreams:
             try:
                 self._admit(request, seen)
                 usable.append(index)
-            except Exception as error:  # whatever a client sends, the others go on
+            except Exception as error:  # whatever a client sends, the others continue
                 outputs[index] = _failed(request, error)
         try:
             made = super().transcribe_step([requests[index] for index in usable]) if usable else []

@@ -52,7 +52,7 @@ class CodebookRefinement(nn.Module):
         """Whether frames still matter, because a refinement is yet to come; :meth:`is_due` keeps it."""
         self.last_batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         """The three arguments of the latest :meth:`observe`; not in checkpoints."""
-        self._refined_step: int | None = 0  # refined_step on the host; None: not read yet
+        self._refined_step: int | None = 0  # refined_step as a CPU scalar; None: not read yet
         shape = num_books, num_classes, code_dim + 1
         # Per code, K sums and then a count; of the frames since the last refinement, and of those before, decayed.
         self.register_buffer('observed', torch.zeros(shape, dtype=torch.int64))
@@ -114,7 +114,7 @@ class CodebookRefinement(nn.Module):
         return codes, replaced
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Load the buffers; start afresh from a checkpoint that has none of them."""
+        """Load the buffers; start from zero with a checkpoint that has none of them."""
         names = ('observed', 'remembered', 'refined_step')
         if not any(prefix + name in state_dict for name in names):
             state_dict = {prefix + name: torch.zeros_like(getattr(self, name)) for name in names}

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block masking of endless streams: the state of what was drawn. New in this project.
 
-The frames that are kept visible lie on one grid from the beginning of a stream. Blocks begin and go on as in
+The frames that are kept visible lie on one grid from the beginning of a stream. Blocks begin and continue as in
 ``RandomBlockMasking``, on the frames between.
 
-Shapes: B streams, N new mask frames, T mask frames asked for, A attention frames.
+Shapes: B streams, N new mask frames, T mask frames to draw, A attention frames.
 """
 
 import math

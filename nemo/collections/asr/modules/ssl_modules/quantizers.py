@@ -21,7 +21,7 @@ from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
 
-# Scores held at a time. 2 ** 20 in float64 are 8 MB, which stay in a CPU's cache; a GPU wants fewer and larger kernels.
+# Scores held at a time. 2 ** 20 in float64 are 8 MB, which stay in a CPU's cache; a GPU needs fewer and larger kernels.
 SCORES_AT_A_TIME_ON_CPU = 2**20
 SCORES_AT_A_TIME = 2**24
 

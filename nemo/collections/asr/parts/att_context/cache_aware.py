@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What NeMo's cache-aware streaming needs to know of contexts that differ from layer to layer."""
+"""Cache sizes of NeMo's cache-aware streaming for contexts that differ by layer."""
 
 from collections.abc import Sequence
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A ceiling on the batches' contexts that moves as training goes on."""
+"""A ceiling on the batches' contexts that moves during training."""
 
 import math
 from dataclasses import replace

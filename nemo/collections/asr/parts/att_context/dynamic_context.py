@@ -93,7 +93,7 @@ def sync_masking_to_attention(model) -> int:
         the masking's left context in attention frames, -1 = unlimited.
 
     Raises:
-        ValueError: if the model's encoder or masking knows no context.
+        ValueError: if the model's encoder or masking has no context.
     """
     encoder, masking = getattr(model, 'encoder', None), getattr(model, 'mask_processor', None)
     if not hasattr(encoder, 'tightest_left_context'):
@@ -123,7 +123,7 @@ class DynamicContextModel:
     """A model whose ``att_context_size`` can be set, for attention and masking alike.
 
     All else is the model's: attributes are read from it and set on it, and calls go to it. It is no ``nn.Module``;
-    what needs one (a trainer, say) takes ``wrapper.model``. Nothing of it is in a checkpoint.
+    what needs one (such as a trainer) takes ``wrapper.model``. Nothing of it is in a checkpoint.
 
     Args:
         model: one of this project's SSL models.
@@ -147,7 +147,7 @@ class DynamicContextModel:
         set_dynamic_context(self.model, context)
 
     def __getattr__(self, name):
-        if name == 'model':  # not there yet: a copy in the making
+        if name == 'model':  # a copy in the making
             raise AttributeError(name)
         return getattr(self.model, name)
 

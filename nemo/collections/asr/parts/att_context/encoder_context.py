@@ -171,7 +171,7 @@ class EncoderContext:
         """Return the context of a batch that brings none; see :meth:`att_context_of_batch`."""
         return self.att_context_of_batch(step=step)
 
-    @torch.compiler.disable  # it would be compiled anew for each step
+    @torch.compiler.disable  # it would be recompiled for each step
     def _drawn(self, step: int | None) -> AttContext:
         if step is None:
             step, self._draws = self._draws, self._draws + 1

@@ -181,7 +181,7 @@ def why_no_next_token(encoder, att_context_size=None) -> str | None:
     if getattr(encoder, 'reduction_subsampling', None) is not None:
         return "encoder.reduction makes frames of several frames, between the layers"
     if _features_ahead(encoder) is None:
-        return f"how far encoder.subsampling looks ahead is not known for {type(encoder.pre_encode).__name__}"
+        return f"the look-ahead of encoder.subsampling is not known for {type(encoder.pre_encode).__name__}"
     norms = {layer.conv.norm_type for layer in encoder.layers} - set(NORMS_OF_ONE_FRAME)
     if norms:
         return (

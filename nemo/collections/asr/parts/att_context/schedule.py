@@ -12,7 +12,7 @@ INTERPOLATIONS = ('step', 'linear')
 ANCHORS = 'anchors [layer, [left, right]], such as [0, [40, 0]]'  # as errors name them
 
 Check = Callable[[AttContext, str], None]
-"""Raises ValueError, beginning with the string that says where the context was found, if it cannot be followed."""
+"""Raises ValueError, beginning with the given place, if the context cannot be followed."""
 
 
 @dataclass(frozen=True)
@@ -202,11 +202,11 @@ def parse_own_context(value, field: str) -> AttContext:
 
 
 def _accept(context: AttContext, where: str, check: Check | None) -> None:
-    """Check a context as the caller wants it checked, and warn of one without a past."""
+    """Check a context by the caller's check, and warn of one without a past."""
     if check is not None:
         check(context, where)
     if context.left == 0:
-        logging.warning(f"{where}: a left context of 0 shows a frame nothing of its past. Is that what you want?")
+        logging.warning(f"{where}: with a left context of 0 a frame sees nothing of its past")
 
 
 def _between(first: int, second: int, steps: int, of_steps: int) -> int:

@@ -3,8 +3,8 @@
 
 A worker process can set nothing on the model, so the context travels in the batch: ``batch.att_context``, and beside
 it ``batch.context_draw``, the rule it was drawn by. The draw is a pure function of a seed and a number. A collate
-function numbers batches as well as it can, by counting; only the trainer knows the number that all ranks share and
-that a resumed run goes on with, its global step. So the model numbers the draw anew when a trainer hands it a batch.
+function numbers batches as well as it can, by counting; only the trainer has the number that all ranks share and
+that a resumed run continues, its global step. So the model repeats the draw when a trainer gives it a batch.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def attach_context(batch, context: AttContext, policy: ContextPolicy):
     Args:
         batch: a dataclass such as ``AudioNoiseBatch``, a tuple or a list (which become a :class:`SyncedBatch`).
         context: the drawn one.
-        policy: draws it anew, where a trainer knows the step.
+        policy: repeats the draw, where a trainer has the step.
 
     Raises:
         ValueError: if the batch is something else.
@@ -84,7 +84,7 @@ class SyncedContextCollate:
         self.start_at(0)
 
     def start_at(self, number: int) -> None:
-        """Say which batch comes first when the loader is iterated next; for loops without a Lightning trainer.
+        """Set which batch comes first when the loader is iterated next; for loops without a Lightning trainer.
 
         Workers take it when they start: those that persist count on.
         """
@@ -131,7 +131,7 @@ def create_synced_context_collate(
     if arguments and has_options and not isinstance(arguments[0], Sequence):
         arguments = arguments[1:]  # the model
     if not arguments:
-        by_name.setdefault('context_options', None)  # for an error that says what they are
+        by_name.setdefault('context_options', None)  # for an error that names them
     return SyncedContextCollate(base_collate_fn, parse_policy(*arguments, **by_name))
 
 

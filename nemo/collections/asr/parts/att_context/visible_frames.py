@@ -147,7 +147,7 @@ def takes(masking, argument: str) -> bool:
 
 
 def follows_context(masking) -> bool:
-    """Return whether a masking module asks for the attention's window, or takes ``effective_left_context``."""
+    """Return whether a masking module uses the attention's window, or takes ``effective_left_context``."""
     return hasattr(masking, 'attention_window') or takes(masking, 'effective_left_context')
 
 

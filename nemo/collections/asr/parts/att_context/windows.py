@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which attention frames see which others: the attention styles, said once.
+"""Which attention frames see which others, by attention style.
 
 Attention masks, block-wise attention, live streams, receptive fields, masking and audits all ask a :class:`Window`.
 """

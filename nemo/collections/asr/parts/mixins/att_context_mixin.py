@@ -85,7 +85,7 @@ class AttContextMixin:
                 )
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx):
-        """Move a batch; under a trainer the context that comes with it is drawn anew, by the global step."""
+        """Move a batch; under a trainer the draw of the context that comes with it is repeated by the global step."""
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
         draw = getattr(batch, 'context_draw', None)
         if draw is None:

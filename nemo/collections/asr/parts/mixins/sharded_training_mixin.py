@@ -28,7 +28,7 @@ class ShardedTrainingMixin:
     """
 
     def configure_model(self) -> None:
-        """Divide the weights, if the strategy asks for it; Lightning calls this on each rank, before optimizers are made.
+        """Shard the weights, if the strategy does; Lightning calls this on each rank, before optimizers are made.
 
         Raises:
             ValueError: if layers are to be divided among ranks, too (``tensor_parallel_size``).

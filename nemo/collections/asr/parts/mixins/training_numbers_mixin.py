@@ -74,7 +74,7 @@ class TrainingNumbersMixin:
     - ``peak_memory_gb``, the largest of the ranks: of the device, or of the process on a CPU;
     - ``model_tflops_per_second`` of all ranks, and with ``model.log_peak_flops``, of one device, ``model_flops_share``.
 
-    The host waits for the device in none of it.
+    None of it synchronises host and device.
     """
 
     _interval: IntervalNumbers | None = None

@@ -107,5 +107,5 @@ def why_all_frames(decoder: torch.nn.Module, loss: torch.nn.Module) -> str | Non
 
 def has_forward_of(module: torch.nn.Module, *classes: type) -> bool:
     """Return whether a module's forward is that of one of these classes, and no subclass overrides it."""
-    forward = inspect.getattr_static(type(module), 'forward')  # typecheck's wrapper is made anew on each normal access
+    forward = inspect.getattr_static(type(module), 'forward')  # typecheck makes a new wrapper on each normal access
     return any(forward is inspect.getattr_static(known, 'forward') for known in classes)

@@ -194,6 +194,6 @@ def check_same_heads(model, checkpoint: dict) -> None:
     if checkpoint.get('optimizer_states') and given != own:
         raise ValueError(
             f"model.objective is {model.objective} with {len(model.next_token_decoders or [])} horizons; the "
-            "checkpoint to go on with is of a run with another objective or number of horizons. Begin a run of "
+            "checkpoint to continue is of a run with another objective or number of horizons. Begin a run of "
             "its own from those weights, with init_from_ptl_ckpt or init_from_nemo_model"
         )

@@ -111,7 +111,7 @@ class CodebookUse:
         }
 
     def collapse(self) -> str | None:
-        """Tell in what way the targets have collapsed, or None. Waits for the device: not for every step."""
+        """Return how the targets have collapsed, or None. Synchronises host and device: not for every step."""
         used, perplexity, top_share, frames = torch.stack([value.double() for value in self.statistics()]).tolist()
         found = f'{used:.0f} of {self.num_classes} codes, perplexity {perplexity:.1f}, in {frames:.0f} frames'
         if frames and top_share > COLLAPSED_TOP_SHARE:

@@ -220,7 +220,7 @@ def learning_curves(curves: Mapping[str, Sequence[tuple[float, float]]], title: 
 
     Args:
         curves: (step, value) pairs by metric name: ``val_loss/ctx_40_0``, ``val_loss/ctx_40_0/next_0``,
-            ``val_accuracy/ctx_40_0``, ``train_loss/ctx_40_0``, ``att_context_ceiling_left``; others are passed over.
+            ``val_accuracy/ctx_40_0``, ``train_loss/ctx_40_0``, ``att_context_ceiling_left``; others are ignored.
         title: of the picture.
 
     Raises:

@@ -113,7 +113,7 @@ class ModelReports:
             )
 
     def targets_were_refined(self) -> None:
-        """Count the targets anew, for the codes have changed; check the old counts once more."""
+        """Check the counts of the targets once more and clear them: the codes have changed."""
         if self.codebook_use is not None and self.codebook_use.batches:
             self._warn_if_targets_collapsed()
             self.codebook_use.forget()

@@ -80,7 +80,7 @@ class ValidationProbe(Callback):
         return {'validations': self.validations}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Go on counting."""
+        """Restore the count."""
         self.validations = state_dict['validations']
 
 

@@ -43,7 +43,7 @@ class Found(NamedTuple):
 
 
 class _Ends(NamedTuple):
-    """What is known of streams that end in this step, each [B] int64; very many where a stream goes on."""
+    """What is known of streams that end in this step, each [B] int64; very many where a stream continues."""
 
     features: np.ndarray
     """All of a stream's features."""
@@ -111,13 +111,13 @@ class BatchRunner:
         return sum(stage.bytes() for stage in self.stages) + sum(table.bytes() for _, table in self._positions)
 
     def reset(self, rows: list[int]) -> None:
-        """Start streams anew."""
+        """Restart streams."""
         for stage in self.stages:
             stage.reset(rows)
         self._update_tables()
 
     def clear(self, rows: list[int]) -> None:
-        """Set all values of streams to 0 and keep their counts, so that the batch goes on as it was."""
+        """Set all values of streams to 0 and keep their counts, so that the batch continues."""
         for stage in self.stages:
             stage.reset(rows, counts=False)
 

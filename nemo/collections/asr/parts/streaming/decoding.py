@@ -53,7 +53,7 @@ class Token(NamedTuple):
     confidence: float = NO_CONFIDENCE
     """Of the token in this frame."""
     repeats: bool = False
-    """Whether a CTC path goes on with the token of the frame before."""
+    """Whether a CTC path repeats the token of the frame before."""
 
 
 class GreedyCTC:
@@ -140,7 +140,7 @@ class GreedyRNNT:
 
 
 def continued(memory: Hypothesis) -> Hypothesis:
-    """Return a hypothesis without tokens that goes on from another; NeMo adds to the one that it is given."""
+    """Return a hypothesis without tokens that continues another; NeMo adds to the one that it is given."""
     return Hypothesis(0.0, [], timestamp=[], dec_state=memory.dec_state, last_token=memory.last_token)
 
 

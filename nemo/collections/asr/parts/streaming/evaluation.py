@@ -127,7 +127,7 @@ def summarize_streams(measures: Sequence[StreamMeasures], texts: Sequence[str | 
 
     Args:
         measures: at least one.
-        texts: what was said in each, or None.
+        texts: the transcript of each, or None.
     """
     times = [ms for each in measures for ms in each.step_ms]
     latencies = [ms for each in measures for ms in each.word_latency_ms]

@@ -140,7 +140,7 @@ def check_precision(precision: str, weight: torch.Tensor) -> None:
     """Raise ValueError if weights cannot be held in a precision, with the reason.
 
     Args:
-        precision: asked for.
+        precision: requested.
         weight: one of the weights.
     """
     if precision not in PRECISIONS:

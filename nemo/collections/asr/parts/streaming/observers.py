@@ -61,7 +61,7 @@ class Observers:
         )
 
     def reset(self, rows: list[int]) -> None:
-        """Start streams anew."""
+        """Restart streams."""
         for row in rows:
             self.streams[row] = self._new()
 

@@ -41,7 +41,7 @@ class StreamingSession:
 
     Fed in any pieces, the joined output equals the offline forward of the same samples. Sessions of one model may run in
     several threads at once. The model must be in eval mode. Its weights are taken when the session is made and when
-    :meth:`reset` starts all streams anew; changes in between have no effect.
+    :meth:`reset` restarts all streams; changes in between have no effect.
 
     A stream whose output is not finite fails: ``output.failed`` has the reason, its state is set to zero, and it gives no
     frames until it is reset. The other streams are not affected. A step that an error interrupts leaves the streams that
@@ -66,7 +66,7 @@ class StreamingSession:
         sample_rate: of the samples, in Hz; must be that of the model. None: that of the model.
 
     Raises:
-        ValueError: if the model's configuration cannot stream, with the reason, or lacks what is asked for.
+        ValueError: if the model's configuration cannot stream, with the reason, or lacks what is requested.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class StreamingSession:
         self._mel, self._encoder, self._runner, self._observers, self._text = mel, streaming, runner, observers, text
         self._ended, self._broken = (np.zeros(self.batch_size, bool) for _ in range(2))
         self._failed: dict[int, str] = {}
-        self._flags: list = []  # of earlier steps on a GPU: what tells whether they are there, and which rows are finite
+        self._flags: list = []  # of earlier steps on a GPU: their events, and which rows are finite
 
     @property
     def why_not_fast(self) -> str | None:
@@ -170,7 +170,7 @@ class StreamingSession:
         return tuple(self._ended.tolist())
 
     def reset(self, streams: Sequence[int] | None = None) -> None:
-        """Start all streams anew, with the model as it is now; or those with these indices while the others go on.
+        """Restart all streams with the present weights, or those with these indices while the others continue.
 
         Raises:
             ValueError: if an index is out of range, or the model no longer streams; nothing is changed then.
@@ -217,7 +217,7 @@ class StreamingSession:
         """
         self._check_eval_mode()
         if self._ended.all():
-            raise ValueError("finish: every stream has ended already; reset() begins anew")
+            raise ValueError("finish: every stream has ended already; reset() restarts them")
         self._check_whole(~self._ended, 'finish')
         return self._advance(torch.zeros(self.batch_size, 0), np.zeros(self.batch_size, np.int64), ~self._ended)
 
@@ -241,7 +241,7 @@ class StreamingSession:
         return {'version': VERSION, 'of': self._settings(), 'stream': self._export(row)}
 
     def load(self, row: int, state: dict) -> None:
-        """Go on with an exported stream in the place of another one; sessions may have any number of streams.
+        """Continue an exported stream in the place of another one; sessions may have any number of streams.
 
         Raises:
             ValueError: if there is no such stream, or the state is of a session with another model, context or setting, or
@@ -258,7 +258,7 @@ class StreamingSession:
         return {'version': VERSION, 'of': self._settings(), 'streams': streams}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where another session on the same model was.
+        """Continue where another session on the same model was.
 
         Raises:
             ValueError: if it comes from a session with other settings or another number of streams, or is damaged; nothing
@@ -283,7 +283,7 @@ class StreamingSession:
     def _export(self, row: int) -> dict:
         self._read_flags(wait=True)
         if self._broken[row]:
-            raise ValueError(f"stream {row} is broken by an error in an earlier step; reset([{row}]) starts it anew")
+            raise ValueError(f"stream {row} is broken by an error in an earlier step; reset([{row}]) restarts it")
         stages = [part.export(row) for part in self._stages()]
         return {'ended': bool(self._ended[row]), 'failed': self._failed.get(row), 'stages': stages}
 
@@ -372,7 +372,7 @@ class StreamingSession:
             if not ended.any():
                 return np.full(self.batch_size, available)
             if ended.all():
-                raise ValueError("step: every stream has ended; reset() begins anew")
+                raise ValueError("step: every stream has ended; reset() restarts them")
             return np.where(ended, 0, available)
         lengths = np.array(_row_values(lengths, self.batch_size, 'lengths')).astype(np.int64)
         wrong = np.flatnonzero((lengths < 0) | (lengths > available))
@@ -381,7 +381,7 @@ class StreamingSession:
             raise ValueError(f"lengths[{row}] is {lengths[row]}; it must be from 0 to the {available} samples given")
         late = np.flatnonzero((lengths > 0) & ended)
         if len(late):
-            raise ValueError(f"step: stream {late[0]} has ended; reset([{late[0]}]) begins it anew")
+            raise ValueError(f"step: stream {late[0]} has ended; reset([{late[0]}]) restarts it")
         return lengths
 
     def _checked_ends(self, ended) -> np.ndarray:

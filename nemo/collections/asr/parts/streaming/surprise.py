@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How surprising a live stream is to a model that predicts the next tokens.
 
-Frame j predicts, at the first horizon, token j + offset, of which it has heard nothing but, perhaps, the first feature.
+Frame j predicts, at the first horizon, token j + offset, of which at most the first feature is in its receptive field.
 The token is known once its own frames have arrived; until then the prediction waits. Tokens before the first frame's
 are predicted by none. At the end of a stream some predictions are left over, for their tokens never come.
 
@@ -48,7 +48,7 @@ class LiveSurprise:
         if objective is None:
             kind, named = type(model).__name__, getattr(model, 'objective', None)
             raise ValueError(
-                "return_surprise is True; it needs a model that was asked for the next tokens, with model.objective "
+                "return_surprise is True; it needs a model that predicts next tokens, with model.objective "
                 f"next_token or both, and this {kind} " + (f"has {named}" if named else "has no objective")
             )
         if objective.at_chunk_end:

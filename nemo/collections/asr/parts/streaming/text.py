@@ -95,7 +95,7 @@ class LiveText:
         self.reset()
 
     def reset(self, rows: list[int] | None = None) -> None:
-        """Start some streams anew, or all."""
+        """Restart some streams, or all."""
         if rows is None:
             self._streams = [_Stream() for _ in range(self.batch)]
         for row in rows or ():
@@ -145,7 +145,7 @@ class LiveText:
             raise ValueError(f"load: the text of the stream is damaged ({type(error).__name__}: {error})") from error
 
     def load(self, row: int, state: dict) -> None:
-        """Go on with a stream from an exported state."""
+        """Continue a stream from an exported state."""
         self._streams[row] = self._stream_of(state)
 
     def _stream_of(self, state: dict) -> _Stream:

@@ -99,7 +99,7 @@ class MultiHeadAttention(_up.MultiHeadAttention):
         return torch.matmul(weights, value.flatten(0, 2)).view(shape)
 
     def _attend_by_sdpa(self, query, key, value, bias) -> torch.Tensor:
-        """The same by PyTorch's ``scaled_dot_product_attention``, whose kernels want one dimension less."""
+        """The same by PyTorch's ``scaled_dot_product_attention``, whose kernels take one dimension less."""
         shape = query.shape
         bias = bias.expand(*shape[:4], key.shape[3])
         backends = self.use_pytorch_sdpa_backends

@@ -234,7 +234,7 @@ class SyncedContexts(
 
 
 class Resumable(Section, name='model.train_ds.resumable', page='faults#going-on-exactly'):
-    """Data that go on where they were."""
+    """Exact resume of the training data."""
 
     seed: int = key(
         0,
@@ -260,9 +260,7 @@ class Masking(Section, name='model.masking', page='contexts#what-is-masked-in-ea
         True,
         "Whether masks follow the attention context. `false`: stock's masks; `causal` and `left_context_size` are ignored.",
     )
-    subsampling_factor: int = key(
-        1, 'Frames that are masked for one attention frame; the model sets that of its encoder.'
-    )
+    subsampling_factor: int = key(1, 'Mask frames in one attention frame; the model sets that of its encoder.')
 
 
 _REFINED = 'objectives#codebooks-that-follow-the-frames'

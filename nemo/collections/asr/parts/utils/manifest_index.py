@@ -120,11 +120,11 @@ class ManifestIndex:
 
     Attributes:
         starts: int64 [E], where each entry begins, in bytes.
-        durations: float64 [E], in seconds; NaN where the manifest says none.
+        durations: float64 [E], in seconds; NaN where the manifest has none.
         first: the first entries.
 
     Raises:
-        ValueError: naming file and line, if there is a line that is no JSON object or has a duration that is no number.
+        ValueError: naming file and line, if there is a line that is no JSON object or has a duration that is not a number.
         OSError: if the file cannot be read.
     """
 

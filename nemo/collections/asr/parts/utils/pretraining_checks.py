@@ -93,7 +93,7 @@ def check_known_keys(model_cfg: DictConfig) -> None:
     """
     check_spelling('model', model_cfg, [*MODEL_KEYS, *MODEL_SECTIONS, *OPTIONAL_SECTIONS], likeness=0.85)
     for name in DATA_SECTIONS:
-        if isinstance(model_cfg.get(name), DictConfig):  # NeMo knows many more keys here, some of them much alike
+        if isinstance(model_cfg.get(name), DictConfig):  # NeMo has many more keys here, some of them much alike
             check_spelling(f'model.{name}', model_cfg[name], DATA_KEYS, likeness=0.9)
     _check_parts('model', model_cfg)
 

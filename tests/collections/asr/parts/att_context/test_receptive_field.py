@@ -108,7 +108,7 @@ def test_the_subsampling_looks_as_far_ahead_as_its_gradient_reaches(subsampling,
         ({'att_context_size': [-1, -1]}, 'the receptive field is the whole utterance'),
         ({'conv_norm_type': 'batch_norm'}, 'conv_norm_type is batch_norm.*use layer_norm'),
         ({'self_attention_model': 'rel_pos_local_attn', 'att_context_size': [4, 4]}, 'rel_pos_local_attn'),
-        ({'subsampling': 'vggnet', 'subsampling_factor': 4}, 'encoder.subsampling looks ahead is not known'),
+        ({'subsampling': 'vggnet', 'subsampling_factor': 4}, 'look-ahead of encoder.subsampling is not known'),
         (
             {'reduction': 'pooling', 'reduction_position': 0, 'reduction_factor': 2, 'causal_downsampling': False},
             'encoder.reduction',
