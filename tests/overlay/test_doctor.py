@@ -39,33 +39,33 @@ def test_each_thing_that_is_wrong_is_said_with_its_remedy(monkeypatch, capsys):
     ]
 
 
-@pytest.mark.parametrize("version, sound", [("2.5.3", True), ("3.0.1", True), ("2.4.0", False), (None, False)])
-def test_nemo_has_to_be_one_of_those_tested(monkeypatch, version, sound):
+@pytest.mark.parametrize("version, ok", [("2.5.3", True), ("3.0.1", True), ("2.4.0", False), (None, False)])
+def test_nemo_has_to_be_one_of_those_tested(monkeypatch, version, ok):
     monkeypatch.setattr(doctor, "nemo_version", lambda: version)
     finding = found("nemo")
-    assert finding.sound is sound
-    assert sound or 'pip install "nemo_toolkit[asr]>=2.5.3,<3.1"' in finding.remedy
+    assert finding.ok is ok
+    assert ok or 'pip install "nemo_toolkit[asr]>=2.5.3,<3.1"' in finding.remedy
 
 
 def test_a_driver_that_torch_cannot_use_is_wrong_and_no_driver_is_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    assert found("cuda").sound
+    assert found("cuda").ok
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
     finding = found("cuda")
-    assert not finding.sound and "13.0" in finding.remedy
+    assert not finding.ok and "13.0" in finding.remedy
 
 
 def test_audio_that_cannot_be_read_is_wrong(monkeypatch):
-    assert found("audio").sound
+    assert found("audio").ok
 
     def broken(*arguments, **options):
         raise RuntimeError("no decoder")
 
     monkeypatch.setattr(soundfile, "read", broken)
     finding = found("audio")
-    assert not finding.sound and "no decoder" in finding.found and "libsndfile1" in finding.remedy
+    assert not finding.ok and "no decoder" in finding.found and "libsndfile1" in finding.remedy
 
 
 @pytest.mark.parametrize("error, said", [("no such config\nthe reason", "the reason"), ("", "exit status 3")])
@@ -73,4 +73,4 @@ def test_a_step_that_fails_is_told_by_its_last_line(monkeypatch, error, said):
     done = subprocess.CompletedProcess([], 3, stdout="", stderr=error)
     monkeypatch.setattr(doctor.subprocess, "run", lambda *arguments, **options: done)
     finding = found("trial")
-    assert not finding.sound and finding.found == said and doctor.TRIAL in finding.remedy
+    assert not finding.ok and finding.found == said and doctor.TRIAL in finding.remedy
