@@ -161,6 +161,9 @@ def load_weights(model, source: Source, config, weights: dict) -> set[str]:
         'unknown to the model': set(unused),
     }
     logging.info(f"{source.key}: {source.place}\n{_table(own, columns)}")
+    contexts = _differences(model, config, ['layer_att_context_size'])
+    if contexts and any(_part(name) == 'encoder' for name in loaded):
+        logging.warning(f"{source.key}: the weights were trained with other contexts of layers: {contexts}")
     unused = sorted(name for name in unused if _part(name) == 'encoder')
     if unused:
         differences = _differences(model, config)
@@ -237,12 +240,12 @@ def _why_shapes_differ(model, source: Source, config, own: dict, chosen: dict, d
     )
 
 
-def _differences(model, config) -> str:
-    """Return the settings of the two encoders that shape their tensors and differ."""
+def _differences(model, config, keys=SHAPING_KEYS) -> str:
+    """Return the settings of the two encoders that differ, by default those that shape their tensors."""
     theirs, ours = (None if cfg is None else cfg.get('encoder') for cfg in (config, model.cfg))
     if theirs is None or ours is None:
         return ''
-    different = [key for key in SHAPING_KEYS if theirs.get(key) != ours.get(key)]
+    different = [key for key in keys if theirs.get(key) != ours.get(key)]
     return ', '.join(
         f"model.encoder.{key} is {theirs.get(key)} in the file and {ours.get(key)} in the model" for key in different
     )
