@@ -52,7 +52,7 @@ def test_a_file_is_loaded_as_it_is_and_in_part(first, files, key):
 def test_other_contexts_of_layers_are_a_warning(files, warnings):
     load(tiny_model(), init_from_nemo_model=str(files['init_from_nemo_model']))
     assert not any('layer_att_context_size' in message for message in warnings)
-    contexts = 'model.encoder.layer_att_context_size=[[0,[7,0]]]'
+    contexts = '+model.encoder.layer_att_context_size=[[0,[7,0]]]'
     load(tiny_model(contexts), init_from_nemo_model=str(files['init_from_nemo_model']))
     assert any('layer_att_context_size' in message and '7' in message for message in warnings)
 
