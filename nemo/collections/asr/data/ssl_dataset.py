@@ -3,7 +3,7 @@
 
 ``train_ds.skip_bad_audio``: absent or false, an utterance that cannot be read, or has samples that are NaN or
 infinite, ends the epoch with an error that names its file, from a data loader's worker as well; true, it is left out
-of its batch, logged, and counted. A batch of which nothing is left is an error.
+of its batch, logged, and counted. Silence takes the place of a batch of which nothing is left, see ``NonFiniteGuard``.
 
 Audio of several channels is mixed down, or ``channel_selector`` selects one.
 """
@@ -29,6 +29,7 @@ from nemo_streaming_ssl import upstream
 _up = upstream(globals())
 
 LEAST_SHARE_OF_DURATION = 0.5  # of the duration in the manifest; a shorter file is most likely cut off
+SILENCE = 16000  # samples
 SHORTER = 'shorter than the manifest says'
 UNREADABLE = 'unreadable'
 MISSING = 'the file has no such member, or ends before it'
@@ -46,14 +47,29 @@ class BadAudioError(ValueError):
         self.reason = reason
 
 
+class NothingLeftError(BadAudioError):
+    """A batch whose utterances are all left out."""
+
+
 @dataclass
 class AudioNoiseBatch(_up.AudioNoiseBatch):
     """NeMo's batch, and how many utterances were left out of it, and whether its samples were checked already."""
 
     skipped: int = 0
     samples_are_checked: bool = False
+    is_silence: bool = False
+    """Whether nothing was left of it: an utterance of silence takes its place, which adds no gradient."""
     sources: list[str] | None = None
     """The tag ``source`` of each utterance, where lhotse's ``input_cfg`` gives one."""
+
+
+def silent_batch(skipped: int) -> AudioNoiseBatch:
+    """Return what takes the place of a batch whose utterances are all left out."""
+    signals = {name: torch.zeros(1, SILENCE) for name in ('audio', 'noise', 'noisy_audio')}
+    lengths = {f'{name}_len': torch.tensor([SILENCE]) for name in signals}
+    return AudioNoiseBatch(
+        sample_id=['silence'], **signals, **lengths, skipped=skipped, samples_are_checked=True, is_silence=True
+    )
 
 
 class SkippedItem:
@@ -69,9 +85,7 @@ class _LeavesOut:
     def _collate_fn(self, batch) -> AudioNoiseBatch:
         kept = [item for item in batch if not isinstance(item, SkippedItem)]
         if not kept:
-            raise BadAudioError(
-                f"each of the {len(batch)} utterances of a batch{on_this_rank()} is bad; the log names them"
-            )
+            return silent_batch(len(batch))
         collated = super()._collate_fn(kept)
         collated.skipped, collated.samples_are_checked = len(batch) - len(kept), True
         return collated
@@ -185,7 +199,10 @@ class LhotseAudioNoiseDataset(_up.LhotseAudioNoiseDataset):
 
         NeMo's stacks noises that are as long as their cuts, which fails where these differ.
         """
-        audios, lengths, read = self.load_audio(cuts)
+        try:
+            audios, lengths, read = self.load_audio(cuts)
+        except NothingLeftError:
+            return silent_batch(self.load_audio.skipped)
         items = []
         for cut, audio, length in zip(read, audios, lengths):
             noise, noise_length = _up.sample_noise(self.noise_data, cut.sampling_rate, int(length))
@@ -209,7 +226,11 @@ class CheckedAudioSamples:
         load_audio.mono_downmix = True
 
     def __call__(self, cuts):
-        """Return the audio, lengths and cuts that can be read and are finite."""
+        """Return the audio, lengths and cuts that can be read and are finite.
+
+        Raises:
+            BadAudioError: if there is bad audio that is not to be skipped; ``NothingLeftError`` if all was skipped.
+        """
         self.skipped = 0
         audios, lengths, read = self._read(cuts)
         if samples_are_valid(audios):
@@ -217,9 +238,11 @@ class CheckedAudioSamples:
         valid = torch.tensor([samples_are_valid(audio) for audio in audios])
         bad = [cut for cut, is_valid in zip(read, valid.tolist()) if not is_valid]
         message = f"{', '.join(map(_name_of_cut, bad))}: {NOT_FINITE}"
-        if not self.skip_bad_audio or not valid.any():
+        if not self.skip_bad_audio:
             raise _refusal(message)
         self._count(NOT_FINITE, message, bad)
+        if not valid.any():
+            raise NothingLeftError(f"each utterance of a batch{on_this_rank()} is bad: {message}")
         is_valid = dict(zip((cut.id for cut in read), valid.tolist()))
         return audios[valid], lengths[valid], read.filter(lambda cut: is_valid[cut.id]).to_eager()
 
@@ -237,9 +260,11 @@ class CheckedAudioSamples:
         if not missing:
             return found
         message = f'{_name_of_cut(missing[0])}: {_why_unreadable(missing[0])}'
-        if found is None or self.skip_bad_audio is False:
+        if self.skip_bad_audio is False or (found is None and self.skip_bad_audio is None):
             raise _refusal(message)
         self._count(CUT_OFF if MISSING in message else UNREADABLE, message, missing)
+        if found is None:
+            raise NothingLeftError(f"each utterance of a batch{on_this_rank()} is bad: {message}")
         return found
 
     def _count(self, reason: str, message: str, cuts: list) -> None:
@@ -277,10 +302,9 @@ def _name_of_cut(cut) -> str:
 
 
 def _refusal(message: str) -> BadAudioError:
-    """Return the error about bad audio that is not to be skipped, or that leaves nothing of a batch."""
+    """Return the error about bad audio that is not to be skipped."""
     return BadAudioError(
-        f"bad audio{on_this_rank()}: {message}; with train_ds.skip_bad_audio: true it would be skipped, where it is not a "
-        "whole batch"
+        f"bad audio{on_this_rank()}: {message}; with train_ds.skip_bad_audio: true it would be skipped"
     )
 
 

@@ -49,7 +49,7 @@ class NonFiniteGuard:
     an error; true, invalid utterances are dropped from their batch, steps whose gradients are not all finite are
     skipped (no weight, moment or decay changes), and both are counted as ``skipped_utterances`` and ``skipped_steps``.
     Where a rank's batch has no valid utterance, the step is skipped on all ranks. What ``train_ds.skip_bad_audio`` left
-    out counts as ``skipped_utterances``, too.
+    out counts as ``skipped_utterances``, too; a batch of which it left nothing adds no gradient, and the other ranks go on.
 
     Batches are checked on the CPU, before they go to the device. The norm of the gradients before clipping is computed
     once in each step, which synchronises host and device: it is checked, logged as ``gradient_norm``, and used to clip.
@@ -61,11 +61,13 @@ class NonFiniteGuard:
     _skipped_in_a_row = 0
     _gradient_norm = 0.0
     _batch_is_invalid = False
+    _silent_in_a_row = 0
 
     def on_before_batch_transfer(self, batch, dataloader_idx):
         """Refuse an empty batch, and refuse or drop invalid utterances."""
         batch = super().on_before_batch_transfer(batch, dataloader_idx)
         self._skipped_utterances += getattr(batch, 'skipped', 0)
+        self._check_silence(getattr(batch, 'is_silence', False))
         invalid = None if getattr(batch, 'samples_are_checked', False) else invalid_utterances(batch)
         self._batch_is_invalid = invalid is not None and bool(invalid.all())
         if invalid is None:
@@ -87,7 +89,12 @@ class NonFiniteGuard:
         return batch
 
     def loss_of_valid(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return the loss of a training step; NaN, and with it the gradients of all ranks, without a valid utterance."""
+        """Return the loss of a training step.
+
+        Without a valid utterance it is NaN, and with it the gradients of all ranks; where bad audio left nothing, 0.
+        """
+        if self._silent_in_a_row:
+            return loss * 0
         return loss * float('nan') if self._batch_is_invalid else loss
 
     def on_before_optimizer_step(self, optimizer) -> None:
@@ -115,6 +122,17 @@ class NonFiniteGuard:
             torch._foreach_mul_(
                 gradients, gradient_clip_val / (self._gradient_norm + 1e-6)
             )  # as torch's clip_grad_norm_
+
+    def _check_silence(self, is_silence: bool) -> None:
+        """Raise ValueError for a batch without good audio in validation, and for many in a row in training."""
+        if is_silence and not self.training:
+            raise ValueError(f"each utterance of a batch{on_this_rank()} is bad; the log names them")
+        if self.training:
+            self._silent_in_a_row = self._silent_in_a_row + 1 if is_silence else 0
+        if self._silent_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise ValueError(
+                f"each utterance of the last {self._silent_in_a_row} batches{on_this_rank()} is bad; the log names them"
+            )
 
     def _skip_step(self, parameters) -> None:
         where = f"the gradients of step {self.trainer.global_step} are not all finite"

@@ -12,7 +12,7 @@ from ranks import run_on_two_ranks
 from tiny_nest import batches, fit, noise_batch, tiny_model
 from torch.utils.data import DataLoader
 
-from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch
+from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch, silent_batch
 from nemo.collections.asr.models.ssl_models import EncDecMaskedTokenPredModel
 from nemo.collections.asr.parts.att_context.synced_collate import SyncedBatch
 from nemo.collections.asr.parts.utils import nonfinite_guard
@@ -99,6 +99,19 @@ def test_a_step_without_a_valid_utterance_is_skipped():
     assert run.logger.column('skipped_utterances') == [0, 1, 1]
     with pytest.raises(ValueError, match='utterance 0 of a batch .* no valid utterance'):
         model.eval().on_before_batch_transfer(batch, 0)
+
+
+def test_where_bad_audio_left_nothing_of_a_batch_the_run_goes_on(monkeypatch):
+    model = tiny_model()
+    with open_dict(model.cfg):
+        model.cfg.train_ds = {'skip_bad_audio': True}
+    run = fit(model, loader(noise_batch(), silent_batch(2), noise_batch(seed=2)), max_steps=3)
+    gradients = run.logger.column('gradient_norm')
+    assert gradients[1] == 0 < min(gradients[0], gradients[2]) and is_finite(model)
+    assert run.logger.column('skipped_utterances') == [0, 2, 2]
+    monkeypatch.setattr(nonfinite_guard, 'MAX_SKIPPED_IN_A_ROW', 2)
+    with pytest.raises(ValueError, match='the last 2 batches'):
+        fit(model, loader(silent_batch(1), silent_batch(1), noise_batch()), max_steps=3)
 
 
 @pytest.mark.integration
