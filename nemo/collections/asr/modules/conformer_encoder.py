@@ -250,6 +250,8 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         if cache_last_channel is not None:  # stock counts the chunk only, and fails with an unlimited left context
             positions = max(audio_signal.shape[1:]) + cache_last_channel.shape[2]
             self.set_max_audio_length(max(positions, self.max_audio_length))
+        if not self.training:  # in the present context; threads share an encoder, so nothing is set
+            return super().forward_internal(audio_signal, length, cache_last_channel, *args, **kwargs)
         with self.using_att_context_size(self._context_of_pass(audio_signal)):
             return super().forward_internal(audio_signal, length, cache_last_channel, *args, **kwargs)
 

@@ -134,7 +134,7 @@ class EncoderContext:
 
     def _context_of_pass(self, signal: torch.Tensor) -> AttContext:
         """Return the context of a forward pass over a signal; a recomputation for the backward pass has the pass's own."""
-        if not self.training or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return self.att_context_of_batch()
         return self._kept_context_of_pass(signal)
 
@@ -194,8 +194,9 @@ class EncoderContext:
 
     def check_att_context_size(self, att_context_size) -> None:
         """Raise ValueError if the encoder's attention, or a layer's, cannot follow this context of a batch."""
-        with self.using_att_context_size(att_context_size):
-            self.effective_att_contexts()
+        context = self.parse_att_context_size(att_context_size)
+        self._check_can_attend_within(context)
+        self.effective_att_contexts(context)
 
     def check_att_context_ceiling(self, ceiling: AttContext, where: str) -> None:
         """Raise ValueError, beginning with ``where``, if the encoder's attention cannot follow this ceiling."""

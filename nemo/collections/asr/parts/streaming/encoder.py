@@ -61,13 +61,13 @@ def check_encoder_can_stream(encoder, context: AttContext) -> None:
         )
     if encoder.att_context_style not in STYLES:
         raise ValueError(f"encoder.att_context_style is {encoder.att_context_style}; streams need one of {STYLES}")
-    with encoder.using_att_context_size(context):  # it refuses what its attention cannot follow
-        for index, effective in enumerate(encoder.effective_att_contexts()):
-            if effective.right == UNLIMITED:
-                raise ValueError(
-                    f"att_context_size {context.as_list()} cannot be streamed: the right context of layer {index} is "
-                    "unlimited, so that the first frame waits for the last"
-                )
+    encoder.check_att_context_size(context)
+    for index, effective in enumerate(encoder.effective_att_contexts(context)):
+        if effective.right == UNLIMITED:
+            raise ValueError(
+                f"att_context_size {context.as_list()} cannot be streamed: the right context of layer {index} is "
+                "unlimited, so that the first frame waits for the last"
+            )
     _check_convolutions(encoder)
     _check_subsampling(encoder)
 

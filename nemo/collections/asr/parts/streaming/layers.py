@@ -134,7 +134,7 @@ class LayerStage(Stage):
         """Replace a row by an exported state, which has been checked."""
         given = state['keys_values']
         if self.window.is_unlimited:
-            self.reserve(max(given.shape[2], 1))
+            self.reserve(max(self.frames(), given.shape[2]))  # other streams may have more frames
             given = F.pad(given, (0, 0, 0, self.window.slots - given.shape[2]))
         super().load(row, {**state, 'keys_values': given})
 

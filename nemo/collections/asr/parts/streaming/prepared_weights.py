@@ -9,12 +9,14 @@ from operator import is_not
 import torch
 from torch import nn
 
+from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
 from nemo.collections.asr.parts.streaming import layers
 from nemo.collections.asr.parts.streaming.layers import PositionTable, has_hooks
 from nemo.collections.asr.parts.streaming.linear import PreparedLinear
 from nemo.collections.asr.parts.streaming.subsampling import IncrementalSubsampling
 from nemo.collections.asr.parts.submodules.causal_convs import CausalConv2D
 from nemo.collections.asr.parts.submodules.multi_head_attention import RelPositionalEncoding
+from nemo.collections.asr.parts.submodules.subsampling import ConvSubsampling
 
 PLAIN = (bool, int, float, str, tuple)
 SAMPLED = 31  # elements of each tensor that are compared
@@ -154,6 +156,12 @@ def why_not(encoder: nn.Module) -> str | None:
         if reason:
             return f'encoder.layers[{index}]{reason}'
     subsampling = _subsampling_of(encoder)
+    wholes = ('', encoder, ConformerEncoder), ('.pre_encode', subsampling, ConvSubsampling)
+    for name, module, kind in (*wholes, ('.pos_enc', encoder.pos_enc, RelPositionalEncoding)):
+        for method in ('forward', 'forward_internal'):
+            own = getattr(type(module), method, None) != getattr(kind, method, None)
+            if own or method in vars(module):
+                return f'encoder{name} has a {method} of its own, not that of {kind.__name__}'
     for name, module in subsampling.named_modules():
         kinds = (nn.Linear,) if name == 'out' else (nn.Conv2d, CausalConv2D)
         known = type(module).forward in [kind.forward for kind in kinds] and 'forward' not in vars(module)

@@ -86,16 +86,14 @@ class StreamingSession:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; it must be 1 stream or more")
         self.batch_size, self.weights = batch_size, weights
-        self._model, self._modules = model, _parts(model)
+        self._model, (preprocessor, encoder) = model, _parts(model)
         self._masks_frames = getattr(model, 'pre_encoder', None) is not None
-        self._check_eval_mode()
-        encoder = self._modules[1]
+        _check_eval_mode(preprocessor, encoder)
         default = getattr(encoder, 'att_context_size', None) if att_context_size is None else att_context_size
         self.att_context = AttContext.parse(default)
         self.return_log_probs, self.return_tokens = return_log_probs, return_tokens
         self.return_features, self.return_text = return_features, return_text
         self.apply_mask, self.return_surprise = apply_mask, return_surprise
-        self._decoder = decoder_of(model) if return_log_probs or return_tokens or apply_mask else None
         self._warned = False
         self._build()
         if sample_rate not in (None, self.sample_rate):
@@ -105,7 +103,10 @@ class StreamingSession:
 
     def _build(self) -> None:
         """Take the model as it is now, and start all streams."""
-        preprocessor, encoder = self._modules
+        modules = preprocessor, encoder = _parts(self._model)
+        _check_eval_mode(*modules)
+        decodes = self.return_log_probs or self.return_tokens or self.apply_mask
+        decoder = decoder_of(self._model) if decodes else None
         mel, streaming = StreamingMel(preprocessor), StreamingEncoder(encoder, self.att_context)
         check_precision(self.weights, next(encoder.parameters()))
         observers = text = None
@@ -119,6 +120,7 @@ class StreamingSession:
         if self.return_text:
             options = TextOptions() if self.return_text is True else self.return_text
             text = LiveText(self._model, self.batch_size, mel.hop * streaming.factor / mel.sample_rate, options)
+        self._modules, self._decoder = modules, decoder
         self._mel, self._encoder, self._runner, self._observers, self._text = mel, streaming, runner, observers, text
         self._ended, self._broken = (np.zeros(self.batch_size, bool) for _ in range(2))
         self._failed: dict[int, str] = {}
@@ -127,7 +129,7 @@ class StreamingSession:
     @property
     def why_not_fast(self) -> str | None:
         """Which part of the model, as it is now, live streams do not compute; None: they compute all of it."""
-        return why_not(self._encoder.encoder)
+        return why_not(_parts(self._model)[1])
 
     @property
     def sample_rate(self) -> int:
@@ -176,7 +178,6 @@ class StreamingSession:
             ValueError: if an index is out of range, or the model no longer streams; nothing is changed then.
         """
         if streams is None:
-            self._check_eval_mode()
             self._build()
             return
         rows = [self._checked_row(row, 'reset') for row in streams]
@@ -201,7 +202,7 @@ class StreamingSession:
             ValueError: if the samples have another shape or dtype or are not finite, or a stream is fed after its end or
                 after an error; nothing is taken then.
         """
-        self._check_eval_mode()
+        _check_eval_mode(*self._modules)
         samples = self._checked(samples)
         lengths = self._checked_lengths(lengths, samples.shape[1])
         ends = self._checked_ends(ended)
@@ -215,7 +216,7 @@ class StreamingSession:
         Raises:
             ValueError: if all of them have ended already, or an earlier step broke one.
         """
-        self._check_eval_mode()
+        _check_eval_mode(*self._modules)
         if self._ended.all():
             raise ValueError("finish: every stream has ended already; reset() restarts them")
         self._check_whole(~self._ended, 'finish')
@@ -315,7 +316,7 @@ class StreamingSession:
             'weights': self.weights,
             'apply_mask': self.apply_mask,
             'return_surprise': self.return_surprise,
-            'return_text': bool(self.return_text),
+            'text': None if self._text is None else self._text.kind,
         }
 
     def _checked_row(self, row, what: str) -> int:
@@ -331,10 +332,6 @@ class StreamingSession:
                 f"{what}: stream {broken[0]} is broken by an error in an earlier step; reset([{broken[0]}]) or load starts "
                 "it anew"
             )
-
-    def _check_eval_mode(self) -> None:
-        if any(module.training for module in self._modules):
-            raise ValueError("the model is in training mode; call model.eval() before streaming")
 
     def _checked(self, samples) -> torch.Tensor:
         if not isinstance(samples, torch.Tensor) or samples.dim() != 2 or samples.shape[0] != self.batch_size:
@@ -483,6 +480,11 @@ def _parts(model) -> tuple[torch.nn.Module, torch.nn.Module]:
     if not hasattr(model, 'preprocessor') or not hasattr(model, 'encoder'):
         raise ValueError(f"{type(model).__name__} has no preprocessor and encoder; give such a model, or the pair")
     return model.preprocessor, model.encoder
+
+
+def _check_eval_mode(*modules: torch.nn.Module) -> None:
+    if any(module.training for module in modules):
+        raise ValueError("the model is in training mode; call model.eval() before streaming")
 
 
 def _row_values(values, batch_size: int, name: str) -> list:

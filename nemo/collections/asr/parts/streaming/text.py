@@ -94,6 +94,11 @@ class LiveText:
         )
         self.reset()
 
+    @property
+    def kind(self) -> str:
+        """What two sessions must have in common to share a stream's text."""
+        return f'{type(self._decoding).__name__}, blank {self._decoding.decoding.blank_id}'
+
     def reset(self, rows: list[int] | None = None) -> None:
         """Restart some streams, or all."""
         if rows is None:

@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+import threading
 
 import lightning.pytorch as pl
 import pytest
@@ -127,6 +128,30 @@ def test_a_block_around_a_training_step_decides_its_context(owner):
         with (model if owner == 'model' else model.encoder).using_att_context_size([5, 0]):
             fit(model, batches(1), max_steps=1)
     assert record.attention == [[5, 0]] and record.masking == [5]
+
+
+def test_threads_that_share_an_encoder_in_inference_leave_no_context_behind():
+    encoder = tiny_encoder(att_context_size=[[4, 0], [8, 0]]).eval()
+    entered, second_is_in, calls = threading.Event(), threading.Event(), []
+    arguments = dict(audio_signal=torch.randn(1, 8, 80), length=torch.tensor([80]))
+
+    def interleave(*_):  # the first thread leaves while the second is inside
+        calls.append(len(calls))
+        if len(calls) == 1:
+            entered.set()
+            second_is_in.wait(9)
+        else:
+            second_is_in.set()
+            first.join(9)
+
+    encoder.pre_encode.register_forward_pre_hook(interleave)
+    first, second = (threading.Thread(target=lambda: encoder(**arguments)) for _ in range(2))
+    first.start()
+    entered.wait(9)
+    second.start()
+    second.join(9)
+    encoder.att_context_size = [8, 0]
+    assert len(calls) == 2 and encoder.att_context_size == [8, 0]
 
 
 def test_clearing_the_override_is_seen_by_the_masking():

@@ -130,9 +130,24 @@ def change_activation(model):
     model.encoder.layers[1].conv.activation = torch.nn.ReLU()
 
 
+def subclass_encoder(model):
+    class Louder(type(model.encoder)):
+        def forward_internal(self, *args, **kwargs):
+            encoded, *others = super().forward_internal(*args, **kwargs)
+            return encoded * 2, *others
+
+    model.encoder.__class__ = Louder
+
+
+def patch_subsampling(model):
+    model.encoder.pre_encode.forward = lambda x, lengths: (x, lengths)
+
+
 @pytest.mark.parametrize(
     'change, place',
     [
+        (subclass_encoder, 'encoder has a forward_internal of its own'),
+        (patch_subsampling, 'encoder.pre_encode has a forward of its own'),
         *(
             (wrap(f'encoder.layers.0.{part}'), rf'layers\[0\].{part} is a LoRA')
             for part in (

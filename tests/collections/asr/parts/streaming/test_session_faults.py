@@ -201,6 +201,39 @@ def test_a_stream_moves_between_sessions_of_other_sizes(case, context, tmp_path)
     check_row(model, context, samples[1:2, :position], frames)
 
 
+def test_a_short_stream_loaded_beside_a_long_one_leaves_it_its_past():
+    model, samples = model_of('regular'), noise(1, 16000 * 24)
+    session, short = (StreamingSession(model, size, [-1, 0]) for size in (2, 1))
+    short.step(samples[:, :8000])
+    outputs = [session.step(samples.repeat(2, 1)[:, :320000], [320000, 0])]
+    session.load(1, short.export(0))
+    outputs += [session.step(samples.repeat(2, 1)[:, 320000:], [64000, 0]), session.finish()]
+    check_row(model, [-1, 0], samples, frames_of(outputs, 0))
+
+
+def test_a_reset_takes_an_encoder_and_a_vocabulary_that_were_exchanged():
+    model, samples = tiny_model('model.encoder.n_layers=3').eval(), noise(1, 9000)
+    session = StreamingSession(model, 1, [4, 0])
+    model.encoder = tiny_model('model.encoder.n_layers=3', seed=5).eval().encoder
+    session.reset()
+    check_row(model, [4, 0], samples, frames_of([session.step(samples), session.finish()], 0))
+    recogniser = tiny_recogniser('ctc')
+    session = StreamingSession(recogniser, 1, [4, 0], return_log_probs=True, return_text=True)
+    recogniser.change_vocabulary(['x', 'y'])
+    recogniser.eval()
+    session.reset()
+    assert session.step(samples).log_probs.shape[2] == 3
+
+
+def test_text_of_another_decoder_is_refused():
+    model = tiny_recogniser('hybrid')
+    rnnt = StreamingSession(model, 1, [4, 0], return_text=True)
+    rnnt.step(noise(1, 9000))
+    model.cur_decoder = 'ctc'
+    with pytest.raises(ValueError, match='text .GreedyRNNT.*here GreedyCTC'):
+        StreamingSession(model, 1, [4, 0], return_text=True).load(0, rnnt.export(0))
+
+
 def same(mine, theirs) -> bool:
     """Whether two states of a stage are the same, bit for bit."""
     tensors = [name for name, value in mine.items() if isinstance(value, torch.Tensor)]
