@@ -127,13 +127,13 @@ class Model(Section, name='model', page='pretraining', closed=False):
         'What the loss of a training step is a mean over: the tokens of each `rank`, as in NeMo, or of all ranks, `global`, '
         'at the cost of one more number reduced in each step.',
         one_of('rank', 'global'),
-        page='scale#numbers-to-steer-by',
+        page='scale#logged-numbers',
     )
     log_peak_flops: float | None = key(
         None,
         'Peak operations per second of one device, such as 9.9e14; with it `model_flops_share` is logged.',
         NULL | number('above 0', lambda value: value > 0),
-        page='scale#numbers-to-steer-by',
+        page='scale#logged-numbers',
     )
     validate_contexts: object = key(
         None,
@@ -233,7 +233,7 @@ class SyncedContexts(
     seed: int = key(0, 'Seed of that draw, a function of which, the epoch and the batch it is.')
 
 
-class Resumable(Section, name='model.train_ds.resumable', page='faults#going-on-exactly'):
+class Resumable(Section, name='model.train_ds.resumable', page='faults#exact-resume'):
     """Exact resume of the training data."""
 
     seed: int = key(

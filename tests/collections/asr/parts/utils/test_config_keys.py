@@ -136,7 +136,7 @@ def test_the_reference_page_is_written_from_the_table():
     ('text', 'page'),
     [
         ('model.next_token.weight is -1; it must be above 0', 'objectives'),
-        ('train_ds.resumable.sed is not known', 'faults#going-on-exactly'),
+        ('train_ds.resumable.sed is not known', 'faults#exact-resume'),
         ('model.validation_ds.skip_bad_audio is 3', 'faults'),
         ('encoder.att_context_sampler.full_prob is 2', 'contexts#dynamic-chunks'),
         ('curriculum.milestones: step 0 comes twice; model.objective is fine', 'contexts#curriculum'),
