@@ -30,6 +30,7 @@ import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo.collections.asr.data.data_checks import check_data
+from nemo.collections.asr.data.ssl_dataset import set_skip_bad_audio
 from nemo.collections.asr.data.training_data_mixin import LogLeftOut
 from nemo.collections.asr.data.transcripts import characters_known_by, characters_of, report_unknown_characters
 from nemo.collections.asr.models import (
@@ -136,6 +137,7 @@ def build(cfg: DictConfig):
     exp_manager(trainer, cfg.get('exp_manager', None))
     model = model_class(cfg.model)(cfg=cfg.model, trainer=trainer)
     model.maybe_init_from_pretrained_checkpoint(cfg)
+    skip_bad_audio(model)
     for section in DATA_SECTIONS:
         if cfg.model.get(section):
             report_unknown_characters(f'model.{section}', cfg.model[section], characters_known_by(model))
@@ -143,6 +145,22 @@ def build(cfg: DictConfig):
     contexts = (look_ahead_title(model, context) for context in model.encoder.att_context_size_all)
     logging.info(f"Attention contexts: {'; '.join(contexts)}")
     return trainer, model
+
+
+def skip_bad_audio(model) -> None:
+    """Set what the data sections give as ``skip_bad_audio``, which NeMo's models do not read.
+
+    Raises:
+        ValueError: naming the section, if its data cannot skip bad audio.
+    """
+    loaders = {'train_ds': model._train_dl, 'validation_ds': model._validation_dl, 'test_ds': model._test_dl}
+    for section, made in loaders.items():
+        skip = (model.cfg.get(section) or {}).get('skip_bad_audio')
+        for loader in [] if skip is None or made is None else made if isinstance(made, list) else [made]:
+            try:
+                set_skip_bad_audio(loader.dataset, skip)
+            except ValueError as error:
+                raise ValueError(f"model.{section}.{error}; with use_lhotse: true it can") from error
 
 
 def model_class(cfg: DictConfig) -> type:

@@ -28,6 +28,7 @@ import sys
 from pathlib import Path
 
 from nemo.collections.asr.data.shard_writer import Plan, digest_of, pack
+from nemo.collections.asr.parts.utils.manifest_index import expanded
 
 FORMATS = ('flac', 'wav', 'opus', 'original')
 
@@ -35,7 +36,7 @@ FORMATS = ('flac', 'wav', 'opus', 'original')
 def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--manifest', nargs='+', required=True, help='one or more NeMo manifests')
+    parser.add_argument('--manifest', nargs='+', required=True, help='one or more NeMo manifests, or patterns of them')
     parser.add_argument('--output', type=Path, required=True, help='the folder to make')
     parser.add_argument('--shard_size', type=int, default=1000, help='utterances in a shard (default: 1000)')
     parser.add_argument('--format', choices=FORMATS, default='flac', help='of the recordings (default: flac)')
@@ -55,7 +56,9 @@ def main(argv=None) -> int:
         for name in ('shard_size', 'workers'):
             if getattr(options, name) < 1:
                 raise ValueError(f"--{name} is {getattr(options, name)}; it must be 1 or more")
-        manifests = [str(Path(path).resolve()) for path in options.manifest]
+        manifests = [
+            str(Path(path).expanduser().resolve()) for pattern in options.manifest for path in expanded(pattern)
+        ]
         for path in manifests:
             if not Path(path).is_file():
                 raise ValueError(f"--manifest: no file {path}")

@@ -49,6 +49,10 @@ class Source:
     include: list[str] | None = None
     exclude: list[str] | None = None
 
+    def __post_init__(self):
+        if self.kind != 'init_from_pretrained_model':
+            self.place = os.path.expanduser(self.place)
+
     def read(self, model, map_location='cpu', strict: bool = True) -> tuple:
         """Return the config (None if the file has none) and the state dict; ``model`` is a ModelPT or its class.
 

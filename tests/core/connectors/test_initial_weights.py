@@ -40,7 +40,9 @@ def share_of_encoder(model, other):
 
 
 @pytest.mark.parametrize('key', ['init_from_nemo_model', 'init_from_ptl_ckpt'])
-def test_a_file_is_loaded_as_it_is_and_in_part(first, files, key):
+def test_a_file_is_loaded_as_it_is_and_in_part(first, files, key, monkeypatch):
+    monkeypatch.setenv('HOME', str(files[key].parent))
+    assert share_of_encoder(load(tiny_model(), **{key: f'~/{files[key].name}'}), first) == 1
     assert share_of_encoder(load(tiny_model(), **{key: str(files[key])}), first) == 1
     source = {'path': str(files[key]), 'include': ['encoder'], 'exclude': ['pre_encode']}
     model = load(tiny_model(), **{key: {'mine': source}})

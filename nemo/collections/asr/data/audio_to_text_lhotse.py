@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``audio_to_text_lhotse.py``: channels are mixed down, and what lhotse skips is counted."""
 
-from nemo.collections.asr.data.ssl_dataset import CheckedAudioSamples
+from nemo.collections.asr.data.ssl_dataset import ChecksCuts
 from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
 
 
-class LhotseSpeechToTextBpeDataset(_up.LhotseSpeechToTextBpeDataset):
-    """NeMo's lhotse dataset of recognisers; samples that are NaN or infinite are an error."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.load_audio = CheckedAudioSamples(self.load_audio)
+class LhotseSpeechToTextBpeDataset(ChecksCuts, _up.LhotseSpeechToTextBpeDataset):
+    """NeMo's lhotse dataset of recognisers."""

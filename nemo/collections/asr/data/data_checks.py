@@ -9,6 +9,7 @@ from pathlib import Path
 from lhotse import CutSet
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from nemo.collections.asr.data.resumable_cuts import resumable_config
 from nemo.collections.asr.data.ssl_dataset import load_noise_manifest
 from nemo.collections.asr.parts.utils.manifest_index import (
     ends_of,
@@ -41,7 +42,10 @@ def check_data(name: str, data_cfg: DictConfig) -> None:
         )
     if data_cfg.get('use_lhotse') or data_cfg.get('is_tarred'):
         remote = [_check_source(f'{name}.{key}', source) for key, source in sources_in(data_cfg)]
-        if data_cfg.get('use_lhotse') and not any(remote):
+        resumable = data_cfg.get('resumable')
+        if not any(remote) and resumable is not None:
+            check_cuts(name, resumable_config(data_cfg, resumable, ranks=1))
+        elif not any(remote) and data_cfg.get('use_lhotse'):
             check_cuts(name, data_cfg)
         return
     limits = data_cfg.get('min_duration'), data_cfg.get('max_duration')
@@ -112,7 +116,8 @@ def check_noise(key: str, path: str) -> None:
     if Path(expanduser(path)).is_dir():
         check_shards(path, key)
         return
-    check_ends(key, path)
+    for file in expanded(path):
+        check_ends(key, file)
     try:
         load_noise_manifest(path)
     except Exception as error:  # NeMo's, of a manifest

@@ -57,9 +57,9 @@ class ManifestEntries(Sequence):
         """Log what NeMo logs, and count what the limits on the duration leave out."""
         if not keep.all():
             number = int(np.flatnonzero(~keep)[0])
-            LEFT_OUT.add(
-                OUTSIDE_LIMITS, f'entry {number + 1} of {self.manifests[0]}: {durations[number]} s', int((~keep).sum())
-            )
+            manifest, place = self._place_of(number)
+            entry = f'entry {place + 1} of {self.manifests[manifest]}: {durations[number]} s'
+            LEFT_OUT.add(OUTSIDE_LIMITS, entry, int((~keep).sum()))
         hours = np.nansum(durations[self.kept]) / 3600
         logging.info("Dataset loaded with %d files totalling %.2f hours", len(self), hours)
         logging.info("%d files were filtered totalling %.2f hours", (~keep).sum(), np.nansum(durations[~keep]) / 3600)
@@ -76,10 +76,15 @@ class ManifestEntries(Sequence):
             self._latest = index, self._item(index)
         return self._latest[1]
 
+    def _place_of(self, number: int) -> tuple[int, int]:
+        """Return the manifest of an entry, and the number of the entry in it."""
+        manifest = int(np.searchsorted(self.first_of, number, side='right')) - 1
+        return manifest, number - int(self.first_of[manifest])
+
     def _item(self, index):
         number = int(self.kept[index])
-        manifest = int(np.searchsorted(self.first_of, number, side='right')) - 1
-        item = self.parse(self.indices[manifest].line(number - int(self.first_of[manifest])), self.manifests[manifest])
+        manifest, place = self._place_of(number)
+        item = self.parse(self.indices[manifest].line(place), self.manifests[manifest])
         labels = item.get('token_labels')
         return collections.ASRAudioText.OUTPUT_TYPE(
             id=number,

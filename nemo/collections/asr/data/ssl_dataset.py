@@ -19,7 +19,9 @@ import torch
 import webdataset
 from lhotse import CutSet
 
+from nemo.collections.asr.data.audio_files import audio_entries
 from nemo.collections.asr.data.manifest_entries import entries_read_when_asked_for
+from nemo.collections.asr.parts.utils.manifest_index import is_remote
 from nemo.collections.asr.parts.utils.nonfinite_guard import NOT_FINITE, on_this_rank, samples_are_valid
 from nemo.collections.common.data.lhotse.nemo_adapters import CUT_OFF, STANDS_FOR
 from nemo.utils import logging
@@ -175,8 +177,8 @@ def _is_tar_reader(stage) -> bool:
     return getattr(getattr(stage, 'f', None), '__name__', '') == 'tarfile_samples'
 
 
-class LhotseAudioNoiseDataset(_up.LhotseAudioNoiseDataset):
-    """NeMo's lhotse dataset of noisy audio.
+class ChecksCuts:
+    """Mixin for NeMo's lhotse datasets, before NeMo's class: bad audio is counted, or refused.
 
     As in NeMo, lhotse skips and logs what it cannot read, unless ``skip_bad_audio`` is set to false.
     """
@@ -193,6 +195,10 @@ class LhotseAudioNoiseDataset(_up.LhotseAudioNoiseDataset):
     @skip_bad_audio.setter
     def skip_bad_audio(self, skip: bool | None) -> None:
         self.load_audio.skip_bad_audio = skip
+
+
+class LhotseAudioNoiseDataset(ChecksCuts, _up.LhotseAudioNoiseDataset):
+    """NeMo's lhotse dataset of noisy audio."""
 
     def __getitem__(self, cuts):
         """Return a batch; its ``skipped`` counts what could not be read, too.
@@ -309,19 +315,24 @@ def _refusal(message: str) -> BadAudioError:
 
 
 def load_noise_manifest(noise_manifest) -> list[dict]:
-    """Read noise manifests as NeMo does; a folder of shards (``prepare_shards.py``) counts as one.
+    """Read noise manifests; a folder of shards (``prepare_shards.py``) counts as one.
+
+    As those of speech, they may be compressed, and named by a pattern.
 
     Shards can only be read in order, and noise is drawn at random: so they are held in memory, compressed as they are,
     once for all workers, which are forks.
 
     Raises:
-        ValueError: if there is a folder without shards.
+        ValueError: if there is a folder without shards, or a manifest that is none.
     """
     names = noise_manifest.split(',') if isinstance(noise_manifest, str) else noise_manifest or []
     entries = []
     for name in names:
         name = os.path.expanduser(name)
-        entries += _noise_of_shards(name) if os.path.isdir(name) else _load_noise_manifest(name)
+        if os.path.isdir(name):
+            entries += _noise_of_shards(name)
+        else:
+            entries += _load_noise_manifest(name) if is_remote(name) else audio_entries([], name)
     return entries
 
 

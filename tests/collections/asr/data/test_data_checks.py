@@ -71,10 +71,27 @@ def test_what_lhotse_reads_passes(speech, name):
     check(speech, use_lhotse=True, **READ[name])
 
 
+def test_what_is_read_only_if_it_is_resumable(speech):
+    """Where NeMo mixes a manifest and shards if told how, and wants tar files to have numbers in their names."""
+    mixture = {
+        'use_lhotse': True,
+        'input_cfg': [GROUP, {'type': 'lhotse_shar', 'shar_path': 'SPEECH/shar', 'weight': 1.0}],
+    }
+    check(speech, resumable={'seed': 0}, **mixture)
+    with pytest.raises(ValueError, match='model.train_ds: .*force_iterable_dataset'):
+        check(speech, **mixture)
+    (speech / 'other.tar').write_bytes((speech / 'audio_0.tar').read_bytes())
+    tarred = {'manifest_filepath': 'SPEECH/tarred_manifest_0.json', 'tarred_audio_filepaths': 'SPEECH/other.tar'}
+    check(speech, is_tarred=True, **tarred)
+    with pytest.raises(ValueError, match='model.train_ds: .*other.tar'):
+        check(speech, is_tarred=True, resumable={'seed': 0}, **tarred)
+
+
 def test_a_path_may_begin_with_a_tilde(speech, monkeypatch):
     monkeypatch.setenv('HOME', str(speech))
     for use_lhotse in (True, False):
-        check(speech, use_lhotse=use_lhotse, manifest_filepath='~/manifest_0.json')
+        check(speech, use_lhotse=use_lhotse, manifest_filepath='~/manifest_0.json', noise_manifest='~/all.jsonl.gz')
+    check(speech, use_lhotse=True, shar_path='~/shar', noise_manifest='~/manifest_{0..1}.json')
 
 
 @pytest.mark.parametrize(

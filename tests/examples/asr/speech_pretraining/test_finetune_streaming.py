@@ -3,6 +3,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -10,9 +11,11 @@ import soundfile
 import torch
 from fresh_process import run_python
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from tiny_nest import POST_CONV, SMALL, tiny_model, trainer
 from word_pieces import make_tokenizer
 
+from nemo.collections.asr.data.audio_to_text_lhotse import LhotseSpeechToTextBpeDataset
 from nemo.collections.asr.models import (
     EncDecCTCModel,
     EncDecCTCModelBPE,
@@ -23,6 +26,7 @@ from nemo.collections.asr.models import (
 )
 from nemo.collections.asr.parts.att_context import AttContextCurriculum, StreamingSession
 from nemo.collections.asr.parts.streaming.session import StreamingOutput
+from nemo.collections.common.parts.preprocessing.parsers import make_parser
 
 EXAMPLES = Path(__file__).resolve().parents[4] / 'examples/asr'
 LAYERS = ['model.encoder.n_layers=2', 'model.encoder.layer_att_context_size=[[0,[10,0]],[1,[20,0]]]']
@@ -104,6 +108,18 @@ def assert_starts_from(model, pretrained_path):
         assert [name for name, weight in found.items() if not torch.equal(weight, expected[name])] == []
     assert model.encoder.layer_att_contexts() == pretrained.encoder.layer_att_contexts()
     assert model.encoder.att_context_size_all == pretrained.encoder.att_context_size_all
+
+
+def test_skip_bad_audio_is_set_where_the_data_can_skip(script):
+    dataset = LhotseSpeechToTextBpeDataset(tokenizer=make_parser(['a']))
+    cfg = OmegaConf.create({'train_ds': {'skip_bad_audio': True}, 'validation_ds': {'skip_bad_audio': False}})
+    loader = SimpleNamespace(dataset=dataset)
+    model = SimpleNamespace(cfg=cfg, _train_dl=loader, _validation_dl=[SimpleNamespace(dataset=[])], _test_dl=None)
+    script.skip_bad_audio(model)
+    assert dataset.skip_bad_audio is True
+    loader.dataset = []
+    with pytest.raises(ValueError, match='model.train_ds.skip_bad_audio is true'):
+        script.skip_bad_audio(model)
 
 
 @pytest.mark.parametrize('kind', ['ctc', 'rnnt'])

@@ -49,6 +49,15 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
 
 
+def test_a_pattern_names_several_manifests(shards, manifest, monkeypatch, capsys):
+    entry = manifest.read_text().splitlines()[0]
+    for number in range(2):
+        (manifest.parent / f'm_{number}.json').write_text(f'{entry}\n')
+    monkeypatch.setenv('HOME', str(manifest.parent))
+    assert shards.main(['--manifest', '~/m_{0..1}.json', '--output', str(manifest.parent / 'out')]) == 0
+    assert capsys.readouterr().out.startswith('2 utterances')
+
+
 @pytest.mark.parametrize('workers', [1, 2])
 def test_shards_have_all_that_is_sound_and_the_report_names_the_rest(shards, manifest, workers, capsys):
     assert pack(shards, manifest, f'--workers={workers}') == 0

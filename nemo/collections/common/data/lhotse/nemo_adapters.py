@@ -11,11 +11,13 @@ from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
+import lhotse.shar
 import lhotse.shar.readers.lazy as lazy_shar
 import numpy as np
 import soundfile as sound_files  # another name than NeMo's, which is replaced below
 from lhotse import AudioSource, Recording
 from lhotse.audio.backend import LibsndfileBackend
+from lhotse.serialization import decode_json_line, open_best
 from lhotse.shar.readers.tar import TarIterator
 from lhotse.utils import compute_num_samples
 
@@ -32,6 +34,32 @@ STANDS_FOR = 'stands_for'
 UNREADABLE = SimpleNamespace(
     samplerate=16000, channels=1, frames=1, duration=1 / 16000
 )  # a header, where there is none
+
+
+class JsonLines(_up.LazyJsonlIterator):
+    """lhotse's reader of lines; blank lines count as nothing, and a line that is no JSON object is named."""
+
+    def __iter__(self):
+        with open_best(self.path, 'r') as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.isspace():
+                    yield self._parsed(line, number)
+
+    def _parsed(self, line: str, number: int) -> dict:
+        try:
+            entry = decode_json_line(line)
+        except ValueError as error:
+            raise ValueError(f"{self.path}, line {number} is no JSON: {error}") from error
+        if not isinstance(entry, dict):
+            raise ValueError(f"{self.path}, line {number} is no JSON object")
+        return entry
+
+
+class SharIterator(lazy_shar.LazySharIterator):
+    """lhotse's reader of shards; the folder may begin with a tilde."""
+
+    def __init__(self, fields=None, in_dir=None, **options):
+        super().__init__(fields, _expanded(in_dir), **options)
 
 
 class LazyNeMoIterator(_up.LazyNeMoIterator):
@@ -164,4 +192,5 @@ make_cut_with_subset_inmemory_recording.__wrapped__ = _make_cut
 _up.LazyNeMoIterator, _up.LazyNeMoTarredIterator = LazyNeMoIterator, LazyNeMoTarredIterator
 _up.make_cut_with_subset_inmemory_recording = make_cut_with_subset_inmemory_recording
 _up.LibsndfileBackend, _up.soundfile = _NonFiniteBackend, SimpleNamespace(info=_header)
-lazy_shar.TarIterator = WholeTarIterator
+_up.LazyJsonlIterator = JsonLines
+lazy_shar.TarIterator, lhotse.shar.LazySharIterator = WholeTarIterator, SharIterator

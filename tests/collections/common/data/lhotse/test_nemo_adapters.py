@@ -53,6 +53,18 @@ def batch(cuts, skip):
     return dataset[CutSet.from_cuts(cuts).to_eager()]
 
 
+def test_a_line_that_is_no_json_is_named_and_a_blank_one_counts_as_nothing(tmp_path):
+    path = tmp_path / 'm.json'
+    soundfile.write(tmp_path / 'a.wav', ramp(1), RATE)
+    entry = json.dumps({'audio_filepath': 'a.wav', 'duration': 1.0})
+    path.write_text(f'{entry}\n\n{entry}\n\n')
+    assert len(list(LazyNeMoIterator(str(path)))) == 2
+    for line in ('{bad', '[1]'):
+        path.write_text(f'{entry}\n{line}\n{entry}\n')
+        with pytest.raises(ValueError, match='m.json, line 2 is no JSON'):
+            list(LazyNeMoIterator(str(path)))
+
+
 @pytest.mark.parametrize('more', [{}, {'offset': 0.5}])
 def test_a_damaged_member_is_counted_or_named(tmp_path, counter, more):
     contents = [wav(ramp(2)), b'\0' * 5000, wav(ramp(2))]
