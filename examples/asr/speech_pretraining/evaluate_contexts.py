@@ -36,7 +36,7 @@ def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', type=Path, nargs='+', required=True, help='one .nemo file or more')
-    parser.add_argument('--manifest', type=Path, required=True, help='NeMo manifest')
+    parser.add_argument('--manifest', required=True, help='NeMo manifest, or a pattern of several')
     parser.add_argument('--output', type=Path, nargs='+', default=[], help='files for the figures: .json, .csv')
     parser.add_argument(
         '--contexts',
@@ -66,8 +66,6 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace)
             parser.error(f"--{name.replace('_', '-')} is {value}; it must be {least} or more")
     if not 0 < options.confidence < 1:
         parser.error(f'--confidence is {options.confidence}; it must lie between 0 and 1')
-    if not options.manifest.is_file():
-        parser.error(f'--manifest {options.manifest}: there is no such file')
     if len(set(options.model)) < len(options.model):
         parser.error(f"--model names a file twice: {', '.join(map(str, options.model))}")
     for path in options.output:
@@ -137,13 +135,18 @@ def compare(options: argparse.Namespace) -> list[dict]:
     """Return the results of :func:`compare_models`; a model's name is its path from the folder of all."""
     from tqdm import tqdm
 
+    from nemo.collections.asr.data.data_checks import check_manifest
     from nemo.collections.asr.parts.ssl_reports import model_comparison
+    from nemo.collections.asr.parts.utils.manifest_index import expanded
 
+    manifests = expanded(options.manifest)
+    for manifest in manifests:
+        check_manifest(manifest, '--manifest')
     folder = os.path.commonpath([path.resolve().parent for path in options.model])
     models = {os.path.relpath(path.resolve(), folder): restore(path, options.device) for path in options.model}
     contexts = {name: model_comparison.contexts_of(model, options.contexts, name) for name, model in models.items()}
     size = options.batch_size, options.num_workers
-    loaders = {name: model_comparison.loader_of(model, str(options.manifest), *size) for name, model in models.items()}
+    loaders = {name: model_comparison.loader_of(model, ','.join(manifests), *size) for name, model in models.items()}
     batches = {name: tqdm(loader, desc=name, unit='batch') for name, loader in loaders.items()}
     settings = (options.mask_context, options.draws, options.seed, options.resamples, options.confidence)
     return model_comparison.compare_models(models, contexts, batches, model_comparison.ComparisonOptions(*settings))
@@ -167,7 +170,7 @@ def main(argv=None) -> int:
         for reason in reasons_of(result):
             print(f"{result['model']} is not compared with {results[0]['model']}: {reason}")
     settings = {name: getattr(options, name) for name in ('draws', 'seed', 'resamples', 'confidence', 'device')}
-    settings.update(manifest=str(options.manifest), nemo=version('nemo_toolkit'), torch=torch.__version__)
+    settings.update(manifest=options.manifest, nemo=version('nemo_toolkit'), torch=torch.__version__)
     for path in options.output:
         if path.suffix == '.csv':
             write_csv(path, results)

@@ -106,6 +106,7 @@ def restore(path: Path, device: str):
     from nemo.core.classes.modelPT import ModelPT
     from nemo.utils import logging
 
+    path = path.expanduser()
     if not path.is_file():
         raise ValueError(f'--model {path}: there is no such file')
     logging.setLevel(logging.ERROR)  # NeMo warns that there is no training data

@@ -89,7 +89,6 @@ def test_bad_arguments(load_example, tmp_path, capsys):
     (tmp_path / 'manifest.json').write_text('')
     good = ['--model', 'no.nemo', '--manifest', str(tmp_path / 'manifest.json')]
     for bad, message in (
-        (['--manifest', 'nowhere.json'], 'nowhere.json: there is no such file'),
         (['--model', 'a.nemo', 'a.nemo'], '--model names a file twice'),
         (['--confidence', '1.5'], '--confidence is 1.5'),
         (['--draws', '0'], '--draws is 0'),
@@ -100,5 +99,14 @@ def test_bad_arguments(load_example, tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             script.arguments([*good, *bad])
         assert ended.value.code == 2 and message in capsys.readouterr().err
-    assert script.main(good) == 2
-    assert 'evaluate_contexts: error: --model no.nemo: there is no such file' in capsys.readouterr().err
+    (tmp_path / 'a.wav').touch()
+    (tmp_path / 'm_0.json').write_text('{"audio_filepath": "a.wav", "duration": 1}')
+    for manifest, message in (
+        ('manifest.json', 'manifest.json has no entries'),
+        ('nowhere.json', 'no file '),
+        ('m_{0..1}.json', 'm_1.json'),
+        ('m_{0..0}.json', '--model no.nemo: there is no such file'),
+    ):
+        assert script.main([*good, '--manifest', str(tmp_path / manifest)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith('evaluate_contexts: error: --m') and message in error
