@@ -128,7 +128,10 @@ class EncoderContext:
 
     @contextmanager
     def using_one_att_context_size(self) -> Iterator[AttContext]:
-        """Make the context of a batch the active one, if none is; it counts a step."""
+        """Make the context of a batch the active one, if none is; it counts a step. Only training draws."""
+        if not self.training:
+            yield self._present_context()
+            return
         with self.using_att_context_size(self.att_context_of_batch()) as context:
             yield context
 

@@ -103,11 +103,14 @@ class NextTokens(Objective):
             scores[part] = FrameScores.of(of_horizon.decoded(decoder), self.token_loss.frame_loss)
         return scores
 
-    def offset(self) -> int:
-        """Return how many tokens after its own a frame predicts first; see :class:`Objective`."""
-        return next_token_offset(
-            self.model.encoder, self.model.pre_encoder is not None, at_chunk_end=self.at_chunk_end
-        )
+    def offset(self, att_context_size=None) -> int:
+        """Return how many tokens after its own a frame predicts first; see :class:`Objective`.
+
+        Args:
+            att_context_size: the context; None takes the present one.
+        """
+        after_subsampling = self.model.pre_encoder is not None
+        return next_token_offset(self.model.encoder, after_subsampling, att_context_size, self.at_chunk_end)
 
     def chunk(self) -> int:
         """Return the frames of a chunk at whose end tokens are predicted in the present context; 1: every frame."""

@@ -16,7 +16,8 @@ import torch
 
 from nemo.collections.asr.modules.ssl_modules.masked_time_line import MaskedTimeLine
 from nemo.collections.asr.parts.att_context.context import UNLIMITED
-from nemo.collections.asr.parts.att_context.visible_frames import follows_context, takes
+from nemo.collections.asr.parts.att_context.visible_frames import follows_context, takes, window_of_masking
+from nemo.collections.asr.parts.att_context.windows import tightest_window
 from nemo.collections.asr.parts.streaming.state import joined
 
 LONGEST_REACH = 400  # attention frames that a mask is drawn over where the left context has no limit
@@ -58,9 +59,8 @@ class LiveMasking:
             raise ValueError(f"apply_mask: {type(model.mask_processor).__name__} does not take current_frame")
         if not hasattr(model.loss, 'of_frames'):
             raise ValueError(f"apply_mask: {type(model.loss).__name__} does not tell which frames count")
-        self.model, self.context = model, context
-        with model.encoder.using_att_context_size(context):
-            left = model.encoder.tightest_left_context()
+        self.model, self._window = model, tightest_window(model.encoder.effective_windows(context))
+        left = self._window.context.left
         self.reach = (LONGEST_REACH if left == UNLIMITED else left) * model.mask_frames_per_attention_frame
 
     def new_stream(self, device) -> MaskedStream:
@@ -96,11 +96,15 @@ class LiveMasking:
     def _draw(self, stream: MaskedStream, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         received = torch.tensor([frames.shape[1]], device=frames.device)
         earlier = {} if stream.time_line is None else {'stream': stream.time_line}
-        with self.model.encoder.using_att_context_size(self.context):
-            arguments = self.model.masking_arguments(current_frame=received)
-            masked, masks = self.model.mask_processor(
-                input_feats=frames.unsqueeze(0), input_lengths=received, **earlier, **arguments
-            )
+        masking = self.model.mask_processor
+        arguments = window_of_masking(masking, self._window)
+        masked, masks = masking(
+            input_feats=frames.unsqueeze(0),
+            input_lengths=received,
+            current_frame=received,
+            **earlier,
+            **arguments,
+        )
         return masked[0], masks[0]
 
     def take_targets(self, stream: MaskedStream, tokens: torch.Tensor | None) -> None:

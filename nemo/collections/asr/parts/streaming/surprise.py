@@ -59,11 +59,10 @@ class LiveSurprise:
                 f"return_surprise: model.quantizer.combine_time_steps is {combined}; it must be "
                 f"{model.mask_frames_per_attention_frame}, the feature frames of an encoder frame"
             )
-        with model.encoder.using_att_context_size(context):
-            try:
-                self.offset = objective.offset()
-            except ValueError as error:
-                raise ValueError(f"return_surprise: {error}") from error
+        try:
+            self.offset = objective.offset(context)
+        except ValueError as error:
+            raise ValueError(f"return_surprise: {error}") from error
         self.decoders, self.loss = model.next_token_decoders, objective.token_loss
 
     def new_stream(self) -> SurprisedStream:

@@ -18,10 +18,9 @@ def watched(model):
     """Let the masking module note what it is called with."""
     calls, forward = [], model.mask_processor.forward
 
-    def watch(input_feats, input_lengths, current_frame=None, effective_left_context=None, **more):
-        result = forward(input_feats, input_lengths, current_frame, effective_left_context, **more)
-        left = model.mask_processor.left_context_size if effective_left_context is None else effective_left_context
-        calls.append((input_feats.shape[2], current_frame.tolist(), left, result[1][0, 0]))
+    def watch(input_feats, input_lengths, current_frame, effective_window, **more):
+        result = forward(input_feats, input_lengths, current_frame, effective_window=effective_window, **more)
+        calls.append((input_feats.shape[2], current_frame.tolist(), effective_window.context.left, result[1][0, 0]))
         return result
 
     model.mask_processor.forward = watch

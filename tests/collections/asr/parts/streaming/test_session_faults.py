@@ -234,6 +234,24 @@ def test_text_of_another_decoder_is_refused():
         StreamingSession(model, 1, [4, 0], return_text=True).load(0, rnnt.export(0))
 
 
+def test_sessions_set_no_context_on_the_model_that_threads_share(monkeypatch):
+    model = tiny_model('model.encoder.n_layers=3', '+model.objective=both').eval()
+
+    def refuse(context):
+        raise AssertionError(f'{context} became the active context')
+
+    monkeypatch.setattr(model.encoder, 'using_att_context_size', refuse)
+    session = StreamingSession(model, 1, [4, 0], apply_mask=True, return_surprise=True)
+    assert session.step(noise(1, 32000)).masked_frames
+    with torch.no_grad():
+        model(
+            input_signal=noise(1, 9000),
+            input_signal_length=torch.tensor([9000]),
+            noisy_input_signal=noise(1, 9000),
+            noisy_input_signal_length=torch.tensor([9000]),
+        )
+
+
 def same(mine, theirs) -> bool:
     """Whether two states of a stage are the same, bit for bit."""
     tensors = [name for name, value in mine.items() if isinstance(value, torch.Tensor)]

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import functools
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -133,12 +132,11 @@ def test_a_token_is_known_seven_features_after_its_prediction():
 def literal(offset):
     """Two classes, one decoder that always says 1/4 and 3/4; frames of one feature."""
     log_probs = torch.tensor([0.25, 0.75]).log()
-    objective = SimpleNamespace(offset=lambda: offset, token_loss=NextTokenLoss(1), at_chunk_end=False)
+    objective = SimpleNamespace(offset=lambda context: offset, token_loss=NextTokenLoss(1), at_chunk_end=False)
     model = SimpleNamespace(
         objectives=SimpleNamespace(find=lambda kind: objective),
         quantizer=SimpleNamespace(combine_time_steps=8),
         mask_frames_per_attention_frame=8,
-        encoder=SimpleNamespace(using_att_context_size=lambda context: nullcontext()),
         next_token_decoders=[lambda encoder_output: log_probs.expand(1, encoder_output.shape[2], 2)],
     )
     return LiveSurprise(model, None), log_probs
