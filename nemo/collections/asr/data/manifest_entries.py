@@ -18,6 +18,7 @@ from nemo.utils import logging
 from nemo.utils.data_utils import DataStoreObject
 from nemo.utils.left_out import LEFT_OUT
 
+collections.AudioTextEntity = collections.AudioText.OUTPUT_TYPE  # pickle looks it up there, for spawned workers
 OUTSIDE_LIMITS = 'outside of min_duration and max_duration'
 
 

@@ -3,6 +3,7 @@
 
 import json
 import sys
+import tarfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,8 +42,10 @@ if __name__ == '__main__':
     section = {'sample_rate': 16000, 'batch_size': 2, 'shuffle': True, 'num_workers': 1, 'resumable': {'seed': 0}}
     section |= {'manifest_filepath': sys.argv[1], 'noise_manifest': sys.argv[1], 'skip_bad_audio': True}
     model = tiny_model()
-    model.setup_training_data(OmegaConf.create(section))
-    print('batches', [len(batch.audio) for batch in model._train_dl])
+    tarred = {'is_tarred': True, 'tarred_audio_filepaths': sys.argv[2], 'resumable': None}
+    for more in ({}, tarred):
+        model.setup_training_data(OmegaConf.create({**section, **more}))
+        print('batches', [len(batch.audio) for batch in model._train_dl])
 """
 
 
@@ -50,8 +53,11 @@ if __name__ == '__main__':
 def test_spawned_workers_load_where_posix_modules_are_missing(speech, tmp_path):
     (tmp_path / 'script.py').write_text(SPAWNED)
     paths = ':'.join(path for path in sys.path if path)
-    done = run_python(tmp_path / 'script.py', speech / 'm.json', PYTHONPATH=paths)
-    assert 'batches [2, 2]' in done.stdout, done.stderr[-2000:]
+    with tarfile.open(tmp_path / 'audio_0.tar', 'w') as archive:
+        for path in speech.glob('*.wav'):
+            archive.add(path, path.name)
+    done = run_python(tmp_path / 'script.py', speech / 'm.json', tmp_path / 'audio_0.tar', PYTHONPATH=paths)
+    assert done.stdout.count('batches [2, 2]') == 2, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize('sampler, warned', [(None, True), ('divided', False)])

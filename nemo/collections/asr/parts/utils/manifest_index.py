@@ -72,7 +72,7 @@ def read_entries(pattern: str | Path) -> Iterator[Line]:
     Raises:
         ValueError: naming manifest and line, if a manifest cannot be read, has no entries, or a line is no entry.
     """
-    for path in expanded(str(pattern)):
+    for path in expanded(os.path.expanduser(pattern)):
         line = None
         try:
             for number, text in _numbered_lines(path):

@@ -94,6 +94,12 @@ def test_where_nothing_can_be_left_each_process_reads_for_itself(manifest, monke
     assert any('Each process reads' in message for message in warnings)
 
 
+def test_a_tilde_is_expanded_so_audio_beside_the_manifest_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'm.json').write_text('{"audio_filepath": "a.wav"}\n')
+    assert [line.manifest for line in read_entries('~/m.json')] == [str(tmp_path / 'm.json')]
+
+
 def test_entries_are_read_as_lhotse_reads_them(tmp_path):
     for number in range(2):
         rows = [json.dumps({'text': f'{number}\u2028é'}, ensure_ascii=False), '  ', json.dumps({'text': 'b'})]
