@@ -65,6 +65,8 @@ class GreedyCTC:
         confidence: whether tokens have one.
     """
 
+    memory = int
+
     def __init__(self, model, decoding, confidence: bool):
         self.decoder, self.decoding = decoder_of(model), decoding
         self.blank = self.decoder.num_classes_with_blank - 1
@@ -105,6 +107,8 @@ class GreedyRNNT:
     Raises:
         ValueError: if tokens should have a confidence, and the model's decoding computes none.
     """
+
+    memory = Hypothesis
 
     def __init__(self, model, decoding, confidence: bool):
         self.decoding, self._confidence = decoding, confidence

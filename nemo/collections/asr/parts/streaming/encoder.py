@@ -41,14 +41,19 @@ class StreamingEncoder:
 
     def settings(self) -> dict:
         """Return what two encoders must have in common to share a stream."""
-        shapes = '\n'.join(f'{name} {list(value.shape)}' for name, value in self.encoder.named_parameters())
         return {
             'att_context_size': self.context.as_list(),
             'layer_contexts': [context.as_list() for context in self.contexts],
             'att_context_style': self.style,
             'dtype': str(self.dtype).removeprefix('torch.'),
-            'encoder': hashlib.sha256(shapes.encode()).hexdigest()[:12],  # names and shapes of its parameters
+            'encoder': shapes_digest(self.encoder),
         }
+
+
+def shapes_digest(module) -> str:
+    """Return a digest of the names and shapes of a module's parameters."""
+    shapes = '\n'.join(f'{name} {list(value.shape)}' for name, value in module.named_parameters())
+    return hashlib.sha256(shapes.encode()).hexdigest()[:12]
 
 
 def check_encoder_can_stream(encoder, context: AttContext) -> None:

@@ -316,7 +316,7 @@ class StreamingSession:
             'weights': self.weights,
             'apply_mask': self.apply_mask,
             'return_surprise': self.return_surprise,
-            'text': None if self._text is None else self._text.kind,
+            'return_text': None if self._text is None else self._text.kind,
         }
 
     def _checked_row(self, row, what: str) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from nemo.collections.asr.parts.streaming.decoding import Token, from_plain, greedy_decoding, to_plain
+from nemo.collections.asr.parts.streaming.encoder import shapes_digest
 from nemo.collections.asr.parts.streaming.words import Spelling, TextUpdate, Transcript, Word
 
 
@@ -87,6 +88,7 @@ class LiveText:
     def __init__(self, model, batch: int, frame_seconds: float, options: TextOptions):
         self.options, self.batch, self.frame_seconds = options, batch, frame_seconds
         self._decoding = greedy_decoding(model, options.confidence)
+        self._shapes = shapes_digest(model.decoder)
         self._spelling = Spelling(self._decoding.decoding, frame_seconds)
         self._after_nothing, self._after_speech, self._longest = (
             None if seconds is None else max(round(seconds / frame_seconds), 1)
@@ -97,7 +99,7 @@ class LiveText:
     @property
     def kind(self) -> str:
         """What two sessions must have in common to share a stream's text."""
-        return f'{type(self._decoding).__name__}, blank {self._decoding.decoding.blank_id}'
+        return f'{type(self._decoding).__name__}, blank {self._decoding.decoding.blank_id}, {self._shapes}'
 
     def reset(self, rows: list[int] | None = None) -> None:
         """Restart some streams, or all."""
@@ -157,7 +159,12 @@ class LiveText:
         stream = _Stream()
         for name in STATE:
             value, now = from_plain(state[name]), getattr(stream, name)
+            allowed = (torch.Tensor,) if isinstance(now, array) else (type(now),)
+            if type(value) not in (allowed if name != 'memory' else (type(None), self._decoding.memory)):
+                raise TypeError(f"{name} is {value!r}")
             setattr(stream, name, array(now.typecode, value.tolist()) if isinstance(now, array) else value)
+        if not len(stream.tokens) == len(stream.frames) == len(stream.confidences) >= stream.open:
+            raise TypeError("tokens, frames and confidences differ in length")
         stream.partial = self._word(stream, stream.open, len(stream.tokens))
         return stream
 
