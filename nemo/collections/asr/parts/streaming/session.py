@@ -371,7 +371,10 @@ class StreamingSession:
             if ended.all():
                 raise ValueError("step: every stream has ended; reset() restarts them")
             return np.where(ended, 0, available)
-        lengths = np.array(_row_values(lengths, self.batch_size, 'lengths')).astype(np.int64)
+        lengths = np.array(_row_values(lengths, self.batch_size, 'lengths'))
+        if lengths.ndim != 1 or (lengths % 1).any():
+            raise ValueError(f"lengths are {lengths.tolist()}; they must be whole numbers, one for each stream")
+        lengths = lengths.astype(np.int64)
         wrong = np.flatnonzero((lengths < 0) | (lengths > available))
         if len(wrong):
             row = wrong[0]

@@ -211,6 +211,13 @@ def test_a_short_stream_loaded_beside_a_long_one_leaves_it_its_past():
     check_row(model, [-1, 0], samples, frames_of(outputs, 0))
 
 
+@pytest.mark.parametrize('lengths', [[1.5, 0], [float('nan'), 0], torch.tensor([[1], [2]])], ids=str)
+def test_lengths_that_are_no_counts_are_refused(lengths):
+    session = StreamingSession(model_of('regular'), 2, [4, 0])
+    with pytest.raises(ValueError, match='lengths are .*whole numbers'):
+        session.step(noise(2, 5), lengths)
+
+
 def test_a_reset_takes_an_encoder_and_a_vocabulary_that_were_exchanged():
     model, samples = tiny_model('model.encoder.n_layers=3').eval(), noise(1, 9000)
     session = StreamingSession(model, 1, [4, 0])
