@@ -9,8 +9,11 @@ import gc
 import json
 import random
 import sys
+from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 from live_streams import noise, offline
 from tiny_nest import tiny_model
 

@@ -171,8 +171,9 @@ def pulled(monkeypatch):
     counts, read = Counter(), CutStream.__next__
 
     def count(self):
+        cut = read(self)
         counts['pulled'] += 1
-        return read(self)
+        return cut
 
     monkeypatch.setattr(CutStream, '__next__', count)
     return counts

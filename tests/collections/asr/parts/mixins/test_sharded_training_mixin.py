@@ -37,10 +37,9 @@ def test_every_weight_that_is_trained_is_in_a_unit(position, objective):
     assert len(units) == len({id(unit) for unit in units})
 
 
-def test_without_such_a_strategy_or_with_one_rank_nothing_is_divided(monkeypatch, tmp_path):
+def test_without_such_a_strategy_nothing_is_sharded(tmp_path):
     model = tiny_model()
     model.configure_model()
-    on_a_mesh(model, monkeypatch, data_parallel=1)
     assert {type(weight) for weight in model.parameters()} == {torch.nn.Parameter}
     model.save_to(str(tmp_path / 'model.nemo'))
     assert all(
