@@ -385,7 +385,7 @@ def load_noise_audio(sample, sample_rate, max_audio_len=None, **kwargs):
     return noise, length
 
 
-def set_skip_bad_audio(dataset, skip: bool) -> None:
+def set_skip_bad_audio(dataset, skip) -> None:
     """Set whether a dataset, and all those it is made of, skips bad audio.
 
     Raises:
