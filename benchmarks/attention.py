@@ -74,7 +74,7 @@ def arguments(argv=None) -> argparse.Namespace:
 
 
 def case_of(options: argparse.Namespace, **changes) -> dict:
-    """Return what ``attention_cases.py`` is told."""
+    """Return the arguments of ``attention_cases.py``."""
     return {
         **{name: value for name, value in vars(options).items() if name not in ('output', 'resume', 'quick')},
         **changes,
@@ -279,7 +279,7 @@ TABLES = {'rule': rule_table, 'blocks': blocks_table}
 
 
 def heading(options: argparse.Namespace) -> dict:
-    """Return what says which figures a report has."""
+    """Return the heading of a report: machine and title."""
     return dict(machine=machine(options), what=title(options))
 
 

@@ -59,9 +59,9 @@ def draw_masks(left: int, seconds: float, seed: int) -> dict[str, Frames]:
     )
     frames, window = int(seconds * FRAMES_PER_SECOND), Window(AttContext(left, 0))
     found = {}
-    for row, told in ROWS.items():
+    for row, given in ROWS.items():
         torch.manual_seed(seed)
-        masks = masking.draw(torch.tensor([frames]), frames, effective_left_context=left if told is None else told)
+        masks = masking.draw(torch.tensor([frames]), frames, effective_left_context=left if given is None else given)
         share = masked_share_per_frame(masks, FACTOR)
         stack = Window(AttContext(LAYERS * (left + CONVOLUTION), 0))
         lost = (no_visible_frame(share, seen)[0] for seen in (window, stack))

@@ -61,7 +61,7 @@ class Quick(argparse.Action):
 def timed(run: Callable[[], object], at_least: float = 0.0) -> Seconds:
     """Return the seconds that a run takes, until the device has finished; the medians of as many as take so long.
 
-    One run of a few milliseconds says little: threads of the process that ran before may still be spinning.
+    One run of a few milliseconds is not enough: threads of the process that ran before may still be spinning.
     """
     runs, until = [], time.perf_counter() + at_least
     once = _once_on_a_gpu if gpu_is_in_use() else _once
@@ -170,7 +170,7 @@ def _resident(field: str) -> float:
 
 
 class CaseProcess:
-    """A process that builds a case and runs it when told to, with or without the overlay; see :func:`serve`.
+    """A process that builds a case and runs it on request, with or without the overlay; see :func:`serve`.
 
     Args:
         script: calls :func:`serve`.
@@ -218,7 +218,7 @@ class CaseProcess:
         return self._ask('peak')
 
     def about(self) -> dict:
-        """Return what the script says of the case."""
+        """Return what the script reports about the case."""
         return self._ask('about')
 
     def _ask(self, what: str):
@@ -236,7 +236,7 @@ def serve(build: Callable[[dict], Callable[[], object]], about: Callable[[Callab
 
     Args:
         build: returns what runs a case.
-        about: says what is to be known of it, as JSON can hold it.
+        about: describes it, in types that JSON has.
     """
     answers = os.fdopen(os.dup(1), 'w', buffering=1)
     os.dup2(2, 1)  # NeMo logs to standard output

@@ -99,9 +99,9 @@ def main(argv=None) -> int:
     print(f'| offline | 0 | 0 | {100 * word_error_rate(whole, texts):.2f} |')
     for name, pipeline in pipelines.items():
         found = pipeline.run([str(path) for path in files])
-        heard = [' '.join(found[index]['text'].split()) for index in range(len(files))]
-        other = sum(text.split() != expected.split() for text, expected in zip(heard, whole))
-        differ, errors = 100 * word_error_rate(heard, whole), 100 * word_error_rate(heard, texts)
+        texts_found = [' '.join(found[index]['text'].split()) for index in range(len(files))]
+        other = sum(text.split() != expected.split() for text, expected in zip(texts_found, whole))
+        differ, errors = 100 * word_error_rate(texts_found, whole), 100 * word_error_rate(texts_found, texts)
         print(f'| {name} | {differ:.2f} | {other} | {errors:.2f} |')
     return 0
 

@@ -6,7 +6,7 @@
     python benchmarks/streaming.py --only "17 x 512" --profile   # and where the time goes
 
 Chunks are of 80 ms, weights random: they do not change the time. Sessions start from samples; NeMo's
-``cache_aware_stream_step`` gets its features for nothing, as its API wants them, and all of its streams are in step. Times
+``cache_aware_stream_step`` gets its features for nothing, as its API takes them, and all of its streams are in step. Times
 are CPU times of all threads; ratios are medians over the turns, with their quartiles. How many streams a core runs in real
 time is 80 ms over the time of a step, times the streams. What bounds a step is the greater of two times: to read all weights
 once, and to compute all products, at the rates that this machine shows.

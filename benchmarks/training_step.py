@@ -6,7 +6,7 @@
     python benchmarks/training_step.py --stock .venv/nemo-2.5.3/bin/python   # against another NeMo, too
 
 Stock NeMo runs in processes of its own with the overlay off. The runs of all variants take turns, in changing order,
-and a ratio is the median over the turns, with its quartiles. docs/performance.md says how to read the result.
+and a ratio is the median over the turns, with its quartiles. docs/performance.md explains the result.
 """
 
 import argparse

@@ -43,14 +43,14 @@ def ctc_loss(log_probs: torch.Tensor, lengths: torch.Tensor, utterances: list) -
 def errors_of(recogniser: Recogniser, speech: Speech, utterances: list, context) -> list[int]:
     """Return the errors of the greedy CTC path in each utterance."""
     recogniser.eval()
-    heard = []
+    hypotheses = []
     with recogniser.encoder.using_att_context_size(context):
         for batch in speech.batches(utterances):
             for log_probs, length in zip(*recogniser(*batch)):
                 path = log_probs[:length].argmax(dim=1).unique_consecutive()
-                heard.append(path[path != len(PHONES)].tolist())
+                hypotheses.append(path[path != len(PHONES)].tolist())
     recogniser.train()
-    return count_errors(heard, [utterance.labels for utterance in utterances])
+    return count_errors(hypotheses, [utterance.labels for utterance in utterances])
 
 
 def converged(steps: int, best: int, every: int = EVERY) -> bool:

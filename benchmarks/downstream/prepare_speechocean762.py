@@ -24,7 +24,7 @@ PARTS = ('train', 'test')
 
 
 def table(path: Path) -> dict[str, str]:
-    """Return what one of Kaldi's text files says of each key, the first word of its lines.
+    """Return the rest of each line of one of Kaldi's text files, by the line's first word.
 
     Raises:
         ValueError: naming the file, if it is not there or a line has no more than a key.
@@ -35,7 +35,7 @@ def table(path: Path) -> dict[str, str]:
     for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
         key, *rest = line.split(maxsplit=1)
         if not rest:
-            raise ValueError(f"{path}, line {number} says nothing of {key}")
+            raise ValueError(f"{path}, line {number} has no value for {key}")
         found[key] = rest[0].strip()
     return found
 
