@@ -100,13 +100,14 @@ COMPARED = (
 )
 
 
-def overrides(name: str, kind: str, steps: int, layers: int, width: int, classes: int) -> list[str]:
-    """Return the overrides of the tiny streaming config that make an arm."""
+def overrides(name: str, kind: str, recipe) -> list[str]:
+    """Return the overrides of the tiny streaming config that make an arm, in the sizes of a ``pretrain.Recipe``."""
     arm, contexts = ARMS[name], KINDS[kind]
     made = [
-        f'model.encoder.n_layers={layers}',
-        f'model.encoder.d_model={width}',
-        f'model.num_classes={classes}',
+        f'model.encoder.n_layers={recipe.layers}',
+        f'model.encoder.d_model={recipe.width}',
+        f'model.num_classes={recipe.classes}',
+        *(f'model.encoder.{key}={recipe.dropout}' for key in ('dropout', 'dropout_att', 'dropout_pre_encoder')),
         f'model.encoder.att_context_style={contexts.style}',
         f'model.encoder.att_context_size={[list(context) for context in contexts.contexts]}',
     ]
@@ -115,6 +116,6 @@ def overrides(name: str, kind: str, steps: int, layers: int, width: int, classes
     if arm.follow is False:
         made += ['+model.masking.follow_context=false', 'model.masking.causal=false']
     if arm.refined:
-        every, until = max(1, steps // 30), max(1, steps // 3)
+        every, until = max(1, recipe.steps // 30), max(1, recipe.steps // 3)
         made.append(f'+model.quantizer.refine={{every_n_steps: {every}, until_step: {until}, decay: 0.5}}')
     return made + list(OFFLINE if arm.offline else ())

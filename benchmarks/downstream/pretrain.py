@@ -39,10 +39,12 @@ class Recipe:
     width: int = 128
     classes: int = 512
     steps: int = 3000
-    crops: int = 2
+    crops: int = 4
     """Of a step."""
     crop_frames: int = 800
     """Feature frames of a crop."""
+    dropout: float = 0.1
+    """Of layers, attention and the subsampled features."""
     learning_rate: float = 1.5e-3
     warmup_steps: int = 300
     hold: float = 0.4
@@ -60,7 +62,7 @@ def build(name: str, kind: str, seed: int, recipe: Recipe) -> EncDecMaskedTokenP
     """Build the model of an arm; encoders of a seed begin with the same weights, and so do quantizers."""
     arm = ARMS[name]
     with initialize_config_dir(str(EXAMPLES / 'conf/ssl/nest'), version_base=None):
-        made = overrides(name, kind, recipe.steps, recipe.layers, recipe.width, recipe.classes)
+        made = overrides(name, kind, recipe)
         cfg = compose(CONFIG, overrides=['~model.train_ds', '~model.validation_ds', *made])
     OmegaConf.resolve(cfg)
     pl.seed_everything(seed, workers=False, verbose=False)
@@ -174,7 +176,9 @@ def pretrain(name: str, kind: str, seed: int, speech: Speech, recipe: Recipe, fo
     log = {'recipe': asdict(recipe), **set_masks(model, name, kind, seed, recipe), 'loss': [], 'validation': {}}
     steps = 0 if arm.objective is None else recipe.steps * arm.longer
     parameters = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=1e-3, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        parameters, lr=recipe.learning_rate, weight_decay=1e-3, betas=(0.9, 0.98), fused=True
+    )
     first, seconds = 0, 0.0
     if path.exists():
         state = torch.load(path, weights_only=False)

@@ -46,8 +46,8 @@ DISTANCES = ('kind', 'arm', 'seed', 'context', 'part', 'left', 'right', 'frames'
 TUNINGS = ('kind', 'arm', 'seed', 'step', 'context', 'errors')
 CURVE = ('following-40', 'next')  # arms that show the noise, with seed 0: more probe seeds, and earlier checkpoints
 PROBE_SEEDS = 3
-FIRST = ('following-40', 'stock-40', 'next', 'random')
-SECOND = ('supervised', 'stock-short', 'stock-16', 'following-16')
+FIRST = ('stock-40', 'following-40', 'next', 'random', 'stock-short')
+SECOND = ('supervised', 'stock-16', 'following-16')
 
 
 class Cell(NamedTuple):
@@ -69,12 +69,14 @@ def order() -> list[Cell]:
     """Return all cells, those that decide most first; see protocol.md."""
     rest = [name for name in ARMS if name not in (FEATURES, *FIRST, *SECOND)]
     cells = []
-    for names, kind in ((FIRST, 'causal'), (FIRST, 'chunks'), (SECOND, 'causal'), (SECOND, 'chunks')):
-        for seed in SEEDS:
-            cells += [Cell(kind, name, seed) for name in names]
-            if names is FIRST and seed == 0:
-                cells += [Cell('causal', FEATURES, 0)] if kind == 'causal' else []
-                cells += [Cell(kind, name, 0, noise=True) for name in CURVE]
+    for seed in SEEDS:
+        cells += [Cell(kind, name, seed) for kind in KINDS for name in FIRST]
+        if seed == 0:
+            cells += [Cell('causal', FEATURES, 0), *(Cell('causal', name, 0, noise=True) for name in CURVE)]
+            cells += [Cell(kind, SECOND[0], 0) for kind in KINDS]
+    cells += [
+        Cell(kind, name, seed) for seed in SEEDS for kind in KINDS for name in SECOND if (name, seed) != (SECOND[0], 0)
+    ]
     return cells + [Cell(kind, name, seed) for kind in KINDS for seed in SEEDS for name in rest]
 
 
