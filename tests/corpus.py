@@ -2,33 +2,18 @@
 """Synthetic speech for the tests."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+from fresh_process import run_python
 from omegaconf import OmegaConf
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples/asr/speech_pretraining/make_speech_corpus.py"
 
 
 def make_small_corpus(directory, minutes=1.5):
-    """Make a small corpus of synthetic speech; it takes some seconds, and none where it is there already.
-
-    Args:
-        directory: where to.
-        minutes: about how much train speech; validation has some 20 seconds.
-
-    Returns:
-        ``Path`` of the folder with train_manifest.json, validation_manifest.json and noise_manifest.json.
-
-    Raises:
-        RuntimeError: with the script's own message, if it fails.
-    """
-    command = [sys.executable, str(SCRIPT), "--output", str(directory), "--minutes", str(minutes)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise RuntimeError(result.stderr)
-    return Path(directory)
+    """Make a corpus of synthetic speech: train of about so many minutes, 20 seconds of validation, and noise."""
+    done = run_python(SCRIPT, "--output", directory, "--minutes", minutes)
+    assert done.returncode == 0, done.stderr
 
 
 def data_section(corpus, **options):

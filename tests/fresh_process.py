@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes of their own for scripts that need NeMo, without the twenty seconds that importing NeMo takes in each.
 
-For a test run there are two servers, one with the patches and one with stock NeMo. A server is an interpreter apart
-from the tests. When it is first asked it imports NeMo, and nothing else; for each script it forks. So a script shares
-nothing with the tests (no module, hash seed, random number or thread), and nothing with the scripts before it.
-``conftest.py`` starts the servers; all workers of pytest-xdist use them. A server ends when its standard input does,
-and with it the test run.
+``conftest.py`` starts two servers for a test run, one with the patches and one with stock NeMo. A server imports NeMo
+at its first request, and forks for each script. So a script shares nothing with the tests (no module, random number or
+thread), and nothing with the scripts before it. A server ends when its standard input does.
 
     python fresh_process.py DESCRIPTOR     # a server, with a listening socket; NEMO_STREAMING_SSL=0: with stock NeMo
 """
@@ -58,18 +56,18 @@ def end_servers(servers: list[subprocess.Popen]) -> None:
 
 
 def run_python(*arguments, patched=True, cwd=None, input=None, timeout=900, **environment):
-    """Run ``python ARGUMENTS`` where NeMo is imported already; the arguments are those of ``subprocess.run``.
+    """Run ``python ARGUMENTS`` where NeMo is imported already.
 
     Args:
-        arguments: a script and its arguments, or ``-c``, the code, and its arguments.
+        arguments: a script, ``-c`` and code, or ``-m`` and a module; then its arguments.
         patched: with the patches, or else with stock NeMo.
         cwd: the folder to run in.
-        input: bytes for the script's standard input, through a pipe.
+        input: bytes for the standard input.
         timeout: seconds after which the process is killed, with its children.
         environment: what to add to the environment variables.
 
     Returns:
-        ``subprocess.CompletedProcess`` with the exit status (negative: a signal), and what was printed, as text.
+        ``subprocess.CompletedProcess`` with the exit status (negative: a signal), and the output as text.
 
     Raises:
         subprocess.TimeoutExpired: after ``timeout`` seconds.
@@ -175,6 +173,9 @@ def _fulfil(arguments: list[str], cwd: str, environment: dict[str, str]) -> None
         sys.argv = ['-c', *arguments[2:]]
         main = sys.modules['__main__'] = type(sys)('__main__')
         exec(compile(arguments[1], '<string>', 'exec'), main.__dict__)
+    elif arguments[0] == '-m':
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name='__main__', alter_sys=True)
     else:
         sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).resolve().parent)
         runpy.run_path(arguments[0], run_name='__main__')

@@ -27,7 +27,7 @@ class DeviceTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, on_host: torch.Tensor):
         layout = dict(strides=on_host.stride(), storage_offset=on_host.storage_offset(), dtype=on_host.dtype)
-        return torch.Tensor._make_wrapper_subclass(cls, on_host.shape, device=_there(), **layout)
+        return torch.Tensor._make_wrapper_subclass(cls, on_host.shape, device=_device, **layout)
 
     def __init__(self, on_host: torch.Tensor):
         self.on_host = on_host
@@ -57,44 +57,30 @@ class _EverywhereOnTheDevice(TorchDispatchMode):
 class _DeviceModule:
     """What ``torch.fakegpu`` must have."""
 
-    def __getattr__(self, name):
-        known = {
-            'device': lambda index: nullcontext(),
-            'is_available': lambda: True,
-            'is_initialized': lambda: True,
-            'current_device': lambda: 0,
-            'device_count': lambda: 1,
-            '_is_in_bad_fork': lambda: False,
-            'manual_seed_all': lambda seed: None,
-            'get_rng_state': lambda device=None: torch.get_rng_state(),
-            'set_rng_state': lambda state, device=None: torch.set_rng_state(state),
-            'get_amp_supported_dtype': lambda: [torch.float16, torch.bfloat16],
-            'synchronize': lambda device=None: note('wait', 'synchronize'),
-        }
-        if name not in known:
-            raise AttributeError(name)
-        return known[name]
+    device = staticmethod(lambda index: nullcontext())
+    is_available = is_initialized = staticmethod(lambda: True)
+    current_device = staticmethod(lambda: 0)
+    device_count = staticmethod(lambda: 1)
+    _is_in_bad_fork = staticmethod(lambda: False)
+    manual_seed_all = staticmethod(lambda seed: None)
+    get_rng_state = staticmethod(lambda device=None: torch.get_rng_state())
+    set_rng_state = staticmethod(lambda state, device=None: torch.set_rng_state(state))
+    get_amp_supported_dtype = staticmethod(lambda: [torch.float16, torch.bfloat16])
+    synchronize = staticmethod(lambda device=None: note('wait', 'synchronize'))
 
 
 _mode: TorchDispatchMode | None = None
 _device: torch.device | None = None
-
-
-def _there() -> torch.device:
-    return _device
+_NEEDED = {
+    '_setup_privateuseone_for_python_backend': torch.utils.backend_registration,
+    '_set_only_lift_cpu_tensors': torch._C,
+    '_make_wrapper_subclass': torch.Tensor,
+}
 
 
 def why_not() -> str | None:
     """Return what this torch lacks for a fake device; None: nothing."""
-    lacking = [
-        name
-        for holder, name in (
-            (torch.utils.backend_registration, '_setup_privateuseone_for_python_backend'),
-            (torch._C, '_set_only_lift_cpu_tensors'),
-            (torch.Tensor, '_make_wrapper_subclass'),
-        )
-        if not hasattr(holder, name)
-    ]
+    lacking = [name for name, holder in _NEEDED.items() if not hasattr(holder, name)]
     return f"torch {torch.__version__} has no {' and no '.join(lacking)}" if lacking else None
 
 
@@ -139,7 +125,7 @@ def _execute(operation, args, kwargs):
         refuse_mixed(operation, tensors, is_there)
         note_waits(operation, args, kwargs, is_there)
     asked = kwargs.get('device')
-    to_device = there if asked is None else torch.device(asked).type == _there().type
+    to_device = there if asked is None else torch.device(asked).type == _device.type
     note_copy(operation, args, to_device, is_there)
     if asked is not None:
         kwargs = {**kwargs, 'device': torch.device('cpu') if to_device else asked}

@@ -14,20 +14,13 @@ COPIES = (aten.copy_, aten._to_copy, aten.copy)
 INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index)
 HALF_TO_FLOAT = (aten._softmax, aten._log_softmax)  # a step of their own on a GPU, and not on the CPU
 TAKES_HOST_SCALARS = (*COPIES, *INDEXED, aten.fill_, aten.fill, aten.masked_fill, aten.masked_fill_, aten.where)
-WAITING = (
-    aten._local_scalar_dense,
-    aten.item,
-    aten.is_nonzero,
-    aten.equal,
-    aten.nonzero,
-    aten.masked_select,
-    aten._unique,
-    aten._unique2,
-    aten.unique_dim,
-    aten.unique_consecutive,
-    aten.bincount,
-    aten._linalg_check_errors,
-)
+WAITING = [
+    getattr(aten, name)
+    for name in (
+        '_local_scalar_dense item is_nonzero equal nonzero masked_select _unique _unique2 unique_dim '
+        'unique_consecutive bincount _linalg_check_errors'
+    ).split()
+]
 INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8, torch.bool)
 MASK_DTYPES = (torch.bool, torch.uint8)
 Predicate = Callable[[object], bool]
@@ -38,14 +31,12 @@ class MixedDevices(RuntimeError):
 
 
 def refuse_mixed(operation, tensors: Sequence[torch.Tensor], is_there: Predicate) -> None:
-    """Raise where a GPU would: a tensor of the host is taken only if it is one number, and only by some operations.
+    """Raise ``MixedDevices`` where a GPU fails: few operations take a tensor of the host, and only a scalar one.
 
     Args:
         operation: an overload of torch.
         tensors: all that it is given, at least one of the device.
-
-    Raises:
-        MixedDevices: naming the operation and the tensors.
+        is_there: tells whether a tensor is on the device.
     """
     packet = operation.overloadpacket
     if packet in COPIES:

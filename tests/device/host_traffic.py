@@ -16,16 +16,16 @@ PLUMBING = ('torch/_', 'torch/utils/', 'torch/nn/modules/module.py', 'torch/func
 
 
 class Meeting(NamedTuple):
-    """One kind of traffic between host and device, by who asks for it."""
+    """One kind of traffic between host and device, by the function that asks for it.
+
+    The kind is ``wait``, ``copy to host`` (which waits, too) or ``copy to device``; the file is NeMo's, patched or
+    stock, or else that of the library or the test.
+    """
 
     kind: str
-    """``wait``, ``copy to host`` (which waits, too) or ``copy to device``."""
     operation: str
-    """What torch calls it."""
     file: str
-    """NeMo's file, patched or stock, or else the file of the library or the test that asks."""
     function: str
-    """The function there."""
 
 
 _recorded: Counter | None = None
@@ -33,11 +33,7 @@ _recorded: Counter | None = None
 
 @contextmanager
 def recorded(into: Counter | None = None) -> Iterator[Counter]:
-    """Record within; yields how often there was each :class:`Meeting`.
-
-    Args:
-        into: what to add to; None: a new one.
-    """
+    """Record within; yields the count of each :class:`Meeting`, added to those of ``into`` if it is given."""
     global _recorded
     before, _recorded = _recorded, Counter() if into is None else into
     try:

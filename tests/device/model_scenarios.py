@@ -17,9 +17,8 @@ from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse
 from nemo.collections.asr.parts.streaming.session import StreamingSession
 from nemo.collections.asr.parts.utils.nonfinite_guard import gradient_norm
 
-CONTEXTS = 'model.encoder.att_context_size=[[10,0],[20,0]]'
 PLAIN = (
-    CONTEXTS,
+    'model.encoder.att_context_size=[[10,0],[20,0]]',
     'model.masking.mask_prob=0.1',  # so that something is masked in a second of audio
     'model.preprocessor.dither=0',
     'model.encoder.dropout=0',
@@ -31,25 +30,18 @@ OBJECTIVES = {
     'next_token': ('+model.objective=next_token', '+model.next_token.horizons=2'),
     'both': ('+model.objective=both', '+model.next_token.horizons=2'),
 }
-AUDITED = ('model.audit_every_n_batches=1',)
-SAMPLER = '{full_prob: 0.1, chunk_size: [1, 4], left_chunks: [2, 8], left_limited_prob: 0.9}'
-STEPS = 2
 
 
-@cache
-def _config(*overrides: str):
-    """Compose a config once for all precisions."""
-    return tiny_config(*overrides).model
+config_of = cache(tiny_config)  # composed once for all precisions
 
 
+@unrecorded()
 def model_at(place: Place, *overrides: str):
     """Build a tiny model at a place, with as much of a trainer as a step needs."""
-    with unrecorded():
-        torch.manual_seed(0)
-        model = place.put(EncDecDenoiseMaskedTokenPredModel(copy.deepcopy(_config(*PLAIN, *overrides))))
-        model._trainer = SimpleNamespace(
-            global_step=0, precision_plugin=SimpleNamespace(scaler=None), loggers=[], state=None
-        )
+    torch.manual_seed(0)
+    model = place.put(EncDecDenoiseMaskedTokenPredModel(copy.deepcopy(config_of(*PLAIN, *overrides).model)))
+    plugin = SimpleNamespace(scaler=None)
+    model._trainer = SimpleNamespace(global_step=0, precision_plugin=plugin, loggers=[], state=None)
     model.logged = {}
     model.log = model.logged.__setitem__
     model.log_dict = lambda values, **kwargs: model.logged.update(values)
@@ -78,11 +70,11 @@ def masked_only(place: Place, *overrides: str) -> list:
 
 def training(place: Place, *overrides: str) -> list:
     """Whole steps: forward, loss, logs, audit, backward, the check of the gradients, the optimizer."""
-    model = model_at(place, *AUDITED, *overrides).train()
+    model = model_at(place, 'model.audit_every_n_batches=1', *overrides).train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     model._optimizer = optimizer = torch.optim.AdamW(weights, lr=1e-3, eps=1e-4)  # float16 has no 1e-8
     found = []
-    for step in range(STEPS):
+    for step in range(2):
         batch = batch_at(place, seed=step)
         with place.autocast():
             output = model.training_step(batch, step)
@@ -140,6 +132,12 @@ def _with(function, *overrides, **kwargs):
     return lambda place: function(place, *overrides, **kwargs)
 
 
+SAMPLED = (
+    'model.encoder.att_context_style=chunked_limited',
+    'model.encoder.att_context_size=[[8,3]]',
+    '+model.encoder.att_context_sampler={full_prob: 0.1, chunk_size: [1, 4], left_chunks: [2, 8], left_limited_prob: 0.9}',
+)
+REFINED = '+model.quantizer.refine={every_n_steps: 1, until_step: 10, decay: 0.9}'
 MODELS = {
     'model, pre_conv': forward,
     'model, post_conv': _with(forward, *POST_CONV),
@@ -148,15 +146,8 @@ MODELS = {
     **{f'training, {name}': _with(training, *overrides) for name, overrides in OBJECTIVES.items()},
     'training, masked, post_conv': _with(training, *POST_CONV),
     'training, masked, block by block': _with(training, 'model.encoder.blockwise_attention=on'),
-    'training, masked, codebook refined': _with(
-        training, '+model.quantizer.refine={every_n_steps: 1, until_step: 10, decay: 0.9}'
-    ),
-    'training, masked, contexts by a sampler': _with(
-        training,
-        'model.encoder.att_context_style=chunked_limited',
-        'model.encoder.att_context_size=[[8,3]]',
-        f'+model.encoder.att_context_sampler={SAMPLER}',
-    ),
+    'training, masked, codebook refined': _with(training, REFINED),
+    'training, masked, contexts by a sampler': _with(training, *SAMPLED),
     'use of the codebook': use_of_the_codebook,
     'gradient check': gradient_check,
     'validation in contexts': validation,

@@ -23,11 +23,10 @@ from nemo.collections.asr.parts.objectives import base
 
 FEATURES, FRAMES, FACTOR, CLASSES = 8, 160, 8, 32
 LENGTHS = 160, 90
-STREAMS, NEW_FRAMES = 2, 24
 
 
 def masking(place: Place, moved: bool) -> list:
-    """Mask in every mode; the module is moved to the device, or was forgotten on the CPU."""
+    """Mask in every mode; the module is moved to the device, or was left on the CPU."""
     features, lengths, found = place.random(2, FEATURES, FRAMES), place.whole(*LENGTHS), []
     calls = (
         {},
@@ -42,17 +41,14 @@ def masking(place: Place, moved: bool) -> list:
         module = RandomBlockMasking(FEATURES, subsampling_factor=FACTOR, **settings)
         module = place.put(module) if moved else module
         found += module(input_feats=features, input_lengths=lengths, **call)
-    found += module.forward_causal(features, lengths)
-    return found
+    return [*found, *module.forward_causal(features, lengths)]
 
 
 def masking_of_streams(place: Place) -> list:
     """Mask live streams, frame after frame."""
     module = place.put(RandomBlockMasking(FEATURES, block_size=8, allow_overlap=True, mask_prob=0.05))
-    stream, window = module.new_stream(STREAMS, place.device), Window(AttContext(5, 0))
-    features = place.random(STREAMS, FEATURES, NEW_FRAMES)
-    lengths = place.whole(*[NEW_FRAMES] * STREAMS)
-    return module(input_feats=features, input_lengths=lengths, stream=stream, effective_window=window)
+    settings = dict(stream=module.new_stream(2, place.device), effective_window=Window(AttContext(5, 0)))
+    return module(input_feats=place.random(2, FEATURES, 24), input_lengths=place.whole(24, 24), **settings)
 
 
 def quantizer(place: Place, distance: str, books: int) -> list:
@@ -63,15 +59,17 @@ def quantizer(place: Place, distance: str, books: int) -> list:
 
 
 def encoder(place: Place, **settings) -> list:
-    """Encode, forward and backward, in a limited context; gradients are what is compared, too."""
+    """Encode, forward and backward; gradients are compared, too."""
     module = place.put(tiny_encoder(n_layers=2, **{**WITHOUT_DROPOUT, **settings})).train()
-    features, lengths = place.random(2, FEATURES, FRAMES), place.whole(*LENGTHS)
     with place.autocast():
-        encoded, lengths = module(audio_signal=features, length=lengths)
-    if not torch.is_grad_enabled():
-        return [encoded, lengths]
+        encoded, lengths = module(audio_signal=place.random(2, FEATURES, FRAMES), length=place.whole(*LENGTHS))
     encoded.float().square().mean().backward()
     return [encoded, lengths, *(weight.grad for weight in module.parameters() if weight.grad is not None)]
+
+
+def _masks(place: Place, frames: int, run: int) -> torch.Tensor:
+    """Masks [2, FEATURES, frames] of every third run of frames."""
+    return place.put((torch.arange(frames) // run % 3 == 0).float().expand(2, FEATURES, -1))
 
 
 def decoder(place: Place, books: int) -> list:
@@ -82,10 +80,10 @@ def decoder(place: Place, books: int) -> list:
 
 
 def decoding_of_masked_frames(place: Place) -> list:
-    """Decode the frames that count, and no others."""
+    """Decode the frames in the loss, and no others."""
     module = place.put(MultiSoftmaxDecoder(FEATURES, CLASSES, squeeze_single=True))
-    masks = place.put((torch.arange(FRAMES) // 24 % 3 == 0).float().expand(2, FEATURES, -1))
-    frames = place.random(2, 20, FEATURES), place.put(torch.arange(40).view(2, 20) % CLASSES), masks
+    targets = place.put(torch.arange(40).view(2, 20) % CLASSES)
+    frames = place.random(2, 20, FEATURES), targets, _masks(place, FRAMES, 24)
     loss = MLMLoss(combine_time_steps=FACTOR)
     with place.autocast():
         found = base.gather_loss_positions(*loss.align(*frames, place.whole(20, 11))).decoded(module)
@@ -94,64 +92,49 @@ def decoding_of_masked_frames(place: Place) -> list:
 
 def masked_loss(place: Place, books: int) -> list:
     """The loss of masked tokens, with lengths and an offset."""
-    shape = (2, 20, CLASSES) if books == 1 else (2, 20, CLASSES, books)
-    log_probs = place.random(*shape, requires_grad=True)
-    targets = place.put(torch.arange(40 * books).view(shape[:2] if books == 1 else (2, 20, books)) % CLASSES)
-    masks = place.put((torch.arange(FRAMES) // 24 % 3 == 0).float().expand(2, FEATURES, -1))
+    tail = () if books == 1 else (books,)
+    outputs = place.random(2, 20, CLASSES, *tail, requires_grad=True)
+    targets = place.put(torch.arange(40 * books).view(2, 20, *tail) % CLASSES)
     kind = dict(combine_time_steps=FACTOR, decoder_offset=1)
     loss = MLMLoss(**kind) if books == 1 else MultiMLMLoss(num_decoders=books, **kind)
-    value = loss(decoder_outputs=log_probs, targets=targets, decoder_lengths=place.whole(20, 11), masks=masks)
-    return [value, *_gradient(value, log_probs)]
+    named = dict(targets=targets, decoder_lengths=place.whole(20, 11), masks=_masks(place, FRAMES, 24))
+    return _with_gradient(loss(decoder_outputs=outputs, **named), outputs)
 
 
 def next_token_loss(place: Place) -> list:
     """The loss of next tokens."""
-    log_probs = place.random(2, 20, 3, CLASSES, requires_grad=True)
+    outputs = place.random(2, 20, 3, CLASSES, requires_grad=True)
     targets, lengths = place.put(torch.arange(40).view(2, 20) % CLASSES), place.whole(20, 11)
-    value = NextTokenLoss(horizons=3)(
-        decoder_outputs=log_probs, targets=targets, offset=1, decoder_lengths=lengths, target_lengths=lengths
-    )
-    return [value, *_gradient(value, log_probs)]
+    named = dict(targets=targets, offset=1, decoder_lengths=lengths, target_lengths=lengths)
+    return _with_gradient(NextTokenLoss(horizons=3)(decoder_outputs=outputs, **named), outputs)
 
 
 def contrastive_loss(place: Place, same_utterance: bool) -> list:
     """NeMo's contrastive loss, with negatives of the utterance or of the batch."""
     kind = dict(num_negatives=5, combine_time_steps=1, sample_from_same_utterance_only=same_utterance)
     loss = place.put(ContrastiveLoss(in_dim=FEATURES, proj_dim=FEATURES, **kind))
-    masks = place.put((torch.arange(20) % 3 == 0).float().expand(2, FEATURES, -1))
-    outputs = place.random(2, 20, FEATURES, requires_grad=True)
-    value = loss(
-        spectrograms=place.random(2, FEATURES, 20, seed=1),
-        spec_masks=masks,
-        decoder_outputs=outputs,
-        decoder_lengths=place.whole(20, 11),
-    )
-    return [value, *_gradient(value, outputs)]
+    outputs, spectrograms = place.random(2, 20, FEATURES, requires_grad=True), place.random(2, FEATURES, 20, seed=1)
+    named = dict(spec_masks=_masks(place, 20, 1), decoder_lengths=place.whole(20, 11))
+    return _with_gradient(loss(spectrograms=spectrograms, decoder_outputs=outputs, **named), outputs)
 
 
-def _gradient(value, inputs) -> list:
-    return [torch.autograd.grad(value, inputs)[0]] if torch.is_grad_enabled() else []
+def _with_gradient(value, inputs) -> list:
+    return [value, *torch.autograd.grad(value, inputs)]
 
 
 REGULAR = dict(att_context_size=[6, 0])
-CHUNKED = dict(att_context_size=[8, 3], att_context_style='chunked_limited')
-LAYERS = dict(att_context_size=[8, 0], layer_att_context_size=[[4, 0], [8, 0]])
+SDPA, ABSOLUTE = dict(use_pytorch_sdpa=True), dict(self_attention_model='abs_pos')
+BOTH_WAYS = {
+    'regular': REGULAR,
+    'regular, SDPA': {**REGULAR, **SDPA},
+    'chunked': dict(att_context_size=[8, 3], att_context_style='chunked_limited'),
+    'contexts by layer': dict(att_context_size=[8, 0], layer_att_context_size=[[4, 0], [8, 0]]),
+}
 ENCODERS = {
-    'regular': {**REGULAR, 'blockwise_attention': 'off'},
-    'regular, block by block': {**REGULAR, 'blockwise_attention': 'on'},
-    'regular, SDPA': {**REGULAR, 'blockwise_attention': 'off', 'use_pytorch_sdpa': True},
-    'regular, SDPA, block by block': {**REGULAR, 'blockwise_attention': 'on', 'use_pytorch_sdpa': True},
-    'chunked': {**CHUNKED, 'blockwise_attention': 'off'},
-    'chunked, block by block': {**CHUNKED, 'blockwise_attention': 'on'},
-    'contexts by layer': {**LAYERS, 'blockwise_attention': 'off'},
-    'contexts by layer, block by block': {**LAYERS, 'blockwise_attention': 'on'},
-    'abs_pos': {**REGULAR, 'self_attention_model': 'abs_pos', 'blockwise_attention': 'off'},
-    'abs_pos, SDPA, block by block': {
-        **REGULAR,
-        'self_attention_model': 'abs_pos',
-        'blockwise_attention': 'on',
-        'use_pytorch_sdpa': True,
-    },
+    **{name: {**settings, 'blockwise_attention': 'off'} for name, settings in BOTH_WAYS.items()},
+    **{f'{name}, block by block': {**kind, 'blockwise_attention': 'on'} for name, kind in BOTH_WAYS.items()},
+    'abs_pos': {**REGULAR, **ABSOLUTE, 'blockwise_attention': 'off'},
+    'abs_pos, SDPA, block by block': {**REGULAR, **ABSOLUTE, **SDPA, 'blockwise_attention': 'on'},
     'unlimited': dict(att_context_size=[-1, -1], conv_context_size=None, causal_downsampling=False),
 }
 

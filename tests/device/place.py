@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where, and in which precision, a scenario runs: on a device or on the CPU, whole or under autocast."""
+"""Where, and in which precision, a scenario runs: on a device or on the CPU, in one dtype or under autocast."""
 
 import copy
 import dataclasses
@@ -25,43 +25,35 @@ class Place:
     device: torch.device
     precision: str = 'float32'
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and features."""
-        return PRECISIONS[self.precision][0]
-
     def autocast(self):
         """Return the context to compute in."""
         dtype = PRECISIONS[self.precision][1]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
+    @unrecorded()
     def put(self, value):
         """Move a module, a tensor or a batch here, as a trainer does before a step; floats get the dtype of the place."""
-        with unrecorded():
-            return self._put(value)
-
-    def _put(self, value):
+        dtype = PRECISIONS[self.precision][0]
         if isinstance(value, torch.Tensor):
-            return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+            return value.to(self.device, dtype if value.is_floating_point() else value.dtype)
         if dataclasses.is_dataclass(value):
             moved = copy.copy(value)
             for field in dataclasses.fields(value):
-                setattr(moved, field.name, self._put(getattr(value, field.name)))
+                setattr(moved, field.name, self.put(getattr(value, field.name)))
             return moved
-        return value.to(self.device, self.dtype) if isinstance(value, torch.nn.Module) else value
+        return value.to(self.device, dtype) if isinstance(value, torch.nn.Module) else value
 
-    def random(self, *shape, seed: int = 0, **kwargs) -> torch.Tensor:
+    def random(self, *shape, seed: int = 0, requires_grad: bool = False) -> torch.Tensor:
         """Make normal random numbers here, the same on each device."""
-        return self.put(torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).requires_grad_(
-            kwargs.get('requires_grad', False)
-        )
+        made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+        return self.put(made).requires_grad_(requires_grad)
 
     def whole(self, *numbers) -> torch.Tensor:
-        """Make a tensor of whole numbers here: lengths, say."""
+        """Make a tensor of whole numbers here, such as lengths."""
         return self.put(torch.tensor(numbers))
 
 
+@unrecorded()
 def plain(values) -> list:
     """Bring what a scenario returned to the CPU, detached, to be compared."""
-    with unrecorded():
-        return [value.detach().cpu() if isinstance(value, torch.Tensor) else torch.tensor(value) for value in values]
+    return [value.detach().cpu() if isinstance(value, torch.Tensor) else torch.tensor(value) for value in values]

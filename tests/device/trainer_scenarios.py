@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenario of a whole run of Lightning's trainer: what its steps ask of the host, logging included."""
+"""Scenarios of a whole run of Lightning's trainer: what its steps ask of the host, logging included."""
 
 from contextlib import ExitStack
 
 import torch
 from device.host_traffic import recorded, unrecorded
 from device.place import Place
-from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -16,30 +16,11 @@ WARM_UP, STEPS = 3, 6  # the first steps make the states of the metrics and of t
 WITHOUT_DROPOUT = [f'model.encoder.{kind}=0' for kind in ('dropout', 'dropout_pre_encoder', 'dropout_att')]
 
 
-class FakeAccelerator(Accelerator):
-    """What Lightning asks of an accelerator."""
+class FakeAccelerator(CPUAccelerator):
+    """Lightning's of the CPU, for the fake device."""
 
     def setup_device(self, device):
-        """There is nothing to set up."""
-
-    def teardown(self):
-        """There is nothing to clear up."""
-
-    @staticmethod
-    def parse_devices(devices):
-        return [0]
-
-    @staticmethod
-    def get_parallel_devices(devices):
-        return devices
-
-    @staticmethod
-    def auto_device_count():
-        return 1
-
-    @staticmethod
-    def is_available():
-        return True
+        """There is nothing to set up, and the device is not a CPU."""
 
     @staticmethod
     def name():
@@ -60,21 +41,19 @@ class WatchSteps(Callback):
         self._watching.close()
 
 
-def run_of_the_trainer(place: Place, *overrides: str, log_every: int = 100) -> list:
+def run_of_the_trainer(place: Place, *overrides: str) -> list:
     """Train for some steps under Lightning; return the logged losses and the norm of the weights."""
     with unrecorded() as traffic:
         model = tiny_model(*WITHOUT_DROPOUT, 'model.audit_every_n_batches=1', *overrides)
-        settings = dict(log_every_n_steps=log_every, logger=RecordingLogger(), callbacks=[WatchSteps(traffic)])
+        settings = dict(log_every_n_steps=100, logger=RecordingLogger(), callbacks=[WatchSteps(traffic)])
         if place.device.type != 'cpu':
             settings['accelerator'] = FakeAccelerator()
             settings['strategy'] = SingleDeviceStrategy(place.device)
         if place.precision == 'autocast bfloat16':
             settings['plugins'] = [MixedPrecision('bf16-mixed', place.device.type)]
         run = fit(model, batches(STEPS), STEPS, **settings)
-        size = torch.nn.utils.parameters_to_vector(
-            model.parameters()
-        ).norm()  # Adam amplifies rounding in single weights
-        return [*run.logger.column('train_loss'), size]
+        weights = torch.nn.utils.parameters_to_vector(model.parameters())
+        return [*run.logger.column('train_loss'), weights.norm()]  # Adam amplifies rounding in single weights
 
 
 TRAINER = {

@@ -16,51 +16,38 @@ from device.place import Place
 from nemo.collections.asr.parts.utils.nonfinite_guard import gradient_norm
 from nemo.utils import logging
 
-BACKENDS = {'cpu': 'gloo', 'cuda': 'nccl'}
-
 
 def run_rank(rank: int, folder: Path) -> None:
-    """Train with the other rank, and write down what was found."""
+    """Train with the other rank, and write the result."""
     kind = (folder / 'device').read_text()
-    device = torch.device(kind, rank) if kind == 'cuda' else torch.device(kind)
     if kind == 'cuda':
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(rank)
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(BACKENDS[kind], rank=rank, world_size=2)
-    (folder / f'{rank}.json').write_text(json.dumps(train(rank, device)))
+    torch.distributed.init_process_group({'cpu': 'gloo', 'cuda': 'nccl'}[kind], rank=rank, world_size=2)
+    found = train(rank, torch.device(kind, rank) if kind == 'cuda' else torch.device(kind))
+    (folder / f'{rank}.json').write_text(json.dumps(found))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # when no wrapped model holds it any more: its end may wait for ever then
+    torch.distributed.destroy_process_group()  # only when no wrapped model holds it: else it may wait for ever
 
 
 def train(rank: int, device: torch.device) -> dict:
-    """Train with the other rank; returns the contexts, the losses, and the norms of the gradients."""
+    """Train with the other rank; returns contexts, losses, norms of the gradients, and the sum of the weights."""
     model = model_at(Place(device)).train()
     model._optimizer = optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    wrapped = torch.nn.parallel.DistributedDataParallel(_Step(model))
-    found = dict(losses=[], contexts=[])
+    model.forward = model.training_step  # what the wrapper calls
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    found = dict(losses=[], contexts=[], norms=[])
     for step in range(2):
-        loss = wrapped(batch_at(Place(device), seed=10 * rank + step), step)
+        loss = wrapped(batch_at(Place(device), seed=10 * rank + step), step)['loss']
         loss.backward()
         found['losses'].append(loss.item())
         found['contexts'].append([model.logged['att_context_left'].item(), model.logged['att_context_right'].item()])
-        found.setdefault('norms', []).append(gradient_norm(list(model.parameters())))
+        found['norms'].append(gradient_norm(list(model.parameters())))
         optimizer.step()
         optimizer.zero_grad()
         model._trainer.global_step += 1
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    found['weights'] = torch.stack([weight.detach().double().sum() for weight in weights]).sum().item()
-    return found
-
-
-class _Step(torch.nn.Module):
-    """A training step as a forward, which is what the wrapper calls."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch, index):
-        return self.model.training_step(batch, index)['loss']
+    return {**found, 'weights': sum(weight.detach().double().sum().item() for weight in weights)}
 
 
 if __name__ == '__main__':

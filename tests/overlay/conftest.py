@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interpreters to look at from outside: one with a stand-in NeMo, and fresh environments to install into."""
+"""Interpreters to look at from outside: one with a miniature NeMo, and fresh environments to install into."""
 
 import os
 import shutil
@@ -12,6 +12,7 @@ import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DROPPED = ("NEMO_STREAMING_SSL", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONHOME", "VIRTUAL_ENV")
+PACKAGING = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE")
 
 
 def run(*command, cwd="/", check=True, **environment):
@@ -39,11 +40,7 @@ def write_tree(root, files):
 
 
 class StandIn:
-    """A miniature NeMo and a miniature patch set over it, for interpreters that start in milliseconds.
-
-    Args:
-        root: an empty folder.
-    """
+    """A miniature NeMo and a miniature patch set over it, for interpreters that start in milliseconds."""
 
     def __init__(self, root):
         self.nemo, self.patches = root / "site", root / "patches"
@@ -69,33 +66,14 @@ class StandIn:
 @pytest.fixture
 def stand_in(tmp_path):
     """A miniature NeMo with one patched module, ``nemo.tools.saw``, and one added one, ``nemo.tools.plane``."""
+    saw = "from .nail import NAIL\n__all__ = ['Saw', 'Kept']\n_teeth = 12\n"
+    saw += "class Saw:\n    def cut(self): return 'stock'\nclass Kept: pass\n"
+    patch = "from nemo_streaming_ssl import upstream\nstock = upstream(globals())\n"
+    patch += "class Saw(stock.Saw):\n    def cut(self): return super().cut() + ', patched'\n"
     made = StandIn(tmp_path)
-    made.add_nemo(
-        {
-            "__init__.py": "__version__ = '3.0.0'\n",
-            "tools/__init__.py": "from nemo.tools.saw import Saw\n",
-            "tools/nail.py": "NAIL = 'stock nail'\n",
-            "tools/saw.py": """\
-                from .nail import NAIL
-                __all__ = ['Saw', 'Kept']
-                _teeth = 12
-                class Saw:
-                    def cut(self): return 'stock'
-                class Kept: pass
-                """,
-        }
-    )
-    made.add_patches(
-        {
-            "tools/plane.py": "from nemo.tools.saw import Saw\n",
-            "tools/saw.py": """\
-                from nemo_streaming_ssl import upstream
-                stock = upstream(globals())
-                class Saw(stock.Saw):
-                    def cut(self): return super().cut() + ', patched'
-                """,
-        }
-    )
+    made.add_nemo({"__init__.py": "__version__ = '3.0.0'\n", "tools/__init__.py": "from nemo.tools.saw import Saw\n"})
+    made.add_nemo({"tools/nail.py": "NAIL = 'stock nail'\n", "tools/saw.py": saw})
+    made.add_patches({"tools/plane.py": "from nemo.tools.saw import Saw\n", "tools/saw.py": patch})
     return made
 
 
@@ -107,9 +85,9 @@ class FreshVenv:
     """
 
     def __init__(self, root):
-        self.folder = root / "venv"
-        run(sys.executable, "-m", "venv", "--without-pip", self.folder)
-        self.python = self.folder / "bin" / "python"
+        folder = root / "venv"
+        run(sys.executable, "-m", "venv", "--without-pip", folder)
+        self.python = folder / "bin" / "python"
         self.site_packages = Path(self("import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
         seen = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
         (self.site_packages / "zz_packages_of_the_test_run.pth").write_text("\n".join(seen) + "\n")
@@ -117,15 +95,12 @@ class FreshVenv:
     def __call__(self, code, *options, **keywords):
         return run(self.python, *options, "-c", textwrap.dedent(code), **keywords)
 
-    def pip(self, *arguments, **keywords):
-        return run(self.python, "-m", "pip", *arguments, **keywords)
+    def pip(self, *arguments):
+        """Run pip, without a network: setuptools and NeMo are those of the test run."""
+        return run(self.python, "-m", "pip", *arguments)
 
-    def install(self, checkout, *options):
-        """Install without a network: setuptools and NeMo are those of the test run."""
-        return self.pip("install", "--no-deps", "--no-build-isolation", "--no-index", *options, checkout)
-
-    def uninstall(self):
-        return self.pip("uninstall", "--yes", "nemo-streaming-ssl")
+    def install(self, project, *options):
+        self.pip("install", "--no-deps", "--no-build-isolation", "--no-index", *options, project)
 
 
 @pytest.fixture(scope="session", name="run")
@@ -146,33 +121,26 @@ def fresh_venv(tmp_path):
     return FreshVenv(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def copy_project():
+    """Return a function that copies what packaging reads, with some folders; so builds share no files."""
+
+    def copy(folder, *trees):
+        folder.mkdir()
+        for name in PACKAGING:
+            shutil.copy(CHECKOUT / name, folder / name)
+        for name in ("requirements", *trees):
+            ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "_build", "api", "tutorial.ipynb")
+            shutil.copytree(CHECKOUT / name, folder / name, ignore=ignore)
+        return folder
+
+    return copy
+
+
 @pytest.fixture
-def project(tmp_path):
-    """A copy of what packaging reads: tests side by side share no build files. Its patch set is the real one."""
-    return _copy_project(tmp_path / "project", ["src", "nemo"])
-
-
-@pytest.fixture(scope="module")
-def whole_project(tmp_path_factory):
-    """The same with the examples, as it is released."""
-    return _copy_project(tmp_path_factory.mktemp("whole") / "project", ["src", "nemo", "examples", "docs"])
-
-
-@pytest.fixture
-def small_project(tmp_path):
-    """The same with a patch set over light modules of the real NeMo, which import in milliseconds."""
-    folder = _copy_project(tmp_path / "small project", ["src"])
+def small_project(tmp_path, copy_project):
+    """The project with a patch set over light modules of the real NeMo, which import in milliseconds."""
+    folder = copy_project(tmp_path / "small project", "src")
     upstream = "from nemo_streaming_ssl import upstream\n\nupstream(globals())\nPATCHED = True\n"
     write_tree(folder / "nemo", {"constants.py": upstream, "added/__init__.py": "", "added/part.py": "PART = 1\n"})
-    return folder
-
-
-def _copy_project(folder, trees):
-    folder.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
-        shutil.copy(CHECKOUT / name, folder / name)
-    shutil.copytree(CHECKOUT / "requirements", folder / "requirements")
-    for name in trees:
-        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "_build", "api", "tutorial.ipynb")
-        shutil.copytree(CHECKOUT / name, folder / name, ignore=ignore)
     return folder

@@ -39,9 +39,7 @@ def test_patched_package_keeps_its_other_submodules(stand_in):
 
 
 def test_threads_share_one_patched_module(stand_in):
-    stand_in.add_nemo(
-        {"tools/__init__.py": ""}
-    )  # a package that imports its own modules deadlocks without patches too
+    stand_in.add_nemo({"tools/__init__.py": ""})  # one that imports its own modules deadlocks without patches, too
     stand_in.python("""
         import importlib, threading
         from concurrent.futures import ThreadPoolExecutor
@@ -56,12 +54,8 @@ def test_threads_share_one_patched_module(stand_in):
 
 
 def test_switch_leaves_stock_nemo_alone(stand_in):
-    code = """
-        install()
-        from nemo.tools.saw import Saw
-        assert PatchFinder not in sys.meta_path and Saw().cut() == 'stock'
-        """
-    stand_in.python(code, NEMO_STREAMING_SSL="0")
+    code = "from nemo.tools.saw import Saw\nassert PatchFinder not in sys.meta_path and Saw().cut() == 'stock'"
+    stand_in.python(f"install()\n{code}", NEMO_STREAMING_SSL="0")
 
 
 def test_finder_answers_for_nothing_else(stand_in):
@@ -77,27 +71,26 @@ def test_finder_answers_for_nothing_else(stand_in):
         """)
 
 
+UPSTREAM = "from nemo_streaming_ssl import upstream\nupstream(globals())\n"
+
+
 @pytest.mark.parametrize(
     "nemo, patch, error",
     [
-        ({}, "upstream(globals())", "ModuleNotFoundError: NeMo has no module 'nemo.tools.drill' to patch"),
-        ({"tools/drill.py": "1 / 0"}, "upstream(globals())", "ZeroDivisionError"),
+        (None, UPSTREAM, "ModuleNotFoundError: NeMo has no module 'nemo.tools.drill'"),
+        ("1 / 0", UPSTREAM, "ZeroDivisionError"),
         (
-            {"tools/drill.py": "1"},
-            "upstream({'__name__': 'drill'})",
+            "1",
+            UPSTREAM.replace("globals()", "{'__name__': 'drill'}"),
             "ModuleNotFoundError: NeMo has no module 'drill'",
         ),
-        (
-            {"tools/drill.py": "from nemo_streaming_ssl import upstream\nupstream(globals())"},
-            "upstream(globals())",
-            "ImportError: the module found in NeMo's place for 'nemo.tools.drill' is a file of the patch set",
-        ),
+        (UPSTREAM, UPSTREAM, "ImportError: the module found in NeMo's place for 'nemo.tools.drill'"),
     ],
     ids=["no original", "original fails", "not a NeMo name", "patched twice"],
 )
 def test_upstream_errors_are_clear_and_repeat(stand_in, nemo, patch, error):
-    stand_in.add_nemo(nemo)
-    stand_in.add_patches({"tools/drill.py": f"from nemo_streaming_ssl import upstream\n{patch}\n"})
+    stand_in.add_nemo({} if nemo is None else {"tools/drill.py": nemo})
+    stand_in.add_patches({"tools/drill.py": patch})
     code = """
         try:
             import nemo.tools.drill

@@ -20,15 +20,15 @@ Exit status: 0; 2 if the model, a context or some of the audio cannot be used, w
 
 import argparse
 import sys
-from pathlib import Path
 
 from script_tools import (
-    check_folders,
     context_option,
+    parse_stream_options,
     report_error,
     require_patches,
     restore,
     sample_rate_of,
+    stream_parser,
 )
 
 WEIGHTS = ('float32', 'bfloat16', 'int8')
@@ -36,25 +36,13 @@ WEIGHTS = ('float32', 'bfloat16', 'int8')
 
 def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', type=Path, required=True, help='a .nemo file')
-    parser.add_argument('audio', type=Path, nargs='*', help='audio files')
-    parser.add_argument('--manifest', type=Path, help='or a NeMo manifest')
-    parser.add_argument('--output', type=Path, help='a JSON file for the figures')
+    parser = stream_parser(__doc__, 'a JSON file for the figures')
     parser.add_argument(
         '--att-context-size', type=context_option, nargs='+', help='such as "[40,0]" or low (all of the model)'
     )
-    parser.add_argument('--step-seconds', type=float, default=0.08, help='audio in each step (0.08)')
     parser.add_argument('--surprise', action='store_true', help='measure how well next tokens are predicted')
     parser.add_argument('--weights', default='float32', choices=WEIGHTS, help='precision of the weights (float32)')
-    parser.add_argument('--device', default='cpu', help='cpu or cuda (cpu)')
-    options = parser.parse_args(argv)
-    if bool(options.audio) == (options.manifest is not None):
-        parser.error('give audio files or --manifest')
-    if not 0 < options.step_seconds < float('inf'):
-        parser.error(f'--step-seconds is {options.step_seconds}; it must be above 0')
-    check_folders(parser, options, 'output')
-    return options
+    return parse_stream_options(parser, argv)
 
 
 def contexts_of(model, options: argparse.Namespace) -> list[list[int]]:

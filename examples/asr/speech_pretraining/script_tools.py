@@ -83,6 +83,29 @@ def check_folders(parser: argparse.ArgumentParser, options: argparse.Namespace, 
             parser.error(f'--{name} {path}: there is no folder {path.resolve().parent}')
 
 
+def stream_parser(description: str, output: str) -> argparse.ArgumentParser:
+    """Return a parser with the options of the scripts that stream audio; ``output`` is the help of --output."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', type=Path, required=True, help='a .nemo file')
+    parser.add_argument('audio', type=Path, nargs='*', help='audio files')
+    parser.add_argument('--manifest', type=Path, help='or a NeMo manifest')
+    parser.add_argument('--output', type=Path, help=output)
+    parser.add_argument('--step-seconds', type=float, default=0.08, help='audio in each step (0.08)')
+    parser.add_argument('--device', default='cpu', help='cpu or cuda (cpu)')
+    return parser
+
+
+def parse_stream_options(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line of :func:`stream_parser`; end with the parser's error if an option cannot be used."""
+    options = parser.parse_args(argv)
+    if bool(options.audio) == (options.manifest is not None):
+        parser.error('give audio files or --manifest')
+    if not 0 < options.step_seconds < float('inf'):
+        parser.error(f'--step-seconds is {options.step_seconds}; it must be above 0')
+    check_folders(parser, options, 'output')
+    return options
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all; an old file stays as it is until the new one is complete.
 

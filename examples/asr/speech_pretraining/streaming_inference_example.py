@@ -16,16 +16,16 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from script_tools import (
-    check_folders,
     context_option,
+    parse_stream_options,
     report_error,
     require_patches,
     restore,
+    stream_parser,
     write_text,
 )
 
@@ -34,27 +34,16 @@ PCM_BYTES = 2
 
 def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', type=Path, required=True, help='a .nemo file')
-    parser.add_argument('audio', type=Path, nargs='*', help='audio files, or - for a pipe')
-    parser.add_argument('--manifest', type=Path, help='or a NeMo manifest')
-    parser.add_argument('--output', type=Path, help='a manifest with pred_text and the words of each entry')
+    parser = stream_parser(__doc__, 'a manifest with pred_text and the words of each entry')
     parser.add_argument(
         '--att-context-size', type=context_option, help='such as "[40,0]" or low (the first of the model)'
     )
-    parser.add_argument('--step-seconds', type=float, default=0.08, help='audio in each step (0.08)')
     parser.add_argument('--sample-rate', type=int, help='of the pipe (that of the model)')
     parser.add_argument('--end-silence', type=float, default=1.2, help='seconds that end an utterance (1.2)')
     parser.add_argument('--confidence', action='store_true', help='add the confidence of each word to --output')
-    parser.add_argument('--device', default='cpu', help='cpu or cuda (cpu)')
-    options = parser.parse_args(argv)
-    if bool(options.audio) == (options.manifest is not None):
-        parser.error('give audio files or --manifest')
-    if not 0 < options.step_seconds < float('inf'):
-        parser.error(f'--step-seconds is {options.step_seconds}; it must be above 0')
+    options = parse_stream_options(parser, argv)
     if options.sample_rate is not None and options.sample_rate < 1:
         parser.error(f'--sample-rate is {options.sample_rate}; it must be 1 or more')
-    check_folders(parser, options, 'output')
     return options
 
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the pre-training script's .nemo to a model that recognises speech, streamed."""
+"""From a pre-trained .nemo to a model that recognises speech, streamed."""
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -11,25 +10,24 @@ import soundfile
 import torch
 from fresh_process import run_python
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from tiny_nest import POST_CONV, SMALL, tiny_model, trainer
+from tiny_recogniser import MODELS, OF_PIECES
 from word_pieces import make_tokenizer
 
-from nemo.collections.asr.data.audio_to_text_lhotse import LhotseSpeechToTextBpeDataset
-from nemo.collections.asr.models import (
-    EncDecCTCModel,
-    EncDecCTCModelBPE,
-    EncDecHybridRNNTCTCBPEModel,
-    EncDecHybridRNNTCTCModel,
-    EncDecRNNTBPEModel,
-    EncDecRNNTModel,
-)
+from nemo.collections.asr.models import EncDecCTCModel
+from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 from nemo.collections.asr.parts.att_context import AttContextCurriculum, StreamingSession
 from nemo.collections.asr.parts.streaming.session import StreamingOutput
-from nemo.collections.common.parts.preprocessing.parsers import make_parser
 
 EXAMPLES = Path(__file__).resolve().parents[4] / 'examples/asr'
 LAYERS = ['model.encoder.n_layers=2', 'model.encoder.layer_att_context_size=[[0,[10,0]],[1,[20,0]]]']
+CHUNKS = [
+    'model.encoder.n_layers=2',
+    'model.encoder.att_context_style=chunked_limited',
+    'model.encoder.att_context_size=[[28,13],[28,6],[28,0]]',
+    '+model.encoder.att_context_sampler={full_prob: 0.2, chunk_size: [1, 14], left_chunks: [2, 28], '
+    'left_limited_prob: 0.7}',
+]
 STATISTICS = '{fixed_mean: [%s], fixed_std: [%s]}' % (','.join(['-8.0'] * 80), ','.join(['4.0'] * 80))
 
 
@@ -38,42 +36,63 @@ def script(load_example):
     return load_example('finetune_streaming')
 
 
+def saved(folder, *overrides):
+    """Save a pre-trained model with fixed statistics; returns the file."""
+    tiny_model(*overrides, f'model.preprocessor.normalize={STATISTICS}').save_to(str(folder / 'model.nemo'))
+    return folder / 'model.nemo'
+
+
 @pytest.fixture(scope='module')
 def pretrained(tmp_path_factory):
-    """A pre-trained model with contexts of the layers' own and fixed statistics."""
-    path = tmp_path_factory.mktemp('pretrained') / 'model.nemo'
-    layers, contexts = LAYERS
-    tiny_model(layers, f'+{contexts}', f'model.preprocessor.normalize={STATISTICS}').save_to(str(path))
-    return path
+    """A pre-trained model with contexts by layer."""
+    return saved(tmp_path_factory.mktemp('pretrained'), LAYERS[0], f'+{LAYERS[1]}')
 
 
-def config(name, pretrained, corpus, *overrides):
-    """Compose a shipped config in a size for tests."""
-    with initialize_config_dir(str(EXAMPLES / 'conf/ssl/finetune'), version_base=None):
-        return compose(name, overrides=settings(name, pretrained, corpus, *overrides))
+@pytest.fixture(scope='module')
+def pretrained_in_chunks(tmp_path_factory):
+    """A pre-trained model with look-ahead, which draws its chunks in training."""
+    return saved(tmp_path_factory.mktemp('chunks'), *CHUNKS)
 
 
-def settings(name, pretrained, corpus, *overrides):
-    transducer = ['model.model_defaults.pred_hidden=8', 'model.model_defaults.joint_hidden=8']
-    transducer += ['model.decoding.greedy.max_symbols=1']  # what knows nothing says as much as it may
+def settings(kind, pretrained, corpus, *overrides):
+    """Overrides that make a shipped config one for tests."""
+    loader = ['batch_size=2', 'num_workers=0', 'pin_memory=false']
+    data = {'train_ds': 'train', 'validation_ds': 'validation'}
+    small = ['pred_hidden=8', 'joint_hidden=8'] if kind != 'ctc' else []
     return [
         f'init_from_nemo_model.pretrained.path={pretrained}',
-        f'model.train_ds.manifest_filepath={corpus}/train_manifest.json',
-        f'model.validation_ds.manifest_filepath={corpus}/validation_manifest.json',
-        *(f'++model.{section}.{key}' for section in ('train_ds', 'validation_ds') for key in LOADER),
+        *(f'model.{section}.manifest_filepath={corpus}/{name}_manifest.json' for section, name in data.items()),
+        *(f'++model.{section}.{key}' for section in data for key in loader),
         'model.train_ds.max_duration=3.5',  # an epoch of two steps
-        *(
-            'trainer.accelerator=cpu',
-            'trainer.devices=1',
-            'trainer.max_steps=3',
-            'model.optim.sched.warmup_steps=1',
-        ),
-        *(transducer if name != 'streaming_ctc' else []),
+        'trainer.accelerator=cpu',
+        'trainer.devices=1',
+        'trainer.max_steps=3',
+        'model.optim.sched.warmup_steps=1',
+        *(f'model.model_defaults.{key}' for key in small),
+        *(['model.decoding.greedy.max_symbols=1'] if small else []),
         *overrides,
     ]
 
 
-LOADER = ['batch_size=2', 'num_workers=0', 'pin_memory=false']
+def prepared(script, kind, pretrained, corpus, *overrides):
+    """Compose a shipped config in a size for tests, and prepare it."""
+    with initialize_config_dir(str(EXAMPLES / 'conf/ssl/finetune'), version_base=None):
+        overrides = settings(kind, pretrained, corpus, 'exp_manager=null', *overrides)
+        return script.prepare(compose(f'streaming_{kind}', overrides=overrides))
+
+
+def tuned(script, cfg, folder):
+    """Fine-tune for three steps; returns the model before it was saved, and as it is restored, in eval mode."""
+    torch.manual_seed(0)
+    run, model = script.build(cfg)
+    before = [weight.clone() for weight in model.encoder.parameters()]
+    run.limit_val_batches = 1
+    run.fit(model)
+    assert run.global_step == 3 and 'val_wer' in run.callback_metrics
+    changed = [not torch.equal(*pair) for pair in zip(before, model.encoder.parameters())]
+    assert sum(changed) > len(changed) / 2
+    model.save_to(str(folder / 'tuned.nemo'))
+    return model, type(model).restore_from(str(folder / 'tuned.nemo'), map_location='cpu').eval()
 
 
 def utterance(corpus):
@@ -84,262 +103,145 @@ def utterance(corpus):
     return torch.from_numpy(samples).unsqueeze(0)
 
 
-def stream(model, samples, **options):
-    """Stream in pieces of 100 ms; returns the outputs of the steps, the last of them by ``finish``."""
-    session = StreamingSession(model, **options)
-    return [session.step(piece) for piece in samples.split(1600, dim=1)] + [session.finish()]
+def check_stream(model, samples):
+    """Stream in pieces of 100 ms: frames and log-probabilities are the offline ones; returns the steps' outputs."""
+    with torch.no_grad():
+        length = torch.tensor([samples.shape[1]])
+        expected, lengths = model(input_signal=samples, input_signal_length=length)[:2]
+    ctc = isinstance(model, EncDecCTCModel)
+    session = StreamingSession(model, return_log_probs=ctc, return_tokens=ctc)
+    outputs = [session.step(piece) for piece in samples.split(1600, dim=1)] + [session.finish()]
+    streamed = StreamingOutput.concatenate(outputs)
+    assert torch.equal(streamed.lengths, lengths)
+    expected = expected[:, : int(lengths)] if ctc else expected[:, :, : int(lengths)]  # behind them may be padding
+    torch.testing.assert_close(streamed.log_probs if ctc else streamed.encoded, expected, atol=1e-4, rtol=0)
+    if ctc:
+        assert torch.equal(streamed.tokens, expected.argmax(dim=2))
+    return outputs
 
 
-@torch.no_grad()
-def encode(model, samples):
-    length = torch.tensor([samples.shape[1]])
-    encoded, lengths = model(input_signal=samples, input_signal_length=length)[:2]
-    return encoded, lengths
-
-
-def assert_starts_from(model, pretrained_path):
-    """The encoder has the pre-trained weights and contexts, and hears what it heard."""
-    from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-
-    pretrained = EncDecDenoiseMaskedTokenPredModel.restore_from(str(pretrained_path), map_location='cpu')
-    for part in ('encoder', 'preprocessor'):
-        expected = {name: weight for name, weight in getattr(pretrained, part).state_dict().items()}
-        found = getattr(model, part).state_dict()
-        assert [name for name, weight in found.items() if not torch.equal(weight, expected[name])] == []
-    assert model.encoder.layer_att_contexts() == pretrained.encoder.layer_att_contexts()
-    assert model.encoder.att_context_size_all == pretrained.encoder.att_context_size_all
-
-
-def test_skip_bad_audio_is_set_where_the_data_can_skip(script):
-    dataset = LhotseSpeechToTextBpeDataset(tokenizer=make_parser(['a']))
-    cfg = OmegaConf.create({'train_ds': {'skip_bad_audio': True}, 'validation_ds': {'skip_bad_audio': False}})
-    loader = SimpleNamespace(dataset=dataset)
-    model = SimpleNamespace(cfg=cfg, _train_dl=loader, _validation_dl=[SimpleNamespace(dataset=[])], _test_dl=None)
-    script.skip_bad_audio(model)
-    assert dataset.skip_bad_audio is True
-    loader.dataset = []
-    with pytest.raises(ValueError, match='model.train_ds.skip_bad_audio is true'):
-        script.skip_bad_audio(model)
+def check_transducer(model, outputs):
+    """Decode the outputs of a stream step after step: the words are those of all frames at once."""
+    streamed, spoken = StreamingOutput.concatenate(outputs), None
+    with torch.no_grad():
+        model.joint.joint_net[-1].bias[-1] -= 3.0  # of blank: a model that is silent shows nothing
+        decode = model.decoding.rnnt_decoder_predictions_tensor
+        offline = decode(streamed.encoded, streamed.lengths, return_hypotheses=True)
+        for output in outputs:
+            if output.encoded.shape[2]:
+                spoken = decode(output.encoded, output.lengths, return_hypotheses=True, partial_hypotheses=spoken)
+    offline, spoken = ([int(label) for label in hypotheses[0].y_sequence] for hypotheses in (offline, spoken))
+    assert len(offline) > 5 and spoken == offline
 
 
 @pytest.mark.parametrize('kind', ['ctc', 'rnnt'])
-def test_fine_tuned_in_a_few_steps_the_model_streams_what_it_says_offline(
-    script, kind, pretrained, speech_corpus, tmp_path
-):
-    torch.manual_seed(0)
-    name = f'streaming_{kind}'
-    cfg = script.prepare(config(name, pretrained, speech_corpus, 'exp_manager=null'))
+def test_a_model_starts_from_the_pretrained_and_streams_as_offline(script, kind, pretrained, speech_corpus, tmp_path):
+    cfg = prepared(script, kind, pretrained, speech_corpus)
     assert cfg.model.labels == sorted(cfg.model.labels) and {'a', 'e', ' '} < set(cfg.model.labels)
-    run, model = script.build(cfg)
-    assert type(model) is {'ctc': EncDecCTCModel, 'rnnt': EncDecRNNTModel}[kind]
-    assert_starts_from(model, pretrained)
-    before = [weight.clone() for weight in model.encoder.parameters()]
-    run.limit_val_batches = 1
-    run.fit(model)
-    assert run.global_step == 3 and 'val_wer' in run.callback_metrics
-    changed = [not torch.equal(*pair) for pair in zip(before, model.encoder.parameters())]
-    assert sum(changed) > len(changed) / 2
-
-    model.save_to(str(tmp_path / 'tuned.nemo'))
-    tuned = type(model).restore_from(str(tmp_path / 'tuned.nemo')).eval()
-    assert [context.as_list() for context in tuned.encoder.layer_att_contexts()] == [[10, 0], [20, 0]]
-    check = {'ctc': check_ctc_stream, 'rnnt': check_rnnt_stream}[kind]
-    check(tuned, utterance(speech_corpus))
+    model = script.build(cfg)[1]
+    source = EncDecDenoiseMaskedTokenPredModel.restore_from(str(pretrained), map_location='cpu')
+    for part in ('encoder', 'preprocessor'):
+        expected, found = getattr(source, part).state_dict(), getattr(model, part).state_dict()
+        assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
+    assert model.encoder.att_context_size_all == source.encoder.att_context_size_all
+    model, restored = tuned(script, cfg, tmp_path)
+    assert type(model) is MODELS[kind]
+    assert [context.as_list() for context in restored.encoder.layer_att_contexts()] == [[10, 0], [20, 0]]
+    outputs = check_stream(restored, utterance(speech_corpus))
+    if kind == 'rnnt':
+        check_transducer(restored, outputs)
 
 
-CHUNKS = [
-    'model.encoder.n_layers=2',
-    'model.encoder.att_context_style=chunked_limited',
-    'model.encoder.att_context_size=[[28,13],[28,6],[28,0]]',
-    '+model.encoder.att_context_sampler={full_prob: 0.2, chunk_size: [1, 14], left_chunks: [2, 28], '
-    'left_limited_prob: 0.7}',
-]
+@pytest.mark.parametrize('kind, pieces', [('hybrid', False), ('ctc', True), ('rnnt', True), ('hybrid', True)])
+def test_look_ahead_and_word_pieces(script, kind, pieces, pretrained_in_chunks, speech_corpus, tmp_path):
+    tokenizer = [f"model.tokenizer={{dir: '{make_tokenizer(tmp_path)}', type: bpe}}"] if pieces else []
+    cfg = prepared(script, kind, pretrained_in_chunks, speech_corpus, *tokenizer)
+    model, restored = tuned(script, cfg, tmp_path)
+    assert type(model) is (OF_PIECES if pieces else MODELS)[kind]
+    for context in restored.encoder.att_context_size_all:
+        restored.encoder.set_att_context_size(context)
+        check_stream(restored, utterance(speech_corpus))
+    session = StreamingSession(restored, return_text=True)
+    session.step(utterance(speech_corpus))
+    assert session.finish().text[0].partial is None
 
 
-@pytest.fixture(scope='module')
-def pretrained_in_chunks(tmp_path_factory):
-    """A pre-trained model with look-ahead, which draws its chunks in training."""
-    path = tmp_path_factory.mktemp('chunks') / 'model.nemo'
-    tiny_model(*CHUNKS, f'model.preprocessor.normalize={STATISTICS}').save_to(str(path))
-    return path
-
-
-@pytest.mark.parametrize('kind', ['ctc', 'rnnt', 'hybrid'])
-def test_contexts_with_look_ahead_are_fine_tuned_and_streamed(
-    script, kind, pretrained_in_chunks, speech_corpus, tmp_path
-):
-    torch.manual_seed(0)
-    cfg = script.prepare(config(f'streaming_{kind}', pretrained_in_chunks, speech_corpus, 'exp_manager=null'))
-    run, model = script.build(cfg)
-    assert type(model) is {'ctc': EncDecCTCModel, 'rnnt': EncDecRNNTModel, 'hybrid': EncDecHybridRNNTCTCModel}[kind]
-    sampler, seen = model.encoder.att_context_policy.sampler, []
-    model.encoder.layers[0].register_forward_pre_hook(
-        lambda layer, *_: seen.append(list(model.encoder.att_context_size)) if layer.training else None
-    )
-    run.limit_val_batches = 1
-    run.fit(model)
-    assert seen == [sampler.draw(0, step).as_list() for step in range(3)] and 'val_wer' in run.callback_metrics
-    model.save_to(str(tmp_path / 'tuned.nemo'))
-    tuned = type(model).restore_from(str(tmp_path / 'tuned.nemo')).eval()
-    for context in tuned.encoder.att_context_size_all:
-        tuned.encoder.set_att_context_size(context)
-        {'ctc': check_ctc_stream}.get(kind, check_encoded_stream)(tuned, utterance(speech_corpus))
-
-
-def test_the_look_ahead_of_each_context_is_told(script, pretrained_in_chunks, speech_corpus, monkeypatch):
-    told = []
-    monkeypatch.setattr(script.logging, 'info', lambda message, *_: told.append(message))
-    script.build(script.prepare(config('streaming_ctc', pretrained_in_chunks, speech_corpus, 'exp_manager=null')))
-    (line,) = [message for message in told if 'Attention contexts: ' in message]
-    assert '[28, 13], look-ahead 1040 ms; [28, 6], look-ahead 480 ms; [28, 0], look-ahead 0 ms' in line
-
-
-def check_encoded_stream(model, samples):
-    with torch.no_grad():
-        length = torch.tensor([samples.shape[1]])
-        encoded, lengths = model(input_signal=samples, input_signal_length=length)[:2]
-    streamed = StreamingOutput.concatenate(stream(model, samples))
-    torch.testing.assert_close(streamed.encoded, encoded[:, :, : int(lengths)], atol=1e-4, rtol=0)
-
-
-def check_ctc_stream(model, samples):
-    log_probs, lengths = encode(model, samples)
-    log_probs = log_probs[:, : int(lengths)]  # behind them may be a frame of padding
-    streamed = StreamingOutput.concatenate(stream(model, samples, return_log_probs=True, return_tokens=True))
-    assert torch.equal(streamed.lengths, lengths)
-    torch.testing.assert_close(streamed.log_probs, log_probs, atol=1e-4, rtol=0)
-    assert torch.equal(streamed.tokens, log_probs.argmax(dim=2))
-
-
-def check_rnnt_stream(model, samples):
-    encoded, lengths = encode(model, samples)
-    outputs = stream(model, samples)
-    streamed = StreamingOutput.concatenate(outputs)
-    assert torch.equal(streamed.lengths, lengths)
-    encoded = encoded[:, :, : int(lengths)]  # behind them may be a frame of padding
-    torch.testing.assert_close(streamed.encoded, encoded, atol=1e-4, rtol=0)
-    with torch.no_grad():
-        model.joint.joint_net[-1].bias[-1] -= 3.0  # of blank: a model that is silent shows nothing
-        offline = model.decoding.rnnt_decoder_predictions_tensor(encoded, lengths, return_hypotheses=True)
-        spoken = None
-        for output in outputs:
-            if output.encoded.shape[2]:  # each step goes on from the words before
-                spoken = model.decoding.rnnt_decoder_predictions_tensor(
-                    output.encoded, output.lengths, return_hypotheses=True, partial_hypotheses=spoken
-                )
-    offline, spoken = (list(hypotheses[0].y_sequence) for hypotheses in (offline, spoken))
-    assert len(offline) > 5 and [int(label) for label in spoken] == [int(label) for label in offline]
-
-
-def test_weights_pretrained_with_post_conv_masking_arrive(script, speech_corpus, tmp_path):
-    from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-
-    masked = tiny_model(*POST_CONV)
-    masked.save_to(str(tmp_path / 'post.nemo'))
-    model = script.build(
-        script.prepare(config('streaming_ctc', tmp_path / 'post.nemo', speech_corpus, 'exp_manager=null'))
-    )[1]
-    expected = EncDecDenoiseMaskedTokenPredModel.restore_from(str(tmp_path / 'post.nemo')).pre_encoder.pre_encode
-    weights = model.encoder.pre_encode.state_dict()
-    assert all(torch.equal(weights[name], weight) for name, weight in expected.state_dict().items())
-
-
-def test_a_curriculum_narrows_fine_tuning_too(script, pretrained, speech_corpus):
-    overrides = ['exp_manager=null', 'trainer.max_steps=2', '+trainer.limit_val_batches=0']
-    cfg = script.prepare(config('streaming_ctc', pretrained, speech_corpus, *overrides))
-    curriculum = AttContextCurriculum(milestones=[[0, [4, 0]], [100, [10, 0]]])
-    run = pl.Trainer(**cfg.trainer, callbacks=[curriculum])
-    model = EncDecCTCModel(cfg=cfg.model, trainer=run)
+def contexts_of_training(script, cfg, *callbacks):
+    """Train for the config's steps; returns the context that the first layer saw in each."""
+    run = pl.Trainer(**cfg.trainer, callbacks=list(callbacks))
+    model = script.model_class(cfg.model)(cfg=cfg.model, trainer=run)
     model.maybe_init_from_pretrained_checkpoint(cfg)
     seen = []
     model.encoder.layers[0].register_forward_pre_hook(
-        lambda layer, *_: seen.append(model.encoder.tightest_left_context())
+        lambda layer, *_: seen.append(list(model.encoder.att_context_size)) if layer.training else None
     )
     run.fit(model)
-    assert seen == [4, 4]
+    return seen, model.encoder.att_context_policy
+
+
+def test_a_curriculum_and_a_sampler_set_the_contexts(script, pretrained, pretrained_in_chunks, speech_corpus):
+    cfg = prepared(script, 'ctc', pretrained, speech_corpus, '+trainer.limit_val_batches=0')
+    seen, _ = contexts_of_training(script, cfg, AttContextCurriculum(milestones=[[0, [4, 0]], [100, [10, 0]]]))
+    assert seen == [[4, 0]] * 3
+    cfg = prepared(script, 'ctc', pretrained_in_chunks, speech_corpus, '+trainer.limit_val_batches=0')
+    seen, policy = contexts_of_training(script, cfg)
+    assert seen == [policy.sampler.draw(0, step).as_list() for step in range(3)]
+
+
+def test_weights_pretrained_with_post_conv_masking_are_taken(script, speech_corpus, tmp_path):
+    masked = tiny_model(*POST_CONV)
+    masked.save_to(str(tmp_path / 'post.nemo'))
+    model = script.build(prepared(script, 'ctc', tmp_path / 'post.nemo', speech_corpus))[1]
+    weights = model.encoder.pre_encode.state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in masked.pre_encoder.pre_encode.state_dict().items())
+
+
+def test_a_checkpoint_of_pretraining_is_taken_as_well(script, speech_corpus, tmp_path):
+    pretrained, run = tiny_model(seed=1), trainer(1)
+    pretrained.set_trainer(run)
+    run.strategy.connect(pretrained)
+    run.save_checkpoint(tmp_path / 'last.ckpt')
+    model = script.build(prepared(script, 'ctc', '???', speech_corpus, f'init_from_ptl_ckpt={tmp_path}/last.ckpt'))[1]
+    expected = pretrained.encoder.state_dict()
+    assert all(torch.equal(expected[name], value) for name, value in model.encoder.state_dict().items())
 
 
 @pytest.mark.parametrize(
     'overrides, message',
     [
         (['init_from_nemo_model.pretrained.path=nowhere.nemo'], 'pretrained.path: no file nowhere.nemo'),
+        ([f'init_from_nemo_model.pretrained.path={__file__}'], f'pretrained.path: .*{Path(__file__).name}'),
         (['model.train_ds.manifest_filepath=nowhere.json'], 'model.train_ds.manifest_filepath: no file nowhere.json'),
+        (['+model.train_ds.skip_bad_audio=true'], 'model.train_ds.skip_bad_audio is true'),
         (['+model.encoder.conv_context_size=[4,4]'], 'conv_context_size: causal'),
         (['+model.encoder.att_contxt_size=[10,0]'], 'did you mean att_context_size'),
+        (['model.tokenizer={dir: /nowhere, type: bpe}'], 'model.tokenizer.dir is /nowhere'),
+        (["model.tokenizer={dir: '.', type: bpe}", 'model.labels=[a,b]'], 'model.labels and model.tokenizer'),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(script, pretrained, speech_corpus, overrides, message):
-    cfg = config('streaming_ctc', pretrained, speech_corpus, 'exp_manager=null', *overrides)
     with pytest.raises(ValueError, match=message):
-        script.build(script.prepare(cfg))
-
-
-def test_a_file_that_is_no_model_is_refused(script, speech_corpus, tmp_path):
-    (tmp_path / 'text.nemo').write_text('no archive')
-    cfg = config('streaming_ctc', tmp_path / 'text.nemo', speech_corpus, 'exp_manager=null')
-    with pytest.raises(ValueError, match='pretrained.path: .*text.nemo'):
-        script.prepare(cfg)
-
-
-def test_a_checkpoint_of_the_pretraining_is_taken_as_well(script, speech_corpus, tmp_path):
-    pretrained = tiny_model(seed=1)
-    run = trainer(1)
-    pretrained.set_trainer(run)
-    run.strategy.connect(pretrained)
-    run.save_checkpoint(tmp_path / 'last.ckpt')
-    cfg = config('streaming_ctc', '???', speech_corpus, 'exp_manager=null', f'init_from_ptl_ckpt={tmp_path}/last.ckpt')
-    model = script.build(script.prepare(cfg))[1]
-    expected = pretrained.encoder.state_dict()
-    assert all(torch.equal(expected[name], value) for name, value in model.encoder.state_dict().items())
+        script.build(prepared(script, 'ctc', pretrained, speech_corpus, *overrides))
 
 
 @pytest.mark.integration
 def test_from_the_pretraining_script_to_a_stream_by_commands_alone(tmp_path, speech_corpus):
-    data = [
-        f'model.train_ds.manifest_filepath={speech_corpus}/train_manifest.json',
-        f'model.validation_ds.manifest_filepath={speech_corpus}/validation_manifest.json',
-    ]
     small = [override for override in SMALL if not override.endswith('=null')]
-    tiny = ['--config-name', 'nest_hierarchical_streaming_tiny', *small, *data, *LAYERS, '~curriculum']
-    tiny += [f'model.train_ds.noise_manifest={speech_corpus}/noise_manifest.json', 'model.train_ds.max_duration=3.5']
-    tiny += ['trainer.max_steps=2', '+trainer.limit_val_batches=1', 'trainer.num_sanity_val_steps=0']
-    tiny += ['model.log_figures=false', 'model.validate_contexts=first']
-    run(tmp_path, 'hierarchical_streaming_nest.py', *tiny, f'+exp_manager.explicit_log_dir={tmp_path}/pretrained')
-    pretrained = next((tmp_path / 'pretrained/checkpoints').glob('*.nemo'))
-    arguments = settings('streaming_ctc', pretrained, speech_corpus, f'+exp_manager.explicit_log_dir={tmp_path}/tuned')
-    run(tmp_path, 'finetune_streaming.py', '--config-name', 'streaming_ctc', *arguments, 'trainer.max_steps=2')
-    tuned = next((tmp_path / 'tuned/checkpoints').glob('*.nemo'))
-    check_ctc_stream(EncDecCTCModel.restore_from(str(tuned), map_location='cpu').eval(), utterance(speech_corpus))
+    small += ['model.train_ds.max_duration=3.5', 'trainer.max_steps=2', '+trainer.limit_val_batches=1']
+    small += ['trainer.num_sanity_val_steps=0', 'model.log_figures=false', 'model.validate_contexts=first']
+    data = {'train_ds.manifest_filepath': 'train', 'validation_ds.manifest_filepath': 'validation'}
+    data['train_ds.noise_manifest'] = 'noise'
+    small += [f'model.{key}={speech_corpus}/{name}_manifest.json' for key, name in data.items()]
+    arguments = ['--config-name', 'nest_hierarchical_streaming_tiny', *small, *LAYERS, '~curriculum']
+    pretrained = by_command(tmp_path / 'pretrained', 'hierarchical_streaming_nest.py', *arguments)
+    arguments = settings('ctc', pretrained, speech_corpus, 'trainer.max_steps=2')
+    made = by_command(tmp_path / 'tuned', 'finetune_streaming.py', '--config-name', 'streaming_ctc', *arguments)
+    check_stream(EncDecCTCModel.restore_from(str(made), map_location='cpu').eval(), utterance(speech_corpus))
 
 
-def run(folder, script, *arguments):
-    done = run_python(EXAMPLES / 'speech_pretraining' / script, *arguments, cwd=folder)
+def by_command(folder, script, *arguments):
+    """Run a training script; returns the .nemo file that it leaves."""
+    words = [EXAMPLES / 'speech_pretraining' / script, *arguments, f'+exp_manager.explicit_log_dir={folder}']
+    done = run_python(*words, cwd=folder.parent)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.parametrize(
-    'kind, made',
-    [('ctc', EncDecCTCModelBPE), ('rnnt', EncDecRNNTBPEModel), ('hybrid', EncDecHybridRNNTCTCBPEModel)],
-)
-def test_word_pieces_of_a_tokenizer_are_recognised(script, kind, made, pretrained, speech_corpus, tmp_path):
-    tokenizer = f"model.tokenizer={{dir: '{make_tokenizer(tmp_path)}', type: bpe}}"
-    name = f'streaming_{kind}'
-    run, model = script.build(script.prepare(config(name, pretrained, speech_corpus, tokenizer, 'exp_manager=null')))
-    assert type(model) is made and len(model.tokenizer.vocab) == 64
-    assert_starts_from(model, pretrained)
-    run.limit_val_batches = 1
-    run.fit(model)
-    assert run.global_step == 3 and 'val_wer' in run.callback_metrics
-    model.save_to(str(tmp_path / 'tuned.nemo'))
-    restored = made.restore_from(str(tmp_path / 'tuned.nemo'), map_location='cpu').eval()
-    assert stream(restored, utterance(speech_corpus), return_text=True)[-1].text[0].partial is None
-
-
-def test_a_tokenizer_that_is_not_there_or_not_alone_is_refused(script, pretrained, speech_corpus, tmp_path):
-    def prepared(*overrides):
-        return script.prepare(config('streaming_ctc', pretrained, speech_corpus, *overrides))
-
-    with pytest.raises(ValueError, match='model.tokenizer.dir is /nowhere; it must be the folder of a tokenizer'):
-        prepared('model.tokenizer={dir: /nowhere, type: bpe}')
-    with pytest.raises(ValueError, match='model.labels and model.tokenizer are both given'):
-        prepared(f"model.tokenizer={{dir: '{tmp_path}', type: bpe}}", 'model.labels=[a,b]')
+    return next((folder / 'checkpoints').glob('*.nemo'))

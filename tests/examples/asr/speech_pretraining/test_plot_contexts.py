@@ -3,72 +3,73 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
-from tiny_nest import tiny_model
+from tiny_nest import POST_CONV, tiny_model
 
 CONFIGS = Path(__file__).resolve().parents[4] / 'examples/asr/conf/ssl/nest'
+CONTEXT = ('--context', '20')
+
+
+@pytest.fixture(scope='module')
+def script(load_example):
+    return load_example('plot_contexts')
 
 
 @pytest.fixture
-def plot(load_example, capsys):
-    script = load_example('plot_contexts')
+def plot(script, tmp_path, capsys):
+    """Return a function that runs the script; it gives the status, the output, the errors and the pictures."""
 
     def run(*options):
-        status = script.main([str(option) for option in options])
-        return (status, *capsys.readouterr())
+        pictures = tmp_path / 'new/pictures'
+        status = script.main([str(option) for option in (*options, '--output', pictures)])
+        made = {path.stem for path in pictures.glob('*.png')}
+        assert made == {path.stem for path in pictures.glob('*.svg')}
+        return (status, *capsys.readouterr(), made)
 
     return run
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture
 def audio(speech_corpus):
     return sorted((speech_corpus / 'audio').iterdir())[0]
 
 
-def made(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def both(*names):
-    return sorted(f'{name}.{ending}' for name in names for ending in ('png', 'svg'))
-
-
 @pytest.mark.integration
-@pytest.mark.parametrize('position', ['pre_conv', 'post_conv'])
-def test_a_model(plot, tmp_path, audio, position):
-    overrides = [f'model.mask_position={position}', '+model.encoder.layer_att_context_size=[[0,[4,0]]]']
-    overrides += ['model.quantizer.combine_time_steps=1'] * (position == 'post_conv')
+@pytest.mark.parametrize(
+    'overrides, pictures',
+    [
+        (['+model.encoder.layer_att_context_size=[[0,[4,0]]]'], {'masked_spectrogram'}),
+        (POST_CONV, {'masked_spectrogram'}),
+        (['+model.objective=next_token'], {'surprise'}),
+        (['+model.objective=both'], {'surprise', 'masked_spectrogram'}),
+    ],
+)
+def test_a_model(plot, tmp_path, audio, overrides, pictures):
     tiny_model(*overrides).save_to(str(tmp_path / 'model.nemo'))
-    given = ['--model', tmp_path / 'model.nemo', '--audio', audio, '--draws', '5']
-    status, out, err = plot(*given, '--context', '20', '--frame', '9', '--output', tmp_path / 'new/pictures')
+    given = ['--model', tmp_path / 'model.nemo', '--audio', audio, '--draws', '5', *CONTEXT]
+    status, out, err, made = plot(*given, '--frame', '9')
     assert status == 0, err
-    assert made(tmp_path / 'new/pictures') == both('masked_spectrogram', 'attention_windows')
-    assert 'audit of 5 draws in context [20, 0]' in out and 'no visible frame in layers' in out
-    before = (tmp_path / 'new/pictures/masked_spectrogram.png').read_bytes()
-    assert plot(*given, '--context', '20', '--output', tmp_path / 'new/pictures')[0] == 0
-    assert (tmp_path / 'new/pictures/masked_spectrogram.png').read_bytes() == before
+    assert made == {*pictures, 'attention_windows'}
+    assert ('audit of 5 draws in context [20, 0]' in out) == ('masked_spectrogram' in pictures)
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize('objective, pictures', [('next_token', []), ('both', ['masked_spectrogram'])])
-def test_what_surprises_a_model_of_next_tokens(plot, tmp_path, audio, objective, pictures):
-    tiny_model(f'+model.objective={objective}').save_to(str(tmp_path / 'model.nemo'))
-    given = ['--model', tmp_path / 'model.nemo', '--audio', audio, '--draws', '5', '--context', '20']
-    status, out, err = plot(*given, '--output', tmp_path / 'pictures')
-    assert status == 0, err
-    assert made(tmp_path / 'pictures') == both('surprise', 'attention_windows', *pictures)
-    assert ('audit of 5 draws' in out) == (objective == 'both')
-    assert plot(*given, '--context', '[-1,-1]', '--output', tmp_path / 'none')[0] == 2
+def test_masks_are_those_of_the_seed(plot, tmp_path, audio):
+    tiny_model().save_to(str(tmp_path / 'model.nemo'))
+    seen = []
+    for seed in (0, 0, 1):
+        plot('--model', tmp_path / 'model.nemo', '--audio', audio, '--draws', '1', *CONTEXT, '--seed', seed)
+        seen.append((tmp_path / 'new/pictures/masked_spectrogram.png').read_bytes())
+    assert seen[0] == seen[1] != seen[2]
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize('context, wait', [('[28,13]', '1040 ms'), ('[28,0]', '0 ms')])
-def test_a_context_with_look_ahead(plot, tmp_path, audio, context, wait):
+@pytest.mark.parametrize('context, look_ahead', [('[28,13]', '1040 ms'), ('[28,0]', '0 ms')])
+def test_a_config_with_look_ahead(plot, audio, context, look_ahead):
     config = CONFIGS / 'nest_fast-conformer_streaming_multi_latency_tiny.yaml'
-    given = ['--config', config, '--audio', audio, '--draws', '20', '--context', context]
-    status, out, err = plot(*given, '--output', tmp_path / 'pictures')
+    status, out, err, made = plot('--config', config, '--audio', audio, '--draws', '20', '--context', context)
     assert status == 0, err
-    assert made(tmp_path / 'pictures') == both('masked_spectrogram', 'attention_windows')
-    assert f'look-ahead {wait}:' in out and 'no visible frame in layers to stack: 0.0%' in out
+    assert made == {'masked_spectrogram', 'attention_windows'}
+    assert f'look-ahead {look_ahead}:' in out and 'no visible frame in layers to stack: 0.0%' in out
 
 
 @pytest.mark.integration
@@ -77,50 +78,47 @@ def test_a_config_and_logs(plot, tmp_path, audio):
     for step in (5, 10):
         logger.log_metrics({'val_loss/ctx_10_0': 3.0, 'val_accuracy/ctx_10_0': 0.1}, step=step)
     logger.finalize('success')
-    config = CONFIGS / 'nest_hierarchical_streaming_tiny.yaml'
-    given = ['--config', config, '--audio', audio, '--logs', tmp_path / 'run', '--frames', '100', '--draws', '2']
-    status, out, err = plot(*given, '--output', tmp_path / 'pictures')
+    given = [
+        '--config',
+        CONFIGS / 'nest_hierarchical_streaming_tiny.yaml',
+        '--audio',
+        audio,
+        '--logs',
+        tmp_path / 'run',
+    ]
+    status, out, err, made = plot(*given, '--frames', '100', '--draws', '2')
     assert status == 0, err
-    assert made(tmp_path / 'pictures') == both('masked_spectrogram', 'attention_windows', 'learning_curves')
+    assert made == {'masked_spectrogram', 'attention_windows', 'learning_curves'}
     assert 'no visible frame in layer_00 to stack: 0.0% of the masked attention frames' in out
 
 
 @pytest.mark.parametrize(
     'given, message',
     [
-        (['--logs', 'nowhere'], 'nowhere: there is no such file or folder'),
-        (['--config', 'no.yaml', '--audio', 'no.wav'], '--config no.yaml: there is no such file'),
-        (['--model', 'no.nemo', '--audio', 'no.wav'], 'no.nemo: there is no such file'),
+        (['--logs', 'nowhere'], 'nowhere'),
+        (['--config', 'no.yaml', '--audio', 'no.wav'], '--config no.yaml'),
+        (['--model', 'no.nemo', '--audio', 'no.wav'], 'no.nemo'),
+        (['--model', '{model}', '--audio', '{audio}', '--context', 'far'], "'far'"),
+        (['--model', '{model}', '--audio', '{audio}', '--context', '[-1,-1]'], 'next tokens'),
+        (['--model', '{model}', '--audio', '{audio}', '--frame', '100000'], 'frame is 100000'),
     ],
 )
-def test_what_is_not_there(plot, tmp_path, given, message):
-    status, _, err = plot(*given, '--output', tmp_path / 'pictures')
-    assert status == 2 and message in err and not (tmp_path / 'pictures').exists()
+def test_a_run_that_fails_draws_nothing(plot, tmp_path, audio, given, message):
+    tiny_model('+model.objective=next_token').save_to(str(tmp_path / 'model.nemo'))
+    status, _, err, made = plot(*(word.format(model=tmp_path / 'model.nemo', audio=audio) for word in given))
+    assert status == 2 and message in err and not made
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize(
     'given, message',
     [
-        (['--context', 'far'], "no preset is called 'far'"),
-        (['--frame', '100000'], 'frame is 100000; the utterance has attention frames 0 to'),
-    ],
-)
-def test_what_does_not_fit_the_model(plot, tmp_path, audio, given, message):
-    tiny_model().save_to(str(tmp_path / 'model.nemo'))
-    here = ['--model', tmp_path / 'model.nemo', '--audio', audio, '--draws', '1']
-    status, _, err = plot(*here, *given, '--output', tmp_path / 'pictures')
-    assert status == 2 and message in err and not (tmp_path / 'pictures').exists()
-
-
-def test_bad_arguments(load_example, capsys):
-    script = load_example('plot_contexts')
-    for bad, message in (
         ([], 'nothing to draw'),
         (['--audio', 'a.wav'], '--audio goes with --model or --config'),
         (['--model', 'a.nemo', '--config', 'a.yaml'], '--audio goes with --model or --config'),
         (['--logs', 'run', '--frames', '0'], '--frames is 0'),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            script.arguments([*bad, '--output', 'pictures'])
-        assert ended.value.code == 2 and message in capsys.readouterr().err
+    ],
+)
+def test_bad_arguments(script, given, message, capsys):
+    with pytest.raises(SystemExit, match='2'):
+        script.arguments([*given, '--output', 'pictures'])
+    assert message in capsys.readouterr().err
