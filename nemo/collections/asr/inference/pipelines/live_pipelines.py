@@ -195,7 +195,7 @@ class LiveRNNTPipeline(LiveStreams, CacheAwareRNNTPipeline):
     def __init__(self, cfg, asr_model, itn_model=None, nmt_model=None):
         super().__init__(cfg, asr_model, itn_model, nmt_model)
         model = asr_model.asr_model
-        self._greedy = GreedyRNNT(model, model.decoding, model.decoding.preserve_frame_confidence)
+        self._greedy = GreedyRNNT(model.decoding, model.decoding.preserve_frame_confidence)
 
     def _take(self, frames, slots: list[int], counts: list[int], output) -> list:
         states = self.get_states(frame.stream_id for frame in frames)

@@ -3,7 +3,6 @@
 
 from nemo.collections.asr.parts.streaming.output import StreamingOutput
 from nemo.collections.asr.parts.streaming.session import StreamingSession
-from nemo.collections.asr.parts.streaming.text import TextOptions
-from nemo.collections.asr.parts.streaming.words import Transcript, Word
+from nemo.collections.asr.parts.streaming.text import TextOptions, Transcript, Word
 
 __all__ = ['StreamingOutput', 'StreamingSession', 'TextOptions', 'Transcript', 'Word']

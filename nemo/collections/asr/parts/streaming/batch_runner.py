@@ -31,24 +31,11 @@ BLOCK = 4  # frames that are pushed at once where streams have them
 NEVER = np.iinfo(np.int64).max // 2  # where a stream ends that does not
 
 
-class Found(NamedTuple):
-    """What a step completes; counts are numpy's, and frames behind a stream's own are 0."""
-
-    features: torch.Tensor | None
-    """[B, T, F]."""
-    feature_counts: np.ndarray | None
-    encoded: torch.Tensor
-    """[B, A, D]."""
-    counts: np.ndarray
-
-
 class _Ends(NamedTuple):
-    """What is known of streams that end in this step, each [B] int64; very many where a stream continues."""
+    """How long the streams of a step are, each [B] int64; ``NEVER`` where a stream continues."""
 
     features: np.ndarray
-    """All of a stream's features."""
     frames: np.ndarray
-    """All of its encoder frames."""
 
 
 class BatchRunner:
@@ -58,14 +45,10 @@ class BatchRunner:
         mel: of the preprocessor.
         encoder: of the encoder and the context.
         batch: B.
-        precision: of the layers' weights, see :class:`PreparedLinear`.
-        keep_features: whether to give out the features.
+        precision: of the layers' weights, a key of ``LINEARS``.
         on_features, on_frames: called with feature frames [R, T, F], or with the frames [R, Q, D] that enter the first layer,
             with the number of each row's stream [R], and which frames are a stream's own [R, T or Q] bool. Returns what to go
             on with.
-
-    Raises:
-        ValueError: if the encoder computes what live streams do not.
     """
 
     def __init__(
@@ -74,20 +57,18 @@ class BatchRunner:
         encoder: StreamingEncoder,
         batch: int,
         precision: str = 'float32',
-        keep_features: bool = False,
         on_features: Callable | None = None,
         on_frames: Callable | None = None,
     ):
-        self.mel, self.encoder, self.batch, self.keep_features = mel, encoder, batch, keep_features
-        self.on_features, self.on_frames = on_features, on_frames
+        self.mel, self.encoder, self.on_features, self.on_frames = mel, encoder, on_features, on_frames
         self.weights = weights = PreparedEncoder.of(encoder.encoder, precision)
-        self.device, self.dtype, self.factor, self.chunk = encoder.device, encoder.dtype, encoder.factor, encoder.chunk
+        self.device, self.factor, self.chunk = encoder.device, encoder.factor, encoder.chunk
         self.block = -(-BLOCK // self.chunk) * self.chunk
         self.unit = self.block * self.factor * mel.hop  # samples that are taken at once
         self.lag = sum(encoder.waits)
         self._whole = Rows(np.ones(batch, bool), self.device)
         self.samples = mel.new_ring(batch, self.unit)
-        like = dict(dtype=self.dtype, device=self.device)
+        like = dict(dtype=encoder.dtype, device=self.device)
         self.features = RingBuffer(batch, self.factor * (2 * self.block + 3), mel.features, **like)
         self.subsampling = weights.subsampling.new_stage(batch)
         behind = np.cumsum([0, *encoder.waits[:-1]]).tolist()  # of each layer, in frames
@@ -96,7 +77,7 @@ class BatchRunner:
             for layer, window, wait, before in zip(weights.layers, encoder.windows, encoder.waits, behind, strict=True)
         ]
         self.stages: list[Stage] = [self.samples, self.features, self.subsampling, *self.layers]
-        self._positions: list = [None] * len(self.layers)  # window and table of each layer
+        self._positions: list = [(None, None)] * len(self.layers)  # window and table of each layer
         self._update_tables()
         self._grows = any(stage.window.is_unlimited for stage in self.layers)
 
@@ -110,16 +91,11 @@ class BatchRunner:
         """Return how many bytes the streams and the tables of positions take."""
         return sum(stage.bytes() for stage in self.stages) + sum(table.bytes() for _, table in self._positions)
 
-    def reset(self, rows: list[int]) -> None:
-        """Restart streams."""
+    def reset(self, rows: list[int], counts: bool = True) -> None:
+        """Restart streams; without ``counts`` their values become 0 and the batch continues."""
         for stage in self.stages:
-            stage.reset(rows)
+            stage.reset(rows, counts)
         self._update_tables()
-
-    def clear(self, rows: list[int]) -> None:
-        """Set all values of streams to 0 and keep their counts, so that the batch continues."""
-        for stage in self.stages:
-            stage.reset(rows, counts=False)
 
     def received(self, encoder_frames: bool, ended: np.ndarray) -> torch.Tensor:
         """Return how many feature frames, or encoder frames, each stream has received, [B] int64."""
@@ -128,8 +104,8 @@ class BatchRunner:
             counts = np.where(ended, self._total(), self.subsampling.count)
         return torch.from_numpy(counts.copy()).to(self.device, non_blocking=True)
 
-    def step(self, samples: torch.Tensor, lengths: np.ndarray, ends: np.ndarray) -> Found:
-        """Take samples, and return what they complete.
+    def step(self, samples: torch.Tensor, lengths: np.ndarray, ends: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        """Take samples, and return the frames that they complete [B, A, D], 0 behind a stream's own, and how many [B].
 
         Args:
             samples: [B, N] float32, on any device.
@@ -137,7 +113,7 @@ class BatchRunner:
             ends: which streams end with these, [B] bool.
         """
         samples = samples[:, : int(lengths.max())].to(self.device, non_blocking=True)
-        features, frames = _Gathered(self.batch), _Gathered(self.batch)
+        found = _Gathered(len(ends))
         count = max(-(-samples.shape[1] // self.unit), 1)
         with without_autocast(self.device):
             for index in range(count):
@@ -145,18 +121,15 @@ class BatchRunner:
                 some = lengths if count == 1 else np.clip(lengths - start, 0, self.unit)
                 last = ends if index == count - 1 else np.zeros_like(ends)
                 if some.any() or last.any():
-                    self._take(samples[:, start : start + self.unit], some, last, features)
-                    self._push_all(last, frames)
-        found = None, None
-        if self.keep_features:
-            found = features.result(self.mel.features, self.mel.dtype, self.device)
-        return Found(*found, *frames.result(self.encoder.width, self.dtype, self.device))
+                    self._take(samples[:, start : start + self.unit], some, last)
+                    self._push_all(last, found)
+        return found.result(self.encoder.width, self.encoder.dtype, self.device)
 
     def _total(self) -> np.ndarray:
         """Return how many encoder frames offline makes of the features, [B]."""
         return np.maximum(-(-(self.features.count - 1) // self.factor) + 1, 1)  # one more than is complete
 
-    def _take(self, samples: torch.Tensor, lengths: np.ndarray, ends: np.ndarray, gathered: '_Gathered') -> None:
+    def _take(self, samples: torch.Tensor, lengths: np.ndarray, ends: np.ndarray) -> None:
         """Take samples, and compute the features that they complete."""
         if samples.shape[1]:
             rows = self._rows(lengths > 0)
@@ -168,12 +141,9 @@ class BatchRunner:
         rows = self._rows(new > 0)
         counts = new[rows.numbers]
         found = self.mel.frames(self.samples, rows, rows.counts(self.features.count), most)
-        valid = np.arange(most) < counts[:, None]
-        if self.keep_features:
-            gathered.add(found, rows, valid)
         if self.on_features is not None:
-            found = self.on_features(found, rows.numbers, valid)
-        self.features.write(rows, found.to(self.dtype), counts)
+            found = self.on_features(found, rows.numbers, np.arange(most) < counts[:, None])
+        self.features.write(rows, found.to(self.encoder.dtype), counts)
 
     def _push_all(self, ends: np.ndarray, out: '_Gathered') -> None:
         """Push all frames that are due through the layers."""
@@ -196,9 +166,7 @@ class BatchRunner:
         last = None if ends is None else rows.counts(ends.frames)
         frames = self._subsample(rows, first, count, ends)
         if self.on_frames is not None:
-            places = first[:, None] + np.arange(count)
-            own = rows.valid[:, None] & (places < (NEVER if last is None else last[:, None]))
-            frames = self.on_frames(frames, rows.numbers, own)
+            frames = self.on_frames(frames, rows.numbers, _own(rows, first, count, last))
         self.subsampling.count[rows.active] += count
         if self.weights.scale != 1.0:
             frames = frames * self.weights.scale
@@ -214,17 +182,15 @@ class BatchRunner:
             frames = layer.step(stage, frames, rows, seen[key], table)
         if self.weights.out is not None:
             frames = self.weights.out(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-        place = first[:, None] - self.lag + np.arange(count)
-        valid = (place >= 0) & rows.valid[:, None]
-        valid = valid if last is None else valid & (place < last[:, None])
+        valid = _own(rows, first - self.lag, count, last)
         if valid.any():
             out.add(frames, rows, valid)
 
     def _update_tables(self) -> None:
         """Let the tables of positions follow the rings, which may have grown or shrunk."""
-        for index, (kept, stage) in enumerate(zip(self._positions, self.layers, strict=True)):
+        for index, ((kept, _), stage) in enumerate(zip(self._positions, self.layers, strict=True)):
             window = stage.window
-            if kept is None or kept[0] is not window:
+            if kept is not window:
                 self._positions[index] = window, self.weights.positions(index, window.future, window.past)
 
     def _subsample(self, rows: Rows, first: np.ndarray, count: int, ends: _Ends | None) -> torch.Tensor:
@@ -246,6 +212,13 @@ class BatchRunner:
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device)
+
+
+def _own(rows: Rows, first: np.ndarray, count: int, last: np.ndarray | None) -> np.ndarray:
+    """Return which of ``count`` frames from ``first`` [R] on are a stream's own, [R, Q]; ``last`` [R] ends the streams."""
+    places = first[:, None] + np.arange(count)
+    valid = (places >= 0) & rows.valid[:, None]
+    return valid if last is None else valid & (places < last[:, None])
 
 
 class _Gathered:

@@ -4,8 +4,6 @@
 Shapes: B streams, R rows of them, D the encoder's width, A attention frames, C classes, H codebooks.
 """
 
-import dataclasses
-import importlib
 from typing import NamedTuple
 
 import numpy as np
@@ -13,16 +11,13 @@ import torch
 
 from nemo.collections.asr.parts.utils.rnnt_utils import Hypothesis
 
-PLAIN = (int, float, str, bool, type(None))
-STATES = ('nemo.collections.asr.parts.submodules.transducer_decoding', Hypothesis.__module__)
 NO_CONFIDENCE = float('nan')
 
 
 def decoder_of(model) -> torch.nn.Module:
-    """Return the decoder that takes encoder frames alone.
+    """Return the decoder that takes encoder frames alone: that of the model's own forward.
 
-    It is the decoder of the model's own forward; the first next-token decoder of a model that predicts nothing else; the
-    CTC decoder of a hybrid model.
+    It is the first next-token decoder of a model that predicts nothing else, and the CTC decoder of a hybrid model.
 
     Raises:
         ValueError: if the model has no such decoder.
@@ -57,13 +52,7 @@ class Token(NamedTuple):
 
 
 class GreedyCTC:
-    """Greedy CTC decoding; the memory of a stream is the class of its last frame.
-
-    Args:
-        model: with a CTC decoder.
-        decoding: NeMo's.
-        confidence: whether tokens have one.
-    """
+    """Greedy CTC decoding with NeMo's ``decoding``; the memory of a stream is the class of its last frame."""
 
     memory = int
 
@@ -99,18 +88,13 @@ class GreedyCTC:
 class GreedyRNNT:
     """Greedy RNNT and TDT decoding by NeMo; the memory of a stream is a hypothesis with the prediction network's state.
 
-    Args:
-        model: with a prediction network and a joint.
-        decoding: NeMo's.
-        confidence: whether tokens have one.
-
     Raises:
         ValueError: if tokens should have a confidence, and the model's decoding computes none.
     """
 
     memory = Hypothesis
 
-    def __init__(self, model, decoding, confidence: bool):
+    def __init__(self, decoding, confidence: bool):
         self.decoding, self._confidence = decoding, confidence
         if confidence and not decoding.preserve_frame_confidence:
             raise ValueError(
@@ -124,9 +108,9 @@ class GreedyRNNT:
             encoded,
             torch.tensor(counts, device=encoded.device),
             return_hypotheses=True,
-            partial_hypotheses=[None if each is None else continued(each) for each in memory],
+            partial_hypotheses=[None if each is None else _continued(each) for each in memory],
         )
-        return [*map(self._tokens, hypotheses, first)], [*map(continued, hypotheses)]
+        return [*map(self._tokens, hypotheses, first)], [*map(_continued, hypotheses)]
 
     def _tokens(self, hypothesis: Hypothesis, first: int) -> list[Token]:
         timestamp = hypothesis.timestamp
@@ -143,7 +127,7 @@ class GreedyRNNT:
         return [*map(Token, tokens, positions, map(float, sure))]
 
 
-def continued(memory: Hypothesis) -> Hypothesis:
+def _continued(memory: Hypothesis) -> Hypothesis:
     """Return a hypothesis without tokens that continues another; NeMo adds to the one that it is given."""
     return Hypothesis(0.0, [], timestamp=[], dec_state=memory.dec_state, last_token=memory.last_token)
 
@@ -154,49 +138,12 @@ def greedy_decoding(model, confidence: bool) -> GreedyCTC | GreedyRNNT:
     Raises:
         ValueError: if the model is no recogniser or its decoding is not greedy.
     """
-    if getattr(model, 'joint', None) is not None and getattr(model, 'cur_decoder', 'rnnt') == 'rnnt':
-        return GreedyRNNT(model, _greedy(model.decoding), confidence)
-    decoding = getattr(model, 'ctc_decoding', None) or getattr(model, 'decoding', None)
+    transducer = getattr(model, 'joint', None) is not None and getattr(model, 'cur_decoder', 'rnnt') == 'rnnt'
+    decoding = None if transducer else getattr(model, 'ctc_decoding', None)
+    decoding = decoding or getattr(model, 'decoding', None)
     if decoding is None:
         raise ValueError(f"text needs a CTC, RNNT or hybrid model; {type(model).__name__} is none of them")
-    return GreedyCTC(model, _greedy(decoding), confidence)
-
-
-def _greedy(decoding):
     strategy = decoding.cfg.get('strategy', 'greedy')
     if strategy not in ('greedy', 'greedy_batch'):
         raise ValueError(f"decoding.strategy is {strategy}; text of live streams needs greedy or greedy_batch")
-    return decoding
-
-
-def to_plain(value):
-    """Return the memory of a decoding as plain containers and tensors.
-
-    Raises:
-        ValueError: if it holds another type.
-    """
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(to_plain, value))
-    if dataclasses.is_dataclass(value):
-        state = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {'class': f'{type(value).__module__}.{type(value).__qualname__}', 'fields': state}
-    if isinstance(value, PLAIN):
-        return value
-    raise ValueError(f"state_dict: the decoder's state has a {type(value).__name__}, which is no plain value")
-
-
-def from_plain(value):
-    """Return the memory of what :func:`to_plain` returned; only NeMo's classes of states are made."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(from_plain, value))
-    if not isinstance(value, dict):
-        return value
-    module, _, name = value['class'].rpartition('.')
-    if not module.startswith(STATES):
-        raise ValueError(f"load_state_dict: {value['class']} is no state of a decoder")
-    made = getattr(importlib.import_module(module), name)
-    return made(**{field: from_plain(state) for field, state in value['fields'].items()})
+    return GreedyRNNT(decoding, confidence) if transducer else GreedyCTC(model, decoding, confidence)

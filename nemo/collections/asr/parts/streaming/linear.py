@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers whose weights lie in memory as the kernel for so much work reads them fastest.
+"""Linear layers of fixed weights, which lie in memory as the kernel for so much work reads them fastest.
 
 Measured on x86 CPUs, float32: oneDNN's products with packed weights take half the time of ``F.linear``, but some ten
 microseconds to begin; where they do not pay, a product with the transposed weights is never slower than ``F.linear``, and up
@@ -21,94 +21,73 @@ PACKED_FOR = 16  # rows that oneDNN packs for; it takes any number
 
 
 class PreparedLinear:
-    """A linear layer of fixed weights, which are copied here; other layouts are made when they are first needed.
+    """A linear layer in the precision of its weights, which are copied here.
 
     Args:
         weight: [O, I], or [O, I, ...] of a pointwise convolution, any floating dtype and device.
         bias: [O] or None.
         scale: what weights and bias are multiplied by.
         relu: whether a ReLU follows.
-        precision: one of ``PRECISIONS``; a smaller one than float32 is for float32 weights on a CPU, and rounds them:
-            'bfloat16' weights and inputs; 'int8' weights, with a scale for each output, and inputs, with a range for
-            each row.
     """
 
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        scale: float = 1.0,
-        relu: bool = False,
-        precision: str = 'float32',
-    ):
-        weight = weight.detach().flatten(1) * scale
-        self.bias, self.relu, self._layouts = None if bias is None else bias.detach() * scale, relu, {}
-        self._packed_from, self._small, self._transposed = NEVER, None, None
-        if precision != 'float32':
-            self._small = _SMALL_WEIGHTS[precision](weight, self.bias)
-            return
-        self._chooses = chooses = weight.device.type == 'cpu' and weight.dtype == torch.float32
-        if chooses and can_pack():
-            self._packed_from = max(FEW + 1, -(-WORTH_PACKING // weight.numel()))
-        if chooses and weight.numel() >= SMALL:
-            self._transposed = weight.t().contiguous()
-            weight = self._transposed.t()
-        self.weight = weight
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1.0, relu: bool = False):
+        self.weight, self.bias = _scaled(weight, bias, scale)
+        self.relu, self._packed, self._packed_from = relu, None, NEVER
+        self._chooses = self.weight.device.type == 'cpu' and self.weight.dtype == torch.float32
+        self._is_large = self.weight.numel() >= SMALL
+        if self._chooses:
+            self._transposed = self.weight.t().contiguous()
+            self.weight = self._transposed.t() if self._is_large else self.weight
+            if can_pack():
+                self._packed_from = max(FEW + 1, -(-WORTH_PACKING // self.weight.numel()))
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Return [N, O] for rows [N, I], which have the dtype of the weights: a session switches autocast off."""
-        if self._small is not None:
-            outputs = self._small(rows)
-            return outputs.relu_() if self.relu else outputs
         count = rows.shape[0]
         if count >= self._packed_from:
-            weight, activation = self._layout('packed', self._pack), 'relu' if self.relu else 'none'
-            return torch.ops.mkldnn._linear_pointwise(rows, weight, self.bias, activation, [], '')
-        transposed = self._transposed
-        if transposed is None and count == 1 and self._chooses:
-            transposed = self._layout('transposed', lambda: self.weight.t().contiguous())
-        if transposed is not None:
-            outputs = rows @ transposed if self.bias is None else torch.addmm(self.bias, rows, transposed)
-        else:
+            packed = self._pack() if self._packed is None else self._packed
+            return torch.ops.mkldnn._linear_pointwise(rows, packed, self.bias, 'relu' if self.relu else 'none', [], '')
+        if not self._chooses or (count > 1 and not self._is_large):
             outputs = F.linear(rows, self.weight, self.bias)
+        elif self.bias is None:
+            outputs = rows @ self._transposed
+        else:
+            outputs = torch.addmm(self.bias, rows, self._transposed)
         return outputs.relu_() if self.relu else outputs
 
-    def _layout(self, name: str, make) -> torch.Tensor:
-        """Return the weights in another layout; two threads that make it at once make the same."""
-        found = self._layouts.get(name)
-        if found is None:
-            with torch.inference_mode(False), torch.no_grad():
-                found = self._layouts[name] = make()
-        return found
-
     def _pack(self) -> torch.Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), PACKED_FOR)
+        """Pack the weights when they are first needed so; two threads that do it at once make the same."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._packed = _packed(self.weight.contiguous())
+        return self._packed
 
 
-class _BFloat16:
-    """A linear layer in bfloat16, packed where torch can."""
+class BFloat16Linear:
+    """The same with weights and inputs rounded to bfloat16, packed where torch can; float32 weights on a CPU."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
-        self.weight, self.bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1.0):
+        weight, bias = _scaled(weight, bias, scale)
         self._packs = can_pack()
-        if self._packs:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKED_FOR)
+        self.bias = None if bias is None else bias.bfloat16()
+        self.weight = _packed(weight.bfloat16()) if self._packs else weight.bfloat16()
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return [N, O] float32 for rows [N, I] float32."""
         rows = rows.bfloat16()
         if not self._packs:
             return F.linear(rows, self.weight, self.bias).float()
         return torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, 'none', [], '').float()
 
 
-class _Int8:
-    """A linear layer with int8 weights and inputs, by torch's own operators.
+class Int8Linear:
+    """The same with int8 weights, scaled by output, and int8 inputs, by torch's own operators; float32 weights on a CPU.
 
     torch's dynamic layers take one range for all rows. So each row is mapped to [-1, 1] by its own range, a row of 1 and
     -1 fixes the common one, and no row depends on another.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1.0):
+        weight, self.bias = _scaled(weight, bias, scale)
         largest = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
         scales, zeros = (largest / 127).double(), torch.zeros(len(weight), dtype=torch.long)
         with warnings.catch_warnings():  # torch announces that a later release will not have these
@@ -116,11 +95,11 @@ class _Int8:
             quantised = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
             self.packed = torch.ops.quantized.linear_prepack(quantised, None)
             self.sums = quantised.dequantize().sum(dim=1)
-        self.bias = bias
         self._range = torch.ones(weight.shape[1])
         self._range[0] = -1.0
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return [N, O] for rows [N, I]."""
         low, high = rows.aminmax(dim=1, keepdim=True)
         middle, half = (low + high) * 0.5, ((high - low) * 0.5).clamp_(min=torch.finfo(torch.float32).tiny)
         mapped = torch.empty(len(rows) + 1, rows.shape[1])
@@ -132,22 +111,15 @@ class _Int8:
         return outputs if self.bias is None else outputs.add_(self.bias)
 
 
-_SMALL_WEIGHTS = {'bfloat16': _BFloat16, 'int8': _Int8}
-PRECISIONS = 'float32', *_SMALL_WEIGHTS
+LINEARS = {'float32': PreparedLinear, 'bfloat16': BFloat16Linear, 'int8': Int8Linear}
+PRECISIONS = tuple(LINEARS)
 
 
 def check_precision(precision: str, weight: torch.Tensor) -> None:
-    """Raise ValueError if weights cannot be held in a precision, with the reason.
-
-    Args:
-        precision: requested.
-        weight: one of the weights.
-    """
+    """Raise ValueError, with the reason, if weights like this one cannot be held in a precision."""
     if precision not in PRECISIONS:
         raise ValueError(f"weights is {precision!r}; it must be one of {PRECISIONS}")
-    if precision == 'float32':
-        return
-    if weight.device.type != 'cpu' or weight.dtype != torch.float32:
+    if precision != 'float32' and (weight.device.type != 'cpu' or weight.dtype != torch.float32):
         raise ValueError(
             f"weights is {precision!r}, which is for float32 models on a CPU; this one is {weight.dtype} on {weight.device}"
         )
@@ -159,3 +131,12 @@ def can_pack() -> bool:
     """Return whether this torch has oneDNN's packed weights."""
     names = ('_linear_pointwise', '_reorder_linear_weight')
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+
+
+def _packed(weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
+
+
+def _scaled(weight: torch.Tensor, bias: torch.Tensor | None, scale: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return copies, the weight as [O, I]."""
+    return weight.detach().flatten(1) * scale, None if bias is None else bias.detach() * scale

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masking inside a live stream, and the loss of the masked frames as they come.
 
-What has been encoded stays encoded: only new frames are masked. What was drawn before is remembered, so that blocks go
-on from step to step and the frames that answer lie on one grid, however the stream is cut (``MaskedTimeLine``). A
-masking module that does not take ``stream`` is called for the frames received so far that the attention reaches, with
-``current_frame`` their number; then the part of its masks that lies on the new frames is kept.
+Only new frames are masked. What was drawn before is remembered (``MaskedTimeLine``), so that masks do not depend on how the
+stream is cut. A masking module that does not take ``stream`` is called for the frames received so far that the attention
+reaches, with ``current_frame`` their number; then the part of its masks that lies on the new frames is kept.
 
 Shapes: F features (or the encoder's width), M mask frames, S target frames, A attention frames, C classes,
 H codebooks.
@@ -29,12 +28,12 @@ class MaskedStream:
 
     recent: torch.Tensor
     """The last mask frames as they were received, as far as a mask is drawn over them, [F, M]."""
-    masks: torch.Tensor | None = None
+    masks: torch.Tensor
     """Of frames without a loss so far, [1, M]."""
     tokens: torch.Tensor | None = None
     """Targets without a loss so far, [S] or [S, H]."""
     log_probs: torch.Tensor | None = None
-    """Predictions without a loss so far, behind ``decoder_offset`` that the loss drops, [A, C] or [A, C, H]."""
+    """Predictions without a loss so far, after ``decoder_offset``, which the loss drops, [A, C] or [A, C, H]."""
     time_line: MaskedTimeLine | None = None
     """What was drawn so far; None for a masking module that does not take it."""
 
@@ -55,68 +54,38 @@ class LiveMasking:
             raise ValueError(f"apply_mask needs a masked token prediction model; {type(model).__name__} is none")
         if not model.objectives.masks:
             raise ValueError(f"apply_mask: model.objective is {model.objective}, which predicts no masked tokens")
-        if not follows_context(model.mask_processor):
-            raise ValueError(f"apply_mask: {type(model.mask_processor).__name__} does not take current_frame")
-        if not hasattr(model.loss, 'of_frames'):
-            raise ValueError(f"apply_mask: {type(model.loss).__name__} does not tell which frames count")
-        self.model, self._window = model, tightest_window(model.encoder.effective_windows(context))
+        self.masking, self.loss = model.mask_processor, model.loss
+        if not follows_context(self.masking):
+            raise ValueError(f"apply_mask: {type(self.masking).__name__} does not take current_frame")
+        self._window = tightest_window(model.encoder.effective_windows(context))
         left = self._window.context.left
         self.reach = (LONGEST_REACH if left == UNLIMITED else left) * model.mask_frames_per_attention_frame
 
     def new_stream(self, device) -> MaskedStream:
         """The state of a stream before its first frame."""
-        features = self.model.mask_processor.mask_embedding.shape[0]
-        masking = self.model.mask_processor
-        time_line = masking.new_stream(1, device) if takes(masking, 'stream') else None
-        return MaskedStream(torch.zeros(features, 0, device=device), time_line=time_line)
+        recent = torch.zeros(self.masking.mask_embedding.shape[0], 0, device=device)
+        time_line = self.masking.new_stream(1, device) if takes(self.masking, 'stream') else None
+        return MaskedStream(recent, recent[:1], time_line=time_line)
 
     def mask(self, stream: MaskedStream, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take new mask frames and mask among them.
-
-        Args:
-            stream: its state, which moves on.
-            frames: [F, M].
-
-        Returns:
-            the frames as the encoder is to see them, [F, M], and their masks [1, M], 1 where masked.
-        """
+        """Take new mask frames [F, M], one or more; return them as the encoder is to see them, and their masks [1, M]."""
         new = frames.shape[1]
-        if new == 0:
-            return frames, frames[:1]
-        drawn_over = torch.cat((stream.recent.to(frames.dtype), frames), dim=1)
-        drawn_over = drawn_over[:, max(drawn_over.shape[1] - max(self.reach, new), 0) :]
+        drawn_over = torch.cat((stream.recent.to(frames.dtype), frames), dim=1)[:, -max(self.reach, new) :]
+        count = torch.tensor([drawn_over.shape[1]], device=frames.device)
+        arguments = window_of_masking(self.masking, self._window)
         if stream.time_line is not None:
             stream.time_line.forget(drawn_over.shape[1] - new)
-        masked, masks = self._draw(stream, drawn_over)
-        stream.recent = drawn_over[:, max(drawn_over.shape[1] - self.reach, 0) :].clone()
-        masked, masks = masked[:, -new:], masks[:1, -new:]
-        stream.masks = masks if stream.masks is None else torch.cat((stream.masks, masks), dim=1)
-        return masked, masks
-
-    def _draw(self, stream: MaskedStream, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        received = torch.tensor([frames.shape[1]], device=frames.device)
-        earlier = {} if stream.time_line is None else {'stream': stream.time_line}
-        masking = self.model.mask_processor
-        arguments = window_of_masking(masking, self._window)
-        masked, masks = masking(
-            input_feats=frames.unsqueeze(0),
-            input_lengths=received,
-            current_frame=received,
-            **earlier,
-            **arguments,
+            arguments['stream'] = stream.time_line
+        masked, masks = self.masking(
+            input_feats=drawn_over.unsqueeze(0), input_lengths=count, current_frame=count, **arguments
         )
-        return masked[0], masks[0]
-
-    def take_targets(self, stream: MaskedStream, tokens: torch.Tensor | None) -> None:
-        """Take new targets [S] or [S, H]; None is nothing. The state moves on."""
-        stream.tokens = joined(stream.tokens, tokens)
+        stream.recent = drawn_over[:, max(drawn_over.shape[1] - self.reach, 0) :].float().clone()
+        masks = masks[0, :1, -new:]
+        stream.masks = torch.cat((stream.masks, masks.to(stream.masks.dtype)), dim=1)
+        return masked[0, :, -new:], masks
 
     def score(self, stream: MaskedStream, log_probs: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Take new predictions; return the loss of all masked frames that now have target and prediction.
-
-        Args:
-            stream: its state, which moves on.
-            log_probs: [A, C] or [A, C, H].
+        """Take new predictions [A, C] or [A, C, H], and score all masked frames that now have target and prediction.
 
         Returns:
             the sum over frames of the mean over codebooks, in nats, and the number of these frames.
@@ -124,7 +93,7 @@ class LiveMasking:
         stream.log_probs = log_probs = joined(stream.log_probs, log_probs)
         if stream.tokens is None or not log_probs.shape[0]:
             return log_probs.new_zeros(()), 0
-        loss, masks = self.model.loss, stream.masks.unsqueeze(0)
+        loss, masks = self.loss, stream.masks.unsqueeze(0)
         aligned, targets, counted = loss.align(log_probs.unsqueeze(0), stream.tokens.unsqueeze(0), masks)
         ready = aligned.shape[1]
         lost = loss.of_frames(aligned[0], targets[0], reduction='none')

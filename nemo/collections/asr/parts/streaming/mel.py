@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from nemo.collections.asr.parts.preprocessing.features import FilterbankFeatures, check_fixed_statistics
 from nemo.collections.asr.parts.streaming.ring_buffers import RingBuffer, Rows
 
-WHOLE_UTTERANCE = ('per_feature', 'all_features')  # normalisations that need it
-
 
 class StreamingMel:
     """A mel front end for streams in any phases; the samples are in a ring that the caller keeps.
@@ -31,15 +29,15 @@ class StreamingMel:
 
     def __init__(self, preprocessor: torch.nn.Module):
         featurizer = getattr(preprocessor, 'featurizer', None)
-        check_features_can_stream(preprocessor, featurizer)
+        _check_features_can_stream(preprocessor, featurizer)
         self.featurizer, self.hop = featurizer, featurizer.hop_length
         self.sample_rate, self.features = featurizer.sample_rate, featurizer.nfilt * featurizer.frame_splicing
         self.device, self.dtype = featurizer.fb.device, preprocessor.dtype_sentinel_tensor.dtype
         self._left = (featurizer.n_fft - featurizer.win_length) // 2
         self._before = featurizer.n_fft // 2 - self._left  # samples of a window before its centre
         self.look_ahead = featurizer.win_length - self._before
+        self._statistics = None
         with torch.inference_mode(False):
-            self._statistics = self._window = None
             if isinstance(featurizer.normalize, Mapping):
                 checked = check_fixed_statistics(featurizer.normalize, self.features)
                 self._statistics = [torch.tensor(values, device=self.device) for values in checked.values()]
@@ -108,9 +106,7 @@ class StreamingMel:
         padded = torch.constant_pad_nd(windows, (self._left, featurizer.n_fft - length - self._left))
         real, imaginary = torch.view_as_real(torch.fft.rfft(padded)).unbind(-1)
         power = real.square().addcmul_(imaginary, imaginary)
-        if featurizer.mag_power == 2.0:
-            return power
-        return power.sqrt_() if featurizer.mag_power == 1.0 else power.sqrt_().pow_(featurizer.mag_power)
+        return power if featurizer.mag_power == 2.0 else power.pow_(featurizer.mag_power / 2)
 
 
 def _inside(device: torch.device, start: np.ndarray, span: int, received: np.ndarray) -> torch.Tensor | None:
@@ -122,8 +118,7 @@ def _inside(device: torch.device, start: np.ndarray, span: int, received: np.nda
     return (places >= 0) & (places < bounds[:, 1:])
 
 
-def check_features_can_stream(preprocessor, featurizer) -> None:
-    """Raise ValueError, with the reason, if the features cannot be computed from a stream."""
+def _check_features_can_stream(preprocessor, featurizer) -> None:
     if not isinstance(featurizer, FilterbankFeatures) or type(featurizer).forward is not FilterbankFeatures.forward:
         raise ValueError(
             f"{type(preprocessor).__name__} cannot be streamed; the preprocessor must be an "
@@ -132,15 +127,13 @@ def check_features_can_stream(preprocessor, featurizer) -> None:
     if any(module._forward_hooks or module._forward_pre_hooks for module in preprocessor.modules()):
         raise ValueError("the preprocessor has forward hooks, which a stream cannot follow; remove them")
     normalize = featurizer.normalize
-    if isinstance(normalize, str) and normalize in WHOLE_UTTERANCE:
+    if normalize in ('per_feature', 'all_features'):
         raise ValueError(
             f"preprocessor.normalize is {normalize}, which needs the whole utterance; a stream needs NA or fixed "
             "statistics (fixed_mean and fixed_std, see compute_feature_stats.py)"
         )
-    if normalize and not isinstance(normalize, (str, Mapping)):
-        raise ValueError(f"preprocessor.normalize is {normalize!r}; it must be NA or fixed statistics")
-    for name, refused in (('exact_pad', featurizer.exact_pad), ('use_grads', featurizer.use_grads)):
-        if refused:
+    for name in ('exact_pad', 'use_grads'):
+        if getattr(featurizer, name):
             raise ValueError(f"preprocessor.{name} is true, which a stream cannot follow; set it false")
     if featurizer.window is None:
         raise ValueError("preprocessor.window is none, which a stream cannot follow; set hann")

@@ -3,33 +3,43 @@
 
 Each stream is observed by itself, on the CPU's time: this is for diagnosis.
 
-Shapes: B streams, R rows of them, F features (or the encoder's width), M mask frames, A attention frames, C classes.
+Where the model standardises its targets (``target_normalize: per_feature``), a token gets the statistics of all frames from
+the stream's beginning up to the token's own last one, so that it does not depend on how the stream is cut.
+
+Shapes: B streams, R rows of them, F features (or the encoder's width), M mask frames, S target frames, A attention frames,
+H codebooks.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from nemo.collections.asr.modules.ssl_modules.masked_time_line import MaskedTimeLine
 from nemo.collections.asr.parts.streaming.masking import LiveMasking, MaskedStream
 from nemo.collections.asr.parts.streaming.output import StreamingOutput, valid_frames
-from nemo.collections.asr.parts.streaming.state import check_like, copy_tensors, tensors_of
+from nemo.collections.asr.parts.streaming.state import StreamStates, joined
 from nemo.collections.asr.parts.streaming.surprise import LiveSurprise, SurprisedStream
-from nemo.collections.asr.parts.streaming.targets import LiveTargets, TargetStream
+
+SMALLEST_STD = 1e-5  # as in NeMo's per_feature normalisation
 
 
 @dataclass
 class ObservedStream:
-    """What is kept of one stream."""
+    """The state of one stream."""
 
-    targets: TargetStream
+    waiting: torch.Tensor
+    """Mask frames that do not make a whole target yet, [F, M]."""
+    total: torch.Tensor
+    """Sum over the frames received, [F] float64."""
+    squares: torch.Tensor
+    """Sum of their squares, [F] float64."""
+    count: int
+    """Mask frames received."""
     masked: MaskedStream | None
     surprised: SurprisedStream | None
 
 
-class Observers:
+class Observers(StreamStates):
     """Masks streams, predicts their next tokens, and compares the tokens that come with what was predicted.
 
     Args:
@@ -43,71 +53,58 @@ class Observers:
         ValueError: if the model cannot do what is wanted, with the reason.
     """
 
+    name = 'observers'
+
     def __init__(self, model, context, batch: int, features: int, apply_mask: bool, return_surprise: bool):
         self.masking = LiveMasking(model, context) if apply_mask else None
         self.surprise = LiveSurprise(model, context) if return_surprise else None
-        self.targets = LiveTargets(model)
-        self.hook = 'on_features' if self.targets.pre_conv else 'on_frames'  # of the batch runner
-        self._width = features if self.targets.pre_conv else model.encoder.d_model
-        self._device = next(model.encoder.parameters()).device
-        self.streams = [self._new() for _ in range(batch)]
+        self._normalises, self._quantizer = model.target_normalize == 'per_feature', model.quantizer
+        self._combined = getattr(model.quantizer, 'combine_time_steps', 1)
+        self.hook = 'on_features' if model.pre_encoder is None else 'on_frames'  # of the batch runner
+        self._width = features if model.pre_encoder is None else model.encoder.d_model
         self._masks: list[list] = [[] for _ in range(batch)]  # of this step
+        super().__init__(batch, next(model.encoder.parameters()).device)
 
-    def _new(self) -> ObservedStream:
-        return ObservedStream(
-            self.targets.new_stream(self._width, self._device),
-            None if self.masking is None else self.masking.new_stream(self._device),
-            None if self.surprise is None else self.surprise.new_stream(),
-        )
-
-    def reset(self, rows: list[int]) -> None:
-        """Restart streams."""
-        for row in rows:
-            self.streams[row] = self._new()
-
-    def export(self, row: int) -> dict:
-        """Return a copy of a row: plain containers and tensors."""
-        return copy_tensors(_plain(self.streams[row]))
-
-    def check(self, state: dict) -> None:
-        """Raise ValueError unless :meth:`load` can take a state."""
-        check_like(state, _plain(self._new()), 'observers')
-
-    def load(self, row: int, state: dict) -> None:
-        """Replace a row by an exported state, which has been checked."""
-        state = copy_tensors(state, self._device)
-        if state['masked'] is not None and state['masked']['time_line'] is not None:
-            state['masked']['time_line'] = MaskedTimeLine(**state['masked']['time_line'])
-        self.streams[row] = ObservedStream(
-            TargetStream(**state['targets']),
-            None if state['masked'] is None else MaskedStream(**state['masked']),
-            None if state['surprised'] is None else SurprisedStream(**state['surprised']),
-        )
-
-    def bytes(self) -> int:
-        """Return how many bytes is kept."""
-        return sum(tensor.nbytes for stream in self.streams for tensor in tensors_of(_plain(stream)))
+    def new_stream(self) -> ObservedStream:
+        """Return the state before the first frame."""
+        sums = torch.zeros(self._width, dtype=torch.float64, device=self.device)
+        masked = None if self.masking is None else self.masking.new_stream(self.device)
+        surprised = None if self.surprise is None else self.surprise.new_stream()
+        waiting = torch.zeros(self._width, 0, device=self.device)
+        return ObservedStream(waiting, sums, sums, 0, masked, surprised)
 
     def take(self, frames: torch.Tensor, numbers: np.ndarray, valid: np.ndarray) -> torch.Tensor:
         """Take new mask frames [R, M, F], of which ``valid`` are their stream's own; return them as the encoder sees them."""
         seen = frames if self.masking is None else frames.clone()
         for index, (row, count) in enumerate(zip(numbers.tolist(), valid.sum(axis=1).tolist(), strict=True)):
-            if count:
-                own = frames[index, :count].T
-                seen[index, :count] = self._take(self.streams[row], own, self._masks[row]).T
+            if not count:
+                continue
+            stream, own = self.streams[row], frames[index, :count].T
+            tokens = self.tokens(stream, own)
+            if self.surprise is not None and tokens is not None:
+                self.surprise.take_tokens(stream.surprised, tokens)
+            if self.masking is not None:
+                stream.masked.tokens = joined(stream.masked.tokens, tokens)
+                masked, mask = self.masking.mask(stream.masked, own)
+                self._masks[row].append(mask[0])
+                seen[index, :count] = masked.T
         return seen
 
-    def _take(self, stream: ObservedStream, frames: torch.Tensor, masks: list) -> torch.Tensor:
-        """Make the targets of a stream's frames [F, M], and mask them; masks [1, M] go to a list."""
-        tokens = self.targets.make(stream.targets, frames)
-        if self.surprise is not None:
-            self.surprise.take_tokens(stream.surprised, tokens)
-        if self.masking is None:
-            return frames
-        self.masking.take_targets(stream.masked, tokens)
-        frames, mask = self.masking.mask(stream.masked, frames)
-        masks.append(mask)
-        return frames
+    def tokens(self, stream: ObservedStream, frames: torch.Tensor) -> torch.Tensor | None:
+        """Return the targets [S] or [S, H] that new mask frames [F, M] complete; None if there is none."""
+        first = self._combined - 1 - stream.waiting.shape[1]  # the new frame that completes the first token
+        mean, std = _running_statistics(stream, frames, first, self._combined)
+        frames = torch.cat((stream.waiting.to(frames.dtype), frames), dim=1)
+        whole = frames.shape[1] // self._combined * self._combined
+        stream.waiting, frames = frames[:, whole:].float().clone(), frames[:, :whole]
+        if not whole:
+            return None
+        if self._normalises:
+            mean, std = (each.repeat_interleave(self._combined, dim=1) for each in (mean, std))
+            frames = ((frames.double() - mean) / std).to(frames.dtype)
+        projection = getattr(self._quantizer, 'proj', None)  # of a model in half precision
+        frames = frames if projection is None else frames.to(projection.weight.dtype)
+        return self._quantizer(input_signal=frames.unsqueeze(0))[1][0]
 
     def finish(self, output: StreamingOutput, failed: list[int]) -> None:
         """Fill in what a step's frames and log-probabilities complete; ``failed`` streams complete nothing."""
@@ -120,7 +117,7 @@ class Observers:
             self._compare(output)
 
     def _score(self, output: StreamingOutput) -> None:
-        masks = [torch.cat([mask[0] for mask in of]) if of else output.log_probs.new_zeros(0) for of in self._masks]
+        masks = [torch.cat(of) if of else output.log_probs.new_zeros(0) for of in self._masks]
         self._masks = [[] for _ in self._masks]
         output.masks, output.mask_lengths = _pad(masks)
         rows = zip(self.streams, output.log_probs, output.lengths.tolist(), strict=True)
@@ -130,19 +127,28 @@ class Observers:
 
     def _compare(self, output: StreamingOutput) -> None:
         output.next_tokens, log_probs = self.surprise.predict(output.encoded, valid_frames(output))
-        output.surprise_start = torch.tensor(
-            [stream.surprised.start for stream in self.streams], device=output.lengths.device
-        )
+        starts = [stream.surprised.start for stream in self.streams]
+        output.surprise_start = torch.tensor(starts, device=output.lengths.device)
         rows = zip(self.streams, log_probs, output.lengths.tolist(), strict=True)
         surprise = [self.surprise.score(stream.surprised, predicted[:length]) for stream, predicted, length in rows]
         output.surprise, output.surprise_lengths = _pad(surprise)
 
 
-def _plain(value):
-    """Return dataclasses as dicts; their tensors are not copied."""
-    if not dataclasses.is_dataclass(value):
-        return value
-    return {name: _plain(each) for name, each in vars(value).items()}
+def _running_statistics(stream: ObservedStream, frames: torch.Tensor, first: int, stride: int) -> list[torch.Tensor]:
+    """Add new frames to a stream's sums; return mean and deviation, [F, S] float64.
+
+    They are those after frame ``first`` and every stride-th on.
+    """
+    frames = frames.double()
+    sums = torch.stack((stream.total, stream.squares))[:, :, None]
+    sums = torch.cat((sums, torch.stack((frames, frames.square()))), dim=2).cumsum(dim=2)[:, :, 1:]
+    stream.total, stream.squares = sums[:, :, -1].clone()
+    counts = torch.arange(stream.count + 1, stream.count + 1 + frames.shape[1], device=frames.device)[first::stride]
+    stream.count += frames.shape[1]
+    totals, squares = sums[:, :, first::stride]
+    mean = totals / counts
+    variance = (squares - counts * mean.square()).clamp(min=0) / (counts - 1).clamp(min=1)
+    return [mean, variance.sqrt() + SMALLEST_STD]
 
 
 def _pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

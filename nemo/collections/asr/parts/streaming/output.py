@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step of live streams gives out.
 
-Shapes: B streams, F features, T feature frames, M mask frames, D the encoder's width, A attention frames, S target frames,
-K horizons, C classes, H codebooks.
+Shapes: B streams, M mask frames, D the encoder's width, A attention frames, S target frames, K horizons, C classes,
+H codebooks.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nemo.collections.asr.parts.streaming.words import TextUpdate
+from nemo.collections.asr.parts.streaming.text import TextUpdate
+
+JOINED = {  # dimension of the frames, and which counts there are of them
+    'encoded': (2, 'lengths'),
+    'log_probs': (1, 'lengths'),
+    'tokens': (1, 'lengths'),
+    'masks': (1, 'mask_lengths'),
+    'next_tokens': (1, 'lengths'),
+    'surprise': (1, 'surprise_lengths'),
+}
 
 
 @dataclass
@@ -31,10 +40,6 @@ class StreamingOutput:
     tokens: torch.Tensor | None = None
     """With ``return_tokens``: the likeliest class of each frame, [B, A] or [B, A, H] int64; for a CTC model the greedy
     path, blanks and repetitions included."""
-    features: torch.Tensor | None = None
-    """With ``return_features``: new feature frames, before masking, [B, F, T]."""
-    feature_lengths: torch.Tensor | None = None
-    """How many of them each stream has, [B] int64."""
     masks: torch.Tensor | None = None
     """With ``apply_mask``: which of the new mask frames are masked, [B, M], 1 where masked."""
     mask_lengths: torch.Tensor | None = None
@@ -65,31 +70,20 @@ class StreamingOutput:
         """
         if not outputs:
             raise ValueError("concatenate: there is no output to join")
-        if len(outputs) == 1:
-            return outputs[0]
-        lengths = [output.lengths for output in outputs]
-        joined = dict(lengths=sum(lengths), current_frame=outputs[-1].current_frame, failed=outputs[-1].failed)
-        joined['surprise_start'] = outputs[0].surprise_start
-        if outputs[0].text is not None:
-            joined['text'] = [*map(TextUpdate.concatenate, zip(*(output.text for output in outputs)))]
-        for name, dim, counts in (
-            ('encoded', 2, 'lengths'),
-            ('log_probs', 1, 'lengths'),
-            ('tokens', 1, 'lengths'),
-            ('features', 2, 'feature_lengths'),
-            ('masks', 1, 'mask_lengths'),
-            ('next_tokens', 1, 'lengths'),
-            ('surprise', 1, 'surprise_lengths'),
-        ):
-            if getattr(outputs[0], name) is not None:
+        first, last = outputs[0], outputs[-1]
+        joined = cls(None, None, last.current_frame, last.failed, surprise_start=first.surprise_start)
+        for name, (dim, counts) in JOINED.items():
+            if getattr(first, name) is not None:
                 sizes = [getattr(output, counts) for output in outputs]
-                joined[name] = _join([getattr(output, name) for output in outputs], sizes, dim)
-                joined[counts] = sum(sizes)
-        if outputs[0].loss is not None:
-            joined['masked_frames'] = sum(output.masked_frames for output in outputs)
+                setattr(joined, name, _join([getattr(output, name) for output in outputs], sizes, dim))
+                setattr(joined, counts, sum(sizes))
+        if first.text is not None:
+            joined.text = [*map(TextUpdate.concatenate, zip(*(output.text for output in outputs)))]
+        if first.loss is not None:
+            joined.masked_frames = sum(output.masked_frames for output in outputs)
             total = sum(output.loss * output.masked_frames for output in outputs)
-            joined['loss'] = total / max(joined['masked_frames'], 1)
-        return cls(**joined)
+            joined.loss = total / max(joined.masked_frames, 1)
+        return joined
 
 
 def _join(tensors, lengths, dim: int) -> torch.Tensor:

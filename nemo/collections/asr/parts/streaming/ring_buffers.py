@@ -35,26 +35,22 @@ class Rows:
 
     def __init__(self, active: np.ndarray, device: torch.device):
         moving = np.flatnonzero(active)
-        self.active, self.moving, self.index, self._leader = active, None, None, moving[0]
+        self.active, self.index, self._leader = active, None, moving[0]
         self.is_whole = len(moving) == len(active)  # all rows of the batch move on
-        self.computes_idle = not self.is_whole and len(moving) >= MOST_ACTIVE * len(
-            active
-        )  # but keeps nothing of them
+        # idle rows are computed, too, but nothing of them is kept
+        self.computes_idle = not self.is_whole and len(moving) >= MOST_ACTIVE * len(active)
         self.numbers, self.valid = np.arange(len(active)), active
-        if self.is_whole:
-            return
         self.moving = torch.from_numpy(moving).to(device, non_blocking=True)
         if self.computes_idle:
             self._moves = torch.from_numpy(active).to(device, non_blocking=True)
-            self.idle = torch.from_numpy(np.flatnonzero(~active)).to(device, non_blocking=True)
-        else:
+        elif not self.is_whole:
             self.numbers, self.valid, self.index = moving, np.ones(len(moving), bool), self.moving
 
     def counts(self, of_all: np.ndarray) -> np.ndarray:
         """Return the counts [R] of a batch [B]; an idle row has those of a row that moves on."""
         if self.computes_idle:
             return np.where(self.active, of_all, of_all[self._leader])
-        return of_all.copy() if self.is_whole else of_all[self.numbers]
+        return of_all[self.numbers]
 
     def select(self, kept: torch.Tensor) -> torch.Tensor:
         """Return the rows [R, ...] of a tensor [B, ...]."""
@@ -99,15 +95,13 @@ class Stage:
         for name, value in self.kept():
             given = state.get(name)
             if isinstance(value, np.ndarray):
-                if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+                if type(given) is not int or given < 0:
                     raise ValueError(f"{name} is {given!r}; it must be a count")
                 continue
-            expected = tuple(self.shape(name, value[0], state))
-            if not isinstance(given, torch.Tensor) or (given.dtype, tuple(given.shape)) != (value.dtype, expected):
-                found = (
-                    f'{given.dtype} {list(given.shape)}' if isinstance(given, torch.Tensor) else type(given).__name__
-                )
-                raise ValueError(f"{name} is {found}; it must be {value.dtype} {list(expected)}")
+            wanted = value.dtype, [*self.shape(name, value[0], state)]
+            found = (given.dtype, [*given.shape]) if isinstance(given, torch.Tensor) else (type(given).__name__,)
+            if found != wanted:
+                raise ValueError(f"{name} is {' '.join(map(str, found))}; it must be {wanted[0]} {wanted[1]}")
 
     def shape(self, name: str, value: torch.Tensor, state: dict) -> tuple[int, ...]:
         """Return the shape that a row's tensor must have in a state; ``value`` is a row of it."""
@@ -239,13 +233,13 @@ class RingWindow:
         """
         alike, size = are_alike(first), (self._start + self._phases) * count * self.slots
         if last is not None or not self._phases or first.min() < 0 or size > LARGEST_TABLE:
-            return self._tensors(*self.compute(first[:1] if alike and last is None else first, count, last))
+            return self._visible(*self.compute(first[:1] if alike and last is None else first, count, last))
         index = np.where(first < self._start, first, self._start + (first - self._start) % self._phases)
         if not alike:
             return self._of_phases(index, count)
         key = count, int(index[0])
         if key not in self._alike:
-            self._alike[key] = self._tensors(*self.compute(index[:1], count))
+            self._alike[key] = self._visible(*self.compute(index[:1], count))
         return self._alike[key]
 
     def compute(self, first: np.ndarray, count: int, last: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
@@ -263,47 +257,19 @@ class RingWindow:
     def _of_phases(self, index: np.ndarray, count: int) -> Visible:
         """Return what rows in different phases see, from tables with a row for each phase."""
         if count not in self._tables:
-            rows = self._start + self._phases
-            self._tables[count] = (
-                np.zeros((rows, 3), bool),
-                [
-                    torch.zeros(rows, *shape, dtype=dtype, device=self.device)
-                    for shape, dtype in (
-                        ((count,), torch.int64),
-                        ((count, self.slots), torch.int64),
-                        ((count, self.slots), torch.bool),
-                        ((count, 1), torch.bool),
-                    )
-                ],
-            )
-        facts, tables = self._tables[
-            count
-        ]  # of each phase: is known, hides a slot, has queries before the first frame
-        new = np.unique(index[~facts[index, 0]])
-        if len(new):
-            found = self.compute(new, count)
-            places = torch.from_numpy(new).to(self.device)
-            for table, values in zip(tables, found, strict=True):
-                table[places] = torch.from_numpy(values).to(self.device)
-            facts[new] = np.stack((np.ones(len(new)), found[2].any((1, 2)), ~found[3].all((1, 2))), axis=1)
+            found = self.compute(np.arange(self._start + self._phases), count)
+            facts = found[2].any((1, 2)), ~found[3].all((1, 2))  # hides a slot; has queries before the first frame
+            self._tables[count] = facts, [*map(self._tensor, found)]
+        (hides, begins), tables = self._tables[count]
         places = torch.from_numpy(index).to(self.device, non_blocking=True)
         slots, ages = (table.index_select(0, places) for table in tables[:2])
-        hides, begins = facts[index, 1:].any(axis=0)
-        return Visible(
-            slots,
-            ages,
-            tables[2].index_select(0, places).unsqueeze(1) if hides else None,
-            tables[3].index_select(0, places) if begins else None,
-        )
+        hidden = tables[2].index_select(0, places).unsqueeze(1) if hides[index].any() else None
+        return Visible(slots, ages, hidden, tables[3].index_select(0, places) if begins[index].any() else None)
 
-    def _tensors(self, slots, ages, hidden, began) -> Visible:
-        alike = len(slots) == 1
-        return Visible(
-            self._tensor(slots[0] if alike else slots),
-            self._tensor(ages[0] if alike else ages),
-            self._tensor(hidden).unsqueeze(1) if hidden.any() else None,
-            None if began.all() else self._tensor(began),
-        )
+    def _visible(self, slots, ages, hidden, began) -> Visible:
+        slots, ages = (self._tensor(values[0] if len(values) == 1 else values) for values in (slots, ages))
+        hidden = self._tensor(hidden).unsqueeze(1) if hidden.any() else None
+        return Visible(slots, ages, hidden, None if began.all() else self._tensor(began))
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device)

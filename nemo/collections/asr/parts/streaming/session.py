@@ -8,8 +8,7 @@
         output = session.step(samples)                  # output.encoded [1, D, frames], usually 0 or 1 frames
     output = session.finish()
 
-Shapes: B streams, N samples, F features, T feature frames, M mask frames, D the encoder's width, A attention frames,
-S target frames, K horizons, C classes, H codebooks.
+Shapes: B streams, N samples, D the encoder's width, A attention frames.
 """
 
 import math
@@ -21,15 +20,13 @@ import torch
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.streaming.batch_runner import BatchRunner
 from nemo.collections.asr.parts.streaming.decoding import decode_frames, decoder_of
-from nemo.collections.asr.parts.streaming.encoder import StreamingEncoder
+from nemo.collections.asr.parts.streaming.encoder import StreamingEncoder, why_not
 from nemo.collections.asr.parts.streaming.linear import check_precision
 from nemo.collections.asr.parts.streaming.mel import StreamingMel
 from nemo.collections.asr.parts.streaming.observers import Observers
 from nemo.collections.asr.parts.streaming.output import StreamingOutput, valid_frames
-from nemo.collections.asr.parts.streaming.prepared_weights import why_not
 from nemo.collections.asr.parts.streaming.state import VERSION, check_settings
-from nemo.collections.asr.parts.streaming.text import LiveText, TextOptions
-from nemo.collections.asr.parts.streaming.words import Transcript
+from nemo.collections.asr.parts.streaming.text import LiveText, TextOptions, Transcript
 from nemo.utils import logging
 
 NOT_FINITE = 'its output holds NaN or infinite values'
@@ -54,7 +51,6 @@ class StreamingSession:
             layers' own contexts narrow it.
         return_log_probs: whether to run the model's decoder.
         return_tokens: whether to give its likeliest classes.
-        return_features: whether to give the features.
         apply_mask: whether to mask, to watch the loss of an SSL model live; see ``LiveMasking``. Draws from torch's
             generator.
         return_surprise: whether to predict the next tokens, and to give the surprise of each token once it is there; for a
@@ -76,25 +72,20 @@ class StreamingSession:
         att_context_size=None,
         return_log_probs: bool = False,
         return_tokens: bool = False,
-        return_features: bool = False,
         apply_mask: bool = False,
         return_surprise: bool = False,
         return_text: bool | TextOptions = False,
         weights: str = 'float32',
         sample_rate: int | None = None,
     ):
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; it must be 1 stream or more")
-        self.batch_size, self.weights = batch_size, weights
-        self._model, (preprocessor, encoder) = model, _parts(model)
-        self._masks_frames = getattr(model, 'pre_encoder', None) is not None
-        _check_eval_mode(preprocessor, encoder)
+        encoder = _parts(model)[1]
         default = getattr(encoder, 'att_context_size', None) if att_context_size is None else att_context_size
-        self.att_context = AttContext.parse(default)
-        self.return_log_probs, self.return_tokens = return_log_probs, return_tokens
-        self.return_features, self.return_text = return_features, return_text
+        self.att_context, self.batch_size, self.weights = AttContext.parse(default), batch_size, weights
+        self.return_log_probs, self.return_tokens, self.return_text = return_log_probs, return_tokens, return_text
         self.apply_mask, self.return_surprise = apply_mask, return_surprise
-        self._warned = False
+        self._model, self._warned = model, False
         self._build()
         if sample_rate not in (None, self.sample_rate):
             raise ValueError(
@@ -109,17 +100,17 @@ class StreamingSession:
         decoder = decoder_of(self._model) if decodes else None
         mel, streaming = StreamingMel(preprocessor), StreamingEncoder(encoder, self.att_context)
         check_precision(self.weights, next(encoder.parameters()))
-        observers = text = None
+        observers, hooks, text = None, {}, None
         if self.apply_mask or self.return_surprise:
-            observers = Observers(
-                self._model, self.att_context, self.batch_size, mel.features, self.apply_mask, self.return_surprise
-            )
-        hooks = {} if observers is None else {observers.hook: observers.take}
+            wanted = self.apply_mask, self.return_surprise
+            observers = Observers(self._model, self.att_context, self.batch_size, mel.features, *wanted)
+            hooks = {observers.hook: observers.take}
         with torch.inference_mode():
-            runner = BatchRunner(mel, streaming, self.batch_size, self.weights, self.return_features, **hooks)
+            runner = BatchRunner(mel, streaming, self.batch_size, self.weights, **hooks)
         if self.return_text:
             options = TextOptions() if self.return_text is True else self.return_text
-            text = LiveText(self._model, self.batch_size, mel.hop * streaming.factor / mel.sample_rate, options)
+            seconds = mel.hop * streaming.factor / mel.sample_rate
+            text = LiveText(self._model, self.batch_size, seconds, options, streaming.device)
         self._modules, self._decoder = modules, decoder
         self._mel, self._encoder, self._runner, self._observers, self._text = mel, streaming, runner, observers, text
         self._ended, self._broken = (np.zeros(self.batch_size, bool) for _ in range(2))
@@ -128,8 +119,8 @@ class StreamingSession:
 
     @property
     def why_not_fast(self) -> str | None:
-        """Which part of the model, as it is now, live streams do not compute; None: they compute all of it."""
-        return why_not(_parts(self._model)[1])
+        """The first part of the model, as it is now, that live streams do not compute; None: they compute all of it."""
+        return why_not(_parts(self._model)[1], self.att_context)
 
     @property
     def sample_rate(self) -> int:
@@ -164,14 +155,14 @@ class StreamingSession:
     @property
     def current_frame(self) -> torch.Tensor:
         """Mask frames received so far by each stream, [B] int64; see ``StreamingOutput.current_frame``."""
-        return self._runner.received(self._masks_frames, self._ended)
+        return self._runner.received(getattr(self._model, 'pre_encoder', None) is not None, self._ended)
 
     @property
     def ended(self) -> tuple[bool, ...]:
         """For each stream, whether it has ended."""
         return tuple(self._ended.tolist())
 
-    def reset(self, streams: Sequence[int] | None = None) -> None:
+    def reset(self, streams: int | Sequence[int] | None = None) -> None:
         """Restart all streams with the present weights, or those with these indices while the others continue.
 
         Raises:
@@ -180,7 +171,7 @@ class StreamingSession:
         if streams is None:
             self._build()
             return
-        rows = [self._checked_row(row, 'reset') for row in streams]
+        rows = [self._checked_row(row, 'reset') for row in (streams if np.iterable(streams) else [streams])]
         self._broken[rows] = True
         with torch.inference_mode():
             self._read_flags(wait=True)
@@ -203,9 +194,16 @@ class StreamingSession:
                 after an error; nothing is taken then.
         """
         _check_eval_mode(*self._modules)
-        samples = self._checked(samples)
+        shape = [*samples.shape] if isinstance(samples, torch.Tensor) else type(samples).__name__
+        if shape[:1] != [self.batch_size] or len(shape) != 2:
+            raise ValueError(f"samples are {shape}; they must be a tensor [{self.batch_size}, n]")
+        if not samples.is_floating_point():
+            raise ValueError(f"samples are {samples.dtype}; they must be floating point, with full scale at 1")
+        samples = samples.to(dtype=torch.float32)
         lengths = self._checked_lengths(lengths, samples.shape[1])
-        ends = self._checked_ends(ended)
+        ends = np.zeros(self.batch_size, bool)
+        if ended is not None:
+            ends = np.array(self._row_values(ended, 'ended')).astype(bool) & ~self._ended
         self._check_whole((lengths > 0) | ends, 'step')
         self._check_finite(samples, lengths)
         return self._advance(samples, lengths, ends)
@@ -239,7 +237,11 @@ class StreamingSession:
             ValueError: if there is no such stream, or an earlier step broke it.
         """
         row = self._checked_row(row, 'export')
-        return {'version': VERSION, 'of': self._settings(), 'stream': self._export(row)}
+        self._read_flags(wait=True)
+        self._check_whole(np.arange(self.batch_size) == row, 'export')
+        stages = [part.export(row) for part in self._stages()]
+        stream = {'ended': bool(self._ended[row]), 'failed': self._failed.get(row), 'stages': stages}
+        return {'version': VERSION, 'of': self._settings(), 'stream': stream}
 
     def load(self, row: int, state: dict) -> None:
         """Continue an exported stream in the place of another one; sessions may have any number of streams.
@@ -249,14 +251,12 @@ class StreamingSession:
                 damaged; nothing is changed then.
         """
         row = self._checked_row(row, 'load')
-        check_settings(state, self._settings())
-        self._check(state.get('stream'))
+        self._check_state(state)
         self._load(row, state['stream'])
 
     def state_dict(self) -> dict:
-        """Return a copy of all state: plain containers and tensors, for torch.save or pickle."""
-        streams = [self._export(row) for row in range(self.batch_size)]
-        return {'version': VERSION, 'of': self._settings(), 'streams': streams}
+        """Return the exported states of all streams."""
+        return {'streams': [self.export(row) for row in range(self.batch_size)]}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where another session on the same model was.
@@ -265,38 +265,31 @@ class StreamingSession:
             ValueError: if it comes from a session with other settings or another number of streams, or is damaged; nothing
                 is changed then.
         """
-        check_settings(state, self._settings())
-        streams = state.get('streams')
-        if not isinstance(streams, list) or len(streams) != self.batch_size:
-            found = len(streams) if isinstance(streams, list) else type(streams).__name__
-            raise ValueError(f"load: the state has streams: {found}; this session has {self.batch_size}")
+        streams = state.get('streams') if isinstance(state, dict) else None
+        if not isinstance(streams, list):
+            raise ValueError("load: this is no state of a StreamingSession")
+        if len(streams) != self.batch_size:
+            raise ValueError(f"load: the state has {len(streams)} streams; this session has {self.batch_size}")
         for stream in streams:
-            self._check(stream)
+            self._check_state(stream)
         self._broken[:] = True
         for row, stream in enumerate(streams):
-            self._load(row, stream)
+            self._load(row, stream['stream'])
 
     def _stages(self) -> list:
         """Return all that keeps something of each stream."""
-        others = [part for part in (self._observers, self._text) if part is not None]
-        return [*self._runner.stages, *others]
+        return [*self._runner.stages, *(part for part in (self._observers, self._text) if part is not None)]
 
-    def _export(self, row: int) -> dict:
-        self._read_flags(wait=True)
-        if self._broken[row]:
-            raise ValueError(f"stream {row} is broken by an error in an earlier step; reset([{row}]) restarts it")
-        stages = [part.export(row) for part in self._stages()]
-        return {'ended': bool(self._ended[row]), 'failed': self._failed.get(row), 'stages': stages}
-
-    def _check(self, stream) -> None:
-        """Raise ValueError unless a state of a stream is whole."""
-        parts = self._stages()
+    def _check_state(self, state) -> None:
+        """Raise ValueError unless a state is whole, and one of a stream of this model, context and settings."""
+        check_settings(state, self._settings())
+        parts, stream = self._stages(), state.get('stream')
         if not isinstance(stream, dict) or not isinstance(stream.get('ended'), bool) or 'failed' not in stream:
             raise ValueError("load: this is no state of a stream")
         if not isinstance(stream.get('stages'), list) or len(stream['stages']) != len(parts):
             raise ValueError(f"load: stages is damaged; it must be a list of {len(parts)}")
-        for part, state in zip(parts, stream['stages'], strict=True):
-            part.check(state)
+        for part, of_part in zip(parts, stream['stages'], strict=True):
+            part.check(of_part)
 
     def _load(self, row: int, stream: dict) -> None:
         self._read_flags(wait=True)
@@ -313,6 +306,7 @@ class StreamingSession:
         return {
             **self._encoder.settings(),
             **self._mel.settings(),
+            'encoder': self._runner.weights.digest,
             'weights': self.weights,
             'apply_mask': self.apply_mask,
             'return_surprise': self.return_surprise,
@@ -329,17 +323,9 @@ class StreamingSession:
         broken = np.flatnonzero(rows & self._broken)
         if len(broken):
             raise ValueError(
-                f"{what}: stream {broken[0]} is broken by an error in an earlier step; reset([{broken[0]}]) or load starts "
-                "it anew"
+                f"{what}: stream {broken[0]} is broken by an error in an earlier step; reset([{broken[0]}]) or load "
+                "restarts it"
             )
-
-    def _checked(self, samples) -> torch.Tensor:
-        if not isinstance(samples, torch.Tensor) or samples.dim() != 2 or samples.shape[0] != self.batch_size:
-            what = tuple(samples.shape) if isinstance(samples, torch.Tensor) else type(samples).__name__
-            raise ValueError(f"samples are {what}; they must be a tensor [{self.batch_size}, n]")
-        if not samples.is_floating_point():
-            raise ValueError(f"samples are {samples.dtype}; they must be floating point, with full scale at 1")
-        return samples.to(dtype=torch.float32)
 
     def _check_finite(self, samples: torch.Tensor, lengths: np.ndarray) -> None:
         """Look at the samples where they came from: those of a microphone make no device wait."""
@@ -366,28 +352,26 @@ class StreamingSession:
     def _checked_lengths(self, lengths, available: int) -> np.ndarray:
         ended = self._ended
         if lengths is None:
-            if not ended.any():
-                return np.full(self.batch_size, available)
             if ended.all():
                 raise ValueError("step: every stream has ended; reset() restarts them")
             return np.where(ended, 0, available)
-        lengths = np.array(_row_values(lengths, self.batch_size, 'lengths'))
+        lengths = np.array(self._row_values(lengths, 'lengths'))
         if lengths.ndim != 1 or (lengths % 1).any():
             raise ValueError(f"lengths are {lengths.tolist()}; they must be whole numbers, one for each stream")
         lengths = lengths.astype(np.int64)
-        wrong = np.flatnonzero((lengths < 0) | (lengths > available))
-        if len(wrong):
-            row = wrong[0]
+        for row in np.flatnonzero((lengths < 0) | (lengths > available)):
             raise ValueError(f"lengths[{row}] is {lengths[row]}; it must be from 0 to the {available} samples given")
-        late = np.flatnonzero((lengths > 0) & ended)
-        if len(late):
-            raise ValueError(f"step: stream {late[0]} has ended; reset([{late[0]}]) restarts it")
+        for row in np.flatnonzero((lengths > 0) & ended):
+            raise ValueError(f"step: stream {row} has ended; reset([{row}]) restarts it")
         return lengths
 
-    def _checked_ends(self, ended) -> np.ndarray:
-        if ended is None:
-            return np.zeros(self.batch_size, bool)
-        return np.array(_row_values(ended, self.batch_size, 'ended')).astype(bool) & ~self._ended
+    def _row_values(self, values, name: str) -> list:
+        values = values.tolist() if hasattr(values, 'tolist') else list(values)
+        if len(values) != self.batch_size:
+            raise ValueError(
+                f"{name} has {len(values)} values; it needs one for each of the {self.batch_size} streams"
+            )
+        return values
 
     def _advance(self, samples: torch.Tensor, lengths: np.ndarray, ends: np.ndarray) -> StreamingOutput:
         moved = (lengths > 0) | ends
@@ -397,10 +381,9 @@ class StreamingSession:
             if self._failed:
                 samples = samples.clone()
                 samples[list(self._failed)] = 0.0
-            found = self._runner.step(samples, lengths, ends)
+            encoded, counts = self._runner.step(samples, lengths, ends)
             self._ended |= ends
-            output = self._output(found)
-        output.current_frame = self.current_frame
+            output = self._output(encoded, counts)
         # tensors made in inference mode could not be used in training
         for name, value in vars(output).items():
             if isinstance(value, torch.Tensor) and value.is_inference():
@@ -408,41 +391,25 @@ class StreamingSession:
         self._broken[moved] = False
         return output
 
-    def _output(self, found) -> StreamingOutput:
-        """Return what a step gives out of the frames that it completes."""
-        self._find_failed(found.encoded)
-        device, failed = self._runner.device, list(self._failed)
-        for frames, counts in ((found.features, found.feature_counts), (found.encoded, found.counts)):
-            if failed and frames is not None:
-                frames[failed] = 0.0
-                counts[failed] = 0
-        lengths = torch.from_numpy(found.counts).to(device, non_blocking=True)
-        output = StreamingOutput(found.encoded.transpose(1, 2), lengths, None, failed=dict(self._failed))
-        if found.features is not None:
-            output.features = found.features.transpose(1, 2)
-            output.feature_lengths = torch.from_numpy(found.feature_counts).to(device, non_blocking=True)
-        self._predict(output)
+    def _output(self, encoded: torch.Tensor, counts: np.ndarray) -> StreamingOutput:
+        """Return what a step gives out, of frames [B, A, D] and how many each stream has [B]."""
+        self._find_failed(encoded)
+        failed = list(self._failed)
+        if failed:
+            encoded[failed], counts[failed] = 0.0, 0
+        lengths = torch.from_numpy(counts).to(encoded.device, non_blocking=True)
+        output = StreamingOutput(encoded.transpose(1, 2), lengths, self.current_frame, dict(self._failed))
+        if self._decoder is not None:  # it takes each frame by itself
+            log_probs, valid = decode_frames(self._decoder, output.encoded), valid_frames(output)
+            output.log_probs = log_probs.masked_fill(~valid.view(*valid.shape, *[1] * (log_probs.dim() - 2)), 0)
+            output.tokens = output.log_probs.argmax(dim=2) if self.return_tokens else None
         if self._observers is not None:
             self._observers.finish(output, failed)
         if self._text is not None:
-            output.text = self._text.take(
-                output.encoded, found.counts.tolist(), self._ended.tolist(), output.log_probs
-            )
+            output.text = self._text.take(output.encoded, counts.tolist(), self._ended.tolist(), output.log_probs)
         if not self.return_log_probs:
             output.log_probs = None
         return output
-
-    def _predict(self, output: StreamingOutput) -> None:
-        """Run the decoder, which takes each frame by itself."""
-        if self._decoder is None:
-            return
-        output.log_probs = decode_frames(self._decoder, output.encoded)
-        valid = valid_frames(output)
-        output.log_probs = output.log_probs.masked_fill(
-            ~valid.view(*valid.shape, *[1] * (output.log_probs.dim() - 2)), 0
-        )
-        if self.return_tokens:
-            output.tokens = output.log_probs.argmax(dim=2)
 
     def _find_failed(self, encoded: torch.Tensor) -> None:
         """Find the rows whose frames [B, A, D] are not finite, and set their state to zero.
@@ -473,7 +440,7 @@ class StreamingSession:
             new = [row for row in np.flatnonzero(~flags.numpy()).tolist() if row not in self._failed]
             if new:
                 self._failed.update(dict.fromkeys(new, NOT_FINITE))
-                self._runner.clear(new)
+                self._runner.reset(new, counts=False)
 
 
 def _parts(model) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -488,10 +455,3 @@ def _parts(model) -> tuple[torch.nn.Module, torch.nn.Module]:
 def _check_eval_mode(*modules: torch.nn.Module) -> None:
     if any(module.training for module in modules):
         raise ValueError("the model is in training mode; call model.eval() before streaming")
-
-
-def _row_values(values, batch_size: int, name: str) -> list:
-    values = values.tolist() if hasattr(values, 'tolist') else list(values)
-    if len(values) != batch_size:
-        raise ValueError(f"{name} has {len(values)} values; it needs one for each of the {batch_size} streams")
-    return values

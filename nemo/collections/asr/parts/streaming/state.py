@@ -1,44 +1,143 @@
 # SPDX-License-Identifier: Apache-2.0
 """States of live streams: plain containers and tensors that are checked as a whole before they are loaded."""
 
-from collections.abc import Iterator
+import dataclasses
+import importlib
+from array import array
 
+import numpy as np
 import torch
 
-VERSION = 5  # of what StreamingSession.export and state_dict return
+VERSION = 6  # of what StreamingSession.export and state_dict return
+PLAIN = (int, float, str, bool, type(None))
+CLASSES = (  # that a state may hold: modules, or packages, of dataclasses
+    'nemo.collections.asr.parts.streaming.',
+    'nemo.collections.asr.modules.ssl_modules.masked_time_line.',
+    'nemo.collections.asr.parts.submodules.transducer_decoding.',
+    'nemo.collections.asr.parts.utils.rnnt_utils.',
+)
+
+
+class StreamStates:
+    """What a stage keeps of streams in an object for each; ``name`` is that of errors."""
+
+    name = ''
+
+    def __init__(self, batch: int, device: torch.device):
+        self.device = device
+        self.streams = [self.new_stream() for _ in range(batch)]
+
+    def new_stream(self):
+        """Return the state before the first frame, a dataclass."""
+        raise NotImplementedError
+
+    def reset(self, rows: list[int]) -> None:
+        """Restart streams."""
+        for row in rows:
+            self.streams[row] = self.new_stream()
+
+    def export(self, row: int) -> dict:
+        """Return a copy of a row: plain containers and tensors."""
+        return to_plain(self.streams[row])
+
+    def check(self, state: dict) -> None:
+        """Raise ValueError unless :meth:`load` can take a state."""
+        self.restored(state)
+
+    def load(self, row: int, state: dict) -> None:
+        """Replace a row by an exported state, which has been checked."""
+        self.streams[row] = self.restored(state)
+
+    def restored(self, state: dict):
+        """Return the object of an exported state."""
+        return restored(state, self.new_stream(), self.name, self.device)
+
+    def bytes(self) -> int:
+        """Return how many bytes its tensors take."""
+        return sum(_bytes(stream) for stream in self.streams)
 
 
 def check_settings(found, expected: dict) -> None:
     """Raise ValueError, with what differs, unless a state was made with the settings of this session."""
     if not isinstance(found, dict) or found.get('version') != VERSION or not isinstance(found.get('of'), dict):
         raise ValueError("load: this is no state of a StreamingSession of this version")
+    given = found['of']
     other = [
-        f'{name} ({found["of"].get(name)}, here {value})'
-        for name, value in expected.items()
-        if found['of'].get(name) != value
+        f'{name} ({given.get(name)}, here {value})' for name, value in expected.items() if given.get(name) != value
     ]
     if other:
         raise ValueError(f"load: the state is of a session with another {', '.join(other)}")
 
 
-def check_like(found, fresh, where: str) -> None:
-    """Raise ValueError unless a state is built like one of a fresh stream.
+def to_plain(value):
+    """Return a copy as plain containers and tensors.
 
-    Where the fresh one has None there may be a tensor or a container; a dimension that is 0 there may be any.
+    Raises:
+        ValueError: if it holds another type.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, array):
+        return torch.from_numpy(np.array(value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(to_plain, value))
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {'class': f'{type(value).__module__}.{type(value).__qualname__}', 'fields': fields}
+    if isinstance(value, PLAIN):
+        return value
+    raise ValueError(f"export: the state of the stream has a {type(value).__name__}, which is no plain value")
+
+
+def from_plain(value, device: torch.device):
+    """Return a copy of what :func:`to_plain` was given, with its tensors on a device.
+
+    Raises:
+        ValueError: if it is damaged, or of a class that no state has.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.to(device, copy=True)
+    if isinstance(value, (list, tuple)):
+        return type(value)(from_plain(each, device) for each in value)
+    if not isinstance(value, dict):
+        return value
+    name, fields = str(value.get('class')), value.get('fields')
+    if not name.startswith(CLASSES) or not isinstance(fields, dict):
+        raise ValueError(f"load: {name} is no state of a stream")
+    module, _, name = name.rpartition('.')
+    try:
+        made = getattr(importlib.import_module(module), name)
+        return made(**{field: from_plain(state, device) for field, state in fields.items()})
+    except (AttributeError, ImportError, TypeError) as error:
+        raise ValueError(f"load: {name} is damaged: {error}") from error
+
+
+def restored(found, fresh, where: str, device: torch.device):
+    """Return a copy of a plain state that is built like the state of a fresh stream.
+
+    Where the fresh one has None there may be any value; a dimension that is 0 there may be any.
+
+    Raises:
+        ValueError: if it is built otherwise, with the place.
     """
     if fresh is None:
-        return
-    if isinstance(fresh, dict):
-        if not isinstance(found, dict) or found.keys() != fresh.keys():
-            raise ValueError(f"load: {where} holds other entries than {sorted(fresh)}")
-        for name, value in fresh.items():
-            check_like(found[name], value, f'{where}.{name}')
-    elif isinstance(fresh, torch.Tensor):
-        alike = isinstance(found, torch.Tensor) and (found.dtype, found.dim()) == (fresh.dtype, fresh.dim())
-        if not alike or any(size and size != given for size, given in zip(fresh.shape, found.shape, strict=True)):
-            raise ValueError(f"load: {where} must be a tensor like {list(fresh.shape)} {fresh.dtype}")
-    elif type(found) is not type(fresh):
-        raise ValueError(f"load: {where} is {found!r}; it must be {type(fresh).__name__}")
+        return from_plain(found, device)
+    if dataclasses.is_dataclass(fresh):
+        fields = found.get('fields') if isinstance(found, dict) else None
+        if isinstance(fields, dict) and fields.keys() == vars(fresh).keys():
+            values = vars(fresh).items()
+            return type(fresh)(**{name: restored(fields[name], of, f'{where}.{name}', device) for name, of in values})
+    elif isinstance(fresh, (torch.Tensor, array)):
+        like = to_plain(fresh)
+        if isinstance(found, torch.Tensor) and (found.dtype, found.dim()) == (like.dtype, like.dim()):
+            if all(size in (0, given) for size, given in zip(like.shape, found.shape, strict=True)):
+                is_array = isinstance(fresh, array)
+                return array(fresh.typecode, found.tolist()) if is_array else found.to(device, copy=True)
+    elif type(found) is type(fresh):
+        return found
+    raise ValueError(
+        f"load: {where} is damaged: {type(found).__name__}, not {type(fresh).__name__} as in a new stream"
+    )
 
 
 def joined(earlier: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
@@ -48,19 +147,7 @@ def joined(earlier: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tens
     return torch.cat((earlier, new))
 
 
-def copy_tensors(state, device=None):
-    """Copy nested containers with their tensors, which go to ``device`` if given."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().clone() if device is None else state.detach().to(device, copy=True)
-    if isinstance(state, dict):
-        return {name: copy_tensors(value, device) for name, value in state.items()}
-    return [copy_tensors(value, device) for value in state] if isinstance(state, list) else state
-
-
-def tensors_of(state) -> Iterator[torch.Tensor]:
-    """Yield the tensors of nested containers."""
-    if isinstance(state, torch.Tensor):
-        yield state
-    values = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
-    for value in values:
-        yield from tensors_of(value)
+def _bytes(value) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    return sum(map(_bytes, vars(value).values())) if dataclasses.is_dataclass(value) else 0

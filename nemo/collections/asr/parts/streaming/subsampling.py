@@ -53,27 +53,17 @@ class _Convolution:
         elif self._taps is not None and frames.numel() <= SMALL:
             inputs = (_patches(frames).permute(0, 4, 5, 1, 2, 3) * self._taps).flatten(1, 2).sum(1)
             inputs = inputs if self._bias is None else inputs.add_(self._bias)
-        else:
-            inputs = self._convolved(frames)
+        else:  # with one frequency too many where there are odd ones: to pad one side alone is a copy
+            channels_first, padding = frames.permute(0, 3, 1, 2), (0, KERNEL - 1)
+            convolved = F.conv2d(channels_first, self._weight, self._bias, STRIDE, padding, groups=self.channels)
+            inputs = convolved.permute(0, 2, 3, 1)
         outputs = self._mixed(inputs.reshape(-1, inputs.shape[3])).view(*inputs.shape[:3], -1)
         outputs = outputs if self._activation is None else self._activation(outputs)
         return outputs[:, :, : frames.shape[2] // STRIDE + 1]
 
-    def _convolved(self, frames: torch.Tensor) -> torch.Tensor:
-        """Return the convolution [R, T, F', C'], with one frequency too many where those of the frames are odd."""
-        # To pad both sides alike costs nothing, to pad one side is a copy.
-        padding = 0, KERNEL - 1
-        channels_first = frames.permute(0, 3, 1, 2)
-        outputs = F.conv2d(channels_first, self._weight, self._bias, STRIDE, padding, groups=self.channels)
-        return outputs.permute(0, 2, 3, 1)
-
 
 class IncrementalSubsampling:
-    """NeMo's ``dw_striding`` and ``striding`` subsampling, frame by frame; weights are those of the moment it is made.
-
-    Args:
-        subsampling: a causal ``ConvSubsampling``.
-    """
+    """A causal ``ConvSubsampling`` (``dw_striding`` or ``striding``), frame by frame, with a copy of its weights."""
 
     def __init__(self, subsampling: nn.Module):
         self.stages, pending = [], []

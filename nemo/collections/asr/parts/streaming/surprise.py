@@ -2,8 +2,7 @@
 """How surprising a live stream is to a model that predicts the next tokens.
 
 Frame j predicts, at the first horizon, token j + offset, of which at most the first feature is in its receptive field.
-The token is known once its own frames have arrived; until then the prediction waits. Tokens before the first frame's
-are predicted by none. At the end of a stream some predictions are left over, for their tokens never come.
+The prediction waits until the token's own frames have arrived. No frame predicts the tokens before the first frame's.
 
 Shapes: B streams, D the encoder's width, A attention frames, S target frames, K horizons, C classes, H codebooks.
 """
@@ -19,12 +18,12 @@ from nemo.collections.asr.parts.streaming.state import joined
 
 @dataclass
 class SurprisedStream:
-    """The state of one stream whose tokens are compared with what was predicted of them."""
+    """The state of one stream whose tokens are compared with their predictions."""
 
     start: int
     """Index of the token whose surprise is the next to be known."""
     unpredicted: int
-    """Tokens still to come that no frame predicts: those before the first frame's."""
+    """Tokens still to come that no frame predicts."""
     tokens: torch.Tensor | None = None
     """Tokens without a prediction so far, [S] or [S, H]."""
     log_probs: torch.Tensor | None = None
@@ -53,11 +52,11 @@ class LiveSurprise:
             )
         if objective.at_chunk_end:
             raise ValueError("return_surprise: model.next_token.positions is chunk_end; it must be all")
-        combined = getattr(model.quantizer, 'combine_time_steps', 1)
-        if combined != model.mask_frames_per_attention_frame:
+        combined, needed = getattr(model.quantizer, 'combine_time_steps', 1), model.mask_frames_per_attention_frame
+        if combined != needed:
             raise ValueError(
-                f"return_surprise: model.quantizer.combine_time_steps is {combined}; it must be "
-                f"{model.mask_frames_per_attention_frame}, the feature frames of an encoder frame"
+                f"return_surprise: model.quantizer.combine_time_steps is {combined}; it must be {needed}, the feature "
+                "frames of an encoder frame"
             )
         try:
             self.offset = objective.offset(context)
@@ -70,41 +69,27 @@ class LiveSurprise:
         return SurprisedStream(start=self.offset, unpredicted=self.offset)
 
     def predict(self, encoded: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predict the next tokens of new frames, one horizon after the other.
-
-        Args:
-            encoded: [B, D, A].
-            valid: which frames are a stream's own, [B, A], True where they are.
+        """Predict the next tokens of new frames [B, D, A], of which ``valid`` [B, A] are a stream's own.
 
         Returns:
             the likeliest tokens [B, A, K] or [B, A, K, H] int64, 0 where there is no frame; and the log-probabilities
             of the first horizon, [B, A, C] or [B, A, C, H].
         """
-        likeliest, first = [], None
-        for decoder in self.decoders:
-            log_probs = decode_frames(decoder, encoded)
-            likeliest.append(log_probs.argmax(dim=2))
-            first = log_probs if first is None else first
-        tokens = torch.stack(likeliest, dim=2)
-        return tokens * valid.view(*valid.shape, *[1] * (tokens.dim() - 2)), first
+        predictions = [decode_frames(decoder, encoded) for decoder in self.decoders]
+        tokens = torch.stack([log_probs.argmax(dim=2) for log_probs in predictions], dim=2)
+        return tokens * valid.view(*valid.shape, *[1] * (tokens.dim() - 2)), predictions[0]
 
-    def take_tokens(self, stream: SurprisedStream, tokens: torch.Tensor | None) -> None:
-        """Take new tokens [S] or [S, H]; None is nothing. The state moves on."""
-        if tokens is None:
-            return
+    def take_tokens(self, stream: SurprisedStream, tokens: torch.Tensor) -> None:
+        """Take new tokens [S] or [S, H]."""
         skipped = min(stream.unpredicted, tokens.shape[0])
         stream.unpredicted -= skipped
         stream.tokens = joined(stream.tokens, tokens[skipped:])
 
     def score(self, stream: SurprisedStream, log_probs: torch.Tensor) -> torch.Tensor:
-        """Take new predictions; return the surprise of all tokens that have now come and were predicted.
-
-        Args:
-            stream: its state, which moves on.
-            log_probs: of the first horizon, [A, C] or [A, C, H].
+        """Take new predictions at the first horizon, [A, C] or [A, C, H].
 
         Returns:
-            nats of each token, the mean over its codebooks, [S].
+            the surprise of all tokens that have now come and were predicted: nats, the mean over codebooks, [S].
         """
         log_probs = joined(stream.log_probs, log_probs)
         ready = 0 if stream.tokens is None else min(log_probs.shape[0], stream.tokens.shape[0])

@@ -7,14 +7,58 @@ Shapes: B streams, D the encoder's width, A attention frames, C classes.
 """
 
 from array import array
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
 
-import numpy as np
 import torch
 
-from nemo.collections.asr.parts.streaming.decoding import Token, from_plain, greedy_decoding, to_plain
-from nemo.collections.asr.parts.streaming.encoder import shapes_digest
-from nemo.collections.asr.parts.streaming.words import Spelling, TextUpdate, Transcript, Word
+from nemo.collections.asr.parts.streaming.decoding import Token, greedy_decoding
+from nemo.collections.asr.parts.streaming.state import StreamStates
+
+WORD_START = '▁'  # SentencePiece's mark
+CONTINUES = '##'  # the mark of word pieces
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a live stream."""
+
+    text: str
+    start: float
+    """Seconds from the start of the stream to the word's first token."""
+    end: float
+    """Seconds to the end of the frame of its last token."""
+    confidence: float | None = None
+    """From 0 to 1, with ``TextOptions.confidence``."""
+
+
+@dataclass
+class TextUpdate:
+    """What one step adds to the text of a stream."""
+
+    final_words: list[Word]
+    """Words that became final in this step."""
+    partial: Word | None = None
+    """The word that can still grow."""
+    utterance_ends: list[float] = field(default_factory=list)
+    """Seconds at which utterances ended, by the rules of ``TextOptions``."""
+
+    @classmethod
+    def concatenate(cls, updates: Sequence['TextUpdate']) -> 'TextUpdate':
+        """Join the updates of consecutive steps."""
+        words = [word for update in updates for word in update.final_words]
+        return cls(words, updates[-1].partial, [end for update in updates for end in update.utterance_ends])
+
+
+@dataclass
+class Transcript:
+    """All that a stream has contained so far."""
+
+    text: str
+    """As NeMo decodes all tokens at once."""
+    words: list[Word]
+    """The partial word is the last."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +113,47 @@ class _Stream:
     partial: Word | None = None
 
 
-STATE = [each.name for each in fields(_Stream) if each.name != 'partial']
+class Spelling:
+    """Reads tokens with NeMo's decoding class: characters, SentencePiece, or word pieces.
+
+    Args:
+        decoding: a model's ``decoding``, CTC or RNNT.
+        frame_seconds: duration of an attention frame.
+    """
+
+    def __init__(self, decoding, frame_seconds: float):
+        self.decoding, self.frame_seconds = decoding, frame_seconds
+        tokenizer = getattr(decoding, 'tokenizer', None)
+        self._pieces = tokenizer is not None
+        self._marks_starts = any(str(piece).startswith(WORD_START) for piece in getattr(tokenizer, 'vocab', ()))
+        self._piece = cache(lambda token: decoding.decode_ids_to_tokens([token])[0])
+        self.aggregate = decoding.confidence_aggregation_bank[decoding.word_confidence_aggregation]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens."""
+        return self.decoding.decode_ids_to_str(list(tokens)) if tokens else ''
+
+    def begins_word(self, token: int) -> bool:
+        """Return whether a token begins a word; a space belongs to the word after it."""
+        piece = self._piece(token)
+        if not self._pieces:
+            return piece == ' '
+        return piece.startswith(WORD_START) if self._marks_starts else not piece.startswith(CONTINUES)
+
+    def word(self, tokens: Sequence[int], frames: Sequence[int], confidences: Sequence[float]) -> Word | None:
+        """Return the word of tokens, None if they are blank; confidences may be NaN."""
+        first = 0
+        while not self._pieces and first < len(tokens) and self._piece(tokens[first]) == ' ':
+            first += 1
+        text = self.text(tokens[first:]).strip()
+        if not text:
+            return None
+        confidence = self.aggregate(confidences[first:])
+        start, end = frames[first] * self.frame_seconds, (frames[-1] + 1) * self.frame_seconds
+        return Word(text, start, end, None if confidence != confidence else confidence)
 
 
-class LiveText:
+class LiveText(StreamStates):
     """Turns encoder frames into text as they come.
 
     Args:
@@ -80,33 +161,29 @@ class LiveText:
         batch: B.
         frame_seconds: duration of an attention frame.
         options: how text is made.
+        device: of the frames.
 
     Raises:
         ValueError: if the model is no recogniser, its decoding is not greedy, or it has no confidence.
     """
 
-    def __init__(self, model, batch: int, frame_seconds: float, options: TextOptions):
-        self.options, self.batch, self.frame_seconds = options, batch, frame_seconds
+    name = 'text'
+
+    def __init__(self, model, batch: int, frame_seconds: float, options: TextOptions, device: torch.device = 'cpu'):
+        self.options, self.frame_seconds = options, frame_seconds
         self._decoding = greedy_decoding(model, options.confidence)
-        self._shapes = shapes_digest(model.decoder)
         self._spelling = Spelling(self._decoding.decoding, frame_seconds)
         self._after_nothing, self._after_speech, self._longest = (
             None if seconds is None else max(round(seconds / frame_seconds), 1)
             for seconds in (options.silence_after_nothing, options.silence_after_speech, options.utterance_seconds)
         )
-        self.reset()
+        shapes = [list(parameter.shape) for parameter in model.decoder.parameters()]
+        self.kind = f'{type(self._decoding).__name__}, blank {self._decoding.decoding.blank_id}, decoder {shapes}'
+        super().__init__(batch, device)
 
-    @property
-    def kind(self) -> str:
-        """What two sessions must have in common to share a stream's text."""
-        return f'{type(self._decoding).__name__}, blank {self._decoding.decoding.blank_id}, {self._shapes}'
-
-    def reset(self, rows: list[int] | None = None) -> None:
-        """Restart some streams, or all."""
-        if rows is None:
-            self._streams = [_Stream() for _ in range(self.batch)]
-        for row in rows or ():
-            self._streams[row] = _Stream()
+    def new_stream(self) -> _Stream:
+        """Return the state before the first frame."""
+        return _Stream()
 
     def take(self, encoded: torch.Tensor, lengths: list[int], ended, log_probs=None) -> list[TextUpdate]:
         """Take new frames and return what they add to the text of each stream.
@@ -117,55 +194,32 @@ class LiveText:
             ended: whether each stream has ended, [B].
             log_probs: [B, A, C] of the CTC decoder, where it has run already.
         """
-        tokens: list = [()] * self.batch
+        tokens: list = [()] * len(lengths)
         rows = [row for row, length in enumerate(lengths) if length]
         if rows:
-            some = slice(None) if len(rows) == self.batch else rows
-            streams, counts = [self._streams[row] for row in rows], [lengths[row] for row in rows]
+            some = slice(None) if len(rows) == len(lengths) else rows
+            streams, counts = [self.streams[row] for row in rows], [lengths[row] for row in rows]
             memory, first = [stream.memory for stream in streams], [stream.received for stream in streams]
             log_probs = None if log_probs is None else log_probs[some]
             found, memory = self._decoding.decode(encoded[some], counts, memory, first, log_probs)
             for row, stream, new, remembered in zip(rows, streams, found, memory):
                 tokens[row], stream.memory = new, remembered
-        return [self._advance(*each) for each in zip(self._streams, tokens, lengths, ended)]
+        return [self._advance(*each) for each in zip(self.streams, tokens, lengths, ended)]
 
     def transcript(self, row: int) -> Transcript:
         """Return all text of a stream so far."""
-        stream = self._streams[row]
+        stream = self.streams[row]
         bounds = [*stream.words, stream.open, len(stream.tokens)]
         words = [self._word(stream, *pair) for pair in zip(bounds, bounds[1:])]
         return Transcript(self._spelling.text(stream.tokens), [word for word in words if word is not None])
 
-    def export(self, row: int) -> dict:
-        """Return a copy of a stream's state: plain containers and tensors."""
-        values = {name: getattr(self._streams[row], name) for name in STATE}
-        return {
-            name: torch.from_numpy(np.array(value)) if isinstance(value, array) else to_plain(value)
-            for name, value in values.items()
-        }
-
-    def check(self, state: dict) -> None:
-        """Raise ValueError unless :meth:`load` can take a state."""
-        try:
-            self._stream_of(state)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"load: the text of the stream is damaged ({type(error).__name__}: {error})") from error
-
-    def load(self, row: int, state: dict) -> None:
-        """Continue a stream from an exported state."""
-        self._streams[row] = self._stream_of(state)
-
-    def _stream_of(self, state: dict) -> _Stream:
-        stream = _Stream()
-        for name in STATE:
-            value, now = from_plain(state[name]), getattr(stream, name)
-            allowed = (torch.Tensor,) if isinstance(now, array) else (type(now),)
-            if type(value) not in (allowed if name != 'memory' else (type(None), self._decoding.memory)):
-                raise TypeError(f"{name} is {value!r}")
-            setattr(stream, name, array(now.typecode, value.tolist()) if isinstance(now, array) else value)
+    def restored(self, state: dict) -> _Stream:
+        """Return the object of an exported state."""
+        stream = super().restored(state)
+        if not isinstance(stream.memory, (type(None), self._decoding.memory)):
+            raise ValueError(f"load: text.memory is damaged; it must be {self._decoding.memory.__name__}")
         if not len(stream.tokens) == len(stream.frames) == len(stream.confidences) >= stream.open:
-            raise TypeError("tokens, frames and confidences differ in length")
-        stream.partial = self._word(stream, stream.open, len(stream.tokens))
+            raise ValueError("load: text is damaged; tokens, frames and confidences differ in length")
         return stream
 
     def _advance(self, stream: _Stream, tokens, frames: int, ended: bool) -> TextUpdate:

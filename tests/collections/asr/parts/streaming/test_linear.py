@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nemo.collections.asr.parts.streaming import linear
-from nemo.collections.asr.parts.streaming.linear import PreparedLinear
+from nemo.collections.asr.parts.streaming.linear import LINEARS, PreparedLinear
 
 
 @pytest.mark.parametrize('rows', [1, 2, 3, 40])
@@ -56,7 +56,7 @@ def test_smaller_weights_come_near(precision, tolerance, packs, monkeypatch):
     torch.manual_seed(0)
     layer, inputs = torch.nn.Linear(64, 48), torch.randn(3, 64)
     with torch.inference_mode():
-        found = PreparedLinear(layer.weight, layer.bias, precision=precision)(inputs)
+        found = LINEARS[precision](layer.weight, layer.bias)(inputs)
         assert found.dtype == torch.float32
         assert 0 < (found - layer(inputs)).norm() / layer(inputs).norm() < tolerance
 

@@ -94,7 +94,7 @@ def test_what_comes_again_is_computed_once_and_is_the_same(style, context, wait,
     phases = [np.array([start, 2 * start + 2]) for start in range(0, 40, 2)]
     for first in phases:
         window.visible(first, 2)
-    expected = [window._tensors(*window.compute(first, 2)) for first in phases]
+    expected = [window._visible(*window.compute(first, 2)) for first in phases]
     monkeypatch.setattr(RingWindow, 'compute', None)  # all phases are known
     for first, computed in zip(phases, expected):
         visible = window.visible(first, 2)

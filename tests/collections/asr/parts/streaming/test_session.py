@@ -20,12 +20,10 @@ RATE = 16000
 
 
 def assert_equal(output, expected):
-    features, feature_lengths, encoded, lengths, log_probs = expected
-    assert output.feature_lengths.tolist() == feature_lengths.tolist()
+    _, _, encoded, lengths, log_probs = expected
     assert output.lengths.tolist() == lengths.tolist()
-    for row, (frames, length) in enumerate(zip(feature_lengths.tolist(), lengths.tolist())):
-        close = functools.partial(torch.testing.assert_close, rtol=0)
-        close(output.features[row, :, :frames], features[row, :, :frames], atol=1e-5)
+    close = functools.partial(torch.testing.assert_close, rtol=0)
+    for row, length in enumerate(lengths.tolist()):
         close(output.encoded[row, :, :length], encoded[row, :, :length], atol=1e-4)
         close(output.log_probs[row, :length], log_probs[row, :length], atol=1e-4)
         assert_same_tokens(output.tokens[row, :length], log_probs[row, :length])
@@ -40,10 +38,8 @@ def assert_same_tokens(tokens, log_probs):
     assert tied.sum() <= 1
 
 
-def check(model, context, samples, lengths, sizes, **settings):
-    session = StreamingSession(
-        model, len(lengths), context, return_log_probs=True, return_tokens=True, return_features=True, **settings
-    )
+def check(model, context, samples, lengths, sizes):
+    session = StreamingSession(model, len(lengths), context, return_log_probs=True, return_tokens=True)
     output = stream(session, samples, lengths, sizes)
     assert_equal(output, offline(model, samples, lengths, context))
     return output
@@ -92,7 +88,7 @@ def test_speech_files_equal_offline(speech_corpus):
 
 def test_an_empty_stream_gives_the_frame_that_offline_gives():
     model = model_of('regular')
-    session = StreamingSession(model, 1, [4, 0], return_log_probs=True, return_tokens=True, return_features=True)
+    session = StreamingSession(model, 1, [4, 0])
     output = session.finish()
     _, _, encoded, lengths, _ = offline(model, noise(2, 3000), [3000, 0], [4, 0])
     assert output.lengths.tolist() == [1] == lengths.tolist()[1:]
@@ -135,7 +131,7 @@ def test_a_preprocessor_and_an_encoder_stream():
     torch.testing.assert_close(
         output.encoded, offline(model, noise(1, 9000), [9000], [4, 0])[2][..., : output.lengths], atol=1e-4, rtol=0
     )
-    assert output.log_probs is None and output.tokens is None and output.features is None
+    assert output.log_probs is None and output.tokens is None
     with pytest.raises(ValueError, match='need a decoder'):
         StreamingSession((model.preprocessor, model.encoder), return_tokens=True)
 
@@ -286,7 +282,7 @@ def test_wrong_use_is_refused():
     model = model_of('regular')
     session = StreamingSession(model, 2, [4, 0])
     for samples, reason in [
-        (torch.zeros(1, 10), r'they must be a tensor \[2, n\]'),
+        (torch.zeros(1, 10), r'\[1, 10\]; they must be a tensor \[2, n\]'),
         (torch.zeros(10), r'they must be a tensor \[2, n\]'),
         ([0.0], 'samples are list'),
         (torch.zeros(2, 10, dtype=torch.int16), 'samples are torch.int16'),

@@ -143,7 +143,7 @@ def test_a_step_that_fails_breaks_its_streams_and_no_others(fail, error, monkeyp
             work()
     outputs.append(session.step(samples[:, 6000:], [0, 10000, 0], [False, True, False]))
     check_row(model, context, samples[1:2], frames_of(outputs, 1))
-    session.load(0, {**saved, 'stream': saved['streams'][0]})
+    session.load(0, saved['streams'][0])
     session.reset([2])
     rest = [session.step(samples[:, 6000:], [10000, 0, 10000]), session.finish()]
     check_row(model, context, samples[:1], frames_of([outputs[0], *rest], 0))
@@ -237,7 +237,7 @@ def test_text_of_another_decoder_is_refused():
     rnnt = StreamingSession(model, 1, [4, 0], return_text=True)
     rnnt.step(noise(1, 9000))
     model.cur_decoder = 'ctc'
-    with pytest.raises(ValueError, match='text .GreedyRNNT.*here GreedyCTC'):
+    with pytest.raises(ValueError, match='return_text .GreedyRNNT.*here GreedyCTC'):
         StreamingSession(model, 1, [4, 0], return_text=True).load(0, rnnt.export(0))
 
 
@@ -247,8 +247,8 @@ def test_damaged_text_is_refused_before_it_is_loaded(name, value):
     session.step(noise(1, 9000))
     state = session.export(0)
     damaged = copy.deepcopy(state)
-    damaged['stream']['stages'][-1][name] = value
-    with pytest.raises(ValueError, match='text of the stream is damaged'):
+    damaged['stream']['stages'][-1]['fields'][name] = value
+    with pytest.raises(ValueError, match='load: text'):
         session.load(0, damaged)
     session.load(0, state)
 
@@ -293,7 +293,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
         (StreamingSession(tiny_model('model.encoder.n_layers=3').half().eval(), 1, [4, 0]).export(0), 'dtype'),
         (StreamingSession(model, 1, [4, 0], weights='int8').export(0), 'weights'),
         (StreamingSession(model, 1, [4, 0], apply_mask=True).export(0), r'apply_mask \(True, here False\)'),
-        (session.state_dict(), 'no state of a stream'),
+        (session.state_dict(), 'no state of a StreamingSession'),
         (damaged, 'keys_values is torch.float32'),
         (short, 'stages is damaged'),
         (other, 'convolution is NoneType'),
@@ -302,7 +302,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
     for given, reason in cases:
         with pytest.raises(ValueError, match=reason):
             session.load(0, given)
-    with pytest.raises(ValueError, match='streams: 2; this session has 1'):
+    with pytest.raises(ValueError, match='2 streams; this session has 1'):
         session.load_state_dict(StreamingSession(model, 2, [4, 0]).state_dict())
     outputs += [session.step(samples[:, 4000:]), session.finish()]
     check_row(model, [4, 0], samples, frames_of(outputs, 0))

@@ -147,14 +147,14 @@ def test_what_comes_first_waits_for_the_other():
     state, rare, likely = live.new_stream(), *(-log_probs)
 
     def after(tokens, frames):
-        live.take_tokens(state, None if tokens is None else torch.tensor(tokens))
+        live.take_tokens(state, torch.tensor(tokens, dtype=torch.int64))
         return live.score(state, log_probs.expand(frames, 2)).tolist(), state.start
 
-    assert after(None, frames=2) == ([], 2)  # they predict tokens 2 and 3
+    assert after([], frames=2) == ([], 2)  # they predict tokens 2 and 3
     assert after([0], frames=0) == ([], 2)  # token 0 is predicted by none, nor is token 1
     assert after([1, 0, 1], frames=0) == ([rare, likely], 4)
     assert after([0, 0], frames=1) == ([rare], 5)  # token 5 waits for its prediction
-    assert after(None, frames=1) == ([rare], 6)
+    assert after([], frames=1) == ([rare], 6)
     assert (len(state.tokens), len(state.log_probs)) == (0, 0)
 
 

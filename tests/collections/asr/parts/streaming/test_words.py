@@ -5,7 +5,7 @@ import pytest
 import sentencepiece
 from omegaconf import OmegaConf
 
-from nemo.collections.asr.parts.streaming.words import Spelling, TextUpdate, Word
+from nemo.collections.asr.parts.streaming.text import Spelling, TextUpdate, Word
 from nemo.collections.asr.parts.submodules.ctc_decoding import CTCBPEDecoding, CTCBPEDecodingConfig, CTCDecoding
 from nemo.collections.common.tokenizers import SentencePieceTokenizer
 
