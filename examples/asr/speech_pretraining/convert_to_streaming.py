@@ -40,7 +40,7 @@ from nemo.collections.asr.models.streaming_conversion import (
 )
 from nemo.collections.asr.parts.att_context import AttContext
 from nemo.collections.asr.parts.preprocessing.features import load_fixed_statistics
-from nemo.collections.asr.parts.ssl_reports.model_figures import look_ahead_title
+from nemo.collections.asr.parts.ssl_reports.figures import look_ahead_title
 
 CONTEXTS = '[[80,0],[160,0],[320,0],[-1,0]]'
 

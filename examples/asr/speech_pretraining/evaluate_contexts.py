@@ -136,7 +136,7 @@ def compare(options: argparse.Namespace) -> list[dict]:
     from tqdm import tqdm
 
     from nemo.collections.asr.data.data_checks import check_manifest
-    from nemo.collections.asr.parts.ssl_reports import model_comparison
+    from nemo.collections.asr.parts.ssl_reports import evaluation
     from nemo.collections.asr.parts.utils.manifest_index import expanded
 
     manifests = expanded(options.manifest)
@@ -144,12 +144,12 @@ def compare(options: argparse.Namespace) -> list[dict]:
         check_manifest(manifest, '--manifest')
     folder = os.path.commonpath([path.resolve().parent for path in options.model])
     models = {os.path.relpath(path.resolve(), folder): restore(path, options.device) for path in options.model}
-    contexts = {name: model_comparison.contexts_of(model, options.contexts, name) for name, model in models.items()}
+    contexts = {name: evaluation.contexts_of(model, options.contexts, name) for name, model in models.items()}
     size = options.batch_size, options.num_workers
-    loaders = {name: model_comparison.loader_of(model, ','.join(manifests), *size) for name, model in models.items()}
+    loaders = {name: evaluation.loader_of(model, ','.join(manifests), *size) for name, model in models.items()}
     batches = {name: tqdm(loader, desc=name, unit='batch') for name, loader in loaders.items()}
     settings = (options.mask_context, options.draws, options.seed, options.resamples, options.confidence)
-    return model_comparison.compare_models(models, contexts, batches, model_comparison.ComparisonOptions(*settings))
+    return evaluation.compare_models(models, contexts, batches, *settings)
 
 
 def main(argv=None) -> int:
@@ -158,7 +158,7 @@ def main(argv=None) -> int:
     require_patches(__file__)
     from rich.console import Console
 
-    from nemo.collections.asr.parts.ssl_reports.model_comparison import reasons_of
+    from nemo.collections.asr.parts.ssl_reports.evaluation import reasons_of
     from nemo.utils.atomic_files import write_json
 
     try:

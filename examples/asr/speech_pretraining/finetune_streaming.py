@@ -41,7 +41,7 @@ from nemo.collections.asr.models import (
     EncDecRNNTBPEModel,
     EncDecRNNTModel,
 )
-from nemo.collections.asr.parts.ssl_reports.model_figures import look_ahead_title
+from nemo.collections.asr.parts.ssl_reports.figures import look_ahead_title
 from nemo.collections.asr.parts.streaming.session import StreamingSession
 from nemo.collections.asr.parts.utils.pretraining_checks import check_contexts, check_known_keys
 from nemo.core.classes.modelPT import ModelPT

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Draw masks, surprise, attention windows and learning curves, as PNG and SVG.
+r"""Draw masks, attention windows and learning curves, as PNG and SVG.
 
     python plot_contexts.py --model model.nemo --audio speech.wav --output pictures
     python plot_contexts.py --config ../conf/ssl/nest/nest_hierarchical_streaming.yaml --audio speech.wav \
@@ -10,11 +10,10 @@ With a model or a config and an audio file:
 
 - masked_spectrogram: the features with their masked blocks, and which attention frames are masked; of a model that
   predicts masked tokens
-- surprise: the features, and the surprise of each token in nats; of a model that predicts next tokens
 - attention_windows: what one frame attends to in each layer, and what its output depends on through all layers
 
 and on the terminal an audit of the masking over --draws draws: the masked share, the length of its runs, and the share
-without a visible frame. The weights of a config are random; only the surprise depends on them.
+without a visible frame. The weights of a config are random; no picture depends on them.
 
 With the logs of a training run (a folder with TensorBoard's event files or a metrics.csv):
 
@@ -96,7 +95,7 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
         ValueError: if the audio or the context cannot be used.
     """
     from nemo.collections.asr.data.audio_files import read_audio
-    from nemo.collections.asr.parts.ssl_reports import model_figures
+    from nemo.collections.asr.parts.ssl_reports import figures
     from nemo.collections.asr.parts.ssl_reports.fixed_masks import FixedMasks, utterance_seeds
     from nemo.collections.asr.parts.ssl_reports.validation import parse_contexts
 
@@ -112,16 +111,15 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
         seeds = utterance_seeds(samples, lengths, options.seed)
         masking = FixedMasks(model.mask_processor, seeds, model.encoder.tightest_window())
         record = model.encode_batch(batch, masking if model.objectives.masks else None)
-        utterance = model_figures.seen_utterance(model, record)
-        masked = f', masked for context {context}' if model.objectives.masks else ''
-        if masked:
-            print(audit_text(model, record, context, options))
-        frames = options.frames or max(utterance.features.shape[1] // model.encoder.subsampling_factor, 1)
-        seconds = model_figures.attention_frame_ms(model) / 1000
-        title = f'attention in context {model_figures.look_ahead_title(model, context)}'
-        windows = model_figures.draw_attention(model.encoder, options.frame, frames, seconds, title=title)
-        pictures = model_figures.draw_utterance(model, utterance, audio.name + masked)
-        return {**pictures, 'attention_windows': windows}
+        frames = options.frames or max(int(record.feature_lengths[0]) // model.encoder.subsampling_factor, 1)
+        seconds = figures.attention_frame_ms(model) / 1000
+        title = f'attention in context {figures.look_ahead_title(model, context)}'
+        windows = figures.attention_windows(model.encoder, options.frame, frames, seconds, title=title)
+        if not model.objectives.masks:
+            return {'attention_windows': windows}
+        print(audit_text(model, record, context, options))
+        masked = figures.masked_spectrogram(model, record, f'{audio.name}, masked for context {context}')
+        return {'masked_spectrogram': masked, 'attention_windows': windows}
 
 
 def batch_of(model, samples: torch.Tensor, lengths: torch.Tensor):
@@ -138,7 +136,7 @@ def batch_of(model, samples: torch.Tensor, lengths: torch.Tensor):
 def audit_text(model, record, context, options: argparse.Namespace) -> str:
     """Return what the masking asks of the attention in an utterance of the record's length, as text."""
     from nemo.collections.asr.parts.ssl_reports.audit import audit_masking, windows_of
-    from nemo.collections.asr.parts.ssl_reports.model_figures import look_ahead_title
+    from nemo.collections.asr.parts.ssl_reports.figures import look_ahead_title
 
     audit = audit_masking(
         model.mask_processor,

@@ -25,8 +25,7 @@ from nemo.collections.asr.parts.objectives.masked_tokens import has_forward_of
 from nemo.collections.asr.parts.objectives.next_tokens import check_same_heads, with_heads_of
 from nemo.collections.asr.parts.objectives.record import BatchInputs, BatchRecord
 from nemo.collections.asr.parts.objectives.targets import Targets, kept_in_full_precision, unconverted
-from nemo.collections.asr.parts.ssl_reports.model_reports import ModelReports
-from nemo.collections.asr.parts.ssl_reports.reports_mixin import ReportsMixin
+from nemo.collections.asr.parts.ssl_reports.model_reports import ModelReports, ReportsMixin
 from nemo.collections.asr.parts.utils.logged_numbers import cpu_scalars
 from nemo.collections.asr.parts.utils.nonfinite_guard import NonFiniteGuard
 from nemo.core.classes.common import typecheck

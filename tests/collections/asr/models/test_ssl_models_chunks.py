@@ -157,15 +157,6 @@ class TestSampledTraining:
             encoder.set_att_context_size([70, 13])
             assert 'it was trained on those of att_context_sampler' in warned[0]
 
-    def test_validation_tells_the_look_ahead_of_each_context(self):
-        with pytest.MonkeyPatch.context() as patch:
-            told = []
-            patch.setattr('nemo.collections.asr.parts.ssl_reports.validation.logging.info', told.append)
-            tiny_model(
-                'model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[[8,3],[-1,-1]]'
-            )
-        assert 'Validation in contexts [8, 3] (look-ahead 240 ms), [-1, -1] (look-ahead all)' in told
-
     def test_the_table_of_contexts_says_what_is_drawn(self):
         table = context_table(tiny_model(*SAMPLED).encoder, FRAME_MS)
         assert 'else chunks with a look-ahead of 0 to 400 ms' in table

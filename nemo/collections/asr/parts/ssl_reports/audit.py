@@ -11,54 +11,34 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
-from nemo.collections.asr.parts.att_context.receptive_field import receptive_field
+from nemo.collections.asr.parts.att_context.context import UNLIMITED
+from nemo.collections.asr.parts.att_context.receptive_field import stack_window
 from nemo.collections.asr.parts.att_context.visible_frames import (
     MASK_THRESHOLD,
     masked_share_per_frame,
     no_visible_frame,
     window_of_masking,
 )
-from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tightest_window
+from nemo.collections.asr.parts.att_context.windows import Window, tightest_window
 from nemo.collections.asr.parts.objectives.record import BatchRecord
-from nemo_streaming_ssl.deprecation import renamed
 
 LAYERS, STACK = 'layers', 'stack'  # names of windows: of all layers alike, and of the whole encoder
 
 
 @dataclass
 class MaskAudit:
-    """Counts of one batch, or of several that were added up; int64 tensors on one device.
+    """Counts of one batch, on its device.
 
     A frame is an attention frame that lies whole within its utterance; it is masked if more than the threshold of its
     mask frames is.
     """
 
     mask_frames: torch.Tensor
-    """Mask frames within the utterances."""
-    mask_frames_masked: torch.Tensor
-    """Those of them that are masked; float64, for a masking may hide some features of a frame and not others."""
+    mask_frames_masked: torch.Tensor  # float64: a masking may hide some features of a frame and not others
     frames: torch.Tensor
-    """Attention frames."""
     frames_masked: torch.Tensor
-    """Those of them that are masked."""
-    no_visible_frame: dict[str, torch.Tensor]
-    """For each window, the masked frames that have no visible frame in it: none without any masked mask frame."""
-    runs: torch.Tensor
-    """[R]: how many runs of so many masked frames there are, one after the other."""
-    batches: torch.Tensor
-    """Batches counted."""
-    empty_batches: torch.Tensor
-    """Batches without any masked frame."""
-
-    def __add__(self, other: 'MaskAudit') -> 'MaskAudit':
-        """Add up two audits of the same windows."""
-        longest = max(self.runs.shape[0], other.runs.shape[0])
-        runs = sum(torch.nn.functional.pad(audit.runs, (0, longest - audit.runs.shape[0])) for audit in (self, other))
-        no_visible = {name: count + other.no_visible_frame[name] for name, count in self.no_visible_frame.items()}
-        names = ('mask_frames', 'mask_frames_masked', 'frames', 'frames_masked', 'batches', 'empty_batches')
-        counts = {name: getattr(self, name) + getattr(other, name) for name in names}
-        return MaskAudit(runs=runs, no_visible_frame=no_visible, **counts)
+    no_visible_frame: dict[str, torch.Tensor]  # for each window, the masked frames without a visible frame in it
+    runs: torch.Tensor  # [R]: how many runs of so many masked frames there are
 
     def masked_share(self) -> torch.Tensor:
         """Share of the mask frames that is masked; a scalar."""
@@ -68,8 +48,6 @@ class MaskAudit:
         """For each window, the share of the masked frames that have no visible frame in it; scalars."""
         masked = self.frames_masked.clamp(min=1)
         return {name: count / masked for name, count in self.no_visible_frame.items()}
-
-    unanswerable_share = renamed('MaskAudit.unanswerable_share', no_visible_frame_share)
 
     def mean_run(self) -> torch.Tensor:
         """Mean length of a run of masked frames, in attention frames; a scalar."""
@@ -82,52 +60,30 @@ class MaskAudit:
 
     def longest_run(self) -> torch.Tensor:
         """Length of the longest run, in attention frames; a scalar."""
-        return torch.where(self.runs > 0, torch.arange(self.runs.shape[0], device=self.runs.device), 0).max()
+        return self.run_quantile(1.0)
 
     def logs(self, prefix: str = 'audit/') -> dict[str, torch.Tensor]:
         """Return the scalars to log, on the device of the counts."""
-        shares = {f'{prefix}no_visible_frame/{name}': share for name, share in self.no_visible_frame_share().items()}
-        runs = {'mean': self.mean_run(), 'p90': self.run_quantile(0.9).float(), 'longest': self.longest_run().float()}
-        return {
-            f'{prefix}masked_share': self.masked_share(),
-            **shares,
-            **{f'{prefix}run_frames/{name}': value for name, value in runs.items()},
-        }
-
-
-def layer_windows_of(encoder, att_context_size=None) -> dict[str, Window]:
-    """Return what each layer of an encoder attends to.
-
-    Args:
-        encoder: any; one without attention contexts, or of a style without windows, has none.
-        att_context_size: the batch's context; None takes the encoder's present one.
-
-    Returns:
-        ``layers`` where all layers attend alike, else ``layer_00`` and so on.
-    """
-    style = getattr(encoder, 'att_context_style', None)
-    if style not in STYLES or not hasattr(encoder, 'effective_windows'):
-        return {}
-    windows = encoder.effective_windows(att_context_size)
-    names = [LAYERS] if len(set(windows)) == 1 else [f'layer_{index:02}' for index in range(len(windows))]
-    return dict(zip(names, windows))
+        found = {'masked_share': self.masked_share()}
+        found.update({f'no_visible_frame/{name}': share for name, share in self.no_visible_frame_share().items()})
+        runs = {'mean': self.mean_run(), 'p90': self.run_quantile(0.9), 'longest': self.longest_run()}
+        found.update({f'run_frames/{name}': value.float() for name, value in runs.items()})
+        return {f'{prefix}{name}': value for name, value in found.items()}
 
 
 def windows_of(encoder, att_context_size=None) -> dict[str, Window]:
     """Return what each layer of an encoder attends to, and what the whole of it depends on.
 
-    Args:
-        encoder, att_context_size: as in :func:`layer_windows_of`.
-
-    Returns:
-        the layers' windows; and ``stack``: the receptive field through attention and convolutions of all layers, under
-        ``chunked_limited`` that of the frame that sees most. None at all where the layers have none.
+    In a batch's context, or the present one: ``layers`` where all attend alike, else ``layer_00`` and so on; and
+    ``stack``, the receptive field of all layers, under ``chunked_limited`` that of the frame that sees most. None at
+    all for an encoder without attention contexts, or of a style without windows.
     """
-    windows = layer_windows_of(encoder, att_context_size)
-    if not windows:
+    stack = stack_window(encoder, att_context_size)
+    if stack is None:
         return {}
-    field = receptive_field(encoder, att_context_size)
-    return {**windows, STACK: Window(AttContext(field.left, field.right))}
+    windows = encoder.effective_windows(att_context_size)
+    names = [LAYERS] if len(set(windows)) == 1 else [f'layer_{index:02}' for index in range(len(windows))]
+    return {**dict(zip(names, windows)), STACK: stack}
 
 
 def audit_masks(
@@ -140,36 +96,31 @@ def audit_masks(
     """Count what these masks hide, and the masked frames that have no visible frame.
 
     Args:
-        masks: [B, D, M] or [B, M], 1 or True where masked.
+        masks: [B, D, M] or [B, M], 1 or True where masked, or the share of the features that is.
         lengths: valid mask frames of each utterance [B].
         factor: mask frames per attention frame.
-        windows: by name; see :func:`windows_of`. Several of one kind are looked at once.
+        windows: by name; see :func:`windows_of`.
         threshold: share of an attention frame's mask frames above which it counts as masked.
     """
-    masks = masks.unsqueeze(1) if masks.dim() == 2 else masks
+    masks = masks.mean(dim=1, dtype=torch.float32) if masks.dim() == 3 else masks
     lengths = lengths.to(masks.device).clamp(max=masks.shape[-1])
-    valid = torch.arange(masks.shape[-1], device=masks.device) < lengths.unsqueeze(1)
-    share, in_utterance, masked = _attention_frames(masks, lengths, factor, threshold)
-    found = {}
-    for window in set((windows or {}).values()):
-        found[window] = (no_visible_frame(share, window, threshold, lengths // factor) & masked).sum()
+    share, frames = masked_share_per_frame(masks, factor), lengths // factor
+    masked = (share > threshold) & _before(frames, share)
+    windows = windows or {}
+    lost = {each: (no_visible_frame(share, each, threshold, frames) & masked).sum() for each in set(windows.values())}
     return MaskAudit(
         mask_frames=lengths.sum(),
-        mask_frames_masked=(masks.mean(dim=1, dtype=torch.float32) * valid).sum(dtype=torch.float64),
-        frames=in_utterance.sum(),
+        mask_frames_masked=(masks * _before(lengths, masks)).sum(dtype=torch.float64),
+        frames=frames.sum(),
         frames_masked=masked.sum(),
-        no_visible_frame={name: found[window] for name, window in (windows or {}).items()},
+        no_visible_frame={name: lost[window] for name, window in windows.items()},
         runs=_run_lengths(masked),
-        batches=torch.ones((), dtype=torch.int64, device=masks.device),
-        empty_batches=(~masked.any()).long(),
     )
 
 
-def _attention_frames(masks: torch.Tensor, lengths: torch.Tensor, factor: int, threshold: float):
-    """Return the masked share of each attention frame [B, A], the complete frames, and the masked ones."""
-    share = masked_share_per_frame(masks, factor)
-    in_utterance = torch.arange(share.shape[1], device=masks.device) < (lengths // factor).unsqueeze(1)
-    return share, in_utterance, (share > threshold) & in_utterance
+def _before(lengths: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return which places of a tensor [B, N] lie before the lengths [B]; bool."""
+    return torch.arange(like.shape[1], device=like.device) < lengths.unsqueeze(1)
 
 
 def _run_lengths(masked: torch.Tensor) -> torch.Tensor:
@@ -199,8 +150,7 @@ def audit_masking(
     A module that takes a context gets the tightest of the windows, as in a training step; others mask regardless.
 
     Args:
-        masking: a module that is called with ``input_feats`` [B, D, M] and ``input_lengths`` [B], and returns the
-            masked features and the masks [B, D, M].
+        masking: called with ``input_feats`` [B, D, M] and ``input_lengths`` [B], it returns features and masks [B, D, M].
         lengths: mask frames of each utterance [B], on the device to run on.
         features: D.
         factor, windows, threshold: as in :func:`audit_masks`.
@@ -212,60 +162,38 @@ def audit_masking(
     """
     if draws < 1:
         raise ValueError(f"draws is {draws}; it must be 1 or more")
-    windows = windows or {}
-    layers = [window for name, window in windows.items() if name != STACK]
+    layers = [window for name, window in (windows or {}).items() if name != STACK]
     arguments = window_of_masking(masking, tightest_window(layers) if layers else None)
     feats = torch.zeros(lengths.shape[0], features, int(lengths.max()), device=lengths.device)
     with torch.random.fork_rng(devices=[lengths.device] if lengths.is_cuda else []), torch.no_grad():
         torch.manual_seed(seed)
-        masks = [masking(input_feats=feats, input_lengths=lengths, **arguments)[1] for _ in range(draws)]
-    audits = [audit_masks(drawn, lengths, factor, windows, threshold) for drawn in masks]
-    return sum(audits[1:], audits[0])
+        drawn = [masking(input_feats=feats, input_lengths=lengths, **arguments)[1].mean(dim=1) for _ in range(draws)]
+    return audit_masks(torch.cat(drawn), lengths.repeat(draws), factor, windows, threshold)
 
 
 class TrainingAudit:
-    """Audits training batches at an interval, and counts all along what the loss cannot use. For one rank.
-
-    Args:
-        every_n_batches: from one audit to the next; the first batch is audited.
-    """
+    """Audits the training batches of a rank at an interval, the first included, and counts all along the empty ones."""
 
     def __init__(self, every_n_batches: int):
         self.every_n_batches = every_n_batches
         self._batches = 0
-        self._empty: torch.Tensor | None = None
-        self._without_mask: torch.Tensor | None = None
+        self._empty: torch.Tensor | int = 0
         self._latest: dict[str, torch.Tensor] = {}
 
     def step(self, record: BatchRecord, encoder, frame_ms: float | None = None) -> dict[str, torch.Tensor]:
-        """Take a training batch in; within its pinned context.
+        """Take a training batch in, within its pinned context; return scalars to log.
 
-        Args:
-            record: of the batch's forward pass.
-            encoder: whose windows are audited.
-            frame_ms: milliseconds of an attention frame; None: the look-ahead is not reported.
-
-        Returns:
-            scalars to log: of the last audited batch, for a logger that logs some steps only, with
-            ``audit/look_ahead_ms``, the look-ahead of the whole encoder in its context (-1: all); and the counts
-            since training began in this process, ``audit/empty_batches`` (without any masked frame) and
-            ``audit/frames_without_mask`` (decoder frames beyond the last whole frame of the masks: left out).
+        They are those of the last audited batch, for a logger that logs some steps only, with ``audit/look_ahead_ms`` of
+        the whole encoder (-1: all), where the milliseconds of an attention frame are known; and ``audit/empty_batches``,
+        the batches without any masked frame since training began in this process.
         """
-        masks, lengths, factor = record.masks, record.mask_lengths, record.factor
         if self._batches % self.every_n_batches == 0:
             windows = windows_of(encoder)
-            audit = audit_masks(masks, lengths, factor, windows, record.threshold)
-            self._latest, empty = audit.logs(), audit.empty_batches
+            audit = audit_masks(record.masks, record.mask_lengths, record.factor, windows, record.threshold)
+            self._latest = audit.logs()
             if frame_ms is not None and STACK in windows:
                 right = windows[STACK].context.right
                 self._latest['audit/look_ahead_ms'] = -1.0 if right == UNLIMITED else right * frame_ms
-        else:
-            _, _, masked = _attention_frames(masks, lengths.to(masks.device), factor, record.threshold)
-            empty = (~masked.any()).long()
         self._batches += 1
-        with_masks = torch.div(lengths, factor, rounding_mode='floor')
-        dropped = (record.encoded_lengths - record.decoder_offset - with_masks).clamp(min=0)
-        self._empty = empty + (0 if self._empty is None else self._empty)
-        self._without_mask = dropped.sum() + (0 if self._without_mask is None else self._without_mask)
-        counts = {'empty_batches': self._empty, 'frames_without_mask': self._without_mask}
-        return {**self._latest, **{f'audit/{name}': count.float() for name, count in counts.items()}}
+        self._empty = self._empty + ~(record.masked_share() > record.threshold).any()
+        return {**self._latest, 'audit/empty_batches': self._empty.float()}

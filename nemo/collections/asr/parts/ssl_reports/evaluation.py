@@ -1,92 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of a model by utterance, in each context and part of its objectives, with confidence intervals.
+"""Models side by side: scores by utterance in each context and part of their objectives, with confidence intervals.
 
-Shapes: U utterances, N loss positions, S target frames, C classes, H codebooks.
+Shapes: U utterances, N loss positions, C classes, H codebooks.
 """
 
-import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from scipy import stats
 
-from nemo.collections.asr.parts.att_context.context import context_label
-from nemo.collections.asr.parts.att_context.windows import Window
+from nemo.collections.asr.parts.att_context.context import AttContext, context_label
+from nemo.collections.asr.parts.att_context.receptive_field import look_ahead_ms
+from nemo.collections.asr.parts.att_context.windows import Window, tightest_window
 from nemo.collections.asr.parts.objectives.base import FrameScores
 from nemo.collections.asr.parts.objectives.masked_tokens import MaskedTokens
-from nemo.collections.asr.parts.objectives.next_tokens import NextTokens
-from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse
-from nemo.collections.asr.parts.ssl_reports.validation import passes_in_contexts, signal_of
+from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse, token_counts
+from nemo.collections.asr.parts.ssl_reports.figures import attention_frame_ms
+from nemo.collections.asr.parts.ssl_reports.validation import parse_contexts, passes_in_contexts, tightest_of
 
-MASKED, NEXT_OF_ALL = MaskedTokens.name, NextTokens.name  # names of parts
+MASKED = MaskedTokens.name
 NUMBERS_AT_ONCE = 10**7  # of resampled utterances held in memory
 
 
 class UtteranceScores:
-    """Sums over the frames of each utterance that count, in one part of an objective and one context.
-
-    Args:
-        classes: C.
-        books: H.
-    """
+    """Sums over the loss positions of each utterance, in one part of an objective and one context."""
 
     def __init__(self, classes: int, books: int = 1):
-        self._sums: list[np.ndarray] = []
-        self._digests: list[np.ndarray] = []
+        self._sums, self._digests = [np.zeros((0, 3))], [np.zeros(0, dtype=np.int64)]
         self._counts = torch.zeros(books, classes, dtype=torch.int64)  # of the targets
 
     def add(self, draws: Sequence[FrameScores], utterances: int) -> None:
         """Add a batch of so many utterances, predicted in several draws of masks or at several horizons."""
         likelihood, correct, index, targets = (torch.cat(part) for part in zip(*draws))
+        targets = targets.reshape(-1, self._counts.shape[0])
         columns = torch.stack((likelihood, correct, torch.ones_like(correct)), dim=1).double()
-        sums = columns.new_zeros(utterances, columns.shape[1]).index_add_(0, index, columns)
-        self._sums.append(sums.cpu().numpy())
-        self._counts += _counts(targets, *self._counts.shape).cpu()
-        self._digests.append(_digests(draws, utterances))
+        self._sums.append(columns.new_zeros(utterances, 3).index_add_(0, index, columns).cpu().numpy())
+        self._digests.append(_digests(targets, index, utterances))
+        self._counts += token_counts(targets, *self._counts.shape).cpu()
 
     def columns(self) -> np.ndarray:
         """Return negative log-likelihood, correct predictions and loss positions, [3, U] float64."""
-        return np.concatenate(self._sums).T if self._sums else np.zeros((3, 0))
+        return np.concatenate(self._sums).T
 
     def digests(self) -> np.ndarray:
-        """Return a number for each utterance that stands for its targets in their order, [U] int64."""
-        return np.concatenate(self._digests) if self._digests else np.zeros(0, dtype=np.int64)
+        """Return a number for each utterance that stands for its targets and their place in the batch, [U] int64."""
+        return np.concatenate(self._digests)
 
     @property
     def majority_class(self) -> float:
         """The accuracy of the majority-class baseline; the mean over codebooks."""
-        return (self._counts.amax(dim=1) / self._counts.sum(dim=1).clamp(min=1)).mean().item()
+        return self._shares().amax(dim=1).mean().item()
 
     @property
     def unigram_entropy(self) -> float:
         """The loss, in nats, of knowing how common each target is and nothing else; the mean over codebooks."""
-        shares = self._counts.double() / self._counts.sum(dim=1, keepdim=True).clamp(min=1)
-        return torch.special.entr(shares).sum(dim=1).mean().item()
+        return torch.special.entr(self._shares()).sum(dim=1).mean().item()
+
+    def _shares(self) -> torch.Tensor:
+        return self._counts.double() / self._counts.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-@dataclass
-class ModelScores:
+def _digests(targets: torch.Tensor, utterances: torch.Tensor, count: int) -> np.ndarray:
+    """Return a number for each utterance that stands for its targets [N, H] in their order in the batch."""
+    weights = 2 * torch.arange(targets.numel(), device=targets.device).view_as(targets) + 1  # odd: none is lost
+    sums = (weights * (targets + 1)).sum(dim=1)
+    return sums.new_zeros(count).index_add_(0, utterances, sums).cpu().numpy()
+
+
+class ModelScores(NamedTuple):
     """What :func:`evaluate` found."""
 
-    parts: dict[str, dict[str, UtteranceScores]]
-    """By part of the objective, and by the context's label; a part ``next`` sums up over all horizons."""
-    codebook: dict[str, float]
-    """The codebook's use by all targets, whether predicted or not."""
-    tokens: np.ndarray
-    """A number for each utterance that stands for all its targets, [U] int64."""
-    offsets: dict[str, int]
-    """How many tokens after its own a frame predicts first, by context; empty without next tokens."""
-
-    @property
-    def contexts(self) -> dict[str, UtteranceScores]:
-        """The masked tokens, by the context's label.
-
-        Raises:
-            KeyError: if the objective has none.
-        """
-        return self.parts[MASKED]
+    parts: dict[str, dict[str, UtteranceScores]]  # by part of the objective and context label; ``next``: all horizons
+    codebook: dict[str, float]  # the codebook's use by all targets, whether predicted or not
+    tokens: np.ndarray  # a number for each utterance that stands for all its targets, [U] int64
 
 
 def evaluate(
@@ -94,10 +83,8 @@ def evaluate(
 ) -> ModelScores:
     """Predict the tokens of utterances in each context, by every part of the model's objective.
 
-    The model is put into eval mode. Masked tokens are predicted on the same masks in each context. Masks depend on the
-    seed, on each utterance, on the masking's configuration and on ``window`` only: batches may be cut in any way. Next
-    tokens are predicted from unmasked input, so that a model of both objectives is comparable with one
-    of next tokens alone.
+    The model is put into eval mode. Masked tokens are predicted on the same masks in each context; next tokens from
+    unmasked input, so that a model of both objectives is comparable with one of next tokens alone.
 
     Args:
         model: an ``EncDecMaskedTokenPredModel``.
@@ -112,87 +99,44 @@ def evaluate(
     """
     model.eval()
     classes, books = model.quantizer.num_classes, model.quantizer.num_books
-    use = CodebookUse(classes, books, batches_covered=2**62, blocks=1)
-    labels = [context_label(context) for context in contexts]
+    use, labels = CodebookUse(classes, books, batches_covered=2**62, blocks=1), [*map(context_label, contexts)]
     parts = [part for objective in model.objectives for part in (*objective.parts, objective.name)]
     scores = {part: {label: UtteranceScores(classes, books) for label in labels} for part in parts}
-    tokens, offsets = [], {}
+    tokens = []
     with torch.inference_mode():
         for batch in batches:
             batch = model.transfer_batch_to_device(batch, model.device, 0)
-            found: dict[tuple[str, str], list[FrameScores]] = {}
-            inputs = model.inputs_of(batch)
+            inputs, found = model.inputs_of(batch), {}
             for objective in model.objectives:
                 for drawn in range(seed, seed + draws) if objective.masks else (seed,):
                     passes = passes_in_contexts(model, batch, contexts, drawn, window, objective.masks, inputs)
                     for context, record in passes:
-                        offset, label = objective.offset(), context_label(context)
-                        offsets.update({} if offset is None else {label: offset})
+                        label = context_label(context)
                         for part, scored in objective.scores(record).items():
-                            for name in dict.fromkeys((part, objective.name)):
+                            for name in {part, objective.name}:
                                 found.setdefault((name, label), []).append(scored)
+            targets, lengths = inputs.targets
             for (part, label), scored in found.items():
-                scores[part][label].add(scored, signal_of(batch)[0].shape[0])
-            use.update(*inputs.targets)
-            rows, lengths = inputs.targets
-            tokens += [_digest(row[:length]) for row, length in zip(rows, lengths.tolist(), strict=True)]
+                scores[part][label].add(scored, len(lengths))
+            use.update(targets, lengths)
+            valid = torch.arange(targets.shape[1], device=targets.device) < lengths.to(targets.device).unsqueeze(1)
+            tokens.append(_digests(targets[valid].view(-1, books), valid.nonzero()[:, 0], len(lengths)))
     codebook = {name: value.item() for name, value in use.statistics()._asdict().items()}
-    return ModelScores(scores, {**codebook, 'classes': classes}, np.array(tokens, dtype=np.int64), offsets)
-
-
-def _counts(targets: torch.Tensor, books: int, classes: int) -> torch.Tensor:
-    """Return how often each token of each codebook comes in targets [N] or [N, H]; [H, C]."""
-    offsets = torch.arange(books, device=targets.device) * classes
-    counts = torch.bincount((targets.view(-1, books) + offsets).flatten(), minlength=books * classes)
-    return counts.view(books, classes)
-
-
-def _digest(targets: torch.Tensor, before: int = 0) -> int:
-    """Return a number that stands for targets [N] or [N, H] in their order, after those of another number."""
-    return zlib.crc32(targets.cpu().contiguous().numpy().tobytes(), before)
-
-
-def _digests(draws: Sequence[FrameScores], utterances: int) -> np.ndarray:
-    """Return such a number for each utterance, through all draws, [U] int64."""
-    digests = np.zeros(utterances, dtype=np.int64)
-    for draw in draws:
-        targets, index = draw.targets.cpu(), draw.utterances.cpu()
-        for utterance in range(utterances):
-            digests[utterance] = _digest(targets[index == utterance], int(digests[utterance]))
-    return digests
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value, and the bounds of its confidence interval; NaN for the bounds of fewer than two utterances."""
-
-    value: float
-    low: float
-    high: float
-
-    def map(self, function) -> 'Estimate':
-        """Return the estimate of an increasing function of the value."""
-        return Estimate(*(float(function(number)) for number in (self.value, self.low, self.high)))
+    return ModelScores(scores, {**codebook, 'classes': classes}, np.concatenate(tokens))
 
 
 def ratio_of_sums(
     numerator: np.ndarray, denominator: np.ndarray, resamples: int, confidence: float, seed: int
-) -> Estimate:
-    """Estimate a mean per frame, with a percentile bootstrap interval over utterances.
+) -> tuple[float, float, float]:
+    """Return a mean per frame, from a sum and a number of frames of each utterance [U], and the bounds of its interval.
 
-    Utterances are drawn with replacement, each with all its frames: frames of an utterance are alike, so an interval
-    over frames would be too narrow.
-
-    Args:
-        numerator, denominator: a sum over frames and their number, for each utterance [U].
-        resamples: bootstrap samples.
-        confidence: of the interval, between 0 and 1.
-        seed: of a generator of its own.
+    The interval is a percentile bootstrap over utterances, each with all its frames: frames of an utterance are alike,
+    so an interval over frames would be too narrow. NaN for fewer than two utterances.
     """
     with np.errstate(invalid='ignore', divide='ignore'):
         value = float(np.divide(numerator.sum(), denominator.sum()))
         if len(numerator) < 2:
-            return Estimate(value, float('nan'), float('nan'))
+            return value, float('nan'), float('nan')
         interval = stats.bootstrap(
             (numerator, denominator),
             lambda above, below, axis=-1: above.sum(axis=axis) / below.sum(axis=axis),
@@ -204,27 +148,14 @@ def ratio_of_sums(
             method='percentile',
             random_state=np.random.default_rng(seed),
         ).confidence_interval
-    return Estimate(value, float(interval.low), float(interval.high))
-
-
-def summarize(scores: UtteranceScores, resamples: int, confidence: float, seed: int) -> dict[str, Estimate]:
-    """Return loss (nats per frame that counts), accuracy and perplexity with their intervals."""
-    likelihood, correct, frames = scores.columns()
-    loss = ratio_of_sums(likelihood, frames, resamples, confidence, seed)
-    accuracy = ratio_of_sums(correct, frames, resamples, confidence, seed)
-    return {'loss': loss, 'accuracy': accuracy, 'perplexity': loss.map(np.exp)}
+    return value, float(interval.low), float(interval.high)
 
 
 def why_not_compared(scores: ModelScores, reference: ModelScores, part: str, label: str) -> str | None:
     """Return why the losses of two models cannot be compared in a part and a context, in words; None: they can.
 
-    They can where both predict the same tokens, in the same frames of the same utterances.
-
-    Args:
-        scores: of the model that the words call "it".
-        reference: of the model that they call "the first".
-        part: of the objective of either.
-        label: of a context of ``scores``.
+    They can where both predict the same tokens, in the same frames of the same utterances. The words call the models "it"
+    and "the first".
     """
     for who, model in (('it', scores), ('the first', reference)):
         if part not in model.parts:
@@ -233,34 +164,113 @@ def why_not_compared(scores: ModelScores, reference: ModelScores, part: str, lab
         return 'the first was not run in this context'
     if not np.array_equal(scores.tokens, reference.tokens):
         return "its targets are other tokens than the first's: they come from another quantizer or other features"
-    pair = scores.parts[part][label], reference.parts[part][label]
-    frames = (one.columns()[2] for one in pair)
-    if np.array_equal(*frames) and np.array_equal(*(one.digests() for one in pair)):
+    one, other = scores.parts[part][label], reference.parts[part][label]
+    if np.array_equal(one.columns()[2], other.columns()[2]) and np.array_equal(one.digests(), other.digests()):
         return None
-    return _why_other_frames(scores, reference, part, label)
-
-
-def _why_other_frames(scores: ModelScores, reference: ModelScores, part: str, label: str) -> str:
-    """Return why two models that have the same tokens do not predict the same ones."""
     if part == MASKED:
         return 'other frames are masked for it: its masking has other settings'
-    offsets = scores.offsets[label], reference.offsets[label]
-    if offsets[0] != offsets[1]:
-        return "its horizons begin {} tokens after a frame's own, the first's {}".format(*offsets)
-    horizons = [len(model.parts.keys() - {MASKED, NEXT_OF_ALL}) for model in (scores, reference)]
-    if part == NEXT_OF_ALL and horizons[0] != horizons[1]:
-        return 'it has {} horizons, the first {}'.format(*horizons)
-    return "its utterances have other numbers of frames than the first's"
+    return "its horizons are others, or begin at another token, for its look-ahead is another"
 
 
-def loss_difference(
-    scores: UtteranceScores, reference: UtteranceScores, resamples: int, confidence: float, seed: int
-) -> Estimate:
-    """Return by how much the loss is above the reference's, utterance against utterance.
+def contexts_of(model, wanted, name: str) -> list:
+    """Return the contexts to evaluate a model in.
+
+    Raises:
+        ValueError: naming the model and the context, if it predicts no tokens, or cannot be evaluated in the context.
+    """
+    if not hasattr(model, 'objectives'):
+        raise ValueError(f'{name}: {type(model).__name__} predicts neither masked nor next tokens')
+    try:
+        contexts = parse_contexts(wanted, model.encoder, '--contexts')
+        for context in contexts:
+            with model.encoder.using_att_context_size(context):
+                model.objectives.offset()  # raises where an output depends on the whole utterance
+        return contexts
+    except ValueError as error:
+        raise ValueError(f'{name}: {error}') from error
+
+
+def loader_of(model, manifest: str, batch_size: int, num_workers: int = 0):
+    """Return the model's own data loader of a manifest: every utterance once, in its order."""
+    settings = dict(manifest_filepath=manifest, batch_size=batch_size, num_workers=num_workers, shuffle=False)
+    rate = model.preprocessor.featurizer.sample_rate
+    return model._setup_dataloader_from_config(OmegaConf.create({**settings, 'sample_rate': rate, 'labels': []}))
+
+
+def compare_models(
+    models: Mapping,
+    contexts: Mapping,
+    batches: Mapping[str, Iterable],
+    mask_context: int | None = None,
+    draws: int = 1,
+    seed: int = 0,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+) -> list[dict]:
+    """Evaluate models side by side.
 
     Args:
-        scores, reference: of the same frames, see :func:`why_not_compared`.
-        resamples, confidence, seed: as in :func:`ratio_of_sums`.
+        models: by name, in order; the others are compared with the first.
+        contexts: of each model.
+        batches: the same utterances as batches of each model's loader.
+        mask_context: left context that masks are drawn for; None: the tightest of all models and contexts.
+        draws: how often each utterance is masked.
+        seed: of masks and bootstrap.
+        resamples: of the bootstrap.
+        confidence: of the intervals.
+
+    Returns:
+        for each model ``model``, ``objective``, ``mask_context`` (None: it masks nothing), ``codebook`` and ``contexts``,
+        a list of rows, one for each context and part of the objective: the figures, with the bounds of an interval
+        under ``NAME_interval``. ``below_unigram`` is how many nats the loss is below the unigram entropy.
+        ``loss_difference`` is by how much the loss is above the first model's; None with the reason in
+        ``not_compared``, or for the first model itself.
     """
-    (likelihood, _, frames), (other, _, _) = scores.columns(), reference.columns()
-    return ratio_of_sums(likelihood - other, frames, resamples, confidence, seed)
+    window = masking_window(models, contexts, mask_context)
+    results, first, sampling = [], None, (resamples, confidence, seed)
+    for name, model in models.items():
+        scores = evaluate(model, batches[name], contexts[name], seed, window, draws)
+        first = scores if first is None else first
+        rows, frame_ms = [], attention_frame_ms(model)
+        for context in contexts[name]:
+            look_ahead = {'look_ahead_ms': look_ahead_ms(model.encoder, context, frame_ms)}
+            rows += [_row(scores, first, context, part, sampling) | look_ahead for part in scores.parts]
+        masked_for = window.context.left if model.objectives.masks else None
+        result = dict(model=name, objective=model.objective, mask_context=masked_for, codebook=scores.codebook)
+        results.append({**result, 'contexts': rows})
+    return results
+
+
+def masking_window(models: Mapping, contexts: Mapping, left: int | None) -> Window | None:
+    """Return the window that masks are drawn for: of a left context, or of all layers, models and contexts that mask."""
+    masking = [name for name, model in models.items() if model.objectives.masks]
+    if left is not None and masking:
+        return Window(AttContext(left, 0))
+    return tightest_window(tightest_of(models[name].encoder, contexts[name]) for name in masking) if masking else None
+
+
+def _row(scores: ModelScores, first: ModelScores, context: Sequence, part: str, sampling: tuple) -> dict:
+    label = context_label(context)
+    sums = scores.parts[part][label]
+    lost, correct, frames = sums.columns()
+    estimates = {'loss': ratio_of_sums(lost, frames, *sampling), 'accuracy': ratio_of_sums(correct, frames, *sampling)}
+    estimates['perplexity'] = tuple(np.exp(estimates['loss']).tolist())
+    reason = None if scores is first else why_not_compared(scores, first, part, label)
+    if scores is not first and reason is None:
+        difference = lost - first.parts[part][label].columns()[0]
+        estimates['loss_difference'] = ratio_of_sums(difference, frames, *sampling)
+    row = {'context': list(context), 'part': part, 'loss_difference': None, 'loss_difference_interval': None}
+    for name, (value, low, high) in estimates.items():
+        row.update({name: value, f'{name}_interval': [low, high]})
+    row.update(majority_class=sums.majority_class, unigram_entropy=sums.unigram_entropy)
+    row.update(below_unigram=sums.unigram_entropy - row['loss'], frames=int(frames.sum()), utterances=len(frames))
+    return {**row, 'not_compared': reason}
+
+
+def reasons_of(result: Mapping) -> list[str]:
+    """Return, as text, in which parts and contexts a model cannot be compared with the first, and why."""
+    where: dict[tuple, list] = {}
+    for row in result['contexts']:
+        if row['not_compared'] is not None:
+            where.setdefault((row['part'], row['not_compared']), []).append(str(row['context']))
+    return [f"{part} in {', '.join(contexts)}: {reason}" for (part, reason), contexts in where.items()]

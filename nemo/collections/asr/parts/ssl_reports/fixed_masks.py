@@ -18,7 +18,7 @@ SAMPLES_HASHED = 4096  # of each utterance, evenly spread: the cost does not gro
 
 
 def utterance_seeds(signal: torch.Tensor, lengths: torch.Tensor, seed: int) -> list[int]:
-    """Return a seed for each utterance, from its own samples and length; synchronises host and device.
+    """Return a seed of 32 bits for each utterance, from its own samples and length; synchronises host and device.
 
     Neither padding, nor the batch around it, nor the rank changes it.
 
@@ -26,15 +26,11 @@ def utterance_seeds(signal: torch.Tensor, lengths: torch.Tensor, seed: int) -> l
         signal: samples or features [B, ..., N], floating.
         lengths: valid ones along the last axis [B].
         seed: of the whole measurement.
-
-    Returns:
-        B numbers of 32 bits.
     """
     signal = signal.float().unsqueeze(1) if signal.dim() == 2 else signal.float()
     lengths = lengths.to(signal.device).long().clamp(max=signal.shape[-1])
-    if signal.shape[-1] == 0:
-        hashes = lengths
-    else:
+    hashes = lengths
+    if signal.shape[-1]:
         spread = torch.arange(SAMPLES_HASHED, device=signal.device)
         index = (spread * lengths.unsqueeze(1)).div(SAMPLES_HASHED, rounding_mode='floor')
         chosen = signal.gather(2, index.unsqueeze(1).expand(-1, signal.shape[1], -1))
@@ -49,12 +45,11 @@ class FixedMasks:
     """A masking that hides the same in every call, to be passed where a masking module is called.
 
     The first call masks each utterance by itself, cut to its length, right after seeding all of Python's, NumPy's and
-    torch's generators, which are afterwards as they were. Later calls return the same again, whatever they are called
-    with: so they must be for the same features.
+    torch's generators, which are afterwards as they were. Later calls return the same again: they must be for the same
+    features.
 
     Args:
-        masking: a module that is called with ``input_feats`` [B, D, M] and ``input_lengths`` [B], and returns features
-            and masks [B, D, M].
+        masking: called with ``input_feats`` [B, D, M] and ``input_lengths`` [B], it returns features and masks [B, D, M].
         seeds: one for each utterance.
         window: within which each masked frame has a visible one; for a module that takes a context.
     """
@@ -75,9 +70,8 @@ class FixedMasks:
         with isolate_rng():
             for row, (seed, length) in enumerate(zip(self._seeds, lengths.tolist(), strict=True)):
                 length = min(max(int(length), 1), feats.shape[-1])
-                random.seed(seed)
-                np.random.seed(seed)
-                torch.manual_seed(seed)
+                for seed_generator in (random.seed, np.random.seed, torch.manual_seed):
+                    seed_generator(seed)
                 one = dict(input_feats=feats[row : row + 1, :, :length], input_lengths=lengths[row : row + 1])
                 (masked[row, :, :length],), (masks[row, :, :length],) = self._masking(**one, **self._arguments)
         return masked, masks

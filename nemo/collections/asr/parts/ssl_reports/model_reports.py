@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that is reported of a model of masked token prediction; see docs/reports.md.
-
-A model has one such object, also where the config enables no report.
-"""
+"""What is reported of a model of masked token prediction, and the hooks of its validation; see docs/reports.md."""
 
 import torch
 
@@ -11,9 +8,9 @@ from nemo.collections.asr.parts.att_context.windows import tightest_window_of
 from nemo.collections.asr.parts.objectives.record import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.audit import TrainingAudit
 from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse
-from nemo.collections.asr.parts.ssl_reports.figures import require_matplotlib
-from nemo.collections.asr.parts.ssl_reports.model_figures import ContextFigures, attention_frame_ms
+from nemo.collections.asr.parts.ssl_reports.figures import ContextFigures, attention_frame_ms, require_matplotlib
 from nemo.collections.asr.parts.ssl_reports.validation import ContextValidation
+from nemo.collections.asr.parts.ssl_reports.validation_probe import ValidationProbe
 from nemo.collections.asr.parts.utils.config_keys import Model
 from nemo.utils import logging
 
@@ -21,57 +18,49 @@ Logs = dict[str, torch.Tensor]
 
 
 class ModelReports:
-    """Audit, use of the codebook, validation in contexts, and pictures of one model.
-
-    Args:
-        model: an ``EncDecMaskedTokenPredModel``, whose config enables the reports; it is not kept.
+    """Audit, use of the codebook, validation in contexts, and pictures of one model, as its config enables them.
 
     Raises:
         ValueError: naming the config key, its value and what is allowed.
     """
 
     def __init__(self, model):
-        options, contexts = Model.parse(model.cfg), model.cfg.get('validate_contexts')
+        options = Model.parse(model.cfg)
         classes = getattr(model.quantizer, 'num_classes', None)
         self.codebook_use = CodebookUse(classes, getattr(model.quantizer, 'num_books', 1)) if classes else None
-        every = options.audit_every_n_batches
-        self.audit = None if every is None else TrainingAudit(every)
+        self.audit = TrainingAudit(options.audit_every_n_batches) if options.audit_every_n_batches else None
         self.figures = ContextFigures() if options.log_figures else None
         self.validation: ContextValidation | None = None
-        if contexts is not None:
+        if options.validate_contexts is not None:
             if model.forward_is_overridden:
                 raise ValueError(
                     f"model.validate_contexts cannot run {type(model).__name__}, which has its own forward"
                 )
-            self.validation = ContextValidation(model, contexts, model.cfg.get('validation_masks'))
+            self.validation = ContextValidation(model, options.validate_contexts, model.cfg.get('validation_masks'))
 
     def check(self) -> None:
-        """Check before training that pictures can be drawn.
-
-        Raises:
-            ValueError: if matplotlib is missing.
-        """
+        """Raise a ValueError before training if pictures cannot be drawn."""
         if self.figures is not None:
             require_matplotlib('model.log_figures')
 
     def of_training_batch(self, model, record: BatchRecord | None) -> Logs:
         """Return what to log of a training batch, within its pinned context; scalars on its device.
 
-        Args:
-            model: the model.
-            record: of the batch's forward pass; None where a forward of somebody's own leaves none.
+        The record is None where a forward of somebody's own leaves none.
         """
         if record is None:
             return {}
-        return {**self.of_pass(model, record), **self._codebook_logs(record), **self._audit_logs(model, record)}
-
-    def _audit_logs(self, model, record: BatchRecord) -> Logs:
-        """Audit a batch, if the config enables it."""
-        if self.audit is None:
-            return {}
-        logs = self.audit.step(record, model.encoder, attention_frame_ms(model)) if model.objectives.masks else {}
-        for objective in model.objectives:
-            logs.update(objective.audit(record))
+        logs = self.of_pass(model, record)
+        if self.codebook_use is not None:
+            self.codebook_use.update(record.tokens, record.token_lengths)
+            if self.codebook_use.block_is_complete:
+                self._warn_if_targets_collapsed()
+            logs.update(self.codebook_use.logs())
+        if self.audit is not None:
+            if model.objectives.masks:
+                logs.update(self.audit.step(record, model.encoder, attention_frame_ms(model)))
+            for objective in model.objectives:
+                logs.update(objective.audit(record))
         return logs
 
     def of_pass(self, model, record: BatchRecord | None, prefix: str = '') -> Logs:
@@ -79,30 +68,17 @@ class ModelReports:
         if record is None:
             return {}
         encoder, logs = model.encoder, {}
-        window, offset = tightest_window_of(encoder), model.objectives.offset()
-        if window is not None:
-            left, right = encoder.att_context_size[0], encoder.att_context_size[-1]
-            logs[f'{prefix}att_context_left'], logs[f'{prefix}att_context_right'] = float(left), float(right)
-        if offset is not None:
-            logs[f'{prefix}next_token_offset'] = float(offset)
-        if not model.objectives.masks:
-            return logs
-        share = record.masked_share()
-        masked_frames = record.masks[:, 0].sum(dtype=torch.float32)
-        logs[f'{prefix}masked_share'] = masked_frames / record.mask_lengths.sum().clamp(min=1)
-        frames = torch.div(record.mask_lengths, record.factor, rounding_mode='floor')
-        shares = no_visible_frame_shares(encoder, share, record.threshold, frames)
-        logs.update({f'{prefix}masking/{name}': value for name, value in shares.items()})
-        return logs
-
-    def _codebook_logs(self, record: BatchRecord) -> Logs:
-        """Count the batch's targets; warns, now and then, if they have collapsed."""
-        if self.codebook_use is None:
-            return {}
-        self.codebook_use.update(record.tokens, record.token_lengths)
-        if self.codebook_use.block_is_complete:
-            self._warn_if_targets_collapsed()
-        return self.codebook_use.logs()
+        if tightest_window_of(encoder) is not None:
+            logs['att_context_left'], logs['att_context_right'] = map(float, encoder.att_context_size)
+        if (offset := model.objectives.offset()) is not None:
+            logs['next_token_offset'] = float(offset)
+        if model.objectives.masks:
+            masked_frames = record.masks[:, 0].sum(dtype=torch.float32)
+            logs['masked_share'] = masked_frames / record.mask_lengths.sum().clamp(min=1)
+            frames = record.mask_lengths // record.factor
+            shares = no_visible_frame_shares(encoder, record.masked_share(), record.threshold, frames)
+            logs.update({f'masking/{name}': value for name, value in shares.items()})
+        return {f'{prefix}{name}': value for name, value in logs.items()}
 
     def _warn_if_targets_collapsed(self) -> None:
         reason = self.codebook_use.collapse()
@@ -114,8 +90,8 @@ class ModelReports:
 
     def targets_were_refined(self) -> None:
         """Check the counts of the targets once more and clear them: the codes have changed."""
-        if self.codebook_use is not None and self.codebook_use.batches:
-            self._warn_if_targets_collapsed()
+        self.end_of_training()
+        if self.codebook_use is not None:
             self.codebook_use.forget()
 
     def end_of_training(self) -> None:
@@ -124,6 +100,83 @@ class ModelReports:
             self._warn_if_targets_collapsed()
 
     def keep_for_figures(self, model, record: BatchRecord | None) -> None:
-        """Keep an utterance of a validation batch, within its context, for the pictures."""
+        """Draw the first utterance of a validation, within the context of the pass."""
         if self.figures is not None and record is not None and model._trainer is not None:
-            self.figures.keep(model, record)
+            self.figures.draw(model, record)
+
+
+class ReportsMixin:
+    """Mixin for a model with ``reports``, before NeMo's class: reduces, logs and draws what they gathered."""
+
+    _validation_losses = ()  # of the manifests of one validation
+
+    def configure_callbacks(self) -> list:
+        """Add the probe of ``model.probe``, if the config has one."""
+        probe = self.cfg.get('probe')
+        return [*super().configure_callbacks(), *([ValidationProbe(probe)] if probe else [])]
+
+    def on_train_end(self) -> None:
+        """Check the use of the codebook once more."""
+        super().on_train_end()
+        self.reports.end_of_training()
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the validation in contexts."""
+        super().on_validation_epoch_start()
+        self._start(self.trainer.num_val_batches)
+
+    def on_test_epoch_start(self) -> None:
+        """Start the test in contexts."""
+        super().on_test_epoch_start()
+        self._start(self.trainer.num_test_batches)
+
+    def _start(self, batches: list) -> None:
+        if self.reports.validation is not None:
+            self.reports.validation.start(self, len(batches))
+
+    def on_validation_epoch_end(self, *args, **kwargs):
+        """Reduce the results over the ranks, and log them as NeMo does."""
+        self._finish('val')
+        self._validation_losses = ()
+        logged = super().on_validation_epoch_end(*args, **kwargs)
+        if len(self._validation_losses) > 1:  # NeMo's val_loss is that of the first manifest
+            self.log('val_loss_mean', torch.stack(self._validation_losses).mean(), sync_dist=True)
+        return logged
+
+    def on_test_epoch_end(self, *args, **kwargs):
+        """Reduce the results over the ranks, and log them as NeMo does."""
+        self._finish('test')
+        return super().on_test_epoch_end(*args, **kwargs)
+
+    def _finish(self, mode: str) -> None:
+        if self.reports.validation is not None:
+            self.reports.validation.finish(mode)
+
+    def test_step(self, batch, batch_idx=0, dataloader_idx=0):
+        """Compute a test batch's metrics; stock files them under validation, where no test looks for them."""
+        metrics = self.inference_pass(batch, batch_idx, dataloader_idx, mode='test', apply_mask=True)
+        outputs = self.test_step_outputs
+        if isinstance(self.trainer.test_dataloaders, list) and len(self.trainer.test_dataloaders) > 1:
+            outputs = outputs[dataloader_idx]
+        outputs.append(metrics)
+        return metrics
+
+    def multi_validation_epoch_end(self, outputs: list, dataloader_idx: int = 0):
+        """Return the results in contexts, else NeMo's ``val_loss`` and the means of the other metrics."""
+        metrics = self._summary('val', super().multi_validation_epoch_end, outputs, dataloader_idx)
+        if metrics:
+            self._validation_losses = [*self._validation_losses, torch.as_tensor(metrics['val_loss'])]
+        return metrics
+
+    def multi_test_epoch_end(self, outputs: list, dataloader_idx: int = 0):
+        """Return the results in contexts, else NeMo's ``test_loss`` and the means of the other metrics."""
+        return self._summary('test', super().multi_test_epoch_end, outputs, dataloader_idx)
+
+    def _summary(self, mode: str, of_nemo, outputs: list, dataloader_idx: int) -> dict | None:
+        if self.reports.validation is not None:
+            return self.reports.validation.summary(mode, dataloader_idx)
+        averaged = of_nemo(outputs, dataloader_idx)
+        for name in outputs[0].keys() - averaged.keys() if averaged else ():
+            mean = torch.stack([torch.as_tensor(output[name], dtype=torch.float32) for output in outputs]).mean()
+            averaged[name] = averaged['log'][name] = mean
+        return averaged

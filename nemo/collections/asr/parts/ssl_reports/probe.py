@@ -31,11 +31,6 @@ class ProbeSettings:
     seed: int = 0
     """Of the probe's first weights and of the order of utterances."""
 
-    def __post_init__(self):
-        for name in ('steps', 'batch_size', 'hidden', 'learning_rate'):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"probe.{name} is {getattr(self, name)}; it must be above 0")
-
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
         warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
@@ -46,25 +41,14 @@ DEFAULTS = ProbeSettings()
 
 
 class LayerProbe(nn.Module):
-    """Log-probabilities of CTC classes from the outputs of all layers; the last class is the blank.
-
-    Args:
-        layers: L.
-        width: W.
-        classes: C, without the blank.
-        hidden: width of the hidden layer.
-    """
+    """Log-probabilities of C CTC classes from the outputs of L layers of width W; the last class is the blank."""
 
     def __init__(self, layers: int, width: int, classes: int, hidden: int = 256):
         super().__init__()
         self.layer_weights = nn.Parameter(torch.zeros(layers))
         self.normalize = nn.LayerNorm(width, elementwise_affine=False)
         self.classify = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, classes + 1))
-
-    @property
-    def blank(self) -> int:
-        """The class of CTC's blank."""
-        return self.classify[-1].out_features - 1
+        self.blank = classes
 
     def forward(self, outputs: torch.Tensor) -> torch.Tensor:
         """Return log-probabilities [..., C + 1] of layer outputs [..., L, W]."""
@@ -81,8 +65,10 @@ def layer_outputs(encoder, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
         batches: features [B, D, T] and lengths [B].
         context: the attention context; None takes the encoder's present one.
     """
-    kept, found, training = [], [], encoder.training
-    hooks = [layer.register_forward_hook(lambda _, __, made: kept.append(_first(made))) for layer in encoder.layers]
+    kept: list[torch.Tensor] = []
+    found, training = [], encoder.training
+    keep = lambda _, __, made: kept.append(made[0] if isinstance(made, tuple) else made)
+    hooks = [layer.register_forward_hook(keep) for layer in encoder.layers]
     encoder.eval()
     try:
         with encoder.using_att_context_size(encoder.att_context_size if context is None else context):
@@ -98,23 +84,15 @@ def layer_outputs(encoder, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     return found
 
 
-def _first(made) -> torch.Tensor:
-    return made[0] if isinstance(made, tuple) else made
-
-
 def fit_probe(
     outputs: Sequence[torch.Tensor],
     labels: Sequence[Sequence[int]],
     classes: int,
     settings: ProbeSettings = DEFAULTS,
 ) -> LayerProbe:
-    """Fit a probe to layer outputs; the random generators of the caller stay as they were.
+    """Fit a probe to the layer outputs [A, L, W] of utterances and the classes of each, in order.
 
-    Args:
-        outputs: of each utterance, [A, L, W].
-        labels: classes of each utterance, in order.
-        classes: C.
-        settings: of the fit.
+    The random generators of the caller stay as they were.
 
     Raises:
         ValueError: if there are no utterances, or not as many labels.
@@ -171,11 +149,7 @@ def probe_errors(
 ) -> tuple[list[int], LayerProbe]:
     """Fit a probe on the part ``train`` and count its errors in each utterance of the part ``test``.
 
-    Args:
-        encode: returns the layer outputs of a part's utterances.
-        labels: of the two parts.
-        classes: C.
-        settings: of the fit.
+    ``encode`` returns the layer outputs of a part's utterances; ``labels`` has those of the two parts.
     """
     probe = fit_probe(encode('train'), labels['train'], classes, settings)
     return count_errors(transcribe(probe, encode('test')), labels['test']), probe

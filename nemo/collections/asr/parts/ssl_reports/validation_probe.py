@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``model.probe``: fit a frozen probe after validations and log its error rate per context. New in this project."""
 
-import json
 import time
 from pathlib import Path
 
@@ -11,8 +10,9 @@ from lightning.pytorch.callbacks import Callback
 from nemo.collections.asr.parts.att_context.context import context_label
 from nemo.collections.asr.parts.preprocessing.features import WaveformFeaturizer
 from nemo.collections.asr.parts.ssl_reports.probe import ProbeSettings, layer_outputs, probe_errors
+from nemo.collections.asr.parts.utils.config_keys import Probe
+from nemo.collections.asr.parts.utils.manifest_index import read_entries
 
-LABELS = ('text', 'phones')
 BATCH = 16  # utterances that are encoded at a time
 
 
@@ -22,32 +22,24 @@ class ValidationProbe(Callback):
     Every rank fits the same probe, for with sharded weights all ranks must run the encoder.
 
     Args:
-        train_manifest: NeMo manifest of the transcribed utterances to fit on; some minutes are enough.
-        test_manifest: manifest of the utterances to count errors in.
-        every_n_validations: how often.
-        steps: of a fit.
-        labels: the key of the transcripts: ``text`` for characters, ``phones`` for words with spaces between them.
+        section: ``model.probe`` of a config.
 
     Raises:
         ValueError: naming the config key, its value and what is allowed.
     """
 
-    def __init__(self, train_manifest, test_manifest, every_n_validations=1, steps=300, labels='text'):
+    def __init__(self, section):
         super().__init__()
-        for key, value in (('every_n_validations', every_n_validations), ('steps', steps)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"model.probe.{key} is {value!r}; it must be a whole number of 1 or more")
-        if labels not in LABELS:
-            raise ValueError(f"model.probe.labels is {labels!r}; it must be one of {LABELS}")
-        self.every, self.settings, self.validations = every_n_validations, ProbeSettings(steps=steps), 0
-        paths = {'train': train_manifest, 'test': test_manifest}
-        parts = {part: _read(f'model.probe.{part}_manifest', path, labels) for part, path in paths.items()}
+        options = Probe.parse(section)
+        self.every, self.settings, self.validations = options.every_n_validations, ProbeSettings(options.steps), 0
+        paths = {'train': options.train_manifest, 'test': options.test_manifest}
+        parts = {part: _read(f'model.probe.{part}_manifest', path, options.labels) for part, path in paths.items()}
         names = sorted({name for _, said in parts['train'] for name in said})
         index = {name: label for label, name in enumerate(names)}
         self.classes, self.audio = len(names), {part: [path for path, _ in rows] for part, rows in parts.items()}
-        # a label that is not in the training part is one class more, which no probe recognises
+        unknown = len(names) + 1  # a label that is not in the training part: no probe recognises it
         self.labels = {
-            part: [[index.get(n, len(names) + 1) for n in said] for _, said in parts[part]] for part in parts
+            part: [[index.get(name, unknown) for name in said] for _, said in rows] for part, rows in parts.items()
         }
 
     def on_validation_epoch_end(self, trainer, model) -> None:
@@ -58,7 +50,7 @@ class ValidationProbe(Callback):
         if self.validations % self.every:
             return
         started, logs, batches = time.monotonic(), {}, {part: list(self._batches(model, part)) for part in self.audio}
-        references = max(1, sum(map(len, self.labels['test'])))
+        references = sum(map(len, self.labels['test']))
         for context in model.encoder.att_context_size_all:
             outputs = {part: layer_outputs(model.encoder, found, context) for part, found in batches.items()}
             errors, _ = probe_errors(outputs.__getitem__, self.labels, self.classes, self.settings)
@@ -67,9 +59,9 @@ class ValidationProbe(Callback):
 
     def _batches(self, model, part: str):
         """Yield the features [B, D, T] and lengths [B] of a part's utterances, as the encoder gets them."""
+        featurizer = WaveformFeaturizer(model.cfg.preprocessor.sample_rate)
         for start in range(0, len(self.audio[part]), BATCH):
-            paths = self.audio[part][start : start + BATCH]
-            signals = [WaveformFeaturizer(_rate(model)).process(path) for path in paths]
+            signals = [featurizer.process(path) for path in self.audio[part][start : start + BATCH]]
             lengths = torch.tensor([len(signal) for signal in signals], device=model.device)
             padded = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True).float().to(model.device)
             with torch.no_grad():
@@ -84,10 +76,6 @@ class ValidationProbe(Callback):
         self.validations = state_dict['validations']
 
 
-def _rate(model) -> int:
-    return model.cfg.preprocessor.sample_rate
-
-
 def _read(key: str, path, labels: str) -> list[tuple[str, list[str]]]:
     """Return audio file and transcript of each utterance of a manifest.
 
@@ -95,11 +83,11 @@ def _read(key: str, path, labels: str) -> list[tuple[str, list[str]]]:
         ValueError: naming the key, if the manifest cannot be read, is empty, or an utterance has no transcript.
     """
     try:
-        entries = [json.loads(line) for line in Path(path).read_text(encoding='utf-8').splitlines() if line.strip()]
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{key} is {path}, which cannot be read: {error}") from error
+        entries = [line.entry for line in read_entries(path)]
+    except ValueError as error:
+        raise ValueError(f"{key} is {path}: {error}") from error
     said = [entry.get(labels, '').split() if labels == 'phones' else list(entry.get(labels, '')) for entry in entries]
-    if not entries or not all(said):
-        raise ValueError(f"{key} is {path}; it must have utterances, each with {labels}")
+    if not all(said):
+        raise ValueError(f"{key} is {path}; each of its utterances must have {labels}")
     folder = Path(path).resolve().parent
     return [(str(folder / entry['audio_filepath']), names) for entry, names in zip(entries, said)]

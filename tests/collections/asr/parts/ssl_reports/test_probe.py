@@ -95,8 +95,3 @@ def test_a_probe_learns_what_the_outputs_hold_and_leaves_the_random_generator_al
 def test_utterances_and_labels_must_go_together(labels):
     with pytest.raises(ValueError, match='probe: 1 utterances with . labels'):
         fit_probe([torch.zeros(3, 1, 4)], labels, 2)
-
-
-def test_settings_must_be_above_zero():
-    with pytest.raises(ValueError, match='probe.steps is 0; it must be above 0'):
-        ProbeSettings(steps=0)
