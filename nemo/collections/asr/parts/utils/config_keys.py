@@ -6,46 +6,40 @@ Parsing, errors and ``docs/configuration.md`` follow from the declarations. This
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 
 class Allowed(NamedTuple):
     """The values that a key may have."""
 
     text: str
-    test: Callable[[object], bool]
+    test: Callable[[Any], bool]
 
-    def __or__(self, other: 'Allowed') -> 'Allowed':
-        return Allowed(f'{self.text} or {other.text}', lambda value: self.test(value) or other.test(value))
+    def or_null(self) -> 'Allowed':
+        """Allow null, too."""
+        return Allowed(f'null or {self.text}', lambda value: value is None or self.test(value))
 
 
-def one_of(*values) -> Allowed:
+def one_of(*values: str) -> Allowed:
     """Allow some values."""
-    return Allowed(f"one of {', '.join(map(str, values))}", lambda value: value in values)
+    return Allowed(f"one of {', '.join(values)}", lambda value: value in values)
+
+
+def number(text: str, test: Callable[[float], bool], kinds: tuple[type, ...] = (int, float)) -> Allowed:
+    """Allow finite numbers for which a test holds."""
+    is_number = lambda value: isinstance(value, kinds) and not isinstance(value, bool)
+    return Allowed(text, lambda value: is_number(value) and math.isfinite(value) and test(value))
 
 
 def whole_number(lowest: int = 0) -> Allowed:
     """Allow whole numbers from a lowest one on."""
-    return Allowed(
-        f'a whole number of {lowest} or more',
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= lowest,
-    )
+    return number(f'a whole number of {lowest} or more', lambda value: value >= lowest, (int,))
 
 
-def number(text: str, test: Callable[[float], bool]) -> Allowed:
-    """Allow finite numbers for which a test holds."""
-    return Allowed(
-        f'a number {text}',
-        lambda value: (
-            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and test(value)
-        ),
-    )
-
-
-NULL = Allowed('null', lambda value: value is None)
 FLAG = Allowed('true or false', lambda value: isinstance(value, bool))
+ABOVE_0 = number('a number above 0', lambda value: value > 0)
 
 
 def key(default, meaning: str, allowed: Allowed | None = None, page: str | None = None, shown: str | None = None):
@@ -66,12 +60,11 @@ def key(default, meaning: str, allowed: Allowed | None = None, page: str | None 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A section of a config; its fields are its keys."""
+    """A section of a config; its fields are its keys. A closed one has no others."""
 
     name: ClassVar[str]
     page: ClassVar[str]
     closed: ClassVar[bool]
-    """Whether it has no other keys."""
 
     def __init_subclass__(cls, name: str, page: str, closed: bool = True):
         cls.name, cls.page, cls.closed = name, page, closed
@@ -83,11 +76,7 @@ class Section:
 
     @classmethod
     def parse(cls, section: Mapping | None, name: str | None = None):
-        """Read a section of a config; None takes the defaults.
-
-        Args:
-            section: of the config.
-            name: for errors, where it is not the section's.
+        """Read a section of a config; None takes the defaults. ``name`` is for errors, where it is not the section's.
 
         Raises:
             ValueError: naming the key, its value and what is allowed.
@@ -97,7 +86,7 @@ class Section:
             raise ValueError(f"{name} is {section!r}; it must be a section with {', '.join(cls.keys())}, or null")
         if cls.closed:
             check_known(name, section, cls.keys())
-        given = {each.name: section[each.name] for each in fields(cls) if each.name in section}
+        given = {each: section[each] for each in cls.keys() if each in section}
         for each in fields(cls):
             if each.name not in given and each.default is MISSING:
                 raise ValueError(f"{name} is {dict(section)}; it must have {each.name}")
@@ -107,7 +96,7 @@ class Section:
         return cls(**given)
 
 
-class Model(Section, name='model', page='pretraining', closed=False):
+class Model(Section, name='model', page='reports#validation-in-every-context', closed=False):
     """Keys beside NeMo's."""
 
     objective: str = key(
@@ -118,37 +107,33 @@ class Model(Section, name='model', page='pretraining', closed=False):
     )
     target_normalize: str | None = key(
         None,
-        'How the features are normalised that targets are made of: `per_feature`, or `NA` and `null` as the preprocessor '
-        'gives them. Targets exist in training only, so the statistics may be those of the whole utterance.',
-        NULL | one_of('NA', 'per_feature'),
+        'How the features of the targets are normalised: `per_feature`; `NA`, `null`: as the preprocessor gives them.',
+        one_of('NA', 'per_feature').or_null(),
+        page='pretraining',
     )
     loss_over: str = key(
         'rank',
-        'What the loss of a training step is a mean over: the tokens of each `rank`, as in NeMo, or of all ranks, `global`, '
-        'at the cost of one more number reduced in each step.',
+        'What the loss is a mean over: the tokens of each `rank`, as in NeMo, or of all ranks, `global`.',
         one_of('rank', 'global'),
         page='scale#logged-numbers',
     )
     log_peak_flops: float | None = key(
         None,
         'Peak operations per second of one device, such as 9.9e14; with it `model_flops_share` is logged.',
-        NULL | number('above 0', lambda value: value > 0),
+        ABOVE_0.or_null(),
         page='scale#logged-numbers',
     )
     validate_contexts: object = key(
-        None,
-        'Contexts in which each validation runs: `all` of the config, the `first`, or a list such as `[[40, 0], low]`; '
-        '`null`: one, as in NeMo.',
-        page='reports#validation-in-every-context',
+        None, 'Contexts of each validation: `all` of the config, the `first`, or a list; `null`: one, as in NeMo.'
     )
     audit_every_n_batches: int | None = key(
         None,
-        'Every so many training batches an audit of the masks is logged, layer by layer; `null`: never.',
-        NULL | whole_number(1),
+        'Every so many training batches an audit of the masks is logged; `null`: never.',
+        whole_number(1).or_null(),
         page='reports#audit-of-the-masking',
     )
     log_figures: bool = key(
-        False, 'Whether each validation draws pictures for TensorBoard.', NULL | FLAG, page='reports#figures'
+        False, 'Whether each validation draws pictures for TensorBoard.', FLAG.or_null(), page='reports#figures'
     )
 
 
@@ -158,16 +143,10 @@ class NextToken(Section, name='model.next_token', page='objectives#which-tokens-
     horizons: int = key(4, 'How many coming tokens each frame predicts, 1 or more.', whole_number(1))
     positions: str = key(
         'all',
-        'Which frames predict next tokens: `all`, or `chunk_end`, the last `horizons` frames of each chunk, for the tokens '
-        'right after the chunk; outside `chunked_limited` the two are the same.',
+        'Which frames predict: `all`, or `chunk_end`, the last `horizons` of each chunk, the tokens right after it.',
         one_of('all', 'chunk_end'),
     )
-    weight: float = key(
-        1.0,
-        'Weight of the next tokens beside the masked ones, above 0; with `both`.',
-        number('above 0', lambda value: value > 0),
-        page='objectives',
-    )
+    weight: float = key(1.0, 'Weight of the next tokens beside the masked ones, above 0; with `both`.', ABOVE_0)
 
 
 class Preprocessor(Section, name='model.preprocessor', page='pretraining', closed=False):
@@ -175,8 +154,7 @@ class Preprocessor(Section, name='model.preprocessor', page='pretraining', close
 
     normalize: object = key(
         None,
-        'Besides the values of NeMo the path of a file of `compute_feature_stats.py`: the mean and deviation of each '
-        'feature over a corpus, which need no future.',
+        "Besides NeMo's values the file of `compute_feature_stats.py`: statistics of a corpus, which need no future.",
         shown='as in NeMo',
     )
 
@@ -187,20 +165,15 @@ class ValidationMasks(Section, name='model.validation_masks', page='reports#vali
     seed: int = key(0, 'Seed of the masks of validation, which are the same each time.', whole_number())
     left_context: int | None = key(
         None,
-        'Left context in frames within which the masks of validation keep a frame visible; `null`: the tightest of those '
-        'validated.',
-        NULL | whole_number(-1),
+        'Left context in frames that these masks are drawn for; `null`: the tightest of those validated.',
+        whole_number(-1).or_null(),
     )
 
 
 class Probe(Section, name='model.probe', page='reports#frozen-probe'):
     """A probe after validations."""
 
-    train_manifest: str = key(
-        MISSING,
-        'Manifest of some minutes of transcribed speech. After validations a small CTC probe is fitted to the frozen encoder '
-        'on it.',
-    )
+    train_manifest: str = key(MISSING, 'Manifest of some minutes of transcribed speech, which the probe is fitted to.')
     test_manifest: str = key(MISSING, 'Manifest of other utterances, in which the errors of the probe are counted.')
     every_n_validations: int = key(1, 'How many validations lie between two probes, 1 or more.', whole_number(1))
     steps: int = key(300, 'Steps of fitting a probe, 1 or more.', whole_number(1))
@@ -216,8 +189,8 @@ class Data(Section, name='model.train_ds', page='faults', closed=False):
 
     skip_bad_audio: bool = key(
         False,
-        'Whether audio that cannot be read, or has non-finite samples, is left out with a warning and counted; `false`: it '
-        'ends the run with the name of the file. In `validation_ds` and `test_ds`, too.',
+        'Whether audio that cannot be read or is not finite is left out and counted; `false`: it ends the run. In '
+        '`validation_ds` and `test_ds`, too.',
     )
 
 
@@ -238,8 +211,8 @@ class Resumable(Section, name='model.train_ds.resumable', page='faults#exact-res
 
     seed: int = key(
         0,
-        'Seed of the order of the data and of the noise; with the section `resumable` a run that was interrupted goes on '
-        'at the next batch, exactly. `resumable: null` turns it off.',
+        'Seed of the order of the data and of the noise; an interrupted run goes on at the next batch, exactly. '
+        '`resumable: null` turns it off.',
         whole_number(-(2**63)),
     )
 
@@ -247,14 +220,9 @@ class Resumable(Section, name='model.train_ds.resumable', page='faults#exact-res
 class Masking(Section, name='model.masking', page='contexts#what-is-masked-in-each-context', closed=False):
     """Keys beside NeMo's."""
 
-    causal: bool = key(
-        False,
-        'Whether masks keep a frame visible in the past of each masked frame where the left context is unlimited, too.',
-    )
+    causal: bool = key(False, 'Whether masks keep a past frame visible where the left context is unlimited, too.')
     left_context_size: int = key(
-        -1,
-        'Left context in attention frames within which masks keep a frame visible in any context; -1: that of the attention '
-        'alone.',
+        -1, 'Left context in attention frames that masks keep a frame visible in, at most; -1: that of the attention.'
     )
     follow_context: bool = key(
         True,
@@ -263,23 +231,14 @@ class Masking(Section, name='model.masking', page='contexts#what-is-masked-in-ea
     subsampling_factor: int = key(1, 'Mask frames in one attention frame; the model sets that of its encoder.')
 
 
-_REFINED = 'objectives#codebooks-that-follow-the-frames'
-
-
-class Quantizer(Section, name='model.quantizer', page=_REFINED, closed=False):
+class Quantizer(Section, name='model.quantizer', page='objectives#codebooks-that-follow-the-frames', closed=False):
     """Keys beside NeMo's."""
 
-    projection: str = key(
-        'random',
-        '`random`, as in NeMo, or `pca`: principal components of the speech, of `compute_feature_stats.py --pca`.',
-        one_of('random', 'pca'),
-    )
-    projection_file: str | None = key(
-        None, 'The file with the components; needed by `pca`, until it is in the checkpoint.'
-    )
+    projection: str = key('random', '`random`, as in NeMo, or `pca`, of `compute_feature_stats.py --pca`.')
+    projection_file: str | None = key(None, 'File of the components of `pca`, until they are in the checkpoint.')
 
 
-class Refine(Section, name='model.quantizer.refine', page=_REFINED):
+class Refine(Section, name='model.quantizer.refine', page=Quantizer.page):
     """Refinement of the codebooks."""
 
     every_n_steps: int = key(
@@ -289,38 +248,33 @@ class Refine(Section, name='model.quantizer.refine', page=_REFINED):
     decay: float = key(
         0.0,
         'By how much the weight of earlier frames shrinks at each refinement, from 0 on and below 1.',
-        number('from 0 on and below 1', lambda value: 0 <= value < 1),
+        number('a number from 0 on and below 1', lambda value: 0 <= value < 1),
     )
 
 
 class Encoder(Section, name='model.encoder', page='contexts', closed=False):
     """Keys beside NeMo's."""
 
-    att_context_seed: int = key(
-        0, 'Seed of the draw of a context for each batch from `att_context_size`, a function of it and the step.'
-    )
+    att_context_seed: int = key(0, 'Seed of the draw of a context for each batch, a function of it and the step.')
     att_context_shared: bool = key(
         True,
-        'Whether all ranks draw the same context in a step; `false`: each rank draws for itself, for less gradient noise and '
-        'less balanced load.',
+        'Whether all ranks draw the same context in a step; `false`: less gradient noise and less balanced load.',
         FLAG,
     )
     layer_att_context_size: object = key(
         None,
-        'Contexts of layers: `[[0, [40, 0]], [6, [80, 0]]]` from layer 0 and from layer 6 on, a list with one for each layer, '
-        'or a mapping with `anchors` and `interpolate`; `null`: one for all.',
+        'Contexts of layers: `[[0, [40, 0]], [6, [80, 0]]]` from layer 0 and from layer 6 on, one for each layer, or a '
+        'mapping; `null`: one for all.',
         page='contexts#contexts-by-layer',
     )
     activation_checkpointing: str = key(
         'none',
-        'Layers whose activations the backward pass computes again instead of keeping them: `none`, `layers` (all), or `every_2` '
-        'and so on (each second). Same loss and gradients, less memory.',
+        'Layers whose activations the backward pass computes again: `none`, `layers` (all), or `every_2` and so on.',
         page='scale#what-a-step-takes',
     )
     blockwise_attention: str = key(
         'auto',
-        'Whether layers with a limited context attend block by block, at linear cost: `auto` (where it is faster), `on`, '
-        '`off`.',
+        'Whether limited contexts attend block by block, at linear cost: `auto` (where it is faster), `on`, `off`.',
         page='blockwise',
     )
 
@@ -346,11 +300,7 @@ class LayerContexts(Section, name='model.encoder.layer_att_context_size', page='
 class Loss(Section, name='model.loss', page='patches#where-results-differ-from-stocks-on-purpose', closed=False):
     """Keys beside NeMo's."""
 
-    decoder_offset: int = key(
-        0,
-        'From how many decoder frames later a token is predicted; 1 with causal subsampling, whose frame i ends where '
-        'target i begins.',
-    )
+    decoder_offset: int = key(0, 'From how many decoder frames later a token is predicted; 1 with causal subsampling.')
 
 
 class Curriculum(Section, name='curriculum', page='contexts#curriculum'):
@@ -384,67 +334,44 @@ class ConfigKey(NamedTuple):
 
 SECTIONS = [dataclass(frozen=True, kw_only=True)(section) for section in Section.__subclasses__()]
 CONFIG_KEYS = tuple(
-    ConfigKey(
-        f'{section.name}.{each.name}',
-        each.metadata['shown'],
-        each.metadata['meaning'],
-        each.metadata['page'] or section.page,
-    )
+    ConfigKey(f'{section.name}.{each.name}', said['shown'], said['meaning'], said['page'] or section.page)
     for section in SECTIONS
     for each in fields(section)
+    for said in [each.metadata]
 )
 
 
-def check_known(section: str, keys: Iterable[str], known: Iterable[str]) -> None:
-    """Check that a section of a config has only known keys.
-
-    Args:
-        section: its full name, such as ``model.train_ds.resumable``.
-        keys: of the section.
-        known: the keys that it may have.
+def check_known(section: str, keys: Iterable[str], known: Collection[str]) -> None:
+    """Check that a section of a config (its full name) has only known keys.
 
     Raises:
         ValueError: naming the first unknown key, and the nearest known one or, if none is near, all of them.
     """
-    known = sorted(known)
+    check_spelling(section, keys, known, likeness=0.6)
     for each in keys:
         if each not in known:
-            nearest = nearest_key(each, known, likeness=0.6)
-            hint = f"did you mean {section}.{nearest}?" if nearest else f"{section} takes {', '.join(known)}"
-            raise ValueError(f"{section}.{each} is not known; {hint}{where_to_read(f'{section}.')}")
+            takes = f"{section} takes {', '.join(sorted(known))}"
+            raise ValueError(f"{section}.{each} is not known; {takes}{where_to_read(f'{section}.')}")
 
 
 def check_spelling(section: str, keys: Iterable[str], known: Iterable[str], likeness: float) -> None:
-    """Check a section that may have other keys: none may look like a slip in a known one.
-
-    Args:
-        section: its full name; '' at the top level.
-        keys: of the section.
-        known: the known keys.
-        likeness: from 0 to 1; a key that is more like a known one than this counts as a slip.
+    """Check a section that may have other keys: none may be more like a known one than ``likeness``, from 0 to 1.
 
     Raises:
         ValueError: naming the first such key, and the nearest known one.
     """
     known, prefix = sorted(known), f'{section}.' if section else ''
     for each in keys:
-        nearest = None if each in known else nearest_key(each, known, likeness)
+        nearest = [] if each in known else difflib.get_close_matches(str(each), known, n=1, cutoff=likeness)
         if nearest:
-            meant = f'{prefix}{nearest}'
+            meant = f'{prefix}{nearest[0]}'
             raise ValueError(f"{prefix}{each} is not known; did you mean {meant}?{where_to_read(meant)}")
-
-
-def nearest_key(name, known: Iterable[str], likeness: float) -> str | None:
-    """Return the known key that is most like this one, None if none is like it enough (from 0 to 1)."""
-    found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=likeness)
-    return found[0] if found else None
 
 
 def where_to_read(text: str) -> str:
     """Return the page of the first key of this project that an error names, to append to it; or ''.
 
-    Args:
-        text: of an error; keys may lack the ``model.`` in front, and be those of ``validation_ds`` or ``test_ds``.
+    The keys in the text may lack the ``model.`` in front, and be those of ``validation_ds`` or ``test_ds``.
     """
     text = text.replace('validation_ds.', 'train_ds.').replace('test_ds.', 'train_ds.')
     places = []

@@ -59,9 +59,9 @@ class NonFiniteGuard:
     _skipped_utterances = 0
     _skipped_steps = 0
     _skipped_in_a_row = 0
+    _silent_in_a_row = 0
     _gradient_norm = 0.0
     _batch_is_invalid = False
-    _silent_in_a_row = 0
 
     def on_before_batch_transfer(self, batch, dataloader_idx):
         """Refuse an empty batch, and refuse or drop invalid utterances."""
@@ -88,6 +88,14 @@ class NonFiniteGuard:
             samples.zero_()
         return batch
 
+    def _check_silence(self, is_silence: bool) -> None:
+        """Raise ValueError for a batch without good audio in validation, and for many in a row in training."""
+        if self.training:
+            self._silent_in_a_row = self._silent_in_a_row + 1 if is_silence else 0
+        if self._silent_in_a_row >= MAX_SKIPPED_IN_A_ROW or (is_silence and not self.training):
+            which = f"the last {self._silent_in_a_row} batches" if self.training else "a batch"
+            raise ValueError(f"each utterance of {which}{on_this_rank()} is bad; the log names them")
+
     def loss_of_valid(self, loss: torch.Tensor) -> torch.Tensor:
         """Return the loss of a training step.
 
@@ -105,48 +113,34 @@ class NonFiniteGuard:
         if math.isfinite(self._gradient_norm):
             self._skipped_in_a_row = 0
         elif getattr(self.trainer.precision_plugin, 'scaler', None) is None:
-            self._skip_step(parameters)
+            self._skip_step(optimizer)
         logs = {'gradient_norm': self._gradient_norm}
         if self._skips_nonfinite() or (self.cfg.get('train_ds') or {}).get('skip_bad_audio'):
             logs.update(skipped_steps=self._skipped_steps, skipped_utterances=self._skipped_utterances)
         for name, value in cpu_scalars(logs).items():
             self.log(name, value)
 
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clip by the norm that is known already, or as Lightning does by value."""
-        if not gradient_clip_val or gradient_clip_algorithm == 'value':
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif self._gradient_norm > gradient_clip_val:
-            gradients = [weight.grad for group in optimizer.param_groups for weight in group['params']]
-            gradients = [gradient for gradient in gradients if gradient is not None]
-            torch._foreach_mul_(
-                gradients, gradient_clip_val / (self._gradient_norm + 1e-6)
-            )  # as torch's clip_grad_norm_
-
-    def _check_silence(self, is_silence: bool) -> None:
-        """Raise ValueError for a batch without good audio in validation, and for many in a row in training."""
-        if is_silence and not self.training:
-            raise ValueError(f"each utterance of a batch{on_this_rank()} is bad; the log names them")
-        if self.training:
-            self._silent_in_a_row = self._silent_in_a_row + 1 if is_silence else 0
-        if self._silent_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise ValueError(
-                f"each utterance of the last {self._silent_in_a_row} batches{on_this_rank()} is bad; the log names them"
-            )
-
-    def _skip_step(self, parameters) -> None:
+    def _skip_step(self, optimizer) -> None:
         where = f"the gradients of step {self.trainer.global_step} are not all finite"
         if not self._skips_nonfinite():
             raise FloatingPointError(
                 f"{where}; the weights are as before it. With model.skip_nan_grad: true the step would be skipped"
             )
-        for parameter in parameters:
-            parameter.grad = None  # optimizers leave such parameters as they are, weight decay included
+        optimizer.zero_grad(set_to_none=True)  # it leaves such parameters as they are, weight decay included
         self._skipped_steps += 1
         self._skipped_in_a_row += 1
         logging.warning(f"Skipped a step: {where} ({self._skipped_steps} skipped so far)")
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(f"{where}, nor were those of the {MAX_SKIPPED_IN_A_ROW - 1} steps before it")
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clip by the norm that is known already, or as Lightning does by value."""
+        if not gradient_clip_val or gradient_clip_algorithm == 'value':
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif self._gradient_norm > gradient_clip_val:
+            weights = (weight for group in optimizer.param_groups for weight in group['params'])
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            torch._foreach_mul_(gradients, gradient_clip_val / (self._gradient_norm + 1e-6))  # as clip_grad_norm_
 
     def _skips_nonfinite(self) -> bool:
         return bool(self.cfg.get('skip_nan_grad', False))
@@ -157,8 +151,7 @@ def gradient_norm(parameters) -> float:
 
     After the backward pass the gradients, and so their norm, are the same on every rank.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
     return float(norm.full_tensor() if hasattr(norm, 'full_tensor') else norm)
 
 
@@ -179,17 +172,16 @@ def invalid_utterances(batch) -> torch.Tensor | None:
 
 
 def _signals(batch) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, value in _fields(batch):
+    for name, value in _fields(batch).items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1 and not value.is_cuda:
             yield name, value
 
 
-def _fields(batch) -> list[tuple[str, object]]:
+def _fields(batch) -> dict[str, object]:
     if dataclasses.is_dataclass(batch):
-        return [(field.name, getattr(batch, field.name)) for field in dataclasses.fields(batch)]
-    if isinstance(batch, (tuple, list)):
-        return [(f'item {index}', value) for index, value in enumerate(batch)]
-    return []
+        return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    items = batch if isinstance(batch, (tuple, list)) else ()
+    return {f'item {index}': value for index, value in enumerate(items)}
 
 
 def _names(batch, rows: torch.Tensor) -> str:
@@ -200,21 +192,20 @@ def _names(batch, rows: torch.Tensor) -> str:
 
 def _select(batch, rows: torch.Tensor):
     """Return the batch with some of its utterances; whatever else it carries stays."""
-    count = len(rows)
 
     def select(value):
-        if isinstance(value, torch.Tensor) and value.dim() and len(value) == count:
+        if isinstance(value, torch.Tensor) and value.dim() and len(value) == len(rows):
             return value[rows.to(value.device)]
-        if isinstance(value, list) and len(value) == count:
+        if isinstance(value, list) and len(value) == len(rows):
             return [item for item, kept in zip(value, rows.tolist()) if kept]
         return value
 
+    selected = {name: select(value) for name, value in _fields(batch).items()}
     if dataclasses.is_dataclass(batch):
-        selected = copy.copy(batch)
-        for name, value in _fields(batch):
-            setattr(selected, name, select(value))
-        return selected
-    selected = type(batch)(select(value) for value in batch)
+        found = copy.copy(batch)
+        found.__dict__.update(selected)
+        return found
+    found = type(batch)(selected.values())
     if hasattr(batch, '__dict__'):
-        selected.__dict__.update(batch.__dict__)
-    return selected
+        found.__dict__.update(batch.__dict__)
+    return found

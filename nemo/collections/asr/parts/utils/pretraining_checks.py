@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check a pre-training config before any work is done, so that a mistake ends in one clear error. New in this project."""
 
-import dataclasses
 import inspect
-from collections.abc import Iterable
+from dataclasses import fields
 
 import lightning.pytorch as pl
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -13,30 +12,16 @@ from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.context_sampler import FIELD as SAMPLER
 from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler
 from nemo.collections.asr.parts.objectives.combination import check_objective
-from nemo.collections.asr.parts.utils.config_keys import (
-    SECTIONS,
-    Data,
-    Model,
-    Resumable,
-    SyncedContexts,
-    check_known,
-    check_spelling,
-    nearest_key,
-)
+from nemo.collections.asr.parts.utils.config_keys import SECTIONS, Data, Model, check_known, check_spelling
 from nemo.utils.exp_manager import CallbackParams, ExpManagerConfig
 from nemo.utils.model_utils import import_class_by_path
 
 MODEL_SECTIONS = ('train_ds', 'preprocessor', 'masking', 'quantizer', 'encoder', 'decoder', 'loss')
-OPTIONAL_SECTIONS = ('validation_ds', 'test_ds', 'spec_augment', 'optim', 'next_token', 'validation_masks', 'probe')
 DATA_SECTIONS = ('train_ds', 'validation_ds', 'test_ds')
 MODEL_KEYS = (
-    'mask_position',
-    'num_classes',
-    'num_books',
-    'code_dim',
-    'squeeze_single',
-    'skip_nan_grad',
-    *Model.keys(),
+    *MODEL_SECTIONS,
+    *('validation_ds', 'test_ds', 'spec_augment', 'optim', 'next_token', 'validation_masks', 'probe'),
+    *('mask_position', 'num_classes', 'num_books', 'code_dim', 'squeeze_single', 'skip_nan_grad', *Model.keys()),
 )
 DATA_KEYS = (
     *('manifest_filepath', 'noise_manifest', 'batch_size', 'num_workers', 'min_duration', 'max_duration', 'shuffle'),
@@ -49,10 +34,7 @@ TOP_LEVEL_KEYS = (
 
 
 def check_pretraining_config(cfg: DictConfig) -> None:
-    """Check a whole config: missing values, unknown keys, contexts, manifests.
-
-    Args:
-        cfg: config with a ``model`` section, as the scripts of ``examples/asr/speech_pretraining`` take it.
+    """Check a whole config with a ``model`` section: missing values, unknown keys, contexts, manifests.
 
     Raises:
         ValueError: naming the key, its value and what is allowed.
@@ -91,7 +73,7 @@ def check_known_keys(model_cfg: DictConfig) -> None:
     Raises:
         ValueError: naming the unknown key and the nearest known one.
     """
-    check_spelling('model', model_cfg, [*MODEL_KEYS, *MODEL_SECTIONS, *OPTIONAL_SECTIONS], likeness=0.85)
+    check_spelling('model', model_cfg, MODEL_KEYS, likeness=0.85)
     for name in DATA_SECTIONS:
         if isinstance(model_cfg.get(name), DictConfig):  # NeMo has many more keys here, some of them much alike
             check_spelling(f'model.{name}', model_cfg[name], DATA_KEYS, likeness=0.9)
@@ -104,49 +86,29 @@ def check_own_sections(cfg: DictConfig) -> None:
     Raises:
         ValueError: naming the unknown key and the nearest known one.
     """
-    for name, known in _own_sections().items():
+    own = {section.name: section.keys() for section in SECTIONS if section.closed}
+    own |= {name.replace('train_ds', data): keys for name, keys in own.items() for data in DATA_SECTIONS}
+    own['trainer'] = _constructor_arguments(pl.Trainer)
+    for name, cls in (('', ExpManagerConfig), ('.checkpoint_callback_params', CallbackParams)):
+        own[f'exp_manager{name}'] = [field.name for field in fields(cls)]
+    for name, known in own.items():
         section = OmegaConf.select(cfg, name)
         if isinstance(section, DictConfig):
             check_known(name, section, known)
 
 
-def _own_sections() -> dict[str, Iterable[str]]:
-    """Return the full names of these sections, and the keys that each may have."""
-    own = {
-        **{section.name: section.keys() for section in SECTIONS if section.closed},
-        'trainer': _constructor_arguments(pl.Trainer),
-        'exp_manager': _field_names(ExpManagerConfig),
-        'exp_manager.checkpoint_callback_params': _field_names(CallbackParams),
-    }
-    for section in (SyncedContexts, Resumable):
-        for data in DATA_SECTIONS:
-            own[section.name.replace('train_ds', data)] = section.keys()
-    return own
-
-
-def _field_names(cls) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls)]
-
-
 def _check_parts(name: str, section: DictConfig) -> None:
+    """Check the arguments of each part with a ``_target_``."""
     if '_target_' in section:
-        _check_arguments(name, section)
+        try:
+            taken = _constructor_arguments(import_class_by_path(section._target_))
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"{name}._target_ is {section._target_!r}, which cannot be imported: {error}") from error
+        if taken is not None:
+            check_known(name, [key for key in section if not key.startswith('_')], taken)
     for key, value in section.items():
         if isinstance(value, DictConfig):
             _check_parts(f'{name}.{key}', value)
-
-
-def _check_arguments(name: str, section: DictConfig) -> None:
-    try:
-        target = import_class_by_path(section._target_)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name}._target_ is {section._target_!r}, which cannot be imported: {error}") from error
-    taken = _constructor_arguments(target)
-    for key in section:
-        if taken is not None and not key.startswith('_') and key not in taken:
-            nearest = nearest_key(key, taken, likeness=0.6)
-            hint = f"did you mean {nearest}?" if nearest else f"it takes {', '.join(sorted(taken))}"
-            raise ValueError(f"{name}.{key} is not an argument of {target.__name__}; {hint}")
 
 
 def _constructor_arguments(target) -> set[str] | None:
@@ -156,11 +118,10 @@ def _constructor_arguments(target) -> set[str] | None:
         own = cls.__dict__.get('__init__') if inspect.isclass(cls) else cls
         if own is None:
             continue
-        parameters = inspect.signature(own).parameters.values()
-        names |= {
-            parameter.name for parameter in parameters if parameter.kind.name not in ('VAR_KEYWORD', 'VAR_POSITIONAL')
-        }
-        if not any(parameter.kind.name == 'VAR_KEYWORD' for parameter in parameters):
+        parameters = inspect.signature(own).parameters
+        kinds = {name: parameter.kind for name, parameter in parameters.items()}
+        names |= {name for name, kind in kinds.items() if kind not in (kind.VAR_KEYWORD, kind.VAR_POSITIONAL)}
+        if inspect.Parameter.VAR_KEYWORD not in kinds.values():
             return names - {'self'}
     return None
 
@@ -171,42 +132,32 @@ def check_contexts(encoder_cfg: DictConfig) -> None:
     Raises:
         ValueError: naming the entry and its value.
     """
-    _check_sampler(encoder_cfg)
-    sizes = encoder_cfg.get('att_context_size')
-    if sizes is None or encoder_cfg.get('att_context_style') == 'chunked_limited_with_rc':
+    sampler, sizes = encoder_cfg.get('att_context_sampler'), encoder_cfg.get('att_context_size')
+    probabilities, style = encoder_cfg.get('att_context_probs'), encoder_cfg.get('att_context_style', 'regular')
+    probs = f'model.encoder.att_context_probs is {probabilities and list(probabilities)}'
+    if sampler is not None:
+        ContextSampler.parse(sampler, style)
+        if probabilities is not None:
+            raise ValueError(
+                f"{probs}, but {SAMPLER} draws the contexts of training and those of att_context_size are for "
+                "validation and inference; leave one of the two null"
+            )
+    if sizes is None or style == 'chunked_limited_with_rc':
         return
     several = isinstance(sizes, ListConfig) and len(sizes) > 0 and isinstance(sizes[0], ListConfig)
     entries = sizes if several else [sizes]
     for index, entry in enumerate(entries):
-        _check_entry(entry, 'model.encoder.att_context_size' + (f'[{index}]' if several else ''))
-    probabilities = encoder_cfg.get('att_context_probs')
+        field = 'model.encoder.att_context_size' + (f'[{index}]' if several else '')
+        AttContext.parse(entry, field=field)
+        if not isinstance(entry, ListConfig):
+            raise ValueError(f"{field} is {entry!r}; NeMo's encoder takes a pair [left, right], or several pairs")
     if probabilities is None:
         return
-    name = f'model.encoder.att_context_probs is {list(probabilities)}'
     if len(probabilities) != len(entries):
-        raise ValueError(f"{name}; it needs one probability for each of the {len(entries)} contexts")
+        raise ValueError(f"{probs}; it needs one probability for each of the {len(entries)} contexts")
     numbers = all(isinstance(probability, (int, float)) for probability in probabilities)
     if not numbers or min(probabilities) < 0 or abs(sum(probabilities) - 1) > 1e-6:
-        raise ValueError(f"{name}; probabilities are 0 or more and sum to 1")
-
-
-def _check_sampler(encoder_cfg: DictConfig) -> None:
-    sampler = encoder_cfg.get('att_context_sampler')
-    if sampler is None:
-        return
-    ContextSampler.parse(sampler, encoder_cfg.get('att_context_style', 'regular'))
-    probabilities = encoder_cfg.get('att_context_probs')
-    if probabilities is not None:
-        raise ValueError(
-            f"model.encoder.att_context_probs is {list(probabilities)}, but {SAMPLER} draws the contexts of training "
-            "and those of att_context_size are for validation and inference; leave one of the two null"
-        )
-
-
-def _check_entry(entry, field: str) -> None:
-    AttContext.parse(entry, field=field)
-    if not isinstance(entry, ListConfig):
-        raise ValueError(f"{field} is {entry!r}; NeMo's encoder takes a pair [left, right], or several pairs")
+        raise ValueError(f"{probs}; probabilities are 0 or more and sum to 1")
 
 
 def check_mask_position(model_cfg: DictConfig) -> None:

