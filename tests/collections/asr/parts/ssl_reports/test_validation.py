@@ -234,12 +234,3 @@ class TestValidation:
 
     def test_without_any_masked_frame_the_loss_is_nan_and_never_the_best(self):
         assert math.isnan(validate(tiny_model('model.masking.mask_prob=0'))['val_loss'])
-
-    def test_in_training(self):
-        model, run = tiny_model(), trainer(4, val_check_interval=2)
-        model.set_trainer(run)
-        run.fit(model, train_dataloaders=batches(4), val_dataloaders=batches(1))
-        for label in LABELS:
-            assert len(run.logger.column(f'val_loss/ctx_{label}')) == 2
-        assert len(run.logger.column('val_loss')) == 2
-        assert not model.state_dict().keys() ^ tiny_model('model.validate_contexts=null').state_dict().keys()

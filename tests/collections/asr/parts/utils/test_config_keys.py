@@ -38,12 +38,6 @@ TAKERS = {
 }
 
 
-def defaults_of(taker):
-    """The defaults of a class's arguments, ``required`` for those without."""
-    arguments = inspect.signature(taker).parameters.values()
-    return {one.name: 'required' if one.default is inspect.Parameter.empty else one.default for one in arguments}
-
-
 def anchor(heading):
     """What a heading's link is called, on GitHub and on the site."""
     return re.sub(r'[^\w\- ]', '', heading.lower()).strip().replace(' ', '-')
@@ -51,11 +45,10 @@ def anchor(heading):
 
 @pytest.mark.parametrize('section', TAKERS)
 def test_the_defaults_are_those_of_the_classes_that_take_them(section):
-    defaults = defaults_of(TAKERS[section])
-    declared = {
-        each.name: 'required' if each.default is MISSING else each.default for each in fields(BY_NAME[section])
-    }
-    assert declared.items() <= defaults.items()
+    arguments = inspect.signature(TAKERS[section]).parameters
+    for each in fields(BY_NAME[section]):
+        default = inspect.Parameter.empty if each.default is MISSING else each.default
+        assert arguments[each.name].default == default, each.name
 
 
 @pytest.mark.parametrize('section', SECTIONS, ids=lambda section: section.name)

@@ -62,11 +62,10 @@ class TestShippedConfigs:
     def test_pass(self, composed, name):
         check_pretraining_config(composed[name])
 
-    @pytest.mark.parametrize('name', CONFIG_NAMES)
-    def test_ask_for_the_manifests(self, name):
+    def test_ask_for_the_manifests(self):
         with initialize_config_dir(str(CONFIGS.resolve()), version_base=None):
-            asked = ['model.train_ds.manifest_filepath', 'model.validation_ds.manifest_filepath']
-            assert_error(compose(name), *asked['lhotse' in name :])
+            cfg = compose('nest_fast-conformer_streaming')
+        assert_error(cfg, 'model.train_ds.manifest_filepath', 'model.validation_ds.manifest_filepath')
 
     def test_lhotse_data_may_be_of_another_kind_but_must_be_there(self, composed):
         cfg = composed['nest_fast-conformer_streaming_lhotse'].copy()
@@ -82,16 +81,13 @@ class TestShippedConfigs:
         check_pretraining_config(cfg)
 
 
-class TestMaskPosition:
-    def test_post_conv_needs_both_of_its_settings(self, cfg):
-        cfg.model.mask_position = 'post_conv'
-        assert_error(cfg, 'model.quantizer.combine_time_steps is 8', 'mask_position post_conv', 'must be 1')
-        cfg.model.quantizer.combine_time_steps = 1
-        assert_error(cfg, 'model.loss.decoder_offset is 1', 'mask_position post_conv', 'must be 0')
-        cfg.model.loss.decoder_offset = 0
-        check_pretraining_config(cfg)
-        del cfg.model.loss.decoder_offset
-        check_pretraining_config(cfg)
+def test_post_conv_needs_both_of_its_settings(cfg):
+    cfg.model.mask_position = 'post_conv'
+    assert_error(cfg, 'model.quantizer.combine_time_steps is 8', 'mask_position post_conv', 'must be 1')
+    cfg.model.quantizer.combine_time_steps = 1
+    assert_error(cfg, 'model.loss.decoder_offset is 1', 'mask_position post_conv', 'must be 0')
+    del cfg.model.loss.decoder_offset
+    check_pretraining_config(cfg)
 
 
 class TestKeys:
@@ -117,21 +113,12 @@ class TestKeys:
             ('curriculum.milestone', 'did you mean curriculum.milestones?'),
             ('curriculum.colour', 'takes end, interpolate, milestones, start, warmup_steps'),
             ('model.validation_masks.sead', 'did you mean model.validation_masks.seed?'),
-            (
-                'model.train_ds.synced_contexts.context_option',
-                'did you mean model.train_ds.synced_contexts.context_opt',
-            ),
+            ('model.train_ds.synced_contexts.context_option', 'model.train_ds.synced_contexts.context_options?'),
             ('model.train_ds.resumable.sed', 'did you mean model.train_ds.resumable.seed?'),
-            (
-                'model.encoder.layer_att_context_size.anchor',
-                'did you mean model.encoder.layer_att_context_size.anchors?',
-            ),
+            ('model.encoder.layer_att_context_size.anchor', 'model.encoder.layer_att_context_size.anchors?'),
             ('trainer.max_step', 'did you mean trainer.max_steps?'),
             ('exp_manager.resume_if_exist', 'did you mean exp_manager.resume_if_exists?'),
-            (
-                'exp_manager.checkpoint_callback_params.save_topk',
-                'did you mean exp_manager.checkpoint_callback_params.sa',
-            ),
+            ('exp_manager.checkpoint_callback_params.save_topk', 'exp_manager.checkpoint_callback_params.save_top_k?'),
         ],
     )
     def test_a_misspelt_key_is_answered_with_the_nearest(self, cfg, key, hint):
