@@ -34,6 +34,12 @@ def tiny_encoder(seed: int = 0, std: float = 0.4, kind=ConformerEncoder, **chang
     return encoder
 
 
+def encode(encoder, frames, lengths=None):
+    """Run the layers alone on frames [B, A, d_model]; returns [B, A, d_model]."""
+    lengths = torch.full(frames.shape[:1], frames.shape[1]) if lengths is None else lengths
+    return encoder(audio_signal=frames, length=lengths, bypass_pre_encode=True)[0].transpose(1, 2)
+
+
 def with_adapter(encoder, adapter):
     """Add an adapter that shows: NeMo's begin as nothing."""
     encoder.add_adapter('added', adapter)

@@ -4,34 +4,20 @@
 One attention context per batch, known before the encoder runs; each layer attends within it and a context of its own.
 """
 
-import math
 import re
 
 import torch
 from omegaconf import open_dict
 
 from nemo.collections.asr.parts.att_context.blockwise import BlockwiseMask, can_cut, parse_choice, wins_by_blocks
-from nemo.collections.asr.parts.att_context.cache_aware import (
-    CannotStreamError,
-    check_streaming_chunk,
-    largest_left_context,
-    streaming_look_ahead,
-)
-from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.context_sampler import FIELD as SAMPLER
 from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler
 from nemo.collections.asr.parts.att_context.encoder_context import EncoderContext
-from nemo.collections.asr.parts.att_context.layer_contexts import (
-    LayerAttentionMasks,
-    LayerContext,
-    LayerContexts,
-    as_plain,
-    check_layer_context,
-)
-from nemo.collections.asr.parts.att_context.schedule import parse_layer_contexts
+from nemo.collections.asr.parts.att_context.layer_contexts import LayerAttentionMasks, LayerContext, LayerContexts
+from nemo.collections.asr.parts.att_context.schedule import accept_context, parse_layer_contexts
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tightest_window
 from nemo.core.classes.mixins import adapter_mixins
-from nemo.utils import logging
 from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
@@ -40,31 +26,33 @@ PROBABILITY_TOLERANCE = 1e-6
 LAYER_CONTEXTS = 'layer_att_context_size'  # the argument, and the config key
 
 
+class CannotStreamError(ValueError):
+    """The encoder's contexts do not allow streaming, or not in chunks like these."""
+
+
 class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
     """NeMo's Conformer encoder that owns the attention context: policy, override and active context.
 
     Takes NeMo's arguments, and:
 
     Args:
-        att_context_seed: seed of the draw among several ``att_context_size`` entries. The draw is a pure function of
-            the seed and the step, hence the same after a resume.
+        att_context_seed: seed of the draw among several ``att_context_size`` entries, a function of it and the step.
         att_context_shared: whether all ranks draw the same context in a step; false draws for each rank.
-        att_context_sampler: ``full_prob``, ``chunk_size``, ``left_chunks`` and ``left_limited_prob``: draws the context
-            of each training batch in place of ``att_context_size``, which then holds in validation and inference; see
-            ``ContextSampler``. Layers' own left contexts and a ceiling's are rounded down to whole chunks of the drawn.
+        att_context_sampler: the section of a ``ContextSampler``: draws the context of each training batch in place of
+            ``att_context_size``, which then holds in validation and inference.
         layer_att_context_size: contexts of the layers' own, see :meth:`set_layer_att_context_size`.
-        blockwise_attention: see :attr:`blockwise_attention`.
-        activation_checkpointing: ``none``, ``layers`` or ``every_n`` with a number for n (``every_2``: each second layer): the
-            layers whose activations the backward pass computes again instead of keeping them; the results are the same.
+        blockwise_attention: whether layers with a limited context attend block by block, at linear cost: ``auto`` (where
+            it is faster), ``on`` or ``off`` (NeMo bit for bit); it can be set at any time. Cached streaming steps and
+            exports keep NeMo's way.
+        activation_checkpointing: layers whose activations the backward pass computes again instead of keeping them:
+            ``none``, ``layers`` or ``every_n`` with a number for n (``every_2``: each second layer).
 
     Raises:
-        ValueError: if a layer's context is none, or the encoder's attention cannot follow it or what
-            ``att_context_sampler`` draws; if ``blockwise_attention`` or ``activation_checkpointing`` is no choice.
+        ValueError: if an argument has a value that is not allowed, or the encoder's attention cannot follow a context.
     """
 
     _layer_contexts: LayerContexts = ()
     _streaming_arguments: dict = {}  # of the last setup_streaming_params
-    _blockwise_attention = 'auto'
 
     def __init__(
         self,
@@ -78,7 +66,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        self.blockwise_attention = blockwise_attention
+        self.blockwise_attention = parse_choice(blockwise_attention)
         if att_context_sampler is not None:
             self._check_can_narrow(SAMPLER)
             att_context_sampler = ContextSampler.parse(att_context_sampler, self.att_context_style)
@@ -89,40 +77,17 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         self._layer_contexts = (None,) * len(self.layers)
         self._set_layer_contexts(self._parse_layer_contexts(layer_att_context_size))
 
-    @property
-    def blockwise_attention(self) -> str:
-        """Whether layers with a limited context attend block by block, at linear cost: ``auto``, ``on`` or ``off``.
-
-        The results are those of the masked computation to rounding. ``auto`` does it where it is faster; ``off`` never,
-        it is NeMo bit for bit. Layers with an unlimited context, cached streaming steps and exports keep NeMo's way.
-
-        Raises:
-            ValueError: when set to anything else.
-        """
-        return self._blockwise_attention
-
-    @blockwise_attention.setter
-    def blockwise_attention(self, value) -> None:
-        self._blockwise_attention = parse_choice(value)
-
     def tightest_left_context(self) -> int:
-        """The smallest limited left context, in attention frames; -1 if nothing limits it.
+        """The smallest limited left context of the present context, the layers' and in training the ceiling.
 
-        Of the present context, of every layer's own, and in training of the ceiling. A layer that sees itself alone
-        is left out: no masking makes it see less.
+        In attention frames, -1 if nothing limits it. A layer that sees itself alone is left out: no masking makes it see less.
         """
         if self.att_context_style in STYLES:
             return self.tightest_window().context.left
         return self.att_context_size[0]
 
     def tightest_window(self) -> Window:
-        """What each layer sees in the present context at least; see ``windows.tightest_window``.
-
-        In training it lies within the ceiling, too.
-
-        Raises:
-            ValueError: if the windows of the encoder's attention style are not known.
-        """
+        """What each layer sees in the present context at least, in training within the ceiling."""
         present = self._present_context()
         return tightest_window(
             self.effective_windows(self.att_context_policy.narrowed(present) if self.training else present)
@@ -133,26 +98,22 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         return self._layer_contexts
 
     def effective_att_contexts(self, att_context_size=None) -> tuple[AttContext, ...]:
-        """What each layer attends to when the batch's context is this one: the intersection with its own.
-
-        Args:
-            att_context_size: the batch's context; None takes the present one.
+        """What each layer attends to in a batch's context (None: the present one): the intersection with its own.
 
         Raises:
             ValueError: if no context of the encoder's style is that intersection.
         """
         batch = self.parse_att_context_size(self.att_context_size if att_context_size is None else att_context_size)
+        place = 'encoder.layers[{}].self_attention.att_context_size is {}'
         return tuple(
-            batch if own is None else self._effective_context(batch, own, f'encoder.layers[{index}]')
+            batch
+            if own is None
+            else self.att_context_policy.within(batch, own, place.format(index, list(own))).context
             for index, own in enumerate(self.layer_att_contexts())
         )
 
     def effective_windows(self, att_context_size=None) -> tuple[Window, ...]:
-        """What each layer sees when the batch's context is this one; arguments as in :meth:`effective_att_contexts`.
-
-        Raises:
-            ValueError: if the windows of the encoder's attention style are not known.
-        """
+        """The windows of :meth:`effective_att_contexts`; raises ValueError if those of the style are not known."""
         return tuple(
             Window(context, self.att_context_style) for context in self.effective_att_contexts(att_context_size)
         )
@@ -171,17 +132,23 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         Raises:
             ValueError: naming the item and its value, if it is no context, or the attention cannot follow it.
         """
-        self._set_layer_contexts(self._parse_layer_contexts(contexts))
-        self._write_layer_contexts()
+        self._set_layer_contexts(self._parse_layer_contexts(contexts), write=True)
+
+    def set_context_of_layer(self, index: int, context: AttContext | None) -> None:
+        """Give one layer a context of its own; see :meth:`set_layer_att_context_size`."""
+        if context is not None:
+            where = f'encoder.layers[{index}].self_attention.att_context_size is {context.as_list()}'
+            accept_context(context, where, self._check_layer_context)
+        contexts = [*self._layer_contexts[:index], context, *self._layer_contexts[index + 1 :]]
+        self._set_layer_contexts(tuple(contexts), write=True)
 
     def setup_streaming_params(
         self, chunk_size=None, shift_size=None, left_chunks=None, att_context_size=None, max_context: int = 10000
     ):
-        """Set ``streaming_cfg``; arguments are NeMo's. It follows the layers' own contexts.
+        """Set ``streaming_cfg``; arguments are NeMo's. It follows the layers' own contexts, later changes included.
 
         The cache is as long as the largest left context that any layer can use. With ``regular`` style the
-        look-ahead of a chunk is the sum of the layers' right contexts. A later change of the layers' contexts repeats
-        this with the same arguments.
+        look-ahead of a chunk is the sum of the layers' right contexts.
 
         Raises:
             ValueError: if the layers have contexts of their own, and cannot be streamed so.
@@ -190,17 +157,24 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         self._streaming_arguments = dict(given, att_context_size=att_context_size, max_context=max_context)
         if not self._has_layer_contexts():
             return super().setup_streaming_params(**self._streaming_arguments)
-        batch = self.parse_att_context_size(self.att_context_size if att_context_size is None else att_context_size)
-        look_ahead = self._streaming_look_ahead(batch)
-        if chunk_size is not None:
-            check_streaming_chunk(Window(batch, self.att_context_style), chunk_size, shift_size, look_ahead)
-        elif self.att_context_style == 'regular':
+        batch, look_ahead = self._streaming_window(), self._streaming_look_ahead()
+        if chunk_size is None and self.att_context_style == 'regular':
             given.update(chunk_size=look_ahead + 1, shift_size=1)
+        elif chunk_size is not None and batch.has_chunks and chunk_size % batch.chunk:
+            raise CannotStreamError(
+                f"chunk_size is {chunk_size}; with att_context_size {list(batch.context)} it must be a multiple of "
+                f"{batch.chunk}"
+            )
+        elif chunk_size is not None and not batch.has_chunks and chunk_size - shift_size < look_ahead:
+            raise CannotStreamError(
+                f"chunk_size {chunk_size} with shift_size {shift_size} leaves a look-ahead of {chunk_size - shift_size} "
+                f"frames; the layers' right contexts add up to {look_ahead}"
+            )
         # Stock supports one left context only; with left_chunks it takes none, and does not warn.
         given['left_chunks'] = left_chunks or 0
-        super().setup_streaming_params(**given, att_context_size=batch.as_list(), max_context=max_context)
+        super().setup_streaming_params(**given, att_context_size=list(batch.context), max_context=max_context)
         if left_chunks is None or chunk_size is None:
-            self.streaming_cfg.last_channel_cache_size = self._cached_frames(batch, max_context)
+            self._set_cache_size()
 
     def set_default_att_context_size(self, att_context_size):
         """Set the default context; arguments are NeMo's. An encoder that cannot be streamed in it is not refused."""
@@ -208,16 +182,12 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
             try:
                 super().set_default_att_context_size(att_context_size)
             except CannotStreamError:
-                self._refresh_streaming_params()
+                self._set_up_streaming()
 
     def get_initial_cache_state(self, *args, **kwargs):
-        """Return NeMo's empty caches.
-
-        Raises:
-            ValueError: if the layers have contexts of their own that cannot be streamed.
-        """
+        """Return NeMo's empty caches; raises ValueError if the layers' own contexts cannot be streamed."""
         if self._has_layer_contexts():
-            self._streaming_look_ahead(self.parse_att_context_size(self._streaming_context()))
+            self._streaming_look_ahead()
         return super().get_initial_cache_state(*args, **kwargs)
 
     def streaming_post_process(self, rets, keep_all_outputs=True):
@@ -228,22 +198,23 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         return rets
 
     def change_attention_model(self, self_attention_model=None, *args, **kwargs):
-        """Exchange the attention modules; arguments are NeMo's. The layers keep contexts of their own.
+        """Exchange the attention modules; arguments are NeMo's. The layers keep their contexts.
 
         Raises:
-            ValueError: if they have any and the new attention cannot follow them.
+            ValueError: if the new attention cannot follow the layers' contexts.
         """
-        contexts = self.layer_att_contexts()
         if self._has_layer_contexts() and self_attention_model == 'rel_pos_local_attn':
             raise ValueError(
                 "change_attention_model: rel_pos_local_attn cannot follow the layers' own contexts, "
-                f"{as_plain(contexts)}; drop them first with set_layer_att_context_size(None)"
+                f"{_as_plain(self._layer_contexts)}; drop them first with set_layer_att_context_size(None)"
             )
         with self._assigning_default():
             super().change_attention_model(self_attention_model, *args, **kwargs)
         self._connect_layers()
         if self._has_layer_contexts():
-            self._refresh_streaming_params()  # it also sets what the new modules drop from their cache
+            self._set_up_streaming(
+                **self._streaming_arguments
+            )  # it also sets what the new modules drop from their cache
 
     def forward_internal(self, audio_signal, length, cache_last_channel=None, *args, **kwargs):
         """Run the encoder within one context; arguments and results are NeMo's."""
@@ -270,52 +241,36 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         if offset is None and self._attends_in_blocks(context, max_audio_length):
             padding = torch.arange(max_audio_length, device=device) >= padding_length.unsqueeze(-1)
             return padding, BlockwiseMask(Window(context, self.att_context_style), padding)
-        return super()._create_masks(
-            list(context),
-            padding_length=padding_length,
-            max_audio_length=max_audio_length,
-            offset=offset,
-            device=device,
-        )
+        return super()._create_masks(list(context), padding_length, max_audio_length, offset, device)
 
     def _attends_in_blocks(self, context, frames: int) -> bool:
-        if self.blockwise_attention == 'off' or self.self_attention_model not in ('rel_pos', 'abs_pos'):
+        choice = parse_choice(self.blockwise_attention)
+        if choice == 'off' or self.self_attention_model not in ('rel_pos', 'abs_pos'):
             return False
         if torch.jit.is_tracing() or torch.compiler.is_exporting():  # what they make must serve any length
             return False
         if self.att_context_style not in STYLES or not can_cut(context) or not frames:
             return False
-        positions = self.self_attention_model == 'rel_pos'
-        return self.blockwise_attention == 'on' or wins_by_blocks(
-            Window(context, self.att_context_style), frames, positions, self.use_pytorch_sdpa
-        )
+        window, positions = Window(context, self.att_context_style), self.self_attention_model == 'rel_pos'
+        return choice == 'on' or wins_by_blocks(window, frames, positions, self.use_pytorch_sdpa)
 
     def _calc_context_sizes(self, att_context_size, att_context_probs, **kwargs):
         if att_context_probs and abs(sum(att_context_probs) - 1) <= PROBABILITY_TOLERANCE:
             # Stock requires a sum of exactly 1, which ten times 0.1 misses.
-            att_context_probs = list(att_context_probs)
-            att_context_probs[-1] = 1 - sum(att_context_probs[:-1])
+            att_context_probs = [*att_context_probs[:-1], 1 - sum(att_context_probs[:-1])]
         return super()._calc_context_sizes(
             att_context_size=att_context_size, att_context_probs=att_context_probs, **kwargs
         )
 
     def _has_layer_contexts(self) -> bool:
-        return any(context is not None for context in self.layer_att_contexts())
-
-    def _effective_context(self, batch: AttContext, own: AttContext, layer: str) -> AttContext:
-        where = f'{layer}.self_attention.att_context_size is {own.as_list()}'
-        return self.att_context_policy.within(batch, own, where).context
+        return any(context is not None for context in self._layer_contexts)
 
     def _parse_layer_contexts(self, contexts) -> LayerContexts:
-        field = f'encoder.{LAYER_CONTEXTS}'
         if contexts is None:
             return (None,) * len(self.layers)
+        field = f'encoder.{LAYER_CONTEXTS}'
         self._check_can_narrow(field)
-        rounds = (
-            self.att_context_style == 'regular' or self.att_context_policy.sampler is not None
-        )  # to each batch's chunks
-        chunks = [] if rounds else [batch.right + 1 for batch in self.att_context_policy.contexts()]
-        multiple = math.lcm(*(chunk for chunk in chunks if chunk))
+        multiple = self.att_context_policy.left_multiple
         return parse_layer_contexts(contexts, len(self.layers), field, multiple, self._check_layer_context)
 
     def _check_can_narrow(self, where: str) -> None:
@@ -331,44 +286,27 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
 
     def _check_layer_context(self, own: AttContext, where: str) -> None:
         self._check_can_narrow(where)
-        check_layer_context(own, self.att_context_policy.contexts(), self.att_context_policy.within, where)
+        self.att_context_policy.check_layer(own, where)
 
     def _connect_layers(self) -> None:
         for index, layer in enumerate(self.layers):
             layer.self_attn.layer_context = LayerContext(self, index)
 
-    def set_context_of_layer(self, index: int, context: AttContext | None) -> None:
-        """Give one layer a context of its own; see :meth:`set_layer_att_context_size`."""
-        if context is not None:
-            where = f'encoder.layers[{index}].self_attention.att_context_size is {context.as_list()}'
-            self._check_layer_context(context, where)
-            if context.left == 0:
-                logging.warning(f"{where}: a left context of 0 hides a frame's past")
-        contexts = list(self._layer_contexts)
-        contexts[index] = context
-        self._set_layer_contexts(tuple(contexts))
-        self._write_layer_contexts()
-
-    def _set_layer_contexts(self, contexts: LayerContexts) -> None:
+    def _set_layer_contexts(self, contexts: LayerContexts, write: bool = False) -> None:
         before, self._layer_contexts = self._layer_contexts, contexts
         if contexts != before:
-            self._refresh_streaming_params()
+            self._set_up_streaming(**self._streaming_arguments)
+        if write and hasattr(self, '_cfg'):  # built by a model
+            self.write_layer_contexts_to(self._cfg)
 
     def write_layer_contexts_to(self, cfg) -> None:
         """Write the layers' contexts to an encoder's config, if it has others."""
-        written = cfg.get(LAYER_CONTEXTS)
-        if written is None and not self._has_layer_contexts():
-            return
-        if written is not None and self._parse_layer_contexts(written) == self._layer_contexts:
+        if self._parse_layer_contexts(cfg.get(LAYER_CONTEXTS)) == self._layer_contexts:
             return
         with open_dict(cfg):
-            cfg[LAYER_CONTEXTS] = as_plain(self._layer_contexts)
+            cfg[LAYER_CONTEXTS] = _as_plain(self._layer_contexts)
             if not self._has_layer_contexts():
                 del cfg[LAYER_CONTEXTS]
-
-    def _write_layer_contexts(self) -> None:
-        if hasattr(self, '_cfg'):  # built by a model
-            self.write_layer_contexts_to(self._cfg)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         if not hasattr(self.pre_encode, 'pre_encode'):  # pre-trained with post-conv masking, which wraps it
@@ -377,43 +315,43 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
                 state_dict[f'{prefix}pre_encode.{name[len(wrapped) :]}'] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _streaming_context(self):
-        context = self._streaming_arguments.get('att_context_size')
-        return self.att_context_size if context is None else context
-
-    def _follow_default(self) -> None:
-        """Set up streaming for the present default context; one that cannot be streamed is no error here."""
-        try:
-            self.setup_streaming_params()
-        except CannotStreamError:
-            self._refresh_streaming_params()
-
-    def _refresh_streaming_params(self) -> None:
-        """Set up streaming as it was, for new contexts; for those that cannot be streamed, as stock does."""
-        arguments = dict(self._streaming_arguments)
+    def _set_up_streaming(self, **arguments) -> None:
+        """Set up streaming; for contexts that cannot be streamed, as stock does. Defaults are those of the method."""
         try:
             self.setup_streaming_params(**arguments)
         except CannotStreamError:
             super().setup_streaming_params(**arguments)
-            batch = self.parse_att_context_size(self._streaming_context())
-            self.streaming_cfg.last_channel_cache_size = self._cached_frames(batch, arguments['max_context'])
+            self._set_cache_size()
 
-    def _streaming_look_ahead(self, batch: AttContext) -> int:
-        """Frames after a frame that its output depends on.
+    def _streaming_window(self) -> Window:
+        """Return the window of the context that streaming was last set up for."""
+        context = self._streaming_arguments.get('att_context_size') or self.att_context_size
+        return Window(self.parse_att_context_size(context), self.att_context_style)
 
-        Raises:
-            CannotStreamError: if that is not known, or differs from chunk to chunk.
-        """
+    def _streaming_look_ahead(self) -> int:
+        """Frames after a frame that its output depends on; CannotStreamError if that differs from chunk to chunk."""
         if self.self_attention_model == 'abs_pos':
             raise CannotStreamError(
                 "self_attention_model abs_pos cannot be streamed: a frame's position in the whole utterance is not "
                 "known to a chunk; use rel_pos"
             )
-        window = Window(batch, self.att_context_style)
-        return streaming_look_ahead(window, self.effective_windows(batch), self.conv_context_size[1])
+        batch = self._streaming_window()
+        where = f'att_context_size {list(batch.context)} cannot be streamed'
+        if batch.style == 'chunked_limited' and not batch.has_chunks:
+            raise CannotStreamError(f"{where}: it has no chunks")
+        if batch.has_chunks:
+            return batch.context.right
+        rights = [context.right for context in self.effective_att_contexts(batch.context)]
+        if UNLIMITED in rights:
+            raise CannotStreamError(f"{where}: the right context of layer {rights.index(UNLIMITED)} is unlimited")
+        return sum(right + self.conv_context_size[1] for right in rights)
 
-    def _cached_frames(self, batch: AttContext, max_context: int) -> int:
-        return largest_left_context(Window(batch, self.att_context_style), self.effective_windows(batch), max_context)
+    def _set_cache_size(self) -> None:
+        """Set the largest left context of all layers, in whole chunks, so that those of cache and input meet."""
+        batch = self._streaming_window()
+        lefts = [context.left for context in self.effective_att_contexts(batch.context)]
+        frames = self._streaming_arguments['max_context'] if UNLIMITED in lefts else max(lefts)
+        self.streaming_cfg.last_channel_cache_size = -(-frames // batch.chunk) * batch.chunk
 
     def _check_can_attend_within(self, context) -> None:
         default = self.att_context_policy.default
@@ -422,13 +360,16 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
                 f"encoder.att_context_size cannot become {list(context)}: self_attention_model rel_pos_local_attn "
                 f"builds {list(default)} into its layers; use change_attention_model"
             )
-        if self.att_context_style == 'chunked_limited' and context.right >= 0 and context.left > 0:
-            chunk = context.right + 1
-            if context.left % chunk:
-                raise ValueError(
-                    f"encoder.att_context_size is {context.as_list()}: with att_context_style chunked_limited the "
-                    f"left context must be a multiple of the chunk, {chunk} frames (right context + 1)"
-                )
+        chunked = self.att_context_style == 'chunked_limited'
+        if chunked and Window(context, 'chunked_limited').in_whole_chunks().context != context:
+            raise ValueError(
+                f"encoder.att_context_size is {context.as_list()}: with att_context_style chunked_limited the "
+                f"left context must be a multiple of the chunk, {context.right + 1} frames (right context + 1)"
+            )
+
+
+def _as_plain(contexts: LayerContexts) -> list:
+    return [None if context is None else context.as_list() for context in contexts]
 
 
 def _recomputes(choice: str, layer: int) -> bool:

@@ -5,13 +5,14 @@ Shapes: B batch, T attention frames.
 """
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 from tensor_sizes import LargestTensor
-from tiny_encoder import TINY_ENCODER, WITHOUT_DROPOUT, tiny_encoder, with_adapter
-from torch.utils.checkpoint import checkpoint
+from tiny_encoder import TINY_ENCODER, WITHOUT_DROPOUT, encode, tiny_encoder, with_adapter
 
+from nemo.collections.asr.modules import conformer_encoder
 from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder, ConformerEncoderAdapter
 from nemo.collections.asr.parts.att_context.blockwise import BlockwiseMask
 from nemo.collections.asr.parts.submodules import conformer_modules
@@ -27,12 +28,6 @@ def make_encoder(**changes):
     return tiny_encoder(
         std=0.3, **{**WITHOUT_DROPOUT, 'att_context_size': [8, 0], 'blockwise_attention': 'on', **changes}
     )
-
-
-def encode(encoder, frames, lengths=None):
-    """Run the layers alone on [B, T, d_model]; returns [B, d_model, T]."""
-    lengths = torch.full(frames.shape[:1], frames.shape[1]) if lengths is None else lengths
-    return encoder(audio_signal=frames, length=lengths, bypass_pre_encode=True)[0]
 
 
 @pytest.fixture
@@ -93,20 +88,16 @@ class TestWhoAttendsInBlocks:
     def test_the_choice_is_checked_and_can_be_changed(self):
         encoder = make_encoder(blockwise_attention=False)  # what YAML makes of off
         assert encoder.blockwise_attention == 'off'
-        encoder.blockwise_attention = 'on'
+        encoder.blockwise_attention = 'yes'
         with pytest.raises(ValueError, match="model.encoder.blockwise_attention is 'yes'; .* auto, on, off"):
-            encoder.blockwise_attention = 'yes'
-        assert encoder.blockwise_attention == 'on'
+            encode(encoder, torch.randn(1, 20, 16))
         with pytest.raises(ValueError, match='model.encoder.blockwise_attention is 2'):
             make_encoder(blockwise_attention=2)
 
     def test_other_attention_is_left_alone(self):
         encoder = make_encoder(self_attention_model='rel_pos_local_attn', att_context_size=[4, 4])
-        stock = make_encoder(
-            self_attention_model='rel_pos_local_attn', att_context_size=[4, 4], blockwise_attention='off'
-        )
-        frames = torch.randn(1, 40, 16)
-        assert torch.equal(encode(encoder, frames), encode(stock, frames))
+        with mock.patch.object(conformer_encoder, 'BlockwiseMask', side_effect=AssertionError):
+            encode(encoder, torch.randn(1, 40, 16))
 
 
 class TestNothingElseChanges:
@@ -116,7 +107,7 @@ class TestNothingElseChanges:
         settings = dict(self_attention_model=model, use_pytorch_sdpa=sdpa, att_context_style=style)
         encoder = make_encoder(att_context_size=context, **settings).train()
         frames, lengths = torch.randn(3, 150, 16), torch.tensor([150, 77, 1])
-        weights, results = torch.randn(3, 16, 150), {}
+        weights, results = torch.randn(3, 150, 16), {}
         for choice in ('off', 'on'):
             encoder.blockwise_attention = choice
             encoder.zero_grad()
@@ -157,25 +148,8 @@ class TestNothingElseChanges:
         assert (found - unadapted).abs().max() > 0.1
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
-    def test_the_state_dict(self):
-        assert make_encoder().state_dict().keys() == make_encoder(blockwise_attention='off').state_dict().keys()
-
-    def test_activation_checkpointing(self):
-        encoder = make_encoder(layer_att_context_size=SCHEDULE).train()
-        frames = torch.randn(1, 60, 16, requires_grad=True)
-        encode(encoder, frames).square().sum().backward()
-        expected, frames.grad = frames.grad, None
-        for layer in encoder.layers:
-            forward = layer.forward
-            layer.forward = lambda *args, forward=forward, **kwargs: checkpoint(
-                forward, *args, use_reentrant=False, **kwargs
-            )
-        encode(encoder, frames).square().sum().backward()
-        torch.testing.assert_close(frames.grad, expected)
-
-    @pytest.mark.parametrize('schedule', [None, SCHEDULE])
-    def test_no_tensor_grows_with_the_square_of_the_audio(self, schedule):
-        encoder, largest = make_encoder(layer_att_context_size=schedule).train(), []
+    def test_no_tensor_grows_with_the_square_of_the_audio(self):
+        encoder, largest = make_encoder(layer_att_context_size=SCHEDULE).train(), []
         for frames in (400, 800):
             with LargestTensor() as mode:
                 encode(encoder, torch.randn(1, frames, 16)).sum().backward()

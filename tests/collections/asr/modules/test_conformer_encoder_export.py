@@ -66,15 +66,9 @@ def test_an_exported_stream_is_that_of_pytorch(name, suffix, tmp_path):
     assert expected.shape[2] >= STEPS
     for ours, theirs in zip([found, *found_caches], [expected, *caches]):
         torch.testing.assert_close(ours, theirs, atol=allowed, rtol=0)
-
-
-def test_the_layers_contexts_are_in_the_exported_graph(tmp_path):
-    encoder = tiny_encoder(n_layers=2, **ENCODERS['layers'])
-    encoder.export_cache_support = True
-    encoder.setup_streaming_params()
-    narrowed = stream(export(encoder, tmp_path / 'layers.onnx'), encoder)[0]
-    encoder.set_layer_att_context_size(None)
-    assert (stream(encoder.forward_for_export, encoder)[0] - narrowed).abs().max() > 1e-2
+    if name == 'layers':
+        encoder.set_layer_att_context_size(None)
+        assert (stream(encoder.forward_for_export, encoder)[0] - found).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize('suffix', ['.onnx', '.ts'])

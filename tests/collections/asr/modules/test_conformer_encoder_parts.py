@@ -14,10 +14,6 @@ from nemo.collections.asr.modules.conformer_encoder import (
 )
 from nemo.collections.asr.parts.att_context import StreamingSession
 from nemo.collections.asr.parts.submodules.adapters import multi_head_attention_adapter_module as adapters
-from nemo.collections.asr.parts.submodules.multi_head_attention import (
-    MultiHeadAttention,
-    RelPositionMultiHeadAttention,
-)
 from nemo.collections.common.parts.adapter_modules import LinearAdapterConfig
 
 WIDTH = 16
@@ -42,33 +38,20 @@ def run(encoder):
         return encoder(audio_signal=FEATURES, length=LENGTHS)[0]
 
 
-class TestMultiLayerFeatures:
-    def test_they_are_the_layers_outputs_within_their_contexts(self):
-        encoder = make_encoder()
-        outputs = []
-        hooks = [layer.register_forward_hook(lambda *args: outputs.append(args[2])) for layer in encoder.layers]
-        run(encoder)
-        for hook in hooks:
-            hook.remove()
-        extractor = ConformerMultiLayerFeatureExtractor(encoder, [0, 2])
-        with torch.no_grad():
-            features, lengths = extractor(FEATURES, LENGTHS)
-        torch.testing.assert_close(features[0], outputs[0].transpose(1, 2), atol=0, rtol=0)
-        torch.testing.assert_close(features[1], outputs[2].transpose(1, 2), atol=0, rtol=0)
+def test_features_of_several_layers_are_their_outputs_within_their_contexts():
+    encoder, outputs = make_encoder(), []
+    hooks = [layer.register_forward_hook(lambda *args: outputs.append(args[2])) for layer in encoder.layers]
+    run(encoder)
+    for hook in hooks:
+        hook.remove()
+    extractor = ConformerMultiLayerFeatureExtractor(encoder, [0, 2])
+    with torch.no_grad():
+        features, lengths = extractor(FEATURES, LENGTHS)
+        assert torch.equal(features[0], outputs[0].transpose(1, 2))
+        assert torch.equal(features[1], outputs[2].transpose(1, 2))
         assert torch.equal(lengths[0], encoder(audio_signal=FEATURES, length=LENGTHS)[1])
         encoder.set_layer_att_context_size(None)
-        with torch.no_grad():
-            wider = extractor(FEATURES, LENGTHS)[0]
-        assert not torch.allclose(wider[0], features[0], atol=1e-4)
-
-    def test_they_train_in_the_pinned_context(self):
-        encoder = make_encoder().train()
-        extractor = ConformerMultiLayerFeatureExtractor(encoder, [1])
-        with encoder.using_att_context_size([2, 0]):
-            first = extractor(FEATURES, LENGTHS)[0][0]
-        first.sum().backward()
-        assert encoder.layers[1].self_attn.linear_q.weight.grad.abs().sum() > 0
-        assert not torch.allclose(extractor(FEATURES, LENGTHS)[0][0], first, atol=1e-4)
+        assert not torch.allclose(extractor(FEATURES, LENGTHS)[0][0], features[0], atol=1e-4)
 
 
 def linear():
@@ -80,10 +63,6 @@ def attention():
 
 
 class TestAdapters:
-    def test_attention_adapters_are_the_patched_attention(self):
-        assert issubclass(adapters.MultiHeadAttentionAdapter, MultiHeadAttention)
-        assert issubclass(adapters.RelPositionMultiHeadAttentionAdapter, RelPositionMultiHeadAttention)
-
     @pytest.mark.parametrize('adapter', [linear, attention])
     def test_an_adapter_attends_no_further_than_its_layer(self, adapter):
         encoder = with_adapter(make_encoder(ConformerEncoderAdapter), adapter())

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention contexts as values, and what follows from them. NeMo has no such package."""
 
-import importlib
+from importlib import import_module
 
 from nemo.collections.asr.parts.att_context.context import PRESETS, UNLIMITED, AttContext, draw_index, tightest
 from nemo.collections.asr.parts.att_context.dynamic_context import (
@@ -42,11 +42,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
-    if name == 'AttContextCurriculum':  # needs Lightning, which nothing else here does
-        from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
+_IMPORTED_LATE = {
+    'AttContextCurriculum': 'att_context.curriculum',  # needs Lightning, which nothing else here does
+    'StreamingOutput': 'streaming.session',  # needs the encoder, which needs this package
+    'StreamingSession': 'streaming.session',
+}
 
-        return AttContextCurriculum
-    if name in ('StreamingOutput', 'StreamingSession'):  # need the encoder, which needs this package
-        return getattr(importlib.import_module('nemo.collections.asr.parts.streaming.session'), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name):
+    if name not in _IMPORTED_LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f'nemo.collections.asr.parts.{_IMPORTED_LATE[name]}'), name)

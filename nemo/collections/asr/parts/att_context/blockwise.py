@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention within a limited context, block by block: the numbers of the masked computation at linear cost.
 
-Queries are cut into blocks, and each block meets only the keys that one of its queries can see, its window. So T x T
-scores become T x W. The idea is that of local attention in the Longformer (https://arxiv.org/abs/2004.05150) and of
-relative shifts in Transformer-XL (https://arxiv.org/abs/1901.02860); here it is exact for NeMo's attention styles.
+Queries are cut into blocks, and each block meets only the keys that one of its queries can see, its window: T x W
+scores instead of T x T. As in the Longformer (https://arxiv.org/abs/2004.05150), with the relative shifts of
+Transformer-XL (https://arxiv.org/abs/1901.02860); exact for NeMo's attention styles.
 
 Shapes: B batch, H heads, T attention frames, D features of a head, N blocks, C queries of a block, W keys of its
 window, P distances between a query and the keys it may see.
@@ -23,10 +23,8 @@ COPIES_PER_SCORE = 40.0  # see _block_frames
 MANY_WINDOWS = 16  # see AttentionBlocks.are_many
 CHOICES = ('auto', 'on', 'off')  # of blockwise_attention
 LEAST = {  # (relative positions, sdpa): (windows, frames), see wins_by_blocks
-    (True, False): (2, 128),
-    (True, True): (2, 128),
-    (False, False): (4, 192),
-    (False, True): (6, 256),
+    **{(True, False): (2, 128), (True, True): (2, 128)},
+    **{(False, False): (4, 192), (False, True): (6, 256)},
 }
 
 
@@ -38,29 +36,17 @@ class AttentionBlocks:
     in windows as zeros, and are hidden.
     """
 
-    frames: int
-    """T"""
-    queries: int
-    """C, of each block; the last may have fewer real ones"""
-    before: int
-    """keys of the window before the block's first query"""
-    after: int
-    """keys of the window after the block's last query"""
-    past: int
-    """the largest distance from a query back to a key it may see"""
-    future: int
-    """the largest distance from a query ahead to a key it may see"""
-    window: Window
-    """which frames a frame sees"""
+    frames: int  # T
+    queries: int  # C, of each block; the last may have fewer real ones
+    before: int  # keys of the window before the block's first query
+    after: int  # keys of the window after the block's last query
+    past: int  # the largest distance from a query back to a key it may see
+    future: int  # the largest distance from a query ahead to a key it may see
+    window: Window  # which frames a frame sees
 
     @classmethod
     def cut(cls, window: Window, frames: int) -> 'AttentionBlocks':
-        """Return the blocks for a limited window.
-
-        Args:
-            window: limited on both sides.
-            frames: T; a window that reaches beyond it costs no more than one that reaches all of it.
-        """
+        """Return the blocks of T frames for a window that is limited on both sides; beyond T it costs no more."""
         context = window.context
         assert can_cut(context), context
         if not window.has_chunks:
@@ -86,8 +72,7 @@ class AttentionBlocks:
     def are_many(self) -> bool:
         """Whether to compute what each block needs again for the backward pass, instead of keeping it.
 
-        Windows and weights take twice the memory of queries, keys and values; making them again takes a fifth of the
-        attention's time. Where the audio is this long, that is little beside what the blocks save.
+        Windows and weights take twice the memory of queries, keys and values, and making them a fifth of the time.
         """
         return self.frames >= MANY_WINDOWS * self.keys
 
@@ -108,13 +93,9 @@ class AttentionBlocks:
         return torch.cat(shifted, dim=2).permute(0, 3, 1, 2, 4)
 
     def place(self, scores: torch.Tensor) -> torch.Tensor:
-        """Move each query's scores of distances to the keys at these distances.
+        """Move each query's scores of distances to the keys at these distances; 0 at keys beyond them.
 
-        Args:
-            scores: [B, H, N * C, P], P = past + future + 1, from the farthest past to the farthest future.
-
-        Returns:
-            [B, H, N, C, W]; 0 at keys beyond the distances.
+        From [B, H, N * C, P], P = past + future + 1, from the farthest past to the farthest future, to [B, H, N, C, W].
         """
         C = self.queries
         width = C - 1 + self.past + self.future + 1  # of a window that reaches all distances of all queries
@@ -126,8 +107,7 @@ class AttentionBlocks:
     def hidden(self, padding: torch.Tensor) -> torch.Tensor:
         """Return which keys of its window a query must not see, [B, N, C, W] bool, True = hidden.
 
-        Args:
-            padding: [B, T] bool, True = padding.
+        ``padding`` is [B, T] bool, True = padding.
         """
         device = padding.device
         first = torch.arange(self.count, device=device).unsqueeze(1) * self.queries
@@ -158,11 +138,7 @@ class BlockwiseMask:
 
 
 def parse_choice(value) -> str:
-    """Read ``blockwise_attention``: auto, on or off; YAML makes booleans of the last two.
-
-    Raises:
-        ValueError: if it is anything else.
-    """
+    """Read ``blockwise_attention``: auto, on or off, of which YAML makes booleans; ValueError for anything else."""
     choice = {True: 'on', False: 'off'}[value] if isinstance(value, bool) else value
     if choice not in CHOICES:
         raise ValueError(f"model.encoder.blockwise_attention is {value!r}; it must be one of {', '.join(CHOICES)}")
@@ -177,9 +153,8 @@ def can_cut(context: AttContext) -> bool:
 def wins_by_blocks(window: Window, frames: int, positions: bool, sdpa: bool) -> bool:
     """Return whether attending block by block is faster than NeMo's way for T = ``frames``: a measured rule.
 
-    The audio must be several times as long as the window of a block: how many times depends on the kind of attention,
-    hardly on the context. Below some 10 s the further steps of the way by blocks cost more than they save, however
-    short the context is. ``benchmarks/attention.py --part rule`` measures both numbers.
+    The audio must be several times as long as the window of a block, and longer than some 10 s. Both numbers depend on
+    the kind of attention, hardly on the context; ``benchmarks/attention.py --part rule`` measures them.
 
     Args:
         window: limited on both sides.
@@ -188,16 +163,14 @@ def wins_by_blocks(window: Window, frames: int, positions: bool, sdpa: bool) -> 
         sdpa: whether it uses PyTorch's ``scaled_dot_product_attention``.
     """
     least_windows, least_frames = LEAST[positions, sdpa]
-    if frames < least_frames:
-        return False
-    return frames >= least_windows * AttentionBlocks.cut(window, frames).keys
+    return frames >= least_frames and frames >= least_windows * AttentionBlocks.cut(window, frames).keys
 
 
 def _block_frames(window: int) -> int:
     """Return how many queries a block should have when each sees a window of so many frames, a multiple of 8.
 
-    Long blocks compute scores that are then hidden, C for each query; short ones copy each key into many windows,
-    window / C times. The sum is least at C = sqrt(ratio of the two costs x window); ``COPIES_PER_SCORE`` is that
-    ratio, measured on a CPU with 64 features for each head (``benchmarks/attention.py --part blocks``).
+    Long blocks compute C scores for each query that are then hidden; short ones copy each key window / C times. The sum
+    is least at C = sqrt(ratio of the two costs x window). ``COPIES_PER_SCORE`` is that ratio, measured on a CPU with 64
+    features for each head (``benchmarks/attention.py --part blocks``).
     """
     return max(8, round(math.sqrt(COPIES_PER_SCORE * window) / 8) * 8)

@@ -18,7 +18,7 @@ PRESETS = {
 
 
 def shown(value) -> str:
-    """Return a value as errors show it: in one line, and a model or another large object by its type alone."""
+    """Return a value as errors show it: in one line, a model or another large object by its type alone."""
     if value is None or isinstance(value, (str, bool, Real)):
         return repr(value)
     if isinstance(value, Mapping):
@@ -61,10 +61,10 @@ class AttContext:
         Args:
             value: an ``AttContext``, a pair ``[left, right]`` (list, tuple or ListConfig), an int (the left context,
                 with right 0) or the name of a preset.
-            field: the config key to name in an error.
+            field: what an error names.
 
         Raises:
-            ValueError: if the value is none of these; the message names ``field``, the value and what is allowed.
+            ValueError: if the value is none of these.
         """
         if isinstance(value, cls):
             return value
@@ -80,11 +80,6 @@ class AttContext:
                 f"or a preset ({', '.join(PRESETS)})"
             )
         return cls(_parse_side('left', value[0], field), _parse_side('right', value[1], field))
-
-    @property
-    def label(self) -> str:
-        """The context in metric names: ``40_0``, ``unlimited_0``."""
-        return context_label(self)
 
     def __iter__(self) -> Iterator[int]:
         yield self.left
@@ -102,8 +97,13 @@ class AttContext:
         return AttContext(tightest(self.left, other.left), tightest(self.right, other.right))
 
 
+def is_sequence(value) -> bool:
+    """Return whether it is a list, a tuple or the like of a config, and no text."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
 def context_label(context: Iterable[int]) -> str:
-    """Return a context's name in metrics, files and tables: ``40_0``, ``unlimited_0``; of any number of sides."""
+    """Return a context's name in metrics, files and tables: ``40_0``, ``unlimited_0``."""
     return '_'.join('unlimited' if side == UNLIMITED else str(side) for side in context)
 
 

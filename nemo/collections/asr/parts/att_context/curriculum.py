@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A ceiling on the batches' contexts that moves during training."""
 
-import math
 from dataclasses import replace
 
 import lightning.pytorch as pl
@@ -40,8 +39,8 @@ class AttContextCurriculum(pl.Callback):
 
     def __init__(self, milestones=None, interpolate: str = 'step', start=None, end=None, warmup_steps=None):
         path = {'start': start, 'end': end, 'warmup_steps': warmup_steps}
-        missing = [name for name, value in path.items() if value is None]
-        if (milestones is None) == (len(missing) == len(path)) or (milestones is None and missing):
+        given = [value is not None for value in path.values()]
+        if any(given) if milestones is not None else not all(given):
             raise ValueError(
                 f"curriculum takes either milestones or all of {', '.join(path)}; milestones is {milestones!r}, "
                 + ', '.join(f'{name} is {value!r}' for name, value in path.items())
@@ -54,10 +53,7 @@ class AttContextCurriculum(pl.Callback):
 
     def ceiling_at(self, step: int, encoder) -> AttContext | None:
         """Return the ceiling at a global step, None if there is none yet."""
-        policy, chunks = encoder.att_context_policy, []
-        if policy.style == 'chunked_limited' and policy.sampler is None:  # a sampler's chunks are cut to the ceiling
-            chunks = [context.right + 1 for context in policy.options if context.right != UNLIMITED]
-        return self.schedule.at(step, math.lcm(*chunks))
+        return self.schedule.at(step, encoder.att_context_policy.left_multiple)
 
     def on_fit_start(self, trainer, pl_module) -> None:
         """Check, before training, that the encoder can follow every ceiling."""
@@ -77,16 +73,14 @@ class AttContextCurriculum(pl.Callback):
         left = UNLIMITED if ceiling is None else ceiling.left
         pl_module.log('att_context_ceiling_left', torch.tensor(float(left)))  # a number would go to the device
 
-    def on_train_end(self, trainer, pl_module) -> None:
-        """Remove the ceiling."""
+    def on_train_end(self, trainer, pl_module, exception=None) -> None:
+        """Remove the ceiling; after an exception, too."""
         self._set_ceiling(pl_module, None)
 
-    def on_exception(self, trainer, pl_module, exception) -> None:
-        """Remove the ceiling."""
-        if hasattr(getattr(pl_module, 'encoder', None), 'att_context_policy'):
-            self._set_ceiling(pl_module, None)
+    on_exception = on_train_end
 
     @staticmethod
     def _set_ceiling(pl_module, ceiling: AttContext | None) -> None:
-        encoder = pl_module.encoder
-        encoder.att_context_policy = replace(encoder.att_context_policy, ceiling=ceiling)
+        encoder = getattr(pl_module, 'encoder', None)
+        if hasattr(encoder, 'att_context_policy'):
+            encoder.att_context_policy = replace(encoder.att_context_policy, ceiling=ceiling)

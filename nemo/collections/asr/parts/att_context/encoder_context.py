@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from omegaconf import ListConfig
 
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.policy import ContextPolicy
@@ -19,12 +18,14 @@ class EncoderContext:
     """Mixin for an encoder with NeMo's ``att_context_size_all``, ``att_context_probs`` and ``att_context_style``.
 
     NeMo's methods that assign ``att_context_size`` run within :meth:`_assigning_default`. All other assignments set
-    the override.
+    the override. Methods take a context in every form that ``AttContext.parse`` reads, and raise ValueError for one that
+    is none or that the encoder's attention cannot follow.
     """
 
     att_context_policy: ContextPolicy | None = None
     """Which context a training batch gets, and the default; a curriculum replaces its ceiling."""
-    _override: AttContext | None = None
+    att_context_override: AttContext | None = None
+    """The context that :meth:`set_att_context_size` has set; None: the policy holds."""
     _active: AttContext | None = None
     _draws = 0  # steps counted by the encoder, where the caller passes none
     _passes: dict = {}  # the contexts of the last forward passes in training
@@ -57,67 +58,38 @@ class EncoderContext:
         if not self._assigns_default:
             self.set_att_context_size(att_context_size)
             return
+        policy = self.att_context_policy or ContextPolicy(None, style=self.att_context_style)
         default = self.parse_att_context_size(att_context_size)
-        if self.att_context_policy is None:
-            self.att_context_policy = ContextPolicy(default, style=self.att_context_style)
-        else:
-            self.att_context_policy, self._override = replace(self.att_context_policy, default=default), None
+        self.att_context_policy, self.att_context_override = replace(policy, default=default), None
 
     def _present_context(self) -> AttContext:
         if self._active is not None:
             return self._active
-        return self.att_context_policy.default if self._override is None else self._override
-
-    @property
-    def att_context_override(self) -> AttContext | None:
-        """The context that :meth:`set_att_context_size` has set; None: the policy holds."""
-        return self._override
+        return self.att_context_policy.default if self.att_context_override is None else self.att_context_override
 
     def set_att_context_size(self, att_context_size) -> None:
         """Override the policy, until the override is cleared; ``encoder.att_context_size = [40, 0]`` does the same.
 
         The override holds in training, validation and inference, and streaming parameters follow it. It narrows to a
-        curriculum's ceiling. Configs and checkpoints do not contain it.
-
-        Args:
-            att_context_size: anything that ``AttContext.parse`` reads; None, or the list of all configured contexts,
-                clears the override.
-
-        Raises:
-            ValueError: if it is no context, or the encoder cannot follow it.
+        curriculum's ceiling. Configs and checkpoints do not contain it. None, or the list of all configured contexts,
+        clears it.
         """
         context = None
-        if att_context_size is not None and not self._are_the_configured(att_context_size):
+        if att_context_size is not None and att_context_size != self.att_context_size_all:
             context = self.parse_att_context_size(att_context_size)
             self.check_att_context_size(context)
-            if context != self._override and not self.att_context_policy.covers(context):
+            if context != self.att_context_override and not self.att_context_policy.covers(context):
                 logging.warning(
                     f"encoder.att_context_size is set to {list(context)}, a context that the model was not trained "
                     f"on; it was trained on {self.att_context_policy}"
                 )
-        if context != self._override:
-            self._override = context
-            self._follow_default()
-
-    def _are_the_configured(self, contexts) -> bool:
-        sequence = list, tuple, ListConfig
-        several = isinstance(contexts, sequence) and all(isinstance(item, sequence) for item in contexts)
-        return several and [list(item) for item in contexts] == [
-            list(item) for item in self.att_context_policy.options
-        ]
+        if context != self.att_context_override:
+            self.att_context_override = context
+            self._set_up_streaming()
 
     @contextmanager
     def using_att_context_size(self, att_context_size) -> Iterator[AttContext]:
-        """Make a context the active one: every forward pass, masking and training step inside uses it.
-
-        Streaming parameters do not change.
-
-        Args:
-            att_context_size: anything that ``AttContext.parse`` reads.
-
-        Raises:
-            ValueError: if it is no context, or the encoder's attention cannot follow it.
-        """
+        """Make a context the active one: all inside uses it, but streaming parameters do not change."""
         context = self.parse_att_context_size(att_context_size)
         self._check_can_attend_within(context)
         before, self._active = self._active, context
@@ -126,22 +98,10 @@ class EncoderContext:
         finally:
             self._active = before
 
-    @contextmanager
-    def using_one_att_context_size(self) -> Iterator[AttContext]:
-        """Make the context of a batch the active one, if none is; it counts a step. Only training draws."""
-        if not self.training:
-            yield self._present_context()
-            return
-        with self.using_att_context_size(self.att_context_of_batch()) as context:
-            yield context
-
     def _context_of_pass(self, signal: torch.Tensor) -> AttContext:
         """Return the context of a forward pass over a signal; a recomputation for the backward pass has the pass's own."""
         if torch.compiler.is_compiling():
             return self.att_context_of_batch()
-        return self._kept_context_of_pass(signal)
-
-    def _kept_context_of_pass(self, signal: torch.Tensor) -> AttContext:
         recomputes = torch._C._current_graph_task_id() != -1  # within a backward pass
         place = signal.data_ptr(), signal.shape  # checkpointing keeps the signal until it recomputes
         if recomputes and place in self._passes:
@@ -162,7 +122,7 @@ class EncoderContext:
             step: the training step, for the policy. None takes the encoder's own count of draws.
         """
         policy = self.att_context_policy
-        if self._active is not None or self._override is not None:
+        if self._active is not None or self.att_context_override is not None:
             context = self._present_context()
         elif with_batch is not None:
             context = self.parse_att_context_size(with_batch)
@@ -182,15 +142,7 @@ class EncoderContext:
         return self.att_context_policy.at(step, torch.distributed.get_rank() if ranks else 0)
 
     def parse_att_context_size(self, att_context_size, field: str = 'encoder.att_context_size'):
-        """Read a context as ``AttContext.parse`` does; the three numbers of ``chunked_limited_with_rc`` become a tuple.
-
-        Args:
-            att_context_size: a context in any form.
-            field: the config key to name in an error.
-
-        Raises:
-            ValueError: if it is no context.
-        """
+        """Read a context, naming ``field`` in errors; the three numbers of ``chunked_limited_with_rc`` become a tuple."""
         if self.att_context_style == 'chunked_limited_with_rc' and not isinstance(att_context_size, AttContext):
             return tuple(att_context_size)  # NeMo 3.0 reads it
         return AttContext.parse(att_context_size, field=field)

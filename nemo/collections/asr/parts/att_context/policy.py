@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which context a batch gets, as a pure function of seed, step and rank."""
 
+import math
 from dataclasses import dataclass
 
-from nemo.collections.asr.parts.att_context.context import AttContext, context_label, draw_index
-from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler, window_of_layer, within_ceiling
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, context_label, draw_index
+from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler
 from nemo.collections.asr.parts.att_context.windows import Window
 
 CEILING = 'encoder.att_context_ceiling'  # in errors
@@ -35,13 +36,15 @@ class ContextPolicy:
         """Whether batches differ in their contexts."""
         return self.sampler is not None or len(self.options) > 1
 
-    def at(self, step: int, rank: int = 0) -> AttContext:
-        """Return the context of a training step, within the ceiling; no global generator is touched.
+    @property
+    def left_multiple(self) -> int:
+        """What interpolated left contexts must be a multiple of: the chunk of every context that a batch can have."""
+        if self.style != 'chunked_limited' or self.sampler is not None:  # a sampler's are rounded in each batch
+            return 1
+        return math.lcm(*(context.right + 1 for context in self.contexts() if context.right != UNLIMITED))
 
-        Args:
-            step: the global step.
-            rank: of the process; ignored if the draw is ``shared``.
-        """
+    def at(self, step: int, rank: int = 0) -> AttContext:
+        """Return the context of a global step, within the ceiling; the rank is ignored if the draw is ``shared``."""
         number = step if self.shared else f'{step}:{rank}'
         if self.sampler is not None:
             context = self.sampler.draw(self.seed, number)
@@ -63,47 +66,61 @@ class ContextPolicy:
         """Return whether a training batch can have this context."""
         return context in self.options or (self.sampler is not None and self.sampler.covers(context))
 
-    def narrowed(self, context: AttContext) -> AttContext:
-        """Return what the ceiling leaves of a context.
+    def narrowed(self, context: AttContext, ceiling: AttContext | None = None, where: str = CEILING) -> AttContext:
+        """Return what a ceiling leaves of a context: by default the policy's own.
+
+        A sampler's chunks are cut to the ceiling and its left side is rounded down to whole chunks, so that any ceiling
+        can narrow them.
 
         Raises:
             ValueError: if the style has no context that shows what both show.
         """
-        return context if self.ceiling is None else self._below(context, self.ceiling, CEILING)
-
-    def check_ceiling(self, ceiling: AttContext, layers: tuple, where: str) -> None:
-        """Check that a ceiling, and below it each layer's own context, narrows all that a batch can have.
-
-        Args:
-            ceiling: the ceiling.
-            layers: the layers' own contexts, None for a layer without.
-            where: what an error begins with.
-
-        Raises:
-            ValueError: if the style has no context that shows what both show.
-        """
-        for batch in self.contexts():
-            narrowed = self._below(batch, ceiling, where)
-            for own in set(layers) - {None} if self.sampler is not None else ():
-                self.within(narrowed, own, f'{where}: a layer has {own.as_list()}, and')
+        ceiling = self.ceiling if ceiling is None else ceiling
+        if ceiling is None:
+            return context
+        if self.sampler is not None:
+            return Window(context.intersect(ceiling), self.style).in_whole_chunks().context
+        return Window(context, self.style).intersect(ceiling, where).context
 
     def within(self, batch: AttContext, own: AttContext, where: str) -> Window:
-        """Return the window of a layer with a context of its own.
+        """Return the window of a layer with a context of its own, of which -1 narrows nothing on its side.
 
-        Args:
-            batch: the batch's context.
-            own: the layer's; -1 narrows nothing on its side.
-            where: what an error begins with.
+        Its chunks are the batch's or, where its own right side makes smaller ones, those. In a sampler's batch its left
+        side is rounded down to whole chunks.
 
         Raises:
-            ValueError: if no window of the style shows what both show.
+            ValueError: if no window of the style shows what both show; the error begins with ``where``.
         """
+        window = Window(batch, self.style)
         if self.sampler is None:
-            return Window(batch, self.style).intersect(own, where)
+            return window.intersect(own, where)
         try:
-            return window_of_layer(batch, own, self.style, where)
+            window.intersect(AttContext(UNLIMITED, own.right), where)
         except ValueError as error:
             raise ValueError(f"{error}; its chunks are those of {self.sampler}") from None
+        return Window(batch.intersect(own), self.style).in_whole_chunks()
+
+    def check_layer(self, own: AttContext, where: str) -> None:
+        """Raise ValueError, beginning with ``where``, if a layer cannot have this context in every batch.
+
+        Its right context may not go beyond every batch's, and the style must show the intersection.
+        """
+        batches = self.contexts()
+        rights = [batch.right for batch in batches]
+        if UNLIMITED not in rights and own.right > max(rights):
+            raise ValueError(
+                f"{where}: the right context is {own.right}, beyond the batch's; it must be at most {max(rights)}, "
+                f"that of att_context_size {[batch.as_list() for batch in batches]}, or -1 for it"
+            )
+        for batch in batches:
+            self.within(batch, own, where)
+
+    def check_ceiling(self, ceiling: AttContext, layers: tuple[AttContext | None, ...], where: str) -> None:
+        """Raise ValueError, beginning with ``where``, if a ceiling, or a layer below it, cannot narrow every batch."""
+        for batch in self.contexts():
+            narrowed = self.narrowed(batch, ceiling, where)
+            for own in set(layers) - {None} if self.sampler is not None else ():
+                self.within(narrowed, own, f'{where}: a layer has {own.as_list()}, and')
 
     def label(self, context: AttContext) -> str:
         """Return the name of a batch's context in metrics; a sampler's many contexts share a few names."""
@@ -116,8 +133,3 @@ class ContextPolicy:
         if self.sampler is not None:
             return f'those of {self.sampler}'
         return ', '.join(str(list(context)) for context in self.options or (self.default,))
-
-    def _below(self, context: AttContext, ceiling: AttContext, where: str) -> AttContext:
-        if self.sampler is not None:
-            return within_ceiling(context, ceiling, self.style)
-        return Window(context, self.style).intersect(ceiling, where).context

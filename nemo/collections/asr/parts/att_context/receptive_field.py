@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far an encoder of several layers sees, and a table of it. Counts attention frames, after subsampling."""
+"""How far an encoder of several layers sees, and a table of it. Counts attention frames, after subsampling.
+
+``encoder`` is a ``ConformerEncoder`` and ``att_context_size`` the batch's context; None takes the encoder's present one.
+"""
 
 import math
 from collections.abc import Sequence
@@ -30,19 +33,14 @@ class ReceptiveField:
 
 
 def receptive_field(encoder, att_context_size=None) -> ReceptiveField:
-    """Return what the encoder's outputs depend on, by attention and convolution through all layers.
-
-    Args:
-        encoder: a ``ConformerEncoder``.
-        att_context_size: the batch's context; None takes the encoder's present one.
-    """
+    """Return what the encoder's outputs depend on, by attention and convolution through all layers."""
     return _field_of(encoder.effective_windows(att_context_size), *encoder.conv_context_size)
 
 
 def stack_window(encoder, att_context_size=None) -> Window | None:
     """Return the receptive field of the whole encoder as a window; None if the layers' windows are not known.
 
-    Under ``chunked_limited`` it is that of the frame that sees most. Arguments as in :func:`receptive_field`.
+    Under ``chunked_limited`` it is that of the frame that sees most.
     """
     if getattr(encoder, 'att_context_style', None) not in STYLES or not hasattr(encoder, 'effective_windows'):
         return None
@@ -52,27 +50,22 @@ def stack_window(encoder, att_context_size=None) -> Window | None:
 
 @lru_cache(maxsize=1024)  # asked in each training step
 def _field_of(windows: tuple[Window, ...], before: int, after: int) -> ReceptiveField:
-    in_a_chunk = range(math.lcm(*(window.chunk for window in windows)))  # beyond it everything repeats
-    left = right = UNLIMITED
-    if all(window.context.left != UNLIMITED for window in windows):
-        left = max(frame - _first_seen(frame, windows, before) for frame in in_a_chunk)
-    if all(window.context.right != UNLIMITED for window in windows):
-        right = max(_last_seen(frame, windows, after) - frame for frame in in_a_chunk)
-    return ReceptiveField(left, right)
+    left = right = 0
+    for frame in range(math.lcm(*(window.chunk for window in windows))):  # beyond it everything repeats
+        first, last = _seen(frame, windows, before, after)
+        left, right = max(left, frame - first), max(right, last - frame)
+    return ReceptiveField(*(UNLIMITED if side == math.inf else int(side) for side in (left, right)))
 
 
 def chunk_end_look_ahead(encoder, att_context_size=None) -> tuple[int, int]:
     """Return the frames of a chunk of the stack, and the look-ahead of a chunk's last frame: 0 if convolutions have none.
 
-    A chunk of the stack holds whole chunks of every layer; in ``regular`` style it is one frame.
-
-    Args:
-        encoder: a ``ConformerEncoder`` with a limited right context.
-        att_context_size: the batch's context; None takes the encoder's present one.
+    A chunk of the stack holds whole chunks of every layer; in ``regular`` style it is one frame. The right context must
+    be limited.
     """
     windows = encoder.effective_windows(att_context_size)
     chunk = math.lcm(*(window.chunk for window in windows))
-    return chunk, _last_seen(chunk - 1, windows, encoder.conv_context_size[1]) - (chunk - 1)
+    return chunk, int(_seen(chunk - 1, windows, *encoder.conv_context_size)[1]) - (chunk - 1)
 
 
 def look_ahead_ms(encoder, att_context_size, frame_ms: float) -> float | None:
@@ -80,11 +73,7 @@ def look_ahead_ms(encoder, att_context_size, frame_ms: float) -> float | None:
 
     It is that of the frame that waits longest; under ``chunked_limited`` the first of a chunk, and the mean of a chunk
     is half of it. None: it waits for the end of the utterance, or the attention style's windows are not known.
-
-    Args:
-        encoder: a ``ConformerEncoder``.
-        att_context_size: the batch's context; None takes the encoder's present one.
-        frame_ms: milliseconds of an attention frame.
+    ``frame_ms`` are the milliseconds of an attention frame.
     """
     if encoder.att_context_style not in STYLES:
         return None
@@ -100,41 +89,20 @@ def look_ahead_text(milliseconds: float | None) -> str:
 def seen_through_layers(encoder, frame: int, att_context_size=None) -> list[tuple[float, float]]:
     """Return, for each layer, the first and the last of its input frames that one output of the stack depends on.
 
-    Those of layer 0 are what the whole encoder sees of its subsampled input.
-
-    Args:
-        encoder: a ``ConformerEncoder``.
-        frame: the output, in attention frames.
-        att_context_size: the batch's context; None takes the encoder's present one.
-
-    Returns:
-        attention frames, not cut to an utterance (they may lie before 0); infinite where nothing limits them.
+    Those of layer 0 are what the whole encoder sees of its subsampled input. They are not cut to an utterance (they may
+    lie before 0), and infinite where nothing limits them.
     """
     windows = encoder.effective_windows(att_context_size)
-    before, after = encoder.conv_context_size
-    seen = []
-    for index in range(len(windows)):
-        above = windows[index:]
-        first, last = -math.inf, math.inf
-        if all(window.context.left != UNLIMITED for window in above):
-            first = _first_seen(frame, above, before)
-        if all(window.context.right != UNLIMITED for window in above):
-            last = _last_seen(frame, above, after)
-        seen.append((first, last))
-    return seen
+    return [_seen(frame, windows[layer:], *encoder.conv_context_size) for layer in range(len(windows))]
 
 
-def _first_seen(frame: int, windows: Sequence[Window], before: int) -> int:
-    """Go from an output frame down the layers (in each convolution, then attention) to the first input it sees."""
+def _seen(frame: int, windows: Sequence[Window], before: int, after: int) -> tuple[float, float]:
+    """Go from an output down the layers, in each the convolution, then attention; infinite where nothing limits them."""
+    first = last = frame
     for window in reversed(windows):
-        frame = window.bounds(frame - before)[0]
-    return frame
-
-
-def _last_seen(frame: int, windows: Sequence[Window], after: int) -> int:
-    for window in reversed(windows):
-        frame = window.bounds(frame + after)[1]
-    return frame
+        first, last = window.bounds(first - before)[0], window.bounds(last + after)[1]
+    lefts, rights = zip(*(window.context for window in windows))
+    return -math.inf if UNLIMITED in lefts else first, math.inf if UNLIMITED in rights else last
 
 
 def next_token_offset(encoder, after_subsampling: bool, att_context_size=None, at_chunk_end: bool = False) -> int:
@@ -148,7 +116,7 @@ def next_token_offset(encoder, after_subsampling: bool, att_context_size=None, a
     Args:
         encoder: a ``ConformerEncoder``.
         after_subsampling: whether tokens are made of subsampled frames (``mask_position: post_conv``).
-        att_context_size: the batch's context; None takes the encoder's present one.
+        att_context_size: the batch's context.
         at_chunk_end: return the offset of the last frame of a chunk, which has the smallest look-ahead.
 
     Raises:
@@ -166,19 +134,14 @@ def next_token_offset(encoder, after_subsampling: bool, att_context_size=None, a
 
 
 def why_no_next_token(encoder, att_context_size=None) -> str | None:
-    """Return why every token is, or may be, in an output's receptive field; None: there are next ones.
-
-    Args:
-        encoder: any.
-        att_context_size: the batch's context; None takes the encoder's present one.
-    """
+    """Return why every token is, or may be, in an output's receptive field, for any encoder; None: there are next ones."""
     if not hasattr(encoder, 'effective_windows'):
         return f"the receptive field of {type(encoder).__name__} is not known"
     if encoder.att_context_style not in STYLES:
         return f"att_context_style is {encoder.att_context_style}, whose windows are not known (known are {STYLES})"
-    if getattr(encoder, 'self_attention_model', None) == 'rel_pos_local_attn':
+    if encoder.self_attention_model == 'rel_pos_local_attn':
         return "self_attention_model is rel_pos_local_attn, which may attend to the whole utterance; use rel_pos"
-    if getattr(encoder, 'reduction_subsampling', None) is not None:
+    if encoder.reduction_subsampling is not None:
         return "encoder.reduction makes frames of several frames, between the layers"
     if _features_ahead(encoder) is None:
         return f"the look-ahead of encoder.subsampling is not known for {type(encoder.pre_encode).__name__}"
@@ -221,39 +184,34 @@ def context_table(encoder, frame_ms: float) -> str:
     """
     if encoder.att_context_style not in STYLES:
         return f'Attention contexts: {encoder.att_context_size_all}, att_context_style {encoder.att_context_style}'
+
+    def size(context: AttContext) -> str:
+        milliseconds = ', '.join('-1' if side == UNLIMITED else f'{side * frame_ms:g}' for side in context)
+        return f'{context.as_list()} ([{milliseconds}] ms)'
+
+    def length(frames: int) -> str:
+        return 'unlimited' if frames == UNLIMITED else f'{frames} frames ({frames * frame_ms:g} ms)'
+
     batches = [AttContext.parse(context) for context in encoder.att_context_size_all]
-    rows = [['layer', 'own context'] + [f'in {_in_frames_and_ms(batch, frame_ms)}' for batch in batches]]
-    in_batches = [encoder.effective_att_contexts(batch) for batch in batches]
-    for index, own in enumerate(encoder.layer_att_contexts()):
-        seen = [_in_frames_and_ms(contexts[index], frame_ms) for contexts in in_batches]
-        rows.append([str(index), '-' if own is None else _in_frames_and_ms(own, frame_ms)] + seen)
+    layers = zip(encoder.layer_att_contexts(), *(encoder.effective_att_contexts(batch) for batch in batches))
     fields = [receptive_field(encoder, batch) for batch in batches]
-    rows.append(['', 'total look-ahead'] + [_length(field.right, frame_ms) for field in fields])
-    rows.append(['', 'receptive field'] + [_length(field.frames, frame_ms) for field in fields])
-    title = (
-        f'Attention contexts [left, right] in frames of {frame_ms:g} ms (-1 = unlimited), convolutions in the totals:'
+    rows = [
+        ['layer', 'own context', *(f'in {size(batch)}' for batch in batches)],
+        *([str(index), *('-' if each is None else size(each) for each in row)] for index, row in enumerate(layers)),
+        ['', 'total look-ahead', *(length(field.right) for field in fields)],
+        ['', 'receptive field', *(length(field.frames) for field in fields)],
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    lines.insert(
+        0,
+        f'Attention contexts [left, right] in frames of {frame_ms:g} ms (-1 = unlimited), convolutions in the totals:',
     )
     sampler = encoder.att_context_policy.sampler
-    return '\n'.join([title] + _aligned(rows) + ([] if sampler is None else [_drawn(sampler, frame_ms)]))
-
-
-def _drawn(sampler, frame_ms: float) -> str:
-    least, most = ((size - 1) * frame_ms for size in sampler.chunk_size)
-    return (
-        f'Training draws its contexts by {sampler}: the whole utterance in {sampler.full_prob:.0%} of the batches, else '
-        f'chunks with a look-ahead of {least:g} to {most:g} ms'
-    )
-
-
-def _in_frames_and_ms(context: AttContext, frame_ms: float) -> str:
-    milliseconds = ', '.join('-1' if side == UNLIMITED else f'{side * frame_ms:g}' for side in context)
-    return f'{context.as_list()} ([{milliseconds}] ms)'
-
-
-def _length(frames: int, frame_ms: float) -> str:
-    return 'unlimited' if frames == UNLIMITED else f'{frames} frames ({frames * frame_ms:g} ms)'
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
-    return ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    if sampler is not None:
+        least, most = ((frames - 1) * frame_ms for frames in sampler.chunk_size)
+        lines.append(
+            f'Training draws its contexts by {sampler}: the whole utterance in {sampler.full_prob:.0%} of the batches, '
+            f'else chunks with a look-ahead of {least:g} to {most:g} ms'
+        )
+    return '\n'.join(lines)

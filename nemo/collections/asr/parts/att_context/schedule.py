@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contexts that change along something: along an encoder's layers, or along the steps of a training."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 
-from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, shown
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, is_sequence, shown
 from nemo.utils import logging
 
 INTERPOLATIONS = ('step', 'linear')
 ANCHORS = 'anchors [layer, [left, right]], such as [0, [40, 0]]'  # as errors name them
 
-Check = Callable[[AttContext, str], None]
+Check = Callable[[AttContext, str], object]
 """Raises ValueError, beginning with the given place, if the context cannot be followed."""
 
 
@@ -38,9 +38,9 @@ class ContextSchedule:
 
         Args:
             anchors: pairs of a position and a context.
-            field: the config key to name in an error.
+            field: the config key that an error names.
             unit: what a position is.
-            end: the first position that is too high; None = any will do.
+            end: the first position that is too high; None: any will do.
             interpolate: ``step`` or ``linear``.
             check: what else the contexts must comply with.
 
@@ -49,34 +49,15 @@ class ContextSchedule:
         """
         if interpolate not in INTERPOLATIONS:
             raise ValueError(f"{field}: interpolate is {interpolate!r}; it must be one of {INTERPOLATIONS}")
-        items = _items(anchors, field, f'pairs [{unit}, [left, right]]')
-        parsed = []
-        for index, item in enumerate(items):
+        linear, parsed = interpolate == 'linear', []
+        for index, item in enumerate(_items(anchors, field, f'pairs [{unit}, [left, right]]')):
             where = f'{field}: item {index}, {item!r}'
             position, context = _parse_anchor(item, where, unit, end)
-            if parsed and position <= parsed[-1][0]:
-                raise ValueError(
-                    f"{where}: {unit} {position} follows {unit} {parsed[-1][0]}; they must rise, without repetition"
-                )
-            _accept(context, where, check)
+            accept_context(context, where, check)
+            if parsed:
+                _check_follows(*parsed[-1], position, context, where, unit, linear)
             parsed.append((position, context))
-        schedule = cls(tuple(parsed), interpolate == 'linear')
-        schedule._check_interpolation(field)
-        return schedule
-
-    def _check_interpolation(self, field: str) -> None:
-        if not self.linear:
-            return
-        for index, ((_, before), (_, after)) in enumerate(zip(self.anchors, self.anchors[1:]), 1):
-            for side, first, second in (
-                ('left', before.left, after.left),
-                ('right', before.right, after.right),
-            ):
-                if (first == UNLIMITED) != (second == UNLIMITED):
-                    raise ValueError(
-                        f"{field}: item {index}: from {before.as_list()} to {after.as_list()} the {side} context "
-                        "becomes, or ceases to be, unlimited (-1); linear interpolation needs limits on both ends"
-                    )
+        return cls(tuple(parsed), linear)
 
     def at(self, position: int, multiple: int = 1) -> AttContext | None:
         """Return the context at a position, None before the first anchor.
@@ -86,18 +67,17 @@ class ContextSchedule:
             multiple: interpolated left contexts are rounded down to a multiple of this, the chunk of the attention
                 style. Above 1 the right context, which defines the chunk, goes by steps.
         """
-        reached = [index for index, (start, _) in enumerate(self.anchors) if start <= position]
+        reached = [anchor for anchor in self.anchors if anchor[0] <= position]
         if not reached:
             return None
-        start, before = self.anchors[reached[-1]]
+        start, before = reached[-1]
         if not self.linear or len(reached) == len(self.anchors):
             return before
-        end, after = self.anchors[reached[-1] + 1]
-        share = position - start, end - start
-        left = _between(before.left, after.left, *share) if before.left != UNLIMITED else UNLIMITED
+        end, after = self.anchors[len(reached)]
+        left, right = (a + (b - a) * (position - start) // (end - start) for a, b in zip(before, after))
         if multiple > 1:
-            return AttContext(left // multiple * multiple if left > 0 else left, before.right)
-        return AttContext(left, _between(before.right, after.right, *share))
+            return AttContext(max(left // multiple * multiple, UNLIMITED), before.right)
+        return AttContext(left, right)
 
 
 def parse_layer_contexts(
@@ -110,76 +90,65 @@ def parse_layer_contexts(
             ``[[0, [40, 0]], [6, [120, 0]], [12, [320, 0]]]``, of which each layer takes the last at or below it;
             or ``{'anchors': [...], 'interpolate': 'linear'}``.
         num_layers: layers of the encoder.
-        field: the config key to name in an error.
-        multiple: see :meth:`ContextSchedule.at`.
-        check: what else the contexts must comply with.
-
-    Raises:
-        ValueError: naming ``field``, the item's index, its value and what is allowed.
+        field, check: as in :meth:`ContextSchedule.parse`, which raises the same errors.
+        multiple: as in :meth:`ContextSchedule.at`.
     """
     interpolate = 'step'
     if isinstance(value, Mapping):
-        rest = dict(value)
-        anchors, interpolate = rest.pop('anchors', None), rest.pop('interpolate', 'step')
-        if rest or anchors is None:
+        if 'anchors' not in value or set(value) - {'anchors', 'interpolate'}:
             raise ValueError(f"{field} is {dict(value)!r}; as a mapping it takes anchors and interpolate")
-        value = anchors
-    elif not _is_schedule(value):
+        value, interpolate = value['anchors'], value.get('interpolate', 'step')
+    elif not is_sequence(value) or not any(map(_is_anchor, value)):
         return _one_per_layer(value, num_layers, field, check)
     schedule = ContextSchedule.parse(value, field, 'layer', num_layers, interpolate, check)
     return tuple(schedule.at(layer, multiple) for layer in range(num_layers))
 
 
-def _is_schedule(value) -> bool:
-    """Whether any item is an anchor: a pair whose second part is a context rather than a number."""
-    if not _is_sequence(value):
-        return False
-    return any(_is_sequence(item) and len(item) == 2 and not isinstance(item[1], (int, float)) for item in value)
+def parse_own_context(value, field: str) -> AttContext:
+    """Read a context of a layer's own as ``AttContext.parse`` does; ``[40]`` means ``[40, 0]``, too."""
+    if is_sequence(value) and len(value) == 1 and isinstance(value[0], Integral):
+        value = [value[0], 0]
+    return AttContext.parse(value, field=field)
+
+
+def _is_anchor(item) -> bool:
+    """Whether it is a pair whose second part is a context rather than a number."""
+    return is_sequence(item) and len(item) == 2 and not isinstance(item[1], (int, float))
 
 
 def _one_per_layer(value, num_layers: int, field: str, check: Check | None) -> tuple[AttContext | None, ...]:
     items = _items(value, field, 'contexts [left, right], one per layer, or pairs [layer, [left, right]]')
-    contexts = []
-    for index, item in enumerate(items):
-        where = f'{field}: item {index}, {item!r}'
-        contexts.append(None if item is None else _parse_pair(item, where))
+    places = [f'{field}: item {index}, {item!r}' for index, item in enumerate(items)]
+    contexts = [None if item is None else _parse_pair(item, where) for item, where in zip(items, places)]
     if len(contexts) != num_layers:
         raise ValueError(
             f"{field} is {shown(value)}, which has {len(contexts)} contexts, the encoder {num_layers} layers; give one "
             f"context [left, right] per layer, or {ANCHORS}"
         )
     try:
-        for index, context in enumerate(contexts):
+        for context, where in zip(contexts, places):
             if context is not None:
-                _accept(context, f'{field}: item {index}, {items[index]!r}', check)
+                accept_context(context, where, check)
     except ValueError as error:
-        if not _look_like_anchors(contexts):
+        if any(context is None or context.right <= 0 for context in contexts):
             raise
         raise ValueError(f"{error}. {shown(value)} are contexts, one per layer; a schedule has {ANCHORS}") from error
     return tuple(contexts)
 
 
-def _look_like_anchors(contexts) -> bool:
-    """Whether these contexts, which the encoder cannot follow, may be meant as pairs of a layer and a left context."""
-    if None in contexts or any(context.right <= 0 for context in contexts):
-        return False
-    layers = [context.left for context in contexts]
-    return layers == sorted(set(layers)) and layers[-1] < len(layers)
-
-
 def _items(value, field: str, wanted: str):
-    if not _is_sequence(value) or not len(value):
+    if not is_sequence(value) or not len(value):
         raise ValueError(f"{field} is {value!r}; it must be a list of {wanted}, and not empty")
     return value
 
 
 def _parse_anchor(item, where: str, unit: str, end: int | None) -> tuple[int, AttContext]:
-    if not _is_sequence(item) or len(item) != 2:
+    if not is_sequence(item) or len(item) != 2:
         raise ValueError(f"{where}: it must be a pair [{unit}, [left, right]]")
     position, context = item
-    allowed = '0 or more' if end is None else f'from 0 to {end - 1}'
     whole = isinstance(position, Integral) and not isinstance(position, bool)
     if not whole or position < 0 or (end is not None and position >= end):
+        allowed = '0 or more' if end is None else f'from 0 to {end - 1}'
         raise ValueError(f"{where}: the {unit} is {position!r}; it must be a whole number, {allowed}")
     return int(position), _parse_pair(context, where, f'in attention frames, as in [{unit}, [40, 0]]')
 
@@ -190,28 +159,19 @@ def _parse_pair(value, where: str, wanted: str = 'in attention frames') -> AttCo
     return parse_own_context(value, where)
 
 
-def parse_own_context(value, field: str) -> AttContext:
-    """Read a context of a layer's own as ``AttContext.parse`` does; ``[40]`` means ``[40, 0]``, too.
+def _check_follows(before: int, first: AttContext, position: int, second: AttContext, where: str, unit: str, linear):
+    if position <= before:
+        raise ValueError(f"{where}: {unit} {position} follows {unit} {before}; they must rise, without repetition")
+    if linear and any((one == UNLIMITED) != (other == UNLIMITED) for one, other in zip(first, second)):
+        raise ValueError(
+            f"{where}: from {first.as_list()} to {second.as_list()} a side becomes, or ceases to be, unlimited (-1); "
+            "linear interpolation needs limits on both ends"
+        )
 
-    Raises:
-        ValueError: if it is no context.
-    """
-    if _is_sequence(value) and len(value) == 1 and isinstance(value[0], Integral):
-        value = [value[0], 0]
-    return AttContext.parse(value, field=field)
 
-
-def _accept(context: AttContext, where: str, check: Check | None) -> None:
+def accept_context(context: AttContext, where: str, check: Check | None) -> None:
     """Check a context by the caller's check, and warn of one without a past."""
     if check is not None:
         check(context, where)
     if context.left == 0:
         logging.warning(f"{where}: with a left context of 0 a frame sees nothing of its past")
-
-
-def _between(first: int, second: int, steps: int, of_steps: int) -> int:
-    return first + (second - first) * steps // of_steps
-
-
-def _is_sequence(value) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)

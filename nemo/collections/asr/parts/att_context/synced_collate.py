@@ -2,9 +2,9 @@
 """Batches that carry their attention context from the data loader to the training step.
 
 A worker process can set nothing on the model, so the context travels in the batch: ``batch.att_context``, and beside
-it ``batch.context_draw``, the rule it was drawn by. The draw is a pure function of a seed and a number. A collate
-function numbers batches as well as it can, by counting; only the trainer has the number that all ranks share and
-that a resumed run continues, its global step. So the model repeats the draw when a trainer gives it a batch.
+it ``batch.context_draw``, the policy that drew it. A collate function numbers batches by counting; only the trainer has
+the number that all ranks share and that a resumed run continues, its global step. So the model repeats the draw when a
+trainer gives it a batch.
 """
 
 import dataclasses
@@ -16,38 +16,34 @@ from typing import Any
 from torch.utils.data import get_worker_info
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from nemo.collections.asr.parts.att_context.context import AttContext, shown
+from nemo.collections.asr.parts.att_context.context import AttContext, is_sequence, shown
 from nemo.collections.asr.parts.att_context.policy import ContextPolicy
 
 PROBABILITY_TOLERANCE = 1e-6
 
 
-def parse_policy(context_options, context_probs=None, seed: int = 0) -> ContextPolicy:
+def parse_policy(context_options=None, context_probs=None, seed: int = 0) -> ContextPolicy:
     """Read and check the arguments of :func:`create_synced_context_collate`.
 
     Raises:
         ValueError: naming the argument, the item and its value.
     """
-    if not _is_sequence(context_options) or not len(context_options):
+    if not is_sequence(context_options) or not len(context_options):
         raise ValueError(f"context_options is {shown(context_options)}; it must be a list of contexts, and not empty")
     options = tuple(_parse_option(option, index) for index, option in enumerate(context_options))
     if context_probs is None:
         context_probs = [1 / len(options)] * len(options)
+    _check_probabilities(context_probs, len(options))
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise ValueError(f"seed is {shown(seed)}; it must be a whole number")
-    return ContextPolicy(options[0], options, _parse_probabilities(context_probs, len(options)), seed=int(seed))
+    return ContextPolicy(options[0], options, tuple(map(float, context_probs)), seed=int(seed))
 
 
 def attach_context(batch, context: AttContext, policy: ContextPolicy):
-    """Return the batch with its context, ``att_context``, and the policy that drew it, ``context_draw``.
-
-    Args:
-        batch: a dataclass such as ``AudioNoiseBatch``, a tuple or a list (which become a :class:`SyncedBatch`).
-        context: the drawn one.
-        policy: repeats the draw, where a trainer has the step.
+    """Return the batch with its context, ``att_context``, and the policy that repeats the draw, ``context_draw``.
 
     Raises:
-        ValueError: if the batch is something else.
+        ValueError: if it is no dataclass such as ``AudioNoiseBatch``, tuple or list (which become a :class:`SyncedBatch`).
     """
     if type(batch) in (tuple, list):
         batch = SyncedBatch(batch)
@@ -79,8 +75,7 @@ class SyncedContextCollate:
     def __init__(self, base_collate_fn: Callable[..., Any], policy: ContextPolicy):
         if not callable(base_collate_fn):
             raise ValueError(f"base_collate_fn is {shown(base_collate_fn)}; it must be callable")
-        self.base_collate_fn = base_collate_fn
-        self.policy = policy
+        self.base_collate_fn, self.policy = base_collate_fn, policy
         self.start_at(0)
 
     def start_at(self, number: int) -> None:
@@ -127,11 +122,8 @@ def create_synced_context_collate(
     Raises:
         ValueError: naming the argument, the item and its value.
     """
-    has_options = len(arguments) > 1 or 'context_options' in by_name
-    if arguments and has_options and not isinstance(arguments[0], Sequence):
+    if arguments and not isinstance(arguments[0], Sequence):
         arguments = arguments[1:]  # the model
-    if not arguments:
-        by_name.setdefault('context_options', None)  # for an error that names them
     return SyncedContextCollate(base_collate_fn, parse_policy(*arguments, **by_name))
 
 
@@ -142,8 +134,8 @@ def _parse_option(option, index: int) -> AttContext:
     return AttContext.parse(option, field)
 
 
-def _parse_probabilities(probabilities, number: int) -> tuple[float, ...]:
-    if not _is_sequence(probabilities) or len(probabilities) != number:
+def _check_probabilities(probabilities, number: int) -> None:
+    if not is_sequence(probabilities) or len(probabilities) != number:
         raise ValueError(
             f"context_probs is {shown(probabilities)}; it must have one number for each of {number} options"
         )
@@ -152,8 +144,3 @@ def _parse_probabilities(probabilities, number: int) -> tuple[float, ...]:
             raise ValueError(f"context_probs: item {index} is {shown(value)}; it must be a number from 0 to 1")
     if not math.isclose(sum(probabilities), 1, rel_tol=0, abs_tol=PROBABILITY_TOLERANCE):
         raise ValueError(f"context_probs is {list(probabilities)}; it must sum to 1, not {sum(probabilities)}")
-    return tuple(float(value) for value in probabilities)
-
-
-def _is_sequence(value) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)

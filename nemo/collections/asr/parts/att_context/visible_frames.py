@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which frames masking keeps visible, and which masked frames have no visible frame, in a layer's window or in the stack.
 
-A frame is visible if none of its mask frames is masked. Masking keeps some attention frames visible, so that each
-frame has one in its window.
+A frame is visible if none of its mask frames is masked. Masking keeps one visible in each frame's window.
 
 Shapes: B batch, D features, T mask frames, A attention frames (T // factor).
 """
@@ -19,12 +18,9 @@ MASK_THRESHOLD = 0.8  # an attention frame counts as masked above this share, as
 
 
 def masked_share_per_frame(masks: torch.Tensor, factor: int) -> torch.Tensor:
-    """Return the share of each attention frame that is masked, [B, A] float32.
+    """Return the share of each whole attention frame, of ``factor`` mask frames, that is masked, [B, A] float32.
 
-    Args:
-        masks: [B, D, T] or [B, T], 1 or True where masked; mask frames beyond the last whole attention frame are
-            left out.
-        factor: mask frames per attention frame.
+    ``masks`` are [B, D, T] or [B, T], 1 or True where masked.
     """
     masks = masks.unsqueeze(1) if masks.dim() == 2 else masks
     frames = masks.shape[-1] // factor
@@ -59,13 +55,8 @@ def no_visible_frame_shares(
 ) -> dict[str, torch.Tensor]:
     """Return the shares of the masked frames that have no visible frame in the encoder's present context; scalars.
 
-    Args:
-        encoder: any; one whose windows are not known has no shares.
-        share, threshold, lengths: as in :func:`no_visible_frame`.
-
-    Returns:
-        ``no_visible_frame_in_window``, by the tightest layer's attention window; and ``no_visible_frame_in_stack``, by
-        the receptive field of all layers, where it is known.
+    They are ``no_visible_frame_in_window``, by the tightest layer's attention window, and ``no_visible_frame_in_stack``,
+    by the receptive field of all layers; each where it is known. Arguments as in :func:`no_visible_frame`.
     """
     windows = {'window': tightest_window_of(encoder), 'stack': stack_window(encoder)}
     masked = (share > threshold).sum().clamp(min=1)
@@ -79,8 +70,7 @@ def no_visible_frame_shares(
 def kept_visible_frames(window: Window, index: torch.Tensor, ends: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
     """Return attention frames to keep visible, so that each frame has one in its window; [B, A] bool.
 
-    There are as few as the window allows: one in as many frames as it holds, and one more at either end of an utterance
-    that cuts a window off.
+    It is one in as many frames as the window holds, and one more at either end of an utterance that cuts a window off.
 
     Args:
         window: limited on one side at least.
@@ -108,15 +98,12 @@ def _one_in_a_window_of_chunks(window: Window, index, ends, phase) -> torch.Tens
     """One frame of the first chunk and of each (chunks of the window)-th; in a last, short chunk the last frame."""
     chunk, left = window.chunk, window.context.left
     chunks = index.div(chunk, rounding_mode='floor')
-    if left == UNLIMITED:
-        has_one = chunks == 0
-        place = _scaled(phase, chunk)
-    else:
-        period = left // chunk + 1
-        first = _scaled(phase, period * chunk)
-        has_one = ((chunks - first // chunk) % period == 0) | (chunks == 0)
-        place = first % chunk
-    return has_one & (index == torch.minimum(chunks * chunk + place, ends - 1))
+    period = 1 if left == UNLIMITED else left // chunk + 1
+    first = _scaled(phase, period * chunk)
+    has_one = chunks == 0
+    if left != UNLIMITED:
+        has_one = has_one | ((chunks - first // chunk) % period == 0)
+    return has_one & (index == torch.minimum(chunks * chunk + first % chunk, ends - 1))
 
 
 def _scaled(phase: torch.Tensor, count) -> torch.Tensor:
@@ -128,8 +115,7 @@ def share_kept_visible(window: Window) -> float:
     """Return the share of a long utterance's frames that are kept visible."""
     if UNLIMITED in window.context:
         return 0.0
-    left, right = window.context
-    return 1 / (left // window.chunk * window.chunk + 1 + right)
+    return 1 / (sum(window.in_whole_chunks().context) + 1)
 
 
 def takes(masking, argument: str) -> bool:
@@ -152,11 +138,9 @@ def follows_context(masking) -> bool:
 
 
 def window_of_masking(masking, window: Window | None) -> dict:
-    """Return the keyword arguments of a call that is to mask within a window; none where masking follows no context.
+    """Return the keyword arguments of a call that is to mask within a window (None: not known), for any masking module.
 
-    Args:
-        masking: any masking module. This project's takes the window; others a left context, or nothing.
-        window: the tightest layer's; None: not known.
+    This project's takes the window; others a left context, or nothing.
     """
     if hasattr(masking, 'within') and takes(masking, 'effective_window'):
         return {'effective_window': masking.within(window)}

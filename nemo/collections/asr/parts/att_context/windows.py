@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which attention frames see which others, by attention style.
-
-Attention masks, block-wise attention, live streams, receptive fields, masking and audits all ask a :class:`Window`.
-"""
+"""Which attention frames see which others, by attention style."""
 
 import math
 from collections.abc import Iterable
@@ -16,14 +13,11 @@ FAR = 1 << 40  # attention frames, more than any utterance has
 
 @dataclass(frozen=True)
 class Window:
-    """What each attention frame sees, in a context and a style.
+    """What each attention frame sees, in a context and a style; ValueError for another style than these two.
 
     ``regular``: from ``left`` frames before to ``right`` frames after the frame. ``chunked_limited``: the frame's own
     chunk of right + 1 frames, and the left // (right + 1) chunks before it; without a limit on the right there are no
     chunks, and the left side is that of ``regular``.
-
-    Raises:
-        ValueError: for another style.
     """
 
     context: AttContext
@@ -51,17 +45,12 @@ class Window:
         return self.context.left != 0 or self.context.right != 0
 
     def bounds(self, frame):
-        """Return the first and the last frame that a frame sees.
+        """Return the first and the last frame that a frame sees, ints or tensors of int64 as the frame is.
 
         They are not cut to the utterance: a side without a limit gets a bound far outside of any.
-
-        Args:
-            frame: the index of an attention frame, an int or a tensor of int64.
         """
-        left, right = self.context
-        if self.has_chunks:
-            frame = frame - frame % self.chunk
-            left = left // self.chunk * self.chunk if left != UNLIMITED else left
+        left, right = self.in_whole_chunks().context
+        frame = frame - frame % self.chunk
         return frame - (FAR if left == UNLIMITED else left), frame + (FAR if right == UNLIMITED else right)
 
     def sees(self, query, key):
@@ -69,18 +58,19 @@ class Window:
         first, last = self.bounds(query)
         return (first <= key) & (key <= last)
 
+    def in_whole_chunks(self) -> 'Window':
+        """Return the window with its left side rounded down to whole chunks."""
+        left, right = self.context
+        return Window(AttContext(max(left // self.chunk * self.chunk, UNLIMITED), right), self.style)
+
     def intersect(self, own: AttContext, where: str) -> 'Window':
         """Return the window of what both this one and a narrower context show.
 
         Under ``chunked_limited`` a left context must be whole chunks of this window, and a smaller right context makes
-        chunks that must lie within the chunks of this window.
-
-        Args:
-            own: a layer's own context, or a ceiling; -1 narrows nothing on its side.
-            where: what to name in an error: where ``own`` was found.
+        chunks that must lie within the chunks of this window. -1 narrows nothing on its side.
 
         Raises:
-            ValueError: if no window of this style shows exactly what both show.
+            ValueError: if no window of this style shows exactly what both show; the error begins with ``where``.
         """
         both = self.context.intersect(own)
         if self.style == 'chunked_limited' and own != AttContext(UNLIMITED, UNLIMITED):
@@ -123,20 +113,15 @@ def tightest_window_of(encoder) -> Window | None:
 
 def _check_whole_chunks(batch: AttContext, own: AttContext, both: AttContext, where: str) -> None:
     chunk, own_chunk = batch.right + 1, both.right + 1  # 0: there are no chunks, the right context is unlimited
-    if chunk and own.left > 0 and own.left % chunk:
-        raise ValueError(
-            f"{where}: the left context is {own.left}; with att_context_style chunked_limited it must be a multiple "
-            f"of the chunk, {chunk} frames for att_context_size {batch.as_list()} (right context + 1)"
-        )
-    narrowed = both.right != batch.right
-    if narrowed and (chunk % own_chunk if chunk else batch.left != UNLIMITED):
+    if both.right != batch.right and (chunk % own_chunk if chunk else batch.left != UNLIMITED):
         raise ValueError(
             f"{where}: the right context is {own.right}; with att_context_style chunked_limited and att_context_size "
             f"{batch.as_list()} it must be -1 (the batch's), {batch.right}, or one less than a divisor of the chunk, "
             f"{chunk} frames"
         )
-    if own_chunk and both.left > 0 and both.left % own_chunk:
-        raise ValueError(
-            f"{where}: the left context is {both.left}; with att_context_style chunked_limited it must be a multiple "
-            f"of the chunk, {own_chunk} frames (right context + 1)"
-        )
+    for left, frames in ((own.left, chunk), (both.left, own_chunk)):
+        if frames and left > 0 and left % frames:
+            raise ValueError(
+                f"{where}: the left context is {left}; with att_context_style chunked_limited it must be a multiple of "
+                f"the chunk, {frames} frames (right context + 1) in att_context_size {batch.as_list()}"
+            )

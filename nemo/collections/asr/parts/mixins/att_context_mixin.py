@@ -46,11 +46,14 @@ class AttContextMixin:
             current_frame: mask frames received so far, an int or a tensor [B]; None: the utterances are whole.
 
         Raises:
-            ValueError: if ``current_frame`` is given and the masking does not take it.
+            ValueError: if ``current_frame`` is given and the masking does not take it; in training also as
+                :meth:`check_frames_see_others` raises it, for the present context.
         """
         masking, arguments = self._masking(), {}
         if getattr(masking, 'attention_window', None) is None:
             arguments = window_of_masking(masking, tightest_window_of(self.encoder))
+        if self.training:
+            self._check_frames_see_others()
         if current_frame is None:
             return arguments
         if not takes(masking, 'current_frame'):
@@ -63,26 +66,28 @@ class AttContextMixin:
         Raises:
             ValueError: naming the context in which none does. Nothing would be masked there, and the loss be 0.
         """
-        masking, override = self._masking(), self.att_context_override
+        if self._encoder_has_context():
+            override = self.att_context_override
+            for context in self.encoder.att_context_size_all if override is None else [override]:
+                with self.encoder.using_att_context_size(context):
+                    self._check_frames_see_others()
+
+    def _check_frames_see_others(self) -> None:
+        masking, window = self._masking(), tightest_window_of(self.encoder)
         follows = follows_context(masking) and getattr(masking, 'follow_context', True)
-        if not follows or not self._encoder_has_context():
+        if not follows or window is None or window.context.right != 0:
             return
-        for context in self.encoder.att_context_size_all if override is None else [override]:
-            with self.encoder.using_att_context_size(context):
-                window = tightest_window_of(self.encoder)
-                left = getattr(masking, 'left_context_size', UNLIMITED)
-            if window is None or window.context.right != 0:
-                continue
-            if not window.sees_other_frames:
-                raise ValueError(
-                    f"model.encoder.att_context_size {list(context)}: no layer sees any frame beside the one that is "
-                    "masked, so nothing could be predicted; give it a left context of 1 or more, or a look-ahead"
-                )
-            if left == 0:
-                raise ValueError(
-                    f"model.masking.left_context_size is 0 and att_context_size {list(context)} has no look-ahead: no "
-                    "masked frame could be predicted; it must be 1 or more, or -1 for what the attention sees"
-                )
+        context = list(self.encoder.att_context_size)
+        if not window.sees_other_frames:
+            raise ValueError(
+                f"model.encoder.att_context_size {context}: no layer sees any frame beside the one that is masked, so "
+                "nothing could be predicted; give it a left context of 1 or more, or a look-ahead"
+            )
+        if getattr(masking, 'left_context_size', UNLIMITED) == 0:
+            raise ValueError(
+                f"model.masking.left_context_size is 0 and att_context_size {context} has no look-ahead: no masked "
+                "frame could be predicted; it must be 1 or more, or -1 for what the attention sees"
+            )
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx):
         """Move a batch; under a trainer the draw of the context that comes with it is repeated by the global step."""
@@ -106,11 +111,13 @@ class AttContextMixin:
         return self.encoder.using_att_context_size(self.encoder.att_context_of_batch(with_batch, step))
 
     def _one_context(self) -> AbstractContextManager[AttContext | None]:
-        """Keep the active context, or make one active, for all that is inside a ``with`` block."""
-        return self.encoder.using_one_att_context_size() if self._encoder_has_context() else nullcontext()
+        """Make the context of a batch the active one, if none is; it counts a step. Only training draws."""
+        if not self._encoder_has_context() or not self.encoder.training:
+            return nullcontext()
+        return self.encoder.using_att_context_size(self.encoder.att_context_of_batch())
 
     def _encoder_has_context(self) -> bool:
-        return hasattr(self.encoder, 'using_one_att_context_size')
+        return hasattr(self.encoder, 'att_context_of_batch')
 
     def _check_has_context(self) -> None:
         if not self._encoder_has_context():

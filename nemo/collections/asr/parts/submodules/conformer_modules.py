@@ -22,12 +22,7 @@ class ConformerLayer(_up.ConformerLayer):
         return self.self_attn
 
     def forward(self, x, att_mask=None, *args, **kwargs):
-        """Run the layer; arguments and results are NeMo's.
-
-        Args:
-            x: [B, Q, d_model].
-            att_mask: [B, Q, A] bool, True = hidden, or :class:`LayerAttentionMasks`, of which the layer picks its own.
-        """
+        """Run the layer as NeMo does, with its own mask of :class:`LayerAttentionMasks` where layers differ."""
         if isinstance(att_mask, LayerAttentionMasks):
             att_mask = att_mask.of(self.self_attn.layer_context.index)
         if self.recomputes and self.training and torch.is_grad_enabled():

@@ -32,30 +32,26 @@ class MultiHeadAttention(_up.MultiHeadAttention):
 
     @property
     def att_context_size(self) -> list[int] | None:
-        """The context of this layer, ``[left, right]`` in attention frames, or None.
+        """The layer's own context ``[left, right]`` in attention frames, or None; see ``encoder.set_context_of_layer``.
 
-        The layer attends within the intersection of this and the batch's context; -1 narrows nothing on its side.
-
-        Raises:
-            ValueError: when set to what is no context, or one that the encoder's attention cannot follow.
+        Setting raises ValueError for what is no context, or one that the encoder's attention cannot follow.
         """
-        context = None if self.layer_context is None else self.layer_context.get()
+        if self.layer_context is None:
+            return None
+        context = self.layer_context.encoder.layer_att_contexts()[self.layer_context.index]
         return None if context is None else context.as_list()
 
     @att_context_size.setter
     def att_context_size(self, value) -> None:
         if self.layer_context is None:
             raise ValueError(f"self_attention.att_context_size is {value!r}; this attention belongs to no encoder")
-        self.layer_context.set(None if value is None else parse_own_context(value, 'self_attention.att_context_size'))
+        context = None if value is None else parse_own_context(value, 'self_attention.att_context_size')
+        self.layer_context.encoder.set_context_of_layer(self.layer_context.index, context)
 
     def forward(self, query, key, value, mask, pos_emb=None, cache=None):
-        """Attend; arguments and results are NeMo's.
+        """Attend; arguments and results are NeMo's. The mask may be a :class:`BlockwiseMask`, then without a cache.
 
-        Args:
-            query, key, value: [B, T, d_model].
-            mask: [B, T, T] bool, True = hidden, None, or a :class:`BlockwiseMask`.
-            pos_emb: with relative positions [1, 2 * T - 1, d_model], from the farthest past to the farthest future.
-            cache: NeMo's, not with a :class:`BlockwiseMask`.
+        ``pos_emb`` is [1, 2 * T - 1, d_model] with relative positions, from the farthest past to the farthest future.
         """
         if not isinstance(mask, BlockwiseMask):
             return super().forward(query, key, value, mask, pos_emb, cache)
@@ -64,11 +60,10 @@ class MultiHeadAttention(_up.MultiHeadAttention):
             query, key, value = (tensor.to(torch.float32) for tensor in (query, key, value))
         with avoid_float16_autocast_context():
             query, key, value = (heads.transpose(1, 2) for heads in self.forward_qkv(query, key, value))
+            attend = self._attend_in_blocks
             if mask.blocks.are_many and torch.is_grad_enabled():
                 drops = self.training and self.dropout_rate > 0
-                attend = partial(checkpoint, self._attend_in_blocks, use_reentrant=False, preserve_rng_state=drops)
-            else:
-                attend = self._attend_in_blocks
+                attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=drops)
             attended = attend(query, key, value, mask, pos_emb)
             # A padded query sees nothing.
             return self.linear_out(attended.flatten(2).masked_fill(mask.padding.unsqueeze(-1), 0.0))
@@ -76,13 +71,10 @@ class MultiHeadAttention(_up.MultiHeadAttention):
     def _attend_in_blocks(self, query, key, value, mask: BlockwiseMask, pos_emb) -> torch.Tensor:
         """Return the weighted values, [B, T, H, D], of queries, keys and values [B, T, H, D]."""
         blocks = mask.blocks
-        query = blocks.queries_of(query)
-        bias = mask.bias.to(key.dtype)
-        content_query, bias = self._query_and_bias(query, pos_emb, bias, blocks)
-        content_query = content_query.to(key.dtype).unflatten(1, (blocks.count, -1)).permute(0, 3, 1, 2, 4)
-        key, value = blocks.windows_of(key), blocks.windows_of(value)
+        query, bias = self._query_and_bias(blocks.queries_of(query), pos_emb, mask.bias.to(key.dtype), blocks)
+        query = query.to(key.dtype).unflatten(1, (blocks.count, -1)).permute(0, 3, 1, 2, 4)
         attend = self._attend_by_sdpa if self.use_pytorch_sdpa else self._attend
-        attended = attend(content_query, key, value, bias)  # [B, H, N, C, D]
+        attended = attend(query, blocks.windows_of(key), blocks.windows_of(value), bias)  # [B, H, N, C, D]
         return attended.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, : blocks.frames]
 
     def _query_and_bias(self, query, pos_emb, bias, blocks: AttentionBlocks):
@@ -136,11 +128,7 @@ class RelPositionMultiHeadAttentionLongformer(
 
     @property
     def att_context_size(self) -> list[int]:
-        """The context it was built with, ``[left, right]``.
-
-        Raises:
-            ValueError: when set to another.
-        """
+        """The context it was built with, ``[left, right]``; setting another raises ValueError."""
         return self._built_for
 
     @att_context_size.setter

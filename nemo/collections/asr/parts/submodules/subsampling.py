@@ -23,15 +23,7 @@ class MaskedConvSequential(_up.MaskedConvSequential):
     """
 
     def forward(self, x, lengths):
-        """Run the layers.
-
-        Args:
-            x: features [B, T, D].
-            lengths: valid frames [B].
-
-        Returns:
-            [B, C, T', D'] with zeros in the padding, and the lengths [B] int64.
-        """
+        """From features [B, T, D] and lengths [B] to [B, C, T', D'] with zeros in the padding, and lengths [B] int64."""
         layers = list(self)
         if not all(isinstance(layer, (nn.Conv2d, *KEEP_ZERO)) for layer in layers):
             return super().forward(x, lengths)
@@ -43,10 +35,10 @@ class MaskedConvSequential(_up.MaskedConvSequential):
             if not isinstance(layer, nn.Conv2d):
                 continue
             if layer.stride != (1, 1):
-                lengths = _up.calculate_conv_output_size(
-                    lengths, layer.kernel_size[0], layer.stride[0], _padding(layer)
-                )
-            if not _is_of_single_frames(following):
+                before, after = layer.padding
+                padding = getattr(layer, '_left_padding', before), getattr(layer, '_right_padding', after)
+                lengths = _up.calculate_conv_output_size(lengths, layer.kernel_size[0], layer.stride[0], padding)
+            if not isinstance(following, nn.Conv2d) or following.kernel_size != (1, 1) or following.stride != (1, 1):
                 x = x.mul_(_time_mask(x, lengths))
         return x, lengths.long()
 
@@ -64,14 +56,3 @@ def _time_mask(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Return 1 at valid frames, 0 at padding, for x [B, C, T, D]; [B, 1, T, 1] in its dtype."""
     valid = torch.arange(x.shape[2], device=x.device) < lengths.long().unsqueeze(1)
     return valid[:, None, :, None].to(x.dtype)
-
-
-def _padding(layer: nn.Conv2d) -> tuple[int, int]:
-    """Frames that a convolution pads before and after, as NeMo reckons them."""
-    if hasattr(layer, '_left_padding'):
-        return layer._left_padding, layer._right_padding
-    return layer.padding
-
-
-def _is_of_single_frames(layer) -> bool:
-    return isinstance(layer, nn.Conv2d) and (layer.kernel_size, layer.stride) == ((1, 1), (1, 1))

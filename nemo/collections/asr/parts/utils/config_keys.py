@@ -6,7 +6,7 @@ Parsing, errors and ``docs/configuration.md`` follow from the declarations. This
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -38,6 +38,14 @@ def whole_number(lowest: int = 0) -> Allowed:
     return number(f'a whole number of {lowest} or more', lambda value: value >= lowest, (int,))
 
 
+def bounds(lowest: int, unit: str) -> Allowed:
+    """Allow two whole numbers from a lowest one on, of which the second is no smaller."""
+    text, whole = f'[low, high] in {unit}, whole numbers of {lowest} or more', whole_number(lowest).test
+    is_pair = lambda value: isinstance(value, Sequence) and len(value) == 2
+    return Allowed(text, lambda value: is_pair(value) and all(map(whole, value)) and value[0] <= value[1])
+
+
+PROBABILITY = number('a number from 0 to 1', lambda value: 0 <= value <= 1)
 FLAG = Allowed('true or false', lambda value: isinstance(value, bool))
 ABOVE_0 = number('a number above 0', lambda value: value > 0)
 
@@ -280,14 +288,20 @@ class Encoder(Section, name='model.encoder', page='contexts', closed=False):
 
 
 class ContextSampler(Section, name='model.encoder.att_context_sampler', page='contexts#dynamic-chunks'):
-    """Dynamic chunks; the sampler itself checks the values."""
+    """Dynamic chunks."""
 
-    full_prob: float = key(MISSING, 'Probability that a batch sees the whole utterance.')
-    chunk_size: list = key(MISSING, 'The smallest and the largest chunk that is drawn, in attention frames.')
-    left_chunks: list | None = key(
-        None, 'The fewest and the most chunks of the past where it is limited; comes with `left_limited_prob`.'
+    full_prob: float = key(MISSING, 'Probability that a batch sees the whole utterance.', PROBABILITY)
+    chunk_size: list = key(
+        MISSING,
+        'The smallest and the largest chunk that is drawn, in attention frames.',
+        bounds(1, 'attention frames'),
     )
-    left_limited_prob: float = key(0.0, 'Probability that the past of a batch with chunks is limited.')
+    left_chunks: list | None = key(
+        None,
+        'The fewest and the most chunks of the past where it is limited; comes with `left_limited_prob`.',
+        bounds(0, 'chunks').or_null(),
+    )
+    left_limited_prob: float = key(0.0, 'Probability that the past of a batch with chunks is limited.', PROBABILITY)
 
 
 class LayerContexts(Section, name='model.encoder.layer_att_context_size', page='contexts#contexts-by-layer'):

@@ -29,7 +29,6 @@ CONTEXTS = [
     ('chunked_limited', (3, 70)),
 ]
 
-
 UNUSED = Window(AttContext(0, 0))
 
 
@@ -76,21 +75,8 @@ class TestAttentionBlocks:
         blocks = AttentionBlocks.cut(Window(vast, style), frames=20)
         assert blocks.before < 20 and blocks.after < 20 and max(blocks.past, blocks.future) <= 19
 
-    def test_chunks_are_never_divided_between_blocks(self):
-        for left, right, frames in itertools.product((0, 1, 3), (1, 4, 12, 100), (5, 64, 1000)):
-            blocks = AttentionBlocks.cut(Window(AttContext(left * (right + 1), right), 'chunked_limited'), frames)
-            assert blocks.queries % min(right + 1, frames) == 0
-
 
 class TestBlockwiseMask:
-    def test_its_size_grows_with_the_audio_not_with_its_square(self):
-        sizes = []
-        for frames in (1000, 2000):
-            mask = BlockwiseMask(Window(AttContext(40, 0)), torch.zeros(2, frames, dtype=torch.bool))
-            sizes.append(mask.bias.numel())
-            assert mask.bias.shape == (2, 1, mask.blocks.count, mask.blocks.queries, mask.blocks.keys)
-        assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.05) and sizes[0] < 2 * 1000 * 100
-
     def test_its_bias(self):
         mask = BlockwiseMask(Window(AttContext(1, 0)), torch.tensor([[False, False, True]]))
         assert mask.bias[0, 0, 0, :3, :4].tolist() == [
@@ -102,17 +88,10 @@ class TestBlockwiseMask:
 
 class TestChoice:
     def test_yaml_makes_booleans_of_on_and_off(self):
-        assert [parse_choice(value) for value in ('auto', 'on', 'off', True, False)] == [
-            'auto',
-            'on',
-            'off',
-            'on',
-            'off',
-        ]
+        choices = {'auto': 'auto', 'on': 'on', 'off': 'off', True: 'on', False: 'off'}
+        assert [parse_choice(value) for value in choices] == list(choices.values())
         for bad in ('yes', None, 1, 'AUTO', ['on']):
-            with pytest.raises(
-                ValueError, match='model.encoder.blockwise_attention is .*; it must be one of auto, on'
-            ):
+            with pytest.raises(ValueError, match='encoder.blockwise_attention is .*; it must be one of auto, on'):
                 parse_choice(bad)
 
     def test_unlimited_contexts_have_no_blocks(self):

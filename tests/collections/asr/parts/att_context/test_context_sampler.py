@@ -7,13 +7,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from nemo.collections.asr.parts.att_context.context import AttContext
-from nemo.collections.asr.parts.att_context.context_sampler import (
-    FULL,
-    ContextSampler,
-    in_whole_chunks,
-    window_of_layer,
-    within_ceiling,
-)
+from nemo.collections.asr.parts.att_context.context_sampler import FULL, ContextSampler
+from nemo.collections.asr.parts.att_context.policy import ContextPolicy
 from nemo.collections.asr.parts.att_context.windows import Window
 
 SECTION = {'full_prob': 0.4, 'chunk_size': [1, 25], 'left_chunks': [5, 70], 'left_limited_prob': 0.75}
@@ -37,12 +32,15 @@ def seen(window: Window, frame: int) -> set[int]:
     return {key for key in FRAMES if window.sees(frame, key)}
 
 
+def policy(sampler=None) -> ContextPolicy:
+    return ContextPolicy(FULL, sampler=sampler or ContextSampler.parse(SECTION), style='chunked_limited')
+
+
 class TestDraw:
     @given(samplers(), st.integers(0, 2**40), st.integers(0, 10**7))
     def test_it_is_a_pure_function_within_the_bounds(self, sampler, seed, step):
         context = sampler.draw(seed, step)
-        again = ContextSampler.parse(sampler.as_dict())  # as another rank, or a resumed run, reads it
-        assert context == again.draw(seed, step) and sampler.covers(context)
+        assert context == sampler.draw(seed, step) and sampler.covers(context)
         assert context in sampler.widest_contexts() or context.left >= 0
         if context == FULL:
             return
@@ -66,22 +64,20 @@ class TestDraw:
         sampler = ContextSampler.parse(SECTION)
         first = [sampler.draw(0, step).as_list() for step in range(6)]
         assert first == FIRST_DRAWS  # a resumed run would go on otherwise than it began
-
-    def test_seeds_differ(self):
-        sampler = ContextSampler.parse(SECTION)
-        assert [sampler.draw(0, step) for step in range(20)] != [sampler.draw(1, step) for step in range(20)]
+        assert first != [sampler.draw(1, step).as_list() for step in range(6)]
 
     def test_without_left_chunks_all_of_the_past_is_seen(self):
         sampler = ContextSampler.parse({'full_prob': 0, 'chunk_size': [8, 32]})
         assert {sampler.draw(0, step).left for step in range(50)} == {-1}
 
+    def test_few_names_cover_all(self):
+        sampler = ContextSampler.parse(SECTION)
+        names = {sampler.group_label(sampler.draw(0, step)) for step in range(500)}
+        groups = {'chunk_1', 'chunk_2_to_3', 'chunk_4_to_7', 'chunk_8_to_15', 'chunk_16_to_31'}
+        assert names == {'unlimited_unlimited', *groups}
+
 
 class TestParse:
-    def test_it_reads_a_config_and_gives_it_back(self):
-        sampler = ContextSampler.parse(OmegaConf.create(SECTION))
-        assert sampler == ContextSampler(0.4, (1, 25), (5, 70), 0.75)
-        assert sampler.as_dict() == SECTION and ContextSampler.parse(sampler) == sampler
-
     @pytest.mark.parametrize(
         'change, message',
         [
@@ -89,17 +85,18 @@ class TestParse:
             ({'chunk_size': [4, 2]}, r'\.chunk_size is \[4, 2\]'),
             ({'chunk_size': 8}, r'\.chunk_size is 8'),
             ({'chunk_size': [1.5, 2]}, r'\.chunk_size is \[1.5, 2\]'),
-            ({'left_chunks': [-1, 4]}, r'\.left_chunks is \[-1, 4\]; it must be \[low, high\] in chunks'),
+            ({'left_chunks': [-1, 4]}, r'\.left_chunks is \[-1, 4\]; it must be null or \[low, high\] in chunks'),
             ({'left_chunks': [0, 4]}, r'\.left_chunks is \[0, 4\]; .* \.?model.*chunk_size from 2 on'),
-            ({'full_prob': 1.5}, r'\.full_prob is 1.5; it must be a probability, from 0 to 1'),
+            ({'full_prob': 1.5}, r'\.full_prob is 1.5; it must be a number from 0 to 1'),
             ({'full_prob': True}, r'\.full_prob is True'),
             ({'left_limited_prob': '0.5'}, r"\.left_limited_prob is '0.5'"),
-            ({'left_limited_prob': None}, r'\.left_chunks is \[5, 70\] and .*\.left_limited_prob is None'),
+            ({'left_limited_prob': 0.0}, r'\.left_chunks is \[5, 70\] and .*\.left_limited_prob is 0'),
             ({'left_chunks': None}, r'\.left_chunks is None'),
             ({'chunk_sise': [1, 2]}, r'\.chunk_sise is not known; did you mean .*\.chunk_size'),
         ],
     )
     def test_an_error_names_the_key_the_value_and_what_is_allowed(self, change, message):
+        assert ContextSampler.parse(OmegaConf.create(SECTION)) == ContextSampler(0.4, (1, 25), (5, 70), 0.75)
         with pytest.raises(ValueError, match='^' + KEY.replace('.', r'\.') + message):
             ContextSampler.parse({**SECTION, **change})
 
@@ -116,22 +113,16 @@ class TestParse:
             ContextSampler.parse(SECTION, 'chunked_limited_with_rc')
 
 
-class TestCovers:
-    @pytest.mark.parametrize('context', [(70, 13), (70, 6), (70, 1), (70, 0), (-1, -1), (-1, 24), (1750, 24)])
-    def test_the_contexts_of_nvidias_streaming_models_can_be_drawn(self, context):
-        assert ContextSampler.parse(SECTION).covers(AttContext(*context))
-
-    @pytest.mark.parametrize('context', [(70, 25), (71, 13), (56, 13), (71, 0), (70, -1)])
-    def test_what_cannot_be_drawn(self, context):
-        assert not ContextSampler.parse(SECTION).covers(AttContext(*context))
-
-
-class TestGroups:
-    def test_few_names_cover_all(self):
-        sampler = ContextSampler.parse(SECTION)
-        names = {sampler.group_label(sampler.draw(0, step)) for step in range(500)}
-        groups = {'chunk_1', 'chunk_2_to_3', 'chunk_4_to_7', 'chunk_8_to_15', 'chunk_16_to_31'}
-        assert names == {'unlimited_unlimited', *groups}
+@pytest.mark.parametrize(
+    'contexts, can_be_drawn',
+    [
+        ([(70, 13), (70, 6), (70, 1), (70, 0), (-1, -1), (-1, 24), (1750, 24)], True),  # those of NVIDIA's models
+        ([(70, 25), (71, 13), (56, 13), (71, 0), (70, -1)], False),
+    ],
+)
+def test_which_contexts_can_be_drawn(contexts, can_be_drawn):
+    sampler = ContextSampler.parse(SECTION)
+    assert [sampler.covers(AttContext(*context)) for context in contexts] == [can_be_drawn] * len(contexts)
 
 
 class TestWithinACeiling:
@@ -148,15 +139,14 @@ class TestWithinACeiling:
         ],
     )
     def test_chunks_are_cut_and_the_past_is_rounded_down(self, context, ceiling, expected):
-        found = within_ceiling(AttContext(*context), AttContext(*ceiling), 'chunked_limited')
-        assert found == AttContext(*expected)
+        assert policy().narrowed(AttContext(*context), AttContext(*ceiling)) == AttContext(*expected)
 
     @given(samplers(), st.integers(0, 100), sides, sides)
     def test_it_never_widens_and_any_ceiling_is_followed(self, sampler, step, left, right):
         drawn, ceiling = sampler.draw(0, step), AttContext(left, right)
-        found = within_ceiling(drawn, ceiling, 'chunked_limited')
+        found = policy(sampler).narrowed(drawn, ceiling)
         assert found.intersect(drawn) == found.intersect(ceiling) == found
-        assert in_whole_chunks(found, 'chunked_limited') == found
+        assert Window(found, 'chunked_limited').in_whole_chunks().context == found
 
 
 class TestLayers:
@@ -172,14 +162,13 @@ class TestLayers:
         ],
     )
     def test_the_past_is_rounded_down(self, batch, own, expected):
-        found = window_of_layer(AttContext(*batch), AttContext(*own), 'chunked_limited', 'here')
-        assert found.context == AttContext(*expected)
+        assert policy().within(AttContext(*batch), AttContext(*own), 'here').context == AttContext(*expected)
 
     @given(samplers(), st.integers(0, 100), sides, sides)
     def test_a_layer_sees_nothing_beyond_its_batch(self, sampler, step, left, right):
-        batch, own = sampler.draw(0, step), AttContext(left, right)
+        batch = sampler.draw(0, step)
         try:
-            found = window_of_layer(batch, own, 'chunked_limited', 'here')
+            found = policy(sampler).within(batch, AttContext(left, right), 'here')
         except ValueError as error:
             assert str(error).startswith('here: the right context is')
             return
@@ -187,5 +176,5 @@ class TestLayers:
         assert all(seen(found, frame) <= seen(whole, frame) for frame in FRAMES)
 
     def test_chunks_across_those_of_the_batch_are_refused(self):
-        with pytest.raises(ValueError, match='here: the right context is 3'):
-            window_of_layer(AttContext(70, 13), AttContext(40, 3), 'chunked_limited', 'here')
+        with pytest.raises(ValueError, match='here: the right context is 3.*those of att_context_sampler'):
+            policy().within(AttContext(70, 13), AttContext(40, 3), 'here')

@@ -1,49 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """The curriculum alone, and in runs of a tiny model on random features, interrupted or not."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
+from tiny_nest import CONFIGS, batches, tiny_model
 
-from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch
-from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
 from nemo.collections.asr.parts.att_context import AttContextCurriculum
 
-CONFIGS = Path(__file__).parents[5] / 'examples/asr/conf/ssl/nest'
 MILESTONES = [[0, [5, 0]], [3, [20, 0]], [6, [40, 0]]]
-LAYERS = [[0, [10, 0]], [1, [40, 0]]]
-CONTEXTS = [[40, 0], [20, 0], [-1, 0]]
 
 
 def make_model(*overrides):
-    torch.manual_seed(0)
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        cfg = compose('nest_hierarchical_streaming_tiny', overrides=list(overrides))
-    with open_dict(cfg):
-        del cfg.model.train_ds, cfg.model.validation_ds
-    cfg.model.encoder.update(n_layers=2, d_model=16, n_heads=2, subsampling_conv_channels=4)
-    cfg.model.encoder.update(layer_att_context_size=LAYERS, att_context_size=CONTEXTS)
-    OmegaConf.resolve(cfg)
-    return EncDecDenoiseMaskedTokenPredModel(cfg.model)
-
-
-def loader(batches=4):
-    lengths = torch.tensor([32000, 20000])
-    batch = AudioNoiseBatch(
-        audio=torch.randn(2, 32000, generator=torch.Generator().manual_seed(0)),
-        audio_len=lengths,
-        noise=torch.zeros(2, 32000),
-        noise_len=lengths,
-        noisy_audio=torch.randn(2, 32000, generator=torch.Generator().manual_seed(1)),
-        noisy_audio_len=lengths,
+    return tiny_model(
+        'model.encoder.n_layers=2',
+        '+model.encoder.layer_att_context_size=[[0,[10,0]],[1,[40,0]]]',
+        'model.encoder.att_context_size=[[40,0],[20,0],[-1,0]]',
+        *overrides,
     )
-    return torch.utils.data.DataLoader([batch] * batches, batch_size=None)
 
 
 class Recorder(pl.Callback):
@@ -74,9 +52,9 @@ class Recorder(pl.Callback):
         self.ceilings[trainer.global_step] = trainer.callback_metrics['att_context_ceiling_left'].item()
 
 
-def train(model, max_steps, folder=None, ckpt_path=None, curriculum=None, **settings):
+def train(model, max_steps, folder=None, ckpt_path=None, **settings):
     recorder = Recorder(model)
-    callbacks = [curriculum or AttContextCurriculum(milestones=MILESTONES), recorder]
+    callbacks = [AttContextCurriculum(milestones=MILESTONES), recorder]
     trainer = pl.Trainer(
         max_steps=max_steps,
         accelerator='cpu',
@@ -90,7 +68,7 @@ def train(model, max_steps, folder=None, ckpt_path=None, curriculum=None, **sett
         **settings,
     )
     model.set_trainer(trainer)
-    trainer.fit(model, train_dataloaders=loader(), val_dataloaders=loader(1), ckpt_path=ckpt_path)
+    trainer.fit(model, train_dataloaders=batches(4), val_dataloaders=batches(1), ckpt_path=ckpt_path)
     if folder is not None:
         trainer.save_checkpoint(folder / 'stopped.ckpt')
     return recorder
@@ -111,14 +89,6 @@ class TestRuns:
         assert recorder.ceilings == {step: {1: 5, 4: 20, 7: 40}[(step - 1) // 3 * 3 + 1] for step in range(1, 10)}
         assert set(recorder.validation_masking) == {10}  # the default context, without the ceiling
         assert model.encoder.att_context_policy.ceiling is None
-
-    @pytest.mark.integration
-    def test_layers_and_ceiling_bound_the_masking_module(self):
-        model = make_model()
-        model.encoder.set_layer_att_context_size([[0, [40, 0]], [1, [120, 0]]])
-        recorder = train(model, 1, curriculum=AttContextCurriculum(milestones=[[0, [320, 0]]]))
-        (batch,) = recorder.batches
-        assert batch['masking'] == min(context.left for context in batch['effective'] if context.left >= 0) <= 40
 
     @pytest.mark.integration
     def test_a_resumed_run_continues_the_sequence(self, tmp_path):
@@ -155,15 +125,11 @@ class TestCallback:
 
     def test_a_linear_path(self):
         curriculum = AttContextCurriculum(start=[40, 0], end=[320, 0], warmup_steps=100)
-        encoder = self.make_encoder(att_context_size=[-1, 0])
-        assert [curriculum.ceiling_at(step, encoder).left for step in (0, 1, 50, 99, 100, 1000)] == [
-            40,
-            42,
-            180,
-            317,
-            320,
-            320,
-        ]
+        encoder, expected = (
+            self.make_encoder(att_context_size=[-1, 0]),
+            {0: 40, 1: 42, 50: 180, 99: 317, 100: 320, 999: 320},
+        )
+        assert {step: curriculum.ceiling_at(step, encoder).left for step in expected} == expected
 
     def test_a_linear_path_of_whole_chunks(self):
         curriculum = AttContextCurriculum(start=[4, 3], end=[16, 3], warmup_steps=8)

@@ -11,9 +11,13 @@ import torch
 from omegaconf import ListConfig, OmegaConf
 from spies import recording_contexts
 from tiny_encoder import tiny_encoder
-from tiny_nest import POSITIONS, PRESETS, batches, fit, tiny_model
+from tiny_nest import POSITIONS, PRESETS, batches, fit, noise_batch, signals, tiny_model
 
 from nemo.collections.asr.parts.att_context import AttContext
+
+COPIED = pytest.mark.parametrize(
+    'copied', [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=['copy', 'pickle']
+)
 
 
 @pytest.fixture(autouse=True)
@@ -42,18 +46,15 @@ class TestOverride:
         assert record.masking == [160] * 6 == logged and record.attention == [[160, 0]] * 6
         assert list(model.att_context_override) == [160, 0]
 
-    @pytest.mark.integration
     @pytest.mark.parametrize('nothing', [None, [[10, 0], [20, 0], [40, 0], [-1, 0]]], ids=['None', 'configured'])
     def test_the_draw_comes_back(self, nothing):
-        model, untouched = tiny_model(), tiny_model()
+        model, untouched = tiny_model().train(), tiny_model().train()
         model.encoder.att_context_size = [20, 0]
+        assert model.mask_processor.left_context_size == 20
         model.encoder.att_context_size = OmegaConf.create(nothing) if nothing else nothing
         assert model.encoder.att_context_size == [10, 0] and model.att_context_override is None
-        drawn = []
-        for each in (model, untouched):
-            with recording_contexts(each) as record:
-                drawn.append(fit(each, batches(3), max_steps=12, max_epochs=-1).logger.column('att_context_left'))
-            assert record.masking == [attention[0] for attention in record.attention] == drawn[-1]
+        assert model.mask_processor.left_context_size == 10
+        drawn = [[each.encoder.draw_att_context_size(step) for step in range(12)] for each in (model, untouched)]
         assert drawn[0] == drawn[1] and len(set(drawn[0])) > 1
 
     @pytest.mark.integration
@@ -77,21 +78,15 @@ class TestOverride:
                 encoder.att_context_size = bad
         assert encoder.att_context_size == [160, 0]
 
-    def test_nemos_own_assignments_set_the_default(self):
+    def test_nemos_own_assignments_set_the_default_and_clear_the_override(self):
         model = tiny_model()
+        model.encoder.att_context_size = [40, 0]
         model.encoder.set_default_att_context_size([20, 0])
+        assert model.encoder.att_context_size == [20, 0] and model.att_context_override is None
         model.change_attention_model('abs_pos', [40, 0])
         model.change_attention_model('rel_pos', [20, 0])
         assert model.encoder.att_context_size == [20, 0] and model.att_context_override is None
-        with recording_contexts(model) as record:
-            fit(model, batches(3), max_steps=12, max_epochs=-1)
-        assert len(set(record.masking)) > 1
-
-    def test_nemos_default_replaces_the_override(self):
-        encoder = tiny_model(PRESETS).encoder
-        encoder.att_context_size = [160, 0]
-        encoder.set_default_att_context_size([240, 0])
-        assert encoder.att_context_size == [240, 0] and encoder.att_context_override is None
+        assert len({model.encoder.train().draw_att_context_size(step) for step in range(12)}) > 1
 
     def test_an_override_set_inside_a_block_holds_after_it(self):
         encoder = tiny_model(PRESETS).encoder
@@ -100,9 +95,7 @@ class TestOverride:
             assert encoder.att_context_size == [240, 0]
         assert encoder.att_context_size == [160, 0]
 
-    @pytest.mark.parametrize(
-        'copied', [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=['copy', 'pickle']
-    )
+    @COPIED
     def test_a_copy_of_the_encoder_goes_on_alike_and_on_its_own(self, copied):
         encoder = tiny_encoder(att_context_size=[[4, 0], [8, 0], [-1, 0]]).train()
         plain = copied(encoder)
@@ -112,13 +105,9 @@ class TestOverride:
         plain.att_context_size = [8, 0]
         assert plain.att_context_override == AttContext(8, 0) and encoder.att_context_override is None
         overridden = copied(plain)
-        assert overridden.att_context_size == [8, 0] and {*map(overridden.draw_att_context_size, range(9))} == {
-            AttContext(8, 0)
-        }
+        assert {*map(overridden.draw_att_context_size, range(9))} == {AttContext(8, 0)}
         overridden.att_context_size = None
         assert overridden.att_context_size == [4, 0] and plain.att_context_size == [8, 0]
-        overridden.set_default_att_context_size([8, 0])
-        assert overridden.att_context_override is None
 
 
 @pytest.mark.parametrize('owner', ['model', 'encoder'])
@@ -128,6 +117,15 @@ def test_a_block_around_a_training_step_decides_its_context(owner):
         with (model if owner == 'model' else model.encoder).using_att_context_size([5, 0]):
             fit(model, batches(1), max_steps=1)
     assert record.attention == [[5, 0]] and record.masking == [5]
+
+
+def test_a_block_in_which_no_frame_sees_another_is_refused_in_training():
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r'att_context_size \[0, 0\]: no layer sees any frame beside the one'):
+        with model.using_att_context_size([0, 0]):
+            fit(model, batches(1), max_steps=1)
+    with torch.no_grad(), model.eval().using_att_context_size([0, 0]):
+        model(**signals(noise_batch()), apply_mask=True)
 
 
 def test_threads_that_share_an_encoder_in_inference_leave_no_context_behind():
@@ -154,15 +152,7 @@ def test_threads_that_share_an_encoder_in_inference_leave_no_context_behind():
     assert len(calls) == 2 and encoder.att_context_size == [8, 0]
 
 
-def test_clearing_the_override_is_seen_by_the_masking():
-    model = tiny_model()
-    model.set_att_context_size([5, 0])
-    assert model.mask_processor.left_context_size == 5
-    model.encoder.set_att_context_size(None)
-    assert model.encoder.att_context_size == [10, 0] and model.mask_processor.left_context_size == 10
-
-
-@pytest.mark.parametrize('copied', [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=['copy', 'pickle'])
+@COPIED
 @POSITIONS
 def test_a_copied_masking_asks_the_copied_encoder(copied, position):
     model = tiny_model(*position)

@@ -125,11 +125,8 @@ def test_an_encoder_that_may_hear_its_next_tokens_is_refused(changes, reason):
         next_token_offset(made, after_subsampling=False)
 
 
-def test_an_encoder_of_others_is_refused():
-    assert 'receptive field of Linear is not known' in why_no_next_token(torch.nn.Linear(2, 2))
-
-
 def test_the_context_may_be_given():
+    assert 'receptive field of Linear is not known' in why_no_next_token(torch.nn.Linear(2, 2))
     made = encoder(att_context_size=[[4, 0], [4, 2]])
     assert next_token_offset(made, False) == 0
     assert next_token_offset(made, False, [4, 2]) == 4

@@ -46,18 +46,15 @@ def test_each_batch_carries_its_context(base, workers):
         assert batch.context_draw == parse_policy(OPTIONS, PROBABILITIES, 2)
 
 
-def test_persistent_workers_count_on():
-    data = loader(as_tuple, length=4, num_workers=2, persistent_workers=True)
-    contexts = [batch.att_context for _ in range(3) for batch in data]
-    assert contexts == expected(range(12))
-
-
 @pytest.mark.parametrize('workers', [0, 2])
-def test_a_loop_of_ones_own_says_where_an_epoch_starts(workers):
-    data = loader(as_tuple, length=4, num_workers=workers)
+@pytest.mark.parametrize('persistent', [False, True])
+def test_the_count_over_epochs(workers, persistent):
+    """Persistent workers count on; others are given the number of the first batch."""
+    data = loader(as_tuple, length=4, num_workers=workers, persistent_workers=persistent and workers > 0)
     contexts = []
     for epoch in range(3):
-        data.collate_fn.start_at(4 * epoch)
+        if not persistent:
+            data.collate_fn.start_at(4 * epoch)
         contexts += [batch.att_context for batch in data]
     assert contexts == expected(range(12))
 
@@ -76,11 +73,9 @@ def test_configs_are_read_as_lists():
 
 
 def test_a_list_becomes_a_batch_that_pickles_and_pins_with_its_context(monkeypatch):
-    collate = create_synced_context_collate(list, OPTIONS)
-    batch = collate([torch.zeros(2), 5])
-    assert batch[1] == 5 and len(batch) == 2
+    batch = create_synced_context_collate(list, OPTIONS)([torch.zeros(2), 5])
     again = pickle.loads(pickle.dumps(batch))
-    assert isinstance(again, SyncedBatch) and again.att_context == batch.att_context
+    assert isinstance(again, SyncedBatch) and again[1] == 5 and again.att_context == batch.att_context
     monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor + 1)  # needs a GPU
     pinned = batch.pin_memory()
     assert pinned[0].tolist() == [1, 1] and pinned.att_context == batch.att_context
@@ -91,35 +86,6 @@ def test_a_list_becomes_a_batch_that_pickles_and_pins_with_its_context(monkeypat
 def test_a_batch_that_cannot_carry_a_context_is_refused(batch):
     with pytest.raises(ValueError, match=f'type {type(batch).__name__} cannot carry'):
         create_synced_context_collate(lambda samples: batch, OPTIONS)([])
-
-
-@pytest.mark.parametrize(
-    'options, probabilities, seed, message',
-    [
-        ([], None, 0, r'context_options is \[\]; it must be a list of contexts, and not empty'),
-        ('low', None, 0, "context_options is 'low'; it must be a list"),
-        ([80, 0], None, 0, 'context_options: item 0 is 80; it must be a pair'),
-        ([[80, 0], [-5, 0]], None, 0, 'context_options: item 1: the left context is -5'),
-        ([[80, 0], 'lowest'], None, 0, "context_options: item 1: no preset is called 'lowest'"),
-        ([[80, 0]], [0.5, 0.5], 0, 'must have one number for each of 1 options'),
-        ([[80, 0]], 1.0, 0, 'context_probs is 1.0; it must have'),
-        ([[80, 0], [40, 0]], [1.5, -0.5], 0, 'context_probs: item 0 is 1.5'),
-        ([[80, 0], [40, 0]], [0.5, -0.5], 0, 'context_probs: item 1 is -0.5'),
-        ([[80, 0], [40, 0]], [0.5, float('nan')], 0, 'context_probs: item 1 is nan'),
-        ([[80, 0], [40, 0]], [0.5, '0.5'], 0, "context_probs: item 1 is '0.5'"),
-        ([[80, 0], [40, 0]], [0.5, 0.49], 0, 'it must sum to 1, not 0.99'),
-        ([[80, 0], [40, 0]], [0.5, 0.500002], 0, 'it must sum to 1'),
-        ([[80, 0]], None, 'seven', "seed is 'seven'"),
-    ],
-)
-def test_options_and_probabilities_are_checked(options, probabilities, seed, message):
-    with pytest.raises(ValueError, match=message):
-        create_synced_context_collate(list, options, probabilities, seed)
-
-
-def test_sums_within_a_millionth_are_one():
-    create_synced_context_collate(list, [[80, 0], [40, 0]], [0.5, 0.5000005])
-    create_synced_context_collate(list, [[left, 0] for left in range(10)], [0.1] * 10)
 
 
 class Model(torch.nn.Module):
@@ -134,15 +100,45 @@ class Model(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (([],), r'context_options is \[\]; it must be a list of contexts, and not empty'),
+        (('low',), "context_options is 'low'; it must be a list"),
+        (([80, 0],), 'context_options: item 0 is 80; it must be a pair'),
+        (([[80, 0], [-5, 0]],), 'context_options: item 1: the left context is -5'),
+        (([[80, 0], 'lowest'],), "context_options: item 1: no preset is called 'lowest'"),
+        (([[80, 0]], [0.5, 0.5]), 'must have one number for each of 1 options'),
+        (([[80, 0]], 1.0), 'context_probs is 1.0; it must have'),
+        (([[80, 0], [40, 0]], [1.5, -0.5]), 'context_probs: item 0 is 1.5'),
+        (([[80, 0], [40, 0]], [0.5, float('nan')]), 'context_probs: item 1 is nan'),
+        (([[80, 0], [40, 0]], [0.5, '0.5']), "context_probs: item 1 is '0.5'"),
+        (([[80, 0], [40, 0]], [0.5, 0.500002]), 'it must sum to 1'),
+        (([[80, 0]], None, 'seven'), "seed is 'seven'"),
+        ((Model(), OPTIONS, [0.2, 0.3, 0.4]), r'context_probs is \[0.2, 0.3, 0.4\]; it must sum to 1, not 0.9'),
+        ((Model(),), 'context_options is None; it must be a list of contexts'),
+        ((Model(), Model()), 'context_options is <Model>; it must be a list of contexts'),
+        ((OPTIONS, Model()), 'context_probs is <Model>; it must have one number for each of 3'),
+        ((OPTIONS, [Model()] * 3), 'context_probs: item 0 is <Model>; it must be a number'),
+        (([[Model(), 0]],), 'context_options: item 0: the left context is <Model>'),
+    ],
+)
+def test_errors_name_the_argument_in_one_line_and_print_no_model(arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        create_synced_context_collate(list, *arguments)
+    assert '\n' not in str(error.value) and 'Linear' not in str(error.value)
+
+
+def test_sums_within_a_millionth_are_one():
+    create_synced_context_collate(list, [[80, 0], [40, 0]], [0.5, 0.5000005])
+    create_synced_context_collate(list, [[left, 0] for left in range(10)], [0.1] * 10)
+
+
+@pytest.mark.parametrize(
     'make',
     [
-        lambda model: create_synced_context_collate(as_tuple, model, OPTIONS, PROBABILITIES),
         lambda model: create_synced_context_collate(as_tuple, model, OPTIONS, PROBABILITIES, 0),
         lambda model: create_synced_context_collate(as_tuple, None, OPTIONS, PROBABILITIES),
         lambda model: create_synced_context_collate(as_tuple, model, OPTIONS, context_probs=PROBABILITIES),
-        lambda model: create_synced_context_collate(
-            as_tuple, model, context_options=OPTIONS, context_probs=PROBABILITIES
-        ),
         lambda model: create_synced_context_collate(
             base_collate_fn=as_tuple, model=model, context_options=OPTIONS, context_probs=PROBABILITIES
         ),
@@ -168,29 +164,5 @@ def test_all_arguments_of_a_call_reach_the_base():
 
     collate = create_synced_context_collate(base, OPTIONS)
     assert tuple(collate([1], 'zeros', 3, pad_to=16)) == ([1], 'zeros', (3,), 16)
-    assert tuple(collate(padding='zeros', samples=[1])) == ([1], 'zeros', (), None)
-
-
-@pytest.mark.parametrize(
-    'arguments, message',
-    [
-        ((list, Model(), OPTIONS, [0.2, 0.3, 0.4]), r'context_probs is \[0.2, 0.3, 0.4\]; it must sum to 1, not 0.9'),
-        ((list, Model()), 'context_options is <Model>; it must be a list of contexts'),
-        ((list, Model(), Model()), 'context_options is <Model>; it must be a list of contexts'),
-        ((list, OPTIONS, Model()), 'context_probs is <Model>; it must have one number for each of 3'),
-        ((list, OPTIONS, [Model()] * 3), 'context_probs: item 0 is <Model>; it must be a number'),
-        ((list, [Model()]), 'context_options: item 0: <Model> is no context'),
-        ((list, [[Model(), 0]]), 'context_options: item 0: the left context is <Model>'),
-        ((list, OPTIONS, None, Model()), 'seed is <Model>; it must be a whole number'),
-        ((list,), 'context_options is None; it must be a list of contexts'),
-    ],
-)
-def test_errors_are_one_line_and_print_no_model(arguments, message):
-    with pytest.raises(ValueError, match=message) as error:
-        create_synced_context_collate(*arguments)
-    assert '\n' not in str(error.value) and 'Linear' not in str(error.value)
-
-
-def test_the_base_must_be_callable():
     with pytest.raises(ValueError, match='base_collate_fn is None'):
         create_synced_context_collate(None, OPTIONS)

@@ -32,16 +32,18 @@ def run(module, features, lengths):
     return frames.detach(), lengths, features.grad, *(p.grad for p in module.parameters())
 
 
+def assert_alike(pair, features, lengths, **tolerance):
+    for ours, theirs in zip(*(run(module, features, lengths) for module in pair), strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
 @pytest.mark.parametrize('causal', [True, False])
 @pytest.mark.parametrize('kind', ['dw_striding', 'striding'])
 @pytest.mark.parametrize('frames', [1, 7, 40, 65])
 def test_frames_lengths_and_gradients_are_nemos(kind, causal, frames):
     torch.manual_seed(frames)
-    pair = build_pair(kind, causal, factor=4)
-    features = torch.randn(3, frames, 12)
     lengths = torch.tensor([frames, max(frames // 2, 1), max(frames - 3, 1)])
-    for ours, theirs in zip(*(run(module, features, lengths) for module in pair), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert_alike(build_pair(kind, causal, factor=4), torch.randn(3, frames, 12), lengths, rtol=1e-5, atol=1e-6)
 
 
 def test_what_padding_holds_is_seen_by_no_frame():
@@ -56,25 +58,16 @@ def test_what_padding_holds_is_seen_by_no_frame():
 @pytest.mark.parametrize('activation', [torch.nn.Softplus(), torch.nn.Sigmoid()], ids=lambda a: type(a).__name__)
 def test_an_activation_that_makes_something_of_zero_is_left_to_nemo(activation):
     pair = build_pair(activation=activation)
-    features, lengths = torch.randn(2, 40, 12), torch.tensor([40, 17])
-    for ours, theirs in zip(*(run(module, features, lengths) for module in pair), strict=True):
-        assert torch.equal(ours, theirs)
+    assert_alike(pair, torch.randn(2, 40, 12), torch.tensor([40, 17]), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
-def test_dtype_is_kept(dtype):
-    module, _ = build_pair()
-    frames, _ = module.to(dtype)(torch.randn(2, 40, 12, dtype=dtype), torch.tensor([40, 17]))
-    assert frames.dtype == dtype
-
-
-def test_autocast_keeps_its_dtype():
+def test_dtypes_are_nemos():
     module, reference = build_pair()
     features, lengths = torch.randn(2, 40, 12), torch.tensor([40, 17])
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        ours, theirs = module(features, lengths)[0], reference(features, lengths)[0]
-    assert ours.dtype == theirs.dtype
-    torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(module(features, lengths)[0], reference(features, lengths)[0])
+    for dtype in (torch.bfloat16, torch.float64):
+        assert module.to(dtype)(features.to(dtype), lengths)[0].dtype == dtype
 
 
 def test_the_split_of_a_large_batch_takes_the_same_way():
@@ -87,10 +80,6 @@ def test_the_split_of_a_large_batch_takes_the_same_way():
 def test_each_large_tensor_is_masked_once():
     """NeMo masks before each of the eight layers and at the end."""
     module, reference = build_pair()
-    calls = []
-    with mock.patch.object(subsampling, '_time_mask', side_effect=lambda *a: calls.append(1) or _mask(*a)):
+    with mock.patch.object(subsampling, '_time_mask', side_effect=subsampling._time_mask) as masks:
         module(torch.randn(1, 40, 12), torch.tensor([40]))
-    assert len(module.conv) == 8 and len(calls) == 4  # the input, and the output of three strides
-
-
-_mask = subsampling._time_mask
+    assert len(module.conv) == 8 and masks.call_count == 4  # the input, and the output of three strides
