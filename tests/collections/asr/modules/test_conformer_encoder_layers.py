@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from spies import recording_attention
 from tiny_encoder import KERNEL, TINY_ENCODER, encode, tiny_encoder
 from tiny_nest import STOCK_OFFLINE, tiny_model
+from tiny_recogniser import tiny_recogniser
 
-from nemo.collections.asr.models import EncDecCTCModel
 from nemo.collections.asr.modules import conformer_encoder as under_test
 from nemo.collections.asr.parts.att_context import AttContext, receptive_field
 
@@ -361,18 +361,6 @@ class TestStreaming:
 SCHEDULE = [[0, [4, 0]], [2, [8, 0]]]
 
 
-def make_ctc(encoder=None, **changes):
-    modules, labels = 'nemo.collections.asr.modules.', ['a', 'b']
-    encoder = encoder or dict(TINY_ENCODER, _target_=modules + 'ConformerEncoder', att_context_size=[[8, 0], [-1, 0]])
-    config = dict(
-        preprocessor=dict(_target_=modules + 'AudioToMelSpectrogramPreprocessor', features=8, dither=0.0),
-        encoder=dict(encoder, **changes),
-        decoder=dict(_target_=modules + 'ConvASRDecoder', feat_in=16, num_classes=2, vocabulary=labels),
-        labels=labels,
-    )
-    return EncDecCTCModel(OmegaConf.create(config))
-
-
 def lefts(model):
     return [context and context.left for context in model.encoder.layer_att_contexts()]
 
@@ -388,17 +376,18 @@ def saved(tmp_path_factory):
 
 class TestSavedModels:
     @pytest.mark.integration
-    def test_a_restored_model_and_a_ctc_model_of_the_encoders_config_have_them(self, saved):
+    def test_a_restored_model_has_them(self, saved):
         model, path = saved
         restored = type(model).restore_from(str(path), map_location='cpu')
-        assert lefts(restored) == lefts(model) == lefts(make_ctc(model.cfg.encoder)) == [4, 4, 8, 8]
+        assert lefts(restored) == lefts(model) == [4, 4, 8, 8]
         assert restored.cfg.encoder.layer_att_context_size == SCHEDULE
         frames = torch.randn(1, FRAMES, 16)
         assert torch.equal(encode(restored.encoder.eval(), frames), encode(model.encoder.eval(), frames))
 
     @pytest.mark.integration
     def test_those_set_at_run_time_are_saved_too(self, tmp_path):
-        model, path = make_ctc(layer_att_context_size=SCHEDULE), str(tmp_path / 'ctc.nemo')
+        layers = 'model.encoder.n_layers=4', f'+model.encoder.layer_att_context_size={SCHEDULE}'
+        model, path = tiny_recogniser('ctc', *layers), str(tmp_path / 'ctc.nemo')
         model.encoder.set_layer_att_context_size(None)
         assert 'layer_att_context_size' not in model.encoder._cfg
         model.encoder.layers[1].self_attention.att_context_size = [2, 0]

@@ -3,10 +3,9 @@
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from tiny_encoder import TINY_ENCODER, WITHOUT_DROPOUT, with_adapter
+from tiny_recogniser import tiny_recogniser
 
-from nemo.collections.asr.models import EncDecCTCModel
 from nemo.collections.asr.modules.conformer_encoder import (
     ConformerEncoder,
     ConformerEncoderAdapter,
@@ -17,6 +16,7 @@ from nemo.collections.asr.parts.submodules.adapters import multi_head_attention_
 from nemo.collections.common.parts.adapter_modules import LinearAdapterConfig
 
 WIDTH = 16
+ADAPTER = f'model.encoder._target_={ConformerEncoderAdapter.__module__}.ConformerEncoderAdapter'
 SETTINGS = {
     **TINY_ENCODER,
     **WITHOUT_DROPOUT,
@@ -80,7 +80,12 @@ class TestAdapters:
 
     @pytest.mark.parametrize('adapter', [linear, attention])
     def test_only_the_adapter_learns_and_a_saved_model_streams_with_it(self, adapter, tmp_path):
-        model = with_adapter(ctc_model(), adapter())
+        settings = (
+            ADAPTER,
+            'model.encoder.att_context_size=[8,0]',
+            '+model.encoder.layer_att_context_size=[[2,0],[8,0]]',
+        )
+        model = with_adapter(tiny_recogniser('ctc', *settings), adapter())
         model.freeze()
         model.unfreeze_enabled_adapters()
         model.train()
@@ -88,7 +93,7 @@ class TestAdapters:
         learning = {name for name, weight in model.named_parameters() if weight.grad is not None}
         assert learning and all('adapter_layer' in name for name in learning)
         model.save_to(str(tmp_path / 'adapted.nemo'))
-        restored = EncDecCTCModel.restore_from(str(tmp_path / 'adapted.nemo'), map_location='cpu').eval()
+        restored = type(model).restore_from(str(tmp_path / 'adapted.nemo'), map_location='cpu').eval()
         assert restored.encoder.get_enabled_adapters() == ['added']
         torch.testing.assert_close(run(restored.encoder), run(model.eval().encoder), atol=0, rtol=0)
         if adapter is linear:
@@ -100,22 +105,6 @@ class TestAdapters:
             StreamingSession(restored)
         restored.encoder.set_enabled_adapters('added', enabled=False)
         check_stream(restored)
-
-
-def ctc_model():
-    target = 'nemo.collections.asr.modules.'
-    settings = dict(sample_rate=16000, features=80, window_size=0.025, window_stride=0.01)
-    decoder = dict(feat_in=WIDTH, num_classes=3, vocabulary=['a', 'b', 'c'])
-    config = dict(
-        sample_rate=16000,
-        labels=['a', 'b', 'c'],
-        preprocessor={'_target_': target + 'AudioToMelSpectrogramPreprocessor', 'normalize': 'NA', **settings},
-        encoder={'_target_': f'{ConformerEncoderAdapter.__module__}.ConformerEncoderAdapter', **SETTINGS},
-        decoder={'_target_': target + 'ConvASRDecoder', **decoder},
-    )
-    config['preprocessor'].update(dither=0.0, pad_to=0)
-    torch.manual_seed(0)
-    return EncDecCTCModel(cfg=OmegaConf.create(config))
 
 
 def check_stream(model):
