@@ -89,9 +89,9 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
     def tightest_window(self) -> Window:
         """What each layer sees in the present context at least, in training within the ceiling."""
         present = self._present_context()
-        return tightest_window(
-            self.effective_windows(self.att_context_policy.narrowed(present) if self.training else present)
-        )
+        if self.training:
+            present = self.att_context_policy.narrowed(present)
+        return tightest_window(self.effective_windows(present))
 
     def layer_att_contexts(self) -> LayerContexts:
         """Each layer's own context, None for a layer without one."""
@@ -104,19 +104,17 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
             ValueError: if no context of the encoder's style is that intersection.
         """
         batch = self.parse_att_context_size(self.att_context_size if att_context_size is None else att_context_size)
-        place = 'encoder.layers[{}].self_attention.att_context_size is {}'
-        return tuple(
-            batch
-            if own is None
-            else self.att_context_policy.within(batch, own, place.format(index, list(own))).context
-            for index, own in enumerate(self.layer_att_contexts())
-        )
+        contexts, policy = [batch] * len(self._layer_contexts), self.att_context_policy
+        for index, own in enumerate(self._layer_contexts):
+            if own is not None:
+                where = f'encoder.layers[{index}].self_attention.att_context_size is {own.as_list()}'
+                contexts[index] = policy.within(batch, own, where).context
+        return tuple(contexts)
 
     def effective_windows(self, att_context_size=None) -> tuple[Window, ...]:
         """The windows of :meth:`effective_att_contexts`; raises ValueError if those of the style are not known."""
-        return tuple(
-            Window(context, self.att_context_style) for context in self.effective_att_contexts(att_context_size)
-        )
+        contexts = self.effective_att_contexts(att_context_size)
+        return tuple(Window(context, self.att_context_style) for context in contexts)
 
     def set_layer_att_context_size(self, contexts) -> None:
         """Give the layers contexts of their own; each attends within the intersection of the batch's and its own.
@@ -211,10 +209,8 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         with self._assigning_default():
             super().change_attention_model(self_attention_model, *args, **kwargs)
         self._connect_layers()
-        if self._has_layer_contexts():
-            self._set_up_streaming(
-                **self._streaming_arguments
-            )  # it also sets what the new modules drop from their cache
+        if self._has_layer_contexts():  # sets what the new modules drop from their cache, too
+            self._set_up_streaming(**self._streaming_arguments)
 
     def forward_internal(self, audio_signal, length, cache_last_channel=None, *args, **kwargs):
         """Run the encoder within one context; arguments and results are NeMo's."""

@@ -114,9 +114,6 @@ def tightest(*sides: int) -> int:
 
 
 def draw_index(seed: int, step: int, probabilities: Sequence[float]) -> int:
-    """Draw an index with the given probabilities, as a pure function of (seed, step).
-
-    Every rank, and a resumed run, draws the same without exchanging anything; no global generator is touched.
-    """
+    """Draw an index with the given probabilities, as a pure function of (seed, step); no global generator is touched."""
     generator = random.Random(f'{seed}:{step}')  # a text seed is hashed alike on every platform and Python
     return generator.choices(range(len(probabilities)), weights=probabilities)[0]

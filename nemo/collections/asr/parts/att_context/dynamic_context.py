@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Helpers that override a model's context: each calls ``model.set_att_context_size``.
 
-``model`` is one of this project's SSL models. A context is what ``AttContext.parse`` reads.
+``model`` is one of this project's SSL models. A context is what ``AttContext.parse`` reads. ValueError names what is no
+context, or a model that takes none.
 
 Shapes: B batch, N samples, D features, M mask frames, A attention frames, S target frames, C classes, H codebooks.
 """
@@ -48,9 +49,6 @@ def sync_masking_to_attention(model) -> int:
 
     It is the tighter of what the encoder's tightest layer sees now and of the configured ``masking.left_context_size``,
     in attention frames, -1 = unlimited.
-
-    Raises:
-        ValueError: if the model's encoder or masking has no context.
     """
     encoder, masking = getattr(model, 'encoder', None), getattr(model, 'mask_processor', None)
     if not hasattr(encoder, 'tightest_left_context'):
@@ -61,11 +59,7 @@ def sync_masking_to_attention(model) -> int:
 
 
 def set_dynamic_context(model, context) -> None:
-    """Override the context for attention and masking; None: what the model was configured with.
-
-    Raises:
-        ValueError: if it is no context, the encoder cannot follow it, or the model takes none.
-    """
+    """Override the context for attention and masking; None: what the model was configured with."""
     _check_takes_context(model)
     model.set_att_context_size(context)
 
@@ -75,9 +69,6 @@ class DynamicContextModel:
 
     All else is the model's: attributes are read from it and set on it, and calls go to it. It is no ``nn.Module``;
     what needs one (such as a trainer) takes ``wrapper.model``. Nothing of it is in a checkpoint.
-
-    Raises:
-        ValueError: if the model takes no context.
     """
 
     def __init__(self, model):
@@ -129,9 +120,6 @@ class EnhancedDynamicContextModel(DynamicContextModel):
 
     Attributes:
         context_presets: the presets, by name; what is set here is one from then on.
-
-    Raises:
-        ValueError: if the model takes no context, or a preset is none.
     """
 
     def __init__(self, model, presets: Mapping[str, Any] | None = None):
@@ -140,11 +128,7 @@ class EnhancedDynamicContextModel(DynamicContextModel):
         self.__dict__['context_presets'] = {name: list(context) for name, context in {**PRESETS, **own}.items()}
 
     def set_context(self, mode_or_context) -> None:
-        """Override the context for attention and masking: the name of a preset, or a context.
-
-        Raises:
-            ValueError: if it is none, naming the presets.
-        """
+        """Override the context for attention and masking: the name of a preset, or a context."""
         self.att_context_size = mode_or_context
 
     @contextmanager
@@ -154,11 +138,9 @@ class EnhancedDynamicContextModel(DynamicContextModel):
             yield self
 
     def process(self, audio: torch.Tensor, lengths: torch.Tensor) -> Processed:
-        """Run the model's forward pass within the present context: without masking, dropout, dither or gradients.
+        """Run the model within the present context, without masking, dropout, dither or gradients.
 
-        Args:
-            audio: samples [B, N], float.
-            lengths: samples of each utterance [B].
+        ``audio`` are samples [B, N], float, ``lengths`` those of each utterance [B].
         """
         modes = {module: module.training for module in self.model.modules()}
         made = []

@@ -13,7 +13,10 @@ CEILING = 'encoder.att_context_ceiling'  # in errors
 
 @dataclass(frozen=True)
 class ContextPolicy:
-    """The contexts of training batches: options with probabilities, or a sampler, and a ceiling on both."""
+    """The contexts of training batches: options with probabilities, or a sampler, and a ceiling on both.
+
+    What narrows a context raises ValueError, beginning with ``where``, if the style cannot show what both show.
+    """
 
     default: AttContext
     """The context of validation and inference."""
@@ -71,9 +74,6 @@ class ContextPolicy:
 
         A sampler's chunks are cut to the ceiling and its left side is rounded down to whole chunks, so that any ceiling
         can narrow them.
-
-        Raises:
-            ValueError: if the style has no context that shows what both show.
         """
         ceiling = self.ceiling if ceiling is None else ceiling
         if ceiling is None:
@@ -87,9 +87,6 @@ class ContextPolicy:
 
         Its chunks are the batch's or, where its own right side makes smaller ones, those. In a sampler's batch its left
         side is rounded down to whole chunks.
-
-        Raises:
-            ValueError: if no window of the style shows what both show; the error begins with ``where``.
         """
         window = Window(batch, self.style)
         if self.sampler is None:
@@ -101,10 +98,7 @@ class ContextPolicy:
         return Window(batch.intersect(own), self.style).in_whole_chunks()
 
     def check_layer(self, own: AttContext, where: str) -> None:
-        """Raise ValueError, beginning with ``where``, if a layer cannot have this context in every batch.
-
-        Its right context may not go beyond every batch's, and the style must show the intersection.
-        """
+        """Check that a layer can have this context in every batch, and its right side is not beyond every batch's."""
         batches = self.contexts()
         rights = [batch.right for batch in batches]
         if UNLIMITED not in rights and own.right > max(rights):
@@ -116,7 +110,7 @@ class ContextPolicy:
             self.within(batch, own, where)
 
     def check_ceiling(self, ceiling: AttContext, layers: tuple[AttContext | None, ...], where: str) -> None:
-        """Raise ValueError, beginning with ``where``, if a ceiling, or a layer below it, cannot narrow every batch."""
+        """Check that a ceiling, and a layer below it, can narrow every batch."""
         for batch in self.contexts():
             narrowed = self.narrowed(batch, ceiling, where)
             for own in set(layers) - {None} if self.sampler is not None else ():

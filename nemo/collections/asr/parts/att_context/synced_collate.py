@@ -23,11 +23,7 @@ PROBABILITY_TOLERANCE = 1e-6
 
 
 def parse_policy(context_options=None, context_probs=None, seed: int = 0) -> ContextPolicy:
-    """Read and check the arguments of :func:`create_synced_context_collate`.
-
-    Raises:
-        ValueError: naming the argument, the item and its value.
-    """
+    """Read and check the arguments of :func:`create_synced_context_collate`."""
     if not is_sequence(context_options) or not len(context_options):
         raise ValueError(f"context_options is {shown(context_options)}; it must be a list of contexts, and not empty")
     options = tuple(_parse_option(option, index) for index, option in enumerate(context_options))
@@ -40,11 +36,7 @@ def parse_policy(context_options=None, context_probs=None, seed: int = 0) -> Con
 
 
 def attach_context(batch, context: AttContext, policy: ContextPolicy):
-    """Return the batch with its context, ``att_context``, and the policy that repeats the draw, ``context_draw``.
-
-    Raises:
-        ValueError: if it is no dataclass such as ``AudioNoiseBatch``, tuple or list (which become a :class:`SyncedBatch`).
-    """
+    """Return the batch with its context, ``att_context``, and the policy that repeats the draw, ``context_draw``."""
     if type(batch) in (tuple, list):
         batch = SyncedBatch(batch)
     if not isinstance(batch, SyncedBatch) and not dataclasses.is_dataclass(batch):
@@ -57,7 +49,7 @@ def attach_context(batch, context: AttContext, policy: ContextPolicy):
 
 
 class SyncedBatch(tuple):
-    """A batch that was a plain tuple or list, with ``att_context`` and ``context_draw``."""
+    """A batch that was a plain tuple or list."""
 
     att_context: AttContext | None = None
     context_draw: ContextPolicy | None = None
@@ -95,13 +87,8 @@ class SyncedContextCollate:
         return attach_context(batch, self.policy.at(number), self.policy)
 
 
-def create_synced_context_collate(
-    base_collate_fn: Callable[..., Any],
-    *arguments,
-    model=None,
-    **by_name,  # noqa: see below
-) -> SyncedContextCollate:
-    """Return a collate function that draws an attention context for each batch and sends it along.
+def create_synced_context_collate(base_collate_fn: Callable[..., Any], *arguments, model=None, **by_name):
+    """Return a :class:`SyncedContextCollate`, which draws an attention context for each batch and sends it along.
 
     Call it as ``create_synced_context_collate(base_collate_fn, context_options, context_probs=None, seed=0)``, or with
     a model before ``context_options``; each argument can be given by its name, too.
