@@ -189,7 +189,7 @@ class TestWithLayersAndCurriculum:
         assert names and all(run.logger.column(name) == [0] * 10 for name in names)
 
     def test_a_layer_with_chunks_of_its_own_must_fit_every_chunk(self):
-        with pytest.raises(InstantiationException, match=r'item 0.*right context is 1; .*chunk_size.: \[1, 6\]'):
+        with pytest.raises(InstantiationException, match=r'item 0.*right context is 1; .*chunk_size.: \(1, 6\)'):
             tiny_model(*SAMPLED, 'model.encoder.n_layers=1', '+model.encoder.layer_att_context_size=[[4,1]]')
 
     def test_a_curriculum_cuts_the_chunks_and_rounds_the_past_down(self):
@@ -230,7 +230,7 @@ class TestChecks:
         'section, message',
         [
             ('{full_prob: 0.5, chunk_sise: [1, 2]}', 'chunk_sise is not known; did you mean .*chunk_size'),
-            ('{full_prob: 0.5}', 'it must have full_prob and chunk_size'),
+            ('{full_prob: 0.5}', 'it must have chunk_size'),
             ('{full_prob: 0.5, chunk_size: [0, 2]}', r'chunk_size is \[0, 2\]'),
         ],
     )

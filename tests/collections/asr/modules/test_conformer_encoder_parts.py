@@ -110,8 +110,8 @@ class TestAdapters:
 def check_stream(model):
     samples = 0.1 * torch.randn(1, 16000, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        offline = model(input_signal=samples, input_signal_length=torch.tensor([16000]))[0]
+        offline, (frames,), _ = model(input_signal=samples, input_signal_length=torch.tensor([16000]))
     session = StreamingSession(model, return_log_probs=True)
     outputs = [session.step(piece) for piece in samples.split(1500, dim=1)] + [session.finish()]
     streamed = torch.cat([output.log_probs for output in outputs], dim=1)
-    torch.testing.assert_close(streamed, offline, atol=1e-4, rtol=0)
+    torch.testing.assert_close(streamed, offline[:, :frames], atol=1e-4, rtol=0)

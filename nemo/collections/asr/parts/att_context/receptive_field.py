@@ -50,7 +50,7 @@ def stack_window(encoder, att_context_size=None) -> Window | None:
 
 @lru_cache(maxsize=1024)  # asked in each training step
 def _field_of(windows: tuple[Window, ...], before: int, after: int) -> ReceptiveField:
-    left = right = 0
+    left = right = 0.0
     for frame in range(math.lcm(*(window.chunk for window in windows))):  # beyond it everything repeats
         first, last = _seen(frame, windows, before, after)
         left, right = max(left, frame - first), max(right, last - frame)

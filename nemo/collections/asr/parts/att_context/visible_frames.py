@@ -119,17 +119,9 @@ def share_kept_visible(window: Window) -> float:
 
 
 def takes(masking, argument: str) -> bool:
-    """Return whether a masking module's ``forward``, or one that it passes keywords on to, takes an argument."""
-    for cls in inspect.getmro(type(masking)):
-        forward = cls.__dict__.get('forward')
-        if forward is None or cls is torch.nn.Module:
-            continue
-        parameters = inspect.signature(forward).parameters
-        if argument in parameters:
-            return True
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            return False
-    return True
+    """Return whether the ``forward`` of a masking module takes an argument, or any."""
+    parameters = inspect.signature(type(masking).forward).parameters.values()
+    return any(parameter.name == argument or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def follows_context(masking) -> bool:

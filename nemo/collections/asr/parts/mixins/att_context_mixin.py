@@ -46,13 +46,13 @@ class AttContextMixin:
             current_frame: mask frames received so far, an int or a tensor [B]; None: the utterances are whole.
 
         Raises:
-            ValueError: if ``current_frame`` is given and the masking does not take it; in training also as
-                :meth:`check_frames_see_others` raises it, for the present context.
+            ValueError: if ``current_frame`` is given and the masking does not take it; in training also for a context
+                [0, 0], as :meth:`check_frames_see_others` raises it.
         """
         masking, arguments = self._masking(), {}
         if getattr(masking, 'attention_window', None) is None:
             arguments = window_of_masking(masking, tightest_window_of(self.encoder))
-        if self.training:
+        if self.training and self._encoder_has_context() and self.encoder.att_context_size == [0, 0]:
             self._check_frames_see_others()
         if current_frame is None:
             return arguments

@@ -5,10 +5,9 @@ import copy
 import pickle
 import threading
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from omegaconf import ListConfig, OmegaConf
+from omegaconf import OmegaConf
 from spies import recording_contexts
 from tiny_encoder import tiny_encoder
 from tiny_nest import POSITIONS, PRESETS, batches, fit, noise_batch, signals, tiny_model
@@ -25,27 +24,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-class OwnCurriculum(pl.Callback):
-    """What people write: NeMo's attribute on the encoder, in each step."""
-
-    def __init__(self, contexts):
-        self.contexts = contexts
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        pl_module.encoder.att_context_size = self.contexts[trainer.global_step]
-
-
 class TestOverride:
-    @pytest.mark.integration
-    @POSITIONS
-    def test_it_holds_in_training_for_attention_and_masking(self, position):
-        model = tiny_model(PRESETS, *position)
-        model.encoder.att_context_size = [160, 0]
-        with recording_contexts(model) as record:
-            logged = fit(model, batches(3), max_steps=6, max_epochs=-1).logger.column('att_context_left')
-        assert record.masking == [160] * 6 == logged and record.attention == [[160, 0]] * 6
-        assert list(model.att_context_override) == [160, 0]
-
     @pytest.mark.parametrize('nothing', [None, [[10, 0], [20, 0], [40, 0], [-1, 0]]], ids=['None', 'configured'])
     def test_the_draw_comes_back(self, nothing):
         model, untouched = tiny_model().train(), tiny_model().train()
@@ -57,26 +36,13 @@ class TestOverride:
         drawn = [[each.encoder.draw_att_context_size(step) for step in range(12)] for each in (model, untouched)]
         assert drawn[0] == drawn[1] and len(set(drawn[0])) > 1
 
-    @pytest.mark.integration
-    def test_a_curriculum_of_the_users_own(self, warnings):
-        contexts = [[10, 0], [10, 0], [20, 0], [30, 0], [30, 0], [-1, 0]]
-        model = tiny_model()
-        with recording_contexts(model) as record:
-            run = fit(model, batches(3), max_steps=6, max_epochs=-1, callbacks=[OwnCurriculum(contexts)])
-        lefts = [left for left, _ in contexts]
-        assert record.attention == contexts and record.masking == lefts
-        assert run.logger.column('att_context_left') == lefts
-        assert len([message for message in warnings if 'not trained on' in message]) == 1  # [30, 0], set twice
-
-    @pytest.mark.parametrize('context', [160, 'low', (160, 0), ListConfig([160, 0]), AttContext(160, 0)])
-    def test_it_takes_all_that_is_a_context(self, context):
+    @pytest.mark.parametrize('bad', ['lowest', [1, 2, 3], [-2, 0]])
+    def test_what_is_no_context_changes_nothing(self, bad):
         encoder = tiny_model(PRESETS).encoder
-        encoder.att_context_size = context
+        encoder.att_context_size = 'low'
+        with pytest.raises(ValueError):
+            encoder.att_context_size = bad
         assert encoder.att_context_size == [160, 0] and encoder.streaming_cfg.last_channel_cache_size == 160
-        for bad in ('lowest', [1, 2, 3], [-2, 0]):
-            with pytest.raises(ValueError):
-                encoder.att_context_size = bad
-        assert encoder.att_context_size == [160, 0]
 
     def test_nemos_own_assignments_set_the_default_and_clear_the_override(self):
         model = tiny_model()

@@ -74,10 +74,6 @@ class TestNoVisibleFrame:
         found = no_visible_frame(torch.tensor(batch), past(left), threshold)
         assert found.tolist() == [brute_force(utterance, left, threshold) for utterance in batch]
 
-    def test_meta(self):
-        masks = torch.ones(2, 80, 33, device='meta')
-        assert no_visible_frame(masked_share_per_frame(masks, 8), past(5)).shape == (2, 4)
-
 
 def kept(context, style, frames, end, phase):
     found = kept_visible_frames(
