@@ -16,7 +16,7 @@ from attention_windows import attended
 from fresh_process import run_python
 from omegaconf import OmegaConf
 from spies import recording_attention
-from tiny_encoder import KERNEL, TINY_ENCODER, encode, tiny_encoder
+from tiny_encoder import KERNEL, encode, tiny_encoder
 from tiny_nest import STOCK_OFFLINE, tiny_model
 from tiny_recogniser import tiny_recogniser
 
@@ -24,7 +24,6 @@ from nemo.collections.asr.modules import conformer_encoder as under_test
 from nemo.collections.asr.parts.att_context import AttContext, receptive_field
 
 FRAMES = 24
-LONG = 200  # attention frames; blocks win for the contexts here
 ATTENTIONS = list(itertools.product(['rel_pos', 'abs_pos'], [False, True]))
 REGULAR, CHUNKED = dict(att_context_style='regular'), dict(att_context_style='chunked_limited')
 
@@ -216,13 +215,6 @@ class TestCeiling:
         encoder.att_context_policy = replace(encoder.att_context_policy, ceiling=AttContext(2, 0))
         assert encoder.tightest_left_context() == 2
 
-    def test_a_ceiling_of_broken_chunks_is_refused(self):
-        encoder = tiny_encoder(att_context_size=[8, 3], **CHUNKED)
-        with pytest.raises(ValueError, match='milestone: the left context is 6'):
-            encoder.check_att_context_ceiling(AttContext(6, 3), 'milestone')
-        encoder.att_context_policy = replace(encoder.att_context_policy, ceiling=AttContext(4, -1))
-        assert encoder.train().draw_att_context_size() == AttContext(4, 3)
-
 
 def stream(encoder, frames, lengths, chunk, shift):
     """Run the layers chunk by chunk with caches, on [B, A, d_model]; returns [B, A, d_model]."""
@@ -402,33 +394,8 @@ class TestSavedModels:
         assert not [name for name in encoder.state_dict() if 'context' in name or 'draw' in name]
 
     @pytest.mark.integration
-    def test_stock_nemo(self, saved, tmp_path):
-        """Without contexts the encoder's output is stock's, bit for bit; a file with them is refused by stock."""
-        _, path = saved
-        encoder = tiny_encoder(att_context_size=[8, 2], use_pytorch_sdpa=True, blockwise_attention='off')
-        frames = torch.randn(2, LONG, 16)
-        encoder.layers[1].self_attention.att_context_size = [2, 0]
-        encoder.layers[1].self_attention.att_context_size = None
-        torch.save(
-            dict(frames=frames, weights=encoder.state_dict(), output=encode(encoder, frames)), tmp_path / 'ours'
-        )
-        arguments = dict(TINY_ENCODER, att_context_size=[8, 2], use_pytorch_sdpa=True)
-        script = f"""
-import torch
-from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-from nemo.collections.asr.modules import ConformerEncoder
-ours = torch.load({str(tmp_path / 'ours')!r})
-encoder = ConformerEncoder(**{arguments!r}).eval()
-encoder.load_state_dict(ours['weights'])
-with torch.no_grad():
-    output = encoder(audio_signal=ours['frames'], length=torch.tensor([{LONG}] * 2), bypass_pre_encode=True)[0]
-assert not hasattr(encoder, 'using_att_context_size')
-assert torch.equal(output.transpose(1, 2), ours['output'])
-print('SAME OUTPUT')
-EncDecDenoiseMaskedTokenPredModel.restore_from({str(path)!r}, map_location='cpu')
-print('RESTORED')
-"""
+    def test_stock_nemo_refuses_a_file_with_them(self, saved):
+        name = 'EncDecDenoiseMaskedTokenPredModel'
+        script = f'from nemo.collections.asr.models.ssl_models import {name}\n{name}.restore_from({str(saved[1])!r})'
         done = run_python('-c', script, patched=False)
-        assert 'SAME OUTPUT' in done.stdout, done.stderr[-2000:]
-        assert done.returncode != 0 and 'RESTORED' not in done.stdout
-        assert 'layer_att_context_size' in done.stderr
+        assert done.returncode != 0 and 'layer_att_context_size' in done.stderr
