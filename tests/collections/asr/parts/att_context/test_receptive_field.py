@@ -4,7 +4,6 @@ import torch
 from tiny_encoder import tiny_encoder
 from tiny_nest import HIERARCHY, tiny_model
 
-from nemo.collections.asr.modules import ConformerEncoder
 from nemo.collections.asr.parts.att_context.receptive_field import (
     _features_ahead,
     context_table,
@@ -45,23 +44,8 @@ def test_the_table_tells_contexts_look_ahead_and_receptive_field():
     assert '40 frames (3200 ms)' in table
 
 
-CAUSAL = dict(causal_downsampling=True, conv_norm_type='layer_norm', conv_context_size='causal')
-
-
-def encoder(**changes) -> ConformerEncoder:
-    settings = dict(
-        feat_in=8,
-        n_layers=2,
-        d_model=8,
-        n_heads=2,
-        subsampling='dw_striding',
-        subsampling_factor=8,
-        subsampling_conv_channels=4,
-        conv_kernel_size=3,
-        att_context_size=[4, 0],
-        **CAUSAL,
-    )
-    return ConformerEncoder(**{**settings, **changes}).eval()
+def encoder(**changes):
+    return tiny_encoder(**{'n_layers': 2, 'att_context_size': [4, 0], **changes})
 
 
 @pytest.mark.parametrize(
