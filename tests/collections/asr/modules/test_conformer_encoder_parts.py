@@ -99,7 +99,9 @@ class TestAdapters:
         if adapter is linear:
             check_stream(restored)
             return
-        with pytest.raises(ValueError, match=r'layers.0.adapter_layer.added is a RelPositionMultiHeadAttentionAdapter'):
+        with pytest.raises(
+            ValueError, match=r'layers.0.adapter_layer.added is a RelPositionMultiHeadAttentionAdapter'
+        ):
             StreamingSession(restored)
         restored.encoder.set_enabled_adapters('added', enabled=False)
         check_stream(restored)
