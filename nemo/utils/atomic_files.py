@@ -14,15 +14,10 @@ PARTIAL_SUFFIX = '.partial'
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a path to write to; put the file in place once it is written, and only then.
+    """Give a path beside the target to write to; once the data are on the disk, put the file in place.
 
-    The path is beside the target, so that no second file system comes between. The data are on the disk before the
-    name changes. Whatever goes wrong, a file that was at the target stays there whole; a process that is killed
-    leaves its ``.NAME.PID.partial`` behind, which is cleared when the same file is next written, or by
-    :func:`remove_partial_files`.
-
-    Args:
-        path: the target, in a folder that is there.
+    Whatever goes wrong, a file that was at the target stays there whole. A process that is killed leaves its
+    ``.NAME.PID.partial`` behind, which is removed when the same file is next written.
 
     Raises:
         OSError: naming the target and the cause, if it cannot be written (such as a full disk).
@@ -42,12 +37,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def remove_partial_files(folder: str | Path, name: str | None = None) -> list[Path]:
-    """Remove what killed processes left in a folder, and return it; a running process keeps its own.
-
-    Args:
-        folder: where to look.
-        name: of the file that was being written; None for any.
-    """
+    """Remove what killed processes left in a folder, of one file or of all, and return it; running ones keep their own."""
     pattern = '*' if name is None else glob.escape(name)
     left = [path for path in Path(folder).glob(f'.{pattern}.*{PARTIAL_SUFFIX}') if not _is_in_use(path)]
     for path in left:
@@ -57,16 +47,12 @@ def remove_partial_files(folder: str | Path, name: str | None = None) -> list[Pa
 
 def _is_in_use(partial: Path) -> bool:
     process = partial.name.removesuffix(PARTIAL_SUFFIX).rpartition('.')[2]
-    if (
-        not process.isdigit() or os.name != 'posix'
-    ):  # not made by this module; or Windows, where signal 0 ends a process
+    if not process.isdigit() or os.name != 'posix':  # not made here; or Windows, where signal 0 ends a process
         return True
     try:
         os.kill(int(process), 0)  # signal 0 only asks
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
@@ -81,11 +67,7 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def write_json(path: str | Path, contents) -> None:
-    """Write JSON, whole or not at all; NaN and infinite numbers become null.
-
-    Raises:
-        OSError: naming the file, if it cannot be written.
-    """
+    """Write JSON, whole or not at all; NaN and infinite numbers become null. Errors are those of :func:`replacing`."""
     with replacing(Path(path).resolve()) as partial:
         partial.write_text(json.dumps(_finite(contents), indent=2, allow_nan=False) + '\n', encoding='utf-8')
 

@@ -6,9 +6,10 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+OUTSIDE_LIMITS = 'outside of min_duration and max_duration'
 
 
 class Reason(NamedTuple):
@@ -21,19 +22,17 @@ class Reason(NamedTuple):
 class LeftOut:
     """Counts utterances by reason, in a file that all processes of a rank append to.
 
-    Forked workers inherit the path. Spawned workers get it with any object that holds the counter.
-
-    Args:
-        path: of the file; it is made with the first count, and removed with the process that made the counter.
+    Forked workers inherit the path. Spawned workers get it with any object that holds the counter. The process that made the
+    counter removes the file.
     """
 
-    def __init__(self, path: str | None = None):
-        self.path = path or os.path.join(tempfile.gettempdir(), f'nemo-left-out-{uuid.uuid4().hex}')
+    def __init__(self):
+        self.path = os.path.join(tempfile.gettempdir(), f'nemo-left-out-{uuid.uuid4().hex}')
         self._owner = os.getpid()
 
     def add(self, reason: str, first: str, count: int = 1) -> None:
         """Count utterances; ``first`` names one of them: its file, and the shard and member if it has them."""
-        if count:
+        if count > 0:
             with open(self.path, 'a', encoding='utf-8') as file:
                 file.write(json.dumps([reason, str(first), count]) + '\n')
 
@@ -53,7 +52,10 @@ class LeftOut:
 
     def summary(self) -> str:
         """Return a line for the log."""
-        return describe(self.reasons())
+        reasons = self.reasons()
+        parts = [f'{found.count} {reason} (first: {found.first})' for reason, found in reasons.items()]
+        total = sum(found.count for found in reasons.values())
+        return f"{total} utterances were left out: {'; '.join(parts)}" if parts else 'no utterance was left out'
 
     def clear(self) -> None:
         """Clear the counts."""
@@ -64,16 +66,8 @@ class LeftOut:
         return _adopt, (self.path,)
 
 
-def describe(reasons: Mapping[str, Reason]) -> str:
-    """Return counts by reason as a sentence."""
-    if not reasons:
-        return 'no utterance was left out'
-    parts = [f'{found.count} {reason} (first: {found.first})' for reason, found in reasons.items()]
-    return f"{sum(found.count for found in reasons.values())} utterances were left out: {'; '.join(parts)}"
-
-
 def _adopt(path: str) -> LeftOut:
-    LEFT_OUT.path, LEFT_OUT._owner = path, None  # the process that made the file removes it
+    LEFT_OUT.path, LEFT_OUT._owner = path, None
     return LEFT_OUT
 
 

@@ -3,6 +3,7 @@
 
 import builtins
 import collections
+import io
 import typing
 from pathlib import Path
 
@@ -16,7 +17,6 @@ PLAIN = [getattr(builtins, name) for name in ('bool', 'bytes', 'dict', 'float', 
 PLAIN += [collections.defaultdict, omegaconf.base.ContainerMetadata, omegaconf.base.Metadata]
 PLAIN += [found for found in vars(omegaconf).values() if isinstance(found, type) and issubclass(found, omegaconf.Node)]
 READABLE = {f'{found.__module__}.{found.__qualname__}': found for found in PLAIN} | {'typing.Any': typing.Any}
-
 
 _torch_load = torch.load
 
@@ -43,8 +43,7 @@ def load(path: str | Path, map_location='cpu'):
         if Path(path).is_dir():
             return _load_folder(Path(path))
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        classes = [(READABLE.get(name, _Ignored), name) for name in unknown]
-        with torch.serialization.safe_globals(classes):
+        with torch.serialization.safe_globals([(READABLE.get(name, _Ignored), name) for name in unknown]):
             return _torch_load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch, pickle and zipfile each have errors of their own
         raise ValueError(f"{path} cannot be read as a checkpoint: {' '.join(str(error).split())[:300]}") from error
@@ -65,28 +64,23 @@ def save(content, path: str | Path) -> None:
         OSError: naming the file and the cause (such as a full disk), which torch's own error leaves out.
     """
     try:
-        with open(path, 'wb') as file:
-            writer = _RemembersWhyItFailed(file)
+        with _File(io.FileIO(path, 'wb')) as file:
             try:
-                torch.save(content, writer)
+                torch.save(content, file)
             except RuntimeError as error:
-                raise writer.error or error from error
+                raise file.error or error from error
     except OSError as error:
         raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error
 
 
-class _RemembersWhyItFailed:
-    """What ``torch.save`` needs of a file; keeps the error that torch hides behind its own."""
+class _File(io.BufferedWriter):
+    """Keeps the error that torch hides behind its own."""
 
-    def __init__(self, file):
-        self.file, self.error = file, None
+    error: OSError | None = None
 
     def write(self, data):
         try:
-            return self.file.write(data)
+            return super().write(data)
         except OSError as error:
             self.error = error
             raise
-
-    def flush(self):
-        self.file.flush()

@@ -12,13 +12,10 @@ BATCHES = 3
 
 
 class BatchesSeen(Callback):
-    """Writes down which batch of which epoch came."""
-
     def __init__(self):
         self.seen = []
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        """Write it down."""
         self.seen.append((trainer.current_epoch, batch_idx))
 
 

@@ -2,6 +2,7 @@
 """Counts from all processes of a rank come together."""
 
 import multiprocessing
+import tempfile
 
 import pytest
 
@@ -20,8 +21,9 @@ def test_counts_of_other_processes_arrive(tmp_path, monkeypatch, method):
     assert LEFT_OUT.total() == 5 and '4 unreadable (first: b.wav)' in LEFT_OUT.summary()
 
 
-def test_nothing_is_counted_and_no_file_is_made(tmp_path):
-    counter = LeftOut(str(tmp_path / 'left_out'))
+def test_nothing_is_counted_and_no_file_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    counter = LeftOut()
     assert counter.total() == 0 and 'no utterance' in counter.summary() and not list(tmp_path.iterdir())
     counter.add('unreadable', 'a.wav')
     counter.clear()

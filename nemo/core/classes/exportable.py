@@ -19,8 +19,6 @@ class Exportable(_up.Exportable):
     """NeMo's interface of what can be exported."""
 
     def _export(self, *args, use_dynamo=False, **kwargs):
-        if use_dynamo:
+        export = torch.onnx.export if use_dynamo else functools.partial(torch.onnx.export, dynamo=False)
+        with mock.patch.object(torch.onnx, 'export', export):  # NeMo's method takes no argument for it
             return super()._export(*args, use_dynamo=use_dynamo, **kwargs)
-        tracing = functools.partial(torch.onnx.export, dynamo=False)
-        with mock.patch.object(torch.onnx, 'export', tracing):  # NeMo's method takes no argument for it
-            return super()._export(*args, **kwargs)

@@ -28,11 +28,10 @@ class ModelPT(_up.ModelPT):
                 shape, or nothing is loaded into the encoder.
         """
         sources, loaded = sources_of(cfg), set()
-        if any(source.kind == 'init_from_pretrained_model' for source in sources) and not is_global_rank_zero():
+        if cfg.get('init_from_pretrained_model') is not None and not is_global_rank_zero():
             return
         for source in sources:
-            config, weights = source.read(self, map_location, strict=cfg.get('init_strict', True))
-            loaded |= load_weights(self, source, config, weights)
+            loaded |= load_weights(self, source, *source.read(self, map_location, strict=cfg.get('init_strict', True)))
         check_encoder_was_loaded(self, sources, loaded)
 
 

@@ -3,6 +3,7 @@
 
 import difflib
 import os
+from collections import Counter
 from dataclasses import dataclass
 
 from omegaconf import DictConfig, ListConfig
@@ -11,23 +12,12 @@ from nemo.utils import logging, torch_files
 
 PLACES = {'init_from_nemo_model': 'path', 'init_from_pretrained_model': 'name', 'init_from_ptl_ckpt': 'path'}
 """The three keys, and the option that names the weights where the value is a mapping of sources."""
+ENDINGS = {'.nemo': 'init_from_nemo_model', '.ckpt': 'init_from_ptl_ckpt'}
 PARTS = ('encoder', 'decoder', 'other')
 SHAPING_KEYS = (  # of model.encoder; the shapes and names of its tensors follow from them
-    'causal_downsampling',
-    'conv_norm_type',
-    'd_model',
-    'n_layers',
-    'n_heads',
-    'feat_in',
-    'feat_out',
-    'subsampling',
-    'subsampling_factor',
-    'subsampling_conv_channels',
-    'ff_expansion_factor',
-    'conv_kernel_size',
-    'self_attention_model',
-    'untie_biases',
-    'use_bias',
+    *('causal_downsampling', 'conv_norm_type', 'd_model', 'n_layers', 'n_heads', 'feat_in', 'feat_out', 'subsampling'),
+    *('subsampling_factor', 'subsampling_conv_channels', 'ff_expansion_factor', 'conv_kernel_size'),
+    *('self_attention_model', 'untie_biases', 'use_bias'),
 )
 
 
@@ -49,10 +39,6 @@ class Source:
     include: list[str] | None = None
     exclude: list[str] | None = None
 
-    def __post_init__(self):
-        if self.kind != 'init_from_pretrained_model':
-            self.place = os.path.expanduser(self.place)
-
     def read(self, model, map_location='cpu', strict: bool = True) -> tuple:
         """Return the config (None if the file has none) and the state dict; ``model`` is a ModelPT or its class.
 
@@ -60,8 +46,7 @@ class Source:
             ValueError: naming the key and the file, if it cannot be read.
         """
         if self.kind == 'init_from_ptl_ckpt':
-            checkpoint = self._checkpoint(map_location)
-            return _config_in(checkpoint), checkpoint['state_dict']
+            return self._checkpoint(map_location)
         restored = self._restored(model, map_location=map_location, strict=strict)
         return restored.cfg, restored.state_dict()
 
@@ -69,7 +54,7 @@ class Source:
         """Return the model config alone; arguments and errors as in :meth:`read`."""
         if self.kind != 'init_from_ptl_ckpt':
             return self._restored(model, return_config=True)
-        config = _config_in(self._checkpoint())
+        config, _ = self._checkpoint()
         if config is None:
             raise ValueError(f"{self.key}: {self.place} holds no model config")
         return config
@@ -77,28 +62,31 @@ class Source:
     def _restored(self, model, **options):
         if self.kind == 'init_from_pretrained_model':
             return model.from_pretrained(self.place, **options)
-        self._check_file()
+        path = self._checked_path()
         try:
-            return model.restore_from(self.place, **options)
+            return model.restore_from(path, **options)
         except (OSError, KeyError, ValueError) as error:
             raise ValueError(f"{self.key}: {error}") from error
 
-    def _checkpoint(self, map_location='cpu') -> dict:
-        self._check_file()
+    def _checkpoint(self, map_location='cpu') -> tuple[DictConfig | None, dict]:
+        path = self._checked_path()
         try:
-            checkpoint = torch_files.load(self.place, map_location)
+            checkpoint = torch_files.load(path, map_location)
         except ValueError as error:
             raise ValueError(f"{self.key}: {error}") from error
         if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
-            raise ValueError(f"{self.key}: {self.place} holds no state_dict; a Lightning checkpoint is needed")
-        return checkpoint
+            raise ValueError(f"{self.key}: {path} holds no state_dict; a Lightning checkpoint is needed")
+        parameters = checkpoint.get('hyper_parameters') or {}
+        return parameters.get('cfg', parameters) or None, checkpoint['state_dict']
 
-    def _check_file(self) -> None:
-        if not os.path.exists(self.place):
-            raise ValueError(f"{self.key}: no file {self.place}")
-        other = 'init_from_ptl_ckpt' if self.kind == 'init_from_nemo_model' else 'init_from_nemo_model'
-        if self.place.endswith('.ckpt' if other == 'init_from_ptl_ckpt' else '.nemo'):
-            raise ValueError(f"{self.key}: {self.place} is a file for {other}")
+    def _checked_path(self) -> str:
+        path = os.path.expanduser(self.place)
+        if not os.path.exists(path):
+            raise ValueError(f"{self.key}: no file {path}")
+        form = ENDINGS.get(os.path.splitext(path)[1], self.kind)
+        if form != self.kind:
+            raise ValueError(f"{self.key}: {path} is a file for {form}")
+        return path
 
 
 def sources_of(cfg) -> list[Source]:
@@ -151,11 +139,10 @@ def load_weights(model, source: Source, config, weights: dict) -> set[str]:
     _check_patterns(source, weights)
     chosen = {name: tensor for name, tensor in weights.items() if _is_chosen(name, source)}
     own = {name: value for name, value in model.state_dict().items() if hasattr(value, 'shape')}
-    differing = [name for name in chosen if name in own and own[name].shape != chosen[name].shape]
     try:
         missing, unused = model.load_state_dict(chosen, strict=False)
     except RuntimeError as error:  # torch's, for tensors of another shape
-        raise ValueError(_why_shapes_differ(model, source, config, own, chosen, differing)) from error
+        raise ValueError(_why_shapes_differ(model, source, config, own, chosen)) from error
     left_out = weights.keys() - chosen.keys()
     loaded = set() if not chosen else own.keys() - set(missing)
     columns = {
@@ -166,38 +153,37 @@ def load_weights(model, source: Source, config, weights: dict) -> set[str]:
     }
     logging.info(f"{source.key}: {source.place}\n{_table(own, columns)}")
     contexts = _differences(model, config, ['layer_att_context_size'])
-    if contexts and any(_part(name) == 'encoder' for name in loaded):
+    if contexts and 'encoder' in map(_part, loaded):
         logging.warning(f"{source.key}: the weights were trained with other contexts of layers: {contexts}")
     unused = sorted(name for name in unused if _part(name) == 'encoder')
     if unused:
-        differences = _differences(model, config)
         logging.warning(
-            f"{source.key}: the model has no place for {len(unused)} encoder tensors of {source.place}, such as "
-            f"{unused[0]}{f'; {differences}' if differences else ''}"
+            f"{source.key}: the model has no place for {len(unused)} encoder tensors of {source.place}, such as {unused[0]}. "
+            f"{_differences(model, config)}"
         )
     return loaded
 
 
 def check_encoder_was_loaded(model, sources: list[Source], loaded: set[str]) -> None:
     """Raise ValueError if the model has an encoder and none of its tensors was loaded; ``include: []`` allows that."""
-    wanted = [source for source in sources if source.include != []]
+    wanted = [source.key for source in sources if source.include != []]
     encoder = [name for name in model.state_dict() if _part(name) == 'encoder']
     if wanted and encoder and not loaded.intersection(encoder):
         raise ValueError(
-            f"{', '.join(source.key for source in wanted)}: 0 of {len(encoder)} encoder tensors were loaded; check include "
-            "and exclude, or set include: [] to load no weights"
+            f"{', '.join(wanted)}: 0 of {len(encoder)} encoder tensors were loaded; check include and exclude, or set "
+            "include: [] to load no weights"
         )
 
 
 def _check_patterns(source: Source, weights: dict) -> None:
-    for option, patterns in (('include', source.include), ('exclude', source.exclude)):
-        for pattern in patterns or ():
+    for option in ('include', 'exclude'):
+        for pattern in getattr(source, option) or ():
             if not any(pattern in name for name in weights):
                 parts = {part for name in weights for part in name.split('.')}
                 tops = ', '.join(sorted({name.partition('.')[0] for name in weights}))
-                key = f"{source.key.rpartition('.')[0]}.{option}"
                 raise ValueError(
-                    f"{key}: no tensor of {source.place} contains {pattern!r};{_hint(pattern, parts)} its modules are {tops}"
+                    f"{source.key.rpartition('.')[0]}.{option}: no tensor of {source.place} contains {pattern!r};"
+                    f"{_hint(pattern, parts)} its modules are {tops}"
                 )
 
 
@@ -213,48 +199,37 @@ def _is_chosen(name: str, source: Source) -> bool:
 
 def _part(name: str) -> str:
     top = name.partition('.')[0]
-    if top == 'encoder':
-        return top
-    return 'decoder' if 'decoder' in top or top in ('joint', 'ctc_decoder') else 'other'
+    return 'encoder' if top == 'encoder' else 'decoder' if 'decoder' in top or top == 'joint' else 'other'
 
 
 def _table(own: dict, columns: dict[str, set[str]]) -> str:
     """Return a row for each part of the model, with the number of its tensors in each column."""
-    lines = [f"{'tensors':<10}{''.join(f'{name:>22}' for name in columns)}"]
+    counts, total = [Counter(map(_part, names)) for names in columns.values()], Counter(map(_part, own))
+    rows = [['tensors', *columns]]
     for part in PARTS:
-        counts = [sum(_part(name) == part for name in names) for names in columns.values()]
-        total = sum(_part(name) == part for name in own)
-        cells = [f'{counts[0]} of {total}', *map(str, counts[1:])]
-        lines.append(f"{part:<10}{''.join(f'{cell:>22}' for cell in cells)}")
-    return '\n'.join(lines)
+        rows.append([part, f'{counts[0][part]} of {total[part]}', *(str(count[part]) for count in counts[1:])])
+    return '\n'.join(f'{first:<10}' + ''.join(f'{cell:>22}' for cell in cells) for first, *cells in rows)
 
 
-def _why_shapes_differ(model, source: Source, config, own: dict, chosen: dict, differing: list[str]) -> str:
+def _why_shapes_differ(model, source: Source, config, own: dict, chosen: dict) -> str:
+    differing = [name for name in chosen if name in own and own[name].shape != chosen[name].shape]
     shapes = [
         f"{name} {list(chosen[name].shape)} in the file, {list(own[name].shape)} in the model" for name in differing
     ]
-    counts = {part: sum(_part(name) == part for name in differing) for part in PARTS}
-    differences = _differences(model, config) if counts['encoder'] else ''
+    counts = Counter(map(_part, differing))
+    differences = f"{_differences(model, config)}. " if counts['encoder'] else ''
     convert = 'causal_downsampling' in differences or 'conv_norm_type' in differences
     return (
         f"{source.key}: {len(differing)} tensors of {source.place} have another shape ("
-        f"{', '.join(f'{count} {part}' for part, count in counts.items() if count)}): {'; '.join(shapes[:3])}. "
-        f"{differences}{'. ' if differences else ''}"
+        f"{', '.join(f'{count} {part}' for part, count in counts.items())}): {'; '.join(shapes[:3])}. {differences}"
         f"{'convert_to_streaming.py makes a streaming model of an offline one' if convert else 'exclude leaves them out'}"
     )
 
 
 def _differences(model, config, keys=SHAPING_KEYS) -> str:
     """Return the settings of the two encoders that differ, by default those that shape their tensors."""
-    theirs, ours = (None if cfg is None else cfg.get('encoder') for cfg in (config, model.cfg))
-    if theirs is None or ours is None:
-        return ''
-    different = [key for key in keys if theirs.get(key) != ours.get(key)]
+    theirs, ours = ((cfg or {}).get('encoder') or {} for cfg in (config, model.cfg))
+    different = [key for key in keys if theirs and ours and theirs.get(key) != ours.get(key)]
     return ', '.join(
         f"model.encoder.{key} is {theirs.get(key)} in the file and {ours.get(key)} in the model" for key in different
     )
-
-
-def _config_in(checkpoint: dict) -> DictConfig | None:
-    parameters = checkpoint.get('hyper_parameters') or {}
-    return parameters.get('cfg', parameters) or None

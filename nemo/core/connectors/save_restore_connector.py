@@ -17,11 +17,7 @@ from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
 
-BROKEN_ARCHIVE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError)
-
-
-class UnreadableWeights(ValueError):
-    """The weights in a ``.nemo`` file cannot be read."""
+BROKEN_ARCHIVE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError)
 
 
 class SaveRestoreConnector(_up.SaveRestoreConnector):
@@ -50,7 +46,6 @@ class SaveRestoreConnector(_up.SaveRestoreConnector):
 
     @staticmethod
     def _make_nemo_file_from_folder(filename, source_dir):
-        """Pack a folder into a ``.nemo`` file, which takes the place of an earlier one only when it is whole."""
         pack = _up.SaveRestoreConnector._make_nemo_file_from_folder
         if is_multistorageclient_url(filename):
             return pack(filename, source_dir)
@@ -64,7 +59,7 @@ class SaveRestoreConnector(_up.SaveRestoreConnector):
             _check_sums(model_weights)
             return _up.SaveRestoreConnector._load_state_dict_from_disk(model_weights, map_location)
         except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
-            raise UnreadableWeights(f"{os.path.basename(model_weights)}: {error}") from error
+            raise zipfile.BadZipFile(f"{os.path.basename(model_weights)}: {error}") from error
 
     def load_config_and_state_dict(self, calling_cls, restore_path, *args, **kwargs):
         """Read a ``.nemo`` file; arguments and results are NeMo's.
@@ -73,31 +68,36 @@ class SaveRestoreConnector(_up.SaveRestoreConnector):
             ValueError: naming the file, if it is truncated or corrupt.
             pickle.UnpicklingError: naming the file, if torch refuses its weights, as in NeMo.
         """
-        is_loaded = False
         try:
-            with _naming(restore_path):
-                self._check_whole(restore_path)
-                loaded = super().load_config_and_state_dict(calling_cls, restore_path, *args, **kwargs)
-            is_loaded = True
-        finally:
-            if not is_loaded:  # or the models that this process builds next would have no data
-                calling_cls._set_model_restore_state(is_being_restored=False)
-        return loaded
+            with self._naming(restore_path):
+                return super().load_config_and_state_dict(calling_cls, restore_path, *args, **kwargs)
+        except BaseException:  # or the models that this process builds next would have no data
+            calling_cls._set_model_restore_state(is_being_restored=False)
+            raise
 
     def extract_state_dict_from(self, restore_path, save_dir, split_by_module=False):
         """Write the weights in a ``.nemo`` file to a folder; see ``load_config_and_state_dict`` for the errors."""
-        with _naming(restore_path):
-            self._check_whole(restore_path)
+        with self._naming(restore_path):
             return super().extract_state_dict_from(restore_path, save_dir, split_by_module)
 
+    @contextmanager
+    def _naming(self, path) -> Iterator[None]:
+        """Check that a file is whole, and turn the many errors of a broken archive into one that names it."""
+        try:
+            self._check_whole(path)
+            yield
+        except pickle.UnpicklingError as error:
+            raise pickle.UnpicklingError(f"{path}: {error}") from error
+        except BROKEN_ARCHIVE as error:
+            raise ValueError(f"{path} is truncated, corrupt or no .nemo file: {error}") from error
+
     def _check_whole(self, path) -> None:
-        """Check that nothing is cut off: ``tarfile`` passes over a missing end if it falls between two members."""
-        if self.model_extracted_dir is not None or not os.path.isfile(path):
-            return
-        with self._tar_open(path) as archive:
-            names = [os.path.basename(member.name) for member in archive.getmembers()]
-        if os.path.basename(self.model_config_yaml) not in names:
-            raise tarfile.ReadError(f"it has no {self.model_config_yaml}, only {names}")
+        """Check that nothing is cut off: ``tarfile`` ignores a missing end if it falls between two members."""
+        if self.model_extracted_dir is None and os.path.isfile(path):
+            with self._tar_open(path) as archive:
+                names = [os.path.basename(member.name) for member in archive.getmembers()]
+            if os.path.basename(self.model_config_yaml) not in names:
+                raise tarfile.ReadError(f"it has no {self.model_config_yaml}, only {names}")
 
 
 def _check_sums(model_weights) -> None:
@@ -107,14 +107,3 @@ def _check_sums(model_weights) -> None:
             damaged = archive.testzip()
         if damaged is not None:
             raise OSError(f"{damaged} in it is damaged")
-
-
-@contextmanager
-def _naming(path) -> Iterator[None]:
-    """Turn the many errors of a broken archive into one that names the file."""
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        raise pickle.UnpicklingError(f"{path}: {error}") from error
-    except (*BROKEN_ARCHIVE, UnreadableWeights) as error:
-        raise ValueError(f"{path} is truncated, corrupt or no .nemo file: {error}") from error

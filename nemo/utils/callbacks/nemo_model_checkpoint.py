@@ -17,11 +17,7 @@ _up = upstream(globals())
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written beside their target.
-
-    Lightning writes to the system's temporary folder and moves the file, which is a copy, and no longer atomic, if
-    that folder is on another disk than the experiment.
-    """
+    """Lightning's checkpoint files, written beside their target; Lightning copies from the temporary folder, not atomically."""
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
         """Save a checkpoint.
@@ -59,7 +55,7 @@ class NeMoModelCheckpoint(_up.NeMoModelCheckpoint):
         marked = _up.NeMoModelCheckpoint.is_checkpoint_unfinished(checkpoint_path)
         if not path.is_file():
             return marked
-        return (marked and not _is_whole(path)) or _newest_last_checkpoint(path) not in (None, path)
+        return (marked and not zipfile.is_zipfile(path)) or _newest_last_checkpoint(path) not in (None, path)
 
     @staticmethod
     def _remove_unfinished_checkpoints(checkpoint_dir) -> None:
@@ -73,9 +69,8 @@ class NeMoModelCheckpoint(_up.NeMoModelCheckpoint):
 
     def _backup_existing_nemo_ckpt(self, trainer):
         """Keep no copy of a ``.nemo`` file that is replaced in one step: killed, NeMo leaves only the copy."""
-        if isinstance(trainer.lightning_module._save_restore_connector, SaveRestoreConnector):
-            return None
-        return super()._backup_existing_nemo_ckpt(trainer)
+        if not isinstance(trainer.lightning_module._save_restore_connector, SaveRestoreConnector):
+            return super()._backup_existing_nemo_ckpt(trainer)
 
 
 def _settle(path: Path) -> None:
@@ -85,18 +80,16 @@ def _settle(path: Path) -> None:
         logging.warning(f'Removing {path}: {newest.name} is newer')
         path.unlink()
     marker = NeMoModelCheckpoint.format_checkpoint_unfinished_marker_path(path)
-    if marker.is_file() and (not path.exists() or _is_whole(path)):
+    if marker.is_file() and (not path.exists() or zipfile.is_zipfile(path)):
         marker.unlink()
 
 
 def _newest_last_checkpoint(path: Path):
-    """Return the newest whole last checkpoint in the folder of one; None if ``path`` is no last checkpoint."""
+    """Return the newest whole last checkpoint in the folder of one; None if ``path`` is no last checkpoint.
+
+    torch's files are zip archives, whose table of contents comes last: one that has it is whole.
+    """
     if not path.name.endswith('last.ckpt'):
         return None
-    whole = [other for other in path.parent.glob('*last.ckpt') if other.is_file() and _is_whole(other)]
+    whole = [other for other in path.parent.glob('*last.ckpt') if other.is_file() and zipfile.is_zipfile(other)]
     return max(whole, key=lambda other: (os.stat(other).st_mtime_ns, other.name), default=None)
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a checkpoint has its end: torch's files are zip archives, whose table of contents comes last."""
-    return zipfile.is_zipfile(path)

@@ -15,26 +15,21 @@ UNKNOWN_LENGTH = 0x7FFFF000  # bytes: headers of piped wav files claim this much
 
 
 def read_audio(path: Path, rate: int, offset: float = 0.0, duration: float | None = None) -> np.ndarray:
-    """Read a file as mono samples at ``rate``, float32 [N] with full scale at 1.
-
-    Args:
-        path: of an audio file of any rate and number of channels.
-        rate: samples per second wanted.
-        offset: where the part to read begins, in seconds.
-        duration: how long the part is, in seconds; None: it ends where the file ends.
+    """Read a file, or ``duration`` seconds of it from ``offset`` on, as mono samples at ``rate``: float32 [N], full scale 1.
 
     Raises:
-        ValueError: naming the file, if it is missing, empty, truncated or no audio.
+        ValueError: naming the file, if it is missing, empty, truncated, no audio, or has non-finite samples.
     """
-    if not path.is_file():
-        raise ValueError(f'{path}: there is no such file')
-    if path.stat().st_size == 0:
-        raise ValueError(f'{path}: the file is empty')
+    if not path.is_file() or not path.stat().st_size:
+        raise ValueError(f'{path}: {"the file is empty" if path.is_file() else "there is no such file"}')
     try:
         with soundfile.SoundFile(str(path)) as audio:
             _check_complete(audio)
-            samples, wanted = _read_part(audio, offset, duration)
-            own_rate = audio.samplerate
+            audio.seek(min(int(offset * audio.samplerate), audio.frames))
+            wanted = audio.frames - audio.tell()
+            if duration is not None:
+                wanted = min(wanted, int(duration * audio.samplerate))
+            samples, own_rate = audio.read(wanted, dtype='float32', always_2d=True), audio.samplerate
     except (soundfile.LibsndfileError, ValueError) as error:
         raise ValueError(f'{path}: cannot be read as audio: {error}') from None
     if len(samples) < wanted:
@@ -43,7 +38,8 @@ def read_audio(path: Path, rate: int, offset: float = 0.0, duration: float | Non
         raise ValueError(f'{path}: there are no samples in it')
     if not np.isfinite(samples).all():
         raise ValueError(f'{path}: it holds samples that are not finite')
-    return resampled(samples.mean(axis=1), own_rate, rate)
+    mono = samples.mean(axis=1)
+    return mono if own_rate == rate else librosa.resample(mono, orig_sr=own_rate, target_sr=rate).astype(np.float32)
 
 
 def _check_complete(audio: soundfile.SoundFile) -> None:
@@ -53,27 +49,11 @@ def _check_complete(audio: soundfile.SoundFile) -> None:
             raise ValueError(f'the file is truncated: {there} of {claimed} bytes of samples are there')
 
 
-def _read_part(audio: soundfile.SoundFile, offset: float, duration: float | None) -> tuple[np.ndarray, int]:
-    """Return a part of an audio file as float32 [N, channels], and how many samples it should have."""
-    audio.seek(min(int(offset * audio.samplerate), audio.frames))
-    wanted = audio.frames - audio.tell()
-    if duration is not None:
-        wanted = min(wanted, int(duration * audio.samplerate))
-    return audio.read(wanted, dtype='float32', always_2d=True), wanted
-
-
-def resampled(samples: np.ndarray, own_rate: int, rate: int) -> np.ndarray:
-    """Return samples [N] of ``own_rate`` per second as float32 samples of ``rate`` per second."""
-    if own_rate == rate:
-        return np.ascontiguousarray(samples)
-    return librosa.resample(samples, orig_sr=own_rate, target_sr=rate).astype(np.float32)
-
-
-def audio_entries(files: list[Path], manifest: Path | None) -> list[dict]:
-    """Return an entry for each audio file, or those of a manifest with the paths of its audio.
+def audio_entries(files: list[Path], manifest: Path | str | None, must_exist: bool = False) -> list[dict]:
+    """Return an entry for each audio file, or those of a manifest, or of several that a pattern names, with absolute paths.
 
     Raises:
-        ValueError: naming the manifest and the line, if it is no manifest.
+        ValueError: naming manifest and line, if it is no manifest, or an audio file that must exist does not.
     """
     if manifest is None:
         return [{'audio_filepath': str(path)} for path in files]
@@ -83,6 +63,8 @@ def audio_entries(files: list[Path], manifest: Path | None) -> list[dict]:
         if not isinstance(audio, str):
             raise ValueError(f'{name}, line {number}: audio_filepath is {audio!r}; it must be the path of a file')
         entries.append({**entry, 'audio_filepath': get_full_path(audio, manifest_file=name)})
+        if must_exist and not Path(entries[-1]['audio_filepath']).is_file():
+            raise ValueError(f'{name}, line {number}: there is no audio file {audio}')
     return entries
 
 

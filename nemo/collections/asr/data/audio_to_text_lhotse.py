@@ -1,11 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``audio_to_text_lhotse.py``: channels are mixed down, and what lhotse skips is counted."""
 
-from nemo.collections.asr.data.ssl_dataset import ChecksCuts
+import torch
+
+from nemo.collections.asr.data.ssl_dataset import SILENCE, ChecksCuts, NothingLeftError
 from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
 
 
+class SilentBatch(list):
+    """Takes the place of a batch whose utterances are all left out; ``LogLeftOut`` lets it add no gradient."""
+
+
 class LhotseSpeechToTextBpeDataset(ChecksCuts, _up.LhotseSpeechToTextBpeDataset):
     """NeMo's lhotse dataset of recognisers."""
+
+    def __getitem__(self, cuts):
+        """Return NeMo's batch."""
+        try:
+            return super().__getitem__(cuts)
+        except NothingLeftError:
+            if self.return_cuts:  # whoever wants them cannot use silence
+                raise
+            tokens = torch.zeros(1, 1, dtype=torch.long)
+            return SilentBatch([torch.zeros(1, SILENCE), torch.tensor([SILENCE]), tokens, torch.tensor([1])])

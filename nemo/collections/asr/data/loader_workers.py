@@ -1,41 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workers of a data loader that end with the process they load for. New in this project.
-
-torch's workers look every five seconds whether that process is still there, but only while they wait for the beginning of
-a message. With lhotse the messages are the cuts of a batch, with the audio of shards in them, and larger than a pipe: where
-the process is killed within one, its worker waits for the rest for ever, keeps its memory, and keeps open what the
-job writes to, so that ``torchrun ... | tee log`` and what waits for it never end.
-"""
+"""Workers of data loaders. New in this project."""
 
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader
 
 
 def end_workers_with_their_parent(loader) -> None:
-    """Let the workers of a data loader end when the process that iterates over it has ended, in whatever way.
+    """Let the workers of a torch data loader end when the process that iterates over it has ended, in whatever way.
 
-    Workers that were forked together end one after another, within moments.
-
-    Args:
-        loader: a torch data loader that nobody iterates over yet, whose own ``worker_init_fn`` is kept; others are left
-            as they are.
+    torch's workers look for that process only while they wait for the beginning of a message. Cuts with the audio of shards are
+    larger than a pipe. A worker whose process is killed within such a message would wait forever, and keep open what the job
+    writes to.
     """
     if isinstance(loader, DataLoader):
         loader.worker_init_fn = _InitWorker(loader.worker_init_fn)
 
 
 class _InitWorker:
-    """A ``worker_init_fn``: starts the watch, then does what the loader's own would.
-
-    Args:
-        own: the loader's, if it has one; if not, Lightning's where workers are to be seeded, since Lightning gives that only
-            to loaders without one.
-    """
+    """A ``worker_init_fn``: starts the watch, then does what the loader's own would, or Lightning's, which it displaces."""
 
     def __init__(self, own: Callable[[int], None] | None):
         self.own = own
@@ -50,4 +38,18 @@ class _InitWorker:
 
 def _end_with_parent() -> None:
     multiprocessing.parent_process().join()
-    os._exit(1)  # the main thread may be waiting for a message and hears nothing else
+    os._exit(1)  # the main thread may be waiting for a message
+
+
+def in_order(dataset, workers: int = 0, batch: int = 1) -> Iterator:
+    """Yield the items of a dataset, which processes make; raise ValueError for one that is a message (a string)."""
+    loader = DataLoader(dataset, batch_size=batch, num_workers=workers, collate_fn=list)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the workers: another summation order would change the last digits
+    try:
+        for item in (item for items in loader for item in items):
+            if isinstance(item, str):
+                raise ValueError(item)
+            yield item
+    finally:
+        torch.set_num_threads(threads)

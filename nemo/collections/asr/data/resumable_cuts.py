@@ -3,7 +3,7 @@
 
 As in lhotse, the shards of each source are shuffled, divided among ranks and workers, and read in the workers. A reader (one
 worker of one rank) reads segments: as many cuts as the sampler's buffer holds, which NeMo's sampler makes batches of, until
-nothing is left. All draws of a segment are seeded with its first position. So a position is where each source was when the
+nothing is left. All draws of a segment are seeded with its first position. So a place is where each source was when the
 segment began, and how many of its batches are used. To resume, a reader opens the open shards, and makes these batches again
 without loading audio.
 """
@@ -34,6 +34,8 @@ REFUSED = {
     'multi_config': 'input_cfg mixes sources, too',
     'max_open_streams': 'a reader opens one shard of each source',
 }
+REFUSED_TARRED = {'is_concat': 'input_cfg', 'augmentor': 'augmentations of its own'}  # what lhotse has instead
+READERS = LazySharIterator, LazyNeMoTarredIterator, LazyNeMoIterator, LazyManifestIterator
 
 
 def reads_cuts(config) -> bool:
@@ -42,12 +44,7 @@ def reads_cuts(config) -> bool:
 
 
 def resumable_config(config, options, ranks: int):
-    """Return a data section that NeMo makes a loader of which :func:`make_resumable_cuts` takes.
-
-    Args:
-        config: the section, which is left as it is.
-        options: ``train_ds.resumable``.
-        ranks: how many ranks there are.
+    """Return a copy of a data section, of which NeMo makes a loader that :func:`make_resumable_cuts` takes.
 
     Raises:
         ValueError: naming the setting that cannot be resumed, the reason, and what to set.
@@ -73,11 +70,11 @@ def resumable_config(config, options, ranks: int):
 
 
 def _read_tarred_through_lhotse(config, finite: bool) -> None:
-    for key in ('is_concat', 'augmentor'):
+    for key, instead in REFUSED_TARRED.items():
         if config.get(key):
             raise ValueError(
-                f"train_ds.{key} is set; train_ds.resumable reads tarred manifests through lhotse, which has "
-                f"{'input_cfg' if key == 'is_concat' else 'augmentations of its own'} instead: set use_lhotse: true"
+                f"train_ds.{key} is set; train_ds.resumable reads tarred manifests through lhotse, which has {instead} "
+                "instead: set use_lhotse: true"
             )
     shuffle_n = config.pop('shuffle_n', None)
     if shuffle_n and config.get('shuffle', False):
@@ -88,14 +85,7 @@ def _read_tarred_through_lhotse(config, finite: bool) -> None:
 
 
 def make_resumable_cuts(loader: DataLoader, config, options, rank: int, ranks: int) -> 'ResumableCutLoader':
-    """Return a loader of the same data that is resumable.
-
-    Args:
-        loader: made by NeMo of ``config``.
-        config: returned by :func:`resumable_config`.
-        options: ``train_ds.resumable``.
-        rank: the rank of this process.
-        ranks: the number of ranks.
+    """Return a resumable loader of the data of one that NeMo made of ``config``, which :func:`resumable_config` returned.
 
     Raises:
         ValueError: if a source cannot be divided into shards.
@@ -110,31 +100,24 @@ def make_resumable_cuts(loader: DataLoader, config, options, rank: int, ranks: i
         segment=buffer or 10000,
         finite=config.get('force_finite', False),
     )
-    return ResumableCutLoader(
-        data,
-        seed=data.seed,
-        batch_size=None,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
-    )
+    kept = {name: getattr(loader, name) for name in ('collate_fn', 'num_workers', 'pin_memory', 'worker_init_fn')}
+    return ResumableCutLoader(data, seed=data.seed, batch_size=None, **kept)
 
 
 class CutStream:
     """The cuts of one source that one of several readers reads, pass after pass; its position can be set.
 
-    Args:
-        open_shard: for each shard, a function that opens it, see :func:`_shards_of`.
-        shuffled: whether each pass has another order of the shards.
-        seed: of the orders.
-        readers: the number of readers. Where there are fewer shards, readers share a shard: each takes every n-th cut.
-        finite: whether the stream ends after a pass.
+    Where there are fewer shards than readers, readers share a shard: each takes every n-th cut. See :func:`_shards_of`.
     """
 
     def __init__(self, open_shard: list[Callable], shuffled: bool, seed: int, readers: int, finite: bool):
-        self.open_shard, self.shuffled, self.seed = open_shard, shuffled, seed
-        self.readers, self.finite = readers, finite
+        self.open_shard, self.shuffled, self.seed, self.readers, self.finite = (
+            open_shard,
+            shuffled,
+            seed,
+            readers,
+            finite,
+        )
         self.parts = -(-readers // max(1, len(open_shard)))
         self.go_to(0, (0, 0, 0, 0))
 
@@ -157,7 +140,8 @@ class CutStream:
         empty = not (done or offset)
         while True:
             for shard, part in self._order(number)[first:][self.reader :: self.readers][done:]:
-                for cut in self.open_shard[shard](number, part, self.parts, offset):
+                window = part + offset * self.parts, None, self.parts  # of the shard's cuts
+                for cut in self.open_shard[shard](number, window):
                     offset, empty = offset + 1, False
                     self.position = number, first, done, offset
                     yield cut
@@ -177,39 +161,30 @@ class CutStream:
 class ResumableCuts(IterableDataset):
     """Batches of the cuts of a reader, each with its place: the reader, the segment's positions, and the next batch in it.
 
-    Args:
-        dataset: makes a batch of cuts.
-        sampler: NeMo's sampler; the sources in it are replaced by streams.
-        seed: of all draws.
-        rank: the rank of this process.
-        readers: the number of readers of all ranks.
-        segment: the number of cuts of a segment.
-        finite: whether the data end after a pass.
+    The sources in NeMo's sampler are replaced by streams. ``readers`` are those of all ranks; a segment is so many cuts.
     """
 
     def __init__(self, dataset, sampler, *, seed: int, rank: int, readers: int, segment: int, finite: bool):
         self.dataset, self.sampler, self.seed, self.rank = dataset, sampler, seed, rank
         self.readers, self.segment = readers, segment
-        self.streams: list[CutStream] = []
-        replaced = {}
+        streams: dict[int, CutStream] = {}
 
-        def make_stream(source) -> CutStream:
-            if id(source) not in replaced:
-                seed_of_source = derive_seed(seed, 'shards', len(self.streams))
-                replaced[id(source)] = CutStream(*_shards_of(source), seed_of_source, readers, finite)
-                self.streams.append(replaced[id(source)])
-            return replaced[id(source)]
+        def stream_of(source) -> CutStream:
+            if id(source) not in streams:
+                seed_of_source = derive_seed(seed, 'shards', len(streams))
+                streams[id(source)] = CutStream(*_shards_of(source), seed_of_source, readers, finite)
+            return streams[id(source)]
 
-        _replace_sources(sampler, make_stream)
-        self.begin = [(0, 0)] * len(self.streams)  # pass and first shard of each source
+        _replace_sources(sampler, stream_of)
+        self.streams = list(streams.values())
+        self.begin = [(0, 0)] * len(streams)  # pass and first shard of each source
         self.places: dict[int, tuple] = {}  # of the readers of this rank: the segment's positions, batches used
         self.first_reader = 0
 
     def __iter__(self) -> Iterator[tuple]:
         info = get_worker_info()
-        reader, workers = (info.id, info.num_workers) if info else (0, 1)
-        if reader < self.first_reader:
-            yield None  # the batch comes from the next worker
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        reader = (worker + self.first_reader) % workers  # torch takes the first batch from the first worker
         start = tuple((*begin, 0, 0) for begin in self.begin)
         positions, used = self.places.get(reader, (start, 0))
         for stream, position in zip(self.streams, positions):
@@ -253,27 +228,24 @@ class ResumableCutLoader(ResumableLoader):
     def start_step(self) -> None:
         """Count the next batch as used by a training step, and seed what the step draws."""
         self._has_steps = True
-        reader, place = self._ahead.popleft()
-        self._use(reader, place)
-        self.seed_step(reader, place)
+        self.seed_step(*self._use_next())
 
     def state_dict(self) -> dict:
         """Return the places of the readers of all ranks; every rank calls it."""
         while self._ahead and not self._has_steps:
-            self._use(*self._ahead.popleft())
+            self._use_next()
         data = self.dataset
-        own = {data.rank: dict(data.places)}
-        parts = [own]
+        places = [{data.rank: dict(data.places)}]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            parts = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, own)
+            own, places = places[0], [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(places, own)
         return {
             'readers': data.readers,
             'workers': max(1, self.num_workers),
             'parts': [stream.parts for stream in data.streams],
             'begin': list(data.begin),
             'first_reader': data.first_reader,
-            'places': {rank: places for part in parts for rank, places in part.items()},
+            'places': {rank: of_rank for part in places for rank, of_rank in part.items()},
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -293,7 +265,7 @@ class ResumableCutLoader(ResumableLoader):
 
     def __iter__(self) -> Iterator:
         self._ahead.clear()
-        for place, batch in filter(None, super().__iter__()):
+        for place, batch in super().__iter__():
             self._ahead.append(place)
             self.seed_step(*place)
             yield batch
@@ -309,13 +281,15 @@ class ResumableCutLoader(ResumableLoader):
         finally:
             self.collate_fn = collate
 
-    def _use(self, reader: int, place: tuple) -> None:
+    def _use_next(self) -> tuple:
+        reader, place = self._ahead.popleft()
         self.dataset.places[reader] = place
         self.dataset.first_reader = (reader + 1) % max(1, self.num_workers)
+        return reader, place
 
 
-def _collate_batch(collate: Callable, placed: tuple | None) -> tuple | None:
-    return placed and (placed[0], collate(placed[1]))
+def _collate_batch(collate: Callable, placed: tuple) -> tuple:
+    return placed[0], collate(placed[1])
 
 
 def _next_shard(state: dict, index: int, parts: int) -> tuple[int, int]:
@@ -331,10 +305,7 @@ def _next_shard(state: dict, index: int, parts: int) -> tuple[int, int]:
 
 
 def _shards_of(source) -> tuple[list[Callable], bool]:
-    """Return functions that open the shards of a source, and whether their order is shuffled.
-
-    They take a pass, a part and a number of parts, and the cuts to skip.
-    """
+    """Return functions of a pass and a window that open the shards of a source, and whether their order is shuffled."""
     shuffled = bool(getattr(source, 'shuffle_shards', False))
     if isinstance(source, LazySharIterator):
         return [partial(_open_shar, source, shard) for shard in range(source.num_shards)], shuffled
@@ -346,33 +317,30 @@ def _shards_of(source) -> tuple[list[Callable], bool]:
     return [partial(_open_cuts, source)], shuffled
 
 
-def _part(items: Iterable, part: int, parts: int, skip: int) -> Iterator:
-    return itertools.islice(items, part + skip * parts, None, parts)
-
-
-def _open_shar(source, shard: int, number: int, *part: int) -> Iterator:
+def _open_shar(source, shard: int, number: int, window: tuple) -> Iterator:
     fields = {field: [path] for field, path in source.shards[shard].items()}
     functions = [source.cut_map_fns[shard]]
     one = LazySharIterator(fields, cut_map_fns=functions, seed=source.seed, slice_length=source.slice_length)
     one.epoch = number
-    return _part(one, *part)
+    return itertools.islice(one, *window)
 
 
-def _open_tar(source, shard: int, number: int, *part: int) -> Iterator:
+def _open_tar(source, shard: int, number: int, window: tuple) -> Iterator:
     one = copy.copy(source)
     one.shard_id_to_manifest, one.epoch = {shard: source.shard_id_to_manifest[shard]}, number
-    return _part(one, *part)
+    return itertools.islice(one, *window)
 
 
-def _open_manifest(source, file, number: int, *part: int) -> Iterator:
+def _open_manifest(source, file: Iterable[dict], number: int, window: tuple) -> Iterator:
     one = copy.copy(source)  # which opens the audio of each line that it takes
-    one.source = _part((line for line in file if not line.get('_skipme', False)), *part)
+    one.source = itertools.islice((line for line in file if not line.get('_skipme', False)), *window)
     return iter(one)
 
 
-def _open_cuts(source, number: int, *part: int) -> Iterator:
-    lazy = isinstance(source, LazyManifestIterator)
-    return map(deserialize_item, _part(source.source, *part)) if lazy else _part(source, *part)
+def _open_cuts(source, number: int, window: tuple) -> Iterator:
+    if isinstance(source, LazyManifestIterator):
+        return map(deserialize_item, itertools.islice(source.source, *window))
+    return itertools.islice(source, *window)
 
 
 def _children(node) -> list[tuple]:
@@ -384,22 +352,21 @@ def _children(node) -> list[tuple]:
     return list(getattr(node, '__dict__', {}).items())
 
 
-def _replace_sources(node, make_stream: Callable) -> None:
+def _replace_sources(node, stream_of: Callable) -> None:
     """Replace what reads cuts, below a sampler, by streams; noise that lhotse mixes in stays whole in each reader."""
     if isinstance(node, LazyInfiniteApproximateMultiplexer):
         raise ValueError(f"train_ds.max_open_streams is set; {REFUSED['max_open_streams']}")
-    readers = LazySharIterator, LazyNeMoTarredIterator, LazyNeMoIterator, LazyManifestIterator
     for key, value in _children(node):
         eager = isinstance(node, CutSet) and isinstance(value, (list, dict))
-        if isinstance(value, readers) or eager:
-            stream = make_stream(list(value.values()) if isinstance(value, dict) else value)
+        if isinstance(value, READERS) or eager:
+            stream = stream_of(list(value.values()) if isinstance(value, dict) else value)
             node.__setitem__(key, stream) if isinstance(node, list) else setattr(node, key, stream)
         elif isinstance(node, CutSet) and not type(value).__module__.startswith('lhotse'):
             raise ValueError(
                 f"train_ds.resumable cannot divide {type(value).__name__} into shards: set resumable: null"
             )
         elif key != 'mix_in_cuts':
-            _replace_sources(value, make_stream)
+            _replace_sources(value, stream_of)
 
 
 def _seed_draws(node, *parts) -> None:

@@ -19,13 +19,7 @@ from nemo.utils import logging
 
 
 class ResumableLoader(DataLoader):
-    """A ``DataLoader`` whose state Lightning saves and restores.
-
-    Args:
-        dataset: the data.
-        seed: of the order and of all draws.
-        **kwargs: of ``DataLoader``.
-    """
+    """A ``DataLoader`` whose state Lightning saves and restores; the seed is of the order and of all draws."""
 
     def __init__(self, dataset, *, seed: int = 0, **kwargs):
         super().__init__(dataset, **kwargs)
@@ -38,14 +32,9 @@ class ResumableLoader(DataLoader):
 
 
 class ResumableDataLoader(ResumableLoader):
-    """Resumable utterances of plain manifests; made by :func:`make_resumable`.
+    """Resumable utterances of plain manifests, :class:`SeededItems`; made by :func:`make_resumable`.
 
     Under a distributed strategy Lightning replaces the sampler; its rank and number of ranks are used.
-
-    Args:
-        dataset: :class:`SeededItems`.
-        shuffled: whether each epoch has another order.
-        **kwargs: of :class:`ResumableLoader`.
     """
 
     def __init__(self, dataset, *, seed: int = 0, shuffled: bool = True, **kwargs):  # Lightning reads the names
@@ -69,7 +58,7 @@ class ResumableDataLoader(ResumableLoader):
 
     @property
     def next_batch(self) -> int:
-        """The next batch of the epoch, counted as if the present ranks had begun it."""
+        """The next batch of the epoch, counted in the same way."""
         return self.position + self._given
 
     def start_step(self) -> None:
@@ -127,21 +116,13 @@ class ResumableDataLoader(ResumableLoader):
 
 
 class SeededItems(Dataset):
-    """A dataset of which each batch is loaded with generators seeded for it; a loader's workers fetch whole batches.
-
-    Args:
-        dataset: a dataset with a length.
-        seed: of the draws.
-    """
+    """A dataset of which each batch is loaded with generators seeded for it; a loader's workers fetch whole batches."""
 
     def __init__(self, dataset, seed: int):
         self.dataset, self.seed, self.epoch = dataset, seed, 0
 
     def __len__(self) -> int:
         return len(self.dataset)
-
-    def __getitem__(self, index: int):
-        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list:
         seed_generators(self.seed, 'data', self.epoch, int(indices[0]))  # which is in no other batch of the epoch
@@ -159,14 +140,10 @@ class EpochSampler(SequentialSampler):
 
 
 def make_resumable(loader: DataLoader, options) -> ResumableDataLoader:
-    """Return a loader of the same data that is resumable.
-
-    Args:
-        loader: a plain loader of a dataset with a length.
-        options: ``seed`` (default 0), as ``train_ds.resumable`` gives it.
+    """Return a resumable loader of the data of a plain one; the options are those of ``train_ds.resumable``.
 
     Raises:
-        ValueError: if the options are others, or the data are a stream without positions.
+        ValueError: if there is an unknown option, or the data are a stream without positions.
     """
     seed = Resumable.parse(options, 'train_ds.resumable').seed
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
@@ -175,17 +152,11 @@ def make_resumable(loader: DataLoader, options) -> ResumableDataLoader:
             "(train_ds.use_lhotse: true); concatenated and DALI data have none"
         )
     dataset = SeededItems(loader.dataset, seed)
-    return ResumableDataLoader(
-        dataset,
-        seed=seed,
-        shuffled=isinstance(loader.sampler, RandomSampler),
-        sampler=EpochSampler(dataset),
-        batch_size=loader.batch_size,
-        collate_fn=loader.collate_fn,
-        drop_last=loader.drop_last,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-    )
+    kept = {
+        name: getattr(loader, name) for name in ('batch_size', 'collate_fn', 'drop_last', 'num_workers', 'pin_memory')
+    }
+    shuffled = isinstance(loader.sampler, RandomSampler)
+    return ResumableDataLoader(dataset, seed=seed, shuffled=shuffled, sampler=EpochSampler(dataset), **kept)
 
 
 def seed_generators(*parts) -> None:

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``ssl_dataset.py``: bad audio is an error that names it, or is left out and counted.
 
-``train_ds.skip_bad_audio``: absent or false, an utterance that cannot be read, or has samples that are NaN or
-infinite, ends the epoch with an error that names its file, from a data loader's worker as well; true, it is left out
-of its batch, logged, and counted. Silence takes the place of a batch of which nothing is left, see ``NonFiniteGuard``.
-
-Audio of several channels is mixed down, or ``channel_selector`` selects one.
+``train_ds.skip_bad_audio``: absent or false, an utterance that cannot be read or has non-finite samples ends the epoch with an
+error that names its file, from a data worker as well; true, it is left out of its batch, logged, and counted. Silence takes the
+place of a batch of which nothing is left, see ``NonFiniteGuard``. Several channels are mixed down, or ``channel_selector`` selects
+one.
 """
 
 import io
 import os
+import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import soundfile
@@ -20,12 +22,13 @@ import webdataset
 from lhotse import CutSet
 
 from nemo.collections.asr.data.audio_files import audio_entries
-from nemo.collections.asr.data.manifest_entries import entries_read_when_asked_for
-from nemo.collections.asr.parts.utils.manifest_index import is_remote
+from nemo.collections.asr.data.manifest_entries import ManifestEntries
+from nemo.collections.asr.parts.utils.manifest_index import is_remote, paths_in, read_entries
 from nemo.collections.asr.parts.utils.nonfinite_guard import NOT_FINITE, on_this_rank, samples_are_valid
-from nemo.collections.common.data.lhotse.nemo_adapters import CUT_OFF, STANDS_FOR
+from nemo.collections.common.data.lhotse.nemo_adapters import CUT_OFF, NO_MEMBER, STANDS_FOR
+from nemo.collections.common.parts.preprocessing import collections
 from nemo.utils import logging
-from nemo.utils.left_out import LEFT_OUT
+from nemo.utils.left_out import LEFT_OUT, OUTSIDE_LIMITS
 from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
@@ -35,14 +38,11 @@ SILENCE = 16000  # samples
 SHORTER = 'shorter than the manifest says'
 UNREADABLE = 'unreadable'
 MISSING = 'the file has no such member, or ends before it'
+SKIPPED = 'an utterance that is left out'  # stands for it until the batch is collated
 
 
 class BadAudioError(ValueError):
-    """An utterance that cannot be trained on.
-
-    Attributes:
-        reason: under which it is counted.
-    """
+    """An utterance that cannot be trained on; ``reason`` is what it is counted under."""
 
     def __init__(self, message: str, reason: str = UNREADABLE):
         super().__init__(message)
@@ -51,6 +51,16 @@ class BadAudioError(ValueError):
 
 class NothingLeftError(BadAudioError):
     """A batch whose utterances are all left out."""
+
+
+def leave_out(bad: BadAudioError, skip: bool | None, count: int = 1) -> None:
+    """Log and count utterances that are skipped; raise BadAudioError if they are not to be."""
+    if not skip:
+        raise BadAudioError(
+            f"bad audio{on_this_rank()}: {bad}; with train_ds.skip_bad_audio: true it would be skipped"
+        ) from bad
+    logging.warning(f"Skipped bad audio{on_this_rank()}: {bad}{f' and {count - 1} others' if count > 1 else ''}")
+    LEFT_OUT.add(bad.reason, str(bad), count)
 
 
 @dataclass
@@ -70,22 +80,20 @@ def silent_batch(skipped: int) -> AudioNoiseBatch:
     signals = {name: torch.zeros(1, SILENCE) for name in ('audio', 'noise', 'noisy_audio')}
     lengths = {f'{name}_len': torch.tensor([SILENCE]) for name in signals}
     return AudioNoiseBatch(
-        sample_id=['silence'], **signals, **lengths, skipped=skipped, samples_are_checked=True, is_silence=True
+        ['silence'], **signals, **lengths, skipped=skipped, samples_are_checked=True, is_silence=True
     )
-
-
-class SkippedItem:
-    """Stands in a batch for an utterance that is left out, until the batch is collated."""
 
 
 class _LeavesOut:
     """Leaves bad utterances out of batches, or refuses them."""
 
     skip_bad_audio = False
-    counter = LEFT_OUT
+
+    def __getstate__(self):
+        return {**self.__dict__, 'counter': LEFT_OUT}  # spawned workers take the counter along
 
     def _collate_fn(self, batch) -> AudioNoiseBatch:
-        kept = [item for item in batch if not isinstance(item, SkippedItem)]
+        kept = [item for item in batch if item is not SKIPPED]
         if not kept:
             return silent_batch(len(batch))
         collated = super()._collate_fn(kept)
@@ -99,36 +107,25 @@ class _LeavesOut:
             self._check_duration(item, entry, file)
             return item
         except Exception as error:  # soundfile, librosa and sox each have their own
-            bad = error if isinstance(error, BadAudioError) else _bad_file(file, error)
-        return self._left_out(bad)
-
-    def _left_out(self, bad: BadAudioError) -> SkippedItem:
-        if not self.skip_bad_audio:
-            raise _refusal(str(bad)) from bad
-        logging.warning(f"Skipped bad audio{on_this_rank()}: {bad}")
-        self.counter.add(bad.reason, str(bad))
-        return SkippedItem()
+            leave_out(_bad_file(file, error), self.skip_bad_audio)
+            return SKIPPED
 
     def _check_duration(self, item, entry, file: str) -> None:
         """Find files that were cut off, which decoders read without an error; NeMo pads them."""
         found = len(item.audio) / self.featurizer.sample_rate
         expected = 0.0 if self.trim or entry.duration is None else entry.duration
-        if found >= LEAST_SHARE_OF_DURATION * expected:
-            return
-        message = f"{file} lasts {found:.2f} s, the manifest says {expected:.2f}"
-        if self.skip_bad_audio:
-            raise BadAudioError(message, SHORTER)
-        logging.warning(f"Audio may be cut off: {message}")
-
-    def __getstate__(self):
-        return {**self.__dict__, 'counter': self.counter}  # spawned workers take the counter along
+        if found < LEAST_SHARE_OF_DURATION * expected:
+            message = f"{file} lasts {found:.2f} s, the manifest says {expected:.2f}"
+            if self.skip_bad_audio:
+                raise BadAudioError(message, SHORTER)
+            logging.warning(f"Audio may be cut off: {message}")
 
 
 class AudioNoiseDataset(_LeavesOut, _up.AudioNoiseDataset):
     """NeMo's dataset of noisy audio, with errors that name the file, and entries that are parsed on access."""
 
     def __init__(self, *args, **kwargs):
-        with entries_read_when_asked_for():
+        with mock.patch.object(collections, 'ASRAudioText', ManifestEntries):  # NeMo's reads all entries
             super().__init__(*args, **kwargs)
 
     def __getitem__(self, index):
@@ -137,40 +134,63 @@ class AudioNoiseDataset(_LeavesOut, _up.AudioNoiseDataset):
         Raises:
             BadAudioError: if it is bad and not to be skipped.
         """
-        entry = self.manifest_processor.collection[index]
-        load = super().__getitem__
+        entry, load = self.manifest_processor.collection[index], super().__getitem__
         return self._item_or_skipped(lambda: load(index), entry, entry.audio_file)
 
 
 class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
-    """NeMo's tarred dataset of noisy audio, with errors that name tar and member."""
+    """NeMo's tarred dataset of noisy audio, with errors that name tar and member; entries without a member are counted."""
 
     tar = None
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, manifest_filepath, min_duration=None, max_duration=None, **kwargs):
+        limits = {'min_duration': min_duration, 'max_duration': max_duration}
+        super().__init__(*args, manifest_filepath=manifest_filepath, **limits, **kwargs)
         stages = self._dataset.pipeline
         [opening] = [index for index, stage in enumerate(stages) if _is_tar_reader(stage)]
         stages[opening] = self._members
+        self._files_of_shards = defaultdict(set)
+        for path in paths_in(manifest_filepath):
+            for line in () if is_remote(path) else read_entries(path):
+                self._expect(line, line.entry.get('duration'), min_duration, max_duration)
+
+    def _expect(self, line, duration: float | None, shortest: float | None, longest: float | None) -> None:
+        """Note the file of an entry by its ``shard_id``, or count one that NeMo leaves out for its duration."""
+        file = line.entry.get('audio_filepath', line.entry.get('audio_filename', ''))
+        if duration is not None and not (shortest or 0) <= duration <= (np.inf if longest is None else longest):
+            LEFT_OUT.add(OUTSIDE_LIMITS, f'{line.manifest}, line {line.number}: {duration} s')
+        else:
+            self._files_of_shards[line.entry.get('shard_id')].add(_file_id(file).partition('-sub')[0])
 
     def _members(self, shards) -> Iterator[dict]:
-        """Yield the members of tar files; one that is cut off ends there."""
+        """Yield the members of tar files, and leave out what a manifest has and a tar file lacks; one that is cut off ends."""
         for shard in shards:
-            self.tar, last, errors = shard['url'], None, []
+            self.tar, last, seen, errors = shard['url'], None, set(), []
             for member in webdataset.tarfile_to_samples(handler=errors.append)([shard]):  # None ends the file
                 last = member['__key__']
+                seen.add(_file_id(last))
                 yield member
+            number = re.search(r'_(\d+)[^/]*\.tar', self.tar)  # as lhotse finds it
+            missing = self._files_of_shards.get(number and int(number[1]), set()) - seen
             if errors:
                 what = f"{self.tar} is cut off after member {last}: {errors[0]}"
-                self._left_out(BadAudioError(what, 'rest of a tar file'))
+                leave_out(BadAudioError(what, CUT_OFF), self.skip_bad_audio, max(1, len(missing)))
+            elif missing:
+                leave_out(
+                    BadAudioError(f"{self.tar} has no member {min(missing)}", NO_MEMBER),
+                    self.skip_bad_audio,
+                    len(missing),
+                )
 
     def _build_sample(self, tup):
         _, name, offset_id = tup
-        file_id, _ = os.path.splitext(os.path.basename(name))
         collection = self.manifest_processor.collection
-        entry = collection[collection.mapping[file_id][offset_id]]
-        load = super()._build_sample
+        entry, load = collection[collection.mapping[_file_id(name)][offset_id]], super()._build_sample
         return self._item_or_skipped(lambda: load(tup), entry, f'{self.tar}: {entry.audio_file}')
+
+
+def _file_id(name: str) -> str:
+    return os.path.splitext(os.path.basename(name))[0]
 
 
 def _is_tar_reader(stage) -> bool:
@@ -178,23 +198,59 @@ def _is_tar_reader(stage) -> bool:
 
 
 class ChecksCuts:
-    """Mixin for NeMo's lhotse datasets, before NeMo's class: bad audio is counted, or refused.
+    """Mixin for NeMo's lhotse datasets, before NeMo's class: bad audio is counted or refused, and channels mixed down.
 
     As in NeMo, lhotse skips and logs what it cannot read, unless ``skip_bad_audio`` is set to false.
     """
 
+    skip_bad_audio: bool | None = None
+    """Whether bad audio is left out; None: what cannot be read, and not what is NaN or infinite."""
+    skipped = 0
+    """Utterances that were left out of the latest batch."""
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.load_audio = CheckedAudioSamples(self.load_audio)
+        self._load_audio, self.load_audio = self.load_audio, self._load_checked_audio
+        self._load_audio.mono_downmix = True
+        self.counter = LEFT_OUT  # spawned workers take it along
 
-    @property
-    def skip_bad_audio(self) -> bool | None:
-        """Whether bad audio is left out; None: what cannot be read, and not what is NaN or infinite."""
-        return self.load_audio.skip_bad_audio
+    def _load_checked_audio(self, cuts):
+        """Return the audio, lengths and cuts that can be read and are finite.
 
-    @skip_bad_audio.setter
-    def skip_bad_audio(self, skip: bool | None) -> None:
-        self.load_audio.skip_bad_audio = skip
+        Raises:
+            BadAudioError: if there is bad audio that is not to be skipped; ``NothingLeftError`` if all was skipped.
+        """
+        self.skipped = 0
+        found = self._readable(cuts)
+        read = set() if found is None else {cut.id for cut in found[2]}
+        missing = [cut for cut in cuts if cut.id not in read]
+        if missing:
+            skip = self.skip_bad_audio is not False if found else self.skip_bad_audio
+            self._leave_out(missing, *_why_unreadable(missing[0]), skip, nothing_left=found is None)
+        audios, lengths, kept = found
+        if samples_are_valid(audios):
+            return found
+        valid = torch.tensor([samples_are_valid(audio) for audio in audios])
+        is_valid = dict(zip((cut.id for cut in kept), valid.tolist()))
+        bad = [cut for cut in kept if not is_valid[cut.id]]
+        self._leave_out(bad, NOT_FINITE, NOT_FINITE, self.skip_bad_audio, nothing_left=not valid.any())
+        return audios[valid], lengths[valid], kept.filter(lambda cut: is_valid[cut.id]).to_eager()
+
+    def _readable(self, cuts):
+        """Return what lhotse does of the cuts that can be read; None if there is none."""
+        try:
+            return self._load_audio(cuts)
+        except Exception:  # of a cut without audio, or lhotse's for a batch of which nothing can be read
+            readable = CutSet.from_cuts(cut for cut in cuts if _why_unreadable(cut) is None)
+            return self._load_audio(readable) if len(readable) else None
+
+    def _leave_out(self, cuts: list, why: str, reason: str, skip: bool | None, nothing_left: bool) -> None:
+        bad = BadAudioError(f'{_name_of_cut(cuts[0])}: {why}', reason)
+        count = sum(_stands_for(cut)[1] for cut in cuts)
+        leave_out(bad, skip, count)
+        self.skipped += count
+        if nothing_left:
+            raise NothingLeftError(f"each utterance of a batch{on_this_rank()} is bad: {bad}")
 
 
 class LhotseAudioNoiseDataset(ChecksCuts, _up.LhotseAudioNoiseDataset):
@@ -208,7 +264,7 @@ class LhotseAudioNoiseDataset(ChecksCuts, _up.LhotseAudioNoiseDataset):
         try:
             audios, lengths, read = self.load_audio(cuts)
         except NothingLeftError:
-            return silent_batch(self.load_audio.skipped)
+            return silent_batch(self.skipped)
         items = []
         for cut, audio, length in zip(read, audios, lengths):
             noise, noise_length = _up.sample_noise(self.noise_data, cut.sampling_rate, int(length))
@@ -216,119 +272,46 @@ class LhotseAudioNoiseDataset(ChecksCuts, _up.LhotseAudioNoiseDataset):
         batch = _up._audio_noise_collate_fn(items, self.batch_augmentor)
         if all(cut.has_custom('source') for cut in read):
             batch.sources = [cut.source for cut in read]
-        batch.skipped, batch.samples_are_checked = self.load_audio.skipped, True
+        batch.skipped, batch.samples_are_checked = self.skipped, True
         return batch
 
 
-class CheckedAudioSamples:
-    """Wraps lhotse's loading of a batch; bad cuts are refused, or left out and counted, and channels mixed down."""
-
-    skip_bad_audio: bool | None = None
-    skipped = 0
-    """Utterances that were left out of the latest batch."""
-
-    def __init__(self, load_audio):
-        self.load_audio, self.counter = load_audio, LEFT_OUT
-        load_audio.mono_downmix = True
-
-    def __call__(self, cuts):
-        """Return the audio, lengths and cuts that can be read and are finite.
-
-        Raises:
-            BadAudioError: if there is bad audio that is not to be skipped; ``NothingLeftError`` if all was skipped.
-        """
-        self.skipped = 0
-        audios, lengths, read = self._read(cuts)
-        if samples_are_valid(audios):
-            return audios, lengths, read
-        valid = torch.tensor([samples_are_valid(audio) for audio in audios])
-        bad = [cut for cut, is_valid in zip(read, valid.tolist()) if not is_valid]
-        message = f"{', '.join(map(_name_of_cut, bad))}: {NOT_FINITE}"
-        if not self.skip_bad_audio:
-            raise _refusal(message)
-        self._count(NOT_FINITE, message, bad)
-        if not valid.any():
-            raise NothingLeftError(f"each utterance of a batch{on_this_rank()} is bad: {message}")
-        is_valid = dict(zip((cut.id for cut in read), valid.tolist()))
-        return audios[valid], lengths[valid], read.filter(lambda cut: is_valid[cut.id]).to_eager()
-
-    def _read(self, cuts):
-        """Return what lhotse does; where bad audio is not to be skipped, the first cut that it left out is an error."""
-        found = None
-        try:
-            found = self.load_audio(cuts)
-        except Exception:  # of a cut without audio, or lhotse's for a batch of which nothing can be read
-            readable = CutSet.from_cuts(cut for cut in cuts if _why_unreadable(cut) is None)
-            if len(readable):
-                found = self.load_audio(readable)
-        read = set() if found is None else {cut.id for cut in found[2]}
-        missing = [cut for cut in cuts if cut.id not in read]
-        if not missing:
-            return found
-        message = f'{_name_of_cut(missing[0])}: {_why_unreadable(missing[0])}'
-        if self.skip_bad_audio is False or (found is None and self.skip_bad_audio is None):
-            raise _refusal(message)
-        self._count(CUT_OFF if MISSING in message else UNREADABLE, message, missing)
-        if found is None:
-            raise NothingLeftError(f"each utterance of a batch{on_this_rank()} is bad: {message}")
-        return found
-
-    def _count(self, reason: str, message: str, cuts: list) -> None:
-        count = sum((getattr(cut, 'custom', None) or {}).get(STANDS_FOR, 1) for cut in cuts)
-        self.skipped += count
-        logging.warning(
-            f"Skipped bad audio{on_this_rank()}: {message}{f' and {count - 1} others' if count > 1 else ''}"
-        )
-        self.counter.add(reason, message, count)
-
-
-def _why_unreadable(cut) -> str | None:
-    """Return why the audio of a cut cannot be loaded, which lhotse has logged only; None if it can be."""
+def _why_unreadable(cut) -> tuple[str, str] | None:
+    """Return why the audio of a cut cannot be loaded, which lhotse has logged only, and the reason; None if it can be."""
     source = cut.recording.sources[0] if cut.has_recording and cut.recording.sources else None
     if source is None or source.type == 'shar' or source.source == b'':
-        return MISSING
+        return MISSING, _stands_for(cut)[0]
     try:
         cut.load_audio()
     except Exception as error:  # of lhotse and its decoders
         said = str(error).partition('[extra info]')[0]  # lhotse adds the manifests of cut and recording
-        return ' '.join(f'{type(error).__name__}: {said}'.split())
+        return ' '.join(f'{type(error).__name__}: {said}'.split()), UNREADABLE
     return None
 
 
-def _content_of(cut):
-    sources = cut.recording.sources if cut.has_recording else None
-    return sources[0].source if sources else None
+def _stands_for(cut) -> tuple[str, int]:
+    return (getattr(cut, 'custom', None) or {}).get(STANDS_FOR, (CUT_OFF, 1))
 
 
 def _name_of_cut(cut) -> str:
     """Return the id of a cut, with the file, the tar file or the shard that it comes from."""
     custom = getattr(cut, 'custom', None) or {}
-    source = custom.get('tar_origin') or custom.get('shard_origin') or _content_of(cut)
+    sources = cut.recording.sources if cut.has_recording else None
+    source = custom.get('tar_origin') or custom.get('shard_origin') or (sources and sources[0].source)
     return f'{cut.id} ({source})' if isinstance(source, (str, os.PathLike)) and str(source) else cut.id
 
 
-def _refusal(message: str) -> BadAudioError:
-    """Return the error about bad audio that is not to be skipped."""
-    return BadAudioError(
-        f"bad audio{on_this_rank()}: {message}; with train_ds.skip_bad_audio: true it would be skipped"
-    )
-
-
 def load_noise_manifest(noise_manifest) -> list[dict]:
-    """Read noise manifests; a folder of shards (``prepare_shards.py``) counts as one.
+    """Read noise manifests, compressed or not, named by a pattern or not; a folder of shards counts as one.
 
-    As those of speech, they may be compressed, and named by a pattern.
-
-    Shards can only be read in order, and noise is drawn at random: so they are held in memory, compressed as they are,
-    once for all workers, which are forks.
+    Shards can only be read in order, and noise is drawn at random. So they are held in memory, compressed as they are, once
+    for all workers that are forks.
 
     Raises:
         ValueError: if there is a folder without shards, or a manifest that is none.
     """
-    names = noise_manifest.split(',') if isinstance(noise_manifest, str) else noise_manifest or []
     entries = []
-    for name in names:
-        name = os.path.expanduser(name)
+    for name in map(os.path.expanduser, paths_in(noise_manifest)):
         if os.path.isdir(name):
             entries += _noise_of_shards(name)
         else:
@@ -344,17 +327,14 @@ class _Content(bytes):
 
 
 def _noise_of_shards(folder: str) -> list[dict]:
+    entries = []
     try:
-        return [
-            {
-                'audio_filepath': f'{folder}: {cut.id}',
-                'duration': cut.duration,
-                'content': _Content(cut.recording.sources[0].source),
-            }
-            for cut in CutSet.from_shar(in_dir=folder)
-        ]
+        for cut in CutSet.from_shar(in_dir=folder):
+            content = _Content(cut.recording.sources[0].source)
+            entries.append({'audio_filepath': f'{folder}: {cut.id}', 'duration': cut.duration, 'content': content})
     except (AssertionError, IndexError, KeyError, TypeError) as error:  # lhotse's, of a folder that is something else
         raise ValueError(f"noise_manifest {folder} is a folder, but not one of shards: {error}") from error
+    return entries
 
 
 class MonoSegment(_up.AudioSegment):
@@ -366,20 +346,17 @@ class MonoSegment(_up.AudioSegment):
 
 def load_noise_audio(sample, sample_rate, max_audio_len=None, **kwargs):
     """Load noise as NeMo does, mixed down; noise that is bad is counted, and NeMo takes other noise."""
-    read = sample
+    read, longest = sample, np.inf if max_audio_len is None else max_audio_len / sample_rate
     if 'content' in sample:
         read = {**sample, 'audio_filepath': io.BytesIO(sample['content'])}
-        longest = None if max_audio_len is None else max_audio_len / sample_rate
-        if (
-            longest is not None and longest < sample['duration']
-        ):  # NeMo would open it again for each part that it tries
+        if longest < sample['duration']:  # NeMo would open it again for each part that it tries
             read |= {'offset': np.random.uniform(0, sample['duration'] - longest), 'duration': longest}
     try:
         noise, length = _load_noise_audio(read, sample_rate, max_audio_len, **kwargs)
         if not samples_are_valid(noise):
             raise BadAudioError(f"{sample['audio_filepath']}: {NOT_FINITE}")
     except Exception as error:
-        bad = error if isinstance(error, BadAudioError) else _bad_file(sample['audio_filepath'], error)
+        bad = _bad_file(sample['audio_filepath'], error)
         LEFT_OUT.add('bad noise, replaced by other noise', str(bad))
         raise bad from error
     return noise, length
@@ -402,15 +379,16 @@ def set_skip_bad_audio(dataset, skip) -> None:
 
 def parts_of(dataset) -> Iterator:
     """Yield a dataset and all those it is made of."""
-    if dataset is None:
-        return
-    yield dataset
-    for part in getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]:
-        yield from parts_of(part)
+    if dataset is not None:
+        yield dataset
+        for part in getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]:
+            yield from parts_of(part)
 
 
 def _bad_file(file, error: Exception) -> BadAudioError:
     """Name a file and why it cannot be read; NeMo 2.5.3 tries a second decoder, whose error lacks the cause."""
+    if isinstance(error, BadAudioError):
+        return error
     if str(error).endswith(NOT_FINITE):
         return BadAudioError(f'{file}: {NOT_FINITE}', NOT_FINITE)
     if isinstance(file, str) and os.path.isfile(file):
@@ -426,9 +404,8 @@ def _sum(values):
 
 
 _load_noise_audio, _load_noise_manifest = _up.load_noise_audio, _up.load_noise_manifest
-# NeMo's functions find these in their own module's globals. The last one takes a built-in's place: NeMo asks whether
-# noise is silent with Python's sum over a NumPy array, 15 ms for 16 s of audio, and takes other noise until the sum is
-# above 0, which is as often below: two readings for each utterance, and none of the noise whose mean is below 0.
+# NeMo's functions find these in their own module's globals. The last one takes a built-in's place: NeMo asks whether noise is
+# silent with Python's sum over a NumPy array, 15 ms for 16 s of audio, and takes other noise until the sum is above 0.
 _up.AudioNoiseBatch, _up.AudioNoiseDataset = AudioNoiseBatch, AudioNoiseDataset
 _up.TarredAudioNoiseDataset, _up.load_noise_audio = TarredAudioNoiseDataset, load_noise_audio
 _up.load_noise_manifest, _up.AudioSegment = load_noise_manifest, MonoSegment

@@ -1,54 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model does about its training data: own options, the place in the epoch, and the wait. New in this project."""
 
-import copy
-from contextlib import nullcontext
-
 import lightning.pytorch as pl
-from omegaconf import OmegaConf, open_dict
+import torch
 from torch.utils.data import IterableDataset, RandomSampler, SequentialSampler
 
+from nemo.collections.asr.data.audio_to_text_lhotse import SilentBatch
 from nemo.collections.asr.data.loader_options import take_own_options, with_own_options
 from nemo.collections.asr.data.loader_workers import end_workers_with_their_parent
 from nemo.collections.asr.data.resumable_cuts import make_resumable_cuts, reads_cuts, resumable_config
 from nemo.collections.asr.data.resumable_loader import ResumableDataLoader, ResumableLoader
-from nemo.collections.asr.data.ssl_dataset import parts_of
 from nemo.collections.asr.parts.utils.data_wait import NAME, DataWait
-from nemo.collections.asr.parts.utils.nonfinite_guard import on_this_rank
+from nemo.collections.asr.parts.utils.nonfinite_guard import MAX_SKIPPED_IN_A_ROW, on_this_rank
 from nemo.utils import logging
 from nemo.utils.left_out import LEFT_OUT
 
 
-def without_null(config):
-    """Return a data section without augmentors that are null, on which NeMo's loaders fail."""
-    null = [
-        key for key in ('augmentor', 'batch_augmentor') if config is not None and key in config and config[key] is None
-    ]
-    if not null:
-        return config
-    config = copy.deepcopy(config)
-    with open_dict(config) if OmegaConf.is_config(config) else nullcontext():
-        for key in null:
-            del config[key]
-    return config
-
-
-def log_left_out() -> None:
-    """Log how many utterances this rank has left out, for which reasons, and the first of each."""
-    log = logging.warning if LEFT_OUT.total() else logging.info
-    log(f"Data{on_this_rank()}: {LEFT_OUT.summary()}")
-
-
 class LogLeftOut(pl.Callback):
-    """Logs what was left out, for models without :class:`TrainingDataMixin`."""
+    """Logs how many utterances this rank has left out so far, for which reasons, and the first of each.
+
+    A recogniser's batch of which nothing is left adds no gradient; many in a row, or one in validation, end the run.
+    """
+
+    _silent_in_a_row = 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        """Note whether something is left of the batch."""
+        self._silent_in_a_row = self._silent_in_a_row + 1 if isinstance(batch, SilentBatch) else 0
+        if self._silent_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise ValueError(
+                f"nothing is left of the last {self._silent_in_a_row} batches{on_this_rank()}; the log names why"
+            )
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:
+        """Let silence add no gradient."""
+        if self._silent_in_a_row:
+            loss.register_hook(torch.zeros_like)
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
+        """Refuse silence."""
+        if isinstance(batch, SilentBatch):
+            raise ValueError(f"each utterance of a batch{on_this_rank()} is bad; the log names them")
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
-        """Log what was left out so far."""
-        log_left_out()
+        """Log it after each epoch."""
+        log = logging.warning if LEFT_OUT.total() else logging.info
+        log(f"Data{on_this_rank()}: {LEFT_OUT.summary()}")
 
-    def on_train_end(self, trainer, pl_module) -> None:
-        """Log what was left out."""
-        log_left_out()
+    on_train_end = on_train_epoch_end
 
 
 def warn_of_undivided_data(trainer) -> None:
@@ -69,8 +68,20 @@ class TrainingDataMixin:
     _data_wait: DataWait | None = None
     _share_waited: float | None = None
 
+    def configure_callbacks(self) -> list:
+        """Add the log of what is left out."""
+        return [*super().configure_callbacks(), LogLeftOut()]
+
     def _setup_dataloader_from_config(self, config):
-        loader = self._make_loader(config)
+        selector = None if config is None else config.get('channel_selector')
+        config, own = take_own_options(config)
+        options = own.pop('resumable') if own.get('resumable') is not None and reads_cuts(config) else None
+        if options is not None:
+            config = resumable_config(config, options, self.world_size)
+        loader = super()._setup_dataloader_from_config(config)
+        if options is not None and loader is not None:
+            loader = make_resumable_cuts(loader, config, options, self.global_rank, self.world_size)
+        loader = with_own_options(loader, channel_selector=selector, **own)
         end_workers_with_their_parent(loader)
         return loader
 
@@ -92,25 +103,6 @@ class TrainingDataMixin:
                 "to the number of batches of an epoch, or set model.train_ds.resumable"
             ) from error
 
-    def _make_loader(self, config):
-        loader = self._make_loader_with_options(without_null(config))
-        selector = None if config is None else config.get('channel_selector')
-        for part in parts_of(getattr(loader, 'dataset', None)):
-            if selector is not None and hasattr(part, 'featurizer'):  # NeMo's tarred datasets take no selector
-                part.featurizer.channel_selector = selector
-        return loader
-
-    def _make_loader_with_options(self, config):
-        config, own = take_own_options(config)
-        if own.get('resumable') is None or not reads_cuts(config):
-            return with_own_options(super()._setup_dataloader_from_config(config), **own)
-        options = own.pop('resumable')
-        config = resumable_config(config, options, self.world_size)
-        loader = super()._setup_dataloader_from_config(config)
-        if loader is not None:
-            loader = make_resumable_cuts(loader, config, options, self.global_rank, self.world_size)
-        return with_own_options(loader, **own)
-
     def on_train_start(self):
         """Count the batches of a resumed epoch as the data loader does; the ranks may be others than before."""
         super().on_train_start()
@@ -121,12 +113,12 @@ class TrainingDataMixin:
             return
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
         place = loader.next_batch
-        if progress.completed != place and progress.completed:
+        if progress.completed not in (0, place):
             logging.info(f"Going on with batch {place} of {len(loader)} of the epoch, on {loader.ranks} ranks.")
             progress.ready = progress.started = progress.processed = progress.completed = place
 
     def on_train_batch_start(self, batch, batch_idx: int, unused: int = 0):
-        """Seed what the step draws, where the data are resumable, and look at the clock."""
+        """Seed what the step draws, where the data are resumable, and take the time."""
         loader = self._resumable_loader()
         if loader is not None:
             loader.start_step()
@@ -135,7 +127,7 @@ class TrainingDataMixin:
         return super().on_train_batch_start(batch, batch_idx, unused)
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int, unused: int = 0) -> None:
-        """Look at the clock once more."""
+        """Take the time."""
         super().on_train_batch_end(outputs, batch, batch_idx, unused)
         if self._data_wait is not None:
             self._data_wait.step_ends()
@@ -145,16 +137,6 @@ class TrainingDataMixin:
         super().on_validation_start()
         if self._data_wait is not None:
             self._data_wait.pause()
-
-    def on_train_epoch_end(self) -> None:
-        """Log what was left out so far."""
-        super().on_train_epoch_end()
-        log_left_out()
-
-    def on_train_end(self) -> None:
-        """Log what was left out."""
-        super().on_train_end()
-        log_left_out()
 
     def _waiting_for_data(self) -> dict[str, float]:
         """Return what a step logs of the wait before it."""

@@ -3,14 +3,15 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
-from nemo.collections.asr.data.data_checks import paths_in, sources_in
-from nemo.collections.asr.parts.utils.manifest_index import Line, is_remote, read_entries
+from nemo.collections.asr.data.data_checks import sources_in
+from nemo.collections.asr.parts.utils.manifest_index import is_remote, paths_in, read_entries
 from nemo.utils import logging
 
 
-def transcribed(section) -> Iterator[Line]:
-    """Yield the entries of a data section, of every manifest of this machine that it names.
+def texts_of(section) -> Iterator[str]:
+    """Yield the texts of a data section, of every manifest of this machine that it names.
 
     Raises:
         ValueError: naming manifest and line, if an entry has no text.
@@ -20,16 +21,16 @@ def transcribed(section) -> Iterator[Line]:
             for line in () if is_remote(path) else read_entries(path):
                 if not isinstance(line.entry.get('text'), str):
                     raise ValueError(f"{line.manifest}, line {line.number} has no text")
-                yield line
+                yield line.entry['text']
 
 
 def characters_of(section) -> list[str]:
     """Return the characters of all texts of a data section, sorted.
 
     Raises:
-        ValueError: as :func:`transcribed`, or if there are none.
+        ValueError: as :func:`texts_of`, or if there are none.
     """
-    found = set().union(*(line.entry['text'] for line in transcribed(section)))
+    found = set().union(*texts_of(section))
     if not found:
         raise ValueError("the manifests have no texts; set model.labels")
     return sorted(found)
@@ -40,10 +41,9 @@ def report_unknown_characters(key: str, section, knows: Callable[[str], bool]) -
 
     NeMo leaves such characters out of the references, and error rates are then those of other words.
     """
-    texts, unknown, affected = 0, Counter(), 0
-    known: dict[str, bool] = {}
-    for line in transcribed(section):
-        found = [character for character in line.entry['text'] if not _is_known(character, knows, known)]
+    texts, affected, unknown, knows = 0, 0, Counter(), lru_cache(None)(knows)
+    for text in texts_of(section):
+        found = [character for character in text if not knows(character)]
         texts, affected = texts + 1, affected + bool(found)
         unknown.update(found)
     if unknown:
@@ -53,12 +53,6 @@ def report_unknown_characters(key: str, section, knows: Callable[[str], bool]) -
             "the references, so error rates are those of other words."
         )
     return unknown
-
-
-def _is_known(character: str, knows: Callable[[str], bool], known: dict[str, bool]) -> bool:
-    if character not in known:
-        known[character] = knows(character)
-    return known[character]
 
 
 def characters_known_by(model) -> Callable[[str], bool]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``ema.py``: a run with ``exp_manager.ema`` can be resumed.
 
-NeMo 3.0.0 reads the averaged weights with ``torch.load``, which refuses the config beside them. All versions restore them as
+NeMo 3.0.0 reads the averages with ``torch.load``, which refuses the config beside them. All versions restore them as
 parameters that require gradients, and fail when they are next saved.
 """
 
@@ -19,9 +19,9 @@ class EMA(_up.EMA):
     """NeMo's exponential moving average of the weights."""
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint) -> None:
-        """Load the averaged weights, which lie beside the checkpoint."""
+        """Load the averages, which lie beside the checkpoint."""
         with mock.patch.object(
-            torch, 'load', lambda path, map_location=None, **_: torch_files.load(path, map_location)
+            torch, 'load', lambda path, map_location='cpu', **_: torch_files.load(path, map_location)
         ):
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
         for state in checkpoint['optimizer_states']:

@@ -39,11 +39,6 @@ def test_reading_mixes_down_and_resamples(audio_folder):
     np.testing.assert_array_equal(part, read_audio(audio_folder / 'mono.wav', RATE)[8000:12000])
 
 
-def test_silence_is_audio(tmp_path):
-    soundfile.write(tmp_path / 'zeros.wav', np.zeros((100, 2)), RATE)
-    np.testing.assert_array_equal(read_audio(tmp_path / 'zeros.wav', RATE), np.zeros(100, np.float32))
-
-
 @pytest.mark.parametrize(
     'name, reason',
     [
@@ -63,10 +58,7 @@ def test_bad_files_are_named(audio_folder, name, reason):
 
 
 def test_entries_are_those_of_audio_files_or_of_a_manifest(audio_folder, tmp_path):
-    assert audio_entries([Path('a.wav'), Path('-')], None) == [
-        {'audio_filepath': 'a.wav'},
-        {'audio_filepath': '-'},
-    ]
+    assert audio_entries([Path('a.wav'), Path('-')], None) == [{'audio_filepath': name} for name in ('a.wav', '-')]
     manifest = audio_folder / 'entries.json'
     manifest.write_text(json.dumps({'audio_filepath': 'mono.wav', 'duration': 0.5, 'text': 'a'}) + '\n')
     (entry,) = audio_entries([], manifest)

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recognisers that read through lhotse mix channels down, count what cannot be read, and refuse NaN."""
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import soundfile
+import torch
 from lhotse import CutSet, Recording, SupervisionSegment
 
-from nemo.collections.asr.data.audio_to_text_lhotse import LhotseSpeechToTextBpeDataset
+from nemo.collections.asr.data.audio_to_text_lhotse import LhotseSpeechToTextBpeDataset, SilentBatch
+from nemo.collections.asr.data.training_data_mixin import MAX_SKIPPED_IN_A_ROW, LogLeftOut
 from nemo.collections.common.parts.preprocessing.parsers import make_parser
 from nemo.utils.left_out import LEFT_OUT
 
@@ -28,3 +31,42 @@ def test_bad_audio_and_channels(tmp_path, monkeypatch):
     assert LEFT_OUT.total() == 1 and 'gone.wav' in LEFT_OUT.summary()
     with pytest.raises(ValueError, match='broken.wav.*NaN'):
         dataset[CutSet.from_cuts([cuts['broken']])]
+    dataset.skip_bad_audio = True
+    silence = dataset[CutSet.from_cuts([cuts['broken']])]
+    assert isinstance(silence, SilentBatch) and [len(part) for part in silence] == [1] * 4
+
+
+class Sums(pl.LightningModule):
+    """Its gradient is 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        return self.weight + batch[0].sum()
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def fit(batches, validation=()):
+    model, options = (
+        Sums(),
+        dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator='cpu'),
+    )
+    trainer = pl.Trainer(max_epochs=1, num_sanity_val_steps=0, callbacks=[LogLeftOut()], **options)
+    trainer.fit(model, batches, validation or None)
+    return model.weight.item()
+
+
+def test_a_batch_of_which_nothing_is_left_adds_no_gradient():
+    silence, speech = SilentBatch([torch.zeros(1)]), [torch.ones(1)]
+    assert fit([speech, silence, silence, speech]) == -2
+    with pytest.raises(ValueError, match=f'nothing is left of the last {MAX_SKIPPED_IN_A_ROW} batches'):
+        fit([silence] * MAX_SKIPPED_IN_A_ROW)
+    with pytest.raises(ValueError, match='each utterance of a batch is bad'):
+        fit([speech], [silence])

@@ -12,23 +12,11 @@ SYNCED = {'context_options': [[10, 0], [20, 0]], 'seed': 5}
 
 @pytest.mark.parametrize('kind', [dict, OmegaConf.create])
 def test_own_options_are_taken_out_of_a_copy(kind):
-    section = kind({'batch_size': 2, 'synced_contexts': SYNCED, 'resumable': None})
+    section = kind({'batch_size': 2, 'synced_contexts': SYNCED, 'resumable': None, 'augmentor': None})
     rest, own = take_own_options(section)
     assert dict(rest) == {'batch_size': 2, 'resumable': None} and own == {'synced_contexts': SYNCED}
-    assert section['synced_contexts'] == SYNCED
-
-
-@pytest.mark.parametrize('section', [None, {'batch_size': 2}])
-def test_a_section_without_them_is_passed_on_as_it_is(section):
-    rest, own = take_own_options(section)
-    assert rest is section and own == {}
-
-
-def test_without_a_loader_or_an_option_nothing_changes():
-    loader = DataLoader([1, 2])
-    collate = loader.collate_fn
-    assert with_own_options(None, synced_contexts=SYNCED) is None
-    assert with_own_options(loader) is loader and loader.collate_fn is collate
+    assert section['synced_contexts'] == SYNCED and 'augmentor' in section
+    assert take_own_options(rest) == (rest, {}) and take_own_options(None) == (None, {})
 
 
 @pytest.mark.parametrize(

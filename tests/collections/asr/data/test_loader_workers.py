@@ -73,28 +73,18 @@ def first_draws(loader) -> list[float]:
     return [float(batch) for batch in loader]
 
 
-@pytest.mark.integration
-def test_seeds_workers_as_lightning_does_where_it_is_asked_to(monkeypatch):
-    monkeypatch.setenv('PL_SEED_WORKERS', '1')
-    stock, ours = (DataLoader(Draws(), num_workers=2) for _ in range(2))
-    _auto_add_worker_init_fn(stock, rank=0)
-    end_workers_with_their_parent(ours)
-    assert first_draws(ours) == first_draws(stock)
-    monkeypatch.setenv('PL_SEED_WORKERS', '0')
-    plain = DataLoader(Draws(), num_workers=2)
-    assert first_draws(ours) == first_draws(plain) != first_draws(stock)
-
-
 def draw_otherwise(worker: int) -> None:
     torch.manual_seed(100 + worker)
 
 
 @pytest.mark.integration
-def test_the_loaders_own_is_called():
-    own = DataLoader(Draws(), num_workers=2, worker_init_fn=draw_otherwise)
-    expected = first_draws(own)
-    end_workers_with_their_parent(own)
-    assert first_draws(own) == expected
+@pytest.mark.parametrize('own', [None, draw_otherwise])
+def test_workers_are_seeded_as_lightning_does_or_by_the_loaders_own(monkeypatch, own):
+    monkeypatch.setenv('PL_SEED_WORKERS', '1')
+    stock, ours = (DataLoader(Draws(), num_workers=2, worker_init_fn=own) for _ in range(2))
+    _auto_add_worker_init_fn(stock, rank=0)
+    end_workers_with_their_parent(ours)
+    assert first_draws(ours) == first_draws(stock)
 
 
 def names_of_threads(batch) -> list[str]:
@@ -105,12 +95,10 @@ def names_of_threads(batch) -> list[str]:
 @pytest.mark.parametrize(
     'options',
     [
-        {},
         {'resumable': {'seed': 1}},
         {'use_lhotse': True, 'use_bucketing': False, 'force_map_dataset': True},
         {'use_lhotse': True, 'use_bucketing': False, 'force_finite': True, 'resumable': {'seed': 1}},
     ],
-    ids=['plain', 'plain, resumable', 'lhotse', 'lhotse, resumable'],
 )
 def test_workers_of_a_models_loader_watch_their_parent(options, speech_corpus):
     loader = tiny_model()._setup_dataloader_from_config(data_section(speech_corpus, **options))

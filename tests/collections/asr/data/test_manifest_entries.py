@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entries that are parsed when asked for are those that NeMo reads all at once."""
+"""Entries that are parsed on access are those that NeMo reads all at once."""
 
 import json
 import pickle
@@ -7,7 +7,8 @@ import pickle
 import pytest
 
 from nemo.collections.asr.data import ssl_dataset
-from nemo.collections.asr.data.manifest_entries import ManifestEntries, UtteranceManifestProcessor
+from nemo.collections.asr.data.manifest_entries import ManifestEntries
+from nemo.collections.asr.parts.utils import manifest_index
 from nemo.collections.common.parts.preprocessing import collections
 from nemo.utils.left_out import LEFT_OUT
 
@@ -34,10 +35,10 @@ def manifests(tmp_path):
 @pytest.mark.parametrize(
     'limits', [{}, {'min_duration': 1.0}, {'max_duration': 3.0}, {'min_duration': 1.0, 'max_number': 3}]
 )
-def test_entries_are_nemos(manifests, limits):
+def test_entries_are_nemos_in_another_process_too(manifests, limits):
     ours = ManifestEntries(manifests, PARSE, **limits)
     nemo = collections.ASRAudioText(manifests, parser=None, parse_func=PARSE, **limits)
-    assert len(ours) == len(nemo) and list(ours) == list(nemo)
+    assert len(ours) == len(nemo) and list(ours) == list(nemo) == list(pickle.loads(pickle.dumps(ours)))
     assert ours[-1] == nemo[-1] and ours[1:3] == nemo.data[1:3]
     with pytest.raises(IndexError):
         ours[len(nemo)]
@@ -49,11 +50,6 @@ def test_the_first_that_is_left_out_is_named_with_its_manifest(manifests, tmp_pa
     ManifestEntries([str(tmp_path / 'good.json'), manifests[1]], PARSE, max_duration=3.0)
     [reason] = LEFT_OUT.reasons().values()
     assert reason == (1, f'entry 5 of {manifests[1]}: 9.0 s')
-
-
-def test_they_survive_the_way_to_another_process(manifests):
-    entries = ManifestEntries(manifests, PARSE)
-    assert list(pickle.loads(pickle.dumps(entries))) == list(entries)
 
 
 def test_a_file_that_changes_while_it_is_used_is_an_error(manifests):
@@ -81,21 +77,13 @@ def test_a_bad_line_is_named(manifests, line, message):
 
 
 def test_a_dataset_reads_a_manifest_once(manifests, monkeypatch):
-    from nemo.collections.asr.data.data_checks import index_of
-    from nemo.collections.asr.parts.utils import manifest_index
-
-    index_of(manifests[1])
+    manifest_index.index_of(manifests[1])
     monkeypatch.setattr(manifest_index, 'ManifestIndex', None)  # no other is made
     config = dict(manifest_filepath=manifests[1], sample_rate=16000, shuffle=False, min_duration=1.0)
     dataset = ssl_dataset.get_audio_noise_dataset_from_config(config, 0, 1)
-    assert isinstance(dataset.manifest_processor, UtteranceManifestProcessor) and len(dataset) == 4
+    assert isinstance(dataset.manifest_processor.collection, ManifestEntries) and len(dataset) == 4
 
 
 def test_an_empty_manifest_has_no_entries(tmp_path):
     (tmp_path / 'empty.json').touch()
     assert len(ManifestEntries(str(tmp_path / 'empty.json'), PARSE)) == 0
-
-
-def test_other_uses_are_refused(manifests):
-    with pytest.raises(ValueError, match='needs manifest_parse_func'):
-        UtteranceManifestProcessor(manifests, None)

@@ -57,21 +57,15 @@ def test_goes_on_where_it_was(workers, shuffle):
     assert epoch(again, 2) == whole[2]
 
 
-def test_lightning_may_begin_to_iterate_before_it_tells_the_epoch():
+@pytest.mark.parametrize('number, stop, state', [(1, 2, (1, 4)), (0, None, (1, 0))])
+def test_lightning_may_begin_to_iterate_before_it_tells_the_epoch(number, stop, state):
     stopped, again = resumable(2), resumable(2)
-    epoch(stopped, 1, stop=2)
+    epoch(stopped, number, stop)
+    assert stopped.state_dict() == {'epoch': state[0], 'used': state[1], 'ranks': 1}
     again.load_state_dict(stopped.state_dict())
     batches = iter(again)
     again.sampler.set_epoch(1)
-    assert [batch.tolist() for batch in batches] == [batch for batch, _, _ in epoch(resumable(), 1)[2:]]
-
-
-def test_a_finished_epoch_is_followed_by_the_next():
-    finished, again = resumable(), resumable()
-    epoch(finished, 0)
-    assert finished.state_dict() == {'epoch': 1, 'used': 0, 'ranks': 1}
-    again.load_state_dict(finished.state_dict())
-    assert [batch.tolist() for batch in again] == [batch for batch, _, _ in epoch(resumable(), 1)]
+    assert [batch.tolist() for batch in batches] == [batch for batch, _, _ in epoch(resumable(), 1)[stop:]]
 
 
 def test_epochs_and_seeds_differ_and_each_item_comes_once():
@@ -82,6 +76,7 @@ def test_epochs_and_seeds_differ_and_each_item_comes_once():
     in_order = [epoch(resumable(shuffle=False), number) for number in (0, 1)]
     assert in_order[0] != in_order[1]  # the draws
     assert len({draw for _, _, draw in in_order[0]}) == 6
+    assert len(list(resumable(drop_last=True))) == 5
 
 
 def test_stays_what_it_is_when_lightning_puts_a_distributed_sampler_in():
@@ -111,7 +106,7 @@ def shares(ranks, number, stop=None, states=()):
 
 
 @pytest.mark.parametrize('before, after, stop', [(2, 1, 2), (1, 2, 2), (1, 2, 3), (2, 1, 1), (1, 3, 4), (3, 2, 1)])
-def test_goes_on_with_other_ranks_without_repeating_or_losing_more_than_a_batch_of_each(before, after, stop):
+def test_goes_on_with_other_ranks_without_repeating_or_losing_more_than_a_batch_of_each(before, after, stop, warnings):
     first, state = shares(before, 1, stop)
     second, _ = shares(after, 1, states=[state])
     assert len({len(share) for share in second}) == 1  # none waits for another at the end
@@ -120,12 +115,9 @@ def test_goes_on_with_other_ranks_without_repeating_or_losing_more_than_a_batch_
     assert set(used) | set(rest) == set(range(ITEMS))
     repeated = len(used) + len(rest) - ITEMS
     assert repeated < 2 * after
-
-
-def test_says_that_the_ranks_are_others(warnings):
-    _, state = shares(2, 1, 2)
-    resumable().load_state_dict(state)
-    assert '2 ranks had used 8 utterances of epoch 1; 1 continue after these' in ''.join(warnings)
+    assert f"{before} ranks had used {state['used']} utterances of epoch 1; {after} continue after" in ''.join(
+        warnings
+    )
 
 
 def test_a_batch_that_is_fetched_ahead_of_the_step_is_not_lost():
@@ -139,11 +131,6 @@ def test_a_batch_that_is_fetched_ahead_of_the_step_is_not_lost():
     again.load_state_dict(loader.state_dict())
     assert first == whole[0][1] and loader.state_dict()['used'] == 2
     assert epoch(again, 1) == whole[1:]
-
-
-def test_keeps_what_the_loader_was():
-    loader = resumable(drop_last=True)
-    assert len(loader) == len(list(loader)) == 5 and loader.batch_size == 2 and loader.collate_fn is collate
 
 
 def test_seeds_do_not_depend_on_the_process():

@@ -15,42 +15,20 @@ from torch.utils.data import DataLoader
 
 from nemo.collections.asr.data import ssl_dataset
 from nemo.collections.asr.data.loader_options import with_own_options
-from nemo.utils.left_out import LEFT_OUT
+from nemo.utils.left_out import LEFT_OUT, OUTSIDE_LIMITS
 
 
-class CountingArray(np.ndarray):
-    """An array that counts how often Python iterates over it."""
-
-    iterations = 0
-
-    def __iter__(self):
-        CountingArray.iterations += 1
-        return super().__iter__()
-
-
-def test_noise_is_loaded_without_a_python_loop_over_its_samples(tmp_path, monkeypatch):
-    soundfile.write(tmp_path / 'noise.wav', np.full(16000, 0.25), 16000)
-    load = ssl_dataset._up.AudioSegment.from_file
-
-    def counting(*args, **kwargs):
-        segment = load(*args, **kwargs)
-        segment._samples = segment.samples.view(CountingArray)
-        return segment
-
-    monkeypatch.setattr(ssl_dataset._up.AudioSegment, 'from_file', counting)
-    sample = {'audio_filepath': str(tmp_path / 'noise.wav'), 'duration': 1.0}
-    noise, length = ssl_dataset.load_noise_audio(sample, 16000, max_audio_len=20000)
-    assert noise.shape == (20000,) and int(length) == 16000 or int(length) == 20000
-    assert noise[:16000].mean().item() == pytest.approx(0.25, abs=1e-3)
-    assert CountingArray.iterations == 0
-
-
-def test_a_manifest_of_noise_is_read_as_before(tmp_path):
-    soundfile.write(tmp_path / 'noise.wav', np.full(8000, 0.1), 16000)
+def test_noise_is_read_once_whatever_its_mean(tmp_path, monkeypatch):
+    """Stock takes noise whose sum is not above 0 for silence, and reads the file up to 100 times."""
+    soundfile.write(tmp_path / 'noise.wav', np.full(8000, -0.1), 16000)
     (tmp_path / 'noise.json').write_text(json.dumps({'audio_filepath': 'noise.wav', 'duration': 0.5}))
+    load, files = ssl_dataset._up.AudioSegment.from_file, []
+    monkeypatch.setattr(
+        ssl_dataset._up.AudioSegment, 'from_file', lambda *args, **kwargs: files.append(1) or load(*args, **kwargs)
+    )
     noise_data = ssl_dataset.load_noise_manifest(str(tmp_path / 'noise.json'))
     noise, _ = ssl_dataset.sample_noise(noise_data, 16000, max_audio_len=4000)
-    assert noise.shape == (4000,) and noise.mean().item() == pytest.approx(0.1, abs=1e-3)
+    assert noise.shape == (4000,) and noise.mean().item() == pytest.approx(-0.1, abs=1e-3) and len(files) == 1
 
 
 BAD = {
@@ -76,9 +54,10 @@ def audio(tmp_path_factory):
     return folder
 
 
-def manifest(folder, *names, duration=1.5):
+def manifest(folder, *names, duration=1.5, **more):
     path = folder / f"{'_'.join(names)}.json"
-    path.write_text('\n'.join(json.dumps({'audio_filepath': name, 'duration': duration}) for name in names))
+    rows = [{'audio_filepath': name, 'duration': duration, **more} for name in names]
+    path.write_text('\n'.join(map(json.dumps, rows)))
     return str(path)
 
 
@@ -141,14 +120,17 @@ def test_skip_bad_audio_is_true_or_false(audio):
         ssl_dataset.set_skip_bad_audio([], True)
 
 
+def tar(folder, audio, *names):
+    with tarfile.open(folder / 'audio_0.tar', 'w') as archive:
+        for name in names:
+            archive.add(audio / name, name)
+    return {'is_tarred': True, 'tarred_audio_filepaths': str(folder / 'audio_0.tar')}
+
+
 @pytest.mark.parametrize('skip', [False, True])
 def test_tarred_audio(audio, tmp_path, skip):
     names = ['a.wav', 'nan.wav', 'junk.wav', 'b.wav']
-    with tarfile.open(tmp_path / 'audio_0.tar', 'w') as archive:
-        for name in names:
-            archive.add(audio / name, name)
-    tarred = {'is_tarred': True, 'tarred_audio_filepaths': str(tmp_path / 'audio_0.tar'), 'skip_bad_audio': skip}
-    loader = data_loader(manifest(audio, *names), **tarred)
+    loader = data_loader(manifest(audio, *names), skip_bad_audio=skip, **tar(tmp_path, audio, *names))
     if skip:
         assert [(batch.audio.shape[0], batch.skipped) for batch in loader] == [(2, 2)]
     else:
@@ -157,21 +139,28 @@ def test_tarred_audio(audio, tmp_path, skip):
 
 
 @pytest.mark.parametrize('skip', [False, True])
-def test_a_tar_file_that_is_cut_off(audio, tmp_path, skip, monkeypatch):
+@pytest.mark.parametrize(
+    'share, said', [(0.6, 'audio_0.tar is cut off after member'), (1, 'audio_0.tar has no member c')]
+)
+def test_entries_without_a_member_in_their_tar_file(audio, tmp_path, skip, share, said, monkeypatch):
     monkeypatch.setattr(LEFT_OUT, 'path', str(tmp_path / 'left_out'))
-    names = ['a.wav', 'b.wav', 'c.wav']
+    tarred = tar(tmp_path, audio, 'a.wav', 'b.wav')
     path = tmp_path / 'audio_0.tar'
-    with tarfile.open(path, 'w') as archive:
-        for name in names:
-            archive.add(audio / name, name)
-    os.truncate(path, int(os.path.getsize(path) * 0.6))
-    tarred = {'is_tarred': True, 'tarred_audio_filepaths': str(path), 'skip_bad_audio': skip}
-    loader = data_loader(manifest(audio, *names), **tarred)
+    os.truncate(path, int(os.path.getsize(path) * share))
+    path = manifest(audio, 'a.wav', 'b.wav', 'c.wav', shard_id=0)
+    loader = data_loader(path, skip_bad_audio=skip, max_duration=2.0, **tarred)
     if skip:
-        assert sum(len(batch.audio) for batch in loader) in (1, 2) and 'audio_0.tar is cut off' in LEFT_OUT.summary()
+        read = sum(len(batch.audio) for batch in loader)
+        assert read + LEFT_OUT.total() == 3 and said in LEFT_OUT.summary()
     else:
-        with pytest.raises(ValueError, match='bad audio: .*audio_0.tar is cut off after member'):
+        with pytest.raises(ValueError, match=f'bad audio: .*{said}'):
             list(loader)
+
+
+def test_a_tarred_manifest_counts_what_the_limits_leave_out(audio, tmp_path, monkeypatch):
+    monkeypatch.setattr(LEFT_OUT, 'path', str(tmp_path / 'left_out'))
+    data_loader(manifest(audio, 'a.wav', 'b.wav'), max_duration=1.0, **tar(tmp_path, audio, 'a.wav'))
+    assert LEFT_OUT.reasons()[OUTSIDE_LIMITS][0] == 2
 
 
 @pytest.mark.parametrize('selector, level', [(None, -0.25), ('average', -0.25), (1, -0.75)])
@@ -180,20 +169,10 @@ def test_channels_are_mixed_down_or_selected(tmp_path, selector, level, reader):
     samples = np.full((24000, 2), 0.25, dtype=np.float32)
     samples[:, 1] = -0.75
     soundfile.write(tmp_path / 'two.wav', samples, 16000, subtype='FLOAT')
-    path, more = manifest(tmp_path, 'two.wav'), {'channel_selector': selector}
-    if reader == 'tarred':
-        with tarfile.open(tmp_path / 'audio_0.tar', 'w') as archive:
-            archive.add(tmp_path / 'two.wav', 'two.wav')
-        more |= {'is_tarred': True, 'tarred_audio_filepaths': str(tmp_path / 'audio_0.tar')}
-    model = tiny_model()
-    section = {
-        'manifest_filepath': path,
-        'sample_rate': 16000,
-        'batch_size': 1,
-        'shuffle': False,
-        'noise_manifest': path,
-    }
-    [batch] = model._setup_dataloader_from_config(OmegaConf.create({**section, **more}))
+    path, more = manifest(tmp_path, 'two.wav'), tar(tmp_path, tmp_path, 'two.wav') if reader == 'tarred' else {}
+    section = dict(manifest_filepath=path, sample_rate=16000, batch_size=1, shuffle=False, noise_manifest=path)
+    section = OmegaConf.create({**section, **more, 'channel_selector': selector})
+    [batch] = tiny_model()._setup_dataloader_from_config(section)
     assert batch.audio.mean().item() == pytest.approx(level) and batch.noise.mean().item() == pytest.approx(-0.25)
 
 

@@ -25,24 +25,20 @@ class Averages(pl.Callback):
 def train(folder, steps):
     averages = Averages()
     run = trainer(steps, callbacks=[averages], logger=False, limit_val_batches=0)
-    settings = dict(explicit_log_dir=str(folder), resume_if_exists=True, resume_ignore_no_checkpoint=True)
-    callbacks = dict(
+    checkpoints = dict(
         save_top_k=1, monitor='train_loss', every_n_epochs=None, every_n_train_steps=1, always_save_nemo=False
     )
-    exp_manager(
-        run,
-        OmegaConf.create(
-            dict(
-                **settings,
-                create_tensorboard_logger=False,
-                create_checkpoint_callback=True,
-                checkpoint_callback_params=callbacks,
-                ema=dict(enable=True, decay=0.5),
-            )
-        ),
+    settings = dict(
+        explicit_log_dir=str(folder),
+        resume_if_exists=True,
+        resume_ignore_no_checkpoint=True,
+        create_tensorboard_logger=False,
+        create_checkpoint_callback=True,
+        checkpoint_callback_params=checkpoints,
+        ema=dict(enable=True, decay=0.5),
     )
-    model = tiny_model(trainer=run)
-    run.fit(model, train_dataloaders=batches(4))
+    exp_manager(run, OmegaConf.create(settings))
+    run.fit(tiny_model(trainer=run), train_dataloaders=batches(4))
     assert run.global_step == steps
     return averages
 

@@ -3,8 +3,8 @@
 
 Fixed corpus statistics need no look at the utterance, so a live stream can use them from its first frame on. NeMo takes
 them as ``preprocessor.normalize: {fixed_mean: [...], fixed_std: [...]}``, but only for batches of one utterance; here
-any batch size works. ``standardize_per_feature`` is the other half: per-utterance statistics, for the quantizer's
-input, which exists only in training.
+any batch size works. ``standardize_per_feature`` has per-utterance statistics, for the quantizer's input, which exists only in
+training.
 
 Shapes: B utterances, D features, T feature frames.
 """
@@ -23,7 +23,6 @@ from nemo_streaming_ssl import upstream
 _up = upstream(globals())
 
 _STATISTICS = ("fixed_mean", "fixed_std")
-_SETTING = "preprocessor.normalize"
 _SMALLEST_STD = 1e-5  # added to every standard deviation, as NeMo does, so that constant features stay finite
 # unwrapped, because a reloaded patch finds its own function there (see the end of this file)
 _stock_normalize_batch = inspect.unwrap(_up.normalize_batch)
@@ -35,8 +34,8 @@ def normalize_batch(x, seq_len, normalize_type):
     Args:
         x: features, [B, D, T], any floating dtype.
         seq_len: valid frames per utterance, [B]. Fixed statistics do not use it.
-        normalize_type: a mapping with ``fixed_mean`` and ``fixed_std``, D numbers each (lists, tuples, arrays, or
-            OmegaConf's lists), or one of NeMo's strings, which get NeMo's own result.
+        normalize_type: a mapping with ``fixed_mean`` and ``fixed_std``, D numbers each, or one of NeMo's strings, which
+            get NeMo's own result.
 
     Returns:
         The normalised features ([B, D, T], dtype and device of ``x``), the mean and the standard deviation used
@@ -65,16 +64,13 @@ def _statistics_tensors(mean, std, dtype, device):
         return torch.tensor(mean, dtype=dtype, device=device), torch.tensor(std, dtype=dtype, device=device)
 
 
-def check_fixed_statistics(statistics, features=None, name=_SETTING):
-    """Return ``statistics`` as a plain dict of tuples of floats.
+def check_fixed_statistics(statistics, features=None, name="preprocessor.normalize"):
+    """Return ``{"fixed_mean": (float, ...), "fixed_std": (float, ...)}`` of a mapping that has these keys.
 
     Args:
-        statistics: a mapping with ``fixed_mean`` and ``fixed_std``; further keys are ignored.
+        statistics: the mapping.
         features: how many numbers each must have; None: as many as the other.
         name: what the errors call the mapping.
-
-    Returns:
-        ``{"fixed_mean": (float, ...), "fixed_std": (float, ...)}``.
 
     Raises:
         ValueError: naming the mapping, the key and the value that is wrong, and what is allowed.
@@ -83,13 +79,14 @@ def check_fixed_statistics(statistics, features=None, name=_SETTING):
     if missing:
         raise ValueError(f"{name} has no {' and no '.join(missing)}; it needs both fixed_mean and fixed_std")
     checked = {key: _as_floats(statistics[key], f"{name}.{key}") for key in _STATISTICS}
-    mean, std = checked.values()
-    expected = features or max(len(mean), 1)
+    expected = features or max(len(checked["fixed_mean"]), 1)
     for key, values in checked.items():
         if len(values) != expected:
             raise ValueError(f"{name}.{key} has {len(values)} numbers; it needs {expected}, one per feature")
-    _refuse(mean, math.isfinite, f"{name}.fixed_mean", "finite")
-    _refuse(std, lambda value: math.isfinite(value) and value > 0, f"{name}.fixed_std", "finite and above 0")
+        lowest, rule = (0.0, "finite and above 0") if key == "fixed_std" else (-math.inf, "finite")
+        for index, value in enumerate(values):
+            if not (math.isfinite(value) and value > lowest):
+                raise ValueError(f"{name}.{key}[{index}] is {value}; every value must be {rule}")
     return checked
 
 
@@ -108,29 +105,14 @@ def _as_floats(values, name):
         raise ValueError(f"{name} is {values!r}; it needs a list of numbers, one per feature") from None
 
 
-def _refuse(values, allowed, name, rule):
-    """Raise the error for the first value that is not ``allowed``."""
-    for index, value in enumerate(values):
-        if not allowed(value):
-            raise ValueError(f"{name}[{index}] is {value}; every value must be {rule}")
-
-
 def load_fixed_statistics(path):
-    """Read the corpus statistics that ``compute_feature_stats.py`` wrote.
-
-    Args:
-        path: a yaml file with ``fixed_mean`` and ``fixed_std``.
-
-    Returns:
-        ``{"fixed_mean": [float, ...], "fixed_std": [float, ...]}``, to be used as ``preprocessor.normalize``.
+    """Read the statistics that ``compute_feature_stats.py`` wrote, for ``preprocessor.normalize``: two lists of floats.
 
     Raises:
         ValueError: naming the file, if it is missing, is no yaml mapping, or its numbers cannot be used.
     """
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
-    except FileNotFoundError:
-        raise ValueError(f"feature statistics {path}: there is no such file") from None
     except Exception as error:  # yaml, OmegaConf and decoding each have errors of their own
         raise ValueError(f"feature statistics {path} cannot be read: {error}") from error
     if not isinstance(content, Mapping):
@@ -163,11 +145,7 @@ def standardize_per_feature(features, lengths):
 
 
 class FilterbankFeatures(_up.FilterbankFeatures):
-    """NeMo's mel features; fixed statistics are checked when the model is made, not in its first batch.
-
-    Raises:
-        ValueError: if ``normalize`` is a mapping whose numbers do not fit the features.
-    """
+    """NeMo's mel features; raises ValueError when the model is made if fixed statistics do not fit the features."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -188,7 +166,9 @@ class WaveformFeaturizer(_up.WaveformFeaturizer):
             ValueError: naming the file, if a channel is missing or a sample is not finite.
         """
         selector = self.channel_selector if channel_selector is None else channel_selector
-        samples = super().process(file_path, *args, channel_selector=_plain(selector), **kwargs)
+        if isinstance(selector, Sequence) and not isinstance(selector, str):
+            selector = list(selector)
+        samples = super().process(file_path, *args, channel_selector=selector, **kwargs)
         if samples.dim() > 1:
             raise ValueError(
                 f"{file_path}: channel_selector {selector} gives {samples.shape[1]} channels; set one or 'average'"
@@ -196,10 +176,6 @@ class WaveformFeaturizer(_up.WaveformFeaturizer):
         if not samples_are_valid(samples):
             raise ValueError(f"{file_path}: {NOT_FINITE}")
         return samples
-
-
-def _plain(selector):
-    return list(selector) if isinstance(selector, Sequence) and not isinstance(selector, str) else selector
 
 
 # NeMo's classes look these up in their own module.

@@ -1,30 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the entries of a manifest stand, and how long they last: what is kept of it in memory. New in this project.
 
-A million entries as Python objects take most of a gigabyte in each process. Here a manifest is read once, in one pass, which
-finds mistakes too; 16 bytes of each entry are kept, and the file itself is mapped into memory, where all workers and
-ranks of a machine share it. Of a large manifest what was found is left in a file of the temporary folder, where the other
-ranks of the machine, and the next start, find it.
+A million entries as Python objects take most of a gigabyte in each process. Here a manifest is read once, which finds mistakes
+too. 16 bytes of each entry are kept; the file is mapped into memory, which all processes share. The index of a large manifest
+is left in the temporary folder for the other ranks of the machine and the next start.
+
+Shapes: E entries.
 """
 
 import getpass
 import hashlib
-import itertools
-import json
 import mmap
 import os
 import tempfile
 from array import array
-from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from lhotse.serialization import open_best
 
-from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths
+from nemo.collections.common.data.lhotse.nemo_adapters import JsonLines, parsed
+from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths as expanded
 from nemo.utils import logging
 from nemo.utils.atomic_files import replacing
 from nemo.utils.data_utils import is_datastore_path
@@ -34,19 +32,11 @@ try:
 except ImportError:  # Windows: each process reads a manifest for itself
     fcntl = None
 
-FIRST = 100  # entries that are kept as they are, to look at
 SHARED_FROM = 10_000_000  # bytes; a manifest of this size is read in a fifth of a second
 
 
-class NumberedEntry(NamedTuple):
-    """An entry of a manifest, and the number of its line."""
-
-    line: int
-    entry: dict
-
-
 class Line(NamedTuple):
-    """An entry, with the manifest it is in."""
+    """An entry, with its manifest and the number of its line."""
 
     manifest: str
     number: int
@@ -58,16 +48,17 @@ def is_remote(path: str) -> bool:
     return is_datastore_path(path) or '://' in path or path.startswith('pipe:')
 
 
-def expanded(path: str) -> list[str]:
-    """Return the files that a path with braces or ``_OP_`` and ``_CL_`` stands for, as NeMo expands it."""
-    return expand_sharded_filepaths(path)
+def paths_in(value) -> list[str]:
+    """Return the paths in a value: a string with commas, a list, a list of lists, or pairs of path and weight."""
+    if value is None:
+        return []
+    if isinstance(value, (str, Path)):
+        return str(value).split(',')
+    return [path for entry in value if not isinstance(entry, (int, float)) for path in paths_in(entry)]
 
 
 def read_entries(pattern: str | Path) -> Iterator[Line]:
-    """Read manifests as lhotse does, compressed or not; the paths of audio files become absolute.
-
-    Args:
-        pattern: of one manifest, or of several with braces.
+    """Read a manifest, or several that a pattern names, as lhotse does, compressed or not.
 
     Raises:
         ValueError: naming manifest and line, if a manifest cannot be read, has no entries, or a line is no entry.
@@ -75,8 +66,8 @@ def read_entries(pattern: str | Path) -> Iterator[Line]:
     for path in expanded(os.path.expanduser(pattern)):
         line = None
         try:
-            for number, text in _numbered_lines(path):
-                line = Line(path, number, _parsed(text, path, number))
+            for number, entry in JsonLines(path).numbered():
+                line = Line(path, number, entry)
                 yield line
         except (OSError, EOFError, UnicodeDecodeError) as error:
             raise ValueError(f"manifest {path} cannot be read: {error}") from error
@@ -84,47 +75,15 @@ def read_entries(pattern: str | Path) -> Iterator[Line]:
             raise ValueError(f"manifest {path} has no entries")
 
 
-def ends_of(path: str) -> list[NumberedEntry]:
-    """Return the first and the last entry of a manifest, compressed or not.
-
-    Raises:
-        ValueError: naming manifest and line, if one of them is no JSON object.
-    """
-    lines = list(itertools.islice(_numbered_lines(path), 1))
-    lines += deque(_numbered_lines(path), maxlen=1)
-    return [NumberedEntry(number, _parsed(text, path, number)) for number, text in lines]
-
-
-def _numbered_lines(path: str) -> Iterator[tuple[int, str]]:
-    with open_best(os.path.expanduser(path)) as lines:
-        for number, text in enumerate(lines, 1):
-            if not text.isspace():
-                yield number, text
-
-
-def _parsed(line: bytes | str, path: str, number: int) -> dict:
-    try:
-        entry = json.loads(line if isinstance(line, str) else line.decode())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
-    if not isinstance(entry, dict):
-        raise ValueError(f"{path}, line {number} is no JSON object")
-    return entry
-
-
 class ManifestIndex:
-    """The entries of a manifest.
-
-    Args:
-        path: of a NeMo manifest, one JSON object a line; blank lines count as nothing.
+    """The entries of a NeMo manifest, one JSON object a line; blank lines count as nothing.
 
     Attributes:
         starts: int64 [E], where each entry begins, in bytes.
         durations: float64 [E], in seconds; NaN where the manifest has none.
-        first: the first entries.
 
     Raises:
-        ValueError: naming file and line, if there is a line that is no JSON object or has a duration that is not a number.
+        ValueError: naming file and line, if a line is no JSON object or has a duration that is not a number.
         OSError: if the file cannot be read.
     """
 
@@ -135,12 +94,10 @@ class ManifestIndex:
             self.starts, self.durations = self._read()
         else:
             self.starts, self.durations = _once_on_this_machine(path, self._stamp, self._read)
-        self.first = [NumberedEntry(*place[1:]) for place in itertools.islice(self._places(), FIRST)]
         if hasattr(mmap, 'MADV_DONTNEED') and len(self.starts):
             self._content.madvise(mmap.MADV_DONTNEED)  # the system keeps the file at hand, but not for this process
 
     def _read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Read the whole file; return where entries begin and how long they last."""
         starts, durations = array('q'), array('d')
         for position, number, entry in self._places():
             starts.append(position)
@@ -153,7 +110,7 @@ class ManifestIndex:
         position = 0
         for number, line in enumerate(iter(self._content.readline, b''), 1):
             if not line.isspace():
-                yield position, number, _parsed(line, self.path, number)
+                yield position, number, parsed(line, self.path, number)
             position += len(line)
 
     def _open(self) -> None:
@@ -168,8 +125,7 @@ class ManifestIndex:
     def lasting(self, min_duration: float | None = None, max_duration: float | None = None) -> np.ndarray:
         """Return which entries last from so many seconds to so many, bool [E]; those without a duration do."""
         too_short = self.durations < (-np.inf if min_duration is None else min_duration)  # NaN is neither
-        too_long = self.durations > (np.inf if max_duration is None else max_duration)
-        return ~too_short & ~too_long
+        return ~too_short & ~(self.durations > (np.inf if max_duration is None else max_duration))
 
     def line(self, index: int) -> str:
         """Return the text of an entry.
@@ -179,9 +135,8 @@ class ManifestIndex:
         """
         if _stamp(os.fstat(self._file.fileno())) != self._stamp:
             raise ValueError(f"{self.path} was changed while it is in use; write a changed manifest under a new name")
-        start = int(self.starts[index])
-        end = self._content.find(b'\n', start)
-        return self._content[start : end if end >= 0 else len(self._content)].decode().strip()
+        self._content.seek(int(self.starts[index]))
+        return self._content.readline().decode().strip()
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name not in ('_file', '_content')}
@@ -193,11 +148,9 @@ class ManifestIndex:
 
 
 def _seconds(duration, path: str, number: int) -> float:
-    if duration is None:
-        return float('nan')
-    if not isinstance(duration, (int, float)):
+    if not isinstance(duration, (int, float, type(None))):
         raise ValueError(f"{path}, line {number}: duration is {duration!r}; it must be a number of seconds")
-    return float(duration)
+    return float('nan') if duration is None else float(duration)
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
@@ -206,14 +159,16 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
 
 def _once_on_this_machine(path: str, stamp: tuple[int, int], read) -> tuple[np.ndarray, np.ndarray]:
     """Return what ``read`` does, from a file that another process has left, or leave it there; mapped into memory."""
-    kept = _shared_file(path, stamp)
+    name = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f'nemo-manifest-index-{getpass.getuser()}'
+    kept = folder / f"{name}-{'-'.join(map(str, stamp))}.npy"
     try:
-        kept.parent.mkdir(mode=0o700, exist_ok=True)
-        with open(kept.parent / 'lock', 'w') as lock:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with open(folder / 'lock', 'w') as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of a machine start at the same time: one reads
             if not kept.exists():
                 found = np.stack([column.view(np.int64) for column in read()])
-                for older in kept.parent.glob(f"{kept.name.partition('-')[0]}-*"):
+                for older in folder.glob(f'{name}-*'):
                     older.unlink()
                 with replacing(kept) as partial, open(partial, 'wb') as file:
                     np.save(file, found)
@@ -224,20 +179,8 @@ def _once_on_this_machine(path: str, stamp: tuple[int, int], read) -> tuple[np.n
         return read()
 
 
-def _shared_file(path: str, stamp: tuple[int, int]) -> Path:
-    """Return where the index of a manifest is left: below a folder of this user, named after file, time and size."""
-    name = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f'nemo-manifest-index-{getpass.getuser()}'
-    return folder / f"{name}-{'-'.join(map(str, stamp))}.npy"
-
-
 def index_of(path: str) -> ManifestIndex:
-    """Return the index of a manifest; as long as the file stays as it is, it is read once in a process.
-
-    Raises:
-        ValueError: see :class:`ManifestIndex`.
-        OSError: if the file cannot be read.
-    """
+    """Return the index of a manifest, which is read once in a process as long as the file stays as it is."""
     return _index_of(path, _stamp(os.stat(path)))
 
 

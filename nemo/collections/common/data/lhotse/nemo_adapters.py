@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``nemo_adapters.py``: audio that lhotse cannot read reaches the dataset, which counts or refuses it.
 
-NeMo's readers drop damaged members of tar files and what follows the end of a tar file that is cut off. Here such an
-utterance is a cut whose audio cannot be loaded. Headers of files are read, so segments and channels are right.
+NeMo's readers drop damaged members of tar files and what follows the end of a truncated tar file. Here such an utterance is a
+cut whose audio cannot be loaded. Headers of files are read, so segments and channels are right.
 """
 
 import os
 import tarfile
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,8 +30,9 @@ from nemo_streaming_ssl import upstream
 _up = upstream(globals())
 
 CUT_OFF = 'missing in a tar file that is cut off'
+NO_MEMBER = 'without a member in their tar file'
 STANDS_FOR = 'stands_for'
-"""Key of a cut's custom values: how many utterances without audio it stands for."""
+"""Key of a cut's custom values: why utterances have no audio, and how many the cut stands for."""
 UNREADABLE = SimpleNamespace(
     samplerate=16000, channels=1, frames=1, duration=1 / 16000
 )  # a header, where there is none
@@ -39,20 +41,33 @@ UNREADABLE = SimpleNamespace(
 class JsonLines(_up.LazyJsonlIterator):
     """lhotse's reader of lines; blank lines count as nothing, and a line that is no JSON object is named."""
 
-    def __iter__(self):
+    needed: tuple[str, ...] = ()
+    """Keys that each entry must have."""
+
+    def __iter__(self) -> Iterator[dict]:
+        return (entry for _, entry in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[int, dict]]:
+        """Yield the number of each line and its entry."""
         with open_best(self.path, 'r') as lines:
             for number, line in enumerate(lines, 1):
                 if not line.isspace():
-                    yield self._parsed(line, number)
+                    yield number, parsed(line, self.path, number, self.needed)
 
-    def _parsed(self, line: str, number: int) -> dict:
-        try:
-            entry = decode_json_line(line)
-        except ValueError as error:
-            raise ValueError(f"{self.path}, line {number} is no JSON: {error}") from error
-        if not isinstance(entry, dict):
-            raise ValueError(f"{self.path}, line {number} is no JSON object")
-        return entry
+
+def parsed(line: bytes | str, path: str, number: int, needed: tuple[str, ...] = ()) -> dict:
+    """Return the entry of a line; raise ValueError naming path and line if it is no JSON object or lacks a key."""
+    where = f"{path}, line {number}"
+    try:
+        entry = decode_json_line(line if isinstance(line, str) else line.decode())
+    except ValueError as error:
+        raise ValueError(f"{where} is no JSON: {error}") from error
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is no JSON object")
+    lacking = [key for key in needed if key not in entry]
+    if lacking:
+        raise ValueError(f"{where} has no {' and no '.join(lacking)}")
+    return entry
 
 
 class SharIterator(lazy_shar.LazySharIterator):
@@ -69,6 +84,8 @@ class LazyNeMoIterator(_up.LazyNeMoIterator):
         if not isinstance(path, (str, Path)):  # [path], or [path, weight], which NeMo takes for tarred manifests only
             path = path[0]
         super().__init__(os.path.expanduser(path), *args, **kwargs)
+        for source in getattr(self.source, 'iterators', [self.source]):
+            source.needed = 'audio_filepath', 'duration'
 
     def _create_cut(self, audio_path, offset, duration, sampling_rate=None):
         if self.metadata_only:
@@ -99,9 +116,7 @@ def _segment(recording: Recording, offset: float | None, duration: float | None)
     cut = recording.to_cut()
     if offset is None:
         return cut
-    if offset >= recording.duration:
-        raise ValueError(f"the utterance begins at {offset} s of {recording.duration:.2f}")
-    length = recording.duration - offset if duration is None else min(duration, recording.duration - offset)
+    length = recording.duration - offset if duration is None else duration
     cut = cut.truncate(offset=offset, duration=length, preserve_id=True)
     cut.id = f"{cut.id}-{round(offset * 1e2):06d}-{round(length * 1e2):06d}"
     return cut
@@ -111,23 +126,22 @@ class LazyNeMoTarredIterator(_up.LazyNeMoTarredIterator):
     """NeMo's reader of tarred manifests; every entry of a manifest is in its tar file, or is counted."""
 
     def __init__(self, manifest_path, tar_paths, *args, **kwargs):
-        paths = [_expanded(path) for path in (manifest_path, tar_paths)]
-        super().__init__(*paths, *args, **kwargs)
+        super().__init__(_expanded(manifest_path), _expanded(tar_paths), *args, **kwargs)
 
     def _iter_sequential(self, tar_path, shard_manifest, *args):
-        names, reason = set(), f'{tar_path} has no such member'
+        names, reason, why = set(), NO_MEMBER, f'{tar_path} has no such member'
         try:
             for data, audio, member in super()._iter_sequential(tar_path, shard_manifest, *args):
                 names.add(member.name)
                 yield data, audio, member
         except (tarfile.ReadError, EOFError) as error:
-            reason = f'{tar_path} is cut off: {error}'
+            reason, why = CUT_OFF, f'{tar_path} is cut off: {error}'
         missing = [name for name in shard_manifest if name not in names]
         if not missing or getattr(self, 'slice_length', None) is not None:
             return
-        logging.warning(f"{len(missing)} members are missing, the first is {missing[0]}: {reason}")
+        logging.warning(f"{len(missing)} members are missing, the first is {missing[0]}: {why}")
         entries = [entry for name in missing for entry in shard_manifest[name]]
-        shard_manifest[missing[0]] = [{**entries[0], STANDS_FOR: len(entries)}]
+        shard_manifest[missing[0]] = [{**entries[0], STANDS_FOR: [reason, len(entries)]}]
         yield shard_manifest[missing[0]], b'', tarfile.TarInfo(missing[0])  # the dataset counts it, or refuses it
 
 
@@ -179,15 +193,13 @@ class WholeTarIterator(TarIterator):
 def _cuts_beside(tar_path) -> int:
     """Return how many cuts a local shard has, 0 if that is not known."""
     number = Path(tar_path).name.partition('.')[2].removesuffix('.tar')
-    for manifest in Path(tar_path).parent.glob(f'cuts.{number}.jsonl*'):
-        return sum(1 for _ in lazy_shar.LazyJsonlIterator(manifest))
-    return 0
+    manifests = Path(tar_path).parent.glob(f'cuts.{number}.jsonl*')
+    return sum(sum(1 for _ in lazy_shar.LazyJsonlIterator(manifest)) for manifest in manifests)
 
 
 # NeMo's and lhotse's functions look these up in their own modules.
-_make_cut = getattr(_up.make_cut_with_subset_inmemory_recording, '__wrapped__', None) or (
-    _up.make_cut_with_subset_inmemory_recording
-)
+_make_cut = _up.make_cut_with_subset_inmemory_recording
+_make_cut = getattr(_make_cut, '__wrapped__', _make_cut)
 make_cut_with_subset_inmemory_recording.__wrapped__ = _make_cut
 _up.LazyNeMoIterator, _up.LazyNeMoTarredIterator = LazyNeMoIterator, LazyNeMoTarredIterator
 _up.make_cut_with_subset_inmemory_recording = make_cut_with_subset_inmemory_recording
