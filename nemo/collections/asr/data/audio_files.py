@@ -50,7 +50,7 @@ def _check_complete(audio: soundfile.SoundFile) -> None:
 
 
 def audio_entries(files: list[Path], manifest: Path | str | None, must_exist: bool = False) -> list[dict]:
-    """Return an entry for each audio file, or those of a manifest, or of several that a pattern names, with absolute paths.
+    """Return an entry for each audio file, or those of the manifests that a pattern names, with absolute paths.
 
     Raises:
         ValueError: naming manifest and line, if it is no manifest, or an audio file that must exist does not.

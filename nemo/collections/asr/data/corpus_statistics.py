@@ -81,11 +81,7 @@ class Moments:
         return Moments(count, self.mean + delta * (other.count / count), squares, *audio)
 
     def statistics(self) -> dict[str, list[float]]:
-        """Return ``{"fixed_mean": [...], "fixed_std": [...]}``.
-
-        Raises:
-            ValueError: if there are fewer than two frames, or a feature is constant or not finite.
-        """
+        """Return ``fixed_mean`` and ``fixed_std``; raise ValueError where a feature cannot be normalised by them."""
         if self.count < 2:
             raise ValueError(f"the audio has {self.count} feature frames; statistics need at least 2")
         std = np.sqrt(self.squares / (self.count - 1))
@@ -96,10 +92,7 @@ class Moments:
     def components(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the principal components: eigenvectors [C, V], and eigenvalues and their shares of the variance [C].
 
-        The largest number of an eigenvector is positive, for its sign means nothing.
-
-        Raises:
-            ValueError: if there are fewer values or targets than components.
+        The largest number of an eigenvector is positive, for its sign means nothing. Too few values or targets are a ValueError.
         """
         if self.count <= number:
             raise ValueError(f"--components {number} needs {number + 1} targets or more; the audio has {self.count}")
@@ -137,11 +130,7 @@ def utterances_of(manifests) -> list[dict]:
 
 
 class GroupStatistics(torch.utils.data.Dataset):
-    """Moments of each utterance of a group, and of its targets together; or what went wrong, as a message.
-
-    Raises:
-        ValueError: if the preprocessor cannot be made.
-    """
+    """Moments of the features of a group of utterances, and of their targets; or what went wrong, as a message."""
 
     def __init__(self, utterances: list[dict], preprocessor, settings: TargetSettings | None = None):
         self.utterances, self.settings = utterances, settings
@@ -156,29 +145,21 @@ class GroupStatistics(torch.utils.data.Dataset):
         return -(-len(self.utterances) // UTTERANCES_AT_ONCE)
 
     def __getitem__(self, index: int):
-        moments, targets = [], []
+        moments, targets = Moments(), []
         for utterance in self.utterances[index * UTTERANCES_AT_ONCE :][:UTTERANCES_AT_ONCE]:
             try:
-                samples = self.samples(utterance)
+                samples = torch.from_numpy(read_entry(utterance, self.rate))
             except ValueError as error:  # a DataLoader would add a worker's traceback to it
                 return str(error)
-            features = self.features(samples)
-            moments.append(Moments.of(features, seconds=len(samples) / self.rate))
+            features, lengths = self.preprocessor(input_signal=samples[None], length=torch.tensor([len(samples)]))
+            features = features[0, :, : lengths[0]].numpy()
+            moments = moments.merged(Moments.of(features, seconds=len(samples) / self.rate))
             if self.settings is not None:
                 targets.append(self.settings.targets_of(features))
         if not targets:
             return moments, Moments()
         short = sum(len(each) == 0 for each in targets)
         return moments, Moments.of(np.concatenate(targets).T, outer=True, short=short)
-
-    def samples(self, utterance: dict) -> torch.Tensor:
-        """Return the samples [n] of an utterance, mixed down; raise ValueError naming a file that cannot be read."""
-        return torch.from_numpy(read_entry(utterance, self.rate))
-
-    def features(self, samples: torch.Tensor) -> np.ndarray:
-        """Return the features of the samples [n] as a float32 array [D, T], valid frames only."""
-        features, lengths = self.preprocessor(input_signal=samples[None], length=torch.tensor([len(samples)]))
-        return features[0, :, : lengths[0]].numpy()
 
 
 def corpus_statistics(utterances, preprocessor, settings=None, workers=0, batch=8) -> tuple[Moments, Moments]:
@@ -195,12 +176,9 @@ def corpus_statistics(utterances, preprocessor, settings=None, workers=0, batch=
         ValueError: naming the audio that cannot be read; for ``NA`` if the statistics cannot normalise.
     """
     groups, moments, targets = GroupStatistics(utterances, preprocessor, settings), Moments(), Moments()
-    with tqdm(total=len(utterances), unit=" utterances") as bar:
-        for each, together in in_order(groups, workers, max(1, batch // UTTERANCES_AT_ONCE)):
-            for one in each:
-                moments = moments.merged(one)
-            targets = targets.merged(together)
-            bar.update(len(each))
+    made = in_order(groups, workers, max(1, batch // UTTERANCES_AT_ONCE))
+    for of_features, of_targets in tqdm(made, total=len(groups), unit=f" x {UTTERANCES_AT_ONCE} utterances"):
+        moments, targets = moments.merged(of_features), targets.merged(of_targets)
     if settings is not None and settings.target_normalize == "NA" and targets.count:
         scale = np.tile(1 / np.asarray(moments.statistics()["fixed_std"]), settings.combine_time_steps)
         targets = replace(targets, mean=targets.mean * scale, squares=targets.squares * np.outer(scale, scale))
@@ -208,11 +186,7 @@ def corpus_statistics(utterances, preprocessor, settings=None, workers=0, batch=
 
 
 def write_projection(path, targets: Moments, settings: TargetSettings, number: int) -> float:
-    """Write the principal components to an .npz file whole or not at all; return their share of the variance.
-
-    Raises:
-        ValueError: if there are not as many components.
-    """
+    """Write so many principal components to an .npz file whole or not at all; return their share of the variance."""
     components, eigenvalues, shares = targets.components(number)
     with replacing(path) as partial, open(partial, "wb") as file:
         np.savez(

@@ -181,10 +181,11 @@ class ResumableCuts(IterableDataset):
         self.places: dict[int, tuple] = {}  # of the readers of this rank: the segment's positions, batches used
         self.first_reader = 0
 
-    def __iter__(self) -> Iterator[tuple]:
+    def __iter__(self) -> Iterator[tuple | None]:
         info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        reader = (worker + self.first_reader) % workers  # torch takes the first batch from the first worker
+        reader, workers = (info.id, info.num_workers) if info else (0, 1)
+        if reader < self.first_reader:
+            yield None  # the batch comes from the next worker
         start = tuple((*begin, 0, 0) for begin in self.begin)
         positions, used = self.places.get(reader, (start, 0))
         for stream, position in zip(self.streams, positions):
@@ -265,7 +266,7 @@ class ResumableCutLoader(ResumableLoader):
 
     def __iter__(self) -> Iterator:
         self._ahead.clear()
-        for place, batch in super().__iter__():
+        for place, batch in filter(None, super().__iter__()):
             self._ahead.append(place)
             self.seed_step(*place)
             yield batch
@@ -288,8 +289,8 @@ class ResumableCutLoader(ResumableLoader):
         return reader, place
 
 
-def _collate_batch(collate: Callable, placed: tuple) -> tuple:
-    return placed[0], collate(placed[1])
+def _collate_batch(collate: Callable, placed: tuple | None) -> tuple | None:
+    return placed and (placed[0], collate(placed[1]))
 
 
 def _next_shard(state: dict, index: int, parts: int) -> tuple[int, int]:

@@ -56,9 +56,8 @@ class NothingLeftError(BadAudioError):
 def leave_out(bad: BadAudioError, skip: bool | None, count: int = 1) -> None:
     """Log and count utterances that are skipped; raise BadAudioError if they are not to be."""
     if not skip:
-        raise BadAudioError(
-            f"bad audio{on_this_rank()}: {bad}; with train_ds.skip_bad_audio: true it would be skipped"
-        ) from bad
+        hint = 'with train_ds.skip_bad_audio: true it would be skipped'
+        raise BadAudioError(f"bad audio{on_this_rank()}: {bad}; {hint}") from bad
     logging.warning(f"Skipped bad audio{on_this_rank()}: {bad}{f' and {count - 1} others' if count > 1 else ''}")
     LEFT_OUT.add(bad.reason, str(bad), count)
 
@@ -79,9 +78,8 @@ def silent_batch(skipped: int) -> AudioNoiseBatch:
     """Return what takes the place of a batch whose utterances are all left out."""
     signals = {name: torch.zeros(1, SILENCE) for name in ('audio', 'noise', 'noisy_audio')}
     lengths = {f'{name}_len': torch.tensor([SILENCE]) for name in signals}
-    return AudioNoiseBatch(
-        ['silence'], **signals, **lengths, skipped=skipped, samples_are_checked=True, is_silence=True
-    )
+    signs = {'skipped': skipped, 'samples_are_checked': True, 'is_silence': True}
+    return AudioNoiseBatch(['silence'], **signals, **lengths, **signs)
 
 
 class _LeavesOut:
@@ -129,11 +127,7 @@ class AudioNoiseDataset(_LeavesOut, _up.AudioNoiseDataset):
             super().__init__(*args, **kwargs)
 
     def __getitem__(self, index):
-        """Return an utterance with its noise, or what stands for one that is left out.
-
-        Raises:
-            BadAudioError: if it is bad and not to be skipped.
-        """
+        """Return an utterance with its noise, or ``SKIPPED``; raise BadAudioError if it is bad and not to be skipped."""
         entry, load = self.manifest_processor.collection[index], super().__getitem__
         return self._item_or_skipped(lambda: load(index), entry, entry.audio_file)
 
@@ -147,8 +141,8 @@ class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
         limits = {'min_duration': min_duration, 'max_duration': max_duration}
         super().__init__(*args, manifest_filepath=manifest_filepath, **limits, **kwargs)
         stages = self._dataset.pipeline
-        [opening] = [index for index, stage in enumerate(stages) if _is_tar_reader(stage)]
-        stages[opening] = self._members
+        names = [getattr(getattr(stage, 'f', None), '__name__', '') for stage in stages]
+        stages[names.index('tarfile_samples')] = self._members
         self._files_of_shards = defaultdict(set)
         for path in paths_in(manifest_filepath):
             for line in () if is_remote(path) else read_entries(path):
@@ -172,15 +166,11 @@ class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
                 yield member
             number = re.search(r'_(\d+)[^/]*\.tar', self.tar)  # as lhotse finds it
             missing = self._files_of_shards.get(number and int(number[1]), set()) - seen
+            bad = BadAudioError(f"{self.tar} has no member {min(missing, default='')}", NO_MEMBER)
             if errors:
-                what = f"{self.tar} is cut off after member {last}: {errors[0]}"
-                leave_out(BadAudioError(what, CUT_OFF), self.skip_bad_audio, max(1, len(missing)))
-            elif missing:
-                leave_out(
-                    BadAudioError(f"{self.tar} has no member {min(missing)}", NO_MEMBER),
-                    self.skip_bad_audio,
-                    len(missing),
-                )
+                bad = BadAudioError(f"{self.tar} is cut off after member {last}: {errors[0]}", CUT_OFF)
+            if errors or missing:
+                leave_out(bad, self.skip_bad_audio, max(1, len(missing)))
 
     def _build_sample(self, tup):
         _, name, offset_id = tup
@@ -191,10 +181,6 @@ class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
 
 def _file_id(name: str) -> str:
     return os.path.splitext(os.path.basename(name))[0]
-
-
-def _is_tar_reader(stage) -> bool:
-    return getattr(getattr(stage, 'f', None), '__name__', '') == 'tarfile_samples'
 
 
 class ChecksCuts:
@@ -215,18 +201,15 @@ class ChecksCuts:
         self.counter = LEFT_OUT  # spawned workers take it along
 
     def _load_checked_audio(self, cuts):
-        """Return the audio, lengths and cuts that can be read and are finite.
-
-        Raises:
-            BadAudioError: if there is bad audio that is not to be skipped; ``NothingLeftError`` if all was skipped.
-        """
+        """Return the audio, lengths and cuts that can be read and are finite; raise NothingLeftError if none are."""
         self.skipped = 0
         found = self._readable(cuts)
         read = set() if found is None else {cut.id for cut in found[2]}
         missing = [cut for cut in cuts if cut.id not in read]
         if missing:
             skip = self.skip_bad_audio is not False if found else self.skip_bad_audio
-            self._leave_out(missing, *_why_unreadable(missing[0]), skip, nothing_left=found is None)
+            why, reason = _why_unreadable(missing[0]) or (UNREADABLE, UNREADABLE)
+            self._leave_out(missing, why, reason, skip, nothing_left=found is None)
         audios, lengths, kept = found
         if samples_are_valid(audios):
             return found
@@ -302,13 +285,10 @@ def _name_of_cut(cut) -> str:
 
 
 def load_noise_manifest(noise_manifest) -> list[dict]:
-    """Read noise manifests, compressed or not, named by a pattern or not; a folder of shards counts as one.
+    """Read noise manifests, compressed or not, named by a pattern or not, and folders of shards.
 
-    Shards can only be read in order, and noise is drawn at random. So they are held in memory, compressed as they are, once
-    for all workers that are forks.
-
-    Raises:
-        ValueError: if there is a folder without shards, or a manifest that is none.
+    Shards can only be read in order, and noise is drawn at random. So they are held in memory, compressed, once for all
+    workers that are forks. A folder without shards, or a manifest that is none, is a ValueError.
     """
     entries = []
     for name in map(os.path.expanduser, paths_in(noise_manifest)):
@@ -363,11 +343,7 @@ def load_noise_audio(sample, sample_rate, max_audio_len=None, **kwargs):
 
 
 def set_skip_bad_audio(dataset, skip) -> None:
-    """Set whether a dataset, and all those it is made of, skips bad audio.
-
-    Raises:
-        ValueError: if ``skip`` is not true or false, or true for a dataset that cannot skip.
-    """
+    """Set whether a dataset, and all those it is made of, skips bad audio; raise ValueError if it cannot."""
     if not isinstance(skip, bool):
         raise ValueError(f"skip_bad_audio is {skip!r}; it must be true or false")
     able = [part for part in parts_of(dataset) if hasattr(part, 'skip_bad_audio')]

@@ -7,6 +7,7 @@ import pytest
 import soundfile
 import torch
 from lhotse import CutSet, Recording, SupervisionSegment
+from torch.utils.data import DataLoader
 
 from nemo.collections.asr.data.audio_to_text_lhotse import LhotseSpeechToTextBpeDataset, SilentBatch
 from nemo.collections.asr.data.training_data_mixin import MAX_SKIPPED_IN_A_ROW, LogLeftOut
@@ -53,13 +54,18 @@ class Sums(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
+def same(batch):
+    return batch
+
+
 def fit(batches, validation=()):
     model, options = (
         Sums(),
         dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator='cpu'),
     )
     trainer = pl.Trainer(max_epochs=1, num_sanity_val_steps=0, callbacks=[LogLeftOut()], **options)
-    trainer.fit(model, batches, validation or None)
+    loaders = [DataLoader(each, batch_size=None, collate_fn=same) for each in (batches, validation) if each]
+    trainer.fit(model, *loaders)
     return model.weight.item()
 
 

@@ -49,7 +49,10 @@ def check(speech, **section):
     check_data('model.train_ds', OmegaConf.create(json.loads(text)))
 
 
-TARS = {'tarred_audio_filepaths': 'SPEECH/audio__OP_0..1_CL_.tar'}
+TARRED = {
+    'manifest_filepath': 'SPEECH/tarred_manifest__OP_0..1_CL_.json',
+    'tarred_audio_filepaths': 'SPEECH/audio__OP_0..1_CL_.tar',
+}
 GROUP = {'type': 'nemo', 'manifest_filepath': 'SPEECH/manifest_0.json', 'weight': 0.5}
 READ = {
     'braces': {'manifest_filepath': 'SPEECH/manifest_{0..1}.json'},
@@ -57,16 +60,15 @@ READ = {
     'gz': {'manifest_filepath': 'SPEECH/all.jsonl.gz'},
     'list': {'manifest_filepath': [['SPEECH/manifest_0.json'], ['SPEECH/manifest_1.json']]},
     'weights': {'manifest_filepath': [['SPEECH/manifest_0.json', 0.7], ['SPEECH/manifest_1.json', 0.3]]},
-    'tarred': {'manifest_filepath': 'SPEECH/tarred_manifest__OP_0..1_CL_.json', **TARS},
+    'tarred': TARRED,
     'shar': {'shar_path': 'SPEECH/shar'},
     'shar with weights': {'shar_path': [['SPEECH/shar', 0.2], ['SPEECH/shar', 0.8]]},
     'groups': {'input_cfg': [GROUP, {'type': 'group', 'weight': 0.5, 'input_cfg': [GROUP]}]},
     'elsewhere': {'manifest_filepath': 's3://bucket/manifest_{0..9}.json'},
-    'a command': {'shar_path': {'cuts': 'pipe:cat cuts', 'recording': 'pipe:cat recording'}, 'input_cfg': None},
 }
 
 
-@pytest.mark.parametrize('name', [name for name in READ if name != 'a command'])
+@pytest.mark.parametrize('name', READ)
 def test_what_lhotse_reads_passes(speech, name):
     check(speech, use_lhotse=True, **READ[name])
 
@@ -102,16 +104,10 @@ def test_a_path_may_begin_with_a_tilde(speech, monkeypatch):
             'train_ds.manifest_filepath: no file .*manifest_2.json',
         ),
         ({'input_cfg': [GROUP, {**GROUP, 'manifest_filepath': 'gone.json'}]}, r'input_cfg\[1\].*no file gone.json'),
+        ({**TARRED, 'tarred_audio_filepaths': 'gone_0.tar'}, 'no file gone'),
         (
-            {'manifest_filepath': 'SPEECH/tarred_manifest_0.json', 'tarred_audio_filepaths': 'gone_0.tar'},
-            'no file gone',
-        ),
-        (
-            {
-                'manifest_filepath': 'SPEECH/tarred_manifest__OP_0..1_CL_.json',
-                'tarred_audio_filepaths': 'SPEECH/audio_0.tar',
-            },
-            'lhotse cannot read the data: .*Mismatch between shard IDs',
+            {**TARRED, 'tarred_audio_filepaths': 'SPEECH/audio_0.tar'},
+            'lhotse cannot read the data: .*Mismatch between',
         ),
         ({'manifest_filepath': [['SPEECH/manifest_0.json', 'often']]}, 'no file often'),
         ({'shar_path': 'SPEECH'}, 'has no shards'),
@@ -124,31 +120,29 @@ def test_what_lhotse_cannot_read_is_named(speech, section, message):
 
 def test_plain_and_tarred_manifests_of_nemos_own_readers(speech):
     check(speech, manifest_filepath='SPEECH/manifest_0.json,SPEECH/manifest_1.json', noise_manifest='SPEECH/shar')
-    check(speech, is_tarred=True, manifest_filepath='SPEECH/tarred_manifest__OP_0..1_CL_.json', **TARS)
+    check(speech, is_tarred=True, **TARRED)
     for name in ('manifest_{0..1}.json', 'all.jsonl.gz'):
         with pytest.raises(ValueError, match='use_lhotse: true'):
             check(speech, manifest_filepath=f'SPEECH/{name}')
 
 
 @pytest.mark.parametrize(
-    'text, words',
+    'content, words',
     [
-        ('', ['has no entries']),
-        ('\n  \n', ['has no entries']),
-        ('{"audio_filepath": "0.wav", "duration": 2}\n{"audio_filepath": \n', ['line 2 is no JSON']),
-        ('["0.wav", 2]\n', ['line 1 is no JSON object']),
-        ('{"duration": 2}\n', ['line 1 has no audio_filepath']),
-        ('{"audio_filepath": 7, "duration": 2}\n', ['line 1 has no audio_filepath']),
-        ('{"audio_filepath": "gone.wav", "duration": 2}\n', ['line 1: no audio file gone.wav']),
+        (b'\n  \n', 'has no entries'),
+        (b'{"audio_filepath": "0.wav", "duration": 2}\n{"audio_filepath": \n', 'line 2 is no JSON'),
+        (b'["0.wav", 2]\n', 'line 1 is no JSON object'),
+        (b'{"duration": 2}\n', 'line 1 has no audio_filepath'),
+        (b'{"audio_filepath": 7, "duration": 2}\n', 'line 1 has no audio_filepath'),
+        (b'{"audio_filepath": "gone.wav", "duration": 2}\n', 'line 1: no audio file gone.wav'),
+        (b'RIFF\x24\x80\x00\x00WAVE', ''),
     ],
 )
 @pytest.mark.parametrize('use_lhotse', [False, True])
-def test_a_bad_manifest_is_named(speech, tmp_path, text, words, use_lhotse):
-    path = speech / 'bad.json'
-    path.write_text(text, encoding='utf-8')
-    with pytest.raises(ValueError, match='model.train_ds.manifest_filepath') as error:
-        check(speech, use_lhotse=use_lhotse, manifest_filepath=str(path))
-    assert all(word in str(error.value) for word in [str(path), *words])
+def test_a_bad_manifest_is_named(speech, content, words, use_lhotse):
+    (speech / 'bad.json').write_bytes(content)
+    with pytest.raises(ValueError, match=f'model.train_ds.manifest_filepath: .*bad.json.*{words}'):
+        check(speech, use_lhotse=use_lhotse, manifest_filepath='SPEECH/bad.json')
 
 
 @pytest.mark.parametrize('duration', [0.5, 16.5])
@@ -157,14 +151,6 @@ def test_a_manifest_must_have_something_between_the_limits(speech, duration):
     with pytest.raises(ValueError, match='none of the 3 entries .*1.0.*16.0'):
         check(speech, manifest_filepath=path, **LIMITS)
     check(speech, manifest_filepath=str(speech / 'manifest_0.json'), noise_manifest=path, **LIMITS)
-
-
-@pytest.mark.parametrize('content', [b'\xff\xfe\x00\x01', b'RIFF\x24\x80\x00\x00WAVE'])
-@pytest.mark.parametrize('use_lhotse', [False, True])
-def test_no_text(speech, content, use_lhotse):
-    (speech / 'binary.json').write_bytes(content)
-    with pytest.raises(ValueError, match='model.train_ds.manifest_filepath: .*binary.json'):
-        check(speech, use_lhotse=use_lhotse, manifest_filepath='SPEECH/binary.json')
 
 
 @pytest.mark.parametrize('nothing', [None, '', []])

@@ -16,6 +16,7 @@ from lhotse.shar.readers.lazy import LazySharIterator
 from omegaconf import OmegaConf
 from tiny_nest import tiny_model
 
+from nemo.collections.asr.data.resumable_cuts import CutStream
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 
 RATE = 16000
@@ -139,55 +140,45 @@ def test_finite_data_end_after_each_utterance_came_once_and_go_on_with_the_next_
 
 
 @pytest.fixture
-def opened(monkeypatch):
-    """Counts how often each shard is opened."""
-    counts = Counter()
-    read = LazySharIterator.__iter__
+def counts(monkeypatch):
+    """Counts the shards of Shar that are opened, and the cuts that are made of lines and shards."""
+    found = Counter()
 
-    def count(self):
-        counts.update(str(shard['cuts']) for shard in self.shards)
-        return read(self)
+    def counted(cls, method, name):
+        call = getattr(cls, method)
 
-    monkeypatch.setattr(LazySharIterator, '__iter__', count)
-    return counts
+        def count(self):
+            result = call(self)
+            found[name] += 1
+            return result
+
+        monkeypatch.setattr(cls, method, count)
+
+    counted(LazySharIterator, '__iter__', 'opened')
+    counted(CutStream, '__next__', 'pulled')
+    return found
 
 
-def test_a_resumed_reader_opens_the_open_shard_only(corpus, opened):
+def test_a_resumed_reader_opens_the_open_shard_only(corpus, counts):
     stopped = loader(corpus, 'shar', shuffle_buffer_size=2)
     batches(stopped, 12)
-    assert opened.total() >= 12
+    assert counts['opened'] >= 12
     again = loader(corpus, 'shar', shuffle_buffer_size=2)
     again.load_state_dict(stopped.state_dict())
-    opened.clear()
+    counts.clear()
     batches(again, 1)
-    assert opened.total() <= 4  # of the segment that was begun, and of the next
-
-
-@pytest.fixture
-def pulled(monkeypatch):
-    """Counts the cuts that are made of lines and shards."""
-    from nemo.collections.asr.data.resumable_cuts import CutStream
-
-    counts, read = Counter(), CutStream.__next__
-
-    def count(self):
-        cut = read(self)
-        counts['pulled'] += 1
-        return cut
-
-    monkeypatch.setattr(CutStream, '__next__', count)
-    return counts
+    assert counts['opened'] <= 4  # of the segment that was begun, and of the next
 
 
 @pytest.mark.parametrize('name', ['manifest', 'shar', 'tarred'])
 @pytest.mark.parametrize('ranks', [1, 8, 64])
-def test_ranks_read_their_share_and_all_utterances_together(corpus, pulled, name, ranks):
+def test_ranks_read_their_share_and_all_utterances_together(corpus, counts, name, ranks):
     seen = []
     for rank in range(ranks):
         data = loader(corpus, name, rank=rank, ranks=ranks, batch_size=1, shuffle_buffer_size=1)
         seen += utterances(batches(data, max(2, FILES // ranks)))
     assert set(seen) == set(LENGTHS)
-    assert pulled['pulled'] < 1.2 * len(seen)
+    assert counts['pulled'] < 1.2 * len(seen)
 
 
 @pytest.mark.parametrize(('before', 'after'), [(2, 1), (1, 2), (2, 3)])
@@ -226,11 +217,7 @@ def test_a_batch_that_is_fetched_ahead_of_the_step_is_not_lost(corpus):
         ('mixed', {'max_open_streams': 2}, 'train_ds.max_open_streams is 2'),
         ('native tarred', {'is_concat': True}, 'train_ds.is_concat is set; .*use_lhotse: true'),
         ('shar', {'resumable': {'seed': 'x'}}, "train_ds.resumable.seed is 'x'"),
-        (
-            'shar',
-            {'force_finite': True, 'ranks': 2},
-            'train_ds.force_finite is true on 2 ranks; .*limit_train_batches',
-        ),
+        ('shar', {'force_finite': True, 'ranks': 2}, 'train_ds.force_finite is true on 2 ranks; .*limit_train'),
     ],
 )
 def test_refuses_what_cannot_be_exact(corpus, name, more, message):

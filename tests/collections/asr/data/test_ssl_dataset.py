@@ -14,7 +14,7 @@ from tiny_nest import tiny_model
 from torch.utils.data import DataLoader
 
 from nemo.collections.asr.data import ssl_dataset
-from nemo.collections.asr.data.loader_options import with_own_options
+from nemo.collections.asr.data.training_data_mixin import with_own_options
 from nemo.utils.left_out import LEFT_OUT, OUTSIDE_LIMITS
 
 

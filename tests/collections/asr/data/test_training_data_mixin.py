@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training data of a model: spawned workers, platforms without POSIX, undivided data, several validation sets."""
+"""Training data of a model: own options, spawned workers, platforms without POSIX, undivided data, several validation sets."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from tiny_nest import batches, tiny_config, tiny_model, trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
-from nemo.collections.asr.data.training_data_mixin import warn_of_undivided_data
+from nemo.collections.asr.data.training_data_mixin import take_own_options, warn_of_undivided_data, with_own_options
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 
 
@@ -101,3 +101,32 @@ def test_several_validation_sets_have_a_mean():
     logged = {name: float(value) for name, value in run.callback_metrics.items()}
     losses = [logged['val_loss'], logged['second_val_loss']]
     assert logged['val_loss_mean'] == pytest.approx(sum(losses) / 2)
+
+
+SYNCED = {'context_options': [[10, 0], [20, 0]], 'seed': 5}
+
+
+@pytest.mark.parametrize('kind', [dict, OmegaConf.create])
+def test_own_options_are_taken_out_of_a_copy(kind):
+    section = kind({'batch_size': 2, 'synced_contexts': SYNCED, 'resumable': None, 'augmentor': None})
+    rest, own = take_own_options(section)
+    assert dict(rest) == {'batch_size': 2, 'resumable': None} and own == {'synced_contexts': SYNCED}
+    assert section['synced_contexts'] == SYNCED and 'augmentor' in section
+    assert take_own_options(rest) == (rest, {}) and take_own_options(None) == (None, {})
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        ({'seed': 5}, 'it must have context_options'),
+        ({**SYNCED, 'probs': [1.0]}, 'synced_contexts.probs is not known'),
+    ],
+)
+def test_bad_contexts_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        with_own_options(DataLoader([1, 2]), synced_contexts=options)
+
+
+def test_contexts_need_a_loader_that_collates():
+    with pytest.raises(ValueError, match='synced_contexts needs a torch data loader; list collates nothing'):
+        with_own_options([1, 2], synced_contexts=SYNCED)

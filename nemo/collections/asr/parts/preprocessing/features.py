@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feature normalisation that can stream, and normalisation for the targets of self-supervised training.
 
-Fixed corpus statistics need no look at the utterance, so a live stream can use them from its first frame on. NeMo takes
-them as ``preprocessor.normalize: {fixed_mean: [...], fixed_std: [...]}``, but only for batches of one utterance; here
-any batch size works. ``standardize_per_feature`` has per-utterance statistics, for the quantizer's input, which exists only in
-training.
+A live stream can use fixed corpus statistics from its first frame on. NeMo takes them as ``preprocessor.normalize:
+{fixed_mean: [...], fixed_std: [...]}``, but only for batches of one utterance; here any batch size works.
+``standardize_per_feature`` has per-utterance statistics, for the quantizer's input, which exists only in training.
 
 Shapes: B utterances, D features, T feature frames.
 """
@@ -29,21 +28,18 @@ _stock_normalize_batch = inspect.unwrap(_up.normalize_batch)
 
 
 def normalize_batch(x, seq_len, normalize_type):
-    """Normalise a batch of features; fixed statistics work for any batch size.
+    """Normalise features [B, D, T] of any floating dtype; fixed statistics work for any batch size.
 
     Args:
-        x: features, [B, D, T], any floating dtype.
+        x: the features.
         seq_len: valid frames per utterance, [B]. Fixed statistics do not use it.
-        normalize_type: a mapping with ``fixed_mean`` and ``fixed_std``, D numbers each, or one of NeMo's strings, which
-            get NeMo's own result.
+        normalize_type: a mapping with ``fixed_mean`` and ``fixed_std``, D numbers each, or one of NeMo's strings.
 
     Returns:
-        The normalised features ([B, D, T], dtype and device of ``x``), the mean and the standard deviation used
-        (None where nothing was normalised).
+        The normalised features (dtype and device of ``x``), the mean and the standard deviation used, or None.
 
     Raises:
-        ValueError: if the mapping lacks a key, has not one number per feature, a number that is not finite, or a
-            standard deviation that is not positive.
+        ValueError: if the mapping does not fit, see :func:`check_fixed_statistics`.
     """
     if not isinstance(normalize_type, Mapping):
         return _stock_normalize_batch(x, seq_len, normalize_type)
@@ -67,13 +63,9 @@ def _statistics_tensors(mean, std, dtype, device):
 def check_fixed_statistics(statistics, features=None, name="preprocessor.normalize"):
     """Return ``{"fixed_mean": (float, ...), "fixed_std": (float, ...)}`` of a mapping that has these keys.
 
-    Args:
-        statistics: the mapping.
-        features: how many numbers each must have; None: as many as the other.
-        name: what the errors call the mapping.
-
     Raises:
-        ValueError: naming the mapping, the key and the value that is wrong, and what is allowed.
+        ValueError: naming the key, and what is wrong and allowed, unless each has ``features`` numbers (None: as many as the
+            other), finite, and standard deviations above 0.
     """
     missing = [key for key in _STATISTICS if key not in statistics]
     if missing:
@@ -106,11 +98,7 @@ def _as_floats(values, name):
 
 
 def load_fixed_statistics(path):
-    """Read the statistics that ``compute_feature_stats.py`` wrote, for ``preprocessor.normalize``: two lists of floats.
-
-    Raises:
-        ValueError: naming the file, if it is missing, is no yaml mapping, or its numbers cannot be used.
-    """
+    """Read what ``compute_feature_stats.py`` wrote, for ``preprocessor.normalize``; ValueError names a file that does not fit."""
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # yaml, OmegaConf and decoding each have errors of their own
@@ -127,12 +115,8 @@ def standardize_per_feature(features, lengths):
     The values are those of NeMo's ``per_feature`` normalisation, without its host-device sync, in float32 for half
     precision, and finite for utterances of one frame or none.
 
-    Args:
-        features: [B, D, T], any floating dtype.
-        lengths: valid frames per utterance, [B].
-
-    Returns:
-        Tensor [B, D, T] of the same dtype; 0 at and beyond each length.
+    Takes features [B, D, T] of any floating dtype, and the valid frames per utterance [B]; what it returns has the same shape
+    and dtype, and is 0 at and beyond each length.
     """
     wide = features.to(torch.promote_types(features.dtype, torch.float32))
     valid = torch.arange(features.shape[-1], device=features.device) < lengths.to(features.device)[:, None]
@@ -160,11 +144,7 @@ class WaveformFeaturizer(_up.WaveformFeaturizer):
     """For calls that give none: NeMo's, which keeps all channels, makes samples that no model here takes."""
 
     def process(self, file_path, *args, channel_selector=None, **kwargs):
-        """Return the samples [N] of a file; arguments are NeMo's.
-
-        Raises:
-            ValueError: naming the file, if a channel is missing or a sample is not finite.
-        """
+        """Return the samples [N] of a file; ValueError names one that lacks the channel or has non-finite samples."""
         selector = self.channel_selector if channel_selector is None else channel_selector
         if isinstance(selector, Sequence) and not isinstance(selector, str):
             selector = list(selector)

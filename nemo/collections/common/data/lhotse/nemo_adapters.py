@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``nemo_adapters.py``: audio that lhotse cannot read reaches the dataset, which counts or refuses it.
 
-NeMo's readers drop damaged members of tar files and what follows the end of a truncated tar file. Here such an utterance is a
-cut whose audio cannot be loaded. Headers of files are read, so segments and channels are right.
+NeMo's readers drop damaged members of tar files and what follows the end of a truncated one. Here such an utterance is a cut
+whose audio cannot be loaded. Headers of files are read, so segments and channels are right.
 """
 
 import os

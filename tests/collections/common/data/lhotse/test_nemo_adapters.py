@@ -127,11 +127,14 @@ def test_a_shard_that_is_cut_off_is_counted_or_named(tmp_path, counter, share):
         batch(read, skip=False)
 
 
+def manifest(folder, *rows):
+    (folder / 'm.json').write_text(''.join(json.dumps({'duration': 1.0, **row}) + '\n' for row in rows))
+
+
 @pytest.mark.parametrize('more', [{}, {'sampling_rate': RATE}, {'sample_rate': RATE}])
 def test_segments_of_a_file(tmp_path, more):
     soundfile.write(tmp_path / 'long.wav', ramp(4), RATE, subtype='FLOAT')
-    rows = [{'audio_filepath': 'long.wav', 'offset': float(start), 'duration': 1.0, **more} for start in range(4)]
-    (tmp_path / 'm.json').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    manifest(tmp_path, *({'audio_filepath': 'long.wav', 'offset': float(start), **more} for start in range(4)))
     found = batch(LazyNeMoIterator(str(tmp_path / 'm.json')), skip=False)
     for start, samples in enumerate(found.audio):
         torch.testing.assert_close(samples, torch.from_numpy(ramp(4)[start * RATE : (start + 1) * RATE]))
@@ -141,8 +144,7 @@ def test_segments_of_a_file(tmp_path, more):
 def test_a_file_without_the_audio_is_counted_or_named(tmp_path, counter, row):
     soundfile.write(tmp_path / 'ok.wav', ramp(1), RATE)
     (tmp_path / 'junk.wav').write_bytes(b'no audio')
-    rows = [{'audio_filepath': 'ok.wav', 'duration': 1.0}, {'duration': 1.0, **row}]
-    (tmp_path / 'm.json').write_text(''.join(json.dumps(each) + '\n' for each in rows))
+    manifest(tmp_path, {'audio_filepath': 'ok.wav'}, row)
     assert batch(LazyNeMoIterator(str(tmp_path / 'm.json')), skip=True).skipped == 1 and counter.total() == 1
     with pytest.raises(BadAudioError, match=row['audio_filepath']):
         batch(LazyNeMoIterator(str(tmp_path / 'm.json')), skip=False)
@@ -154,8 +156,8 @@ def test_channels_are_mixed_down(tmp_path, reader):
         cuts = tarred(tmp_path, [wav(ramp(1, channels=2)), wav(ramp(1, channels=2))])
     else:
         soundfile.write(tmp_path / 'two.wav', ramp(1, channels=2), RATE, subtype='FLOAT')
-        row = {'audio_filepath': 'two.wav', 'duration': 1.0, **({'sampling_rate': RATE} if ' ' in reader else {})}
-        (tmp_path / 'm.json').write_text(f'{json.dumps(row)}\n' * 2)
+        row = {'audio_filepath': 'two.wav', **({'sampling_rate': RATE} if ' ' in reader else {})}
+        manifest(tmp_path, row, row)
         cuts = LazyNeMoIterator(str(tmp_path / 'm.json'))
     for samples in batch(cuts, skip=False).audio:
         torch.testing.assert_close(samples, torch.from_numpy(ramp(1) / 4))
