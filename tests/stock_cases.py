@@ -23,7 +23,6 @@ from omegaconf import OmegaConf
 FEATURES = 16  # mel bands
 FRAMES = 200  # feature frames of the longest utterance: more than a chunk of attention in every subsampling
 SAMPLES = 15840  # of the longest utterance: 100 feature frames, for stock's losses want a multiple of 4
-VOCABULARY = [' ', 'a', 'b', 'c', 'd']
 
 ENCODER = dict(
     feat_in=FEATURES,
@@ -44,7 +43,7 @@ STREAMING = dict(
     causal_downsampling=True, conv_context_size='causal', conv_norm_type='layer_norm', dropout_pre_encoder=0.0
 )
 
-# One entry for each value of an argument; every argument of the class has one (``uncovered_arguments``).
+# One entry for each value of an argument; every argument of the class has one.
 ENCODER_OPTIONS = {
     'default': {},
     'no subsampling': dict(subsampling=None, subsampling_factor=1),
@@ -115,14 +114,6 @@ STREAMED = {
     'sdpa': dict(att_context_style='chunked_limited', att_context_size=[8, 3], use_pytorch_sdpa=True),
     'all of the past': dict(att_context_style='chunked_limited', att_context_size=[-1, 1], pos_emb_max_len=256),
 }
-
-
-def uncovered_arguments() -> set:
-    """Arguments of the encoder that no case gives a value other than the default."""
-    defaults, varied = _encoder_arguments(), set()
-    for options in ENCODER_OPTIONS.values():
-        varied |= {name for name, value in {**ENCODER, **options}.items() if value != defaults.get(name)}
-    return set(defaults) - varied
 
 
 def is_computed_alike(case: str) -> bool:
@@ -312,14 +303,13 @@ def _extract() -> dict:
 
 
 def _model_cases():
-    yield 'CTC', lambda: _train_asr(_ctc())
-    yield 'CTC, streaming', lambda: _train_asr(_ctc(**STREAMING, att_context_size=[8, 0]))
-    yield 'RNNT', lambda: _train_asr(_rnnt())
-    yield (
-        'RNNT, streaming',
-        lambda: _train_asr(_rnnt(**STREAMING, att_context_style='chunked_limited', att_context_size=[8, 3])),
-    )
-    yield 'hybrid', lambda: _train_asr(_hybrid())
+    from tiny_nest import STOCK, STOCK_OFFLINE
+
+    chunks = 'model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[8,3]'
+    for kind in ('ctc', 'rnnt', 'hybrid'):
+        yield kind, lambda kind=kind: _train_asr(kind, *STOCK_OFFLINE)
+    yield 'ctc, streaming', lambda: _train_asr('ctc', *STOCK, 'model.encoder.att_context_size=[8,0]')
+    yield 'rnnt, streaming', lambda: _train_asr('rnnt', *STOCK, *chunks)
     yield 'contrastive', _train_contrastive
     yield 'contrastive and masked', lambda: _train_contrastive(_several_losses())
     for name, position in itertools.product(
@@ -340,53 +330,9 @@ def _preprocessor() -> dict:
     return _target('modules.AudioToMelSpectrogramPreprocessor', sample_rate=16000, features=FEATURES, **settings)
 
 
-def _encoder_config(**options) -> dict:
-    return _target('modules.ConformerEncoder', **{**ENCODER, **options})
-
-
-def _asr_config(**options) -> dict:
-    augment = _target('modules.SpectrogramAugmentation', freq_masks=1, time_masks=1, freq_width=4, time_width=10)
-    base = dict(sample_rate=16000, labels=VOCABULARY, preprocessor=_preprocessor(), spec_augment=augment)
-    return {**base, 'encoder': _encoder_config(**options)}
-
-
-def _ctc_decoder() -> dict:
-    return _target('modules.ConvASRDecoder', feat_in=16, num_classes=len(VOCABULARY), vocabulary=VOCABULARY)
-
-
-def _transducer() -> dict:
-    return dict(
-        model_defaults={'enc_hidden': 16, 'pred_hidden': 8, 'joint_hidden': 8},
-        decoder=_target('modules.RNNTDecoder', prednet={'pred_hidden': 8, 'pred_rnn_layers': 1}),
-        joint=_target('modules.RNNTJoint', jointnet={'joint_hidden': 8, 'activation': 'relu'}),
-        decoding={'strategy': 'greedy_batch', 'greedy': {'max_symbols': 3}},
-        loss={'loss_name': 'default', 'warprnnt_numba_kwargs': {'fastemit_lambda': 0.0}},
-    )
-
-
 def _build(cls, config):
     torch.manual_seed(0)
     return _randomised(cls(cfg=OmegaConf.create(config)))
-
-
-def _ctc(**options):
-    from nemo.collections.asr.models import EncDecCTCModel
-
-    return _build(EncDecCTCModel, {**_asr_config(**options), 'decoder': _ctc_decoder()})
-
-
-def _rnnt(**options):
-    from nemo.collections.asr.models import EncDecRNNTModel
-
-    return _build(EncDecRNNTModel, {**_asr_config(**options), **_transducer()})
-
-
-def _hybrid(**options):
-    from nemo.collections.asr.models import EncDecHybridRNNTCTCModel
-
-    auxiliary = {'decoder': _ctc_decoder(), 'ctc_loss_weight': 0.3, 'decoding': {'strategy': 'greedy'}}
-    config = {**_asr_config(**options), **_transducer(), 'aux_ctc': {**auxiliary, 'use_cer': False}}
-    return _build(EncDecHybridRNNTCTCModel, config)
 
 
 def _audio(batch: int = 2):
@@ -396,8 +342,11 @@ def _audio(batch: int = 2):
     return audio, torch.tensor([SAMPLES, SAMPLES * 3 // 4][:batch])
 
 
-def _train_asr(model) -> dict:
-    """Two steps of training, then what the model recognises."""
+def _train_asr(kind: str, *overrides: str) -> dict:
+    """Two steps of training of a recogniser, then what it recognises."""
+    from tiny_recogniser import tiny_recogniser
+
+    model = _randomised(tiny_recogniser(kind, *overrides))
     audio, lengths = _audio()
     words, word_lengths = torch.tensor([[1, 0, 2, 2], [3, 4, 0, 0]]), torch.tensor([4, 2])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -450,7 +399,10 @@ def _reconstruction() -> dict:
 def _ssl_config() -> dict:
     patches = _target('modules.MaskedPatchAugmentation', freq_masks=1, freq_width=3, patch_size=16, mask_patches=2)
     return dict(
-        sample_rate=16000, preprocessor=_preprocessor(), spec_augment=patches, encoder=_encoder_config(dropout_att=0.1)
+        sample_rate=16000,
+        preprocessor=_preprocessor(),
+        spec_augment=patches,
+        encoder=_target('modules.ConformerEncoder', **ENCODER, dropout_att=0.1),
     )
 
 
@@ -487,40 +439,6 @@ def _given_negatives(candidates, wanted: int, number: int):
     return candidates[indices].transpose(0, 1), indices
 
 
-def _masked_config(position: str) -> dict:
-    quantizer = _target(
-        'modules.RandomProjectionVectorQuantizer',
-        feat_in=FEATURES,
-        code_dim=8,
-        num_classes=32,
-        num_books=1,
-        dist_fn='l2',
-        freeze=True,
-        squeeze_single=True,
-        combine_time_steps=4 if position == 'pre_conv' else 1,
-    )
-    masking = _target('modules.RandomBlockMasking', feat_in=FEATURES, block_size=16, mask_prob=0.05, freeze=True)
-    decoder = _target('modules.MultiSoftmaxDecoder', feat_in=16, num_classes=32, num_decoders=1, squeeze_single=True)
-    return dict(
-        sample_rate=16000,
-        mask_position=position,
-        squeeze_single=True,
-        num_classes=32,
-        num_books=1,
-        code_dim=8,
-        preprocessor=_preprocessor(),
-        spec_augment=_target('modules.SpectrogramAugmentation', freq_masks=0, time_masks=0),  # not used, but asked for
-        masking={**masking, 'allow_overlap': True},
-        quantizer=quantizer,
-        encoder=_encoder_config(feat_in=FEATURES),
-        decoder={**decoder, 'use_bias': True},
-        loss=_target(
-            'losses.MultiMLMLoss', combine_time_steps=4, mask_threshold=0.8, num_decoders=1, squeeze_single=True
-        ),
-        optim={'name': 'adamw', 'lr': 1e-3},
-    )
-
-
 @contextmanager
 def _given_masks(masking):
     """Let a masking module mask the middle third of each utterance."""
@@ -539,9 +457,12 @@ def _given_masks(masking):
 
 def _train_masked(name: str, position: str) -> dict:
     """BEST-RQ and NEST with given masks: two steps, then a validation pass."""
+    from tiny_nest import STOCK_OFFLINE, tiny_model
+
     from nemo.collections.asr.models import ssl_models
 
-    model = _build(getattr(ssl_models, name), _masked_config(position))
+    post = ['model.mask_position=post_conv', 'model.quantizer.combine_time_steps=1'] * (position == 'post_conv')
+    model = _randomised(tiny_model(*STOCK_OFFLINE, *post, cls=getattr(ssl_models, name)))
     audio, lengths = _audio()
     signals = dict(input_signal=audio, input_signal_length=lengths)
     if 'Denoise' in name:

@@ -30,13 +30,8 @@ POSITIONS = pytest.mark.parametrize('position', [(), POST_CONV], ids=['pre_conv'
 PRESETS = 'model.encoder.att_context_size=[[80,0],[160,0],[240,0],[320,0],[-1,0]]'
 HIERARCHY = ('model.encoder.n_layers=3', '+model.encoder.layer_att_context_size=[[0,[4,0]],[2,[9,0]]]')
 TWO_LAYERS = ('model.encoder.n_layers=2', '+model.encoder.layer_att_context_size=[[10,0],[20,0]]')
-# What makes the config one of an offline model, which stock NeMo takes, too.
-STOCK_OFFLINE = (
-    'model.encoder.causal_downsampling=false',
-    'model.encoder.conv_context_size=null',
-    'model.encoder.conv_norm_type=batch_norm',
-    'model.encoder.att_context_size=[-1,-1]',
-    'model.preprocessor.normalize=per_feature',
+# What stock NeMo does not know goes; what streams becomes offline.
+STOCK = (
     '~model.target_normalize',
     '~model.validate_contexts',
     '~model.validation_masks',
@@ -46,6 +41,14 @@ STOCK_OFFLINE = (
     '~model.encoder.blockwise_attention',
     '~model.loss.decoder_offset',
     '~model.masking.causal',
+    'model.preprocessor.normalize=per_feature',
+)
+STOCK_OFFLINE = (
+    *STOCK,
+    'model.encoder.causal_downsampling=false',
+    'model.encoder.conv_context_size=null',
+    'model.encoder.conv_norm_type=batch_norm',
+    'model.encoder.att_context_size=[-1,-1]',
 )
 
 

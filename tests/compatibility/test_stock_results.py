@@ -63,7 +63,3 @@ def differences_of(expected, found, exact: bool):
             allowed = 0 if exact else GRADIENTS if name.startswith('gradient') else OUTPUTS
             if not largest <= allowed:
                 yield f'{name} differs by {largest:.1e}'
-
-
-def test_every_argument_of_the_encoder_is_varied():
-    assert stock_cases.uncovered_arguments() == set()
