@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains on shards, on the ranks of a torchrun; started again, it goes on from the last checkpoint.
+"""Trains on shards, on two ranks of the agent behind torchrun; ranks that it starts again go on from the last checkpoint.
 
-    torchrun --nproc_per_node 2 [--max-restarts 1] sharded_training.py FOLDER SHARDS NOISE_SHARDS VALIDATION [STRIKE]
+    sharded_training.py FOLDER DATA RESTARTS [STRIKE]
 
-At the beginning of step STRIKE rank 1 kills itself, if it was not started before; 0: it never does. Each rank appends
-(step, loss, context, value of ``data_wait_share``) of each step to ``FOLDER/steps-RANK.jsonl``; rank 0 leaves
-``FOLDER/trained.nemo`` and ``FOLDER/validation.json``.
+At the beginning of step STRIKE rank 1 kills itself, if it was not started before. Each rank leaves its batches in
+FOLDER/steps-RANK.jsonl; rank 0 leaves FOLDER/trained.nemo and FOLDER/metrics.json.
 """
 
 import json
@@ -18,68 +17,40 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lightning.pytorch as pl
 import torch
 from omegaconf import open_dict
+from rank_runs import CONTEXTS, Steps
 from tiny_nest import tiny_config, trainer
-from training_runs import exp_manager_config, kill
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from training_runs import Strike, exp_manager_config
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 from nemo.utils.exp_manager import exp_manager
 
-MAX_STEPS = 9
-CONTEXTS = [[10, 0], [20, 0], [-1, 0]]
 
-
-class Steps(pl.Callback):
-    """Writes down each step, and strikes."""
-
-    def __init__(self, path: Path, strike: int):
-        self.path = path
-        self.strike = strike if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0' else 0
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if self.strike and trainer.global_step == self.strike and trainer.global_rank == 1:
-            kill()
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        waited = trainer.callback_metrics.get('data_wait_share')
-        row = [trainer.global_step, float(outputs['loss']), list(batch.att_context), waited and float(waited)]
-        with open(self.path, 'a') as file:
-            file.write(json.dumps(row) + '\n')
-
-
-def model_config(shards: str, noise: str, validation: str):
+def model_config(data: str):
     """The tiny model on shards, in synced contexts, validated in every context."""
-    cfg = tiny_config(
-        f'model.encoder.att_context_size={CONTEXTS}', name='nest_fast-conformer_streaming_lhotse_tiny'
-    ).model
-    common = {'sample_rate': 16000, 'num_workers': 2}
+    contexts = f'model.encoder.att_context_size={CONTEXTS}'
+    cfg = tiny_config(contexts, name='nest_fast-conformer_streaming_lhotse_tiny').model
+    common = {'sample_rate': 16000, 'num_workers': 2, 'batch_size': 2}
     with open_dict(cfg):
         cfg.log_figures = False
-        cfg.validation_ds = {'manifest_filepath': validation, 'shuffle': False, 'batch_size': 2, **common}
-        cfg.train_ds = {
-            'use_lhotse': True,
-            'shar_path': shards,
-            'noise_manifest': noise,
-            'shuffle': True,
-            'batch_size': 2,
-            'shuffle_buffer_size': 20,
-            'max_duration': 20.0,
-            'resumable': {'seed': 3},
-            'synced_contexts': {'context_options': CONTEXTS, 'seed': 5},
-            **common,
-        }
+        cfg.validation_ds = {'manifest_filepath': f'{data}/validation.json', 'shuffle': False, **common}
+        cfg.train_ds = {'use_lhotse': True, 'shar_path': f'{data}/train/shar', 'noise_manifest': f'{data}/noise/shar'}
+        cfg.train_ds.update({'shuffle': True, 'shuffle_buffer_size': 20, 'max_duration': 20.0, **common})
+        cfg.train_ds.resumable = {'seed': 3}
+        cfg.train_ds.synced_contexts = {'context_options': CONTEXTS, 'seed': 5}
     return cfg
 
 
-def main(folder: str, shards: str, noise: str, validation: str, strike: str = '0') -> None:
-    """Train, or go on."""
-    folder, rank = Path(folder), int(os.environ['RANK'])
+def train(folder: Path, data: str, strike: int) -> None:
+    """Train, or go on, as one of the ranks."""
+    rank, first_start = int(os.environ['RANK']), os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'
     pl.seed_everything(1)
     torch.set_num_threads(1)
     fitter = trainer(
-        MAX_STEPS,
+        max_steps=9,
         devices=int(os.environ['WORLD_SIZE']),
         strategy='ddp',
-        callbacks=[Steps(folder / f'steps-{rank}.jsonl', int(strike))],
+        callbacks=[Steps(folder / f'steps-{rank}.jsonl'), *([Strike(strike)] if first_start and rank == 1 else [])],
         logger=False,
         enable_checkpointing=False,
         val_check_interval=2,
@@ -87,12 +58,28 @@ def main(folder: str, shards: str, noise: str, validation: str, strike: str = '0
         limit_val_batches=2,
     )
     exp_manager(fitter, exp_manager_config(folder / 'experiment'))
-    model = EncDecDenoiseMaskedTokenPredModel(cfg=model_config(shards, noise, validation), trainer=fitter)
+    model = EncDecDenoiseMaskedTokenPredModel(cfg=model_config(data), trainer=fitter)
     fitter.fit(model)
     model.save_to(str(folder / 'trained.nemo'))
     if rank == 0:
         metrics = {name: float(value) for name, value in fitter.callback_metrics.items()}
-        (folder / 'validation.json').write_text(json.dumps(metrics))
+        (folder / 'metrics.json').write_text(json.dumps(metrics))
+
+
+def main(folder: str, data: str, restarts: str, strike: str = '-1') -> None:
+    """Start the ranks as ``torchrun --standalone`` does, but as forks of this process."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend='c10d',
+        rdzv_endpoint='localhost:0',
+        run_id=Path(folder).name,
+        max_restarts=int(restarts),
+        monitor_interval=0.1,
+        start_method='fork',
+    )
+    elastic_launch(config, train)(Path(folder), data, int(strike))
 
 
 if __name__ == '__main__':

@@ -7,18 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from corpus import write_manifest
 from fresh_process import run_python
 from omegaconf import OmegaConf
 
 from nemo.collections.asr.data import ssl_dataset
 
 HOUR = 3600
-SMALL = [
-    'model.preprocessor.features=16',
-    'model.preprocessor.window_stride=0.02',
-    'model.encoder.feat_in=16',
-    'model.encoder.subsampling_conv_channels=2',
-]
+SMALL = ['preprocessor.features=16', 'preprocessor.window_stride=0.02', 'encoder.feat_in=16']
+SMALL = [f'model.{setting}' for setting in [*SMALL, 'encoder.subsampling_conv_channels=2']]
 
 
 @pytest.fixture(scope='module')
@@ -31,7 +28,7 @@ def manifest(tmp_path_factory):
             file.write(noise)
     soundfile.write(folder / 'short.wav', np.tile(noise, 2), 16000)
     entries = [{'audio_filepath': 'hour.flac', 'duration': HOUR}, {'audio_filepath': 'short.wav', 'duration': 2.0}]
-    (folder / 'manifest.json').write_text('\n'.join(map(json.dumps, entries)))
+    write_manifest(entries, folder / 'manifest.json')
     return str(folder / 'manifest.json')
 
 
@@ -57,9 +54,8 @@ audio = dataset(sys.argv[1])[0].audio
 model = tiny_model('model.encoder.att_context_size=[[40,0]]', *SMALL, cls=EncDecMaskedTokenPredModel)
 tokens = []
 model.reports.of_training_batch = lambda _, record: tokens.append(record.tokens.shape[1]) or {}
-batch = (audio.unsqueeze(0), torch.tensor([len(audio)]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-run = fit(model, DataLoader([batch], batch_size=None), max_steps=1)
+run = fit(model, DataLoader([(audio[None], torch.tensor([len(audio)]))], batch_size=None), max_steps=1)
 kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 print(json.dumps([kilobytes, tokens[0], run.logger.column('train_loss')]))
 """

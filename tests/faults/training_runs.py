@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains tiny models under NeMo's exp_manager, each in a process of its own that faults may strike.
+"""Trains a tiny model under NeMo's exp_manager; goes on from the last checkpoint in its folder.
 
-    python training_runs.py RUNS.json
+    python training_runs.py FOLDER CORPUS [FAULT]
 
-``RUNS.json`` is a list of runs, each with ``folder``, ``corpus``, and if you like ``fault`` (the name of a function
-here) and ``copy`` (where to copy the folder when the run has ended). NeMo is imported once; each run is a fork. The
-exit status of each (negative: a signal) goes to standard output as a JSON list. A run appends the loss of each step to
-``losses.jsonl`` in its folder.
+FAULT is the name of a function here. The loss of each step is appended to FOLDER/losses.jsonl; a run that ends well
+leaves FOLDER/trained.nemo.
 """
 
 import json
 import os
 import resource
-import shutil
 import signal
 import sys
-import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,20 +26,9 @@ from nemo.core.connectors import save_restore_connector
 from nemo.utils.callbacks import nemo_model_checkpoint
 from nemo.utils.exp_manager import exp_manager
 
-MAX_STEPS = 9
-BATCHES_PER_EPOCH = 4
-VALIDATE_EVERY = 2
 
-
-class LossToFile(pl.Callback):
-    """Appends (step, loss) to a file, and strikes before a step if told to."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        with open(self.path, 'a') as file:
-            file.write(json.dumps([trainer.global_step, float(outputs['loss'])]) + '\n')
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Strike(pl.Callback):
@@ -57,16 +42,12 @@ class Strike(pl.Callback):
             kill()
 
 
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def in_training(run):
+def in_training():
     """Kill the process in the middle of an epoch, between two checkpoints."""
-    return [Strike(step=7)]
+    return Strike(step=7)
 
 
-def while_a_checkpoint_is_written(run):
+def while_a_checkpoint_is_written():
     """Kill the process when half of the third checkpoint's bytes are on the disk."""
     save, count = torch.save, [0]
 
@@ -79,23 +60,22 @@ def while_a_checkpoint_is_written(run):
         kill()
 
     torch.save = half
-    return []
 
 
-def before_the_old_last_checkpoint_is_removed(run):
-    """Kill the process when the second last checkpoint is whole and the first still there."""
-    remove = nemo_model_checkpoint.NeMoModelCheckpoint._remove_checkpoint
+def before_the_old_last_checkpoint_is_removed():
+    """Kill the process when the second last checkpoint is whole and the first still exists."""
+    checkpoint = nemo_model_checkpoint.NeMoModelCheckpoint
+    remove = checkpoint._remove_checkpoint
 
     def strike(self, trainer, filepath, *args, **kwargs):
         if filepath.endswith('last.ckpt'):
             kill()
         return remove(self, trainer, filepath, *args, **kwargs)
 
-    nemo_model_checkpoint.NeMoModelCheckpoint._remove_checkpoint = strike
-    return []
+    checkpoint._remove_checkpoint = strike
 
 
-def while_a_nemo_file_is_packed(run):
+def while_a_nemo_file_is_packed():
     """Kill the process when half of the third ``.nemo`` file is packed."""
     stock, count = save_restore_connector._up.SaveRestoreConnector, [0]
     pack = stock._make_nemo_file_from_folder
@@ -108,11 +88,10 @@ def while_a_nemo_file_is_packed(run):
             kill()
 
     stock._make_nemo_file_from_folder = staticmethod(half)
-    return []
 
 
 class FullDisk(pl.Callback):
-    """From a step on, no file can grow beyond some kilobytes, which is what a full disk looks like to a writer."""
+    """From a step on, no file can grow beyond some kilobytes, which a writer sees as it sees a full disk."""
 
     def on_train_batch_start(self, trainer, *args):
         if trainer.global_step == 3:
@@ -120,22 +99,51 @@ class FullDisk(pl.Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
 
-def on_a_full_disk(run):
-    """Let every large write fail after the first checkpoints."""
-    return [FullDisk()]
+on_a_full_disk = FullDisk
 
 
-def train(run: dict) -> None:
-    """Train as a run says; goes on from the last checkpoint in its folder."""
-    folder, corpus = Path(run['folder']), run['corpus']
-    callbacks = [LossToFile(folder / 'losses.jsonl'), *(globals()[run['fault']](run) if run.get('fault') else [])]
+class LossToFile(pl.Callback):
+    """Appends (step, loss) to a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        with open(self.path, 'a') as file:
+            file.write(json.dumps([trainer.global_step, float(outputs['loss'])]) + '\n')
+
+
+def exp_manager_config(folder: Path) -> dict:
+    """The shipped config's checkpoints, which keep the best and the last, and a ``.nemo`` with each."""
+    cfg = tiny_config().exp_manager
+    with open_dict(cfg):
+        cfg.update(explicit_log_dir=str(folder), create_tensorboard_logger=False, exp_dir=None, name=None)
+    return cfg
+
+
+def model_config(corpus: str):
+    """The tiny model with a loader that shuffles, adds noise, and is resumable."""
+    cfg = tiny_config().model
+    common = {'sample_rate': 16000, 'num_workers': 0, 'batch_size': 1}
+    with open_dict(cfg):
+        cfg.validate_contexts = cfg.log_figures = None
+        cfg.validation_ds = {'manifest_filepath': f'{corpus}/validation_manifest.json', 'shuffle': False, **common}
+        cfg.train_ds = {'manifest_filepath': f'{corpus}/train_manifest.json', 'shuffle': True, **common}
+        cfg.train_ds.update({'noise_manifest': f'{corpus}/noise_manifest.json', 'max_duration': 5.0})
+        cfg.train_ds.resumable = {'seed': 3}
+    return cfg
+
+
+def main(folder: Path, corpus: str, fault: str = '') -> None:
+    """Train, and cause the fault."""
+    callbacks = [LossToFile(folder / 'losses.jsonl'), globals()[fault]() if fault else None]
     pl.seed_everything(1)
     fitter = trainer(
-        MAX_STEPS,
-        callbacks=callbacks,
+        max_steps=9,
+        callbacks=[callback for callback in callbacks if callback is not None],
         logger=False,
-        limit_train_batches=BATCHES_PER_EPOCH,
-        val_check_interval=VALIDATE_EVERY,
+        limit_train_batches=4,
+        val_check_interval=2,
         limit_val_batches=1,
     )
     exp_manager(fitter, exp_manager_config(folder / 'experiment'))
@@ -144,49 +152,5 @@ def train(run: dict) -> None:
     model.save_to(str(folder / 'trained.nemo'))
 
 
-def exp_manager_config(folder: Path) -> dict:
-    """The shipped config's checkpoints, which keep the best and the last, and a ``.nemo`` with each."""
-    cfg = tiny_config().exp_manager
-    with open_dict(cfg):
-        cfg.explicit_log_dir, cfg.create_tensorboard_logger = str(folder), False
-        cfg.exp_dir = cfg.name = None
-    return cfg
-
-
-def model_config(corpus: str):
-    """The tiny model with a loader that shuffles, adds noise, and is resumable."""
-    cfg = tiny_config().model
-    with open_dict(cfg):
-        cfg.validate_contexts = cfg.log_figures = None  # each run takes a second or two
-        common = {'sample_rate': 16000, 'num_workers': 0, 'batch_size': 1}
-        cfg.validation_ds = {'manifest_filepath': f'{corpus}/validation_manifest.json', 'shuffle': False, **common}
-        cfg.train_ds = {'manifest_filepath': f'{corpus}/train_manifest.json', 'shuffle': True, **common}
-        cfg.train_ds.update({'noise_manifest': f'{corpus}/noise_manifest.json', 'max_duration': 5.0})
-        cfg.train_ds.resumable = {'seed': 3}
-    return cfg
-
-
-def in_a_fork(run: dict) -> int:
-    """Train in a child process, its output in the run's folder; return its exit status."""
-    Path(run['folder']).mkdir(parents=True, exist_ok=True)
-    child = os.fork()
-    if child:
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if run.get('copy'):
-            shutil.copytree(run['folder'], run['copy'])
-        return status
-    log = os.open(Path(run['folder'], 'log.txt'), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1), os.dup2(log, 2)
-    try:
-        train(run)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    os._exit(0)
-
-
 if __name__ == '__main__':
-    answers = os.fdopen(os.dup(1), 'w')
-    os.dup2(2, 1)  # what libraries print is no answer
-    print(json.dumps([in_a_fork(run) for run in json.loads(Path(sys.argv[1]).read_text())]), file=answers, flush=True)
+    main(Path(sys.argv[1]), *sys.argv[2:])
