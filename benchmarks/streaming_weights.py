@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure import in_turn, ratio, timed
+from measure import Quick, in_turn, ratio, timed
 from streaming_cases import SessionStream, model_of_size
 from tqdm import tqdm
 
@@ -37,7 +37,7 @@ def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--turns', type=int, default=7, help='timed steps of each')
-    parser.add_argument('--quick', action='store_true', help='the smallest case, to see that it runs')
+    parser.add_argument('--quick', action=Quick, small=dict(turns=2))
     parser.add_argument('--model', type=Path, help='a CTC recogniser')
     parser.add_argument('--manifest', type=Path, help='what it recognises, with texts')
     options = parser.parse_args(argv)

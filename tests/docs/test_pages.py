@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages' links lead to files, their Python runs, and patches.md has a row for each module."""
+"""The pages' links lead to files, their Python runs, and what they name exists."""
 
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny_nest import noise_batch, tiny_config, tiny_model
+from tiny_nest import POSITIONS, PRESETS, noise_batch, tiny_config, tiny_model
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 from nemo_streaming_ssl.report import patched_modules
@@ -15,7 +16,6 @@ from nemo_streaming_ssl.versions import supported_range
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *(ROOT / 'docs').glob('*.md')])
-EACH_PAGE = pytest.mark.parametrize('page', PAGES, ids=[page.stem for page in PAGES])
 MADE_BY_THE_SITE = ('tutorial.ipynb', 'api/')
 
 
@@ -23,16 +23,12 @@ def snippets(page, language):
     return re.findall(rf'```{language}\n(.*?)```', (ROOT / page).read_text(), flags=re.DOTALL)
 
 
-@EACH_PAGE
-def test_links_and_pictures_lead_to_files(page):
+@pytest.mark.parametrize('page', PAGES, ids=[page.stem for page in PAGES])
+def test_links_lead_to_files_and_configs_are_yaml(page):
     links = re.findall(r'\]\(((?!http)[^)#\s]+)', page.read_text())
     links = [link for link in links if not link.startswith(MADE_BY_THE_SITE)]
     assert not [link for link in links if not (page.parent / link).exists()]
-
-
-@EACH_PAGE
-def test_configs_are_yaml(page):
-    for snippet in snippets(page.relative_to(ROOT), 'yaml'):
+    for snippet in snippets(page, 'yaml'):
         OmegaConf.create(snippet)
 
 
@@ -46,13 +42,9 @@ def test_the_code_of_the_readme_runs(monkeypatch):
     assert names['output'].encoded.shape[2] > 0
 
 
-@pytest.mark.parametrize('position', ['pre_conv', 'post_conv'])
+@POSITIONS
 def test_the_code_about_contexts_runs_and_leaves_the_model_as_it_was(position):
-    model = tiny_model(
-        'model.encoder.att_context_size=[[80,0],[160,0],[240,0],[320,0],[-1,0]]',
-        f'model.mask_position={position}',
-        *(['model.quantizer.combine_time_steps=1', 'model.loss.decoder_offset=0'] * (position == 'post_conv')),
-    )
+    model = tiny_model(PRESETS, *position)
     names = {
         'model': model,
         'audio': noise_batch().audio,
@@ -68,6 +60,11 @@ def test_the_code_about_contexts_runs_and_leaves_the_model_as_it_was(position):
 def test_the_code_about_reports_runs():
     for snippet in snippets('docs/reports.md', 'python'):
         exec(snippet, {})
+
+
+def test_the_modules_of_the_architecture_exist():
+    names = set(re.findall(r'`(nemo(?:\.[a-z_]+)+)`', (ROOT / 'docs/architecture.md').read_text()))
+    assert names and not [name for name in names if importlib.util.find_spec(name) is None]
 
 
 def test_the_table_of_patches_has_every_patched_module_and_no_other():

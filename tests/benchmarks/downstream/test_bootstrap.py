@@ -16,11 +16,14 @@ def utterances(seeds, number, seed=0):
     return generator.binomial(phones, 0.3, (seeds, number)), phones
 
 
+def width(estimate):
+    return estimate.high - estimate.low
+
+
 def test_rates_by_hand(bootstrap):
     errors, phones = np.array([[1, 0, 5], [3, 0, 1]]), np.array([10, 5, 5])
-    assert bootstrap.error_rate(errors, phones) == 10 / 40
     found = bootstrap.estimate(errors, phones)
-    assert found.value == 0.25 and found.low < 0.25 < found.high
+    assert found.value == bootstrap.error_rate(errors, phones) == 0.25 and found.low < 0.25 < found.high
 
 
 @pytest.mark.parametrize('paired', [False, True])
@@ -28,8 +31,8 @@ def test_with_one_seed_the_interval_is_scipys(bootstrap, paired):
     errors, phones = utterances(1, 150)
     if paired:
         errors = errors - utterances(1, 150, seed=1)[0]
-    ours = bootstrap.estimate(errors, phones, resamples=20000)
-    theirs = scipy.stats.bootstrap(
+    found = bootstrap.estimate(errors, phones, resamples=20000)
+    expected = scipy.stats.bootstrap(
         (errors[0], phones),
         lambda wrong, said, axis=-1: wrong.sum(axis=axis) / said.sum(axis=axis),
         paired=True,
@@ -38,23 +41,20 @@ def test_with_one_seed_the_interval_is_scipys(bootstrap, paired):
         method='percentile',
         rng=np.random.default_rng(0),
     ).confidence_interval
-    width = theirs.high - theirs.low
-    assert ours.low == pytest.approx(theirs.low, abs=0.03 * width)
-    assert ours.high == pytest.approx(theirs.high, abs=0.03 * width)
+    assert [found.low, found.high] == pytest.approx(list(expected), abs=0.03 * width(expected))
 
 
 def test_seeds_that_differ_widen_the_interval(bootstrap):
     errors, phones = utterances(3, 100)
     shifted = errors + np.array([[0], [4], [8]])
-    alike, unlike = bootstrap.estimate(errors, phones), bootstrap.estimate(shifted, phones)
-    assert unlike.high - unlike.low > 3 * (alike.high - alike.low)
+    assert width(bootstrap.estimate(shifted, phones)) > 3 * width(bootstrap.estimate(errors, phones))
 
 
-def test_what_is_hard_for_both_falls_out_of_a_difference(bootstrap):
+def test_errors_that_both_make_do_not_count_in_a_difference(bootstrap):
     errors, phones = utterances(3, 100)
     better = errors - 2  # in every utterance and seed
     difference = bootstrap.estimate(better - errors, phones)
-    assert difference.sign == -1 and difference.high - difference.low < 0.01
+    assert difference.sign == -1 and width(difference) < 0.01
     assert bootstrap.estimate(errors - errors, phones) == (0, 0, 0)
     assert bootstrap.Estimate(0.1, -0.1, 0.2).sign == 0 and bootstrap.Estimate(0.1, 0.05, 0.2).sign == 1
 
@@ -63,11 +63,4 @@ def test_speakers_whose_utterances_are_alike_widen_the_interval(bootstrap):
     phones, speakers = np.full(40, 50), np.repeat(np.arange(4), 10)
     errors = 5.0 + 5 * speakers[None]
     by_utterance, by_speaker = bootstrap.estimate(errors, phones), bootstrap.estimate(errors, phones, speakers)
-    assert by_speaker.value == by_utterance.value
-    assert by_speaker.high - by_speaker.low > 2 * (by_utterance.high - by_utterance.low)
-
-
-@pytest.mark.parametrize('errors', [np.zeros(3), np.zeros((0, 3)), np.zeros((2, 4))])
-def test_errors_that_do_not_fit_the_utterances_are_refused(bootstrap, errors):
-    with pytest.raises(ValueError, match='for 3 utterances; it must be'):
-        bootstrap.estimate(errors, np.ones(3))
+    assert by_speaker.value == by_utterance.value and width(by_speaker) > 2 * width(by_utterance)

@@ -53,11 +53,6 @@ def test_the_committed_page_has_the_figures_of_the_committed_results(report):
     assert report.main(['--check']) == 0
 
 
-def test_a_page_without_its_marks_is_refused(report):
-    with pytest.raises(ValueError, match='each of these lines once'):
-        report.with_figures('no marks', 'text')
-
-
 def test_pictures_are_drawn_from_the_csv_files(report, tmp_path):
     write(tmp_path, [('next', 0, 0, '2 4'), ('mel', 0, 0, '8 8')])
     head = 'kind,arm,seed,context,part,left,right,frames,nats_below'

@@ -53,17 +53,6 @@ def test_quick_runs_all_of_it_once(run, manifests, tmp_path, capsys):
     assert sizes == {path.name: path.stat().st_size for path in (tmp_path / 'results').glob('*.csv')}
 
 
-def test_an_encoder_that_another_process_works_on_is_left_to_it(run, tmp_path):
-    with run.locked(tmp_path / 'a.lock', wait=False) as first, run.locked(tmp_path / 'a.lock', wait=False) as second:
-        assert first and not second
-
-
-def test_a_missing_manifest_is_named(run, tmp_path, capsys):
-    words = ['--speech', str(tmp_path), '--work', str(tmp_path / 'work'), '--results', str(tmp_path / 'results')]
-    assert run.main(words) == 2
-    assert 'train_manifest.json cannot be read' in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(('steps', 'best', 'done'), [(200, 0, False), (2500, 2250, False), (2500, 1750, True)])
 def test_fine_tuning_has_converged_when_a_fifth_of_the_steps_brought_nothing(load, steps, best, done):
     assert load('finetune').converged(steps, best) == done
