@@ -41,10 +41,9 @@ SEEDS = 'the masks of a validation are drawn from the audio itself, utterance by
 STREAMS = 'a session that masks or predicts loops over its streams on the host'
 FINITE = 'which streams are finite: copied while the device works, and read in the next step; nothing waits'
 PLACES = 'the places of the ring buffers that a step writes and sees, CPU scalars; nothing waits'
-UTTERANCES = 'negatives come from the same utterance, so many for each: the count is a size'
 POSITIONS = 'parts/objectives/base.py', 'gather_loss_positions'
 GUARD = 'parts/utils/nonfinite_guard.py', 'gradient_norm'
-FIXED_MASKS, CONTRASTIVE = 'parts/ssl_reports/fixed_masks.py', 'losses/ssl_losses/contrastive.py'
+FIXED_MASKS = 'parts/ssl_reports/fixed_masks.py'
 COLLAPSE = 'parts/ssl_reports/codebook_use.py', 'collapse'
 BATCH = 'nemo/collections/common/data/utils.py', 'move_data_to_device'
 MASKING, SESSION = 'modules/ssl_modules/masking.py', 'parts/streaming/session.py'
@@ -55,26 +54,17 @@ ALLOWED = (
     Allowed('training, next_token', WAIT, *POSITIONS, 2, COUNT),
     Allowed('training, both', WAIT, *POSITIONS, 4, COUNT),
     Allowed('training, *', WAIT, *GUARD, 2, GRADIENTS),
-    Allowed('gradient check', WAIT, *GUARD, 1, GRADIENTS),
     Allowed('run of the trainer*', WAIT, *POSITIONS, 6, COUNT),
     Allowed('run of the trainer*', WAIT, *GUARD, 3, GRADIENTS),
     Allowed('run of the trainer*', TO_DEVICE, *BATCH, 18, 'the batches themselves, six tensors each'),
-    Allowed('use of the codebook', TO_HOST, *COLLAPSE, 1, 'once in 100 batches'),
     Allowed('training*refined', TO_HOST, *COLLAPSE, 1, 'once before each refinement, after which counts restart'),
     Allowed('decoder, masked*', WAIT, *POSITIONS, 1, COUNT),
-    Allowed('model, masked*', WAIT, *POSITIONS, 1, COUNT),
     Allowed('validation*', WAIT, *POSITIONS, 4, COUNT),
     Allowed('validation*both', WAIT, 'parts/objectives/next_tokens.py', 'scores', 4, f'{COUNT}; at each horizon'),
     Allowed('validation*', TO_HOST, FIXED_MASKS, 'utterance_seeds', 1, SEEDS),
     Allowed('validation*', TO_HOST, FIXED_MASKS, '_mask_one_by_one', 1, f'{SEEDS}: their lengths'),
     Allowed('validation*', WAIT, 'parts/ssl_reports/validation.py', '_result', 1, 'once, after the last batch'),
-    Allowed('contrastive*', WAIT, CONTRASTIVE, 'forward', 1, 'the number of masked frames is a size'),
-    Allowed(
-        'contrastive*', WAIT, CONTRASTIVE, '_calculate_similarity', 1, 'stock NeMo drops negatives like the target'
-    ),
-    Allowed('contrastive*batch', WAIT, CONTRASTIVE, '_negatives', 1, 'the number of candidates is a size'),
-    Allowed('contrastive*utterance', WAIT, CONTRASTIVE, '_negatives_of_each_utterance', 1, UTTERANCES),
-    Allowed('contrastive*utterance', TO_HOST, CONTRASTIVE, '_negatives_of_each_utterance', 1, UTTERANCES),
+    Allowed(),
     Allowed('masking, module not moved', TO_DEVICE, MASKING, 'fill', 25, 'its embedding, in each call'),
     Allowed('live streams', WAIT, SESSION, '_check_finite', 3, 'samples that lie on the device make it wait'),
     Allowed('live streams', TO_DEVICE, *STREAMING, 28, PLACES),

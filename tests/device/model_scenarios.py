@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenarios of whole models: forward, training steps of every objective, validation, live streams."""
+"""Scenarios of whole models: training steps of every objective, validation, live streams."""
 
 import copy
 from functools import cache
@@ -9,13 +9,10 @@ import torch
 from device.host_traffic import unrecorded
 from device.place import Place
 from live_streams import noise
-from tiny_nest import POST_CONV, noise_batch, signals, tiny_config
+from tiny_nest import POST_CONV, noise_batch, tiny_config
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-from nemo.collections.asr.parts.objectives.masked_tokens import MaskedTokens
-from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse
 from nemo.collections.asr.parts.streaming.session import StreamingSession
-from nemo.collections.asr.parts.utils.nonfinite_guard import gradient_norm
 
 PLAIN = (
     'model.encoder.att_context_size=[[10,0],[20,0]]',
@@ -53,21 +50,6 @@ def batch_at(place: Place, seed: int = 0):
     return place.put(noise_batch((1.6, 0.9), seed))
 
 
-def forward(place: Place, *overrides: str) -> list:
-    """Predict every frame, masked."""
-    model = model_at(place, *overrides).eval()
-    with place.autocast(), model.encoder.using_att_context_size([10, 0]):
-        return list(model(**signals(batch_at(place)), apply_mask=True))
-
-
-def masked_only(place: Place, *overrides: str) -> list:
-    """Predict the masked frames, and no others."""
-    model = model_at(place, *overrides).eval()
-    with place.autocast(), model.encoder.using_att_context_size([10, 0]):
-        record = model.encode_batch(batch_at(place), model.masking_in_context())
-        return list(model.objectives.find(MaskedTokens).predictions(record))
-
-
 def training(place: Place, *overrides: str) -> list:
     """Whole steps: forward, loss, logs, audit, backward, the check of the gradients, the optimizer."""
     model = model_at(place, 'model.audit_every_n_batches=1', *overrides).train()
@@ -85,23 +67,6 @@ def training(place: Place, *overrides: str) -> list:
         model._trainer.global_step += 1
         found += [output['loss'], *(value for _, value in sorted(model.logged.items()))]
     return [*found, *weights]
-
-
-def gradient_check(place: Place) -> list:
-    """The check before the optimizer's step, alone."""
-    weights = [torch.nn.Parameter(place.random(3, 4, seed=seed)) for seed in range(3)]
-    for weight in weights:
-        weight.grad = place.random(3, 4)
-    return [gradient_norm(weights)]
-
-
-def use_of_the_codebook(place: Place) -> list:
-    """What is counted of the targets, and the look at it once in a hundred batches."""
-    use = CodebookUse(32)
-    for seed in range(3):
-        use.update(place.put(torch.arange(40).view(2, 20) % (seed + 3)), place.whole(20, 11))
-    use.collapse()
-    return list(use.logs().values())
 
 
 def validation(place: Place, *overrides: str) -> list:
@@ -139,17 +104,11 @@ SAMPLED = (
 )
 REFINED = '+model.quantizer.refine={every_n_steps: 1, until_step: 10, decay: 0.9}'
 MODELS = {
-    'model, pre_conv': forward,
-    'model, post_conv': _with(forward, *POST_CONV),
-    'model, masked frames only, pre_conv': masked_only,
-    'model, masked frames only, post_conv': _with(masked_only, *POST_CONV),
     **{f'training, {name}': _with(training, *overrides) for name, overrides in OBJECTIVES.items()},
     'training, masked, post_conv': _with(training, *POST_CONV),
     'training, masked, block by block': _with(training, 'model.encoder.blockwise_attention=on'),
     'training, masked, codebook refined': _with(training, REFINED),
     'training, masked, contexts by a sampler': _with(training, *SAMPLED),
-    'use of the codebook': use_of_the_codebook,
-    'gradient check': gradient_check,
     'validation in contexts': validation,
     'validation in contexts, post_conv': _with(validation, *POST_CONV),
     'validation in contexts, both': _with(validation, *OBJECTIVES['both']),

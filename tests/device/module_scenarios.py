@@ -11,7 +11,6 @@ import torch
 from device.place import Place
 from tiny_encoder import WITHOUT_DROPOUT, tiny_encoder
 
-from nemo.collections.asr.losses.ssl_losses.contrastive import ContrastiveLoss
 from nemo.collections.asr.losses.ssl_losses.mlm import MLMLoss, MultiMLMLoss
 from nemo.collections.asr.losses.ssl_losses.next_token import NextTokenLoss
 from nemo.collections.asr.modules.ssl_modules.masking import RandomBlockMasking
@@ -67,23 +66,16 @@ def encoder(place: Place, **settings) -> list:
     return [encoded, lengths, *(weight.grad for weight in module.parameters() if weight.grad is not None)]
 
 
-def _masks(place: Place, frames: int, run: int) -> torch.Tensor:
-    """Masks [2, FEATURES, frames] of every third run of frames."""
-    return place.put((torch.arange(frames) // run % 3 == 0).float().expand(2, FEATURES, -1))
-
-
-def decoder(place: Place, books: int) -> list:
-    """Decode every frame."""
-    module = place.put(MultiSoftmaxDecoder(FEATURES, CLASSES, num_decoders=books, squeeze_single=books == 1))
-    with place.autocast():
-        return [module(encoder_output=place.random(2, FEATURES, 20))]
+def _masks(place: Place) -> torch.Tensor:
+    """Masks [2, FEATURES, FRAMES] of every third run of 24 frames."""
+    return place.put((torch.arange(FRAMES) // 24 % 3 == 0).float().expand(2, FEATURES, -1))
 
 
 def decoding_of_masked_frames(place: Place) -> list:
     """Decode the frames in the loss, and no others."""
     module = place.put(MultiSoftmaxDecoder(FEATURES, CLASSES, squeeze_single=True))
     targets = place.put(torch.arange(40).view(2, 20) % CLASSES)
-    frames = place.random(2, 20, FEATURES), targets, _masks(place, FRAMES, 24)
+    frames = place.random(2, 20, FEATURES), targets, _masks(place)
     loss = MLMLoss(combine_time_steps=FACTOR)
     with place.autocast():
         found = base.gather_loss_positions(*loss.align(*frames, place.whole(20, 11))).decoded(module)
@@ -97,7 +89,7 @@ def masked_loss(place: Place, books: int) -> list:
     targets = place.put(torch.arange(40 * books).view(2, 20, *tail) % CLASSES)
     kind = dict(combine_time_steps=FACTOR, decoder_offset=1)
     loss = MLMLoss(**kind) if books == 1 else MultiMLMLoss(num_decoders=books, **kind)
-    named = dict(targets=targets, decoder_lengths=place.whole(20, 11), masks=_masks(place, FRAMES, 24))
+    named = dict(targets=targets, decoder_lengths=place.whole(20, 11), masks=_masks(place))
     return _with_gradient(loss(decoder_outputs=outputs, **named), outputs)
 
 
@@ -107,15 +99,6 @@ def next_token_loss(place: Place) -> list:
     targets, lengths = place.put(torch.arange(40).view(2, 20) % CLASSES), place.whole(20, 11)
     named = dict(targets=targets, offset=1, decoder_lengths=lengths, target_lengths=lengths)
     return _with_gradient(NextTokenLoss(horizons=3)(decoder_outputs=outputs, **named), outputs)
-
-
-def contrastive_loss(place: Place, same_utterance: bool) -> list:
-    """NeMo's contrastive loss, with negatives of the utterance or of the batch."""
-    kind = dict(num_negatives=5, combine_time_steps=1, sample_from_same_utterance_only=same_utterance)
-    loss = place.put(ContrastiveLoss(in_dim=FEATURES, proj_dim=FEATURES, **kind))
-    outputs, spectrograms = place.random(2, 20, FEATURES, requires_grad=True), place.random(2, FEATURES, 20, seed=1)
-    named = dict(spec_masks=_masks(place, 20, 1), decoder_lengths=place.whole(20, 11))
-    return _with_gradient(loss(spectrograms=spectrograms, decoder_outputs=outputs, **named), outputs)
 
 
 def _with_gradient(value, inputs) -> list:
@@ -144,13 +127,9 @@ MODULES = {
     'masking of live streams': masking_of_streams,
     'quantizer': partial(quantizer, distance='l2', books=1),
     'quantizer, cosine, two codebooks': partial(quantizer, distance='cosine', books=2),
-    'decoder': partial(decoder, books=1),
-    'decoder, two codebooks': partial(decoder, books=2),
     'decoder, masked frames only': decoding_of_masked_frames,
     'masked loss': partial(masked_loss, books=1),
     'masked loss, two codebooks': partial(masked_loss, books=2),
     'next-token loss': next_token_loss,
-    'contrastive loss, utterance': partial(contrastive_loss, same_utterance=True),
-    'contrastive loss, batch': partial(contrastive_loss, same_utterance=False),
     **{f'encoder, {name}': partial(encoder, **settings) for name, settings in ENCODERS.items()},
 }
