@@ -22,14 +22,19 @@ def main(argv: list[str] | None = None) -> int:
     examples = commands.add_parser("examples", help="copy the example scripts and their configs to a folder")
     examples.add_argument("target", help="a folder that does not exist yet")
     commands.add_parser("doctor", help="check the installation, with a step of pre-training")
-    documentation = commands.add_parser("docs", help="list the pages of the documentation, or print one")
-    documentation.add_argument("page", nargs="?", help="such as contexts")
+    docs = commands.add_parser("docs", help="list the pages of the documentation, or print one")
+    docs.add_argument("page", nargs="?", help="such as contexts")
     options = parser.parse_args(argv)
-    if options.command == "docs":
-        return show_documentation(options.page)
+    if options.command is None:
+        return report()
     if options.command == "doctor":
         return doctor()
-    return copy_out(options.target) if options.command == "examples" else report()
+    try:
+        print(copied(options.target) if options.command == "examples" else documentation_text(options.page))
+    except (ValueError, OSError) as error:
+        print(f"nemo_streaming_ssl: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def report() -> int:
@@ -42,27 +47,15 @@ def report() -> int:
     return 0
 
 
-def show_documentation(page: str | None) -> int:
-    """Print a page, or the names and titles of all; return the exit status."""
-    try:
-        print(read_page(page) if page else "\n".join(f"{name:<16} {title}" for name, title in pages().items()))
-    except ValueError as error:
-        print(f"nemo_streaming_ssl: {error}", file=sys.stderr)
-        return 1
-    return 0
+def documentation_text(page: str | None) -> str:
+    """Return the text of a page, or the names and titles of all."""
+    return read_page(page) if page else "\n".join(f"{name:<16} {title}" for name, title in pages().items())
 
 
-def copy_out(target: str) -> int:
-    """Copy the examples; return the exit status."""
-    try:
-        count = copy_examples(target)
-    except (ValueError, OSError) as error:
-        print(f"nemo_streaming_ssl: {error}", file=sys.stderr)
-        return 1
-    print(
-        f"{target}: {count} files; the scripts are in {target}/asr/speech_pretraining, the configs in {target}/asr/conf"
-    )
-    return 0
+def copied(target: str) -> str:
+    """Copy the examples; return a message."""
+    places = f"the scripts are in {target}/asr/speech_pretraining, the configs in {target}/asr/conf"
+    return f"{target}: {copy_examples(target)} files; {places}"
 
 
 if __name__ == "__main__":

@@ -10,13 +10,7 @@ from typing import Any
 def renamed(old: str, new: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function under its old name; the first call from each place warns.
 
-    ::
-
-        old_name = renamed('MaskAudit.old_name', new_name)
-
-    Args:
-        old: the old name, as the warning gives it.
-        new: the function.
+    ``old_name = renamed('MaskAudit.old_name', new_name)``
     """
 
     @functools.wraps(new)

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m nemo_streaming_ssl doctor``: is all here that pre-training needs, and if not, what to do about it.
-
-It imports nothing of NeMo itself: the trial step runs in a process of its own.
-"""
+"""``python -m nemo_streaming_ssl doctor``: check all that pre-training needs; the trial step runs in its own process."""
 
 import io
 import os
@@ -22,14 +19,7 @@ FREE_MEMORY, FREE_DISK = 4, 5  # GB: of the demo, with some room
 
 
 class Finding(NamedTuple):
-    """What one check found.
-
-    Attributes:
-        name: of what was checked.
-        ok: whether the check passed.
-        found: what there is.
-        remedy: what to do, where it is not ok; else ''.
-    """
+    """What one check found; the remedy is what to do where it failed."""
 
     name: str
     ok: bool
@@ -38,9 +28,8 @@ class Finding(NamedTuple):
 
 
 def examine() -> Iterator[Finding]:
-    """Yield the findings, one after another; the trial step comes last and takes longest."""
-    checks = (_python, _nemo, _patches, _torch, _cuda, _audio, _memory, _disk, _trial)
-    for check in checks:
+    """Yield the findings; the trial step comes last and takes longest."""
+    for check in (_python, _nemo, _patches, _torch, _cuda, _audio, _memory, _disk, _trial):
         yield check()
 
 
@@ -75,9 +64,8 @@ def _patches() -> Finding:
     try:
         require_active()
     except RuntimeError as error:
-        return Finding(
-            "patches", False, str(error), f"Install this project in the same environment, and leave {SWITCH} unset."
-        )
+        remedy = f"Install this project in the same environment, and leave {SWITCH} unset."
+        return Finding("patches", False, str(error), remedy)
     return Finding("patches", True, f"in use, from {os.path.join(patch_tree(), 'nemo')}")
 
 
@@ -101,12 +89,8 @@ def _cuda() -> Finding:
         return Finding("CUDA", True, "none: this torch is for CPUs; trainer.accelerator=cpu")
     if shutil.which("nvidia-smi") is None:
         return Finding("CUDA", True, "none: no NVIDIA driver here; trainer.accelerator=cpu")
-    return Finding(
-        "CUDA",
-        False,
-        f"there is a driver, but torch {torch.__version__} cannot use it",
-        f"Compare the CUDA version that nvidia-smi shows with torch's, {torch.version.cuda}; update the driver or torch.",
-    )
+    remedy = f"Compare nvidia-smi's CUDA version with torch's, {torch.version.cuda}; update the driver or torch."
+    return Finding("CUDA", False, f"there is a driver, but torch {torch.__version__} cannot use it", remedy)
 
 
 def _audio() -> Finding:
@@ -130,23 +114,14 @@ def _audio() -> Finding:
 
 def _memory() -> Finding:
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-        free = max(free, _available())
-    except (AttributeError, ValueError, OSError):  # of other systems than Linux
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        free = int(lines["MemAvailable"].split()[0]) * 1024 / 1e9
+    except (OSError, KeyError, ValueError):  # of other systems than Linux
         return Finding("memory", True, "the free memory is unknown on this system")
     ok = free >= FREE_MEMORY
     remedy = "" if ok else f"The demo takes up to {FREE_MEMORY} GB; end other programs, or train elsewhere."
     return Finding("memory", ok, f"{free:.1f} GB free", remedy)
-
-
-def _available() -> float:
-    """Return the GB that Linux could free for a new program; 0 if that is unknown."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024 / 1e9
-    except (OSError, KeyError, ValueError):
-        return 0.0
 
 
 def _disk() -> Finding:

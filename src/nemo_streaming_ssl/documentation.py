@@ -8,7 +8,7 @@ from nemo_streaming_ssl import patch_tree
 
 
 def pages() -> dict[str, str]:
-    """Return the title of each page, by its name; what only includes another file for the site is none."""
+    """Return the title of each page, by its name; a page that only includes another file is left out."""
     found = {}
     for path in sorted((Path(patch_tree()) / "docs").glob("*.md")):
         first = path.read_text(encoding="utf-8").partition("\n")[0]
@@ -18,10 +18,7 @@ def pages() -> dict[str, str]:
 
 
 def read_page(name: str) -> str:
-    """Return the text of a page, Markdown.
-
-    Args:
-        name: such as ``contexts``; ``docs/contexts.md#precedence`` is taken, too.
+    """Return the text of a page, Markdown; ``contexts`` and ``docs/contexts.md#precedence`` name the same page.
 
     Raises:
         ValueError: if there is no such page, with the nearest one or all that there are.

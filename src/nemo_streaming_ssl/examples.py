@@ -11,20 +11,14 @@ COPIED = (".py", ".yaml")
 
 
 def copy_examples(target: str | os.PathLike[str]) -> int:
-    """Copy ``examples/`` to a new folder, complete or not at all.
-
-    Args:
-        target: the folder to make; its parent must be there.
-
-    Returns:
-        The number of files.
+    """Copy ``examples/`` to a new folder, complete or not at all; return the number of files.
 
     Raises:
-        ValueError: if the target is there already, or has no parent folder, or this installation has no examples.
+        ValueError: if the target exists, or has no parent folder, or this installation has no examples.
     """
     source, target = os.path.join(patch_tree(), "examples"), os.path.abspath(target)
     if os.path.lexists(target):
-        raise ValueError(f"{target} is there already; name a folder that is not, or remove it first")
+        raise ValueError(f"{target} exists; name a folder that does not, or remove it first")
     if not os.path.isdir(os.path.dirname(target)):
         raise ValueError(f"{target}: there is no folder {os.path.dirname(target)} to make it in")
     if not os.path.isdir(source):

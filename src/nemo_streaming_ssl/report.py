@@ -16,19 +16,12 @@ _UPSTREAM_CALL = re.compile(r"^[^#\n]*\bupstream\(globals\(\)\)", re.MULTILINE)
 
 
 class PatchedModule(NamedTuple):
-    """A module of the patch set.
-
-    Attributes:
-        name: dotted name it is imported by.
-        file: the patch set's file.
-        original: NeMo's file of that name, or None if NeMo has none (or is missing).
-        stands_in: whether the file loads its original, that is, calls ``upstream(globals())``.
-    """
+    """A module of the patch set, by its dotted name."""
 
     name: str
     file: str
-    original: str | None
-    stands_in: bool
+    original: str | None  # NeMo's file of that name, if NeMo has one
+    stands_in: bool  # whether the file loads its original: it calls ``upstream(globals())``
 
     @property
     def kind(self) -> str:
@@ -117,12 +110,10 @@ def _why_inactive() -> str | None:
     if _nemo_folder() is None:
         return "NeMo is not installed (pip install 'nemo_toolkit[asr]')"
     stock = [module.name for module in patched_modules() if _is_stock(module)]
-    if stock:
-        return (
-            f"NeMo's own {', '.join(stock)} {'was' if len(stock) == 1 else 'were'} imported first: "
-            "import nemo only after the patch set is installed, in a fresh interpreter"
-        )
-    return None
+    if not stock:
+        return None
+    were = "was" if len(stock) == 1 else "were"
+    return f"NeMo's own {', '.join(stock)} {were} imported first: import nemo after install(), in a new interpreter"
 
 
 def _why_not_installed() -> str:

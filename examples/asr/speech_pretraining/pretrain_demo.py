@@ -95,9 +95,8 @@ def steps_done(log: Path) -> dict:
 def corpus(output: Path) -> dict[str, Path]:
     """Make the synthetic corpus, or use the one that is complete; returns its manifests by split."""
     folder = (output / 'speech_corpus').resolve()
-    run_stage(
-        'Making 30 minutes of synthetic speech', output / 'corpus.log', 'make_speech_corpus.py', '--output', folder
-    )
+    title = 'Making 30 minutes of synthetic speech'
+    run_stage(title, output / 'corpus.log', 'make_speech_corpus.py', '--output', folder)
     return {split: folder / f'{split}_manifest.json' for split in ('train', 'validation', 'test', 'noise')}
 
 
@@ -113,15 +112,7 @@ def run_folder(options: argparse.Namespace, data: dict[str, Path]) -> Path:
 
 
 def train(title: str, folder: Path, script: str, config: str, overrides: list[str]) -> Path:
-    """Train with one of the training scripts, or continue an interrupted run; returns the .nemo file.
-
-    Args:
-        title: of the stage.
-        folder: of the run; ``folder.nemo`` is put in place when training is complete.
-        script: of this folder.
-        config: name of its config.
-        overrides: for Hydra.
-    """
+    """Train with one of the training scripts, or continue an interrupted run; returns ``folder.nemo`` when complete."""
     model_file = folder.with_suffix('.nemo')
     if model_file.exists():
         console.print(f'== {title:<44} complete already: {model_file}')
@@ -149,13 +140,7 @@ def pretrain(options: argparse.Namespace, data: dict[str, Path], folder: Path) -
         'trainer.check_val_every_n_epoch=null',
         *options.overrides,
     ]
-    return train(
-        'Pre-training without transcripts',
-        folder / 'encoder',
-        'pretrain.py',
-        options.config,
-        overrides,
-    )
+    return train('Pre-training without transcripts', folder / 'encoder', 'pretrain.py', options.config, overrides)
 
 
 def fine_tune(arm: str, options: argparse.Namespace, data: dict[str, Path], folder: Path, encoder: Path) -> Path:
@@ -201,11 +186,14 @@ def stream(model, entry: dict) -> None:
     samples, rate = soundfile.read(entry['audio_filepath'], dtype='float32')
     session = StreamingSession(model.eval(), return_text=True)  # NeMo's transcribe leaves modules in training mode
     console.print('== Streaming a test sentence:', end=' ')
+
+    def show(output) -> None:
+        for update in output.text:
+            console.print(*(word.text for word in update.final_words), end=' ' * bool(update.final_words))
+
     for piece in torch.from_numpy(samples).unsqueeze(0).split(rate * 80 // 1000, dim=1):
-        for word in session.step(piece).text[0].final_words:
-            console.print(word.text, end=' ')
-    for word in session.finish().text[0].final_words:
-        console.print(word.text, end=' ')
+        show(session.step(piece))
+    show(session.finish())
     console.print(f"\n   The transcript is:            {entry['text']}")
 
 

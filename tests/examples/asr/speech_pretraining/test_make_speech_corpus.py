@@ -3,7 +3,6 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-import random
 import re
 import wave
 from pathlib import Path
@@ -62,6 +61,10 @@ class TestCorpus:
             assert item["duration"] == pytest.approx(len(samples) / 16000, abs=1e-6)
             assert 2.0 <= item["duration"] <= 16.0 and item["text"]
             assert 200 < np.abs(samples).max() and samples.std() > 100
+            if split != "noise":  # plain words, slow enough for a character in 80 ms
+                assert re.fullmatch(r"[a-z']+( [a-z']+)*", item["text"])
+                doubled = sum(first == second for first, second in zip(item["text"], item["text"][1:]))
+                assert len(item["text"]) + doubled < item["duration"] / 0.08
         names = {item["audio_filepath"] for item in found}
         assert len(names) == len(found)
         assert names == {f"audio/{path.name}" for path in (corpus / "audio").glob(f"{split}-*")}
@@ -72,13 +75,6 @@ class TestCorpus:
         assert {item["speaker"] for item in train} == set(maker.VOICES)
         levels = [20 * np.log10(samples_of(corpus, item).std() / 32768) for item in train]
         assert -31 < min(levels) < max(levels) - 0.5 and max(levels) < -21
-
-    @pytest.mark.parametrize("split", SPOKEN)
-    def test_texts_are_plain_and_slow_enough_for_a_character_in_80_ms(self, corpus, split):
-        for item in entries(corpus, split):
-            assert re.fullmatch(r"[a-z']+( [a-z']+)*", item["text"])
-            doubled = sum(first == second for first, second in zip(item["text"], item["text"][1:]))
-            assert len(item["text"]) + doubled < item["duration"] / 0.08
 
     def test_nemo_reads_the_noise(self, corpus):
         from nemo.collections.asr.data.ssl_dataset import load_noise_audio, load_noise_manifest
@@ -129,14 +125,9 @@ def test_a_plan_is_a_function_of_the_seed_with_sentences_and_a_voice_for_each_sp
     assert sum(item.target for item in splits["train"]) == pytest.approx(1200, abs=14)
 
 
-@pytest.mark.integration
-def test_espeak_has_every_voice_and_no_other(maker):
-    synthesiser = maker.Synthesiser()
-    for speaker in maker.make_speakers(random.Random(0), sum(maker.HELD_OUT_VOICES.values(), maker.VOICES)):
-        synthesiser.choose(speaker, seed=0)
-        assert len(synthesiser.say("a short test")) > 4000
+def test_a_voice_that_espeak_lacks_is_named(maker):
     with pytest.raises(ValueError, match="xx-nonsense"):
-        synthesiser.choose(maker.Speaker("xx-nonsense", 150, 50, 50), seed=0)
+        maker.Synthesiser().choose(maker.Speaker("xx-nonsense", 150, 50, 50), seed=0)
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
@@ -159,10 +150,3 @@ def test_a_synthesis_that_never_ends_is_given_up(maker, tmp_path, monkeypatch):
     monkeypatch.setattr(maker, "synthesise", lambda utterance, folder: __import__("time").sleep(60))
     with pytest.raises(ValueError, match="not finished"):
         maker.synthesise_all(maker.plan_corpus(0.1, 0)[:1], str(tmp_path), workers=1, progress=False)
-
-
-@pytest.mark.parametrize("slope", [0.0, 0.5, 1.0])
-def test_noise_falls_with_its_slope(maker, slope):
-    spectrum = np.abs(np.fft.rfft(maker.coloured_noise(np.random.default_rng(0), 160000, slope))) ** 2
-    low, high = spectrum[4000:4200].mean(), spectrum[40000:42000].mean()  # 400 Hz and 4 kHz
-    assert np.log10(low / high) == pytest.approx(2 * slope, abs=0.15)
