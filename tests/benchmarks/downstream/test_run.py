@@ -33,8 +33,7 @@ def test_the_grid_is_whole_and_begins_with_what_decides_most(run):
     cells = run.order()
     plain = [cell for cell in cells if not cell.noise]
     assert len(set(plain)) == len(plain) == 2 * 3 * (len(run.ARMS) - 1) + 1
-    assert [cell.label for cell in cells[:2]] == ['causal-following-40-0', 'causal-stock-40-0']
-    assert {cell.kind for cell in cells[:14]} == {'causal'}
+    assert {cell.seed for cell in cells[:10]} == {0} and {cell.kind for cell in cells[:5]} == {'causal'}
 
 
 def test_quick_runs_all_of_it_once(run, manifests, tmp_path, capsys):
