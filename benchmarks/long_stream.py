@@ -81,7 +81,7 @@ def text_alone() -> dict[str, float]:
     speech = with_speech(SimpleNamespace(preprocessor=None, encoder=None))
     text, frame, found = LiveText(speech, 1, FRAME_SECONDS, TextOptions()), torch.zeros(1, 8, 1), {}
     for age, seconds in AGES.items():
-        while text.export(0)['received'] * FRAME_SECONDS < seconds:
+        while text.streams[0].received * FRAME_SECONDS < seconds:
             text.take(torch.zeros(1, 8, 500), [500], [False])
         times = [timed(lambda: text.take(frame, [1], [False]))[CLOCKS['cpu']] for _ in range(STEPS)]
         found[age] = 1e6 * float(np.mean(times))
