@@ -25,12 +25,12 @@ TESTS = ('-m', 'pytest', '-q', '-m', 'run_only_on', 'tests')
 BENCHMARKS = {
     'Training step': ('benchmarks/training_step.py', '--device', 'cuda'),
     'Attention by blocks, encoder': ('benchmarks/attention.py', '--part', 'encoder', '--device', 'cuda'),
-    'Where `auto` begins': ('benchmarks/attention.py', '--part', 'rule', '--device', 'cuda'),
+    'When `auto` uses blocks': ('benchmarks/attention.py', '--part', 'rule', '--device', 'cuda'),
 }
 QUICK = {
     'Training step': ('--quick', '--turns', '3', '--step-turns', '2'),
     'Attention by blocks, encoder': ('--minutes', '0.25', '1', '--contexts', '40', '--turns', '3', '--layers', '3'),
-    'Where `auto` begins': ('--contexts', '40', '--turns', '3'),
+    'When `auto` uses blocks': ('--contexts', '40', '--turns', '3'),
 }
 
 

@@ -239,7 +239,7 @@ class Masking(Section, name='model.masking', page='contexts#what-is-masked-in-ea
     subsampling_factor: int = key(1, 'Mask frames in one attention frame; the model sets that of its encoder.')
 
 
-class Quantizer(Section, name='model.quantizer', page='objectives#codebooks-that-follow-the-frames', closed=False):
+class Quantizer(Section, name='model.quantizer', page='objectives#refined-codebooks', closed=False):
     """Keys beside NeMo's."""
 
     projection: str = key('random', '`random`, as in NeMo, or `pca`, of `compute_feature_stats.py --pca`.')
@@ -255,7 +255,7 @@ class Refine(Section, name='model.quantizer.refine', page=Quantizer.page):
     until_step: int = key(MISSING, 'The last step at which they are refined.', whole_number(1))
     decay: float = key(
         0.0,
-        'By how much the weight of earlier frames shrinks at each refinement, from 0 on and below 1.',
+        'Factor on the weight of earlier frames at each refinement, from 0 on and below 1; 0 forgets them.',
         number('a number from 0 on and below 1', lambda value: 0 <= value < 1),
     )
 
