@@ -270,31 +270,6 @@ class TestStreaming:
         assert encoder.streaming_cfg.last_channel_cache_size == 10000 > encoder.pos_emb_max_len
         assert (stream(encoder, frames, torch.tensor([8]), 4, 4) - encode(encoder, frames)).abs().max() < 1e-5
 
-    def test_through_the_subsampling(self):
-        encoder = tiny_encoder(att_context_size=[8, 3], layer_att_context_size=[[0, [4, 3]], [2, [8, 3]]], **CHUNKED)
-        features, lengths = torch.randn(2, 8, 1 + 8 * 23), torch.tensor([1 + 8 * 23, 1 + 8 * 13])
-        offline, offline_lengths = encoder(audio_signal=features, length=lengths)
-        config, outputs, position = encoder.streaming_cfg, [], 0
-        caches = encoder.get_initial_cache_state(batch_size=2)
-        while position < features.shape[-1]:
-            later = int(position > 0)
-            start = position - config.pre_encode_cache_size[later]
-            end = position + config.chunk_size[later]
-            output, _, *caches = encoder.cache_aware_stream_step(
-                processed_signal=features[:, :, start:end],
-                processed_signal_length=(lengths - start).clamp(0, end - start),
-                cache_last_channel=caches[0],
-                cache_last_time=caches[1],
-                cache_last_channel_len=caches[2],
-                keep_all_outputs=True,
-                drop_extra_pre_encoded=config.drop_extra_pre_encoded if later else 0,
-            )
-            outputs.append(output)
-            position = end
-        streamed = torch.cat(outputs, dim=-1)
-        for index, length in enumerate(offline_lengths):
-            assert (offline[index, :, :length] - streamed[index, :, :length]).abs().max() < 1e-5
-
     @pytest.mark.parametrize(
         'batch, layers, cache',
         [
