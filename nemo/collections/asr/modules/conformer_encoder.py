@@ -123,9 +123,8 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         to the encoder's config.
 
         Args:
-            contexts: one per layer, in attention frames; a schedule ``[[0, [40, 0]], [6, [120, 0]]]``, of which each
-                layer takes the last at or below it; ``{'anchors': [...], 'interpolate': 'linear'}``; or None, which
-                restores the batch's context in every layer. -1 narrows nothing on its side.
+            contexts: what ``parse_layer_contexts`` reads: one per layer, in attention frames, or a schedule such as
+                ``[[0, [40, 0]], [6, [120, 0]]]``; None restores the batch's context in every layer. -1 narrows nothing.
 
         Raises:
             ValueError: naming the item and its value, if it is no context, or the attention cannot follow it.

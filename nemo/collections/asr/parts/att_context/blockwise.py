@@ -121,11 +121,8 @@ class AttentionBlocks:
 class BlockwiseMask:
     """Stands in for the attention mask of layers that attend block by block; holds nothing of size T x T.
 
-    Args:
-        window: what the layers attend to, limited on both sides.
-        padding: [B, T] bool, True = padding.
-
     Attributes:
+        padding: [B, T] bool, True = padding.
         blocks: the :class:`AttentionBlocks`.
         bias: [B, 1, N, C, W] float32, added to the scores: 0, or ``HIDDEN`` where the key is hidden.
     """
@@ -154,13 +151,8 @@ def wins_by_blocks(window: Window, frames: int, positions: bool, sdpa: bool) -> 
     """Return whether attending block by block is faster than NeMo's way for T = ``frames``: a measured rule.
 
     The audio must be several times as long as the window of a block, and longer than some 10 s. Both numbers depend on
-    the kind of attention, hardly on the context; ``benchmarks/attention.py --part rule`` measures them.
-
-    Args:
-        window: limited on both sides.
-        frames: T.
-        positions: whether the attention scores relative positions (``rel_pos``), of which NeMo's way has 2 * T.
-        sdpa: whether it uses PyTorch's ``scaled_dot_product_attention``.
+    the kind of attention, hardly on the context; ``benchmarks/attention.py --part rule`` measures them. ``positions``:
+    whether it scores relative positions (``rel_pos``); ``sdpa``: by PyTorch's ``scaled_dot_product_attention``.
     """
     least_windows, least_frames = LEAST[positions, sdpa]
     return frames >= least_frames and frames >= least_windows * AttentionBlocks.cut(window, frames).keys

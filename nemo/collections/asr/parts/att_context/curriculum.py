@@ -24,11 +24,9 @@ class AttContextCurriculum(pl.Callback):
         AttContextCurriculum(start=[40, 0], end=[320, 0], warmup_steps=150000)
 
     Args:
-        milestones: pairs of a global step and a ceiling [left, right] in attention frames; before the first there is
-            none.
+        milestones: pairs of a global step and a ceiling [left, right] in attention frames.
         interpolate: ``step``, or ``linear`` for a straight path between milestones. Left contexts are rounded down to
-            what the attention style allows; under an ``att_context_sampler`` to whole chunks of what it draws, and
-            a chunk larger than the ceiling's right context + 1 is cut to that.
+            what the attention style allows.
         start: the ceiling at step 0.
         end: the ceiling from ``warmup_steps`` on.
         warmup_steps: steps from ``start`` to ``end``.

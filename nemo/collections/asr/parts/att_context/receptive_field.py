@@ -69,11 +69,10 @@ def chunk_end_look_ahead(encoder, att_context_size=None) -> tuple[int, int]:
 
 
 def look_ahead_ms(encoder, att_context_size, frame_ms: float) -> float | None:
-    """Return how many milliseconds of audio after it an output may wait for: the latency of attention and convolutions.
+    """Return the latency of attention and convolutions: how many milliseconds of audio after it an output waits for.
 
-    It is that of the frame that waits longest; under ``chunked_limited`` the first of a chunk, and the mean of a chunk
-    is half of it. None: it waits for the end of the utterance, or the attention style's windows are not known.
-    ``frame_ms`` are the milliseconds of an attention frame.
+    Under ``chunked_limited`` it is that of the first frame of a chunk; the mean is half of it. None: it waits for the
+    end of the utterance, or the style's windows are not known. ``frame_ms`` are those of an attention frame.
     """
     if encoder.att_context_style not in STYLES:
         return None
@@ -110,14 +109,9 @@ def next_token_offset(encoder, after_subsampling: bool, att_context_size=None, a
 
     The receptive field of output frame j ends at feature ``8 * (j + look-ahead) + ahead`` at factor 8: the look-ahead is
     that of attention and convolutions, ``ahead`` that of the subsampling (0 if it is causal). Token i is made of the
-    features ``8 * i`` to ``8 * i + 7``, or, after the subsampling, of subsampled frame i. A token of features of which
-    the first alone is in it counts as a next token: with a causal encoder the offset is 0.
-
-    Args:
-        encoder: a ``ConformerEncoder``.
-        after_subsampling: whether tokens are made of subsampled frames (``mask_position: post_conv``).
-        att_context_size: the batch's context.
-        at_chunk_end: return the offset of the last frame of a chunk, which has the smallest look-ahead.
+    features ``8 * i`` to ``8 * i + 7``, or, ``after_subsampling`` (``mask_position: post_conv``), of subsampled frame i.
+    A token of which the first feature alone is in it counts as a next token: with a causal encoder the offset is 0.
+    ``at_chunk_end`` is for the last frame of a chunk, which has the smallest look-ahead.
 
     Raises:
         ValueError: with the reason, if there is no such token; see :func:`why_no_next_token`.
@@ -178,9 +172,7 @@ def _features_ahead(encoder) -> int | None:
 def context_table(encoder, frame_ms: float) -> str:
     """Return a table, as text, of what each layer attends to in each of the encoder's contexts, and of the whole.
 
-    Args:
-        encoder: a ``ConformerEncoder``.
-        frame_ms: milliseconds of an attention frame (hop of the features times the subsampling factor).
+    ``frame_ms`` are the milliseconds of an attention frame: hop of the features times the subsampling factor.
     """
     if encoder.att_context_style not in STYLES:
         return f'Attention contexts: {encoder.att_context_size_all}, att_context_style {encoder.att_context_style}'

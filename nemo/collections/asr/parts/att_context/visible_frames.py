@@ -34,9 +34,8 @@ def no_visible_frame(
     """Return which attention frames are masked and have no visible frame in a window, [B, A] bool.
 
     Args:
-        share: masked share of each attention frame, [B, A].
+        share: masked share of each attention frame, [B, A]; above the threshold a frame counts as masked.
         window: one layer's, or the stack's (``receptive_field.stack_window``).
-        threshold: share above which a frame counts as masked.
         lengths: whole attention frames of each utterance [B]; frames after them are not visible. None: all.
     """
     frames = share.shape[1]

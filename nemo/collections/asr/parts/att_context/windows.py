@@ -81,8 +81,7 @@ class Window:
 def tightest_window(windows: Iterable[Window]) -> Window:
     """Return a window that lies within each of several, the widest such in most cases.
 
-    Windows that show a frame nothing but itself are left out, unless all of them are such. Of windows of different
-    styles the look-ahead is left out.
+    Windows that show a frame nothing but itself are left out, unless all are such; so is the look-ahead of mixed styles.
     """
     windows = list(windows)
     windows = [window for window in windows if window.sees_other_frames] or windows
