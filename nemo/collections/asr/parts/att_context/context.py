@@ -113,7 +113,7 @@ def tightest(*sides: int) -> int:
     return min(limited) if limited else UNLIMITED
 
 
-def draw_index(seed: int, step: int, probabilities: Sequence[float]) -> int:
+def draw_index(seed: int, step: int | str, probabilities: Sequence[float]) -> int:
     """Draw an index with the given probabilities, as a pure function of (seed, step); no global generator is touched."""
     generator = random.Random(f'{seed}:{step}')  # a text seed is hashed alike on every platform and Python
     return generator.choices(range(len(probabilities)), weights=probabilities)[0]

@@ -113,7 +113,7 @@ class ContextPolicy:
         """Check that a ceiling, and a layer below it, can narrow every batch."""
         for batch in self.contexts():
             narrowed = self.narrowed(batch, ceiling, where)
-            for own in set(layers) - {None} if self.sampler is not None else ():
+            for own in {own for own in layers if own is not None} if self.sampler is not None else ():
                 self.within(narrowed, own, f'{where}: a layer has {own.as_list()}, and')
 
     def label(self, context: AttContext) -> str:

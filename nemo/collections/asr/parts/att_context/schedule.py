@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contexts that change along something: along an encoder's layers, or along the steps of a training."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, is_sequence, shown
 from nemo.utils import logging
@@ -27,7 +28,7 @@ class ContextSchedule:
     @classmethod
     def parse(
         cls,
-        anchors,
+        anchors: Any,
         field: str,
         unit: str = 'layer',
         end: int | None = None,
@@ -49,15 +50,19 @@ class ContextSchedule:
         """
         if interpolate not in INTERPOLATIONS:
             raise ValueError(f"{field}: interpolate is {interpolate!r}; it must be one of {INTERPOLATIONS}")
-        linear, parsed = interpolate == 'linear', []
+        parsed: list[tuple[int, AttContext]] = []
         for index, item in enumerate(_items(anchors, field, f'pairs [{unit}, [left, right]]')):
             where = f'{field}: item {index}, {item!r}'
             position, context = _parse_anchor(item, where, unit, end)
             accept_context(context, where, check)
-            if parsed:
-                _check_follows(*parsed[-1], position, context, where, unit, linear)
+            if parsed and position <= parsed[-1][0]:
+                raise ValueError(
+                    f"{where}: {unit} {position} follows {unit} {parsed[-1][0]}; they must rise, without repetition"
+                )
+            if parsed and interpolate == 'linear':
+                _check_limits_on_both_ends(parsed[-1][1], context, where)
             parsed.append((position, context))
-        return cls(tuple(parsed), linear)
+        return cls(tuple(parsed), interpolate == 'linear')
 
     def at(self, position: int, multiple: int = 1) -> AttContext | None:
         """Return the context at a position, None before the first anchor.
@@ -81,7 +86,7 @@ class ContextSchedule:
 
 
 def parse_layer_contexts(
-    value, num_layers: int, field: str, multiple: int = 1, check: Check | None = None
+    value: Any, num_layers: int, field: str, multiple: int = 1, check: Check | None = None
 ) -> tuple[AttContext | None, ...]:
     """Return each layer's own context, None for a layer without one.
 
@@ -104,19 +109,19 @@ def parse_layer_contexts(
     return tuple(schedule.at(layer, multiple) for layer in range(num_layers))
 
 
-def parse_own_context(value, field: str) -> AttContext:
+def parse_own_context(value: Any, field: str) -> AttContext:
     """Read a context of a layer's own as ``AttContext.parse`` does; ``[40]`` means ``[40, 0]``, too."""
     if is_sequence(value) and len(value) == 1 and isinstance(value[0], Integral):
         value = [value[0], 0]
     return AttContext.parse(value, field=field)
 
 
-def _is_anchor(item) -> bool:
+def _is_anchor(item: Any) -> bool:
     """Whether it is a pair whose second part is a context rather than a number."""
     return is_sequence(item) and len(item) == 2 and not isinstance(item[1], (int, float))
 
 
-def _one_per_layer(value, num_layers: int, field: str, check: Check | None) -> tuple[AttContext | None, ...]:
+def _one_per_layer(value: Any, num_layers: int, field: str, check: Check | None) -> tuple[AttContext | None, ...]:
     items = _items(value, field, 'contexts [left, right], one per layer, or pairs [layer, [left, right]]')
     places = [f'{field}: item {index}, {item!r}' for index, item in enumerate(items)]
     contexts = [None if item is None else _parse_pair(item, where) for item, where in zip(items, places)]
@@ -136,13 +141,13 @@ def _one_per_layer(value, num_layers: int, field: str, check: Check | None) -> t
     return tuple(contexts)
 
 
-def _items(value, field: str, wanted: str):
+def _items(value: Any, field: str, wanted: str) -> Sequence[Any]:
     if not is_sequence(value) or not len(value):
         raise ValueError(f"{field} is {value!r}; it must be a list of {wanted}, and not empty")
     return value
 
 
-def _parse_anchor(item, where: str, unit: str, end: int | None) -> tuple[int, AttContext]:
+def _parse_anchor(item: Any, where: str, unit: str, end: int | None) -> tuple[int, AttContext]:
     if not is_sequence(item) or len(item) != 2:
         raise ValueError(f"{where}: it must be a pair [{unit}, [left, right]]")
     position, context = item
@@ -153,16 +158,14 @@ def _parse_anchor(item, where: str, unit: str, end: int | None) -> tuple[int, At
     return int(position), _parse_pair(context, where, f'in attention frames, as in [{unit}, [40, 0]]')
 
 
-def _parse_pair(value, where: str, wanted: str = 'in attention frames') -> AttContext:
+def _parse_pair(value: Any, where: str, wanted: str = 'in attention frames') -> AttContext:
     if isinstance(value, Integral):  # AttContext.parse would take it for a left context; here it may be a slip
         raise ValueError(f"{where}: {value!r} is no context; give a pair [left, right] {wanted}")
     return parse_own_context(value, where)
 
 
-def _check_follows(before: int, first: AttContext, position: int, second: AttContext, where: str, unit: str, linear):
-    if position <= before:
-        raise ValueError(f"{where}: {unit} {position} follows {unit} {before}; they must rise, without repetition")
-    if linear and any((one == UNLIMITED) != (other == UNLIMITED) for one, other in zip(first, second)):
+def _check_limits_on_both_ends(first: AttContext, second: AttContext, where: str) -> None:
+    if any((one == UNLIMITED) != (other == UNLIMITED) for one, other in zip(first, second)):
         raise ValueError(
             f"{where}: from {first.as_list()} to {second.as_list()} a side becomes, or ceases to be, unlimited (-1); "
             "linear interpolation needs limits on both ends"
