@@ -155,17 +155,13 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         if not self._has_layer_contexts():
             return super().setup_streaming_params(**self._streaming_arguments)
         batch, look_ahead = self._streaming_window(), self._streaming_look_ahead()
+        overlap = 0 if batch.has_chunks else look_ahead
         if chunk_size is None and self.att_context_style == 'regular':
             given.update(chunk_size=look_ahead + 1, shift_size=1)
-        elif chunk_size is not None and batch.has_chunks and chunk_size % batch.chunk:
+        elif chunk_size is not None and (chunk_size % batch.chunk or chunk_size - shift_size < overlap):
             raise CannotStreamError(
-                f"chunk_size is {chunk_size}; with att_context_size {list(batch.context)} it must be a multiple of "
-                f"{batch.chunk}"
-            )
-        elif chunk_size is not None and not batch.has_chunks and chunk_size - shift_size < look_ahead:
-            raise CannotStreamError(
-                f"chunk_size {chunk_size} with shift_size {shift_size} leaves a look-ahead of {chunk_size - shift_size} "
-                f"frames; the layers' right contexts add up to {look_ahead}"
+                f"chunk_size is {chunk_size} and shift_size {shift_size}; with att_context_size {list(batch.context)} "
+                f"chunk_size must be a multiple of {batch.chunk}, and {overlap} more than shift_size"
             )
         # Stock supports one left context only; with left_chunks it takes none, and does not warn.
         given['left_chunks'] = left_chunks or 0
@@ -203,7 +199,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         if self._has_layer_contexts() and self_attention_model == 'rel_pos_local_attn':
             raise ValueError(
                 "change_attention_model: rel_pos_local_attn cannot follow the layers' own contexts, "
-                f"{_as_plain(self._layer_contexts)}; drop them first with set_layer_att_context_size(None)"
+                f"{self._plain_layer_contexts()}; drop them first with set_layer_att_context_size(None)"
             )
         with self._assigning_default():
             super().change_attention_model(self_attention_model, *args, **kwargs)
@@ -269,19 +265,19 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         return parse_layer_contexts(contexts, len(self.layers), field, multiple, self._check_layer_context)
 
     def _check_can_narrow(self, where: str) -> None:
-        if self.self_attention_model == 'rel_pos_local_attn':
+        model, style = self.self_attention_model, self.att_context_style
+        if model == 'rel_pos_local_attn' or style not in STYLES:
             raise ValueError(
-                f"{where}: self_attention_model rel_pos_local_attn has one context, built into all its layers; "
-                "use rel_pos or abs_pos"
-            )
-        if self.att_context_style not in STYLES:
-            raise ValueError(
-                f"{where}: att_context_style {self.att_context_style} cannot follow it; use one of {STYLES}"
+                f"{where}: self_attention_model {model} with att_context_style {style} has one context in all its "
+                f"layers; use rel_pos or abs_pos, with one of {STYLES}"
             )
 
     def _check_layer_context(self, own: AttContext, where: str) -> None:
         self._check_can_narrow(where)
         self.att_context_policy.check_layer(own, where)
+
+    def _plain_layer_contexts(self) -> list:
+        return [None if context is None else context.as_list() for context in self._layer_contexts]
 
     def _connect_layers(self) -> None:
         for index, layer in enumerate(self.layers):
@@ -299,7 +295,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         if self._parse_layer_contexts(cfg.get(LAYER_CONTEXTS)) == self._layer_contexts:
             return
         with open_dict(cfg):
-            cfg[LAYER_CONTEXTS] = _as_plain(self._layer_contexts)
+            cfg[LAYER_CONTEXTS] = self._plain_layer_contexts()
             if not self._has_layer_contexts():
                 del cfg[LAYER_CONTEXTS]
 
@@ -361,10 +357,6 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
                 f"encoder.att_context_size is {context.as_list()}: with att_context_style chunked_limited the "
                 f"left context must be a multiple of the chunk, {context.right + 1} frames (right context + 1)"
             )
-
-
-def _as_plain(contexts: LayerContexts) -> list:
-    return [None if context is None else context.as_list() for context in contexts]
 
 
 def _recomputes(choice: str, layer: int) -> bool:

@@ -300,7 +300,7 @@ class TestStreaming:
         assert encoder.streaming_cfg.cache_drop_size == 1 + 2 + 0 + 2
         assert encoder.streaming_cfg.chunk_size == [1 + 8 * 5, 8 + 8 * 5]
         assert encoder.streaming_cfg.shift_size == [1, 8] and encoder.streaming_cfg.valid_out_len == 1
-        with pytest.raises(ValueError, match='add up to 5'):
+        with pytest.raises(ValueError, match='chunk_size must be .* 5 more than shift_size'):
             encoder.setup_streaming_params(chunk_size=8, shift_size=4)
 
     def test_what_cannot_be_streamed_is_refused_when_asked_for(self):

@@ -122,9 +122,7 @@ class RelPositionMultiHeadAttentionLongformer(
 ):
     """NeMo's local attention. Its context is built into it, and into the positional encoding all layers share."""
 
-    def forward(self, *args, **kwargs):
-        """Attend; arguments and results are NeMo's."""
-        return _up.RelPositionMultiHeadAttentionLongformer.forward(self, *args, **kwargs)
+    forward = _up.RelPositionMultiHeadAttentionLongformer.forward
 
     @property
     def att_context_size(self) -> list[int]:
