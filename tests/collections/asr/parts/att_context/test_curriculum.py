@@ -3,11 +3,10 @@
 
 from types import SimpleNamespace
 
-import lightning.pytorch as pl
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from tiny_nest import CONFIGS, batches, tiny_model
+from tiny_nest import CONFIGS, batches, fit, tiny_model
 
 from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
 from nemo.collections.asr.parts.att_context import AttContextCurriculum
@@ -15,94 +14,48 @@ from nemo.collections.asr.parts.att_context import AttContextCurriculum
 MILESTONES = [[0, [5, 0]], [3, [20, 0]], [6, [40, 0]]]
 
 
-def make_model(*overrides):
-    return tiny_model(
-        'model.encoder.n_layers=2',
-        '+model.encoder.layer_att_context_size=[[0,[10,0]],[1,[40,0]]]',
-        'model.encoder.att_context_size=[[40,0],[20,0],[-1,0]]',
-        *overrides,
-    )
+def make_model():
+    layers = 'model.encoder.n_layers=2', '+model.encoder.layer_att_context_size=[[0,[10,0]],[1,[40,0]]]'
+    return tiny_model(*layers, 'model.encoder.att_context_size=[[40,0],[20,0],[-1,0]]')
 
 
-class Recorder(pl.Callback):
-    """Notes, for each training batch, what attention and masking were given."""
+def train(model, max_steps, **settings):
+    """Train; return the trainer and, for each batch, its step, contexts and ceiling, and what masking keeps to."""
+    encoder, seen = model.encoder, []
 
-    def __init__(self, model):
-        self.batches, self.ceilings, self.validation_masking = [], {}, []
-        model.mask_processor.register_forward_pre_hook(self.note, with_kwargs=True)
-        self.model = model
+    def note(masking, args, kwargs):
+        step, contexts = model.trainer.global_step, encoder.effective_att_contexts()
+        ceiling = encoder.att_context_policy.ceiling.left
+        seen.append((step, encoder.att_context_size, contexts, ceiling, masking.left_context_size))
 
-    def note(self, masking, args, kwargs):
-        encoder = self.model.encoder
-        if not self.model.training:
-            self.validation_masking.append(masking.left_context_size)
-            return
-        self.batches.append(
-            dict(
-                step=self.model.trainer.global_step,
-                context=list(encoder.att_context_size),
-                ceiling=encoder.att_context_policy.ceiling,
-                layers=encoder.layer_att_contexts(),
-                effective=encoder.effective_att_contexts(),
-                masking=masking.left_context_size,
-            )
-        )
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.ceilings[trainer.global_step] = trainer.callback_metrics['att_context_ceiling_left'].item()
+    model.mask_processor.register_forward_pre_hook(note, with_kwargs=True)
+    curriculum = AttContextCurriculum(milestones=MILESTONES)
+    return fit(model, batches(4), max_steps, callbacks=[curriculum], max_epochs=-1, **settings), seen
 
 
-def train(model, max_steps, folder=None, ckpt_path=None, **settings):
-    recorder = Recorder(model)
-    callbacks = [AttContextCurriculum(milestones=MILESTONES), recorder]
-    trainer = pl.Trainer(
-        max_steps=max_steps,
-        accelerator='cpu',
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=callbacks,
-        **settings,
-    )
-    model.set_trainer(trainer)
-    trainer.fit(model, train_dataloaders=batches(4), val_dataloaders=batches(1), ckpt_path=ckpt_path)
-    if folder is not None:
-        trainer.save_checkpoint(folder / 'stopped.ckpt')
-    return recorder
-
-
+@pytest.mark.integration
 class TestRuns:
-    @pytest.mark.integration
     def test_masking_keeps_to_the_tightest_layer_in_every_batch(self):
-        model = make_model('model.masking.causal=true')
-        recorder = train(model, 9)
-        assert [batch['step'] for batch in recorder.batches] == list(range(9))
-        for batch in recorder.batches:
-            ceiling = {0: 5, 3: 20, 6: 40}[batch['step'] // 3 * 3]
-            assert batch['ceiling'].left == ceiling
-            tightest = min(context.left for context in batch['effective'] if context.left >= 0)
-            assert batch['masking'] == tightest == min(10, ceiling)
-        assert len({tuple(batch['context']) for batch in recorder.batches}) > 2
-        assert recorder.ceilings == {step: {1: 5, 4: 20, 7: 40}[(step - 1) // 3 * 3 + 1] for step in range(1, 10)}
-        assert set(recorder.validation_masking) == {10}  # the default context, without the ceiling
+        model = make_model()
+        run, seen = train(model, 9)
+        for step, (seen_at, _, contexts, ceiling, masking) in enumerate(seen):
+            assert seen_at == step and ceiling == {0: 5, 3: 20, 6: 40}[step // 3 * 3]
+            assert masking == min(context.left for context in contexts if context.left >= 0) == min(10, ceiling)
+        assert len({tuple(context) for _, context, *_ in seen}) > 2
+        assert run.logger.column('att_context_ceiling_left') == [ceiling for *_, ceiling, _ in seen]
         assert model.encoder.att_context_policy.ceiling is None
 
-    @pytest.mark.integration
     def test_a_resumed_run_continues_the_sequence(self, tmp_path):
-        whole = train(make_model(), 8)
-        first = train(make_model(), 5, tmp_path)  # stops within the second milestone
-        second = train(make_model(), 8, ckpt_path=tmp_path / 'stopped.ckpt')
-        assert first.batches + second.batches == whole.batches
-        assert [batch['step'] for batch in second.batches] == [5, 6, 7]
+        _, whole = train(make_model(), 8)
+        stopped, first = train(make_model(), 5)  # within the second milestone
+        stopped.save_checkpoint(tmp_path / 'stopped.ckpt')
+        _, second = train(make_model(), 8, ckpt_path=tmp_path / 'stopped.ckpt')
+        assert first + second == whole and [step for step, *_ in second] == [5, 6, 7]
 
-    @pytest.mark.integration
     def test_batches_of_one_accumulation_share_the_ceiling(self):
-        recorder = train(make_model(), 4, accumulate_grad_batches=2)
-        assert [batch['ceiling'].left for batch in recorder.batches] == [5] * 6 + [20] * 2
-        assert [batch['step'] for batch in recorder.batches] == [0, 0, 1, 1, 2, 2, 3, 3]
+        _, seen = train(make_model(), 4, accumulate_grad_batches=2)
+        assert [step for step, *_ in seen] == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert [ceiling for *_, ceiling, _ in seen] == [5] * 6 + [20] * 2
 
 
 class TestConfigs:
