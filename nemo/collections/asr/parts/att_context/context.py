@@ -81,6 +81,11 @@ class AttContext:
             )
         return cls(_parse_side('left', value[0], field), _parse_side('right', value[1], field))
 
+    @property
+    def label(self) -> str:
+        """The context in metric names: ``40_0``, ``unlimited_0``."""
+        return context_label(self)
+
     def __iter__(self) -> Iterator[int]:
         yield self.left
         yield self.right

@@ -62,7 +62,7 @@ class TestAttContext:
             AttContext(1, 2).left = 3
         with pytest.raises(ValueError, match='-5'):
             AttContext(-5, 0)
-        assert context_label(AttContext(40, 0)) == '40_0' and context_label([-1, 0]) == 'unlimited_0'
+        assert AttContext(40, 0).label == '40_0' and context_label([-1, 0]) == 'unlimited_0'
 
     @given(contexts, contexts, contexts)
     def test_intersection_is_what_both_see(self, first, second, third):
