@@ -82,18 +82,6 @@ def test_an_interrupted_run_ends_with_the_same_weights(pretraining, small, load,
         assert torch.equal(ours, theirs)
 
 
-def test_an_offline_encoder_is_trained_on_whole_utterances_and_then_streams(pretraining, small, load, tmp_path):
-    pretraining.pretrain('offline', 'chunks', 0, speech(load), small, tmp_path)
-    encoder = pretraining.build('random', 'chunks', 0, small).encoder
-    encoder.load_state_dict(torch.load(tmp_path / 'encoder-4.pt'))
-
-
-def test_distances_by_hand(load):
-    visible = torch.tensor([[0, 1, 0, 0, 1, 0]]).bool()
-    left, right = load('distance').distances(visible)
-    assert left.tolist() == [[0, 0, 1, 2, 3, 1]] and right.tolist() == [[1, 3, 2, 1, 0, 0]]
-
-
 @pytest.mark.parametrize('name', ['stock-40', 'next'])
 def test_loss_by_distance_adds_up_to_the_loss(pretraining, small, load, name):
     distance = load('distance')

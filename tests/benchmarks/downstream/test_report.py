@@ -42,13 +42,6 @@ def test_an_arm_is_better_only_with_all_seeds_and_beyond_the_noise_of_probes(rep
     assert report.Results(tmp_path).verdict('causal', 'next', 'random') == 'open'
 
 
-def test_checkpoints_of_a_run_are_listed_in_order(report, tmp_path):
-    write(tmp_path, [('next', 0, 0, '2 4')])
-    with open(tmp_path / 'probe.csv', 'a') as file:
-        file.write('causal,next,0,2,5 0,0,5 5\ncausal,next,0,4,5 0,0,4 4\n')
-    assert '[2, 4, 8] steps in `[5 0]`: 50.0, 40.0, 30.0 %' in report.noise(report.Results(tmp_path))[0]
-
-
 def test_the_committed_page_has_the_figures_of_the_committed_results(report):
     assert report.main(['--check']) == 0
 

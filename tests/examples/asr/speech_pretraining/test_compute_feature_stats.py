@@ -2,7 +2,6 @@
 import json
 import os
 import re
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,8 +13,7 @@ from hypothesis import strategies as st
 from nemo.collections.asr.data import corpus_statistics
 from nemo.collections.asr.data.corpus_statistics import Moments
 from nemo.collections.asr.modules import AudioToMelSpectrogramPreprocessor
-from nemo.collections.asr.modules.ssl_modules.quantizers import RandomProjectionVectorQuantizer
-from nemo.collections.asr.parts.preprocessing.features import load_fixed_statistics, standardize_per_feature
+from nemo.collections.asr.parts.preprocessing.features import load_fixed_statistics
 from nemo.collections.asr.parts.preprocessing.segment import AudioSegment
 
 PREPROCESSOR = "_target_: nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor"
@@ -100,12 +98,6 @@ class TestStatistics:
         utterances = features_of(manifest, features=24, window_size=0.032, window_stride=0.016)
         assert_statistics(tmp_path / "stats.yaml", *mean_and_std(utterances * 2))
 
-    def test_features_normalised_by_them_are_standard(self, stats, manifest, tmp_path):
-        run(stats, tmp_path, "--manifest", manifest)
-        mean, std = mean_and_std(features_of(manifest, normalize=load_fixed_statistics(tmp_path / "stats.yaml")))
-        np.testing.assert_allclose(mean, 0, atol=1e-5)
-        np.testing.assert_allclose(std, 1, atol=1e-5)
-
     @given(
         lengths=st.lists(st.integers(0, 20), min_size=1, max_size=12),
         offset=st.sampled_from([0.0, -11.0, 1e4]),
@@ -122,14 +114,6 @@ class TestStatistics:
             found, (mean, std) = total.statistics(), mean_and_std(pieces)
             np.testing.assert_allclose(found["fixed_mean"], mean, rtol=1e-12, atol=1e-12)
             np.testing.assert_allclose(found["fixed_std"], std, rtol=1e-9)
-
-    def test_channels_are_mixed_down(self, stats, tmp_path):
-        samples, found = np.random.default_rng(0).standard_normal((16000, 2)) * 0.1, []
-        for content in (samples, samples.mean(axis=1)):
-            soundfile.write(tmp_path / "a.wav", content, 16000, subtype="FLOAT")
-            run(stats, tmp_path, "--manifest", write(tmp_path, {"audio_filepath": "a.wav", "duration": 1.0}))
-            found.append(load_fixed_statistics(tmp_path / "stats.yaml")["fixed_mean"])
-        np.testing.assert_allclose(*found, rtol=1e-5)
 
 
 def targets_by_hand(utterances, combine, normalize):
@@ -180,20 +164,6 @@ class TestPrincipalComponents:
         run(stats, tmp_path, "--manifest", manifest)
         assert (tmp_path / "stats.yaml").read_bytes() == written[0][0]
 
-    def test_what_the_quantizer_then_sees_has_unit_variance(self, stats, manifest, tmp_path):
-        pca = tmp_path / "pca.npz"
-        run(stats, tmp_path, "--manifest", manifest, "--pca", pca, "--combine_time_steps", 2)
-        quantizer = RandomProjectionVectorQuantizer(
-            80, 16, 32, 2, "l2", combine_time_steps=2, projection="pca", projection_file=str(pca)
-        )
-        seen = []
-        for features in features_of(manifest):
-            features = torch.from_numpy(features)[None].float()
-            features = standardize_per_feature(features, torch.tensor([features.shape[2]]))
-            with mock.patch.object(torch.nn.functional, "normalize", lambda values, dim: values):
-                seen.append(quantizer._unit_vectors(features).flatten(0, 1).flatten(1))
-        np.testing.assert_allclose(np.cov(torch.cat(seen).double().T.numpy()), np.eye(32), atol=1e-2)
-
     def test_the_command_line_takes_precedence_over_the_config(self, stats, manifest, tmp_path, capsys):
         config = tmp_path / "config.yaml"
         config.write_text(
@@ -213,6 +183,8 @@ class TestPrincipalComponents:
 
 NOISE = np.random.default_rng(0).standard_normal(16000) * 0.1
 PCA = ["--pca", "pca.npz"]
+CONFIGS = {"empty.yaml": "model: {}", "missing.yaml": "model: {preprocessor: {sample_rate: '???'}}"}
+CONFIGS["invalid.yaml"] = "model: {preprocessor: {features: many}}"
 AUDIO = '{"audio_filepath": "a.wav", "duration": 1}'
 
 
@@ -236,6 +208,9 @@ class TestErrors:
             ([AUDIO], 0 * NOISE, [], r"fixed_std\[0\] is 0.0"),
             ([AUDIO], NOISE[:20], [], "0 feature frames"),
             ([AUDIO], NOISE, ["--config", "none.yaml"], "none.yaml"),
+            ([AUDIO], NOISE, ["--config", "empty.yaml"], "model.preprocessor"),
+            ([AUDIO], NOISE, ["--config", "missing.yaml"], "sample_rate"),
+            ([AUDIO], NOISE, ["--config", "invalid.yaml"], "cannot make the preprocessor"),
         ],
     )
     def test_a_run_that_fails(self, stats, capsys, tmp_path, monkeypatch, lines, audio, options, message):
@@ -246,24 +221,12 @@ class TestErrors:
             (tmp_path / "a.wav").write_text(audio)
         elif audio is not None:
             soundfile.write(tmp_path / "a.wav", audio, 16000)
+        for name, content in CONFIGS.items():
+            (tmp_path / name).write_text(content)
         before = sorted(os.listdir(tmp_path))
         assert stats.main(["--manifest", "manifest.json", "--output", "stats.yaml", *options]) == 2
         assert sorted(os.listdir(tmp_path)) == before
         assert re.search(message, capsys.readouterr().err)
-
-    @pytest.mark.parametrize(
-        "config, message",
-        [
-            ("model: {}", "model.preprocessor"),
-            ("model: {preprocessor: {sample_rate: '???'}}", "sample_rate"),
-            ("model: {preprocessor: {features: many}}", "cannot make the preprocessor"),
-        ],
-    )
-    def test_a_config(self, stats, capsys, manifest, tmp_path, config, message):
-        (tmp_path / "config.yaml").write_text(config)
-        options = ["--manifest", str(manifest), "--output", str(tmp_path / "stats.yaml")]
-        assert stats.main([*options, "--config", str(tmp_path / "config.yaml")]) == 2
-        assert message in capsys.readouterr().err and os.listdir(tmp_path) == ["config.yaml"]
 
     @pytest.mark.parametrize(
         "options, message",

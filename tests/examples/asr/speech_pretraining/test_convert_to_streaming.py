@@ -73,6 +73,7 @@ def test_contexts_with_look_ahead_are_streamed_and_compared_with_offline(script,
     look_ahead = re.findall('look-ahead (.*)', out)
     assert look_ahead == ['1040 ms', '480 ms', '80 ms', '0 ms', 'all']
     assert restored(tmp_path / 'chunks.nemo').encoder.att_context_size_all == contexts
+    assert restored(files / 'streaming.nemo').cfg.preprocessor.normalize.fixed_mean[0] == -8.0
 
 
 @torch.no_grad()
@@ -101,15 +102,6 @@ def test_the_result_trains(files):
     run = fit(model, batches(2), max_steps=2)
     assert torch.tensor(run.logger.column('train_loss')).isfinite().all()
     assert not torch.equal(before, model.encoder.layers[0].feed_forward1.linear1.weight)
-
-
-def test_the_config_keeps_the_data_and_gets_the_statistics(script, offline, files):
-    assert restored(files / 'streaming.nemo').cfg.preprocessor.normalize.fixed_mean[0] == -8.0
-    cfg = offline.cfg.copy()
-    with open_dict(cfg):
-        cfg.train_ds = {'manifest_filepath': 'elsewhere.json'}
-    model = script.build(script.streaming_config(cfg, [[10, 0]], 'regular', None))
-    assert model.cfg.train_ds.manifest_filepath == 'elsewhere.json' and model.cfg.preprocessor.normalize == 'NA'
 
 
 @pytest.mark.parametrize(

@@ -63,11 +63,6 @@ def test_an_error_about_a_key_leads_to_its_page(tools, capsys):
     assert twice.count('docs/blockwise.md') == 1
 
 
-def test_the_report_on_the_patches_is_returned_for_the_log(tools):
-    lines = tools.require_patches('some/script.py', 'nemo.collections.asr.models.ssl_models')
-    assert any('active: yes' in line for line in lines)
-
-
 def test_an_output_file_needs_a_folder(tools, tmp_path, capsys):
     parser = argparse.ArgumentParser()
     tools.check_folders(parser, argparse.Namespace(json=tmp_path / 'x.json', csv=None), 'json', 'csv')
