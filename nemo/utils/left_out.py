@@ -15,7 +15,7 @@ OUTSIDE_LIMITS = 'outside of min_duration and max_duration'
 class Reason(NamedTuple):
     """How many utterances were left out for a reason, and the first of them."""
 
-    count: int
+    count: int  # type: ignore[assignment]
     first: str
 
 

@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from nemo.utils import torch_files
 from nemo.utils.atomic_files import replacing
@@ -32,7 +33,7 @@ class SaveRestoreConnector(_up.SaveRestoreConnector):
         Raises:
             OSError: naming the file and the cause, if it cannot be written; an earlier one is left whole.
         """
-        encoder = getattr(model, 'encoder', None)
+        encoder: Any = getattr(model, 'encoder', None)
         if hasattr(encoder, 'write_layer_contexts_to') and 'encoder' in model.cfg:  # those set at run time
             encoder.write_layer_contexts_to(model.cfg.encoder)
         try:

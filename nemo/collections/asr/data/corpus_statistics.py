@@ -9,7 +9,7 @@ Shapes: N vectors, D features, T feature frames, S targets (T // combine_time_st
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,8 +54,8 @@ class Moments:
     """
 
     count: int = 0
-    mean: np.ndarray | float = 0.0
-    squares: np.ndarray | float = 0.0
+    mean: Any = 0.0
+    squares: Any = 0.0
     seconds: float = 0.0
     short: int = 0
 

@@ -37,7 +37,7 @@ class _InitWorker:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]
     os._exit(1)  # the main thread may be waiting for a message
 
 

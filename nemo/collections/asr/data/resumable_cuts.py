@@ -236,7 +236,7 @@ class ResumableCutLoader(ResumableLoader):
         while self._ahead and not self._has_steps:
             self._use_next()
         data = self.dataset
-        places = [{data.rank: dict(data.places)}]
+        places: list = [{data.rank: dict(data.places)}]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             own, places = places[0], [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(places, own)

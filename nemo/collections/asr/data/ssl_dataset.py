@@ -13,6 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -78,7 +79,7 @@ def silent_batch(skipped: int) -> AudioNoiseBatch:
     """Return what takes the place of a batch whose utterances are all left out."""
     signals = {name: torch.zeros(1, SILENCE) for name in ('audio', 'noise', 'noisy_audio')}
     lengths = {f'{name}_len': torch.tensor([SILENCE]) for name in signals}
-    signs = {'skipped': skipped, 'samples_are_checked': True, 'is_silence': True}
+    signs: dict[str, Any] = {'skipped': skipped, 'samples_are_checked': True, 'is_silence': True}
     return AudioNoiseBatch(['silence'], **signals, **lengths, **signs)
 
 
@@ -94,7 +95,7 @@ class _LeavesOut:
         kept = [item for item in batch if item is not SKIPPED]
         if not kept:
             return silent_batch(len(batch))
-        collated = super()._collate_fn(kept)
+        collated = super()._collate_fn(kept)  # type: ignore[misc]
         collated.skipped, collated.samples_are_checked = len(batch) - len(kept), True
         return collated
 
@@ -159,7 +160,8 @@ class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
     def _members(self, shards) -> Iterator[dict]:
         """Yield the members of tar files, and leave out what a manifest has and a tar file lacks; one that is cut off ends."""
         for shard in shards:
-            self.tar, last, seen, errors = shard['url'], None, set(), []
+            self.tar, last, seen = shard['url'], None, set()
+            errors: list[Exception] = []
             for member in webdataset.tarfile_to_samples(handler=errors.append)([shard]):  # None ends the file
                 last = member['__key__']
                 seen.add(_file_id(last))

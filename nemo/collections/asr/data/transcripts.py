@@ -41,7 +41,8 @@ def report_unknown_characters(key: str, section, knows: Callable[[str], bool]) -
 
     NeMo leaves such characters out of the references, and error rates are then those of other words.
     """
-    texts, affected, unknown, knows = 0, 0, Counter(), lru_cache(None)(knows)
+    texts, affected, knows = 0, 0, lru_cache(None)(knows)
+    unknown: Counter[str] = Counter()
     for text in texts_of(section):
         found = [character for character in text if not knows(character)]
         texts, affected = texts + 1, affected + bool(found)

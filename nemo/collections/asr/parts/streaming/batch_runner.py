@@ -225,7 +225,7 @@ class _Gathered:
     """Frames that come out a few at a time, stream by stream."""
 
     def __init__(self, batch: int):
-        self.counts = np.zeros(batch, np.int64)
+        self.counts: np.ndarray = np.zeros(batch, np.int64)
         self.parts: list = []
 
     def add(self, frames: torch.Tensor, rows: Rows, valid: np.ndarray) -> None:

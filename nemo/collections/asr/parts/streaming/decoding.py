@@ -80,7 +80,7 @@ class GreedyCTC:
             repeats = path == np.concatenate(([before], path[:-1]))
             frames = np.flatnonzero(path != self.blank)
             sure = [NO_CONFIDENCE] * len(frames) if confidence is None else confidence[row, frames].tolist()
-            positions = (first[row] + frames).tolist()
+            positions: list[int] = (first[row] + frames).tolist()
             found.append([*map(Token, path[frames].tolist(), positions, sure, repeats[frames].tolist())])
         return found, [int(paths[row, count - 1]) for row, count in enumerate(counts)]
 

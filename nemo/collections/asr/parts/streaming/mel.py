@@ -8,6 +8,7 @@ Shapes: B streams, R rows of them, N samples, W samples of a span, T feature fra
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class StreamingMel:
     """
 
     def __init__(self, preprocessor: torch.nn.Module):
-        featurizer = getattr(preprocessor, 'featurizer', None)
+        featurizer: Any = getattr(preprocessor, 'featurizer', None)
         _check_features_can_stream(preprocessor, featurizer)
         self.featurizer, self.hop = featurizer, featurizer.hop_length
         self.sample_rate, self.features = featurizer.sample_rate, featurizer.nfilt * featurizer.frame_splicing

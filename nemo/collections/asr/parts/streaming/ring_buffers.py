@@ -130,7 +130,7 @@ class RingBuffer(Stage):
 
     def __init__(self, batch: int, slots: int, *shape: int, **like):
         self.values = torch.zeros(batch, slots, *shape, **like)
-        self.count = np.zeros(batch, np.int64)
+        self.count: np.ndarray = np.zeros(batch, np.int64)
 
     def write(self, rows: Rows, new: torch.Tensor, counts: np.ndarray) -> None:
         """Append to streams.
@@ -217,7 +217,8 @@ class RingWindow:
         self.past = self.slots - 1 if self.is_unlimited else context.left + chunk - 1
         self._start = self.slots + self.wait  # from here on a phase comes again
         self._phases = 0 if self.is_unlimited else math.lcm(self.slots, chunk)
-        self._tables, self._alike = {}, {}
+        self._tables: dict = {}
+        self._alike: dict = {}
 
     def resized(self, slots: int) -> 'RingWindow':
         """Return the same with another number of slots."""

@@ -4,6 +4,7 @@
 import dataclasses
 import importlib
 from array import array
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +127,8 @@ def restored(found, fresh, where: str, device: torch.device):
         fields = found.get('fields') if isinstance(found, dict) else None
         if isinstance(fields, dict) and fields.keys() == vars(fresh).keys():
             values = vars(fresh).items()
-            return type(fresh)(**{name: restored(fields[name], of, f'{where}.{name}', device) for name, of in values})
+            kind: Any = type(fresh)
+            return kind(**{name: restored(fields[name], of, f'{where}.{name}', device) for name, of in values})
     elif isinstance(fresh, (torch.Tensor, array)):
         like = to_plain(fresh)
         if isinstance(found, torch.Tensor) and (found.dtype, found.dim()) == (like.dtype, like.dim()):

@@ -94,7 +94,7 @@ class LiveSurprise:
         log_probs = joined(stream.log_probs, log_probs)
         ready = 0 if stream.tokens is None else min(log_probs.shape[0], stream.tokens.shape[0])
         stream.log_probs = log_probs[ready:].clone()
-        if not ready:
+        if stream.tokens is None or not ready:
             return log_probs.new_zeros(0)
         surprise, _ = self.loss.of_horizon(log_probs[:ready], stream.tokens[:ready])
         stream.tokens = stream.tokens[ready:].clone()

@@ -30,7 +30,7 @@ from nemo.utils.data_utils import is_datastore_path
 try:
     import fcntl
 except ImportError:  # Windows: each process reads a manifest for itself
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 SHARED_FROM = 10_000_000  # bytes; a manifest of this size is read in a fifth of a second
 
@@ -94,7 +94,7 @@ class ManifestIndex:
             self.starts, self.durations = self._read()
         else:
             self.starts, self.durations = _once_on_this_machine(path, self._stamp, self._read)
-        if hasattr(mmap, 'MADV_DONTNEED') and len(self.starts):
+        if isinstance(self._content, mmap.mmap) and hasattr(mmap, 'MADV_DONTNEED'):
             self._content.madvise(mmap.MADV_DONTNEED)  # the system keeps the file at hand, but not for this process
 
     def _read(self) -> tuple[np.ndarray, np.ndarray]:
