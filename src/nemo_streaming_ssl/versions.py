@@ -4,11 +4,12 @@
 import re
 import sys
 import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 DISTRIBUTION = "nemo-streaming-ssl"
-_BOUND = re.compile(r"(>=|<)\s*([\d.]+)")
-_RELEASE = re.compile(r"v?(\d+)(?:\.(\d+))?(?:\.(\d+))?(?P<rest>.*)")
-_PRE_RELEASE = re.compile(r"[-_.]?(a|b|rc|dev)")
 _warned = False
 
 
@@ -31,28 +32,27 @@ def supported_range() -> tuple[str, str]:
     Raises:
         importlib.metadata.PackageNotFoundError: if this project is on the path, but not installed.
     """
-    from importlib.metadata import requires
-
-    (nemo,) = [line for line in requires(DISTRIBUTION) or [] if re.match("nemo[-_.]toolkit", line)]
-    bounds = dict(_BOUND.findall(nemo))
+    bounds = {bound.operator: bound.version for bound in _required()}
     return bounds[">="], bounds["<"]
 
 
 def in_tested_range(version: str) -> bool:
     """Return whether ``version`` is in the range: ``3.0.0rc1`` is, ``2.5.3rc0`` precedes it."""
-    match = _RELEASE.match(version)
-    if match is None:
+    from packaging.version import InvalidVersion
+
+    try:
+        return bool(_required().contains(version, prereleases=True))
+    except InvalidVersion:
         return False
-    first, beyond = (_numbers(bound) for bound in supported_range())
-    release = _numbers(version)
-    before_first = release == first and _PRE_RELEASE.match(match["rest"])
-    return first <= release < beyond and not before_first
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    match = _RELEASE.match(version)
-    assert match is not None
-    return tuple(int(number or 0) for number in match.groups()[:3])
+def _required() -> "SpecifierSet":
+    from importlib.metadata import requires
+
+    from packaging.requirements import Requirement  # of the packages that NeMo needs
+
+    (nemo,) = [line for line in requires(DISTRIBUTION) or [] if re.match("nemo[-_.]toolkit", line)]
+    return Requirement(nemo).specifier
 
 
 def warn_if_untested() -> None:
