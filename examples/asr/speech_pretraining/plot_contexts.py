@@ -112,7 +112,7 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
         masking = FixedMasks(model.mask_processor, seeds, model.encoder.tightest_window())
         record = model.encode_batch(batch, masking if model.objectives.masks else None)
         frames = options.frames or max(int(record.feature_lengths[0]) // model.encoder.subsampling_factor, 1)
-        seconds = figures.attention_frame_ms(model) / 1000
+        seconds = figures.attention_frame_ms(model) / 1000  # type: ignore[operator]
         title = f'attention in context {figures.look_ahead_title(model, context)}'
         windows = figures.attention_windows(model.encoder, options.frame, frames, seconds, title=title)
         if not model.objectives.masks:

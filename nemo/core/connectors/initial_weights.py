@@ -105,14 +105,14 @@ def sources_of(cfg) -> list[Source]:
         return [Source(kind, kind, value)]
     if not isinstance(value, (dict, DictConfig)):
         raise ValueError(f"{kind} is {value!r}; it must be a file or name, or a mapping of sources")
-    return [_source(kind, f'{kind}.{name}', options) for name, options in value.items()]
+    return [_source(kind, f'{kind}.{name}', options) for name, options in value.items()]  # type: ignore[str-bytes-safe]
 
 
 def _source(kind: str, key: str, options) -> Source:
     known = (PLACES[kind], 'include', 'exclude')
     if not isinstance(options, (dict, DictConfig)):
         raise ValueError(f"{key} is {options!r}; it must be a mapping with {', '.join(known)}")
-    for option in options:
+    for option in map(str, options):
         if option not in known:
             raise ValueError(f"{key}.{option} is not known;{_hint(option, known)} {key} takes {', '.join(known)}")
     if not options.get(known[0]):

@@ -249,7 +249,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
             features = inputs.clean if self.pre_encoder is None else self.targets.subsampled(*inputs.clean)
             inputs.targets = self.targets.of(*features)
         loss = getattr(self.loss, 'mlm_loss', self.loss)
-        return BatchRecord(
+        return BatchRecord(  # type: ignore[call-arg, misc]
             encoded,
             encoded_lengths,
             masks,

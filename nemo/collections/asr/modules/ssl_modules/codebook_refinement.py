@@ -56,6 +56,7 @@ class CodebookRefinement(nn.Module):
         shape = num_books, num_classes, code_dim + 1
         # Per code, K sums and then a count; of the frames since the last refinement, and of those before, decayed.
         self.register_buffer('observed', torch.zeros(shape, dtype=torch.int64))
+        self.remembered: torch.Tensor
         self.register_buffer('remembered', torch.zeros(shape, dtype=torch.float64))
         self.register_buffer('refined_step', torch.zeros((), dtype=torch.int64))  # 0: none yet
 

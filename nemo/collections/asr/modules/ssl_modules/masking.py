@@ -414,7 +414,7 @@ class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
         super().__init__(pre_encode_module, masking_module)
         pre_encode_module.requires_grad_(False)
         logging.info("model.mask_position is post_conv: the encoder's subsampling is frozen.")
-        self._mask = None
+        self._mask: Callable | None = None
 
     def set_masking_enabled(
         self,

@@ -64,7 +64,7 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
         """What the features must be normalised by, from ``projection_file``; None without one."""
         if _needs_projection(projection, projection_file):
             shape = self.proj.out_features, self.combine_time_steps, self.feat_in
-            weights, self.projection_normalization = read_projection(projection_file, *shape)
+            weights, self.projection_normalization = read_projection(projection_file, *shape)  # type: ignore[arg-type]
             with torch.no_grad():
                 self.proj.weight.copy_(torch.from_numpy(weights))
         if refine is not None and self.codebooks.requires_grad:

@@ -2,6 +2,7 @@
 """A ceiling on the batches' contexts that moves during training."""
 
 from dataclasses import replace
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -55,7 +56,7 @@ class AttContextCurriculum(pl.Callback):
 
     def on_fit_start(self, trainer, pl_module) -> None:
         """Check, before training, that the encoder can follow every ceiling."""
-        encoder = getattr(pl_module, 'encoder', None)
+        encoder: Any = getattr(pl_module, 'encoder', None)
         if not hasattr(encoder, 'att_context_policy'):
             raise ValueError(
                 f"curriculum: {type(pl_module).__name__} has no encoder with a context policy; it needs this "
@@ -79,6 +80,6 @@ class AttContextCurriculum(pl.Callback):
 
     @staticmethod
     def _set_ceiling(pl_module, ceiling: AttContext | None) -> None:
-        encoder = getattr(pl_module, 'encoder', None)
+        encoder: Any = getattr(pl_module, 'encoder', None)
         if hasattr(encoder, 'att_context_policy'):
             encoder.att_context_policy = replace(encoder.att_context_policy, ceiling=ceiling)

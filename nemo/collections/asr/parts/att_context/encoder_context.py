@@ -22,7 +22,7 @@ class EncoderContext:
     is none or that the encoder's attention cannot follow.
     """
 
-    att_context_policy: ContextPolicy | None = None
+    att_context_policy: ContextPolicy = None  # type: ignore[assignment]
     """Which context a training batch gets, and the default; a curriculum replaces its ceiling."""
     att_context_override: AttContext | None = None
     """The context that :meth:`set_att_context_size` has set; None: the policy holds."""
@@ -58,7 +58,7 @@ class EncoderContext:
         if not self._assigns_default:
             self.set_att_context_size(att_context_size)
             return
-        policy = self.att_context_policy or ContextPolicy(None, style=self.att_context_style)
+        policy = self.att_context_policy or ContextPolicy(None, style=self.att_context_style)  # type: ignore[arg-type]
         default = self.parse_att_context_size(att_context_size)
         self.att_context_policy, self.att_context_override = replace(policy, default=default), None
 

@@ -33,7 +33,7 @@ class ShardedTrainingMixin:
         Raises:
             ValueError: if layers are to be divided among ranks, too (``tensor_parallel_size``).
         """
-        super().configure_model()
+        super().configure_model()  # type: ignore[misc]
         mesh = self.device_mesh
         if mesh is None or self._is_sharded():
             return
@@ -62,7 +62,7 @@ class ShardedTrainingMixin:
 
     def on_save_checkpoint(self, checkpoint) -> None:
         """Write the config as plain containers to a folder of shards, whose rest Lightning reads as plain data alone."""
-        super().on_save_checkpoint(checkpoint)
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
         if getattr(self.trainer.strategy, '_save_distributed_checkpoint', False):
             checkpoint.pop('hparams_type', None)
             if OmegaConf.is_config(checkpoint.get('hyper_parameters')):
@@ -71,7 +71,7 @@ class ShardedTrainingMixin:
     def save_to(self, save_path: str) -> None:
         """Save a ``.nemo`` file as NeMo does; sharded weights are gathered, so every rank has to call it."""
         with self._whole_weights():
-            super().save_to(save_path)
+            super().save_to(save_path)  # type: ignore[misc]
 
     @contextmanager
     def _whole_weights(self) -> Iterator[None]:

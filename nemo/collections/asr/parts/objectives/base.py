@@ -147,7 +147,8 @@ def gather_loss_positions(frames: torch.Tensor, targets: torch.Tensor, loss_mask
         targets = torch.full_like(targets, IGNORED_TARGET)
     # index_select's backward adds rows up; that of an index by two tensors sorts them first.
     utterances = index.div(loss_mask.shape[1], rounding_mode='floor')
-    return LossPositions(*(part.flatten(0, 1).index_select(0, index) for part in (frames, targets)), utterances)
+    frames, targets = (part.flatten(0, 1).index_select(0, index) for part in (frames, targets))
+    return LossPositions(frames, targets, utterances)
 
 
 def decode(decoder: torch.nn.Module, frames: torch.Tensor) -> torch.Tensor:

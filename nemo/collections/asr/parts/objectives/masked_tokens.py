@@ -56,7 +56,7 @@ class MaskedTokens(Objective):
         decoder, loss = self.model.decoder, self.model.loss
         aligned = record.tokens, record.masks, record.encoded_lengths
         if why_all_frames(decoder, loss) is None:
-            frames = record.encoded.transpose(1, 2)
+            frames = record.encoded.transpose(1, 2)  # type: ignore[union-attr]
             return gather_loss_positions(*loss.align(frames, *aligned)).decoded(decoder)
         return gather_loss_positions(*loss.align(decoder(encoder_output=record.encoded), *aligned))
 

@@ -66,7 +66,7 @@ class NextTokens(Objective):
     def _align(self, record: BatchRecord, rows: slice):
         """Pair the frames of some utterances with their tokens; see ``NextTokenLoss.align``."""
         lengths = record.encoded_lengths[rows], record.token_lengths[rows]
-        encoded = record.encoded[rows].transpose(1, 2)
+        encoded = record.encoded[rows].transpose(1, 2)  # type: ignore[index]
         return self.token_loss.align(encoded, record.tokens[rows], self.offset(), *lengths, self.chunk())
 
     def loss(self, record: BatchRecord) -> tuple[torch.Tensor, Logs]:

@@ -137,7 +137,8 @@ class ContextValidation:
         """
         if self._sums is None or dataloader_idx >= len(self._sums):  # a step outside of a trainer's loop
             self.start(model, dataloader_idx + 1)
-        losses, masks, sums = [], model.objectives.masks, self._of_loaders[dataloader_idx]
+        losses: list[torch.Tensor] = []
+        masks, sums = model.objectives.masks, self._of_loaders[dataloader_idx]
         for context, record in passes_in_contexts(model, batch, self.contexts, self.seed, self.window, masks):
             label, of_objectives = context_label(context), {}
             for objective, scores in model.objectives.scores(record).items():

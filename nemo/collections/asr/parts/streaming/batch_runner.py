@@ -14,7 +14,7 @@ A encoder frames.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -201,7 +201,7 @@ class BatchRunner:
         step, caches = self.weights.subsampling.step, self.subsampling.caches
         if begins is None and ends is None:
             return step(caches, found, rows)
-        total = NEVER if ends is None else rows.counts(ends.features)[:, None]
+        total: Any = NEVER if ends is None else rows.counts(ends.features)[:, None]
         place = start[:, None] + np.arange(width)
         found = found.masked_fill(self._tensor((place < 0) | (place >= total)).unsqueeze(2), 0.0)
         left = None if ends is None else self._tensor(np.clip(total[:, 0] - start, 0, width))

@@ -7,6 +7,7 @@ Shapes: N samples, D the encoder's width, A attention frames, S target frames.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,10 +69,13 @@ def measure_stream(
         text: how text is made; None makes none.
     """
     has_tokens = 'encoder_output' in (getattr(getattr(model, 'decoder', None), 'input_types', None) or {})
-    wanted = dict(return_tokens=has_tokens, return_text=text or False, return_surprise=surprise, weights=weights)
+    wanted: dict[str, Any] = dict(
+        return_tokens=has_tokens, return_text=text or False, return_surprise=surprise, weights=weights
+    )
     session = StreamingSession(model, 1, context, **wanted)
     rate, size = session.sample_rate, max(round(step_seconds * session.sample_rate), 1)
-    outputs, step_ms, latencies = [], [], []
+    outputs: list[Any] = []
+    step_ms, latencies = [], []
     for start in range(0, len(samples), size):
         piece = torch.from_numpy(samples[start : start + size])[None]
         before = time.perf_counter()
@@ -81,7 +85,7 @@ def measure_stream(
         for word in outputs[-1].text[0].final_words if text else ():
             latencies.append(1000 * max(heard - word.end, 0.0))
     cache_bytes = session.cache_bytes_per_stream
-    output = StreamingOutput.concatenate([*outputs, session.finish()])
+    output: Any = StreamingOutput.concatenate([*outputs, session.finish()])
     look_ahead_ms = 1000 * session.look_ahead_samples / rate
     measures = StreamMeasures(
         session.att_context.as_list(), len(samples) / rate, look_ahead_ms, cache_bytes, output, step_ms

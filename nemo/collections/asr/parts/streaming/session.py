@@ -113,7 +113,8 @@ class StreamingSession:
             text = LiveText(self._model, self.batch_size, seconds, options, streaming.device)
         self._modules, self._decoder = modules, decoder
         self._mel, self._encoder, self._runner, self._observers, self._text = mel, streaming, runner, observers, text
-        self._ended, self._broken = (np.zeros(self.batch_size, bool) for _ in range(2))
+        self._ended: np.ndarray = np.zeros(self.batch_size, bool)
+        self._broken: np.ndarray = np.zeros(self.batch_size, bool)
         self._failed: dict[int, str] = {}
         self._flags: list = []  # of earlier steps on a GPU: their events, and which rows are finite
 
@@ -144,7 +145,7 @@ class StreamingSession:
     @property
     def next_token_offset(self) -> int | None:
         """How many tokens after its own a frame predicts at the first horizon; None without ``return_surprise``."""
-        return self._observers.surprise.offset if self.return_surprise else None
+        return self._observers.surprise.offset if self.return_surprise else None  # type: ignore[union-attr]
 
     @property
     def cache_bytes_per_stream(self) -> int:
@@ -201,7 +202,7 @@ class StreamingSession:
             raise ValueError(f"samples are {samples.dtype}; they must be floating point, with full scale at 1")
         samples = samples.to(dtype=torch.float32)
         lengths = self._checked_lengths(lengths, samples.shape[1])
-        ends = np.zeros(self.batch_size, bool)
+        ends: np.ndarray = np.zeros(self.batch_size, bool)
         if ended is not None:
             ends = np.array(self._row_values(ended, 'ended')).astype(bool) & ~self._ended
         self._check_whole((lengths > 0) | ends, 'step')

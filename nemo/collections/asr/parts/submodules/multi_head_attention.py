@@ -96,7 +96,7 @@ class MultiHeadAttention(_up.MultiHeadAttention):
         bias = bias.expand(*shape[:4], key.shape[3])
         backends = self.use_pytorch_sdpa_backends
         with torch.nn.attention.sdpa_kernel(backends) if backends else nullcontext():
-            attended = F.scaled_dot_product_attention(
+            attended = F.scaled_dot_product_attention(  # type: ignore[misc]
                 *(tensor.flatten(0, 1) for tensor in (query, key, value, bias)),
                 dropout_p=self.dropout_rate if self.training else 0.0,
                 scale=1 / self.s_d_k,
