@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all tests share: they run on the patched modules, and GPU tests only where there is a GPU."""
 
+import importlib
 import os
 import sys
 
@@ -54,14 +55,8 @@ def pytest_runtest_setup(item):
         device = marker.args[0].upper()
         if device not in ("CPU", "GPU"):
             raise pytest.UsageError(f"run_only_on takes 'CPU' or 'GPU', not {marker.args[0]!r}")
-        if device == "GPU" and not _has_cuda():
+        if device == "GPU" and not importlib.import_module("torch").cuda.is_available():
             pytest.skip("needs a GPU with CUDA")
-
-
-def _has_cuda():
-    import torch
-
-    return torch.cuda.is_available()
 
 
 @pytest.fixture
