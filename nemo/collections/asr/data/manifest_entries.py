@@ -22,13 +22,7 @@ collections.AudioTextEntity = collections.AudioText.OUTPUT_TYPE  # pickle looks 
 class ManifestEntries(Sequence):
     """What NeMo's collections give, without text: an utterance's item is that of ``ASRAudioText``.
 
-    Args:
-        manifests_files: paths; those in a data store are fetched as NeMo does.
-        parse_func: makes a dict of a line and its manifest's name.
-        min_duration: shorter utterances are left out, in seconds; those without a duration stay.
-        max_duration: the same for longer ones.
-        max_number: how many are taken at most; 0 or None: all.
-        **unused: arguments of ``ASRAudioText`` about texts.
+    Arguments are those of ``ASRAudioText``; those about texts are not used. Utterances without a duration, in seconds, stay.
 
     Raises:
         ValueError: naming file and line, if a line is no JSON object or has a duration that is not a number.

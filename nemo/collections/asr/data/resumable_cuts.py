@@ -85,11 +85,7 @@ def _read_tarred_through_lhotse(config, finite: bool) -> None:
 
 
 def make_resumable_cuts(loader: DataLoader, config, options, rank: int, ranks: int) -> 'ResumableCutLoader':
-    """Return a resumable loader of the data of one that NeMo made of ``config``, which :func:`resumable_config` returned.
-
-    Raises:
-        ValueError: if a source cannot be divided into shards.
-    """
+    """Return a resumable loader of the data of one that NeMo made of ``config``, which :func:`resumable_config` returned."""
     buffer = config.get('bucket_buffer_size' if config.get('use_bucketing', False) else 'shuffle_buffer_size')
     data = ResumableCuts(
         loader.dataset.dataset,

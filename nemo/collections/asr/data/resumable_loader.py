@@ -140,11 +140,7 @@ class EpochSampler(SequentialSampler):
 
 
 def make_resumable(loader: DataLoader, options) -> ResumableDataLoader:
-    """Return a resumable loader of the data of a plain one; the options are those of ``train_ds.resumable``.
-
-    Raises:
-        ValueError: if there is an unknown option, or the data are a stream without positions.
-    """
+    """Return a resumable loader of the data of a plain one; ValueError refuses unknown options and data without positions."""
     seed = Resumable.parse(options, 'train_ds.resumable').seed
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
         raise ValueError(

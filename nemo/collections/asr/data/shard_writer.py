@@ -52,11 +52,7 @@ class Plan:
                 )
 
     def lines(self) -> list[Line]:
-        """Return the entries of the manifests that are not too short or too long, in order or shuffled.
-
-        Raises:
-            ValueError: naming the manifest and line that cannot be read, or if nothing is left.
-        """
+        """Return the entries of the manifests within the limits, in order or shuffled; raise ValueError if none is left."""
         lines = [
             line
             for manifest in self.manifests
@@ -71,11 +67,7 @@ class Plan:
 
 
 def cut_of(line: Line, number: int) -> MonoCut:
-    """Return the cut of a manifest's entry, named after file and number; of the audio, the header is read.
-
-    Raises:
-        Exception: of the audio library, if the file cannot be opened; ``BadAudioError`` if it is too short.
-    """
+    """Return the cut of a manifest's entry, named after file and number; of the audio, the header is read."""
     entry = line.entry
     path = get_full_path(audio_of(entry), manifest_file=line.manifest)
     name = f'{Path(path).stem}-{number}'

@@ -40,24 +40,13 @@ def take_own_options(config) -> tuple:
 
 
 def with_own_options(loader, synced_contexts=None, skip_bad_audio=None, resumable=None, channel_selector=None):
-    """Apply the options of the config to a data loader; None leaves it as it is.
-
-    Args:
-        loader: a data loader, or None.
-        synced_contexts: the arguments of ``create_synced_context_collate`` but the first.
-        skip_bad_audio: see ``set_skip_bad_audio``.
-        resumable: see ``make_resumable``.
-        channel_selector: of the readers; NeMo's tarred datasets take none.
-
-    Raises:
-        ValueError: naming the option, if the loader cannot do it.
-    """
+    """Apply the options of a data section to its loader, or None; raise ValueError naming one that the loader cannot do."""
     if loader is None:
         return None
     if skip_bad_audio is not None:
         set_skip_bad_audio(loader.dataset, skip_bad_audio)
     for part in parts_of(getattr(loader, 'dataset', None)):
-        if channel_selector is not None and hasattr(part, 'featurizer'):
+        if channel_selector is not None and hasattr(part, 'featurizer'):  # NeMo's tarred datasets take none
             part.featurizer.channel_selector = channel_selector
     if resumable is not None:
         loader = make_resumable(loader, resumable)

@@ -11,11 +11,7 @@ from nemo.utils import logging
 
 
 def texts_of(section) -> Iterator[str]:
-    """Yield the texts of a data section, of every manifest of this machine that it names.
-
-    Raises:
-        ValueError: naming manifest and line, if an entry has no text.
-    """
+    """Yield the texts of a data section, of every local manifest that it names; ValueError names a line without text."""
     for _, source in sources_in(section):
         for path in paths_in(source.get('manifest_filepath')):
             for line in () if is_remote(path) else read_entries(path):
@@ -25,11 +21,7 @@ def texts_of(section) -> Iterator[str]:
 
 
 def characters_of(section) -> list[str]:
-    """Return the characters of all texts of a data section, sorted.
-
-    Raises:
-        ValueError: as :func:`texts_of`, or if there are none.
-    """
+    """Return the characters of all texts of a data section, sorted; raise ValueError if there are none."""
     found = set().union(*texts_of(section))
     if not found:
         raise ValueError("the manifests have no texts; set model.labels")
