@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
@@ -19,21 +20,16 @@ def end_workers_with_their_parent(loader) -> None:
     writes to.
     """
     if isinstance(loader, DataLoader):
-        loader.worker_init_fn = _InitWorker(loader.worker_init_fn)
+        loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
 
 
-class _InitWorker:
-    """A ``worker_init_fn``: starts the watch, then does what the loader's own would, or Lightning's, which it displaces."""
-
-    def __init__(self, own: Callable[[int], None] | None):
-        self.own = own
-
-    def __call__(self, worker: int) -> None:
-        threading.Thread(target=_end_with_parent, name='end_with_parent', daemon=True).start()
-        if self.own is not None:
-            self.own(worker)
-        elif int(os.environ.get('PL_SEED_WORKERS', 0)):
-            pl_worker_init_function(worker)
+def _init_worker(own: Callable[[int], None] | None, worker: int) -> None:
+    """Start the watch, then do what the loader's own function would, or Lightning's, whose place this takes."""
+    threading.Thread(target=_end_with_parent, name='end_with_parent', daemon=True).start()
+    if own is not None:
+        own(worker)
+    elif int(os.environ.get('PL_SEED_WORKERS', 0)):
+        pl_worker_init_function(worker)
 
 
 def _end_with_parent() -> None:

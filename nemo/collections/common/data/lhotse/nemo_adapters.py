@@ -64,7 +64,7 @@ def parsed(line: bytes | str, path: str, number: int, needed: tuple[str, ...] = 
         raise ValueError(f"{where} is no JSON: {error}") from error
     if not isinstance(entry, dict):
         raise ValueError(f"{where} is no JSON object")
-    lacking = [key for key in needed if key not in entry]
+    lacking = [key for key in needed if entry.get(key) is None]
     if lacking:
         raise ValueError(f"{where} has no {' and no '.join(lacking)}")
     return entry
@@ -88,18 +88,17 @@ class LazyNeMoIterator(_up.LazyNeMoIterator):
             source.needed = 'audio_filepath', 'duration'
 
     def _create_cut(self, audio_path, offset, duration, sampling_rate=None):
-        if self.metadata_only:
-            return super()._create_cut(audio_path, offset, duration, sampling_rate)
-        end = (offset or 0.0) + (duration or 0.0)
+        self._offset, self._end = offset or 0.0, (offset or 0.0) + duration
+        return super()._create_cut(audio_path, offset, duration, sampling_rate)
+
+    def _create_recording(self, audio_path, duration, sampling_rate=None):
         try:
-            if sampling_rate is not None and is_datastore_path(audio_path):
-                recording = _recording(audio_path, AudioSource('url', [0], audio_path), end, sampling_rate)
-            else:
-                recording = Recording.from_file(audio_path)
-            return _segment(recording, offset, duration)
-        except Exception:  # of soundfile, of lhotse; the cut raises it again where it is loaded
-            source = AudioSource('file', [0], audio_path)
-            return _segment(_recording(audio_path, source, end or 1.0, sampling_rate or 16000), offset, duration)
+            recording = None if sampling_rate and is_datastore_path(audio_path) else Recording.from_file(audio_path)
+        except Exception:  # of soundfile, of lhotse; raised again where the audio is loaded
+            recording = None
+        if recording is not None and self._offset < recording.duration:
+            return recording
+        return super()._create_recording(audio_path, self._end, sampling_rate or 16000)
 
 
 def _expanded(path):
@@ -109,17 +108,6 @@ def _expanded(path):
 def _recording(name: str, source: AudioSource, duration: float, sampling_rate: int) -> Recording:
     samples = compute_num_samples(duration, sampling_rate)
     return Recording(name, [source], sampling_rate, samples, duration, channel_ids=source.channels)
-
-
-def _segment(recording: Recording, offset: float | None, duration: float | None):
-    """Return a cut with the id that NeMo gives it."""
-    cut = recording.to_cut()
-    if offset is None:
-        return cut
-    length = recording.duration - offset if duration is None else duration
-    cut = cut.truncate(offset=offset, duration=length, preserve_id=True)
-    cut.id = f"{cut.id}-{round(offset * 1e2):06d}-{round(length * 1e2):06d}"
-    return cut
 
 
 class LazyNeMoTarredIterator(_up.LazyNeMoTarredIterator):
