@@ -24,8 +24,7 @@ from nemo.collections.asr.metrics.wer import word_error_rate
 from nemo.collections.asr.models import EncDecCTCModel
 from nemo.collections.asr.parts.preprocessing.segment import AudioSegment
 from nemo.collections.asr.parts.streaming.linear import PRECISIONS
-from nemo.collections.asr.parts.streaming.output import StreamingOutput
-from nemo.collections.asr.parts.streaming.session import StreamingSession
+from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
 from nemo.utils import logging
 
 CASES = [('tiny', 1), ('8 x 256', 1), ('8 x 256', 32), ('17 x 512', 1), ('17 x 512', 8)]

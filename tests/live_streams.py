@@ -2,6 +2,7 @@
 """Models that stream, and ragged streams of noise, cut in any way, for the tests of live streaming."""
 
 import functools
+import sys
 
 import torch
 from hypothesis import strategies as st
@@ -44,6 +45,17 @@ PIECES = st.lists(st.one_of(st.integers(1, 400), st.integers(1, 6000), st.intege
 TOTALS = st.one_of(st.integers(0, 2000), st.integers(0, 3 * SAMPLE_RATE))
 
 
+@st.composite
+def ragged(draw):
+    """Lengths of streams and sizes of pieces: some 40 steps and no more. Offline fails where all streams are empty."""
+    lengths, sizes = draw(st.lists(TOTALS, min_size=1, max_size=3)), draw(PIECES)
+    most = 40 * max(sum(sizes) // len(sizes), 25)
+    return [max(min(lengths[0], most), 1), *(min(length, most) for length in lengths[1:])], sizes
+
+
+RAGGED = ragged()
+
+
 def noise(*shape, seed=0):
     """Noise whose colour and level change, so that frames differ."""
     generator = torch.Generator().manual_seed(seed)
@@ -83,3 +95,19 @@ def check_row(model, context, samples, encoded: list, atol=1e-4) -> None:
     found = torch.cat(encoded, dim=1)
     assert found.shape[1] == lengths[0]
     torch.testing.assert_close(found, expected[0, :, : lengths[0]], atol=atol, rtol=0)
+
+
+def calls_of(work) -> int:
+    """How many functions of Python and of C are called."""
+    counted = 0
+
+    def count(frame, event, argument):
+        nonlocal counted
+        counted += event in ('call', 'c_call')
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return counted

@@ -9,14 +9,12 @@ from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
 
-KEY = 'streaming.live'
-
 
 class CacheAwarePipelineBuilder(_up.CacheAwarePipelineBuilder):
-    """NeMo's builder of cache-aware pipelines, with one more key.
+    """NeMo's builder of cache-aware pipelines, with the key ``streaming.live: auto | true | false`` (``auto``).
 
-    ``streaming.live: auto | true | false`` (``auto``): whether streams equal offline, see ``live_pipelines.py``. ``auto``
-    is true for models that normalise by fixed statistics, which NeMo's own pipelines leave out.
+    It is whether streams equal offline. ``auto`` is true for models that normalise by fixed statistics, which NeMo's own
+    pipelines leave out.
 
     Raises:
         ValueError: if the key has another value, or is true and the model cannot stream.
@@ -36,11 +34,10 @@ class CacheAwarePipelineBuilder(_up.CacheAwarePipelineBuilder):
     def _build_pipeline(cls, cfg, decoding_cfg, stock: type, live: type):
         choice = cfg.streaming.get('live', 'auto')
         if choice not in (True, False, 'auto'):
-            raise ValueError(f"{KEY} is {choice!r}; it must be auto, true or false")
+            raise ValueError(f"streaming.live is {choice!r}; it must be auto, true or false")
         asr_model = cls._build_asr(cfg, decoding_cfg)
         if choice == 'auto':
             choice = isinstance(asr_model.asr_model_cfg.preprocessor.get('normalize'), Mapping)
         pipeline_class = live if choice else stock
-        logging.info(f"{KEY}: {choice}; the pipeline is a {pipeline_class.__name__}")
-        itn_model = cls._build_itn(cfg, input_is_lower_cased=True)
-        return pipeline_class(cfg, asr_model, itn_model, cls._build_nmt(cfg))
+        logging.info(f"streaming.live: {choice}; the pipeline is a {pipeline_class.__name__}")
+        return pipeline_class(cfg, asr_model, cls._build_itn(cfg, input_is_lower_cased=True), cls._build_nmt(cfg))

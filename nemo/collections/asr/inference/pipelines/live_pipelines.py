@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """NeMo's cache-aware pipelines over live streams that equal offline.
 
-NeMo's own pipelines leave the model's normalisation out and start a stream with frames of silence. Here a
-``StreamingSession`` turns samples into encoder frames; end of utterance, words, ITN and translation stay NeMo's.
-
-An error belongs to its stream: a request that cannot be used gets a :class:`FailedStep`, a stream that lost a piece is
-closed, and all other streams get what they would have got without it.
+A ``StreamingSession`` turns samples into encoder frames; end of utterance, words, ITN and translation stay NeMo's. An error
+belongs to its stream: a request that cannot be used gets a :class:`FailedStep`, a stream that lost a piece is closed.
 """
 
 from dataclasses import dataclass
@@ -16,23 +13,20 @@ from nemo.collections.asr.inference.pipelines.base_pipeline import TranscribeSte
 from nemo.collections.asr.inference.pipelines.cache_aware_ctc_pipeline import CacheAwareCTCPipeline
 from nemo.collections.asr.inference.pipelines.cache_aware_rnnt_pipeline import CacheAwareRNNTPipeline
 from nemo.collections.asr.inference.streaming.framing.request import Frame
-from nemo.collections.asr.parts.streaming.decoding import GreedyRNNT
 from nemo.collections.asr.parts.streaming.session import StreamingSession
+from nemo.collections.asr.parts.streaming.text import GreedyRNNT
 from nemo.utils import logging
 
 
 @dataclass
 class FailedStep(TranscribeStepOutput):
-    """The output of a request that could not be used; it has no text."""
+    """The output of a request that could not be used, with the reason; it has no text."""
 
     error: str = ''
-    """The reason."""
 
 
 class LiveStreams:
-    """What the pipelines below share: slots of a session in the place of feature buffers and caches.
-
-    The encoder runs in the precision of its weights, whatever ``asr.use_amp``.
+    """Slots of a session, in the precision of the weights, in the place of feature buffers and caches.
 
     Raises:
         ValueError: if the model cannot stream, with the reason; if ``streaming.request_type`` is not ``frame``.
@@ -43,9 +37,7 @@ class LiveStreams:
     def __init__(self, cfg, asr_model, itn_model=None, nmt_model=None):
         super().__init__(cfg, asr_model, itn_model, nmt_model)
         if cfg.streaming.request_type != 'frame':
-            raise ValueError(
-                f"streaming.request_type is {cfg.streaming.request_type!r}; live pipelines take samples: 'frame'"
-            )
+            raise ValueError(f"streaming.request_type is {cfg.streaming.request_type!r}; live pipelines need 'frame'")
         if getattr(self, 'prompt_enabled', False):
             raise ValueError("streaming.live is true; models with prompts need NeMo's own pipeline: false")
         model, context = asr_model.asr_model, cfg.streaming.att_context_size
@@ -101,11 +93,7 @@ class LiveStreams:
         return outputs
 
     def _admit(self, request, seen: set) -> None:
-        """Check a request and open its stream; close a stream that loses a piece.
-
-        Raises:
-            Exception: with the reason, if the request cannot be used.
-        """
+        """Check a request and open its stream; raise the reason if it cannot be used, and close a stream that loses a piece."""
         if not isinstance(request, Frame):
             raise ValueError(f"a request is a {type(request).__name__}; live pipelines take a Frame of samples")
         name, is_open = request.stream_id, request.stream_id in self._slot_of
@@ -113,9 +101,8 @@ class LiveStreams:
             raise ValueError(f"stream {name} has another piece in this step")
         seen.add(name)
         if request.is_first == is_open:
-            raise ValueError(
-                f"is_first is {request.is_first}, but stream {name} is {'open' if is_open else 'not open'}"
-            )
+            now = 'open' if is_open else 'not open'
+            raise ValueError(f"is_first is {request.is_first}, but stream {name} is {now}")
         if not is_open and not self._free:
             raise ValueError(f"stream {name} has no slot: streaming.num_slots is {self.num_slots}, and all are in use")
         try:
@@ -128,11 +115,7 @@ class LiveStreams:
             raise
 
     def transcribe_step_for_frames(self, frames) -> None:
-        """Run the session on the samples of some streams, and update their states and texts.
-
-        Args:
-            frames: one of each stream; padding is ignored.
-        """
+        """Run the session on the samples of some streams, without their padding, and update their states and texts."""
         slots = [self._slot_of[frame.stream_id] for frame in frames]
         samples = torch.zeros(self.num_slots, max(frame.valid_size for frame in frames))
         lengths, ended = [0] * self.num_slots, [False] * self.num_slots
@@ -140,21 +123,16 @@ class LiveStreams:
             samples[slot, : frame.valid_size] = frame.samples[: frame.valid_size]
             lengths[slot], ended[slot] = frame.valid_size, frame.is_last
         output = self.session.step(samples, lengths, ended)
-        failed = output.failed
+        failed, counts = output.failed, output.lengths.tolist()
         self._lost = {frame.stream_id: failed[slot] for slot, frame in zip(slots, frames) if slot in failed}
         frames = [frame for frame in frames if frame.stream_id not in self._lost]
-        slots = [self._slot_of[frame.stream_id] for frame in frames]
-        counts = output.lengths.tolist()
+        slots = [slot for slot in slots if slot not in failed]
         ready = self._take(frames, slots, [counts[slot] for slot in slots], output)
         for slot in slots:
             self._frames[slot] += counts[slot]
         if ready:
             self.text_processor.process(ready)
         self.update_partial_transcript(frames, self.tokenizer, self.leading_regex_pattern)
-
-    def _take(self, frames, slots: list[int], counts: list[int], output) -> list:
-        """Decode the new frames of some streams; returns the states whose utterance has ended."""
-        raise NotImplementedError
 
 
 def _check_samples(frame: Frame) -> None:
@@ -180,6 +158,7 @@ class LiveCTCPipeline(LiveStreams, CacheAwareCTCPipeline):
     return_log_probs = True
 
     def _take(self, frames, slots: list[int], counts: list[int], output) -> list:
+        """Decode the new frames of some streams; returns the states whose utterance has ended."""
         ready = set()
         for frame, slot, count in zip(frames, slots, counts):
             if count or frame.is_last:
@@ -194,27 +173,28 @@ class LiveRNNTPipeline(LiveStreams, CacheAwareRNNTPipeline):
 
     def __init__(self, cfg, asr_model, itn_model=None, nmt_model=None):
         super().__init__(cfg, asr_model, itn_model, nmt_model)
-        model = asr_model.asr_model
-        self._greedy = GreedyRNNT(model.decoding, model.decoding.preserve_frame_confidence)
+        decoding = asr_model.asr_model.decoding
+        self._greedy = GreedyRNNT(decoding, decoding.preserve_frame_confidence)
 
     def _take(self, frames, slots: list[int], counts: list[int], output) -> list:
-        states = self.get_states(frame.stream_id for frame in frames)
-        found: list = [()] * len(frames)
-        rows = [row for row, count in enumerate(counts) if count]
-        if rows:
+        """Decode the new frames of some streams; returns the states whose utterance has ended."""
+        states, ready = self.get_states(frame.stream_id for frame in frames), []
+        tokens: list = [()] * len(frames)
+        if rows := [row for row, count in enumerate(counts) if count]:
             some = [slots[row] for row in rows]
-            memory = [states[row].get_previous_hypothesis() for row in rows]
-            first = [self._frames[slot] for slot in some]
+            memory, first = (
+                [states[row].get_previous_hypothesis() for row in rows],
+                [self._frames[slot] for slot in some],
+            )
             new = self._greedy.decode(output.encoded[some], [counts[row] for row in rows], memory, first)
-            for row, tokens, hypothesis in zip(rows, *new):
-                found[row] = tokens
+            for row, found, hypothesis in zip(rows, *new):
+                tokens[row] = found
                 states[row].set_previous_hypothesis(hypothesis)
-        ready = []
-        for frame, slot, count, state, tokens in zip(frames, slots, counts, states, found):
-            if self._add(frame, state, tokens, count, self._frames[slot]):
-                self.bpe_decoder.decode_bpe_tokens(state)
-                state.cleanup_after_eou()
-                ready.append(state)
+        for frame, slot, *each in zip(frames, slots, states, tokens, counts):
+            if self._add(frame, *each, self._frames[slot]):
+                self.bpe_decoder.decode_bpe_tokens(each[0])
+                each[0].cleanup_after_eou()
+                ready.append(each[0])
         return ready
 
     def _add(self, frame: Frame, state, tokens, count: int, first: int) -> bool:

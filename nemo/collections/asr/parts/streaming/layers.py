@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conformer layers for many live streams at once, with cached keys, values and projected positions.
 
-NeMo's layer projects the keys, values and positions of its whole cache in each step. Here they are projected once: the key
-of frame j lies at slot j % S of a ring.
+NeMo's layer projects keys, values and positions of its whole cache in each step. Here they are projected once: the key of
+frame j lies at slot j % S of a ring.
 
-A layer with a look-ahead of r frames has two halves: frames *arrive* (first feed-forward, query, key and value), wait, and are
-*emitted* r frames later (attention, convolution, second feed-forward). Positions before a stream's first go through all
-layers like others, but no query sees them and they leave nothing in the convolution.
+Frames *arrive* (first feed-forward, query, key and value), wait for the layer's look-ahead of r frames, and are *emitted*
+(attention, convolution, second feed-forward). Positions before a stream's first go through all layers like others, but no
+query sees them and they leave nothing in the convolution.
 
-Shapes: B streams, R rows of them, Q frames of a push, D the encoder's width, H heads, K width of a head, S slots of a ring,
-P positions.
+Shapes: B streams, R of them, Q frames of a push, D the width, H heads, K width of a head, S slots of a ring, P positions.
 """
 
 import copy
+import threading
+import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,48 +23,42 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nemo.collections.asr.parts.streaming.encoder import enabled_adapters
 from nemo.collections.asr.parts.streaming.linear import LINEARS
-from nemo.collections.asr.parts.streaming.ring_buffers import GROWTH, SHRINKS_AT, RingWindow, Rows, Stage, Visible
+from nemo.collections.asr.parts.streaming.ring_buffers import RingWindow, Rows, Stage, Visible, ring_window
+from nemo.collections.asr.parts.submodules.multi_head_attention import RelPositionalEncoding
 
 HIDDEN = -10000.0  # a score, as NeMo's; finite, so that a frame without visible slots is not NaN
 FEW = 8  # frames up to which the convolution is faster as one sum
+GROWTH = 64  # first number of slots of a ring without a limit
+SHRINKS_AT = 4  # times the slots in use
+_LOCK = threading.Lock()
 
 
 @dataclass(eq=False)
 class PositionTable:
     """What a layer's queries score of relative positions, from the farthest ahead to the farthest behind."""
 
-    keys: torch.Tensor
-    """[H, K, P]."""
-    shared: torch.Tensor
-    """Scores that all queries share, [H, 1, P]."""
-
-    def bytes(self) -> int:
-        """Return how many bytes it takes."""
-        return self.keys.nbytes + self.shared.nbytes
+    keys: torch.Tensor  # [H, K, P]
+    shared: torch.Tensor  # scores that all queries share, [H, 1, P]
 
 
 class LayerStage(Stage):
-    """What one layer keeps of all streams.
+    """What one layer keeps of all streams; the ring of a window without a limit grows.
 
-    Args:
-        batch: B.
-        layer: whose.
-        window: of its ring; without a limit its ring grows.
-        behind: frames that wait in the layers before.
-        count: frames pushed through all layers, those included that wait before this one, [B]; all layers share it.
+    ``count`` are the frames pushed through all layers, [B], of which ``behind`` wait in the layers before; all layers share it.
     """
 
     def __init__(self, batch: int, layer: 'PreparedLayer', window: RingWindow, behind: int, count: np.ndarray):
         like = dict(dtype=layer.taps.dtype, device=layer.taps.device)
-        self.window, self.behind, self.count = window, behind, count
+        self.layer, self.window, self.behind, self.count = layer, window, behind, count
+        self.table = layer.positions(window.future, window.past)
         self.keys_values = torch.zeros(batch, 2, layer.heads, window.slots, layer.head_width, **like)
         self.convolution = torch.zeros(batch, len(layer.taps) - 1, layer.width, **like)
         self.waiting, self.queries = (torch.zeros(batch, window.wait, layer.width, **like) for _ in range(2))
 
-    def reserve(self, needed: int) -> None:
-        """Give a ring without a limit as many slots as frames; far too many are given back."""
+    def reserve(self, more: int = 0, least: int = 0) -> None:
+        """Give a ring without a limit as many slots as the longest stream has frames; far too many are given back."""
+        needed = max(int(self.count.max()) - self.behind + more, least, 0)
         slots = now = self.keys_values.shape[3]
         if not self.window.is_unlimited or (now // SHRINKS_AT < needed <= now and now == self.window.slots):
             return
@@ -74,49 +70,45 @@ class LayerStage(Stage):
             self.keys_values = F.pad(self.keys_values, (0, 0, 0, slots - now))
         elif slots < now:
             self.keys_values = self.keys_values[:, :, :, :slots].clone()
-        self.window = self.window.resized(slots)
+        window = self.window
+        self.window = ring_window(window.window, slots, window.wait, window.device)
+        self.table = self.layer.positions(self.window.future, self.window.past)
 
     def reset(self, rows: list[int], counts: bool = True) -> None:
         """Set all that some rows hold to 0."""
         super().reset(rows, counts)
-        self.reserve(self.frames())
-
-    def frames(self) -> int:
-        """Return how many frames the longest stream has in this layer."""
-        return self._frames_of(int(self.count.max()))
-
-    def _frames_of(self, count: int) -> int:
-        return max(count - self.behind, 0)
+        self.reserve()
 
     def export(self, row: int) -> dict:
         """Return a copy of a row; of a ring without a limit the slots in use."""
         state = super().export(row)
         if self.window.is_unlimited:
-            state['keys_values'] = state['keys_values'][:, :, : self._frames_of(state['count'])].clone()
+            state['keys_values'] = state['keys_values'][:, :, : max(state['count'] - self.behind, 0)].clone()
         return state
 
-    def shape(self, name: str, value: torch.Tensor, state: dict) -> tuple[int, ...]:
-        """Return the shape of a row's tensor in a state."""
-        if name == 'keys_values' and self.window.is_unlimited:
-            return (*value.shape[:2], self._frames_of(state['count']), value.shape[3])
-        return value.shape
+    def like(self, state: dict) -> dict:
+        """Return what a state must be like to be loaded."""
+        like = super().like(state)
+        if self.window.is_unlimited and isinstance(state, dict) and isinstance(state.get('count'), int):
+            slots = max(state['count'] - self.behind, 0)
+            like['keys_values'] = like['keys_values'][:, :, :1].expand(-1, -1, slots, -1)
+        return like
+
+    def bytes(self) -> int:
+        """Return how many bytes its tensors and its table of positions take."""
+        return super().bytes() + self.table.keys.nbytes + self.table.shared.nbytes
 
     def load(self, row: int, state: dict) -> None:
         """Replace a row by an exported state, which has been checked."""
         given = state['keys_values']
         if self.window.is_unlimited:
-            self.reserve(max(self.frames(), given.shape[2]))  # other streams may have more frames
+            self.reserve(least=given.shape[2])  # other streams may have more frames
             given = F.pad(given, (0, 0, 0, self.window.slots - given.shape[2]))
         super().load(row, {**state, 'keys_values': given})
 
 
 class PreparedLayer:
-    """A copy of the weights of one ``ConformerLayer`` in eval mode, arranged for live streams; shared by all sessions.
-
-    Args:
-        layer: the layer, with the adapters that are enabled now.
-        precision: of its linear layers, a key of ``LINEARS``.
-    """
+    """A copy of the weights of one ``ConformerLayer`` with its enabled adapters, in a precision of ``LINEARS``."""
 
     def __init__(self, layer: torch.nn.Module, precision: str = 'float32'):
         attention, convolution = layer.self_attn, layer.conv
@@ -129,10 +121,11 @@ class PreparedLayer:
         def linear(module: torch.nn.Module, scale: float = 1.0):
             return LINEARS[precision](module.weight, module.bias, scale)
 
-        self.first, self.second = (
-            (linear(half.linear1), linear(half.linear2, layer.fc_factor))
-            for half in (layer.feed_forward1, layer.feed_forward2)
-        )
+        def feed_forward(half: torch.nn.Module) -> Callable:
+            inner, outer = linear(half.linear1), linear(half.linear2, layer.fc_factor)
+            return lambda frames: outer(F.silu(inner(frames), inplace=True))
+
+        self.first, self.second = feed_forward(layer.feed_forward1), feed_forward(layer.feed_forward2)
         scale = 1 / attention.s_d_k
         self.projections = LINEARS[precision](*_query_key_value(attention, scale))  # in one product
         self.out = linear(attention.linear_out)
@@ -144,21 +137,28 @@ class PreparedLayer:
         self.taps = depthwise.weight.detach()[:, 0].t().clone(memory_format=torch.contiguous_format)  # [kernel, D]
         self.tap_bias = torch.zeros_like(self.taps[0]) if depthwise.bias is None else depthwise.bias.detach().clone()
         self.convolution_norm = _convolution_norm(convolution)
-        self.adapters = [copy.deepcopy(adapter.module) for adapter in enabled_adapters(layer).values()]
+        self._tables: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+        self.adapters = [copy.deepcopy(adapter.module) for adapter in enabled_adapters(layer)]
 
-    def positions(self, embeddings: torch.Tensor) -> PositionTable:
-        """Return the table of relative positions from their embeddings [P, D]."""
-        keys = F.linear(embeddings.to(self.position_weight.dtype), self.position_weight)
-        keys = keys.view(-1, self.heads, self.head_width).permute(1, 2, 0).contiguous()
-        return PositionTable(keys, torch.bmm(self.bias_v, keys))
+    def positions(self, future: int, past: int) -> PositionTable:
+        """Return the table of so many frames ahead and behind; it is shared, and lives as long as a session holds it."""
+        weight = self.position_weight
+        with _LOCK, torch.inference_mode(False), torch.no_grad(), without_autocast(weight.device):
+            found = self._tables.get((future, past))
+            if found is None:
+                encoding = RelPositionalEncoding(self.width, 0.0)
+                encoding.extend_pe(max(future, past) + 1, weight.device, weight.dtype)
+                centre = encoding.pe.shape[1] // 2  # the embedding of distance 0; greater distances lie before it
+                keys = F.linear(encoding.pe[0, centre - past : centre + future + 1].flip(0), weight)
+                keys = keys.view(-1, self.heads, self.head_width).permute(1, 2, 0).contiguous()
+                found = self._tables[future, past] = PositionTable(keys, torch.bmm(self.bias_v, keys))
+            return found
 
-    def step(
-        self, stage: LayerStage, frames: torch.Tensor, rows: Rows, visible: Visible, positions: PositionTable
-    ) -> torch.Tensor:
+    def step(self, stage: LayerStage, frames: torch.Tensor, rows: Rows, visible: Visible) -> torch.Tensor:
         """Take frames [R, Q, D] of some rows that arrive, and return as many that are emitted; the stage moves on."""
         shape = frames.shape
         frames = frames.reshape(-1, self.width)
-        frames = _apply(self.first, self.norm_first(frames)).add_(frames)
+        frames = self.first(self.norm_first(frames)).add_(frames)
         projected = self.projections(self.norm_attention(frames))
         new = projected.view(*shape[:2], 3, self.heads, self.head_width)[:, :, 1:]
         keys_values = _store(stage.keys_values, new, rows, visible.slots)
@@ -166,9 +166,9 @@ class PreparedLayer:
         if stage.waiting.shape[1]:
             frames = _exchange(stage.waiting, frames.view(shape), rows).reshape(-1, self.width)
             query = _exchange(stage.queries, query.reshape(shape), rows).reshape(-1, self.width)
-        frames = self._attend(query, keys_values, shape[1], visible, positions).add_(frames)
+        frames = self._attend(query, keys_values, shape[1], visible, stage.table).add_(frames)
         frames = self._convolve(stage.convolution, frames, shape, rows, visible.began).add_(frames)
-        frames = _apply(self.second, self.norm_second(frames)).add_(frames)
+        frames = self.second(self.norm_second(frames)).add_(frames)
         frames = self.norm_out(frames).view(shape)
         for adapter in self.adapters:
             frames = frames + adapter(frames)
@@ -209,13 +209,19 @@ class PreparedLayer:
         return self.pointwise2(F.silu(self.convolution_norm(mixed), inplace=True))
 
 
-def _apply(feed_forward: tuple[Callable, Callable], frames: torch.Tensor) -> torch.Tensor:
-    inner, outer = feed_forward
-    return outer(F.silu(inner(frames), inplace=True))
+def enabled_adapters(layer: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the adapters of a layer that are enabled now."""
+    return [layer.adapter_layer[name] for name in layer.get_enabled_adapters()] if layer.is_adapter_available() else []
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Return a context in which operations keep the dtype of their inputs."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _norm(norm: torch.nn.LayerNorm) -> Callable:
-    """Return a layer norm of fixed weights."""
     weight, bias = norm.weight.detach().clone(), norm.bias.detach().clone()
     return partial(torch.layer_norm, normalized_shape=norm.normalized_shape, weight=weight, bias=bias, eps=norm.eps)
 

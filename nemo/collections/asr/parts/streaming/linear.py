@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers of fixed weights, which lie in memory as the kernel for so much work reads them fastest.
+"""Linear layers of copied weights, which lie in memory as the kernel for so much work reads them fastest.
 
 Measured on x86 CPUs, float32: oneDNN's products with packed weights take half the time of ``F.linear``, but some ten
-microseconds to begin; where they do not pay, a product with the transposed weights is never slower than ``F.linear``, and up
-to twice as fast for one row. Elsewhere (other devices, other dtypes) it is ``F.linear``.
+microseconds to begin. Else a product with the transposed weights is never slower than ``F.linear``, and up to twice as fast
+for one row. On other devices and in other dtypes it is ``F.linear``.
 
 Shapes: N rows, I inputs, O outputs.
 """
@@ -21,14 +21,7 @@ PACKED_FOR = 16  # rows that oneDNN packs for; it takes any number
 
 
 class PreparedLinear:
-    """A linear layer in the precision of its weights, which are copied here.
-
-    Args:
-        weight: [O, I], or [O, I, ...] of a pointwise convolution, any floating dtype and device.
-        bias: [O] or None.
-        scale: what weights and bias are multiplied by.
-        relu: whether a ReLU follows.
-    """
+    """A linear layer, or pointwise convolution, with weights [O, I, ...] and bias [O] times ``scale``, in their precision."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1.0, relu: bool = False):
         self.weight, self.bias = _scaled(weight, bias, scale)
@@ -58,32 +51,28 @@ class PreparedLinear:
     def _pack(self) -> torch.Tensor:
         """Pack the weights when they are first needed so; two threads that do it at once make the same."""
         with torch.inference_mode(False), torch.no_grad():
-            self._packed = _packed(self.weight.contiguous())
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), PACKED_FOR)
         return self._packed
 
 
-class BFloat16Linear:
+class BFloat16Linear(PreparedLinear):
     """The same with weights and inputs rounded to bfloat16, packed where torch can; float32 weights on a CPU."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1.0):
-        weight, bias = _scaled(weight, bias, scale)
-        self._packs = can_pack()
-        self.bias = None if bias is None else bias.bfloat16()
-        self.weight = _packed(weight.bfloat16()) if self._packs else weight.bfloat16()
+        super().__init__((weight * scale).bfloat16(), None if bias is None else (bias * scale).bfloat16())
+        if can_pack():
+            self._pack()
+            self._packed_from, self.weight = 0, None  # no other layout is read
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Return [N, O] float32 for rows [N, I] float32."""
-        rows = rows.bfloat16()
-        if not self._packs:
-            return F.linear(rows, self.weight, self.bias).float()
-        return torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, 'none', [], '').float()
+        return super().__call__(rows.bfloat16()).float()
 
 
 class Int8Linear:
     """The same with int8 weights, scaled by output, and int8 inputs, by torch's own operators; float32 weights on a CPU.
 
-    torch's dynamic layers take one range for all rows. So each row is mapped to [-1, 1] by its own range, a row of 1 and
-    -1 fixes the common one, and no row depends on another.
+    They take one range for all rows. So each row is mapped to [-1, 1] by its own, and a row of 1 and -1 fixes the common one.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1.0):
@@ -120,11 +109,8 @@ def check_precision(precision: str, weight: torch.Tensor) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"weights is {precision!r}; it must be one of {PRECISIONS}")
     if precision != 'float32' and (weight.device.type != 'cpu' or weight.dtype != torch.float32):
-        raise ValueError(
-            f"weights is {precision!r}, which is for float32 models on a CPU; this one is {weight.dtype} on {weight.device}"
-        )
-    if precision == 'int8' and not hasattr(torch.ops.quantized, 'linear_dynamic'):
-        raise ValueError(f"weights is 'int8'; torch {torch.__version__} has no dynamic int8 linear layers")
+        found = f'{weight.dtype} on {weight.device}'
+        raise ValueError(f"weights is {precision!r}, which is for float32 models on a CPU; this one is {found}")
 
 
 def can_pack() -> bool:
@@ -133,10 +119,5 @@ def can_pack() -> bool:
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
-def _packed(weight: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
-
-
 def _scaled(weight: torch.Tensor, bias: torch.Tensor | None, scale: float) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return copies, the weight as [O, I]."""
     return weight.detach().flatten(1) * scale, None if bias is None else bias.detach() * scale

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mel features of many live streams, each frame computed once. Frame t is centred on sample t * hop.
 
-Up to the transform the samples pass through the operations of the preprocessor, in its order and with its padding. Only
-the sums behind it round otherwise: a transform of shifted inputs has other errors in bands that are next to empty.
+Up to the transform the samples pass through the operations of the preprocessor, in its order and with its padding: a
+transform of shifted inputs has other errors in bands that are next to empty.
 
 Shapes: B streams, R rows of them, N samples, W samples of a span, T feature frames, F features.
 """
@@ -19,14 +19,7 @@ from nemo.collections.asr.parts.streaming.ring_buffers import RingBuffer, Rows
 
 
 class StreamingMel:
-    """A mel front end for streams in any phases; the samples are in a ring that the caller keeps.
-
-    Args:
-        preprocessor: an ``AudioToMelSpectrogramPreprocessor`` in eval mode that needs no whole utterance.
-
-    Raises:
-        ValueError: if its features cannot stream, with the reason.
-    """
+    """The mel front end of an ``AudioToMelSpectrogramPreprocessor``; ValueError, with the reason, if it cannot stream."""
 
     def __init__(self, preprocessor: torch.nn.Module):
         featurizer: Any = getattr(preprocessor, 'featurizer', None)
@@ -49,11 +42,6 @@ class StreamingMel:
         """Return the samples of streams before their first; at most ``most`` are written at once."""
         return RingBuffer(batch, most + self.featurizer.win_length + 2 * self.hop, device=self.device)
 
-    def settings(self) -> dict:
-        """Return what two front ends must have in common to share a stream."""
-        names = 'sample_rate', 'n_fft', 'win_length', 'hop_length', 'nfilt', 'preemph', 'mag_power', 'log'
-        return {name: getattr(self.featurizer, name) for name in names}
-
     def complete(self, received: np.ndarray, ended: np.ndarray) -> np.ndarray:
         """Return how many frames so many samples complete, [B]; of an ended stream all that offline has."""
         full = (received - self.look_ahead) // self.hop + 1  # windows
@@ -61,19 +49,12 @@ class StreamingMel:
         return np.where(ended, whole, np.clip(full, 0, whole))
 
     def frames(self, ring: RingBuffer, rows: Rows, first: np.ndarray, count: int) -> torch.Tensor:
-        """Return frames of some rows, [R, T, F], in the dtype that the preprocessor gives out, computed in float32.
-
-        Args:
-            ring: of samples; those behind the last and before the first of a stream count as zeros.
-            rows: which streams.
-            first: the first frame of each, [R].
-            count: T.
-        """
+        """Return ``count`` frames of some rows from ``first`` [R] on, [R, T, F]; samples outside of a stream are zeros."""
         start = first * self.hop - self._before - 1  # preemphasis takes one sample more
         span = (count - 1) * self.hop + self.featurizer.win_length + 1
         inside = _inside(ring.values.device, start, span, rows.counts(ring.count))
         samples = self._emphasised(ring.read(rows, start, span), inside)
-        return self._features_of(samples).to(self.dtype)
+        return self._features_of(self._spectrum(samples)).to(self.dtype)
 
     def _emphasised(self, samples: torch.Tensor, inside: torch.Tensor | None) -> torch.Tensor:
         """Return all but the first of the samples [R, W] with preemphasis; zero where not ``inside`` [R, W]."""
@@ -85,10 +66,18 @@ class StreamingMel:
         # behind a stream's last sample there is nothing to emphasise
         return emphasised if inside is None else emphasised.masked_fill_(~inside[:, 1:], 0.0)
 
-    def _features_of(self, samples: torch.Tensor) -> torch.Tensor:
-        """Return the features [R, T, F] float32 of the windows that begin every ``hop`` samples."""
-        featurizer = self.featurizer
-        features = F.linear(self._spectrum(samples), self._filters)
+    def _spectrum(self, samples: torch.Tensor) -> torch.Tensor:
+        """Return the magnitudes of the windows, to the power of ``mag_power``, [R, T, n_fft // 2 + 1] float32."""
+        featurizer, length = self.featurizer, self.featurizer.win_length
+        windows = samples.unfold(1, length, self.hop) * self._window
+        padded = torch.constant_pad_nd(windows, (self._left, featurizer.n_fft - length - self._left))
+        real, imaginary = torch.view_as_real(torch.fft.rfft(padded)).unbind(-1)
+        power = real.square().addcmul_(imaginary, imaginary)
+        return power if featurizer.mag_power == 2.0 else power.pow_(featurizer.mag_power / 2)
+
+    def _features_of(self, spectrum: torch.Tensor) -> torch.Tensor:
+        """Return the features [R, T, F] float32."""
+        featurizer, features = self.featurizer, F.linear(spectrum, self._filters)
         if featurizer.log:
             guard = featurizer.log_zero_guard_value_fn(features)
             clamps = featurizer.log_zero_guard_type == 'clamp'
@@ -99,15 +88,6 @@ class StreamingMel:
             mean, deviation = self._statistics
             features = features.sub_(mean).div_(deviation)
         return features
-
-    def _spectrum(self, samples: torch.Tensor) -> torch.Tensor:
-        """Return the magnitudes to the power of ``mag_power``, [R, T, n_fft // 2 + 1] float32."""
-        featurizer, length = self.featurizer, self.featurizer.win_length
-        windows = samples.unfold(1, length, self.hop) * self._window
-        padded = torch.constant_pad_nd(windows, (self._left, featurizer.n_fft - length - self._left))
-        real, imaginary = torch.view_as_real(torch.fft.rfft(padded)).unbind(-1)
-        power = real.square().addcmul_(imaginary, imaginary)
-        return power if featurizer.mag_power == 2.0 else power.pow_(featurizer.mag_power / 2)
 
 
 def _inside(device: torch.device, start: np.ndarray, span: int, received: np.ndarray) -> torch.Tensor | None:
@@ -121,17 +101,14 @@ def _inside(device: torch.device, start: np.ndarray, span: int, received: np.nda
 
 def _check_features_can_stream(preprocessor, featurizer) -> None:
     if not isinstance(featurizer, FilterbankFeatures) or type(featurizer).forward is not FilterbankFeatures.forward:
-        raise ValueError(
-            f"{type(preprocessor).__name__} cannot be streamed; the preprocessor must be an "
-            "AudioToMelSpectrogramPreprocessor (without use_torchaudio)"
-        )
+        kind = type(preprocessor).__name__
+        raise ValueError(f"{kind} cannot be streamed; use AudioToMelSpectrogramPreprocessor (without use_torchaudio)")
     if any(module._forward_hooks or module._forward_pre_hooks for module in preprocessor.modules()):
         raise ValueError("the preprocessor has forward hooks, which a stream cannot follow; remove them")
-    normalize = featurizer.normalize
-    if normalize in ('per_feature', 'all_features'):
+    if featurizer.normalize in ('per_feature', 'all_features'):
         raise ValueError(
-            f"preprocessor.normalize is {normalize}, which needs the whole utterance; a stream needs NA or fixed "
-            "statistics (fixed_mean and fixed_std, see compute_feature_stats.py)"
+            f"preprocessor.normalize is {featurizer.normalize}, which needs the whole utterance; use NA or fixed statistics "
+            "(fixed_mean and fixed_std, see compute_feature_stats.py)"
         )
     for name in ('exact_pad', 'use_grads'):
         if getattr(featurizer, name):

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What watches live streams beside the encoder: masking and its loss, next tokens and their surprise.
 
-Each stream is observed by itself, on the CPU's time: this is for diagnosis.
+Each stream is observed by itself, on the CPU's time: this is for diagnosis. Masks and targets do not depend on how a stream is
+cut: masking remembers what it drew, and with ``target_normalize: per_feature`` a token gets the statistics of all frames up to
+its own last one. Frame j predicts, at the first horizon, token j + offset.
 
-Where the model standardises its targets (``target_normalize: per_feature``), a token gets the statistics of all frames from
-the stream's beginning up to the token's own last one, so that it does not depend on how the stream is cut.
-
-Shapes: B streams, R rows of them, F features (or the encoder's width), M mask frames, S target frames, A attention frames,
-H codebooks.
+Shapes: B streams, R of them, F features (D, the width, after convolutions), M mask frames, S target frames, A attention
+frames, K horizons, C classes, H codebooks.
 """
 
 from dataclasses import dataclass
@@ -15,63 +14,168 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nemo.collections.asr.parts.streaming.masking import LiveMasking, MaskedStream
-from nemo.collections.asr.parts.streaming.output import StreamingOutput, valid_frames
-from nemo.collections.asr.parts.streaming.state import StreamStates, joined
-from nemo.collections.asr.parts.streaming.surprise import LiveSurprise, SurprisedStream
+from nemo.collections.asr.modules.ssl_modules.masked_time_line import MaskedTimeLine
+from nemo.collections.asr.parts.att_context.visible_frames import window_of_masking
+from nemo.collections.asr.parts.att_context.windows import tightest_window
+from nemo.collections.asr.parts.objectives.next_tokens import NextTokens
+from nemo.collections.asr.parts.streaming.state import StreamStates
+from nemo.collections.asr.parts.streaming.text import decode_frames
 
 SMALLEST_STD = 1e-5  # as in NeMo's per_feature normalisation
+
+
+@dataclass
+class MaskedStream:
+    """The state of one stream that is masked; frames, targets and predictions wait until they have a loss."""
+
+    time_line: MaskedTimeLine  # what was drawn so far
+    masks: torch.Tensor  # [1, M]
+    tokens: torch.Tensor | None = None  # [S] or [S, H]
+    log_probs: torch.Tensor | None = None  # after ``decoder_offset``, which the loss drops, [A, C] or [A, C, H]
+
+
+@dataclass
+class SurprisedStream:
+    """The state of one stream whose tokens are compared with their predictions; either waits for the other."""
+
+    start: int  # index of the token whose surprise is the next to be known
+    unpredicted: int  # tokens still to come that no frame predicts
+    tokens: torch.Tensor | None = None  # [S] or [S, H]
+    log_probs: torch.Tensor | None = None  # at the first horizon, [A, C] or [A, C, H]
 
 
 @dataclass
 class ObservedStream:
     """The state of one stream."""
 
-    waiting: torch.Tensor
-    """Mask frames that do not make a whole target yet, [F, M]."""
-    total: torch.Tensor
-    """Sum over the frames received, [F] float64."""
-    squares: torch.Tensor
-    """Sum of their squares, [F] float64."""
-    count: int
-    """Mask frames received."""
+    waiting: torch.Tensor  # mask frames that do not make a whole target yet, [F, M]
+    total: torch.Tensor  # sum over the frames received, [F] float64
+    squares: torch.Tensor  # sum of their squares, [F] float64
+    count: int  # mask frames received
     masked: MaskedStream | None
     surprised: SurprisedStream | None
 
 
+class LiveMasking:
+    """Masks streams for a model of masked token prediction, and computes their loss; ValueError if the model cannot."""
+
+    def __init__(self, model, context):
+        if not all(hasattr(model, name) for name in ('mask_processor', 'quantizer', 'loss')):
+            raise ValueError(f"apply_mask needs a masked token prediction model; {type(model).__name__} is none")
+        if not model.objectives.masks:
+            raise ValueError(f"apply_mask: model.objective is {model.objective}, which predicts no masked tokens")
+        self.masking, self.loss = model.mask_processor, model.loss
+        if not hasattr(self.masking, 'new_stream'):
+            raise ValueError(f"apply_mask: {type(self.masking).__name__} has no new_stream, so it cannot mask streams")
+        self._arguments = window_of_masking(self.masking, tightest_window(model.encoder.effective_windows(context)))
+
+    def mask(self, stream: MaskedStream, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take new mask frames [F, M]; return them as the encoder is to see them, and their masks [1, M]."""
+        lengths, time_line = torch.tensor([frames.shape[1]], device=frames.device), stream.time_line
+        received = time_line.received[:, 0] + lengths
+        masked, masks = self.masking(
+            input_feats=frames[None],
+            input_lengths=lengths,
+            current_frame=received,
+            stream=time_line,
+            **self._arguments,
+        )
+        time_line.forget(0)
+        stream.masks = torch.cat((stream.masks, masks[0, :1].to(stream.masks.dtype)), dim=1)
+        return masked[0], masks[0, :1]
+
+    def score(self, stream: MaskedStream, log_probs: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Take new predictions [A, C] or [A, C, H]; return the loss, summed, and the number of masked frames that get one."""
+        stream.log_probs = log_probs = _joined(stream.log_probs, log_probs)
+        if stream.tokens is None or not log_probs.shape[0]:
+            return log_probs.new_zeros(()), 0
+        loss, masks = self.loss, stream.masks.unsqueeze(0)
+        aligned, targets, counted = loss.align(log_probs.unsqueeze(0), stream.tokens.unsqueeze(0), masks)
+        ready = aligned.shape[1]
+        lost = loss.of_frames(aligned[0], targets[0], reduction='none')
+        stream.log_probs, stream.tokens = log_probs[ready:].clone(), stream.tokens[ready:].clone()
+        stream.masks = stream.masks[:, ready * getattr(loss, 'mlm_loss', loss).combine_time_steps :].clone()
+        return lost[counted[0]].sum(), int(counted.sum())
+
+
+class LiveSurprise:
+    """Predicts the next tokens of streams, and compares them with what came; ValueError if the model cannot."""
+
+    def __init__(self, model, context):
+        objectives = getattr(model, 'objectives', None)
+        objective = None if objectives is None else objectives.find(NextTokens)
+        if objective is None:
+            raise ValueError(
+                "return_surprise is True; it needs a model that predicts next tokens, with model.objective next_token or "
+                f"both, and this {type(model).__name__} has {getattr(model, 'objective', 'no objective')}"
+            )
+        if objective.at_chunk_end:
+            raise ValueError("return_surprise: model.next_token.positions is chunk_end; it must be all")
+        combined, needed = getattr(model.quantizer, 'combine_time_steps', 1), model.mask_frames_per_attention_frame
+        if combined != needed:
+            raise ValueError(
+                f"return_surprise: model.quantizer.combine_time_steps is {combined}; it must be {needed}, the feature "
+                "frames of an encoder frame"
+            )
+        try:
+            self.offset = objective.offset(context)
+        except ValueError as error:
+            raise ValueError(f"return_surprise: {error}") from error
+        self.decoders, self.loss = model.next_token_decoders, objective.token_loss
+
+    def predict(self, encoded: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the likeliest next tokens [B, A, K] or [B, A, K, H] of new frames [B, D, A], 0 where not ``valid`` [B, A].
+
+        Besides, the log-probabilities of the first horizon, [B, A, C] or [B, A, C, H].
+        """
+        predictions = [decode_frames(decoder, encoded) for decoder in self.decoders]
+        tokens = torch.stack([log_probs.argmax(dim=2) for log_probs in predictions], dim=2)
+        return tokens * valid.view(*valid.shape, *[1] * (tokens.dim() - 2)), predictions[0]
+
+    def take_tokens(self, stream: SurprisedStream, tokens: torch.Tensor) -> None:
+        """Take new tokens [S] or [S, H]."""
+        skipped = min(stream.unpredicted, tokens.shape[0])
+        stream.unpredicted -= skipped
+        stream.tokens = _joined(stream.tokens, tokens[skipped:])
+
+    def score(self, stream: SurprisedStream, log_probs: torch.Tensor) -> torch.Tensor:
+        """Take new predictions [A, C] or [A, C, H]; return nats of all tokens that have now come and were predicted, [S]."""
+        log_probs = _joined(stream.log_probs, log_probs)
+        ready = 0 if stream.tokens is None else min(log_probs.shape[0], stream.tokens.shape[0])
+        stream.log_probs = log_probs[ready:].clone()
+        if not ready:
+            return log_probs.new_zeros(0)
+        surprise, _ = self.loss.of_horizon(log_probs[:ready], stream.tokens[:ready])
+        stream.tokens = stream.tokens[ready:].clone()
+        stream.start += ready
+        return surprise
+
+
 class Observers(StreamStates):
-    """Masks streams, predicts their next tokens, and compares the tokens that come with what was predicted.
-
-    Args:
-        model: of masked or next-token prediction.
-        context: the attention context of the streams.
-        batch: B.
-        features: of the preprocessor.
-        apply_mask, return_surprise: what to do.
-
-    Raises:
-        ValueError: if the model cannot do what is wanted, with the reason.
-    """
-
-    name = 'observers'
+    """Masks streams, predicts their next tokens and compares these with what comes; ValueError if the model cannot."""
 
     def __init__(self, model, context, batch: int, features: int, apply_mask: bool, return_surprise: bool):
         self.masking = LiveMasking(model, context) if apply_mask else None
         self.surprise = LiveSurprise(model, context) if return_surprise else None
         self._normalises, self._quantizer = model.target_normalize == 'per_feature', model.quantizer
         self._combined = getattr(model.quantizer, 'combine_time_steps', 1)
-        self.hook = 'on_features' if model.pre_encoder is None else 'on_frames'  # of the batch runner
-        self._width = features if model.pre_encoder is None else model.encoder.d_model
+        self.pre_conv = model.pre_encoder is None  # whether mask frames are features
+        self._width = features if self.pre_conv else model.encoder.d_model
         self._masks: list[list] = [[] for _ in range(batch)]  # of this step
         super().__init__(batch, next(model.encoder.parameters()).device)
 
     def new_stream(self) -> ObservedStream:
         """Return the state before the first frame."""
-        sums = torch.zeros(self._width, dtype=torch.float64, device=self.device)
-        masked = None if self.masking is None else self.masking.new_stream(self.device)
-        surprised = None if self.surprise is None else self.surprise.new_stream()
-        waiting = torch.zeros(self._width, 0, device=self.device)
-        return ObservedStream(waiting, sums, sums, 0, masked, surprised)
+        empty, sums = (
+            torch.zeros(self._width, 0, device=self.device),
+            torch.zeros(self._width, device=self.device).double(),
+        )
+        stream = ObservedStream(empty, sums, sums, 0, None, None)
+        if self.masking is not None:
+            stream.masked = MaskedStream(self.masking.masking.new_stream(1, self.device), empty[:1])
+        if self.surprise is not None:
+            stream.surprised = SurprisedStream(self.surprise.offset, self.surprise.offset)
+        return stream
 
     def take(self, frames: torch.Tensor, numbers: np.ndarray, valid: np.ndarray) -> torch.Tensor:
         """Take new mask frames [R, M, F], of which ``valid`` are their stream's own; return them as the encoder sees them."""
@@ -84,7 +188,7 @@ class Observers(StreamStates):
             if self.surprise is not None and tokens is not None:
                 self.surprise.take_tokens(stream.surprised, tokens)
             if self.masking is not None:
-                stream.masked.tokens = joined(stream.masked.tokens, tokens)
+                stream.masked.tokens = _joined(stream.masked.tokens, tokens)
                 masked, mask = self.masking.mask(stream.masked, own)
                 self._masks[row].append(mask[0])
                 seen[index, :count] = masked.T
@@ -106,39 +210,31 @@ class Observers(StreamStates):
         frames = frames if projection is None else frames.to(projection.weight.dtype)
         return self._quantizer(input_signal=frames.unsqueeze(0))[1][0]
 
-    def finish(self, output: StreamingOutput, failed: list[int]) -> None:
-        """Fill in what a step's frames and log-probabilities complete; ``failed`` streams complete nothing."""
+    def finish(self, output, valid: torch.Tensor, failed: list[int]) -> None:
+        """Fill in what a step's frames, of which ``valid`` [B, A] exist, complete; ``failed`` streams complete nothing."""
         self.reset(failed)
-        for row in failed:
-            self._masks[row] = []
+        masks = [
+            of if of and row not in failed else [output.encoded.new_zeros(0)] for row, of in enumerate(self._masks)
+        ]
+        self._masks = [[] for _ in masks]
+        lengths = output.lengths.tolist()
         if self.masking is not None:
-            self._score(output)
+            output.masks, output.mask_lengths = _pad([*map(torch.cat, masks)])
+            rows = zip(self.streams, output.log_probs, lengths, strict=True)
+            losses = [self.masking.score(stream.masked, log_probs[:length]) for stream, log_probs, length in rows]
+            output.masked_frames = sum(frames for _, frames in losses)
+            output.loss = sum(total for total, _ in losses) / max(output.masked_frames, 1)
         if self.surprise is not None:
-            self._compare(output)
-
-    def _score(self, output: StreamingOutput) -> None:
-        masks = [torch.cat(of) if of else output.log_probs.new_zeros(0) for of in self._masks]
-        self._masks = [[] for _ in self._masks]
-        output.masks, output.mask_lengths = _pad(masks)
-        rows = zip(self.streams, output.log_probs, output.lengths.tolist(), strict=True)
-        losses = [self.masking.score(stream.masked, log_probs[:length]) for stream, log_probs, length in rows]
-        output.masked_frames = sum(frames for _, frames in losses)
-        output.loss = sum(total for total, _ in losses) / max(output.masked_frames, 1)
-
-    def _compare(self, output: StreamingOutput) -> None:
-        output.next_tokens, log_probs = self.surprise.predict(output.encoded, valid_frames(output))
-        starts = [stream.surprised.start for stream in self.streams]
-        output.surprise_start = torch.tensor(starts, device=output.lengths.device)
-        rows = zip(self.streams, log_probs, output.lengths.tolist(), strict=True)
-        surprise = [self.surprise.score(stream.surprised, predicted[:length]) for stream, predicted, length in rows]
-        output.surprise, output.surprise_lengths = _pad(surprise)
+            output.next_tokens, predicted = self.surprise.predict(output.encoded, valid)
+            starts = [stream.surprised.start for stream in self.streams]
+            output.surprise_start = torch.tensor(starts, device=output.lengths.device)
+            rows = zip(self.streams, predicted, lengths, strict=True)
+            surprise = [self.surprise.score(stream.surprised, each[:length]) for stream, each, length in rows]
+            output.surprise, output.surprise_lengths = _pad(surprise)
 
 
 def _running_statistics(stream: ObservedStream, frames: torch.Tensor, first: int, stride: int) -> list[torch.Tensor]:
-    """Add new frames to a stream's sums; return mean and deviation, [F, S] float64.
-
-    They are those after frame ``first`` and every stride-th on.
-    """
+    """Add new frames to a stream's sums; return mean and deviation after frame ``first`` and every stride-th on, [F, S]."""
     frames = frames.double()
     sums = torch.stack((stream.total, stream.squares))[:, :, None]
     sums = torch.cat((sums, torch.stack((frames, frames.square()))), dim=2).cumsum(dim=2)[:, :, 1:]
@@ -149,6 +245,13 @@ def _running_statistics(stream: ObservedStream, frames: torch.Tensor, first: int
     mean = totals / counts
     variance = (squares - counts * mean.square()).clamp(min=0) / (counts - 1).clamp(min=1)
     return [mean, variance.sqrt() + SMALLEST_STD]
+
+
+def _joined(earlier: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
+    """Join what waits with what is new along the first dimension; None is nothing."""
+    if earlier is None or new is None:
+        return new if earlier is None else earlier
+    return torch.cat((earlier, new))
 
 
 def _pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

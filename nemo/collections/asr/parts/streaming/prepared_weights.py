@@ -1,32 +1,111 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights of an encoder, copied and arranged for live streams: once for all sessions that start with the same weights."""
+"""Which encoders can stream; and their weights, copied and arranged for streams: once for all sessions that start with them."""
 
 import hashlib
 import threading
 import weakref
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
 from torch import nn
 
-from nemo.collections.asr.parts.streaming.encoder import subsampling_of
-from nemo.collections.asr.parts.streaming.layers import PositionTable, PreparedLayer
+from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
+from nemo.collections.asr.parts.att_context.windows import STYLES
+from nemo.collections.asr.parts.streaming.layers import PreparedLayer, enabled_adapters
 from nemo.collections.asr.parts.streaming.linear import PreparedLinear
 from nemo.collections.asr.parts.streaming.subsampling import IncrementalSubsampling
-from nemo.collections.asr.parts.submodules.multi_head_attention import RelPositionalEncoding
+from nemo.collections.asr.parts.submodules import conformer_modules, multi_head_attention
+from nemo.collections.asr.parts.submodules.batchnorm import FusedBatchNorm1d
+from nemo.collections.asr.parts.submodules.causal_convs import CausalConv1D, CausalConv2D
+from nemo.collections.asr.parts.submodules.subsampling import ConvSubsampling
+from nemo.collections.asr.parts.utils.activations import Swish
+from nemo.collections.common.parts.adapter_modules import LinearAdapter
+from nemo.core.classes.mixins.adapter_mixin_strategies import ResidualAddAdapterStrategy
 
 PLAIN = (bool, int, float, str, tuple)
 SAMPLED = 31  # elements of each tensor that are compared
 _LOCK = threading.RLock()
 _PREPARED: 'weakref.WeakKeyDictionary' = weakref.WeakKeyDictionary()
+SUBSAMPLINGS = ('dw_striding', 'striding')
+NORMS = ('layer_norm', 'batch_norm', 'fused_batch_norm')  # those that, in eval mode, take each frame by itself
+COMPUTED = (  # the modules whose computation is repeated here
+    *(nn.LayerNorm, nn.BatchNorm1d, nn.Linear, nn.Dropout, nn.Conv1d, nn.Conv2d, nn.ModuleList, FusedBatchNorm1d),
+    *(ConformerEncoder, conformer_modules.ConformerLayer, conformer_modules.ConformerFeedForward, ConvSubsampling),
+    *(conformer_modules.ConformerConvolution, CausalConv1D, CausalConv2D, Swish),
+    *(multi_head_attention.RelPositionalEncoding, multi_head_attention.RelPositionMultiHeadAttention),
+)
+METHODS = {name: [getattr(each, name, None) for each in COMPUTED] for name in ('forward', 'forward_internal')}
+ADDED = ResidualAddAdapterStrategy.forward
+
+
+def check_encoder_can_stream(encoder, context: AttContext) -> None:
+    """Raise ValueError, with the reason, if live streams do not compute an encoder's output in a context."""
+    for reason in _reasons(encoder, context):
+        raise ValueError(f"{type(encoder).__name__} cannot be streamed: {reason}")
+    encoder.check_att_context_size(context)
+
+
+def subsampling_of(encoder: ConformerEncoder) -> nn.Module:
+    """Return the subsampling, which masking after the convolutions wraps."""
+    return getattr(encoder.pre_encode, 'pre_encode', encoder.pre_encode)
+
+
+def why_not(encoder, context: AttContext) -> str | None:
+    """Return the first reason why live streams do not compute an encoder's output in a context, or None."""
+    return next(_reasons(encoder, context), None)
+
+
+def _reasons(encoder, context: AttContext) -> Iterator[str]:
+    if not isinstance(encoder, ConformerEncoder):
+        yield 'the encoder must be a ConformerEncoder'
+    if encoder.self_attention_model != 'rel_pos':
+        yield f'encoder.self_attention_model is {encoder.self_attention_model}; use rel_pos'
+    if encoder.att_context_style not in STYLES:
+        yield f'encoder.att_context_style is {encoder.att_context_style}; streams need one of {STYLES}'
+    for index, effective in enumerate(encoder.effective_att_contexts(context)):
+        if effective.right == UNLIMITED:
+            yield f'the right context of layer {index} is unlimited, so that the first frame waits for the last'
+    if encoder.conv_context_size[1] != 0 or getattr(encoder, 'conv_context_style', 'regular') != 'regular':
+        yield f'encoder.conv_context_size is {list(encoder.conv_context_size)}; it must be causal'
+    if (norm := encoder.layers[0].conv.norm_type) not in NORMS:
+        yield f'encoder.conv_norm_type is {norm}, which needs the whole utterance; use layer_norm'
+    if encoder.reduction_position is not None:
+        yield 'encoder.reduction is set; it must be null'
+    subsampling = subsampling_of(encoder)
+    kind = getattr(subsampling, '_subsampling', type(subsampling).__name__)
+    if not isinstance(subsampling, ConvSubsampling) or kind not in SUBSAMPLINGS:
+        yield f'encoder.subsampling is {kind}; streams need one of {SUBSAMPLINGS}, causal'
+    if not subsampling.is_causal:
+        yield 'encoder.causal_downsampling is false; it must be true'
+    if (chunking := subsampling.subsampling_conv_chunking_factor) != 1:
+        yield f'encoder.subsampling_conv_chunking_factor is {chunking}; others than 1 treat the end differently'
+    for place, module in _computed_parts(encoder):
+        for method, known in METHODS.items():
+            if method in vars(module) or getattr(type(module), method, None) not in known:
+                yield f'{place} is a {type(module).__name__} with a {method} that streams do not compute'
+    for name, module in encoder.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            yield f'encoder.{name}'.rstrip('.') + ' has forward hooks'
+    for adapter in (adapter for layer in encoder.layers for adapter in enabled_adapters(layer)):
+        if type(adapter).forward is not LinearAdapter.forward or type(adapter.adapter_strategy).forward is not ADDED:
+            yield f'an adapter is a {type(adapter).__name__}; only added linear adapters are computed'
+
+
+def _computed_parts(encoder) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in subsampling_of(encoder).named_modules():
+        if not name or module._parameters:
+            yield f'encoder.pre_encode.{name}'.rstrip('.'), module
+    for name, module in encoder.named_modules():
+        if not name.startswith('pre_encode') and '.adapter_layer' not in name:
+            yield f'encoder.{name}'.rstrip('.'), module
 
 
 class _Seen:
     """Modules and tensors of an encoder as they are now; no tensor is read as a whole.
 
-    Another module or tensor, another place, a write that torch counts, and a write through ``tensor.data`` that changes one
-    of some sampled elements make a difference.
+    Another type of module, another tensor, a write that torch counts, and one that changes a sampled element differ.
     """
 
     def __init__(self, encoder: nn.Module):
@@ -34,32 +113,26 @@ class _Seen:
         modules = [module for part in parts if part is not None for module in part.modules()]
         owned = (owner.values() for module in modules for owner in (module._parameters, module._buffers))
         # they are kept, so that no other tensor gets their place
-        self._tensors = [tensor for values in owned for tensor in values if tensor is not None]
+        self.tensors = [tensor for values in owned for tensor in values if tensor is not None]
         self._facts = [(type(module), _settings_of(module)) for module in modules] + [
-            (None if each.is_inference() else each._version, each.data_ptr(), each.dtype) for each in self._tensors
+            (None if each.is_inference() else each._version, each.data_ptr(), each.dtype) for each in self.tensors
         ]
         with torch.inference_mode(False), torch.no_grad():
-            samples = [each.flatten()[:: max(each.numel() // SAMPLED, 1)].float() for each in self._tensors]
-            self._samples = torch.cat(samples).nan_to_num()
+            samples = [each.flatten()[:: max(each.numel() // SAMPLED, 1)].float() for each in self.tensors]
+            self.samples = torch.cat(samples).nan_to_num()
 
     def equals(self, other: '_Seen') -> bool:
         """Return whether nothing has changed."""
-        return self._facts == other._facts and torch.equal(self._samples, other._samples)
-
-    def digest(self) -> str:
-        """Return a digest of shapes and sampled elements."""
-        shapes = str([list(tensor.shape) for tensor in self._tensors]).encode()
-        return hashlib.sha256(shapes + self._samples.cpu().numpy().tobytes()).hexdigest()[:16]
+        return self._facts == other._facts and torch.equal(self.samples, other.samples)
 
 
 def _settings_of(module: nn.Module) -> list:
-    """Return the plain attributes of a module, and which adapters are enabled."""
     plain = [value for name, value in vars(module).items() if name[0] != '_' and isinstance(value, PLAIN)]
     return plain + (module.get_enabled_adapters() if hasattr(module, 'get_enabled_adapters') else [])
 
 
 class PreparedEncoder:
-    """A copy of the weights of a ``ConformerEncoder`` that can stream, arranged for live streams; see :meth:`of`."""
+    """A copy of the weights of a ``ConformerEncoder``, arranged for live streams; :meth:`of` makes it."""
 
     def __init__(self, encoder: nn.Module, precision: str, seen: _Seen):
         self._seen = seen
@@ -69,18 +142,10 @@ class PreparedEncoder:
             out, scale = encoder.out_proj, encoder.pos_enc.xscale
             self.out = None if out is None else PreparedLinear(out.weight, out.bias)
             self.scale = 1.0 if scale is None else float(scale)
-        weight = encoder.layers[0].self_attn.linear_pos.weight
-        self._like = encoder.d_model, encoder.pos_enc.pe.dtype, weight.device
-        self._positions: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
     @classmethod
     def of(cls, encoder: nn.Module, precision: str = 'float32') -> 'PreparedEncoder':
-        """Return the present weights of an encoder, which are prepared if they are others than before.
-
-        Args:
-            encoder: in eval mode, one that ``encoder.why_not`` finds nothing in.
-            precision: of the layers' weights, a key of ``linear.LINEARS``.
-        """
+        """Return the present weights of an encoder that can stream, which are prepared if they are others than before."""
         with _LOCK:
             prepared, seen = _PREPARED.setdefault(encoder, {}), _Seen(encoder)
             if precision not in prepared or not prepared[precision]._seen.equals(seen):
@@ -89,36 +154,6 @@ class PreparedEncoder:
 
     @cached_property
     def digest(self) -> str:
-        """What identifies the weights in the state of a stream."""
-        return self._seen.digest()
-
-    def positions(self, index: int, future: int, past: int) -> PositionTable:
-        """Return the table of a layer's positions; it is kept as long as a session holds it.
-
-        Args:
-            index: of the layer.
-            future, past: frames ahead and behind that it reaches.
-        """
-        with _LOCK:
-            found = self._positions.get((index, future, past))
-            if found is None:
-                with torch.inference_mode(False), torch.no_grad(), without_autocast(self._like[2]):
-                    found = self.layers[index].positions(self._embeddings(future, past))
-                self._positions[index, future, past] = found
-            return found
-
-    def _embeddings(self, future: int, past: int) -> torch.Tensor:
-        """Return the embeddings of relative positions, [future + past + 1, D]; the first is the farthest ahead."""
-        width, dtype, device = self._like
-        encoding = RelPositionalEncoding(width, 0.0)  # of its own: the encoder's table keeps its size
-        encoding.extend_pe(max(future, past) + 1, device, dtype)
-        table = encoding.pe[0]
-        centre = table.shape[0] // 2  # the embedding of distance 0; greater distances lie before it
-        return table[centre - past : centre + future + 1].flip(0)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Return a context in which operations keep the dtype of their inputs."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+        """What identifies the weights in the state of a stream: their shapes and sampled elements."""
+        shapes = str([list(tensor.shape) for tensor in self._seen.tensors]).encode()
+        return hashlib.sha256(shapes + self._seen.samples.cpu().numpy().tobytes()).hexdigest()[:16]

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What live streams keep: tensors with a row for each stream, ring buffers, and which slots of a ring a query sees.
 
-Position p of a stream lies at slot p % slots of a ring. Counts on the CPU define which positions exist. So a write
-behind a stream's count has no effect until the count moves on.
+Position p of a stream lies at slot p % slots of a ring. Counts on the CPU define which exist: a write behind has no effect.
 
 Shapes: B streams, R rows of them, N positions, S slots, Q queries.
 """
@@ -18,27 +17,22 @@ import torch
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED
 from nemo.collections.asr.parts.att_context.windows import Window
+from nemo.collections.asr.parts.streaming.state import check_like
 
 MOST_ACTIVE = 7 / 8  # share of the batch from which idle rows are computed, too: selecting rows copies their rings
-GROWTH = 64  # first number of slots of a ring without a limit
 LARGEST_TABLE = 1 << 21  # elements
-SHRINKS_AT = 4  # times the slots in use
 
 
 class Rows:
-    """The rows of a batch that a call moves on.
-
-    Args:
-        active: which they are, [B] bool.
-        device: of the tensors.
-    """
+    """The rows of a batch that a call moves on: those that are ``active``, [B] bool."""
 
     def __init__(self, active: np.ndarray, device: torch.device):
         moving = np.flatnonzero(active)
         self.active, self.index, self._leader = active, None, moving[0]
         self.is_whole = len(moving) == len(active)  # all rows of the batch move on
-        # idle rows are computed, too, but nothing of them is kept
-        self.computes_idle = not self.is_whole and len(moving) >= MOST_ACTIVE * len(active)
+        self.computes_idle = not self.is_whole and len(moving) >= MOST_ACTIVE * len(
+            active
+        )  # but keeps nothing of them
         self.numbers, self.valid = np.arange(len(active)), active
         self.moving = torch.from_numpy(moving).to(device, non_blocking=True)
         if self.computes_idle:
@@ -69,6 +63,9 @@ class Rows:
 class Stage:
     """What one stage keeps of all streams: its attributes that are tensors [B, ...] or counts [B] int64."""
 
+    def __init__(self, **kept):
+        vars(self).update(kept)
+
     def kept(self) -> Iterator[tuple[str, torch.Tensor | np.ndarray]]:
         """Yield all tensors and counts by name."""
         for name, value in vars(self).items():
@@ -90,22 +87,13 @@ class Stage:
             for name, value in self.kept()
         }
 
+    def like(self, state: dict) -> dict:
+        """Return what a state must be like to be loaded."""
+        return {name: 0 if isinstance(value, np.ndarray) else value[0] for name, value in self.kept()}
+
     def check(self, state: dict) -> None:
         """Raise ValueError unless :meth:`load` can take a state."""
-        for name, value in self.kept():
-            given = state.get(name)
-            if isinstance(value, np.ndarray):
-                if type(given) is not int or given < 0:
-                    raise ValueError(f"{name} is {given!r}; it must be a count")
-                continue
-            wanted = value.dtype, [*self.shape(name, value[0], state)]
-            found = (given.dtype, [*given.shape]) if isinstance(given, torch.Tensor) else (type(given).__name__,)
-            if found != wanted:
-                raise ValueError(f"{name} is {' '.join(map(str, found))}; it must be {wanted[0]} {wanted[1]}")
-
-    def shape(self, name: str, value: torch.Tensor, state: dict) -> tuple[int, ...]:
-        """Return the shape that a row's tensor must have in a state; ``value`` is a row of it."""
-        return value.shape
+        check_like(state, self.like(state), type(self).__name__)
 
     def load(self, row: int, state: dict) -> None:
         """Replace a row by an exported state, which has been checked."""
@@ -119,27 +107,14 @@ class Stage:
 
 
 class RingBuffer(Stage):
-    """The last positions of each stream.
-
-    Args:
-        batch: B.
-        slots: S.
-        shape: of a position.
-        like: dtype and device.
-    """
+    """The last positions of each stream, tensors of some shape, dtype and device."""
 
     def __init__(self, batch: int, slots: int, *shape: int, **like):
         self.values = torch.zeros(batch, slots, *shape, **like)
         self.count: np.ndarray = np.zeros(batch, np.int64)
 
     def write(self, rows: Rows, new: torch.Tensor, counts: np.ndarray) -> None:
-        """Append to streams.
-
-        Args:
-            rows: which streams.
-            new: [R, N, ...]; N may be greater than a row's count.
-            counts: how many positions each row gets, [R]; 0 for rows that do not move on.
-        """
+        """Append positions [R, N, ...] to streams, of which each row gets ``counts`` [R]; 0 where it does not move on."""
         count, slots = new.shape[1], self.values.shape[1]
         first = self.count[rows.numbers] % slots
         if are_alike(first[rows.valid]):
@@ -186,14 +161,10 @@ def _remainders(slots: int, count: int, device: torch.device) -> torch.Tensor:
 class Visible(NamedTuple):
     """What the queries of a push see of a ring."""
 
-    slots: torch.Tensor
-    """Where the frames that arrive are written, [Q], or [R, Q] of rows in different phases."""
-    ages: torch.Tensor
-    """Row of the table of positions for each query and slot, [Q, S] or [R, Q, S] int64."""
-    hidden: torch.Tensor | None
-    """Slots that are not seen, True is hidden, [R or 1, 1, Q, S]; None: all are seen."""
-    began: torch.Tensor | None
-    """Whether a query is a frame of its stream, [R or 1, Q, 1] bool; None: all are."""
+    slots: torch.Tensor  # where the frames that arrive are written, [Q], or [R, Q] of rows in different phases
+    ages: torch.Tensor  # row of the table of positions for each query and slot, [Q, S] or [R, Q, S] int64
+    hidden: torch.Tensor | None  # slots that are not seen, True is hidden, [R or 1, 1, Q, S]; None: all are seen
+    began: torch.Tensor | None  # whether a query is a frame of its stream, [R or 1, Q, 1] bool; None: all are
 
 
 @dataclass(eq=False)
@@ -205,9 +176,7 @@ class RingWindow:
 
     window: Window
     slots: int
-    """S."""
     wait: int
-    """Frames between the arrival of a query and its output."""
     device: torch.device
 
     def __post_init__(self) -> None:
@@ -220,17 +189,10 @@ class RingWindow:
         self._tables: dict = {}
         self._alike: dict = {}
 
-    def resized(self, slots: int) -> 'RingWindow':
-        """Return the same with another number of slots."""
-        return ring_window(self.window, slots, self.wait, self.device)
-
     def visible(self, first: np.ndarray, count: int, last: np.ndarray | None = None) -> Visible:
-        """Return what the queries of a push see.
+        """Return what the queries of a push see: ``count`` frames arrive, the first at position ``first`` [R].
 
-        Args:
-            first: position of the first frame that arrives, [R].
-            count: Q.
-            last: position behind the last frame of each stream, [R]; None: none ends.
+        Streams that end have no frames from position ``last`` [R] on.
         """
         alike, size = are_alike(first), (self._start + self._phases) * count * self.slots
         if last is not None or not self._phases or first.min() < 0 or size > LARGEST_TABLE:

@@ -1,65 +1,105 @@
 # SPDX-License-Identifier: Apache-2.0
 """Live streaming from raw samples, equal to offline.
 
-::
-
-    session = StreamingSession(model, att_context_size=[40, 0], return_log_probs=True)
-    for samples in microphone:                          # [1, n], any n
-        output = session.step(samples)                  # output.encoded [1, D, frames], usually 0 or 1 frames
-    output = session.finish()
-
-Shapes: B streams, N samples, D the encoder's width, A attention frames.
+Shapes: B streams, N samples, M mask frames, D width, A attention frames, S target frames, K horizons, C classes, H codebooks.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.streaming.batch_runner import BatchRunner
-from nemo.collections.asr.parts.streaming.decoding import decode_frames, decoder_of
-from nemo.collections.asr.parts.streaming.encoder import StreamingEncoder, why_not
 from nemo.collections.asr.parts.streaming.linear import check_precision
 from nemo.collections.asr.parts.streaming.mel import StreamingMel
 from nemo.collections.asr.parts.streaming.observers import Observers
-from nemo.collections.asr.parts.streaming.output import StreamingOutput, valid_frames
-from nemo.collections.asr.parts.streaming.state import VERSION, check_settings
-from nemo.collections.asr.parts.streaming.text import LiveText, TextOptions, Transcript
+from nemo.collections.asr.parts.streaming.prepared_weights import why_not
+from nemo.collections.asr.parts.streaming.state import VERSION, check_like
+from nemo.collections.asr.parts.streaming.text import (
+    LiveText,
+    TextOptions,
+    TextUpdate,
+    Transcript,
+    decode_frames,
+    decoder_of,
+)
 from nemo.utils import logging
 
-NOT_FINITE = 'its output holds NaN or infinite values'
 LOUD = 8.0  # a peak of samples far above full scale
+COUNTED = {  # what there is for each frame, by what counts them
+    'lengths': ('encoded', 'log_probs', 'tokens', 'next_tokens'),
+    'mask_lengths': ('masks',),
+    'surprise_lengths': ('surprise',),
+}
+
+
+@dataclass
+class StreamingOutput:
+    """What one step gave out. Frames at or beyond a stream's length are 0."""
+
+    encoded: torch.Tensor  # encoder frames, [B, D, A]
+    lengths: torch.Tensor  # how many of them each stream has, [B] int64
+    # mask frames that each stream has received, [B] int64: feature frames, or attention frames with post_conv masking
+    current_frame: torch.Tensor
+    # the streams that have failed since they were last reset, with the reason; they give no frames
+    failed: dict[int, str] = field(default_factory=dict)
+    log_probs: torch.Tensor | None = None  # on request; as the model's decoder gives them, [B, A, C] or [B, A, C, H]
+    tokens: torch.Tensor | None = None  # on request; the likeliest class, [B, A] or [B, A, H] int64, blanks included
+    masks: torch.Tensor | None = None  # with apply_mask: the new mask frames that are masked, [B, M], 1 where masked
+    mask_lengths: torch.Tensor | None = None  # how many mask frames are new in each stream, [B] int64
+    loss: torch.Tensor | None = None  # nats per masked frame whose target and prediction this step completed
+    masked_frames: int = 0  # how many frames that is
+    # with return_surprise: frame j predicts at horizon k token j + session.next_token_offset + k
+    next_tokens: torch.Tensor | None = None  # the likeliest of each horizon, [B, A, K] or [B, A, K, H] int64
+    surprise: torch.Tensor | None = None  # nats of each token that is known since this step, at horizon 0, [B, S]
+    surprise_lengths: torch.Tensor | None = None  # how many of these each stream has, [B] int64
+    surprise_start: torch.Tensor | None = None  # index of the first of these in its stream, [B] int64
+    text: list[TextUpdate] | None = None  # with return_text: what is new in the text of each stream
+
+    @classmethod
+    def concatenate(cls, outputs: Sequence['StreamingOutput']) -> 'StreamingOutput':
+        """Join outputs, one or more, of consecutive steps; ``loss`` becomes that of all masked frames."""
+        if not outputs:
+            raise ValueError("concatenate: there is no output to join")
+        first, last = outputs[0], outputs[-1]
+        joined = cls(None, None, last.current_frame, last.failed, surprise_start=first.surprise_start)
+        for name, counts in ((name, counts) for counts, names in COUNTED.items() for name in names):
+            if getattr(first, name) is not None:
+                sizes, parts = ([getattr(output, each) for output in outputs] for each in (counts, name))
+                setattr(joined, counts, sum(sizes))
+                setattr(joined, name, _join(parts, sizes, 2 if name == 'encoded' else 1))
+        if first.text is not None:
+            joined.text = [*map(TextUpdate.concatenate, zip(*(output.text for output in outputs)))]
+        if first.loss is not None:
+            joined.masked_frames = sum(output.masked_frames for output in outputs)
+            total = sum(output.loss * output.masked_frames for output in outputs)  # type: ignore[operator, misc]
+            joined.loss = total / max(joined.masked_frames, 1)
+        return joined
 
 
 class StreamingSession:
-    """A batch of live streams through a model, in one attention context. All state is here, none in the model.
+    """A batch of live streams through a model in eval mode, in one attention context. All state is here, none in the model.
 
     Fed in any pieces, the joined output equals the offline forward of the same samples. Sessions of one model may run in
-    several threads at once. The model must be in eval mode. Its weights are taken when the session is made and when
-    :meth:`reset` restarts all streams; changes in between have no effect.
+    several threads at once. Weights are taken when the session is made and when :meth:`reset` restarts all streams.
 
-    A stream whose output is not finite fails: ``output.failed`` has the reason, its state is set to zero, and it gives no
-    frames until it is reset. The other streams are not affected. A step that an error interrupts leaves the streams that
-    it was to move on broken: they take no samples until they are reset or loaded.
+    A stream whose output is not finite fails alone: ``output.failed`` has the reason, and it gives no frames until it is reset.
+    A step that an error interrupts breaks the streams that it was to move on until they are reset or loaded.
 
     Args:
         model: with ``preprocessor`` and ``encoder`` (an SSL model, a CTC model), or the two as a pair.
         batch_size: B.
-        att_context_size: the context, anything that ``AttContext.parse`` reads; None takes the encoder's default. The
-            layers' own contexts narrow it.
-        return_log_probs: whether to run the model's decoder.
-        return_tokens: whether to give its likeliest classes.
-        apply_mask: whether to mask, to watch the loss of an SSL model live; see ``LiveMasking``. Draws from torch's
-            generator.
-        return_surprise: whether to predict the next tokens, and to give the surprise of each token once it is there; for a
-            model whose objective predicts next tokens, see ``LiveSurprise``. With ``apply_mask`` they are predicted from
-            the masked stream, as ``model.objective: both`` trains it.
+        att_context_size: anything that ``AttContext.parse`` reads; None takes the encoder's default.
+        return_log_probs, return_tokens: whether to give what the model's decoder gives, and its likeliest classes.
+        apply_mask: whether to mask, to watch the loss of an SSL model live. Draws from torch's generator.
+        return_surprise: whether to predict the next tokens, and to give the surprise of each once it is there.
         return_text: whether to decode the text of each stream, with a CTC, RNNT or hybrid model; ``TextOptions`` set how.
-        weights: what the layers' weights are held in, on a CPU: 'float32'; 'bfloat16' and 'int8' are smaller and faster, and
-            no longer equal to offline.
-        sample_rate: of the samples, in Hz; must be that of the model. None: that of the model.
+        weights: of the layers, on a CPU: 'float32'; 'bfloat16' and 'int8' are smaller, and no longer equal to offline.
+        sample_rate: of the samples, in Hz. It must be that of the model, which None takes.
 
     Raises:
         ValueError: if the model's configuration cannot stream, with the reason, or lacks what is requested.
@@ -98,23 +138,20 @@ class StreamingSession:
         _check_eval_mode(*modules)
         decodes = self.return_log_probs or self.return_tokens or self.apply_mask
         decoder = decoder_of(self._model) if decodes else None
-        mel, streaming = StreamingMel(preprocessor), StreamingEncoder(encoder, self.att_context)
         check_precision(self.weights, next(encoder.parameters()))
-        observers, hooks, text = None, {}, None
+        mel, observers, text = StreamingMel(preprocessor), None, None
         if self.apply_mask or self.return_surprise:
             wanted = self.apply_mask, self.return_surprise
             observers = Observers(self._model, self.att_context, self.batch_size, mel.features, *wanted)
-            hooks = {observers.hook: observers.take}
         with torch.inference_mode():
-            runner = BatchRunner(mel, streaming, self.batch_size, self.weights, **hooks)
+            runner = BatchRunner(mel, encoder, self.att_context, self.batch_size, self.weights, observers)
         if self.return_text:
             options = TextOptions() if self.return_text is True else self.return_text
-            seconds = mel.hop * streaming.factor / mel.sample_rate
-            text = LiveText(self._model, self.batch_size, seconds, options, streaming.device)
+            seconds = mel.hop * runner.factor / mel.sample_rate
+            text = LiveText(self._model, self.batch_size, seconds, options, runner.device)
         self._modules, self._decoder = modules, decoder
-        self._mel, self._encoder, self._runner, self._observers, self._text = mel, streaming, runner, observers, text
-        self._ended: np.ndarray = np.zeros(self.batch_size, bool)
-        self._broken: np.ndarray = np.zeros(self.batch_size, bool)
+        self._mel, self._runner, self._observers, self._text = mel, runner, observers, text
+        self._ended, self._broken = np.zeros((2, self.batch_size), bool)
         self._failed: dict[int, str] = {}
         self._flags: list = []  # of earlier steps on a GPU: their events, and which rows are finite
 
@@ -131,16 +168,12 @@ class StreamingSession:
     @property
     def frame_samples(self) -> int:
         """Samples of an attention frame."""
-        return self._mel.hop * self._encoder.factor
+        return self._mel.hop * self._runner.factor
 
     @property
     def look_ahead_samples(self) -> int:
-        """Samples after the first one of an attention frame that its output waits for, at most.
-
-        Attention frame i begins with the centre of feature frame factor * i: half a window, and the right context of
-        the attention (in ``regular`` style of all layers together).
-        """
-        return self._mel.look_ahead + self._encoder.look_ahead * self.frame_samples
+        """Samples after the first one of an attention frame that its output waits for, at most."""
+        return self._mel.look_ahead + self._runner.look_ahead * self.frame_samples
 
     @property
     def next_token_offset(self) -> int | None:
@@ -150,8 +183,7 @@ class StreamingSession:
     @property
     def cache_bytes_per_stream(self) -> int:
         """Bytes of state and of tables of positions now, per stream; they grow only with an unlimited left context."""
-        observed = 0 if self._observers is None else self._observers.bytes()
-        return (self._runner.bytes() + observed) // self.batch_size
+        return sum(stage.bytes() for stage in self._stages()) // self.batch_size
 
     @property
     def current_frame(self) -> torch.Tensor:
@@ -166,8 +198,7 @@ class StreamingSession:
     def reset(self, streams: int | Sequence[int] | None = None) -> None:
         """Restart all streams with the present weights, or those with these indices while the others continue.
 
-        Raises:
-            ValueError: if an index is out of range, or the model no longer streams; nothing is changed then.
+        ValueError, and no change, if there is no such stream or the model no longer streams.
         """
         if streams is None:
             self._build()
@@ -191,8 +222,7 @@ class StreamingSession:
             ended: for each stream, whether it ends with these samples, [B] bool; None: none does.
 
         Raises:
-            ValueError: if the samples have another shape or dtype or are not finite, or a stream is fed after its end or
-                after an error; nothing is taken then.
+            ValueError: if arguments do not fit, samples are not finite, or a stream has ended or is broken; none is taken.
         """
         _check_eval_mode(*self._modules)
         shape = [*samples.shape] if isinstance(samples, torch.Tensor) else type(samples).__name__
@@ -204,178 +234,10 @@ class StreamingSession:
         lengths = self._checked_lengths(lengths, samples.shape[1])
         ends: np.ndarray = np.zeros(self.batch_size, bool)
         if ended is not None:
-            ends = np.array(self._row_values(ended, 'ended')).astype(bool) & ~self._ended
-        self._check_whole((lengths > 0) | ends, 'step')
-        self._check_finite(samples, lengths)
-        return self._advance(samples, lengths, ends)
-
-    def finish(self) -> StreamingOutput:
-        """End all streams and give out what is left of them, as the offline forward would see it.
-
-        Raises:
-            ValueError: if all of them have ended already, or an earlier step broke one.
-        """
-        _check_eval_mode(*self._modules)
-        if self._ended.all():
-            raise ValueError("finish: every stream has ended already; reset() restarts them")
-        self._check_whole(~self._ended, 'finish')
-        return self._advance(torch.zeros(self.batch_size, 0), np.zeros(self.batch_size, np.int64), ~self._ended)
-
-    def transcript(self, row: int = 0) -> Transcript:
-        """Return the whole text of a stream; its cost grows with the stream.
-
-        Raises:
-            ValueError: without ``return_text``, or if there is no such stream.
-        """
-        if self._text is None:
-            raise ValueError("transcript: the session has no text; set return_text=True")
-        return self._text.transcript(self._checked_row(row, 'transcript'))
-
-    def export(self, row: int) -> dict:
-        """Return a copy of the state of a stream: plain containers and tensors, for torch.save or pickle.
-
-        Raises:
-            ValueError: if there is no such stream, or an earlier step broke it.
-        """
-        row = self._checked_row(row, 'export')
-        self._read_flags(wait=True)
-        self._check_whole(np.arange(self.batch_size) == row, 'export')
-        stages = [part.export(row) for part in self._stages()]
-        stream = {'ended': bool(self._ended[row]), 'failed': self._failed.get(row), 'stages': stages}
-        return {'version': VERSION, 'of': self._settings(), 'stream': stream}
-
-    def load(self, row: int, state: dict) -> None:
-        """Continue an exported stream in the place of another one; sessions may have any number of streams.
-
-        Raises:
-            ValueError: if there is no such stream, or the state is of a session with another model, context or setting, or
-                damaged; nothing is changed then.
-        """
-        row = self._checked_row(row, 'load')
-        self._check_state(state)
-        self._load(row, state['stream'])
-
-    def state_dict(self) -> dict:
-        """Return the exported states of all streams."""
-        return {'streams': [self.export(row) for row in range(self.batch_size)]}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Continue where another session on the same model was.
-
-        Raises:
-            ValueError: if it comes from a session with other settings or another number of streams, or is damaged; nothing
-                is changed then.
-        """
-        streams = state.get('streams') if isinstance(state, dict) else None
-        if not isinstance(streams, list):
-            raise ValueError("load: this is no state of a StreamingSession")
-        if len(streams) != self.batch_size:
-            raise ValueError(f"load: the state has {len(streams)} streams; this session has {self.batch_size}")
-        for stream in streams:
-            self._check_state(stream)
-        self._broken[:] = True
-        for row, stream in enumerate(streams):
-            self._load(row, stream['stream'])
-
-    def _stages(self) -> list:
-        """Return all that keeps something of each stream."""
-        return [*self._runner.stages, *(part for part in (self._observers, self._text) if part is not None)]
-
-    def _check_state(self, state) -> None:
-        """Raise ValueError unless a state is whole, and one of a stream of this model, context and settings."""
-        check_settings(state, self._settings())
-        parts, stream = self._stages(), state.get('stream')
-        if not isinstance(stream, dict) or not isinstance(stream.get('ended'), bool) or 'failed' not in stream:
-            raise ValueError("load: this is no state of a stream")
-        if not isinstance(stream.get('stages'), list) or len(stream['stages']) != len(parts):
-            raise ValueError(f"load: stages is damaged; it must be a list of {len(parts)}")
-        for part, of_part in zip(parts, stream['stages'], strict=True):
-            part.check(of_part)
-
-    def _load(self, row: int, stream: dict) -> None:
-        self._read_flags(wait=True)
-        self._broken[row] = True
-        with torch.inference_mode():
-            for part, state in zip(self._stages(), stream['stages'], strict=True):
-                part.load(row, state)
-        self._failed.pop(row, None)
-        if stream['failed'] is not None:
-            self._failed[row] = stream['failed']
-        self._ended[row], self._broken[row] = stream['ended'], False
-
-    def _settings(self) -> dict:
-        return {
-            **self._encoder.settings(),
-            **self._mel.settings(),
-            'encoder': self._runner.weights.digest,
-            'weights': self.weights,
-            'apply_mask': self.apply_mask,
-            'return_surprise': self.return_surprise,
-            'return_text': None if self._text is None else self._text.kind,
-        }
-
-    def _checked_row(self, row, what: str) -> int:
-        whole = isinstance(row, (int, np.integer)) and not isinstance(row, bool)
-        if not whole or not 0 <= row < self.batch_size:
-            raise ValueError(f"{what}: there is no stream {row!r}; the session has {self.batch_size}")
-        return int(row)
-
-    def _check_whole(self, rows: np.ndarray, what: str) -> None:
-        broken = np.flatnonzero(rows & self._broken)
-        if len(broken):
-            raise ValueError(
-                f"{what}: stream {broken[0]} is broken by an error in an earlier step; reset([{broken[0]}]) or load "
-                "restarts it"
-            )
-
-    def _check_finite(self, samples: torch.Tensor, lengths: np.ndarray) -> None:
-        """Look at the samples where they came from: those of a microphone make no device wait."""
-        taken = samples[:, : int(lengths.max())]
-        if not taken.numel():
-            return
-        if samples.device.type == 'cpu':  # NumPy takes a quarter of the time of torch for so few
-            values = taken.detach().numpy()
-            peak = max(float(values.max()), -float(values.min()))
-        else:
-            peak = float(taken.abs().amax())
-        if peak <= LOUD:
-            return
-        peak = 0.0
-        for row in set(np.flatnonzero(lengths).tolist()) - self._failed.keys():
-            own = float(samples[row, : lengths[row]].abs().amax())
-            if not math.isfinite(own):
-                raise ValueError(f"samples of stream {row} hold NaN or infinite values")
-            peak = max(peak, own)
-        if peak > LOUD and not self._warned:
-            logging.warning(f"Samples reach {peak:.3g}; full scale is 1, as of soundfile's float32.")
-            self._warned = True
-
-    def _checked_lengths(self, lengths, available: int) -> np.ndarray:
-        ended = self._ended
-        if lengths is None:
-            if ended.all():
-                raise ValueError("step: every stream has ended; reset() restarts them")
-            return np.where(ended, 0, available)
-        lengths = np.array(self._row_values(lengths, 'lengths'))
-        if lengths.ndim != 1 or (lengths % 1).any():
-            raise ValueError(f"lengths are {lengths.tolist()}; they must be whole numbers, one for each stream")
-        lengths = lengths.astype(np.int64)
-        for row in np.flatnonzero((lengths < 0) | (lengths > available)):
-            raise ValueError(f"lengths[{row}] is {lengths[row]}; it must be from 0 to the {available} samples given")
-        for row in np.flatnonzero((lengths > 0) & ended):
-            raise ValueError(f"step: stream {row} has ended; reset([{row}]) restarts it")
-        return lengths
-
-    def _row_values(self, values, name: str) -> list:
-        values = values.tolist() if hasattr(values, 'tolist') else list(values)
-        if len(values) != self.batch_size:
-            raise ValueError(
-                f"{name} has {len(values)} values; it needs one for each of the {self.batch_size} streams"
-            )
-        return values
-
-    def _advance(self, samples: torch.Tensor, lengths: np.ndarray, ends: np.ndarray) -> StreamingOutput:
+            ends = self._per_stream(ended, 'ended').astype(bool) & ~self._ended
         moved = (lengths > 0) | ends
+        self._check_whole(moved, 'step')
+        self._check_finite(samples, lengths)
         self._broken[moved] = True  # until the step is over
         with torch.inference_mode():
             self._read_flags()
@@ -392,6 +254,131 @@ class StreamingSession:
         self._broken[moved] = False
         return output
 
+    def finish(self) -> StreamingOutput:
+        """End all streams and give out what is left of them, as the offline forward would see it; errors as of :meth:`step`."""
+        return self.step(torch.zeros(self.batch_size, 0), None, [True] * self.batch_size)
+
+    def transcript(self, row: int = 0) -> Transcript:
+        """Return the whole text of a stream, which needs ``return_text``; its cost grows with the stream."""
+        if self._text is None:
+            raise ValueError("transcript: the session has no text; set return_text=True")
+        return self._text.transcript(self._checked_row(row, 'transcript'))
+
+    def export(self, row: int) -> dict:
+        """Return a copy of the state of a stream that is not broken: plain containers and tensors, for torch.save."""
+        row = self._checked_row(row, 'export')
+        self._read_flags(wait=True)
+        self._check_whole(np.arange(self.batch_size) == row, 'export')
+        stages = [part.export(row) for part in self._stages()]
+        stream = {'ended': bool(self._ended[row]), 'failed': self._failed.get(row), 'stages': stages}
+        return {'version': VERSION, 'of': self._settings(), 'stream': stream}
+
+    def load(self, row: int, state: dict) -> None:
+        """Continue an exported stream in the place of another one; sessions may have any number of streams.
+
+        ValueError, and no change, if the state is of another model, context or setting, or damaged.
+        """
+        row = self._checked_row(row, 'load')
+        self._check_state(state)
+        self._load(row, state['stream'])
+
+    def state_dict(self) -> dict:
+        """Return the exported states of all streams."""
+        return {'streams': [self.export(row) for row in range(self.batch_size)]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where a session with as many streams was; errors as of :meth:`load`."""
+        streams = state.get('streams') if isinstance(state, dict) else None
+        if not isinstance(streams, list):
+            raise ValueError("load: this is no state of a StreamingSession")
+        if len(streams) != self.batch_size:
+            raise ValueError(f"load: the state has {len(streams)} streams; this session has {self.batch_size}")
+        for stream in streams:
+            self._check_state(stream)
+        self._broken[:] = True
+        for row, stream in enumerate(streams):
+            self._load(row, stream['stream'])
+
+    def _stages(self) -> list:
+        return [*self._runner.stages, *(part for part in (self._observers, self._text) if part is not None)]
+
+    def _check_state(self, state: Any) -> None:
+        """Raise ValueError unless a state is whole, and one of a stream of this model, context and settings."""
+        if not isinstance(state, dict) or state.get('version') != VERSION or not isinstance(state.get('of'), dict):
+            raise ValueError("load: this is no state of a StreamingSession of this version")
+        pairs = {name: (state['of'].get(name), here) for name, here in self._settings().items()}
+        if other := [f'{name} ({given}, here {here})' for name, (given, here) in pairs.items() if given != here]:
+            raise ValueError(f"load: the state is of a session with another {', '.join(other)}")
+        parts, stream = self._stages(), state.get('stream')
+        check_like(stream, {'ended': False, 'failed': None, 'stages': [None] * len(parts)}, 'stream')
+        for part, of_part in zip(parts, state['stream']['stages'], strict=True):
+            part.check(of_part)
+
+    def _load(self, row: int, stream: dict) -> None:
+        self._read_flags(wait=True)
+        self._broken[row] = True
+        with torch.inference_mode():
+            for part, state in zip(self._stages(), stream['stages'], strict=True):
+                part.load(row, state)
+        self._failed.pop(row, None)
+        if stream['failed'] is not None:
+            self._failed[row] = stream['failed']
+        self._ended[row], self._broken[row] = stream['ended'], False
+
+    def _settings(self) -> dict:
+        return {
+            **self._runner.settings(),
+            **{name: getattr(self, name) for name in ('weights', 'apply_mask', 'return_surprise')},
+            'return_text': None if self._text is None else self._text.kind,
+        }
+
+    def _checked_row(self, row, what: str) -> int:
+        whole = isinstance(row, (int, np.integer)) and not isinstance(row, bool)
+        if not whole or not 0 <= row < self.batch_size:
+            raise ValueError(f"{what}: there is no stream {row!r}; the session has {self.batch_size}")
+        return int(row)
+
+    def _check_whole(self, rows: np.ndarray, what: str) -> None:
+        for row in np.flatnonzero(rows & self._broken):
+            raise ValueError(
+                f"{what}: stream {row} is broken by an error in an earlier step; reset({row}) restarts it"
+            )
+
+    def _check_finite(self, samples: torch.Tensor, lengths: np.ndarray) -> None:
+        """Look at the samples where they came from: those of a microphone make no device wait."""
+        taken = samples[:, : int(lengths.max())]
+        if not taken.numel() or _peak(taken) <= LOUD:
+            return
+        for row in sorted(set(np.flatnonzero(lengths).tolist()) - self._failed.keys()):
+            peak = _peak(samples[row, : lengths[row]])
+            if not math.isfinite(peak):
+                raise ValueError(f"samples of stream {row} hold NaN or infinite values")
+            if peak > LOUD and not self._warned:
+                logging.warning(f"Samples reach {peak:.3g}; full scale is 1, as of soundfile's float32.")
+                self._warned = True
+
+    def _checked_lengths(self, lengths, available: int) -> np.ndarray:
+        ended = self._ended
+        if lengths is None:
+            if ended.all():
+                raise ValueError("step: every stream has ended; reset() restarts them")
+            return np.where(ended, 0, available)
+        lengths = self._per_stream(lengths, 'lengths')
+        if (lengths % 1).any():
+            raise ValueError(f"lengths are {lengths.tolist()}; they must be whole numbers")
+        lengths = lengths.astype(np.int64)
+        for row in np.flatnonzero((lengths < 0) | (lengths > available)):
+            raise ValueError(f"lengths[{row}] is {lengths[row]}; it must be from 0 to the {available} samples given")
+        for row in np.flatnonzero((lengths > 0) & ended):
+            raise ValueError(f"step: stream {row} has ended; reset([{row}]) restarts it")
+        return lengths
+
+    def _per_stream(self, values, name: str) -> np.ndarray:
+        values = np.array(values.tolist() if hasattr(values, 'tolist') else list(values))
+        if values.shape != (self.batch_size,):
+            raise ValueError(f"{name} are {values.tolist()}; they must be {self.batch_size}, one for each stream")
+        return values
+
     def _output(self, encoded: torch.Tensor, counts: np.ndarray) -> StreamingOutput:
         """Return what a step gives out, of frames [B, A, D] and how many each stream has [B]."""
         self._find_failed(encoded)
@@ -400,12 +387,14 @@ class StreamingSession:
             encoded[failed], counts[failed] = 0.0, 0
         lengths = torch.from_numpy(counts).to(encoded.device, non_blocking=True)
         output = StreamingOutput(encoded.transpose(1, 2), lengths, self.current_frame, dict(self._failed))
+        if self._decoder is not None or self._observers is not None:
+            valid = torch.arange(encoded.shape[1], device=encoded.device) < lengths[:, None]
         if self._decoder is not None:  # it takes each frame by itself
-            log_probs, valid = decode_frames(self._decoder, output.encoded), valid_frames(output)
+            log_probs = decode_frames(self._decoder, output.encoded)
             output.log_probs = log_probs.masked_fill(~valid.view(*valid.shape, *[1] * (log_probs.dim() - 2)), 0)
             output.tokens = output.log_probs.argmax(dim=2) if self.return_tokens else None
         if self._observers is not None:
-            self._observers.finish(output, failed)
+            self._observers.finish(output, valid, failed)
         if self._text is not None:
             output.text = self._text.take(output.encoded, counts.tolist(), self._ended.tolist(), output.log_probs)
         if not self.return_log_probs:
@@ -413,11 +402,9 @@ class StreamingSession:
         return output
 
     def _find_failed(self, encoded: torch.Tensor) -> None:
-        """Find the rows whose frames [B, A, D] are not finite, and set their state to zero.
+        """Find the rows whose frames [B, A, D] are not finite; on a GPU the flags are copied, and read in a later step.
 
-        On a CPU this step's are read. On a GPU the flags are copied while it works, and read in a later step: nothing
-        waits, and ``output.failed`` is that much late. With text, which is read anyway, and at the end of
-        all streams they are read at once.
+        With text, which is read anyway, and at the end of all streams they are read at once.
         """
         if not encoded.numel():
             return
@@ -433,15 +420,22 @@ class StreamingSession:
             self._read_flags(wait=True)
 
     def _read_flags(self, wait: bool = False) -> None:
-        """Read which rows are finite, as far as it is known."""
         while self._flags and (wait or self._flags[0][0] is None or self._flags[0][0].query()):
             event, flags = self._flags.pop(0)
             if event is not None:
                 event.synchronize()
             new = [row for row in np.flatnonzero(~flags.numpy()).tolist() if row not in self._failed]
             if new:
-                self._failed.update(dict.fromkeys(new, NOT_FINITE))
+                self._failed.update(dict.fromkeys(new, 'its output holds NaN or infinite values'))
                 self._runner.reset(new, counts=False)
+
+
+def _peak(samples: torch.Tensor) -> float:
+    """Return the largest absolute value, NaN if there is any."""
+    if samples.device.type != 'cpu':
+        return float(samples.abs().amax())
+    values = samples.detach().numpy()  # NumPy takes a quarter of the time of torch for so few
+    return max(float(values.max()), -float(values.min()))
 
 
 def _parts(model) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -456,3 +450,12 @@ def _parts(model) -> tuple[torch.nn.Module, torch.nn.Module]:
 def _check_eval_mode(*modules: torch.nn.Module) -> None:
     if any(module.training for module in modules):
         raise ValueError("the model is in training mode; call model.eval() before streaming")
+
+
+def _join(tensors, lengths, dim: int) -> torch.Tensor:
+    """Join tensors of consecutive steps along ``dim``, leaving out the padding of each stream."""
+    rows = []
+    for row in range(tensors[0].shape[0]):
+        parts = [tensor[row].narrow(dim - 1, 0, int(length[row])) for tensor, length in zip(tensors, lengths)]
+        rows.append(torch.cat(parts, dim=dim - 1).transpose(0, dim - 1))
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, dim)

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Causal subsampling of many live streams at once; each convolution keeps the row that its next output needs.
 
-A convolution of 3 frames in steps of 2 sees, for its frame i, the frames 2 * i - 2 ... 2 * i before it: two of them are new
-to each output, one is the last of the step before. So encoder frame i takes the feature frames factor * (i - 1) + 1 ...
-factor * i, and no frame is computed twice. Frames before a stream's first, and behind its last, are zero before each
-convolution, as offline has them: the activation of a bias is not. Channels are last in memory, so that mixing them is a
-matrix product.
+A convolution of 3 frames in steps of 2 sees, for its frame i, the frames 2 * i - 2 ... 2 * i: two of them are new to each
+output, one is the last of the step before. So encoder frame i takes the feature frames factor * (i - 1) + 1 ... factor * i.
+Frames outside of a stream are zero before each convolution, as offline. Channels are last: mixing them is a matrix product.
 
 Shapes: R rows (streams), Q encoder frames, T frames of a stage, F its frequencies, C channels, D the encoder's width.
 """
@@ -24,13 +22,7 @@ SMALL = 1 << 15  # inputs of a convolution for which its set-up takes longer tha
 
 
 class _Convolution:
-    """One convolution of 3 x 3 in steps of 2, and what follows it up to the activation.
-
-    Args:
-        convolution: over one channel, over all of them, or over each by itself.
-        pointwise: the mixture of channels behind the last kind; else None.
-        activation: behind both.
-    """
+    """One convolution of 3 x 3 in steps of 2, over all channels, or over each by itself and a pointwise one; and activation."""
 
     def __init__(self, convolution: nn.Conv2d, pointwise: nn.Conv2d | None, activation: nn.Module):
         self.channels = convolution.out_channels
@@ -79,32 +71,22 @@ class IncrementalSubsampling:
         self.out = PreparedLinear(by_frequency.flatten(1), subsampling.out.bias)
         self.dtype, self.device = weight.dtype, weight.device
 
-    def new_stage(self, batch: int) -> 'SubsamplingStage':
-        """Return what streams that begin keep."""
+    def new_stage(self, batch: int) -> Stage:
+        """Return what streams keep: the last row before each convolution, [B, 1, F, C], and the frames so far, [B]."""
         width, channels, caches = self.features, 1, []
         for stage in self.stages:
             caches.append(torch.zeros(batch, 1, width, channels, dtype=self.dtype, device=self.device))
             width, channels = width // STRIDE + 1, stage.channels
-        return SubsamplingStage(caches, np.zeros(batch, np.int64))
+        return Stage(caches=caches, count=np.zeros(batch, np.int64))
 
-    def step(
-        self,
-        caches: list[torch.Tensor],
-        features: torch.Tensor,
-        rows: Rows,
-        begins: torch.Tensor | None = None,
-        left: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return the next encoder frames of some rows, [R, Q, D].
+    def step(self, caches: list, features: torch.Tensor, rows: Rows, begins=None, left=None) -> torch.Tensor:
+        """Return the next encoder frames of some rows, [R, Q, D], for their features [R, factor * Q, F].
 
         Args:
             caches: of :meth:`new_stage`; change in place.
-            features: [R, factor * Q, F], those that these frames take.
-            rows: which streams.
-            begins: whether a row's first frame is the first of its stream, [R] bool; None: none is. Its caches, and the
-                features before the stream's first, count as zeros.
-            left: how many of the features exist, [R] int64, where streams end; None: all. Those behind count as zeros. A
-                stream without any begins, and has factor - 1 left: those before it.
+            begins: whether a row's first frame is its stream's first, [R] bool; what is before it counts as zeros.
+            left: how many of the features exist, [R] int64, where streams end; those behind count as zeros. A stream
+                without any begins, and has factor - 1 left: those before it.
         """
         own = [rows.select(cache) for cache in caches]
         size = BLOCK if features.device.type == 'cpu' else max(len(features), 1)
@@ -133,13 +115,6 @@ class IncrementalSubsampling:
             frames = stage(frames)
             ahead //= STRIDE
         return self.out(frames.flatten(2).flatten(0, 1)).view(len(frames), frames.shape[1], -1), last
-
-
-class SubsamplingStage(Stage):
-    """The last row before each convolution, [B, 1, F, C] each, and the encoder frames so far, [B]."""
-
-    def __init__(self, caches: list[torch.Tensor], count: np.ndarray):
-        self.caches, self.count = caches, count
 
 
 def _patches(frames: torch.Tensor) -> torch.Tensor:

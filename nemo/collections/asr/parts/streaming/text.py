@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of live streams: greedy tokens, the words that they make, and where utterances end.
+"""The text of live streams: greedy decoding, which takes no token back, the words of tokens, and where utterances end.
 
-Greedy decoding never takes a token back, so text only grows. A step costs the same at any length of the stream.
-
-Shapes: B streams, D the encoder's width, A attention frames, C classes.
+Shapes: B streams, R rows of them, D the encoder's width, A attention frames, C classes, H codebooks.
 """
 
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from nemo.collections.asr.parts.streaming.decoding import Token, greedy_decoding
-from nemo.collections.asr.parts.streaming.state import StreamStates
+from nemo.collections.asr.parts.streaming.state import StreamStates, from_plain
+from nemo.collections.asr.parts.utils.rnnt_utils import Hypothesis
 
+NO_CONFIDENCE = float('nan')
 WORD_START = '▁'  # SentencePiece's mark
 CONTINUES = '##'  # the mark of word pieces
 
@@ -25,24 +26,18 @@ class Word:
     """A word of a live stream."""
 
     text: str
-    start: float
-    """Seconds from the start of the stream to the word's first token."""
-    end: float
-    """Seconds to the end of the frame of its last token."""
-    confidence: float | None = None
-    """From 0 to 1, with ``TextOptions.confidence``."""
+    start: float  # seconds from the start of the stream to the word's first token
+    end: float  # seconds to the end of the frame of its last token
+    confidence: float | None = None  # from 0 to 1, with ``TextOptions.confidence``
 
 
 @dataclass
 class TextUpdate:
     """What one step adds to the text of a stream."""
 
-    final_words: list[Word]
-    """Words that became final in this step."""
-    partial: Word | None = None
-    """The word that can still grow."""
-    utterance_ends: list[float] = field(default_factory=list)
-    """Seconds at which utterances ended, by the rules of ``TextOptions``."""
+    final_words: list[Word]  # that became final in this step
+    partial: Word | None = None  # the word that can still grow
+    utterance_ends: list[float] = field(default_factory=list)  # in seconds, by the rules of ``TextOptions``
 
     @classmethod
     def concatenate(cls, updates: Sequence['TextUpdate']) -> 'TextUpdate':
@@ -55,38 +50,137 @@ class TextUpdate:
 class Transcript:
     """All that a stream has contained so far."""
 
-    text: str
-    """As NeMo decodes all tokens at once."""
-    words: list[Word]
-    """The partial word is the last."""
+    text: str  # as NeMo decodes all tokens at once
+    words: list[Word]  # the partial word is the last
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How text is made. The end of an utterance makes its last word final; it does not change ``Transcript.text``.
+    """How text is made. The end of an utterance makes its last word final; it does not change ``Transcript.text``."""
 
-    Raises:
-        ValueError: if a value is out of its range.
-    """
-
-    silence_after_nothing: float | None = 2.4
-    """Seconds without a token that end an utterance that has none; None: never."""
-    silence_after_speech: float | None = 1.2
-    """Seconds without a token that end an utterance that has some; None: never."""
-    utterance_seconds: float | None = 20.0
-    """An utterance of this length ends with its present word; None: never."""
-    confidence: bool = False
-    """Whether words have a confidence, computed as NeMo's ``decoding.confidence_cfg`` is set."""
-    longest_word: int = 64
-    """Tokens after which a word is final, for languages without spaces."""
+    silence_after_nothing: float | None = (
+        2.4  # seconds without a token that end an utterance that has none; None: never
+    )
+    silence_after_speech: float | None = (
+        1.2  # seconds without a token that end an utterance that has some; None: never
+    )
+    utterance_seconds: float | None = 20.0  # an utterance of this length ends with its present word; None: never
+    confidence: bool = False  # whether words have one, computed as NeMo's ``decoding.confidence_cfg`` is set
+    longest_word: int = 64  # tokens after which a word is final, for languages without spaces
 
     def __post_init__(self) -> None:
         for name in ('silence_after_nothing', 'silence_after_speech', 'utterance_seconds'):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float('inf'):
+            if (value := getattr(self, name)) is not None and not 0 < value < float('inf'):
                 raise ValueError(f"TextOptions.{name} is {value!r}; it must be above 0 seconds, or None")
         if self.longest_word < 1:
             raise ValueError(f"TextOptions.longest_word is {self.longest_word!r}; it must be 1 token or more")
+
+
+def decoder_of(model) -> torch.nn.Module:
+    """Return the decoder of a model's forward that takes encoder frames alone, of a hybrid model that of CTC; or ValueError."""
+    predictor = getattr(model, 'objectives', model)
+    decoder = getattr(predictor, 'ctc_decoder', None) or getattr(predictor, 'decoder', None)
+    if 'encoder_output' not in (getattr(decoder, 'input_types', None) or {}):
+        kind = type(model).__name__
+        raise ValueError(f"log-probabilities and tokens need a decoder that takes encoder_output; {kind} has none")
+    return decoder
+
+
+def decode_frames(decoder: torch.nn.Module, encoded: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities [B, A, C] or [B, A, C, H] of frames [B, D, A], of which there may be none."""
+    if encoded.shape[2]:
+        return decoder(encoder_output=encoded)
+    # a convolution takes no empty input; the classes are the same for any frame
+    return decoder(encoder_output=encoded.new_zeros(*encoded.shape[:2], 1))[:, :0]
+
+
+class Token(NamedTuple):
+    """A token of greedy decoding."""
+
+    token: int
+    frame: int  # attention frame of the stream
+    confidence: float = NO_CONFIDENCE  # of the token in this frame
+    repeats: bool = False  # whether a CTC path repeats the token of the frame before
+
+
+class GreedyCTC:
+    """Greedy CTC decoding with NeMo's ``decoding``; the memory of a stream is the class of its last frame."""
+
+    memory = int
+
+    def __init__(self, model, decoding, confidence: bool):
+        self.decoder, self.decoding = decoder_of(model), decoding
+        self.blank = self.decoder.num_classes_with_blank - 1
+        self._confidence = decoding.decoding._get_confidence_tensor if confidence else None
+
+    def decode(self, encoded, counts: list[int], memory: list, first: list[int], log_probs=None) -> tuple[list, list]:
+        """Return the new tokens and the new memory of each row, for new frames [R, D, A], ``first`` on in their stream.
+
+        Memory is None at the start of a stream; ``log_probs`` [R, A, C] are there where the decoder has run already.
+        """
+        log_probs = decode_frames(self.decoder, encoded) if log_probs is None else log_probs
+        paths = log_probs.argmax(dim=2).cpu().numpy()
+        confidence = None if self._confidence is None else self._confidence(log_probs).cpu().numpy()
+        found = []
+        for row, count in enumerate(counts):
+            path, before = paths[row, :count], self.blank if memory[row] is None else memory[row]
+            repeats = path == np.concatenate(([before], path[:-1]))
+            frames = np.flatnonzero(path != self.blank)
+            sure = [NO_CONFIDENCE] * len(frames) if confidence is None else confidence[row, frames].tolist()
+            positions: list[int] = (first[row] + frames).tolist()
+            found.append([*map(Token, path[frames].tolist(), positions, sure, repeats[frames].tolist())])
+        return found, [int(paths[row, count - 1]) for row, count in enumerate(counts)]
+
+
+class GreedyRNNT:
+    """Greedy RNNT and TDT decoding by NeMo; the memory of a stream is a hypothesis with the prediction network's state."""
+
+    memory = Hypothesis
+
+    def __init__(self, decoding, confidence: bool):
+        self.decoding, self._confidence = decoding, confidence
+        if confidence and not decoding.preserve_frame_confidence:
+            key = 'model.decoding.confidence_cfg.preserve_frame_confidence'
+            raise ValueError(f"TextOptions.confidence is true, which needs {key}: true; use change_decoding_strategy")
+
+    def decode(self, encoded, counts: list[int], memory: list, first: list[int], log_probs=None) -> tuple[list, list]:
+        """Return the new tokens and the new memory of each row; arguments are those of :meth:`GreedyCTC.decode`."""
+        lengths = torch.tensor(counts, device=encoded.device)
+        earlier = [None if each is None else _continued(each) for each in memory]
+        hypotheses = self.decoding.rnnt_decoder_predictions_tensor(encoded, lengths, True, earlier)
+        return [*map(self._tokens, hypotheses, first)], [*map(_continued, hypotheses)]
+
+    def _tokens(self, hypothesis: Hypothesis, first: int) -> list[Token]:
+        timestamp = hypothesis.timestamp
+        frames = [int(frame) for frame in (timestamp['timestep'] if isinstance(timestamp, dict) else timestamp)]
+        if hasattr(hypothesis.dec_state, 'decoded_length'):  # label looping counts from the start of the stream
+            frames = [frame - first for frame in frames]
+        tokens, positions = [int(token) for token in hypothesis.y_sequence], [first + frame for frame in frames]
+        if not self._confidence:
+            return [*map(Token, tokens, positions)]
+        sure = getattr(hypothesis, 'non_blank_step_confidence_precomputed', None)  # NeMo 3.0.0, without blanks
+        if sure is None:
+            of_frames = hypothesis.frame_confidence
+            sure = [of_frames[frame][index - frames.index(frame)] for index, frame in enumerate(frames)]
+        return [*map(Token, tokens, positions, map(float, sure))]
+
+
+def _continued(memory: Hypothesis) -> Hypothesis:
+    """Return a hypothesis without tokens that continues another; NeMo adds to the one that it is given."""
+    return Hypothesis(0.0, [], timestamp=[], dec_state=memory.dec_state, last_token=memory.last_token)
+
+
+def greedy_decoding(model, confidence: bool) -> GreedyCTC | GreedyRNNT:
+    """Return what decodes a model's frames; ValueError if it is no recogniser or its decoding is not greedy."""
+    transducer = getattr(model, 'joint', None) is not None and getattr(model, 'cur_decoder', 'rnnt') == 'rnnt'
+    decoding = None if transducer else getattr(model, 'ctc_decoding', None)
+    decoding = decoding or getattr(model, 'decoding', None)
+    if decoding is None:
+        raise ValueError(f"text needs a CTC, RNNT or hybrid model; {type(model).__name__} is none of them")
+    strategy = decoding.cfg.get('strategy', 'greedy')
+    if strategy not in ('greedy', 'greedy_batch'):
+        raise ValueError(f"decoding.strategy is {strategy}; text of live streams needs greedy or greedy_batch")
+    return GreedyRNNT(decoding, confidence) if transducer else GreedyCTC(model, decoding, confidence)
 
 
 @dataclass
@@ -94,32 +188,21 @@ class _Stream:
     """Tokens of one stream, and where its words and utterances begin; positions are frames of the stream."""
 
     received: int = 0
-    memory: object = None
-    """Of the decoding."""
+    memory: object = None  # of the decoding
     tokens: array = field(default_factory=lambda: array('i'))
     frames: array = field(default_factory=lambda: array('q'))
     confidences: array = field(default_factory=lambda: array('d'))
-    words: array = field(default_factory=lambda: array('q'))
-    """Index of the first token of each final word."""
-    open: int = 0
-    """Index of the first token of the word that can still grow."""
-    repeated: int = 1
-    """Frames of the last token, of a CTC path."""
-    start: int = 0
-    """Where the utterance begins."""
-    silent_from: int = 0
-    """Where the silence behind its last token begins."""
+    words: array = field(default_factory=lambda: array('q'))  # index of the first token of each final word
+    open: int = 0  # index of the first token of the word that can still grow
+    repeated: int = 1  # frames of the last token, of a CTC path
+    start: int = 0  # where the utterance begins
+    silent_from: int = 0  # where the silence behind its last token begins
     has_speech: bool = False
     partial: Word | None = None
 
 
 class Spelling:
-    """Reads tokens with NeMo's decoding class: characters, SentencePiece, or word pieces.
-
-    Args:
-        decoding: a model's ``decoding``, CTC or RNNT.
-        frame_seconds: duration of an attention frame.
-    """
+    """Reads tokens with a ``decoding`` of NeMo: characters, SentencePiece, or word pieces."""
 
     def __init__(self, decoding, frame_seconds: float):
         self.decoding, self.frame_seconds = decoding, frame_seconds
@@ -148,26 +231,13 @@ class Spelling:
         text = self.text(tokens[first:]).strip()
         if not text:
             return None
-        confidence = self.aggregate(confidences[first:])
+        sure = self.aggregate(confidences[first:])
         start, end = frames[first] * self.frame_seconds, (frames[-1] + 1) * self.frame_seconds
-        return Word(text, start, end, None if confidence != confidence else confidence)
+        return Word(text, start, end, None if sure != sure else sure)
 
 
 class LiveText(StreamStates):
-    """Turns encoder frames into text as they come.
-
-    Args:
-        model: a CTC, RNNT or hybrid model; a hybrid model decodes as its ``cur_decoder`` is set.
-        batch: B.
-        frame_seconds: duration of an attention frame.
-        options: how text is made.
-        device: of the frames.
-
-    Raises:
-        ValueError: if the model is no recogniser, its decoding is not greedy, or it has no confidence.
-    """
-
-    name = 'text'
+    """Turns encoder frames into text as they come; ValueError if the model cannot, with the reason."""
 
     def __init__(self, model, batch: int, frame_seconds: float, options: TextOptions, device: torch.device = 'cpu'):
         self.options, self.frame_seconds = options, frame_seconds
@@ -186,13 +256,9 @@ class LiveText(StreamStates):
         return _Stream()
 
     def take(self, encoded: torch.Tensor, lengths: list[int], ended, log_probs=None) -> list[TextUpdate]:
-        """Take new frames and return what they add to the text of each stream.
+        """Take new frames [B, D, A], ``lengths`` of each stream, and return what they add to the text of each.
 
-        Args:
-            encoded: [B, D, A].
-            lengths: number of new frames of each stream.
-            ended: whether each stream has ended, [B].
-            log_probs: [B, A, C] of the CTC decoder, where it has run already.
+        ``log_probs`` are those of the CTC decoder, [B, A, C], where it has run already.
         """
         tokens: list = [()] * len(lengths)
         rows = [row for row, length in enumerate(lengths) if length]
@@ -213,17 +279,19 @@ class LiveText(StreamStates):
         words = [self._word(stream, *pair) for pair in zip(bounds, bounds[1:])]
         return Transcript(self._spelling.text(stream.tokens), [word for word in words if word is not None])
 
-    def restored(self, state: dict) -> _Stream:
-        """Return the object of an exported state."""
-        stream = super().restored(state)
+    def check(self, state: dict) -> None:
+        """Raise ValueError unless :meth:`load` can take a state."""
+        super().check(state)
+        try:
+            stream = from_plain(state, self.device)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"load: LiveText is damaged: {error!r}") from error
         if not isinstance(stream.memory, (type(None), self._decoding.memory)):
-            raise ValueError(f"load: text.memory is damaged; it must be {self._decoding.memory.__name__}")
+            raise ValueError(f"load: LiveText.memory is damaged; it must be {self._decoding.memory.__name__}")
         if not len(stream.tokens) == len(stream.frames) == len(stream.confidences) >= stream.open:
-            raise ValueError("load: text is damaged; tokens, frames and confidences differ in length")
-        return stream
+            raise ValueError("load: LiveText is damaged; tokens, frames and confidences differ in length")
 
     def _advance(self, stream: _Stream, tokens, frames: int, ended: bool) -> TextUpdate:
-        """Take the tokens of a stream's new frames."""
         update = TextUpdate([])
         for token in tokens:
             self._pass_silence(stream, token.frame, update)
@@ -271,7 +339,6 @@ class LiveText(StreamStates):
             stream.confidences[-1] = self._spelling.aggregate([before, confidence])
 
     def _close_word(self, stream: _Stream, update: TextUpdate) -> None:
-        """Make the partial word final."""
         count = len(stream.tokens)
         if count > stream.open:
             word = self._word(stream, stream.open, count)

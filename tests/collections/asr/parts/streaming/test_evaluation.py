@@ -2,13 +2,11 @@
 import math
 from types import SimpleNamespace
 
-import pytest
 import torch
 from live_streams import noise
 from tiny_nest import tiny_model
 from tiny_recogniser import tiny_recogniser
 
-from nemo.collections.asr.parts.streaming import evaluation
 from nemo.collections.asr.parts.streaming.evaluation import (
     StreamMeasures,
     compare_with_offline,
@@ -70,21 +68,6 @@ def test_figures_of_several_audios_are_joined():
     assert {nothing[name] for name in ('wer', 'surprise', 'step_ms_p50', 'largest_difference')} == {None}
 
 
-def test_audio_too_long_for_offline_is_not_compared(monkeypatch):
-    monkeypatch.setattr(evaluation, 'encode_offline', None)
-    found = measures(seconds=301.0)
-    compare_with_offline(None, None, found)
-    assert found.largest_difference is None
-
-
 def test_contexts_that_need_the_whole_utterance_are_left_out():
     model = tiny_model('model.encoder.att_context_size=[[8,0],[8,2],[-1,-1]]')
     assert streamable_contexts(model) == [[8, 0], [8, 2]]
-    assert streamable_contexts(model, [[-1, -1]]) == []
-
-
-@pytest.mark.parametrize('size', [1, 4000])
-def test_the_last_short_step_counts(size):
-    model = tiny_model().eval()
-    found = measure_stream(model, noise(1, 4100)[0].numpy()[:size], [4, 0], 0.05)
-    assert len(found.step_ms) == math.ceil(size / 800) and found.seconds == size / RATE

@@ -30,13 +30,6 @@ def test_other_precisions_are_left_as_they_are(dtype):
         assert torch.equal(PreparedLinear(layer.weight, layer.bias)(inputs), layer(inputs))
 
 
-def test_a_pointwise_convolution_is_a_linear_layer():
-    convolution, inputs = torch.nn.Conv1d(6, 4, 1), torch.randn(5, 6)
-    with torch.no_grad():
-        expected = convolution(inputs.unsqueeze(2))[:, :, 0]
-        torch.testing.assert_close(PreparedLinear(convolution.weight, convolution.bias)(inputs), expected)
-
-
 @pytest.mark.parametrize('rows', [1, 40])
 @pytest.mark.parametrize('size', [(32, 16), (512, 1024)])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])

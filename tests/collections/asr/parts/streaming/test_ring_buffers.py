@@ -43,10 +43,10 @@ def test_a_row_is_cleared_exported_and_loaded_elsewhere():
     assert not ring.values.any() and ring.count.tolist() == [0, 2, 0]
     assert other.values.tolist() == [[5, 6]] and other.count.tolist() == [1]
     for damaged, reason in [
-        ({**state, 'count': -1}, 'count is -1'),
+        ({**state, 'count': -1}, 'RingBuffer.count is -1'),
         ({**state, 'values': torch.zeros(3)}, r'values is torch.float32 \[3\]'),
         ({**state, 'values': torch.zeros(2).double()}, r'values is torch.float64 \[2\]'),
-        ({'count': 1}, 'values is NoneType'),
+        ({'count': 1}, r'must be like \[.count., .values.\]'),
     ]:
         with pytest.raises(ValueError, match=reason):
             other.check(damaged)
@@ -102,9 +102,3 @@ def test_what_comes_again_is_computed_once_and_is_the_same(style, context, wait,
         for given, wanted in zip(visible, computed):
             given, wanted = (hidden if each is None else each for each in (given, wanted))
             assert given is hidden or wanted is hidden or torch.equal(given, wanted)
-
-
-def test_ages_are_rows_of_the_table_of_positions():
-    window = RingWindow(Window(AttContext(2, 1)), 4, 1, CPU)
-    visible = window.visible(np.array([8]), 1)  # slots hold 8 5 6 7; query 7; the table goes from 1 ahead to 2 behind
-    assert visible.ages.tolist() == [[0, 3, 2, 1]] and visible.slots.tolist() == [0]

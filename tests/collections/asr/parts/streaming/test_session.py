@@ -3,17 +3,14 @@ import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import soundfile
 import torch
-from corpus import first_entries
 from fresh_process import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_streams import CASES, PIECES, THREE_LAYERS, TOTALS, model_of, noise, offline, stream
-from omegaconf import OmegaConf
-from tiny_nest import tiny_config, tiny_model
+from live_streams import CASES, RAGGED, THREE_LAYERS, model_of, noise, offline, stream
+from tiny_nest import tiny_model
+from tiny_recogniser import tiny_recogniser
 
-from nemo.collections.asr.models import EncDecCTCModel
 from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
 
 RATE = 16000
@@ -50,11 +47,7 @@ def check(model, context, samples, lengths, sizes):
 def test_any_pieces_of_ragged_streams_equal_offline(data):
     case = data.draw(st.sampled_from(list(CASES)))
     context = data.draw(st.sampled_from(CASES[case][1]))
-    lengths = data.draw(st.lists(TOTALS, min_size=1, max_size=3))
-    sizes = data.draw(PIECES)
-    most = 40 * max(sum(sizes) // len(sizes), 25)  # some 40 steps and no more
-    lengths = [min(length, most) for length in lengths]
-    lengths[0] = max(lengths[0], 1)  # offline fails where all are empty
+    lengths, sizes = data.draw(RAGGED)
     check(model_of(case), context, noise(len(lengths), max(lengths), seed=sum(lengths)), lengths, sizes)
 
 
@@ -73,50 +66,8 @@ def test_long_streams_equal_offline(length, sizes):
     check(model_of('regular'), [-1, 0], noise(1, length, seed=length), [length], sizes)
 
 
-def test_samples_one_by_one():
-    check(model_of('regular'), [4, 0], noise(1, 2000), [2000], [1])
-
-
-def test_speech_files_equal_offline(speech_corpus):
-    for entry in first_entries(speech_corpus / 'validation_manifest.json', 2):
-        samples, rate = soundfile.read(entry['audio_filepath'], dtype='float32', always_2d=True)
-        assert rate == RATE
-        samples = torch.from_numpy(samples.T.copy())[:1]
-        check(model_of('chunked'), [8, 3], samples, [samples.shape[1]], [592])
-        check(model_of('schedule'), [6, 0], samples, [samples.shape[1]], [1280])
-
-
-def test_an_empty_stream_gives_the_frame_that_offline_gives():
-    model = model_of('regular')
-    session = StreamingSession(model, 1, [4, 0])
-    output = session.finish()
-    _, _, encoded, lengths, _ = offline(model, noise(2, 3000), [3000, 0], [4, 0])
-    assert output.lengths.tolist() == [1] == lengths.tolist()[1:]
-    torch.testing.assert_close(output.encoded[0, :, :1], encoded[1, :, :1], atol=1e-4, rtol=0)
-
-
-def ctc_model():
-    cfg = tiny_config(THREE_LAYERS).model
-    vocabulary = [chr(ord('a') + index) for index in range(26)]
-    decoder = {
-        '_target_': 'nemo.collections.asr.modules.ConvASRDecoder',
-        'feat_in': cfg.encoder.d_model,
-        'num_classes': len(vocabulary),
-        'vocabulary': vocabulary,
-    }
-    torch.manual_seed(0)
-    made = {
-        'sample_rate': RATE,
-        'labels': vocabulary,
-        'preprocessor': cfg.preprocessor,
-        'encoder': cfg.encoder,
-        'decoder': decoder,
-    }
-    return EncDecCTCModel(OmegaConf.create(made)).eval()
-
-
 def test_a_ctc_model_streams():
-    model = ctc_model()
+    model = tiny_recogniser('ctc')
     samples = noise(2, 20000)
     output = check(model, [4, 0], samples, [20000, 9000], [1280])
     with torch.no_grad(), model.encoder.using_att_context_size([4, 0]):
@@ -134,55 +85,6 @@ def test_a_preprocessor_and_an_encoder_stream():
     assert output.log_probs is None and output.tokens is None
     with pytest.raises(ValueError, match='need a decoder'):
         StreamingSession((model.preprocessor, model.encoder), return_tokens=True)
-
-
-@pytest.mark.parametrize('case', ['regular', 'look-ahead', 'chunked'])
-def test_a_stream_does_not_depend_on_its_batch(case):
-    model, context = model_of(case), CASES[case][1][0]
-    samples, lengths = noise(3, 20000), [20000, 5000, 12345]
-    together = stream(StreamingSession(model, 3, context), samples, lengths, [1280, 999])
-    alone = stream(StreamingSession(model, 1, context), samples[2:], lengths[2:], [1280, 999])
-    assert together.lengths[2] == alone.lengths[0]
-    torch.testing.assert_close(together.encoded[2, :, : alone.lengths], alone.encoded[0], atol=1e-5, rtol=0)
-
-
-def test_sessions_take_turns_on_a_model_and_leave_nothing_in_it():
-    model = model_of('regular')
-    encoder = model.encoder
-    before = encoder.att_context_size, vars(encoder.streaming_cfg).copy(), encoder.layers[0].self_attn.cache_drop_size
-    contexts, samples = ([4, 0], [-1, 0], [6, 2]), noise(3, 16000)
-    sessions = [StreamingSession(model, 1, context) for context in contexts]
-    outputs = [[] for _ in sessions]
-    for piece in samples.split(1111, dim=1):
-        for row, session in enumerate(sessions):
-            outputs[row].append(session.step(piece[row : row + 1]))
-    for row, (session, context) in enumerate(zip(sessions, contexts)):
-        output = StreamingOutput.concatenate([*outputs[row], session.finish()])
-        expected = offline(model, samples[row : row + 1], [16000], context)[2][..., : output.lengths]
-        torch.testing.assert_close(output.encoded, expected, atol=1e-4, rtol=0)
-    after = encoder.att_context_size, vars(encoder.streaming_cfg), encoder.layers[0].self_attn.cache_drop_size
-    assert after == before and encoder.att_context_override is None
-
-
-@pytest.mark.parametrize('case', ['regular', 'look-ahead', 'chunked'])
-def test_a_saved_state_goes_on_in_another_session(case, tmp_path):
-    model, context = model_of(case), CASES[case][1][0]
-    samples = noise(2, 20000)
-    session, whole = (StreamingSession(model, 2, context) for _ in range(2))
-    expected = [
-        whole.step(samples[:, :9000], [9000, 8000], [False, True]),
-        whole.step(samples[:, 9000:]),
-        whole.finish(),
-    ]
-
-    first = session.step(samples[:, :9000], [9000, 8000], [False, True])
-    torch.save(session.state_dict(), tmp_path / 'state.pt')
-    session.step(samples[:, 9000:])  # what goes on here must not reach the saved state
-    other = StreamingSession(model, 2, context)
-    other.load_state_dict(torch.load(tmp_path / 'state.pt', weights_only=True))
-    resumed = [first, other.step(samples[:, 9000:]), other.finish()]
-    for mine, theirs in zip(resumed, expected):
-        assert torch.equal(mine.encoded, theirs.encoded) and torch.equal(mine.current_frame, theirs.current_frame)
 
 
 GO_ON = """
@@ -242,7 +144,7 @@ def test_state_is_bounded_where_the_context_is_and_grows_and_shrinks_where_it_is
 @pytest.mark.parametrize('case', ['regular', 'look-ahead', 'chunked', 'schedule, look-ahead', 'factor 4'])
 def test_outputs_come_when_the_look_ahead_says(case):
     session = StreamingSession(model_of(case), 1, CASES[case][1][0])
-    chunk = session._encoder.chunk
+    chunk = session._runner.chunk
     arrived, samples = [], noise(1, 14 * session.frame_samples)
     for index, sample in enumerate(samples.split(8, dim=1)):
         arrived += [(index + 1) * 8] * int(session.step(sample).lengths)
@@ -259,25 +161,6 @@ def test_current_frame_counts_the_frames_received():
     assert after_convolutions.step(noise(1, 3200)).current_frame.tolist() == [3]
 
 
-def test_reset_begins_one_stream_or_all_anew():
-    model = model_of('regular')
-    for context in ([4, 0], [-1, 0], [6, 2]):
-        session = StreamingSession(model, 2, context)
-        fresh = stream(StreamingSession(model, 1, context), noise(1, 9000, seed=5), [9000], [1280])
-        session.step(noise(2, 20000), [20000, 14000], [False, True])
-        session.reset([1])
-        outputs = [
-            session.step(torch.cat((noise(1, 1280, seed=9), piece)))
-            for piece in noise(1, 9000, seed=5)[:, : 7 * 1280].split(1280, dim=1)
-        ]
-        last = noise(1, 9000, seed=5)[:, 7 * 1280 :]
-        output = StreamingOutput.concatenate([*outputs, session.step(last.repeat(2, 1), None, [True, True])])
-        assert output.lengths[1] == fresh.lengths[0]
-        torch.testing.assert_close(output.encoded[1, :, : fresh.lengths], fresh.encoded[0], atol=1e-5, rtol=0)
-        session.reset()
-        assert session.current_frame.tolist() == [0, 0] and session.ended == (False, False)
-
-
 def test_wrong_use_is_refused():
     model = model_of('regular')
     session = StreamingSession(model, 2, [4, 0])
@@ -292,7 +175,7 @@ def test_wrong_use_is_refused():
             session.step(samples)
     with pytest.raises(ValueError, match=r'lengths\[0\] is 11'):
         session.step(torch.zeros(2, 10), [11, 0])
-    with pytest.raises(ValueError, match='ended has 1 values'):
+    with pytest.raises(ValueError, match='ended are .*one for each stream'):
         session.step(torch.zeros(2, 10), None, [True])
     session.step(torch.zeros(2, 10), None, [True, False])
     with pytest.raises(ValueError, match='stream 0 has ended'):
@@ -314,7 +197,7 @@ def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match='has no preprocessor and encoder'):
         StreamingSession(model.encoder)
     with pytest.raises(ValueError, match='apply_mask needs a masked token prediction model'):
-        StreamingSession(ctc_model(), apply_mask=True)
+        StreamingSession(tiny_recogniser('ctc'), apply_mask=True)
     with pytest.raises(ValueError, match=r'another att_context_size \(\[4, 0\], here \[8, 0\]\)'):
         StreamingSession(model, 1, [8, 0]).load_state_dict(StreamingSession(model, 1, [4, 0]).state_dict())
     with pytest.raises(ValueError, match='no state of a StreamingSession'):
@@ -327,9 +210,10 @@ def test_wrong_settings_are_refused():
         StreamingOutput.concatenate([])
 
 
-def test_sessions_of_a_model_run_in_several_threads_at_once():
+def test_sessions_of_a_model_run_in_several_threads_at_once_and_leave_nothing_in_it():
     model, contexts = model_of('regular'), ([4, 0], [-1, 0], [6, 2], [10, 0])
-    samples = noise(4, 40000)
+    encoder, samples = model.encoder, noise(4, 40000)
+    before = encoder.att_context_size, vars(encoder.streaming_cfg).copy(), encoder.layers[0].self_attn.cache_drop_size
 
     def run(row):
         session = StreamingSession(model, 1, contexts[row])
@@ -340,6 +224,8 @@ def test_sessions_of_a_model_run_in_several_threads_at_once():
         with ThreadPoolExecutor(4) as threads:
             for mine, expected in zip(threads.map(run, range(4)), alone):
                 assert torch.equal(mine.encoded, expected.encoded)
+    after = encoder.att_context_size, vars(encoder.streaming_cfg), encoder.layers[0].self_attn.cache_drop_size
+    assert after == before and encoder.att_context_override is None
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.15), (torch.float16, 0.02)])
@@ -363,16 +249,3 @@ def test_smaller_weights_give_nearly_the_same(weights, near):
     )
     assert small.lengths.tolist() == whole.lengths.tolist()
     assert 0 < (small.encoded - whole.encoded).norm() / whole.encoded.norm() < near
-
-
-@pytest.mark.run_only_on('GPU')
-def test_a_gpu_streams():
-    model = tiny_model(THREE_LAYERS).eval().cuda()
-    samples = noise(2, 20000).cuda()
-    session = StreamingSession(model, 2, [4, 0])
-    output = stream(session, samples, [20000, 9000], [1280])
-    with torch.no_grad(), model.encoder.using_att_context_size([4, 0]):
-        features, lengths = model.preprocessor(input_signal=samples, length=torch.tensor([20000, 9000]).cuda())
-        encoded, lengths = model.encoder(audio_signal=features, length=lengths)
-    assert output.lengths.tolist() == lengths.tolist()
-    torch.testing.assert_close(output.encoded[0], encoded[0, :, : lengths[0]], atol=1e-3, rtol=0)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Subsampling frame by frame gives what NeMo's gives of the whole."""
 
-import copy
 import math
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo.collections.asr.parts.streaming import linear
 from nemo.collections.asr.parts.streaming.ring_buffers import Rows
 from nemo.collections.asr.parts.streaming.subsampling import IncrementalSubsampling
 from nemo.collections.asr.parts.submodules.subsampling import ConvSubsampling
@@ -116,38 +114,6 @@ def test_few_and_many_streams_of_any_width_equal_the_whole(channels, batch):
             assert_near(found[:, 0], whole[:, frame])
 
 
-@pytest.mark.parametrize('batch', [3, 16])  # rows are selected, or all are computed
-def test_a_stream_that_is_left_out_keeps_its_caches(batch):
-    incremental, features = IncrementalSubsampling(subsampling_of()), features_of([8] * batch)
-    caches = incremental.new_stage(batch).caches
-    rows = some(batch, *range(1, batch))
-    with torch.no_grad():
-        incremental.step(caches, features, some(batch))
-        before = copy.deepcopy(caches)
-        incremental.step(caches, features[rows.numbers] * 2, rows)
-    for cache, earlier in zip(caches, before):
-        assert torch.equal(cache[0], earlier[0]) and not torch.equal(cache[1], earlier[1])
-
-
-@pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
-@pytest.mark.parametrize('kind', ['dw_striding', 'striding'])
-def test_half_precision_is_as_near_to_the_whole_as_its_digits_allow(kind, dtype, tolerance):
-    subsampling, features = subsampling_of(kind), features_of([17] * 2)
-    with torch.no_grad():
-        whole, _ = subsampling(x=features, lengths=torch.tensor([17, 17]))
-    incremental = IncrementalSubsampling(subsampling.to(dtype))
-    caches = incremental.new_stage(2).caches
-    padded = torch.nn.functional.pad(features, (0, 0, 7, 0)).to(dtype)
-    began = torch.tensor([True, True])
-    with torch.no_grad():
-        found = [
-            incremental.step(caches, padded[:, at : at + 8], some(2), began if at == 0 else None) for at in (0, 8, 16)
-        ]
-    found = torch.cat(found, dim=1)
-    assert found.dtype == dtype and all(cache.dtype == dtype for cache in caches)
-    torch.testing.assert_close(found.float(), whole, atol=tolerance * whole.abs().max().item(), rtol=0)
-
-
 def test_other_activations_are_theirs():
     subsampling, features = subsampling_of(activation=torch.nn.SiLU(), channels=256), features_of([9])
     incremental = IncrementalSubsampling(subsampling)
@@ -156,22 +122,3 @@ def test_other_activations_are_theirs():
         whole, _ = subsampling(x=features, lengths=torch.tensor([9]))
         assert_near(incremental.step(caches, padded[:, :8], some(1), torch.tensor([True])), whole[:, :1])
         assert_near(incremental.step(caches, padded[:, 8:16], some(1)), whole[:, 1:])
-
-
-def test_without_packed_products_the_frames_are_the_same(monkeypatch):
-    subsampling, features = subsampling_of(channels=256), features_of([8] * 4)
-    packed = IncrementalSubsampling(subsampling)
-    monkeypatch.setattr(linear, 'can_pack', lambda: False)
-    plain = IncrementalSubsampling(subsampling)
-    with torch.no_grad():
-        assert_near(*(each.step(each.new_stage(4).caches, features, some(4)) for each in (packed, plain)))
-
-
-def test_all_happens_on_the_device_and_the_host_waits_for_nothing():
-    # a tensor of the meta device has no values to wait for, and mixes with no other device's
-    incremental = IncrementalSubsampling(subsampling_of().to('meta'))
-    caches = incremental.new_stage(40).caches
-    features = torch.zeros(20, 16, FEATURES, device='meta')
-    left = torch.zeros(20, dtype=torch.int64, device='meta')
-    found = incremental.step(caches, features, some(40, *range(20), device='meta'), left == 0, left)
-    assert found.device.type == 'meta' and found.shape == (20, 2, WIDTH)

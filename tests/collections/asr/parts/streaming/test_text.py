@@ -7,17 +7,28 @@ import pickle
 from unittest import mock
 
 import pytest
+import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_streams import noise
+from live_streams import noise, stream
 from omegaconf import OmegaConf
 from tiny_nest import tiny_model
 from tiny_recogniser import LABELS, tiny_recogniser
 
-from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
-from nemo.collections.asr.parts.streaming.text import LiveText, TextOptions, Word
+from nemo.collections.asr.parts.streaming.session import StreamingSession
+from nemo.collections.asr.parts.streaming.text import (
+    LiveText,
+    Spelling,
+    TextOptions,
+    Word,
+    decode_frames,
+    decoder_of,
+)
+from nemo.collections.asr.parts.submodules.ctc_decoding import CTCBPEDecoding, CTCBPEDecodingConfig, CTCDecoding
+from nemo.collections.common.tokenizers import SentencePieceTokenizer
 
+SENTENCES = ['turn on the light', 'turn off the radio', 'the light in the garden', 'call anna at nine']
 CONTEXT, FRAME = [10, 0], 0.08
 LENGTHS = [40000, 17000, 29000]
 KINDS = ['ctc', 'rnnt', 'hybrid']
@@ -41,35 +52,28 @@ def offline(kind, model=None):
 
 
 def transcribe(model, sizes, options=True):
-    """Stream the three utterances; each ends when its samples do, or later. Returns the session and the outputs."""
-    session, samples = StreamingSession(model, 3, CONTEXT, return_text=options), noise(3, 40000)
-    position, index, outputs = 0, 0, []
-    while position < max(LENGTHS):
-        size = sizes[index % len(sizes)]
-        counts = [max(min(length - position, size), 0) for length in LENGTHS]
-        ended = [index % 2 == 0 and 0 <= length - position <= size for length in LENGTHS]
-        outputs.append(session.step(samples[:, position : position + size], counts, ended))
-        position, index = position + size, index + 1
-    return session, outputs if all(session.ended) else [*outputs, session.finish()]
+    """Stream the three utterances; each ends when its samples do, or later. Returns the session and the joined output."""
+    session = StreamingSession(model, 3, CONTEXT, return_text=options)
+    return session, stream(session, noise(3, 40000), LENGTHS, sizes)
 
 
 @settings(max_examples=12)
 @given(st.sampled_from(KINDS), st.lists(st.integers(300, 20000), min_size=1, max_size=4))
 def test_any_pieces_of_ragged_streams_give_the_text_of_the_whole(kind, sizes):
-    session, outputs = transcribe(model_of(kind), sizes)
+    session, output = transcribe(model_of(kind), sizes)
     for row, expected in enumerate(offline(kind)):
         transcript = session.transcript(row)
         assert transcript.text == expected.text and len(expected.text) > 3
         assert [word.text for word in transcript.words] == expected.text.split()
-        assert StreamingOutput.concatenate(outputs).text[row].final_words == transcript.words
+        assert output.text[row].final_words == transcript.words
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_words_and_utterances_do_not_depend_on_the_pieces(kind):
     found = []
     for sizes in ([1280], [900, 11000, 3000], [40000]):
-        session, outputs = transcribe(model_of(kind), sizes, OFTEN)
-        found.append((StreamingOutput.concatenate(outputs).text, [session.transcript(row) for row in range(3)]))
+        session, output = transcribe(model_of(kind), sizes, OFTEN)
+        found.append((output.text, [session.transcript(row) for row in range(3)]))
     assert found[0] == found[1] == found[2]
     updates, transcripts = found[0]
     assert all(update.utterance_ends for update in updates)
@@ -165,18 +169,6 @@ def test_a_saved_state_goes_on_and_a_stream_begins_anew(kind):
     assert second.transcript(1) == fresh.transcript(0)
 
 
-@pytest.mark.parametrize('damage', [lambda text: text.pop('frames'), lambda text: text.update(tokens='ab')])
-def test_a_damaged_state_changes_nothing(damage):
-    session = StreamingSession(model_of('ctc'), 1, CONTEXT, return_text=True)
-    session.step(noise(1, 20000))
-    state, before = session.export(0), session.transcript(0)
-    damage(state['stream']['stages'][-1]['fields'])
-    with pytest.raises(ValueError, match='load: text'):
-        session.load(0, state)
-    assert session.transcript(0) == before
-    session.step(noise(1, 20000))
-
-
 @pytest.mark.parametrize('aggregation', ['min', 'mean', 'prod'])
 @pytest.mark.parametrize('kind', ['ctc', 'rnnt'])
 def test_confidence_is_that_of_nemo(kind, aggregation):
@@ -210,14 +202,6 @@ def test_a_hybrid_model_decodes_as_its_decoder_is_set():
     assert [session.transcript(row).text for row in range(3)] == [each.text for each in expected]
 
 
-def test_tokens_and_text_decode_once():
-    model = model_of('ctc')
-    session = StreamingSession(model, 1, CONTEXT, return_text=True, return_tokens=True)
-    with mock.patch.object(model.decoder, 'forward', wraps=model.decoder.forward) as forward:
-        session.step(noise(1, 8000))
-    assert forward.call_count == 1
-
-
 def test_what_has_no_text_is_refused():
     with pytest.raises(ValueError, match='text needs a CTC, RNNT or hybrid model'):
         StreamingSession(tiny_model().eval(), return_text=True)
@@ -238,3 +222,72 @@ def test_what_has_no_text_is_refused():
 def test_options_out_of_their_range_are_refused(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         TextOptions(**option)
+
+
+@pytest.fixture(scope='module')
+def pieces(tmp_path_factory):
+    """A decoding of SentencePiece tokens, and its tokenizer."""
+    folder = tmp_path_factory.mktemp('tokenizer')
+    (folder / 'text.txt').write_text('\n'.join(SENTENCES * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / 'text.txt'), model_prefix=str(folder / 'tokenizer'), vocab_size=40, model_type='bpe'
+    )
+    tokenizer = SentencePieceTokenizer(str(folder / 'tokenizer.model'))
+    tokenizer.tokenizer.vocab_size = len(tokenizer.vocab)  # as NeMo's models of such tokens do
+    return CTCBPEDecoding(OmegaConf.structured(CTCBPEDecodingConfig()), tokenizer), tokenizer
+
+
+def words_of(spelling, tokens, frames):
+    """Cut tokens where a word begins, as text does."""
+    starts = [index for index, token in enumerate(tokens) if not index or spelling.begins_word(token)]
+    bounds = [slice(*pair) for pair in zip(starts, [*starts[1:], len(tokens)])]
+    return [spelling.word(tokens[bound], frames[bound], [0.5] * len(tokens[bound])) for bound in bounds]
+
+
+def test_pieces_that_begin_with_a_mark_begin_words(pieces):
+    decoding, tokenizer = pieces
+    spelling = Spelling(decoding, 0.08)
+    for sentence in SENTENCES:
+        tokens = tokenizer.text_to_ids(sentence)
+        assert len(tokens) > len(sentence.split())  # some words have several pieces
+        words = words_of(spelling, tokens, range(0, 3 * len(tokens), 3))
+        assert [word.text for word in words] == sentence.split() and spelling.text(tokens) == sentence
+        assert words[0].start == 0 and words[-1].end == pytest.approx(0.08 * (3 * len(tokens) - 2))
+
+
+def test_spaces_separate_the_words_of_characters():
+    labels = [' ', 'a', 'b']
+    spelling = Spelling(CTCDecoding(OmegaConf.create({'strategy': 'greedy'}), labels), 0.08)
+    words = words_of(spelling, [0, 1, 2, 0, 0, 2], [0, 1, 4, 5, 6, 10])
+    assert words == [Word('ab', 0.08, 0.4, 0.5), None, Word('b', 0.8, 0.88, 0.5)]
+    assert spelling.word([], [], []) is None and spelling.text([]) == ''
+
+
+@pytest.mark.parametrize('objective', ['masked', 'next_token', 'both'])
+def test_log_probabilities_and_tokens_are_those_of_the_models_own_forward(objective):
+    model = tiny_model(f'+model.objective={objective}').eval()
+    assert decoder_of(model) is (model.next_token_decoders[0] if objective == 'next_token' else model.decoder)
+    samples = noise(1, 16000)
+    signals = dict(input_signal=samples, noisy_input_signal=samples)
+    lengths = dict.fromkeys(['input_signal_length', 'noisy_input_signal_length'], torch.tensor([16000]))
+    with torch.no_grad(), model.encoder.using_att_context_size([8, 0]):
+        log_probs = model(**signals, **lengths, apply_mask=False)[0]
+    session = StreamingSession(model, 1, [8, 0], return_log_probs=True, return_tokens=True)
+    output = session.step(samples, None, [True])
+    torch.testing.assert_close(output.log_probs, log_probs[:, : output.lengths[0]], atol=1e-4, rtol=0)
+    assert torch.equal(output.tokens, output.log_probs.argmax(dim=2))
+
+
+@pytest.mark.parametrize(('override', 'shape'), [('num_books=2', (2, 0, 32, 2)), ('squeeze_single=true', (2, 0, 32))])
+def test_of_no_frames_there_are_no_log_probabilities(override, shape):
+    decoder = tiny_model(f'model.{override}').decoder
+    assert decode_frames(decoder, torch.zeros(2, 16, 0)).shape == shape
+    assert decode_frames(decoder, torch.zeros(2, 16, 3)).shape == (2, 3, *shape[2:])
+
+
+def test_frames_of_a_hybrid_model_are_those_of_its_ctc_decoder():
+    model = tiny_recogniser('hybrid')
+    assert decoder_of(model) is model.ctc_decoder
+    samples = noise(1, 16000)
+    output = StreamingSession(model, 1, [8, 0], return_tokens=True).step(samples, None, [True])
+    assert torch.equal(output.tokens, model.ctc_decoder(encoder_output=output.encoded).argmax(dim=2))

@@ -6,7 +6,7 @@ from tiny_nest import POST_CONV, tiny_config, tiny_model
 
 from nemo.collections.asr.modules import ConformerEncoder
 from nemo.collections.asr.parts.att_context.context import AttContext
-from nemo.collections.asr.parts.streaming.encoder import StreamingEncoder
+from nemo.collections.asr.parts.streaming.prepared_weights import check_encoder_can_stream
 
 
 def encoder_of(**changed) -> ConformerEncoder:
@@ -35,19 +35,16 @@ def encoder_of(**changed) -> ConformerEncoder:
 )
 def test_what_cannot_stream_is_refused_with_the_reason(changed, context, reason):
     with pytest.raises(ValueError, match=reason):
-        StreamingEncoder(encoder_of(**changed), AttContext(*context))
+        check_encoder_can_stream(encoder_of(**changed), AttContext(*context))
 
 
-def test_another_encoder_is_refused():
+def test_other_encoders_and_local_attention_are_refused():
     with pytest.raises(ValueError, match='Linear cannot be streamed'):
-        StreamingEncoder(torch.nn.Linear(1, 1), AttContext(4, 0))
-
-
-def test_local_attention_is_refused():
+        check_encoder_can_stream(torch.nn.Linear(1, 1), AttContext(4, 0))
     model = tiny_model().eval()
     model.encoder.change_attention_model('rel_pos_local_attn', [4, 4])
     with pytest.raises(ValueError, match='self_attention_model is rel_pos_local_attn; use rel_pos'):
-        StreamingEncoder(model.encoder, AttContext(4, 4))
+        check_encoder_can_stream(model.encoder, AttContext(4, 4))
 
 
 def test_nemos_own_streaming_is_set_up_alike_with_masking_after_the_convolutions():
