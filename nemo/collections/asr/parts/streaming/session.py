@@ -151,7 +151,8 @@ class StreamingSession:
             text = LiveText(self._model, self.batch_size, seconds, options, runner.device)
         self._modules, self._decoder = modules, decoder
         self._mel, self._runner, self._observers, self._text = mel, runner, observers, text
-        self._ended, self._broken = np.zeros((2, self.batch_size), bool)
+        self._ended: np.ndarray = np.zeros(self.batch_size, bool)
+        self._broken = self._ended.copy()
         self._failed: dict[int, str] = {}
         self._flags: list = []  # of earlier steps on a GPU: their events, and which rows are finite
 
@@ -439,7 +440,6 @@ def _peak(samples: torch.Tensor) -> float:
 
 
 def _parts(model) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Return preprocessor and encoder of a model, or of the pair of them."""
     if isinstance(model, (tuple, list)) and len(model) == 2:
         return tuple(model)
     if not hasattr(model, 'preprocessor') or not hasattr(model, 'encoder'):
