@@ -47,12 +47,6 @@ def test_ten_equal_probabilities_are_a_distribution():
         encoder(contexts, att_context_probs=[0.2] * 10)
 
 
-def test_evaluation_and_a_single_context_draw_nothing():
-    module = encoder().eval()
-    assert {module.draw_att_context_size(step) for step in range(20)} == {AttContext(4, 0)}
-    assert encoder([6, 0]).draw_att_context_size(3) == AttContext(6, 0)
-
-
 def test_a_pinned_context_is_what_the_forward_uses_and_nothing_is_left(attended):
     module = encoder()
     for context in ([8, 0], (4, 0), 5, AttContext(-1, 0)):

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import random
-from collections import Counter
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -96,9 +95,3 @@ class TestDrawIndex:
         before = random.getstate()
         draw_index(0, 5, [0.5, 0.5])
         assert random.getstate() == before
-
-    def test_probabilities(self):
-        counts = Counter(draw_index(7, step, [0.5, 0.3, 0.2, 0.0]) for step in range(4000))
-        assert counts[3] == 0
-        for index, probability in enumerate([0.5, 0.3, 0.2]):
-            assert counts[index] / 4000 == pytest.approx(probability, abs=0.03)

@@ -66,10 +66,6 @@ class TestDraw:
         assert first == FIRST_DRAWS  # a resumed run would go on otherwise than it began
         assert first != [sampler.draw(1, step).as_list() for step in range(6)]
 
-    def test_without_left_chunks_all_of_the_past_is_seen(self):
-        sampler = ContextSampler.parse({'full_prob': 0, 'chunk_size': [8, 32]})
-        assert {sampler.draw(0, step).left for step in range(50)} == {-1}
-
     def test_few_names_cover_all(self):
         sampler = ContextSampler.parse(SECTION)
         names = {sampler.group_label(sampler.draw(0, step)) for step in range(500)}

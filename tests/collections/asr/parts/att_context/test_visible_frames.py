@@ -45,9 +45,6 @@ class TestMaskedShare:
         share = masked_share_per_frame(torch.ones(2, 80, 16).to(dtype), 8)
         assert share.dtype == torch.float32 and share.tolist() == [[1, 1], [1, 1]]
 
-    def test_less_than_a_frame(self):
-        assert masked_share_per_frame(torch.ones(2, 5, 3), 4).shape == (2, 0)
-
 
 class TestNoVisibleFrame:
     @pytest.mark.parametrize(
@@ -59,13 +56,8 @@ class TestNoVisibleFrame:
         share = torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.5, 1.0]])
         assert no_visible_frame(share, past(left)).int().tolist() == [expected]
 
-    def test_threshold(self):
-        share = torch.tensor([[0.8, 0.875]])
-        assert no_visible_frame(share, past(-1)).tolist() == [[False, True]]
-        assert no_visible_frame(share, past(-1), threshold=0.7).tolist() == [[True, True]]
-
     @given(
-        st.lists(st.sampled_from([0.0, 0.5, 0.875, 1.0]), max_size=12),
+        st.lists(st.sampled_from([0.0, 0.5, 0.8, 0.875, 1.0]), max_size=12),
         st.integers(-1, 14),
         st.sampled_from([0.4, 0.8, 0.9]),
     )
