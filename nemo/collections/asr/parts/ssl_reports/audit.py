@@ -93,13 +93,13 @@ def audit_masks(
     windows: Mapping[str, Window] | None = None,
     threshold: float = MASK_THRESHOLD,
 ) -> MaskAudit:
-    """Count what these masks hide, and the masked frames that have no visible frame.
+    """Count what masks hide, and the masked frames that have no visible frame in windows; see :func:`windows_of`.
 
     Args:
         masks: [B, D, M] or [B, M], 1 or True where masked, or the share of the features that is.
         lengths: valid mask frames of each utterance [B].
         factor: mask frames per attention frame.
-        windows: by name; see :func:`windows_of`.
+        windows: by name.
         threshold: share of an attention frame's mask frames above which it counts as masked.
     """
     masks = masks.mean(dim=1, dtype=torch.float32) if masks.dim() == 3 else masks

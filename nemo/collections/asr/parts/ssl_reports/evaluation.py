@@ -83,16 +83,9 @@ def evaluate(
 ) -> ModelScores:
     """Predict the tokens of utterances in each context, by every part of the model's objective.
 
-    The model is put into eval mode. Masked tokens are predicted on the same masks in each context; next tokens from
-    unmasked input, so that a model of both objectives is comparable with one of next tokens alone.
-
-    Args:
-        model: an ``EncDecMaskedTokenPredModel``.
-        batches: of its own data loader, on any device.
-        contexts: that its encoder can follow.
-        seed: of the masks.
-        window: that the masks are drawn for; see ``passes_in_contexts``.
-        draws: how often each utterance is masked, with the seeds from ``seed`` on: for more masked frames.
+    The model is put into eval mode. Masked tokens are predicted on the same masks in each context, in several draws with
+    the seeds from ``seed`` on; next tokens from unmasked input, so that a model of both objectives is comparable with one
+    of next tokens alone. The masks are drawn for a window; see ``passes_in_contexts``.
 
     Raises:
         ValueError: with the reason, if in a context the receptive field leaves no next token.
@@ -221,10 +214,9 @@ def compare_models(
 
     Returns:
         for each model ``model``, ``objective``, ``mask_context`` (None: it masks nothing), ``codebook`` and ``contexts``,
-        a list of rows, one for each context and part of the objective: the figures, with the bounds of an interval
-        under ``NAME_interval``. ``below_unigram`` is how many nats the loss is below the unigram entropy.
-        ``loss_difference`` is by how much the loss is above the first model's; None with the reason in
-        ``not_compared``, or for the first model itself.
+        a row for each context and part of the objective, with the bounds of intervals under ``NAME_interval``.
+        ``below_unigram`` is how many nats the loss is below the unigram entropy, ``loss_difference`` how many it is above
+        the first model's; None for the first model, or with the reason in ``not_compared``.
     """
     window = masking_window(models, contexts, mask_context)
     results, first, sampling = [], None, (resamples, confidence, seed)

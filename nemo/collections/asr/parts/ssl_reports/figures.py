@@ -54,13 +54,9 @@ def look_ahead_title(model, context) -> str:
 
 
 def masked_spectrogram(model, record: BatchRecord, title: str = '', index: int = 0):
-    """Draw an utterance with its masked blocks, and below what that means for its attention frames.
+    """Draw an utterance of a batch with its masked blocks, and below what that means for its attention frames.
 
-    Args:
-        model: an ``EncDecMaskedTokenPredModel``, in the context of the pass.
-        record: of the pass.
-        title: of the picture.
-        index: of the utterance in the batch.
+    The model is in the context of the pass that the record is of.
     """
     features = record.features[index, :, : int(record.feature_lengths[index])].detach().float().cpu().numpy()
     masks = record.masks[index, :1, : int(record.mask_lengths[index])].float().cpu()
@@ -98,13 +94,7 @@ def attention_windows(
 ):
     """Draw what one attention frame attends to in each layer, and what its output depends on through all of them.
 
-    Args:
-        encoder: a ``ConformerEncoder``.
-        frame: the attention frame; None takes one at three quarters of the utterance.
-        frames: attention frames of the utterance.
-        frame_seconds: length of an attention frame.
-        att_context_size: the batch's context; None takes the encoder's present one.
-        title: of the picture.
+    The utterance has so many frames; None takes the frame at three quarters of it, and the encoder's present context.
 
     Raises:
         ValueError: if the frame is not in the utterance, or the encoder's attention has no windows.

@@ -18,14 +18,9 @@ SAMPLES_HASHED = 4096  # of each utterance, evenly spread: the cost does not gro
 
 
 def utterance_seeds(signal: torch.Tensor, lengths: torch.Tensor, seed: int) -> list[int]:
-    """Return a seed of 32 bits for each utterance, from its own samples and length; synchronises host and device.
+    """Return a seed of 32 bits for each utterance, from its own samples or features [B, ..., N] and length [B].
 
-    Neither padding, nor the batch around it, nor the rank changes it.
-
-    Args:
-        signal: samples or features [B, ..., N], floating.
-        lengths: valid ones along the last axis [B].
-        seed: of the whole measurement.
+    Neither padding, nor the batch around it, nor the rank changes it. Synchronises host and device.
     """
     signal = signal.float().unsqueeze(1) if signal.dim() == 2 else signal.float()
     lengths = lengths.to(signal.device).long().clamp(max=signal.shape[-1])
@@ -46,12 +41,7 @@ class FixedMasks:
 
     The first call masks each utterance by itself, cut to its length, right after seeding all of Python's, NumPy's and
     torch's generators, which are afterwards as they were. Later calls return the same again: they must be for the same
-    features.
-
-    Args:
-        masking: called with ``input_feats`` [B, D, M] and ``input_lengths`` [B], it returns features and masks [B, D, M].
-        seeds: one for each utterance.
-        window: within which each masked frame has a visible one; for a module that takes a context.
+    features. A masking that takes a context gets the window, within which each masked frame then has a visible one.
     """
 
     def __init__(self, masking: torch.nn.Module, seeds: Sequence[int], window: Window):

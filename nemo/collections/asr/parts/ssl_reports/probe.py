@@ -58,12 +58,9 @@ class LayerProbe(nn.Module):
 
 @torch.no_grad()
 def layer_outputs(encoder, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], context=None) -> list[torch.Tensor]:
-    """Encode batches in one context; return the outputs of all layers of each utterance, [A, L, W] float16.
+    """Encode batches of features [B, D, T] and lengths [B] in one context (None: the encoder's present one).
 
-    Args:
-        encoder: a ``ConformerEncoder``; its training mode is kept as it was.
-        batches: features [B, D, T] and lengths [B].
-        context: the attention context; None takes the encoder's present one.
+    Returns the outputs of all layers of each utterance, [A, L, W] float16. The encoder's training mode is kept.
     """
     kept: list[torch.Tensor] = []
     found, training = [], encoder.training

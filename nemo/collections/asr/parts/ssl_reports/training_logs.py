@@ -11,8 +11,7 @@ EVENT_FILES, CSV_FILE = '*.tfevents.*', 'metrics.csv'
 def read_curves(path) -> dict[str, list[tuple[float, float]]]:
     """Return (step, value) pairs by metric name, by step; a later run over the same steps replaces an earlier one's.
 
-    Args:
-        path: an event file or a metrics.csv, or a folder with some of them somewhere in it.
+    The path is an event file or a metrics.csv, or a folder with some of them somewhere in it.
 
     Raises:
         ValueError: naming the path, if there is nothing to read.

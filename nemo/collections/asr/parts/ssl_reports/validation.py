@@ -59,17 +59,8 @@ def passes_in_contexts(
 ) -> Iterator[tuple[list, BatchRecord]]:
     """Encode a batch in each context, on the same features, targets and masks; the caller is within the context.
 
-    The masks are a function of the seed, each utterance's audio, the masking's configuration and ``window``.
-
-    Args:
-        model: an ``EncDecMaskedTokenPredModel`` in eval mode.
-        batch: as its data loader gives it.
-        contexts: that its encoder can follow.
-        seed: of the masks.
-        window: that the masks are drawn for; None: the tightest of ``contexts``, so that masked frames have a visible
-            one in each.
-        masked: whether anything is masked.
-        inputs: the ``BatchInputs``, where they are there already.
+    The masks are a function of the seed, each utterance's audio, the masking's configuration and the window: that of all
+    layers in all contexts, unless one is given. ``inputs`` are the features of the batch, where they are there already.
     """
     masking = None
     if masked:

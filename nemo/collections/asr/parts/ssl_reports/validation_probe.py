@@ -19,10 +19,7 @@ BATCH = 16  # utterances that are encoded at a time
 class ValidationProbe(Callback):
     """Fit a probe every n validations; log ``probe/error_rate/ctx_...`` and the time it took, ``probe/seconds``.
 
-    Every rank fits the same probe, for with sharded weights all ranks must run the encoder.
-
-    Args:
-        section: ``model.probe`` of a config.
+    Takes ``model.probe`` of a config. Every rank fits the same probe, for with sharded weights all must run the encoder.
 
     Raises:
         ValueError: naming the config key, its value and what is allowed.

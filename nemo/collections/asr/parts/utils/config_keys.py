@@ -51,14 +51,14 @@ ABOVE_0 = number('a number above 0', lambda value: value > 0)
 
 
 def key(default, meaning: str, allowed: Allowed | None = None, page: str | None = None, shown: str | None = None):
-    """Declare a key of a section.
+    """Declare a key of a section; its section needs one with the default ``MISSING``.
 
     Args:
-        default: ``MISSING`` for a key that its section needs.
+        default: of the key; ``shown`` is how the page shows it, where it is not as in a config.
         meaning: in a sentence, with the unit; Markdown.
         allowed: checked by :meth:`Section.parse`; None: by the code that uses the key.
         page: of ``docs/``, with the heading where there is one; None: the section's.
-        shown: the default as the page shows it; None: as in a config.
+        shown: see ``default``.
     """
     if shown is None:
         shown = 'required' if default is MISSING else 'null' if default is None else str(default)

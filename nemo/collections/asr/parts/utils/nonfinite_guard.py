@@ -22,14 +22,10 @@ NOT_FINITE = 'samples that are NaN or infinite'
 
 
 def on_this_rank() -> str:
-    """Return `` on rank 1`` or the like, to stand in a message; '' where there is one process only.
-
-    In a worker of a data loader it is the rank of its training process, which torchrun and Lightning also leave in the
-    environment.
-    """
+    """Return `` on rank 1`` or the like, to stand in a message, in data workers too; '' where there is one process only."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    else:
+    else:  # in a worker: what torchrun and Lightning leave in the environment
         ranks, rank = int(os.environ.get('WORLD_SIZE', 1)), os.environ.get('RANK', '0')
     return f' on rank {rank}' if ranks > 1 else ''
 
@@ -49,11 +45,10 @@ class NonFiniteGuard:
     an error; true, invalid utterances are dropped from their batch, steps whose gradients are not all finite are
     skipped (no weight, moment or decay changes), and both are counted as ``skipped_utterances`` and ``skipped_steps``.
     Where a rank's batch has no valid utterance, the step is skipped on all ranks. What ``train_ds.skip_bad_audio`` left
-    out counts as ``skipped_utterances``, too; a batch of which it left nothing adds no gradient, and the other ranks go on.
+    out counts as ``skipped_utterances``, too; a batch of which it left nothing adds no gradient.
 
-    Batches are checked on the CPU, before they go to the device. The norm of the gradients before clipping is computed
-    once in each step, which synchronises host and device: it is checked, logged as ``gradient_norm``, and used to clip.
-    A gradient scaler (16-mixed) skips non-finite steps itself; they are left to it.
+    The norm of the gradients before clipping is computed once in each step, which synchronises host and device: it is
+    checked, logged as ``gradient_norm``, and used to clip. A gradient scaler (16-mixed) skips such steps itself.
     """
 
     _skipped_utterances = 0
@@ -147,10 +142,7 @@ class NonFiniteGuard:
 
 
 def gradient_norm(parameters) -> float:
-    """Return the norm of all gradients, with one synchronisation of host and device; of sharded ones over all ranks.
-
-    After the backward pass the gradients, and so their norm, are the same on every rank.
-    """
+    """Return the norm of all gradients, the same on every rank, with one synchronisation of host and device."""
     norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
     return float(norm.full_tensor() if hasattr(norm, 'full_tensor') else norm)
 

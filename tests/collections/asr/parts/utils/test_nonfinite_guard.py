@@ -55,22 +55,15 @@ def test_by_default_the_batch_is_an_error_before_anything_is_computed():
     assert all(torch.equal(before[name], tensor) for name, tensor in state(model).items())
 
 
-def test_skipping_drops_the_utterance_and_counts_it(warnings):
+def test_skipping_drops_utterances_and_steps_without_any_and_counts_both(warnings):
     model = tiny_model('model.skip_nan_grad=true', 'model.encoder.conv_norm_type=batch_norm')
-    run = fit(model, loader(noise_batch(), spoilt(INVALID[0]), noise_batch(seed=2)), max_steps=3)
-    assert is_finite(model) and run.logger.column('skipped_utterances') == [0, 1, 1]
-    assert run.logger.column('skipped_steps') == [0, 0, 0]
+    nothing = spoilt(INVALID[0], seconds=(1.0,), utterance=0)
+    run = fit(model, loader(noise_batch(), spoilt(INVALID[0]), nothing, noise_batch(seed=2)), max_steps=4)
+    assert is_finite(model) and run.logger.column('skipped_utterances') == [0, 1, 2, 2]
+    assert run.logger.column('skipped_steps') == [0, 0, 1, 1]
     assert any('Dropped utterance 1 of a batch' in message for message in warnings)
-
-
-def test_what_the_data_loader_left_out_is_counted():
-    short = noise_batch()
-    short.skipped = 2
-    model = tiny_model()
-    with open_dict(model.cfg):
-        model.cfg.train_ds = {'skip_bad_audio': True}
-    run = fit(model, loader(short, noise_batch(seed=1), short), max_steps=3)
-    assert run.logger.column('skipped_utterances') == [2, 2, 4]
+    with pytest.raises(ValueError, match='utterance 0 of a batch .* no valid utterance'):
+        model.eval().on_before_batch_transfer(spoilt(INVALID[0], seconds=(1.0,), utterance=0), 0)
 
 
 def test_the_rest_of_the_batch_trains_as_if_alone():
@@ -84,23 +77,15 @@ def test_the_rest_of_the_batch_trains_as_if_alone():
     assert all(torch.equal(first, second) for first, second in zip(state(whole).values(), state(rest).values()))
 
 
-def test_a_step_without_a_valid_utterance_is_skipped():
-    model, batch = tiny_model('model.skip_nan_grad=true'), spoilt(INVALID[0], seconds=(1.0,), utterance=0)
-    run = fit(model, loader(noise_batch(), batch, noise_batch(seed=2)), max_steps=3)
-    assert is_finite(model) and run.logger.column('skipped_steps') == [0, 1, 1]
-    assert run.logger.column('skipped_utterances') == [0, 1, 1]
-    with pytest.raises(ValueError, match='utterance 0 of a batch .* no valid utterance'):
-        model.eval().on_before_batch_transfer(batch, 0)
-
-
-def test_where_bad_audio_left_nothing_of_a_batch_the_run_goes_on(monkeypatch):
-    model = tiny_model()
+def test_what_the_data_loader_left_out_is_counted_and_where_it_left_nothing_the_run_goes_on(monkeypatch):
+    model, short = tiny_model(), noise_batch()
+    short.skipped = 1
     with open_dict(model.cfg):
         model.cfg.train_ds = {'skip_bad_audio': True}
-    run = fit(model, loader(noise_batch(), silent_batch(2), noise_batch(seed=2)), max_steps=3)
+    run = fit(model, loader(short, silent_batch(2), noise_batch(seed=2)), max_steps=3)
     gradients = run.logger.column('gradient_norm')
     assert gradients[1] == 0 < min(gradients[0], gradients[2]) and is_finite(model)
-    assert run.logger.column('skipped_utterances') == [0, 2, 2]
+    assert run.logger.column('skipped_utterances') == [1, 3, 3]
     monkeypatch.setattr(nonfinite_guard, 'MAX_SKIPPED_IN_A_ROW', 2)
     with pytest.raises(ValueError, match='the last 2 batches'):
         fit(model, loader(silent_batch(1), silent_batch(1), noise_batch()), max_steps=3)
