@@ -43,14 +43,6 @@ def test_without_normalisation_the_frames_go_as_they_are():
     assert tokens.tolist() == [[0.0, 2.0], [4.0, 4.0]]
 
 
-def test_too_few_frames_make_no_token():
-    assert made_of(observers(combined=8), torch.zeros(1, 7))[0] is None
-
-
-def test_a_first_frame_alone_is_its_own_mean():
-    assert made_of(observers(combined=1), torch.tensor([[7.0]]))[0].tolist() == [[0.0]]
-
-
 @given(st.lists(st.integers(0, 30), max_size=6), st.sampled_from([1, 2, 8]))
 def test_tokens_do_not_depend_on_the_cutting(sizes, combined):
     frames = torch.randn(1, sum(sizes) + 20, generator=torch.Generator().manual_seed(len(sizes))) * 5 - 12

@@ -101,15 +101,6 @@ def test_chunks_of_one_frame_equal_the_definition(case):
     assert output.surprise[0].std() > 1e-3  # else agreement would say little
 
 
-def test_the_shapes_are_those_of_horizons_and_codebooks():
-    assert check('causal', [9000], [9000]).next_tokens.shape == (1, 8, 2, 1)
-    assert check('one codebook without its dimension', [9000], [9000]).next_tokens.shape == (1, 8, 2)
-    assert check('codebooks', [9000], [9000]).next_tokens.shape == (1, 8, 2, 3)
-    nothing = StreamingSession(model_of('codebooks'), 2, [4, 0], return_surprise=True).step(torch.zeros(2, 0))
-    assert nothing.next_tokens.shape == (2, 0, 2, 3) and nothing.surprise.shape == (2, 0)
-    assert nothing.surprise_lengths.tolist() == nothing.surprise_start.tolist() == [0, 0]
-
-
 def test_a_token_is_known_seven_features_after_its_prediction():
     session = StreamingSession(model_of('causal'), 1, [4, 0], return_surprise=True)
     hop, known = session.frame_samples // 8, []
