@@ -17,11 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lightning.pytorch as pl
 import torch
 from omegaconf import OmegaConf, open_dict
-from tiny_nest import tiny_config, trainer
-from training_runs import exp_manager_config
+from tiny_nest import tiny_config
+from training_runs import managed_trainer
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-from nemo.utils.exp_manager import exp_manager
 from nemo.utils.trainer_utils import resolve_trainer_cfg
 
 CONTEXTS = [[10, 0], [20, 0], [-1, 0]]
@@ -31,7 +30,6 @@ SHARDED = {
     'tensor_parallel_size': 1,
     'save_distributed_checkpoint': False,
 }
-ALONE = {'ranks': 1, 'strategy': {**SHARDED, 'data_parallel_size': 1}}
 RUNS = {
     'plain': {},
     'sharded': {'strategy': SHARDED},
@@ -43,7 +41,7 @@ RUNS = {
     'sharded-rest': {'strategy': SHARDED, 'go_on': 'sharded-half'},
     'sharded-from-folder': {'strategy': SHARDED, 'go_on': 'folder-half'},
     'alone': {'go_on': 'plain-half', 'ranks': 1},
-    'alone-from-folder': {**ALONE, 'go_on': 'folder-half'},
+    'alone-from-folder': {'strategy': {**SHARDED, 'data_parallel_size': 1}, 'go_on': 'folder-half', 'ranks': 1},
     'unreadable': {'manifest': 'unreadable.json'},
     'unreadable-skipped': {'manifest': 'unreadable.json', 'skip_bad_audio': True},
     'samples': {'fault': 'samples'},
@@ -119,20 +117,16 @@ def train(name: str, folder: Path, corpus: Path, rank: int) -> None:
     """Train as a run says."""
     run = RUNS[name]
     pl.seed_everything(1)
-    fitter = trainer(
-        run.get('max_steps', 4),
+    fitter = managed_trainer(
+        folder / name,
+        max_steps=run.get('max_steps', 4),
         devices=run.get('ranks', 2),
         strategy=resolve_trainer_cfg(OmegaConf.create({'strategy': run.get('strategy', 'ddp')}))['strategy'],
         accumulate_grad_batches=run.get('accumulate_grad_batches', 1),
         callbacks=[Steps(folder / name / f'steps-{rank}.jsonl'), OnRankOne(run.get('fault', ''))],
-        logger=False,
-        enable_checkpointing=False,
-        val_check_interval=2,
         check_val_every_n_epoch=None,
-        limit_val_batches=1,
         use_distributed_sampler=True,
     )
-    exp_manager(fitter, exp_manager_config(folder / name / 'experiment'))
     model = EncDecDenoiseMaskedTokenPredModel(cfg=model_config(run, corpus), trainer=fitter)
     before = run.get('go_on')
     last = before and max((folder / before / 'experiment/checkpoints').glob('*last.ckpt'))

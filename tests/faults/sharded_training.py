@@ -18,12 +18,11 @@ import lightning.pytorch as pl
 import torch
 from omegaconf import open_dict
 from rank_runs import CONTEXTS, Steps
-from tiny_nest import tiny_config, trainer
+from tiny_nest import tiny_config
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from training_runs import Strike, exp_manager_config
+from training_runs import Strike, managed_trainer
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-from nemo.utils.exp_manager import exp_manager
 
 
 def model_config(data: str):
@@ -46,18 +45,15 @@ def train(folder: Path, data: str, strike: int) -> None:
     rank, first_start = int(os.environ['RANK']), os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'
     pl.seed_everything(1)
     torch.set_num_threads(1)
-    fitter = trainer(
+    fitter = managed_trainer(
+        folder,
         max_steps=9,
         devices=int(os.environ['WORLD_SIZE']),
         strategy='ddp',
         callbacks=[Steps(folder / f'steps-{rank}.jsonl'), *([Strike(strike)] if first_start and rank == 1 else [])],
-        logger=False,
-        enable_checkpointing=False,
-        val_check_interval=2,
         check_val_every_n_epoch=None,
         limit_val_batches=2,
     )
-    exp_manager(fitter, exp_manager_config(folder / 'experiment'))
     model = EncDecDenoiseMaskedTokenPredModel(cfg=model_config(data), trainer=fitter)
     fitter.fit(model)
     model.save_to(str(folder / 'trained.nemo'))

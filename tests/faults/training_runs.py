@@ -113,12 +113,14 @@ class LossToFile(pl.Callback):
             file.write(json.dumps([trainer.global_step, float(outputs['loss'])]) + '\n')
 
 
-def exp_manager_config(folder: Path) -> dict:
-    """The shipped config's checkpoints, which keep the best and the last, and a ``.nemo`` with each."""
-    cfg = tiny_config().exp_manager
+def managed_trainer(folder: Path, **settings) -> pl.Trainer:
+    """Make a trainer that validates every two steps, with the shipped config's checkpoints: best, last, ``.nemo``."""
+    made = trainer(**{**dict(logger=False, val_check_interval=2, limit_val_batches=1), **settings})
+    cfg, folder = tiny_config().exp_manager, str(folder / 'experiment')
     with open_dict(cfg):
-        cfg.update(explicit_log_dir=str(folder), create_tensorboard_logger=False, exp_dir=None, name=None)
-    return cfg
+        cfg.update(explicit_log_dir=folder, create_tensorboard_logger=False, exp_dir=None, name=None)
+    exp_manager(made, cfg)
+    return made
 
 
 def model_config(corpus: str):
@@ -137,16 +139,9 @@ def model_config(corpus: str):
 def main(folder: Path, corpus: str, fault: str = '') -> None:
     """Train, and cause the fault."""
     callbacks = [LossToFile(folder / 'losses.jsonl'), globals()[fault]() if fault else None]
+    callbacks = [callback for callback in callbacks if callback is not None]
     pl.seed_everything(1)
-    fitter = trainer(
-        max_steps=9,
-        callbacks=[callback for callback in callbacks if callback is not None],
-        logger=False,
-        limit_train_batches=4,
-        val_check_interval=2,
-        limit_val_batches=1,
-    )
-    exp_manager(fitter, exp_manager_config(folder / 'experiment'))
+    fitter = managed_trainer(folder, max_steps=9, callbacks=callbacks, limit_train_batches=4)
     model = EncDecDenoiseMaskedTokenPredModel(cfg=model_config(corpus), trainer=fitter)
     fitter.fit(model)
     model.save_to(str(folder / 'trained.nemo'))
