@@ -214,7 +214,7 @@ def test_a_checkpoint_of_pretraining_is_taken_as_well(script, speech_corpus, tmp
         (['model.train_ds.manifest_filepath=nowhere.json'], 'model.train_ds.manifest_filepath: no file nowhere.json'),
         (['+model.train_ds.skip_bad_audio=true'], 'model.train_ds.skip_bad_audio is true'),
         (['+model.encoder.conv_context_size=[4,4]'], 'conv_context_size is'),
-        (['+model.encoder.att_contxt_size=[10,0]'], 'did you mean att_context_size'),
+        (['+model.encoder.att_contxt_size=[10,0]'], 'att_contxt_size .* did you mean .*att_context_size'),
         (['model.tokenizer={dir: /nowhere, type: bpe}'], 'model.tokenizer.dir is /nowhere'),
         (["model.tokenizer={dir: '.', type: bpe}", 'model.labels=[a,b]'], 'model.labels and model.tokenizer'),
     ],
