@@ -2,6 +2,7 @@
 """Attention contexts as values, and what follows from them. NeMo has no such package."""
 
 from importlib import import_module
+from typing import Any
 
 from nemo.collections.asr.parts.att_context.context import PRESETS, UNLIMITED, AttContext, draw_index, tightest
 from nemo.collections.asr.parts.att_context.dynamic_context import (
@@ -49,7 +50,7 @@ _IMPORTED_LATE = {
 }
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _IMPORTED_LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f'nemo.collections.asr.parts.{_IMPORTED_LATE[name]}'), name)

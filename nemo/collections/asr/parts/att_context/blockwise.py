@@ -11,6 +11,7 @@ window, P distances between a query and the keys it may see.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,7 @@ class BlockwiseMask:
         self.bias = torch.zeros(hidden.shape, device=padding.device).masked_fill_(hidden, HIDDEN)
 
 
-def parse_choice(value) -> str:
+def parse_choice(value: Any) -> str:
     """Read ``blockwise_attention``: auto, on or off, of which YAML makes booleans; ValueError for anything else."""
     choice = {True: 'on', False: 'off'}[value] if isinstance(value, bool) else value
     if choice not in CHOICES:

@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 UNLIMITED = -1
 
@@ -17,7 +18,7 @@ PRESETS = {
 }
 
 
-def shown(value) -> str:
+def shown(value: object) -> str:
     """Return a value as errors show it: in one line, a model or another large object by its type alone."""
     if value is None or isinstance(value, (str, bool, Real)):
         return repr(value)
@@ -29,7 +30,7 @@ def shown(value) -> str:
     return f'<{type(value).__name__}>'
 
 
-def _parse_side(side: str, value, field: str) -> int:
+def _parse_side(side: str, value: Any, field: str) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < UNLIMITED:
         raise ValueError(
             f"{field}: the {side} context is {shown(value)}; it must be a whole number of attention frames, "
@@ -55,7 +56,7 @@ class AttContext:
         _parse_side('right', self.right, 'AttContext')
 
     @classmethod
-    def parse(cls, value, field: str = 'att_context_size') -> 'AttContext':
+    def parse(cls, value: Any, field: str = 'att_context_size') -> 'AttContext':
         """Read a context from what people write in configs and notebooks.
 
         Args:
@@ -102,7 +103,7 @@ class AttContext:
         return AttContext(tightest(self.left, other.left), tightest(self.right, other.right))
 
 
-def is_sequence(value) -> bool:
+def is_sequence(value: object) -> bool:
     """Return whether it is a list, a tuple or the like of a config, and no text."""
     return isinstance(value, Sequence) and not isinstance(value, str)
 

@@ -41,6 +41,6 @@ class LayerAttentionMasks:
         """Return the mask of a layer, [B, Q, A] bool, True = hidden, or its stand-in."""
         return self.masks[self.effective[layer]]
 
-    def __getitem__(self, index) -> 'LayerAttentionMasks':
+    def __getitem__(self, index: Any) -> 'LayerAttentionMasks':
         """Slice every mask, as the encoder does when it has a cache."""
         return LayerAttentionMasks({context: mask[index] for context, mask in self.masks.items()}, self.effective)

@@ -4,6 +4,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, tightest
 
@@ -44,7 +45,7 @@ class Window:
         """Whether a frame sees any frame but itself."""
         return self.context.left != 0 or self.context.right != 0
 
-    def bounds(self, frame):
+    def bounds(self, frame: Any) -> tuple[Any, Any]:
         """Return the first and the last frame that a frame sees, ints or tensors of int64 as the frame is.
 
         They are not cut to the utterance: a side without a limit gets a bound far outside of any.
@@ -53,7 +54,7 @@ class Window:
         frame = frame - frame % self.chunk
         return frame - (FAR if left == UNLIMITED else left), frame + (FAR if right == UNLIMITED else right)
 
-    def sees(self, query, key):
+    def sees(self, query: Any, key: Any) -> Any:
         """Return whether frame ``query`` sees frame ``key``; ints, or int64 tensors that broadcast."""
         first, last = self.bounds(query)
         return (first <= key) & (key <= last)
@@ -93,7 +94,7 @@ def tightest_window(windows: Iterable[Window]) -> Window:
     return Window(AttContext(left, right), windows[0].style)
 
 
-def tightest_window_of(encoder) -> Window | None:
+def tightest_window_of(encoder: Any) -> Window | None:
     """Return what the tightest layer of an encoder sees at present; None if that is not known.
 
     An encoder without ``tightest_window`` is read by NeMo's attributes: ``att_context_size``, one pair of numbers, and
