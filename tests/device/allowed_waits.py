@@ -60,7 +60,7 @@ ALLOWED = (
     Allowed('training*refined', TO_HOST, *COLLAPSE, 1, 'once before each refinement, after which counts restart'),
     Allowed('decoder, masked*', WAIT, *POSITIONS, 1, COUNT),
     Allowed('validation*', WAIT, *POSITIONS, 4, COUNT),
-    Allowed('validation*both', WAIT, 'parts/objectives/next_tokens.py', 'scores', 4, f'{COUNT}; at each horizon'),
+    Allowed('validation*both', WAIT, 'parts/objectives/base.py', 'having_targets', 4, f'{COUNT}; at each horizon'),
     Allowed('validation*', TO_HOST, FIXED_MASKS, 'utterance_seeds', 1, SEEDS),
     Allowed('validation*', TO_HOST, FIXED_MASKS, '_mask_one_by_one', 1, f'{SEEDS}: their lengths'),
     Allowed('validation*', WAIT, 'parts/ssl_reports/validation.py', '_result', 1, 'once, after the last batch'),

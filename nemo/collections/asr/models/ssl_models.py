@@ -24,7 +24,7 @@ from nemo.collections.asr.parts.objectives.combination import Objectives
 from nemo.collections.asr.parts.objectives.masked_tokens import has_forward_of
 from nemo.collections.asr.parts.objectives.next_tokens import check_same_heads, with_heads_of
 from nemo.collections.asr.parts.objectives.record import BatchInputs, BatchRecord
-from nemo.collections.asr.parts.objectives.targets import Targets, kept_in_full_precision, unconverted
+from nemo.collections.asr.parts.objectives.targets import Targets, kept_in_full_precision
 from nemo.collections.asr.parts.ssl_reports.model_reports import ModelReports, ReportsMixin
 from nemo.collections.asr.parts.utils.logged_numbers import cpu_scalars
 from nemo.collections.asr.parts.utils.nonfinite_guard import NonFiniteGuard
@@ -46,9 +46,9 @@ class SpeechEncDecSelfSupervisedModel(
 ):
     """NeMo's base class of SSL models, with a context that can be overridden or come with a batch.
 
-    Takes NeMo's config, and ``train_ds.synced_contexts`` with the arguments ``context_options``, ``context_probs`` and
-    ``seed`` of ``create_synced_context_collate``, which the data loader then uses; ``train_ds.skip_bad_audio`` (see
-    ``ssl_dataset``), ``train_ds.resumable`` (see ``make_resumable``) and ``skip_nan_grad`` (see ``NonFiniteGuard``).
+    Takes NeMo's config, and ``train_ds.synced_contexts`` (see ``create_synced_context_collate``),
+    ``train_ds.skip_bad_audio`` (see ``ssl_dataset``), ``train_ds.resumable`` (see ``make_resumable``) and
+    ``skip_nan_grad`` (see ``NonFiniteGuard``).
     """
 
     def training_step(self, batch, batch_idx=0):
@@ -71,10 +71,7 @@ class SpeechEncDecSelfSupervisedModel(
         return super().training_step(batch, batch_idx)
 
     def decoder_loss_step(self, spectrograms, spec_masks, encoded, encoded_len, targets=None, target_lengths=None):
-        """Decode and compute the loss; arguments and results are NeMo's.
-
-        NeMo passes the lengths to each loss of a ``loss_list``, but not to a single one.
-        """
+        """Decode and compute the loss as NeMo does, which passes the lengths to losses of a ``loss_list`` alone."""
         takes_lengths = self.decoder_losses is None and 'decoder_lengths' in (self.loss.input_types or {})
         if not takes_lengths or self.loss.needs_labels:
             return super().decoder_loss_step(spectrograms, spec_masks, encoded, encoded_len, targets, target_lengths)
@@ -142,7 +139,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
 
     @property
     def forward_is_overridden(self) -> bool:
-        """Whether a subclass has a ``forward`` of its own; its steps are NeMo's."""
+        """Whether a subclass has its own ``forward``; its steps are NeMo's."""
         return not has_forward_of(self, EncDecMaskedTokenPredModel, EncDecDenoiseMaskedTokenPredModel)
 
     def _apply(self, fn, recurse=True):
@@ -154,7 +151,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
         """Keep the trainer from rounding the audio, which the targets are made of, to half precision."""
         super().setup(stage)
         if getattr(self.trainer.precision_plugin, '_desired_input_dtype', None) in (torch.float16, torch.bfloat16):
-            self.trainer.precision_plugin.convert_input = unconverted
+            self.trainer.precision_plugin.convert_input = lambda data: data
 
     def on_fit_start(self) -> None:
         """Refuse, before any work is lost, what cannot be trained."""
@@ -182,7 +179,6 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
         Args:
             input_signal: samples [B, N]; with ``input_signal_length`` [B].
             processed_signal: instead of samples, features [B, D, T]; with ``processed_signal_length`` [B].
-            apply_mask: whether to mask.
             current_frame: mask frames received so far, an int or a tensor [B]; see ``RandomBlockMasking``.
 
         Returns:
@@ -209,7 +205,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
         """Encode the features of a batch, and predict their tokens; see ``forward``."""
         with self._one_context():
             record = self.encode(inputs, self.masking_in_context(current_frame) if apply_mask else None)
-        self.last_batch = record.to_keep()
+        self.last_batch = record._replace(encoded=None)
         log_probs = self.objectives.decoder(encoder_output=record.encoded)
         return log_probs, record.encoded_lengths, record.masks, record.tokens
 
@@ -229,9 +225,9 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
         """Mask and encode features within the present context, and make their targets, once for all contexts.
 
         Args:
-            inputs: the features; they get their targets.
-            masking: called with ``input_feats`` and ``input_lengths``, it returns masked features and masks,
-                [B, D, M] each. None masks nothing.
+            inputs: they get their targets.
+            masking: called with ``input_feats`` and ``input_lengths``; returns masked features and masks, [B, D, M]
+                each. None masks nothing.
         """
         seen, lengths = inputs.seen
         seen = seen.to(next(self.encoder.parameters()).dtype)
@@ -240,15 +236,12 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
             masked, masks = (masking or no_masking)(input_feats=seen, input_lengths=lengths)
             encoded, encoded_lengths = self.encoder(audio_signal=masked, length=lengths)
         else:
-            if masking is None and not self.objectives.masks:  # the wrapper cuts the gradient only where it masks
-                masking = no_masking
             self.pre_encoder.set_masking_enabled(apply_mask=masking is not None, masking=masking)
             encoded, encoded_lengths = self.encoder(audio_signal=seen, length=lengths)
             masks, mask_lengths = self.pre_encoder.get_current_mask(), encoded_lengths
         if inputs.targets is None:
             features = inputs.clean if self.pre_encoder is None else self.targets.subsampled(*inputs.clean)
             inputs.targets = self.targets.of(*features)
-        loss = getattr(self.loss, 'mlm_loss', self.loss)
         return BatchRecord(  # type: ignore[call-arg, misc]
             encoded,
             encoded_lengths,
@@ -257,8 +250,8 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
             *inputs.targets,
             *inputs.clean,
             factor=self.mask_frames_per_attention_frame,
-            threshold=getattr(loss, 'mask_threshold', MASK_THRESHOLD),
-            decoder_offset=getattr(loss, 'decoder_offset', 0),
+            threshold=getattr(self.loss, 'mask_threshold', MASK_THRESHOLD),
+            decoder_offset=getattr(self.loss, 'decoder_offset', 0),
         )
 
     def masking_in_context(self, current_frame=None) -> Callable | None:
@@ -275,7 +268,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
             else:
                 record = self.encode_batch(batch, self.masking_in_context())
                 loss, parts = self.objectives.loss(record)
-                self.add_batch(batch, record, sum(objective.predicted for objective in self.objectives))
+                self.add_batch(batch, record)
                 logs = {'learning_rate': self._optimizer.param_groups[0]['lr'], 'train_loss': loss}
                 logs.update({f'train_loss/{name}': part for name, part in parts.items()})
                 output = {'loss': loss, 'log': {'global_step': self.trainer.global_step, **logs}}
@@ -283,10 +276,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
         return output
 
     def inference_pass(self, batch, batch_idx=0, dataloader_idx=0, mode='val', apply_mask=False):
-        """Run a validation or test batch, in ``model.validate_contexts`` or in the default context.
-
-        In the default context the metrics have its masked share, too.
-        """
+        """Run a validation or test batch, in ``model.validate_contexts`` or in the default context."""
         if self.reports.validation is not None and apply_mask:
             validated = self.reports.validation.step(self, batch, dataloader_idx, self.reports.keep_for_figures)
             return {f'{mode}_loss': validated}

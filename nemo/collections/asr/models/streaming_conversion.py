@@ -12,7 +12,13 @@ from nemo.collections.asr.parts.streaming.evaluation import encode_offline, stre
 from nemo.collections.asr.parts.streaming.session import StreamingSession
 
 MODELS = ('EncDecDenoiseMaskedTokenPredModel', 'EncDecMaskedTokenPredModel')
-SUBSAMPLINGS = ('dw_striding', 'striding')
+CONVERTIBLE = (  # keys, and their values or null
+    ('encoder.self_attention_model', 'rel_pos'),
+    ('encoder.subsampling', 'dw_striding', 'striding'),
+    ('encoder.reduction', None),
+    ('encoder.global_tokens', 0),
+    ('mask_position', 'pre_conv'),  # else the targets are made of what causal convolutions change
+)
 DATA_SECTIONS = ('train_ds', 'validation_ds', 'test_ds')
 SUBSAMPLED = 'encoder.pre_encode.out.weight'
 LARGEST_DIFFERENCE = 1e-4  # of streamed and offline outputs
@@ -23,12 +29,9 @@ class Carried:
     """What became of the weights, by name."""
 
     as_they_are: list = field(default_factory=list)
-    moved: dict = field(default_factory=dict)
-    """Those that a wider layer took, and how."""
-    dropped: dict = field(default_factory=dict)
-    """Those of the offline model that no part of the streaming one takes, and why."""
-    fresh: dict = field(default_factory=dict)
-    """Those of the streaming model that start from random weights, and why."""
+    moved: dict = field(default_factory=dict)  # those that a wider layer took, and how
+    dropped: dict = field(default_factory=dict)  # those that no part of the streaming model takes, and why
+    fresh: dict = field(default_factory=dict)  # those of the streaming model that start from random weights, and why
 
     def __str__(self) -> str:
         lines = [f'{len(self.as_they_are)} weights carried over as they are']
@@ -38,10 +41,7 @@ class Carried:
 
 
 def check_convertible(cfg: DictConfig) -> None:
-    """Refuse what cannot become a streaming model.
-
-    Args:
-        cfg: the config in a ``.nemo`` file.
+    """Refuse the config of a ``.nemo`` file that cannot become a streaming model.
 
     Raises:
         ValueError: naming the key, its value and what is allowed.
@@ -55,18 +55,10 @@ def check_convertible(cfg: DictConfig) -> None:
         raise ValueError(f"model.preprocessor._target_ is {cfg.preprocessor.get('_target_')}; it must be mel features")
     if is_streaming(cfg):
         raise ValueError("it streams already; set its contexts in the config or with set_att_context_size")
-    _check_value(cfg, 'encoder.self_attention_model', 'rel_pos', ('rel_pos',))
-    _check_value(cfg, 'encoder.subsampling', 'striding', SUBSAMPLINGS)
-    _check_value(cfg, 'encoder.reduction', None, (None,))
-    _check_value(cfg, 'encoder.global_tokens', 0, (0,))
-    # after the convolutions, the targets are made of what causal convolutions change
-    _check_value(cfg, 'mask_position', 'pre_conv', ('pre_conv',))
-
-
-def _check_value(cfg: DictConfig, key: str, default, allowed) -> None:
-    value = OmegaConf.select(cfg, key)
-    if (default if value is None else value) not in allowed:
-        raise ValueError(f"model.{key} is {value!r}; only {' and '.join(map(str, allowed))} can be converted")
+    for key, *allowed in CONVERTIBLE:
+        value = OmegaConf.select(cfg, key)
+        if value not in (None, *allowed):
+            raise ValueError(f"model.{key} is {value!r}; only {' and '.join(map(str, allowed))} can be converted")
 
 
 def is_streaming(cfg: DictConfig) -> bool:
@@ -77,24 +69,22 @@ def is_streaming(cfg: DictConfig) -> bool:
 
 
 def streaming_config(cfg: DictConfig, contexts, style: str, statistics) -> DictConfig:
-    """Return the config of the streaming model.
+    """Return the config of the streaming model, from that of the offline one.
 
     Args:
-        cfg: that of the offline model.
         contexts: a pair [left, right] in attention frames, or several.
         style: of the attention, ``regular`` or ``chunked_limited``.
         statistics: ``fixed_mean`` and ``fixed_std``, or None for un-normalised features.
     """
     cfg = copy.deepcopy(cfg)
     OmegaConf.set_struct(cfg, False)
-    with open_dict(cfg):
-        cfg.encoder.update(causal_downsampling=True, conv_context_size='causal', conv_norm_type='layer_norm')
-        cfg.encoder.update(att_context_size=contexts, att_context_style=style, att_context_probs=None)
-        cfg.encoder.pop('att_context_sampler', None)
-        cfg.preprocessor.normalize = 'NA' if statistics is None else statistics
-        cfg.target_normalize = 'per_feature'
-        cfg.masking.causal = True
-        cfg.loss.decoder_offset = 1
+    cfg.encoder.update(causal_downsampling=True, conv_context_size='causal', conv_norm_type='layer_norm')
+    cfg.encoder.update(att_context_size=contexts, att_context_style=style, att_context_probs=None)
+    cfg.encoder.pop('att_context_sampler', None)
+    cfg.preprocessor.normalize = 'NA' if statistics is None else statistics
+    cfg.target_normalize = 'per_feature'
+    cfg.masking.causal = True
+    cfg.loss.decoder_offset = 1
     return cfg
 
 
@@ -105,26 +95,19 @@ def build(cfg: DictConfig):
         ValueError: if the encoder refuses its contexts.
     """
     without_data = copy.deepcopy(cfg)
-    for section in DATA_SECTIONS:
-        without_data.pop(section, None)
+    data = {section: without_data.pop(section) for section in DATA_SECTIONS if section in cfg}
     model = getattr(ssl_models, str(cfg.target).rpartition('.')[2])(without_data)
     with open_dict(model.cfg):
-        for section in DATA_SECTIONS:
-            if section in cfg:
-                model.cfg[section] = cfg[section]
+        model.cfg.update(data)
     return model.eval()
 
 
 @torch.no_grad()
 def carry_over(offline, streaming) -> Carried:
-    """Copy every weight that fits into the streaming model.
+    """Copy every weight of the offline model that fits into the streaming one, of :func:`streaming_config`.
 
     The affine part of batch_norm becomes that of layer_norm: both scale and shift a channel that has been
     standardised. The projection after subsampling gets a column of zeros, see :func:`shifted_by_a_bin`.
-
-    Args:
-        offline: the model to copy from.
-        streaming: the model to copy to, of :func:`streaming_config`.
     """
     old, new, result = offline.state_dict(), streaming.state_dict(), Carried()
     for name, weight in old.items():
@@ -152,9 +135,8 @@ def shifted_by_a_bin(weight: torch.Tensor, shape: torch.Size, model):
     layers its bin i sees what bin i - 1 saw, within a feature (7/8 of a bin at factor 8): the weights move up by one.
 
     Args:
-        weight: [d_model, channels * bins].
+        weight: of the offline model, [d_model, channels * bins].
         shape: of the new weight, [d_model, channels * (bins + 1)].
-        model: the offline model.
     """
     channels = model.encoder.pre_encode._conv_channels
     if shape[0] != weight.shape[0] or shape[1] != weight.shape[1] + channels:
@@ -172,13 +154,10 @@ def check_streams(model, seconds: float = 2.0) -> float:
     Raises:
         ValueError: if it does not stream, or differs.
     """
-    samples = torch.randn(
-        1, int(seconds * model.preprocessor.featurizer.sample_rate), generator=torch.Generator().manual_seed(0)
-    )
-    largest = 0.0
-    for context in (
-        streamable_contexts(model) or model.encoder.att_context_size_all
-    ):  # whose session raises with the reason
+    length = int(seconds * model.preprocessor.featurizer.sample_rate)
+    samples, largest = torch.randn(1, length, generator=torch.Generator().manual_seed(0)), 0.0
+    # Where none streams, the session raises with the reason.
+    for context in streamable_contexts(model) or model.encoder.att_context_size_all:
         session = StreamingSession(model, att_context_size=context)
         pieces = [session.step(piece).encoded for piece in samples.split(1234, dim=1)] + [session.finish().encoded]
         difference = torch.cat(pieces, dim=2) - encode_offline(model, samples, context)

@@ -44,14 +44,8 @@ def main(argv=None) -> int:
     logging.setLevel(logging.ERROR)
     torch.manual_seed(0)
     model = model_without_data()
-    trainer = pl.Trainer(
-        max_steps=1,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = pl.Trainer(max_steps=1, devices=1, **quiet)
     began = time.perf_counter()
     trainer.fit(model, DataLoader([noise_batch()], batch_size=None))
     loss = float(trainer.callback_metrics['train_loss'])

@@ -5,21 +5,16 @@ Usage: context_run.py FOLDER, with MASTER_ADDR and MASTER_PORT set. Each case tr
 checkpoint of step 25. Leaves FOLDER/RANK.json: the context and the step of each batch, and what the weights add up to.
 """
 
-import json
 import os
-import sys
-from pathlib import Path
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from ranks import gloo_ddp, run_ranks
 from spies import StepOfBatch, recording_contexts
 from tiny_nest import fit, noise_batch, tiny_model
 from torch.utils.data import DataLoader
 
 from nemo.collections.asr.parts.att_context import create_synced_context_collate
-from nemo.utils import logging
 
 STEPS = 50
 SECONDS = [(0.4, 0.3), (0.6, 0.5, 0.3)]  # another batch size and length on each rank
@@ -52,8 +47,7 @@ def synced_loader():
 def train(loader, accumulate, ckpt_path=None, callbacks=(), **kwargs):
     """Train to step 50; returns what the ranks, and a resumed run, must agree in."""
     model, batches = tiny_model(), StepOfBatch()
-    strategy = DDPStrategy(process_group_backend='gloo', cluster_environment=LightningEnvironment())
-    settings = dict(max_epochs=-1, devices=2, strategy=strategy, accumulate_grad_batches=accumulate)
+    settings = dict(max_epochs=-1, devices=2, strategy=gloo_ddp(), accumulate_grad_batches=accumulate)
     with recording_contexts(model) as record:
         fit(model, loader, STEPS, ckpt_path, callbacks=[batches, *callbacks], **settings, **kwargs)
     weights = sum(weight.double().abs().sum() for weight in model.parameters())
@@ -68,16 +62,12 @@ def train_and_resume(name, folder, make_loader, accumulate):
     return {'whole': whole, 'resumed': resumed}
 
 
-def run_rank(rank, folder):
-    os.environ['LOCAL_RANK'] = str(rank)
-    results = {
+def find(rank, folder):
+    return {
         'native': train_and_resume('native', folder, native_loader, accumulate=1),
         'synced': train_and_resume('synced', folder, synced_loader, accumulate=2),
     }
-    (folder / f'{rank}.json').write_text(json.dumps(results))
 
 
 if __name__ == '__main__':
-    logging.setLevel(logging.WARNING)
-    # Forked, for one import of NeMo instead of two.
-    torch.multiprocessing.start_processes(run_rank, (Path(sys.argv[1]),), nprocs=2, start_method='fork')
+    run_ranks(find)

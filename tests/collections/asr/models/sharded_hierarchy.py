@@ -5,17 +5,12 @@ Usage: sharded_hierarchy.py FOLDER, with MASTER_ADDR and MASTER_PORT set. Leaves
 FOLDER/trained.nemo.
 """
 
-import json
-import os
-import sys
-from pathlib import Path
-
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from ranks import run_ranks
 from tiny_nest import batches, tiny_config, trainer
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-from nemo.utils import logging
 
 
 def model_of():
@@ -34,20 +29,15 @@ def fit(model, steps: int, ckpt_path=None):
     return run
 
 
-def run_rank(rank, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
-    torch.set_num_threads(1)
+def find(rank, folder):
     model = model_of()
     fit(model, 2).save_checkpoint(folder / 'two.ckpt')
     model.save_to(str(folder / 'trained.nemo'))
     resumed = model_of()
     run = fit(resumed, 4, ckpt_path=folder / 'two.ckpt')
     contexts = [context.as_list() for context in resumed.encoder.layer_att_contexts()]
-    (folder / f'{rank}.json').write_text(json.dumps(dict(step=run.global_step, contexts=contexts)))
-    torch.distributed.destroy_process_group()
+    return dict(step=run.global_step, contexts=contexts)
 
 
 if __name__ == '__main__':
-    logging.setLevel(logging.WARNING)
-    # Forked, for one import of NeMo instead of two.
-    torch.multiprocessing.start_processes(run_rank, (Path(sys.argv[1]),), nprocs=2, start_method='fork')
+    run_ranks(find)

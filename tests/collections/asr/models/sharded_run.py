@@ -5,17 +5,12 @@ Usage: sharded_run.py FOLDER, with MASTER_ADDR and MASTER_PORT set. Both ranks h
 find what one process finds alone. Leaves FOLDER/RANK.json.
 """
 
-import json
-import sys
-from pathlib import Path
-
 import torch
+from ranks import run_ranks
 from tiny_nest import TWO_LAYERS, noise_batch, signals, tiny_model
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-
-from nemo.utils import logging
+from torch.distributed.fsdp import fully_shard
 
 
 def step(model, run) -> dict:
@@ -57,26 +52,10 @@ def sharded() -> dict:
     return step(model, model)
 
 
-def fsdp_of_before() -> str:
-    """What torch's first FSDP says on CPUs."""
-    try:
-        FullyShardedDataParallel(make_model().encoder)
-    except RuntimeError as error:
-        return str(error)
-    return ''
-
-
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
+def find(rank, folder):
     alone = make_model()
-    results = dict(alone=step(alone, alone), replicated=replicated(), sharded=sharded())
-    results['FSDP of before'] = fsdp_of_before()
-    (folder / f'{rank}.json').write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+    return dict(alone=step(alone, alone), replicated=replicated(), sharded=sharded())
 
 
 if __name__ == '__main__':
-    logging.setLevel(logging.WARNING)
-    # Forked, for one import of NeMo instead of two.
-    torch.multiprocessing.start_processes(run_rank, (Path(sys.argv[1]),), nprocs=2, start_method='fork')
+    run_ranks(find, 'gloo')

@@ -3,24 +3,21 @@
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from spies import recording_contexts
-from tiny_nest import CONFIGS, batches, fit, noise_batch, tiny_config, tiny_model
+from tiny_nest import batches, fit, noise_batch, tiny_config, tiny_model
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-from nemo.collections.asr.parts.att_context import AttContext, AttContextCurriculum, create_synced_context_collate
-from nemo.collections.asr.parts.att_context.receptive_field import context_table, look_ahead_ms
+from nemo.collections.asr.parts.att_context import AttContextCurriculum
 from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
-from nemo.collections.asr.parts.utils.pretraining_checks import check_contexts, check_known_keys, check_own_sections
+from nemo.collections.asr.parts.utils.pretraining_checks import check_contexts
 
 DYNAMIC, MULTI_LATENCY = 'nest_fast-conformer_dynamic_chunk', 'nest_fast-conformer_streaming_multi_latency'
 CONFIG_NAMES = [DYNAMIC, f'{DYNAMIC}_tiny', MULTI_LATENCY, f'{MULTI_LATENCY}_tiny']
 CHUNKED = ['model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[[8,3],[6,1],[6,0]]']
 SAMPLER = '{full_prob: 0.3, chunk_size: [1, 6], left_chunks: [1, 4], left_limited_prob: 0.6}'
 SAMPLED = [*CHUNKED, f'+model.encoder.att_context_sampler={SAMPLER}']
-FRAME_MS = 80
 
 
 def model_of(name, *overrides):
@@ -42,32 +39,6 @@ def assert_streams_as_offline(model, context, seconds=4.0):
 
 
 class TestConfigs:
-    @pytest.mark.parametrize('name', CONFIG_NAMES)
-    def test_it_composes_and_passes_the_checks(self, name):
-        with initialize_config_dir(str(CONFIGS), version_base=None):
-            cfg = compose(
-                name, overrides=[f'model.{data}_ds.manifest_filepath=null' for data in ('train', 'validation')]
-            )
-        check_known_keys(cfg.model)
-        check_own_sections(cfg)
-        check_contexts(cfg.model.encoder)
-        assert cfg.model.encoder.att_context_style == 'chunked_limited' and cfg.model.loss.decoder_offset == 1
-        assert (cfg.model.encoder.get('att_context_sampler') is not None) == (DYNAMIC in name)
-
-    @pytest.mark.parametrize('name', CONFIG_NAMES)
-    def test_the_latency_beside_each_context_is_that_of_the_encoder(self, name):
-        encoder = model_of(name).encoder
-        lines = (CONFIGS / f'{name}.yaml').read_text().splitlines()
-        for context in encoder.att_context_size_all:
-            (line,) = [line for line in lines if line.strip().startswith(f'- {list(context)}')]
-            wait = look_ahead_ms(encoder, context, FRAME_MS)
-            assert wait == (None if context[1] == -1 else context[1] * FRAME_MS)
-            stated = {None: 'the whole utterance', 0: ' 0 ms'}.get(wait)
-            assert (stated or f'up to {wait:g} ms, {wait / 2:g} ms on average') in line
-
-    def test_nvidias_contexts(self):
-        assert model_of(MULTI_LATENCY).encoder.att_context_size_all == [[70, 13], [70, 6], [70, 1], [70, 0]]
-
     @pytest.mark.parametrize('name', CONFIG_NAMES)
     def test_it_trains_and_streams_equal_to_offline(self, name):
         model = model_of(name, 'model.encoder.n_layers=2')
@@ -106,40 +77,6 @@ class TestSampledTraining:
         assert {name.removeprefix('train_loss/ctx_') for name in names} <= groups | configured
         assert len(names) > 2
 
-    def test_a_resumed_run_draws_what_the_whole_one_draws(self, tmp_path):
-        whole = fit(tiny_model(*SAMPLED), batches(6), max_steps=6).logger.column('att_context_right')
-        first = fit(tiny_model(*SAMPLED), batches(6), max_steps=3)
-        first.save_checkpoint(tmp_path / 'half.ckpt')
-        rest = fit(tiny_model(*SAMPLED), batches(6), max_steps=6, ckpt_path=tmp_path / 'half.ckpt')
-        assert first.logger.column('att_context_right') + rest.logger.column('att_context_right') == whole
-
-    def test_an_override_wins_then_what_comes_with_the_batch(self):
-        encoder = tiny_model(*SAMPLED).encoder.train()
-        assert encoder.att_context_of_batch(AttContext(8, 7), step=0) == AttContext(8, 7)
-        encoder.set_att_context_size([6, 1])
-        assert encoder.att_context_of_batch(AttContext(8, 7), step=0) == AttContext(6, 1)
-        encoder.set_att_context_size(None)
-        assert encoder.draw_att_context_size(0) == encoder.att_context_policy.sampler.draw(0, 0)
-        assert encoder.eval().draw_att_context_size(0) == AttContext(8, 3)
-
-    def test_a_synced_collates_contexts_take_the_place_of_the_draw(self):
-        model = tiny_model(*SAMPLED)
-        collate = create_synced_context_collate(lambda samples: samples[0], context_options=[[8, 1]])
-        loader = torch.utils.data.DataLoader([noise_batch(seed=seed) for seed in range(3)], collate_fn=collate)
-        run = fit(model, loader, max_steps=3)
-        assert run.logger.column('att_context_right') == [1, 1, 1]
-
-    def test_without_the_model_the_encoder_counts_its_own_draws(self):
-        encoder = tiny_model(*SAMPLED).encoder.train()
-        drawn = [encoder.draw_att_context_size() for _ in range(4)]
-        assert drawn == [encoder.att_context_policy.sampler.draw(0, step) for step in range(4)]
-
-    def test_it_travels_in_the_nemo_file(self, tmp_path):
-        model = tiny_model(*SAMPLED)
-        model.save_to(str(tmp_path / 'model.nemo'))
-        restored = EncDecDenoiseMaskedTokenPredModel.restore_from(str(tmp_path / 'model.nemo'))
-        assert restored.encoder.att_context_policy.sampler == model.encoder.att_context_policy.sampler
-
     def test_block_by_block_the_loss_is_the_same(self):
         losses = []
         for choice in ('off', 'on'):
@@ -147,46 +84,13 @@ class TestSampledTraining:
             losses.append(fit(model, batches(5, seconds=(2.0, 1.5)), max_steps=5).logger.column('train_loss'))
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
-    def test_an_override_is_known_if_it_can_be_drawn(self):
-        encoder = tiny_model(*SAMPLED).encoder
-        with pytest.MonkeyPatch.context() as patch:
-            warned = []
-            patch.setattr('nemo.collections.asr.parts.att_context.encoder_context.logging.warning', warned.append)
-            encoder.set_att_context_size([15, 4])
-            assert not warned
-            encoder.set_att_context_size([70, 13])
-            assert 'it was trained on those of att_context_sampler' in warned[0]
-
-    def test_the_table_of_contexts_says_what_is_drawn(self):
-        table = context_table(tiny_model(*SAMPLED).encoder, FRAME_MS)
-        assert 'else chunks with a look-ahead of 0 to 400 ms' in table
-
 
 class TestWithLayersAndCurriculum:
     LAYERS = ['model.encoder.n_layers=2', '+model.encoder.layer_att_context_size=[[4,-1],[3,0]]']
 
-    def test_layers_see_whole_chunks_of_what_is_drawn(self):
-        encoder = tiny_model(*SAMPLED, *self.LAYERS).encoder
-        effective = {
-            tuple(batch): [context.as_list() for context in encoder.effective_att_contexts(batch)]
-            for batch in ([-1, -1], [-1, 2], [10, 4], [-1, 0])
-        }
-        assert effective == {
-            (-1, -1): [[4, -1], [3, 0]],
-            (-1, 2): [[3, 2], [3, 0]],
-            (10, 4): [[0, 4], [3, 0]],  # 4 frames are no whole chunk of 5: the chunk alone
-            (-1, 0): [[4, 0], [3, 0]],
-        }
-
     @pytest.mark.parametrize('context', [[8, 3], [6, 1], [6, 0], [-1, 4]])
     def test_they_stream_equal_to_offline(self, context):
         assert_streams_as_offline(tiny_model(*SAMPLED, *self.LAYERS), context, seconds=2.0)
-
-    def test_everything_masked_can_be_answered_in_each_layer(self):
-        model = tiny_model(*SAMPLED, *self.LAYERS, 'model.audit_every_n_batches=1')
-        run = fit(model, batches(10, seconds=(3.0, 2.0)), max_steps=10)
-        names = [name for name in run.logger.steps[0] if name.startswith('audit/no_visible_frame')]
-        assert names and all(run.logger.column(name) == [0] * 10 for name in names)
 
     def test_a_layer_with_chunks_of_its_own_must_fit_every_chunk(self):
         with pytest.raises(InstantiationException, match=r'item 0.*right context is 1; .*chunk_size.: \(1, 6\)'):
@@ -205,12 +109,6 @@ class TestWithLayersAndCurriculum:
             assert right == expected and left in (0, 3, 4, 5) and left % (right + 1) == 0
         assert found[8:] == [tuple(context) for context in drawn[8:]]
 
-    def test_a_linear_curriculum_needs_no_common_chunk(self):
-        model = tiny_model(*SAMPLED)
-        curriculum = AttContextCurriculum(start=[4, 0], end=[20, 5], warmup_steps=8)
-        ceilings = [curriculum.ceiling_at(step, model.encoder).as_list() for step in (0, 4, 8)]
-        assert ceilings == [[4, 0], [12, 2], [20, 5]]
-
     def test_a_ceiling_that_a_layer_cannot_follow_is_refused_before_training(self):
         sampler = '{full_prob: 0, chunk_size: [4, 4]}'
         model = tiny_model(
@@ -226,20 +124,6 @@ class TestWithLayersAndCurriculum:
 
 
 class TestChecks:
-    @pytest.mark.parametrize(
-        'section, message',
-        [
-            ('{full_prob: 0.5, chunk_sise: [1, 2]}', 'chunk_sise is not known; did you mean .*chunk_size'),
-            ('{full_prob: 0.5}', 'it must have chunk_size'),
-            ('{full_prob: 0.5, chunk_size: [0, 2]}', r'chunk_size is \[0, 2\]'),
-        ],
-    )
-    def test_a_section_that_cannot_work_is_refused_by_name(self, section, message):
-        encoder = OmegaConf.create({'att_context_style': 'chunked_limited', 'att_context_sampler': {}})
-        encoder.att_context_sampler = OmegaConf.create(section)
-        with pytest.raises(ValueError, match=r'model\.encoder\.att_context_sampler.*' + message):
-            check_contexts(encoder)
-
     def test_probabilities_of_the_list_would_be_passed_over(self):
         encoder = OmegaConf.create(
             {

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contexts that come with the batches, or are to be the same on several processes."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,37 +133,6 @@ class TestSyncedContextsInTheConfig:
         assert all(torch.isfinite(torch.tensor(run.logger.column('train_loss'))))
         assert not any('ignored' in message and 'synced_contexts' in message for message in warnings)
         assert model.cfg.train_ds.synced_contexts.seed == 5
-
-    @pytest.mark.integration
-    def test_lhotse_shards(self, speech_corpus, tmp_path):
-        from lhotse import CutSet, Recording
-
-        lines = [json.loads(line) for line in (speech_corpus / 'train_manifest.json').read_text().splitlines()]
-        files = [str(speech_corpus / line['audio_filepath']) for line in lines[:6]]
-        cuts = CutSet.from_cuts(Recording.from_file(file).to_cut() for file in files)
-        cuts.to_shar(tmp_path, fields={'recording': 'wav'}, shard_size=3)
-        model = tiny_model(cls=EncDecDenoiseMaskedTokenPredModel)
-        config = data_config(speech_corpus, use_lhotse=True, shar_path=str(tmp_path), seed=0, shuffle_buffer_size=6)
-        config.pop('manifest_filepath')
-        model.setup_training_data(config)
-        with recording_contexts(model) as record:
-            fit(model, model._train_dl, max_steps=4, max_epochs=-1)
-        assert record.attention == expected_contexts(4)
-
-    @pytest.mark.parametrize(
-        'synced, message',
-        [
-            ({'context_probs': [1.0]}, 'it must have context_options'),
-            (
-                {'context_options': OPTIONS, 'probs': [1.0]},
-                'synced_contexts.probs is not known; synced_contexts takes',
-            ),
-            ({'context_options': OPTIONS, 'context_probs': [1.0]}, 'one number for each of 3 options'),
-        ],
-    )
-    def test_errors(self, synced, message, speech_corpus):
-        with pytest.raises(ValueError, match=message):
-            tiny_model().setup_training_data(data_config(speech_corpus, synced_contexts=synced))
 
 
 def context_of_each_step(steps, contexts):

@@ -4,24 +4,19 @@
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from ranks import run_on_two_ranks
-from tiny_nest import HIERARCHY, POST_CONV, batches, fit, noise_batch, signals, tiny_model, trainer
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from tiny_nest import HIERARCHY, POSITIONS, batches, fit, noise_batch, signals, tiny_model, trainer
 
 from nemo.collections.asr.losses.ssl_losses.next_token import NextTokenLoss, next_token_indices
-from nemo.collections.asr.models.ssl_models import EncDecMaskedTokenPredModel
 from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
 from nemo.collections.asr.parts.objectives.next_tokens import NextTokens
 from nemo.collections.asr.parts.objectives.record import BatchInputs
-from nemo.collections.asr.parts.submodules.conformer_modules import ConformerLayer
 
 NEXT, BOTH = '+model.objective=next_token', '+model.objective=both'
 OBJECTIVES = pytest.mark.parametrize('objective', [NEXT, BOTH], ids=['next_token', 'both'])
-POSITIONS = pytest.mark.parametrize('position', [(), POST_CONV], ids=['pre_conv', 'post_conv'])
 TWO = 'model.encoder.n_layers=2'
 FRAMES, FACTOR = 14, 8
 WAYS = {
@@ -39,11 +34,6 @@ WAYS = {
         '+model.encoder.att_context_sampler={full_prob: 0, chunk_size: [2, 5]}',
     ),
 }
-EVERY_WAY = pytest.mark.parametrize('way', WAYS)
-
-
-def model_of(way: str, position=(), *overrides: str):
-    return tiny_model(NEXT, *WAYS[way], *position, *overrides).train()
 
 
 def log_probs_of(model, features) -> torch.Tensor:
@@ -61,89 +51,45 @@ def let_gradient_through_subsampling(model):
     model.pre_encoder.get_current_feat = lambda: torch.zeros(1, FRAMES, model.encoder.d_model)
 
 
-def first_to_predict(frame: int, offset: int, horizon: int, way: str, post_conv: bool) -> int:
-    """The first feature that a frame's horizon is to predict on.
+def first_feature(token: int, way: str, post_conv: bool) -> int:
+    """The first feature of a token that a frame may not depend on.
 
-    Token i begins with feature 8 i, which frame i has heard. Behind the subsampling it is frame i, which ends with feature
-    8 i, or 8 i + 7 where the subsampling looks ahead; what is new in it begins 8 features before.
+    Token i begins with feature 8 i, which frame i sees. After the subsampling it is frame i, which ends with feature
+    8 i, or 8 i + 7 where the subsampling has look-ahead; what is new in it begins 8 features before.
     """
     ahead = FACTOR - 1 if post_conv and way == 'subsampling ahead' else 0
-    return max(FACTOR * (frame + offset - post_conv + horizon) + ahead + 1, 0)
+    return max(FACTOR * (token - post_conv) + ahead + 1, 0)
 
 
-@EVERY_WAY
+@pytest.mark.parametrize(
+    ('way', 'positions'),
+    [*((way, 'all') for way in WAYS), *((way, 'chunk_end') for way in ('causal', 'chunks', 'sampled'))],
+)
 @POSITIONS
-def test_no_gradient_comes_from_what_is_to_be_predicted(way, position):
-    """And it would, if the offset were smaller by one."""
-    model = model_of(way, position)
-    leaks_if_wrong = False
-    with model.encoder.using_att_context_size(model.encoder.draw_att_context_size(1)):
-        offset = model.objectives.offset()
-        features = torch.randn(1, 80, FRAMES * FACTOR, requires_grad=True)
-        if position:
-            let_gradient_through_subsampling(model)
-        outputs = log_probs_of(model, features)
-        for frame in range(FRAMES):
-            gradient, *_ = torch.autograd.grad(outputs[frame].square().sum(), features, retain_graph=True)
-            gradient = gradient[0].abs().sum(dim=0)
-            unheard = first_to_predict(frame, offset, 0, way, bool(position))
-            assert not gradient[unheard:].any(), (frame, offset)
-            leaks_if_wrong |= bool(gradient[first_to_predict(frame, offset - 1, 0, way, bool(position)) :].any())
-    assert leaks_if_wrong
-
-
-@EVERY_WAY
-@POSITIONS
-@torch.no_grad()
-def test_perturbing_what_is_to_be_predicted_changes_nothing(way, position):
-    model = model_of(way, position, 'model.encoder.dropout=0')
-    with model.encoder.using_att_context_size(model.encoder.draw_att_context_size(2)):
-        offset = model.objectives.offset()
-        features = torch.randn(1, 80, FRAMES * FACTOR)
-        before = log_probs_of(model, features)
-        changed_if_wrong = False
-        for frame in (0, 5, 7):
-            for horizon in range(2):
-                perturbed = features.clone()
-                perturbed[:, :, first_to_predict(frame, offset, horizon, way, bool(position)) :] += 3.0
-                torch.testing.assert_close(log_probs_of(model, perturbed)[frame], before[frame], rtol=0, atol=1e-6)
-        for frame in range(4, min(8, FRAMES - offset)):  # each place in a chunk of 4
-            perturbed = features.clone()
-            perturbed[:, :, first_to_predict(frame, offset - 1, 0, way, bool(position)) :] += 3.0
-            changed_if_wrong |= not torch.allclose(log_probs_of(model, perturbed)[frame], before[frame], atol=1e-4)
-    assert changed_if_wrong
-
-
-@pytest.mark.parametrize('way', ['causal', 'chunks', 'convolutions ahead', 'sampled'])
-@POSITIONS
-def test_at_the_end_of_a_chunk_no_output_depends_on_what_it_predicts(way, position):
+def test_no_output_depends_on_what_it_predicts(way, positions, position):
     """By gradient and by perturbation; with tokens one earlier it would."""
-    ends = ('+model.next_token.positions=chunk_end', '+model.next_token.horizons=2')
-    model = model_of(way, position, *ends, 'model.encoder.dropout=0')
+    chosen = f'+model.next_token.positions={positions}', '+model.next_token.horizons=2'
+    model = tiny_model(NEXT, *WAYS[way], *position, *chosen, 'model.encoder.dropout=0').train()
     with model.encoder.using_att_context_size(model.encoder.draw_att_context_size(1)):
         objective = model.objectives.find(NextTokens)
-        offset, chunk = objective.offset(), objective.chunk()
+        indices = next_token_indices(FRAMES, 2, objective.offset(), objective.chunk())[:, 0].tolist()
+        predicted = {frame: token for frame, token in enumerate(indices) if 0 <= token < FRAMES}
+        assert all(objective.chunk() - 2 <= frame % objective.chunk() for frame in predicted)
         features = torch.randn(1, 80, FRAMES * FACTOR, requires_grad=True)
         with torch.no_grad():
             before = log_probs_of(model, features)
-        first = {
-            frame: token
-            for frame, token in enumerate(next_token_indices(FRAMES, 2, offset, chunk)[:, 0].tolist())
-            if 0 <= token < FRAMES
-        }
-        assert all(chunk - 2 <= frame % chunk for frame in first)
-        for frame, token in first.items():
-            perturbed = features.detach().clone()
-            perturbed[:, :, first_to_predict(token, 0, 0, way, bool(position)) :] += 3.0
-            torch.testing.assert_close(log_probs_of(model, perturbed)[frame], before[frame], rtol=0, atol=1e-6)
+            for frame, token in predicted.items():
+                perturbed = features.detach().clone()
+                perturbed[:, :, first_feature(token, way, bool(position)) :] += 3.0
+                torch.testing.assert_close(log_probs_of(model, perturbed)[frame], before[frame], rtol=0, atol=1e-6)
         if position:
             let_gradient_through_subsampling(model)
         outputs, leaks_if_wrong = log_probs_of(model, features), False
-        for frame, token in first.items():
+        for frame, token in predicted.items():
             gradient, *_ = torch.autograd.grad(outputs[frame].square().sum(), features, retain_graph=True)
             gradient = gradient[0].abs().sum(dim=0)
-            assert not gradient[first_to_predict(token, 0, 0, way, bool(position)) :].any(), (frame, token)
-            leaks_if_wrong |= bool(gradient[first_to_predict(token, -1, 0, way, bool(position)) :].any())
+            assert not gradient[first_feature(token, way, bool(position)) :].any(), (frame, token)
+            leaks_if_wrong |= bool(gradient[first_feature(token - 1, way, bool(position)) :].any())
     assert leaks_if_wrong
 
 
@@ -265,22 +211,6 @@ def test_validation_equals_loops_over_frames():
     assert found['val_accuracy'] == pytest.approx(sum(right) / sum(count), rel=1e-5)
 
 
-@OBJECTIVES
-def test_without_validate_contexts_the_parts_are_reported_for_the_default_context(objective):
-    model = tiny_model(objective, '~model.validate_contexts')
-    run = trainer(1)
-    model.set_trainer(run)
-    found = run.validate(model, dataloaders=batches(2), verbose=False)[0]
-    assert {'val_loss', 'val_loss/next_0', 'val_loss/next_3', 'val_att_context_left'} <= set(found)
-    assert ('val_loss/masked' in found) == (objective == BOTH)
-
-
-def test_a_model_without_noise_predicts_next_tokens_too():
-    model = tiny_model(NEXT, cls=EncDecMaskedTokenPredModel)
-    run = fit(model, batches(2, as_tuples=True), max_steps=2)
-    assert len(run.logger.column('train_loss/next_0')) == 2
-
-
 NO_DITHER = 'model.preprocessor.dither=0'  # NeMo adds it to the batch in place, which comes again here
 
 
@@ -317,46 +247,14 @@ def test_a_run_cannot_go_on_with_another_objective(tmp_path):
         fit(tiny_model(NEXT), batches(1), 2, ckpt_path=tmp_path / 'step=1.ckpt')
 
 
-@OBJECTIVES
-@pytest.mark.parametrize('precision', ['bf16-mixed', 'bf16-true'])
-def test_lower_precision_learns_as_full(objective, precision):
-    full, lower = (
-        fit(tiny_model(objective), batches(3), max_steps=2, precision=asked).logger.column('train_loss')
-        for asked in ('32-true', precision)
-    )
-    assert lower == pytest.approx(full, rel=0.1 if precision == 'bf16-true' else 0.02)
-
-
-@OBJECTIVES
-def test_activation_checkpointing_changes_no_gradient(objective):
-    gradients = []
-    for checkpointed in (False, True):
-        model = tiny_model(objective, TWO, NO_DITHER).train()
-        if checkpointed:
-            apply_activation_checkpointing(model.encoder, check_fn=lambda module: isinstance(module, ConformerLayer))
-        torch.manual_seed(0)
-        with model.encoder.using_att_context_size([10, 0]):
-            model.objectives.loss(model.encode_batch(noise_batch(), model.masking_in_context())).loss.backward()
-        gradients.append([weight.grad for weight in model.parameters() if weight.grad is not None])
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(checkpointed, plain)
-
-
 def test_a_saved_model_keeps_its_objective(tmp_path):
     model = tiny_model(NEXT, '+model.next_token.horizons=2').eval()
     model.save_to(tmp_path / 'model.nemo')
     restored = type(model).restore_from(str(tmp_path / 'model.nemo'), map_location='cpu').eval()
     assert restored.objective == 'next_token' and len(restored.next_token_decoders) == 2
-    found = [each(**signals(noise_batch()), apply_mask=False)[0] for each in (model, restored)]
-    torch.testing.assert_close(*found)
-
-
-def test_forward_gives_the_first_next_token_where_that_alone_is_asked_for():
-    model = tiny_model(NEXT).eval()
     with torch.no_grad():
-        log_probs, *_ = model(**signals(noise_batch()))
-        record = model.encode_batch(noise_batch(), None)
-    torch.testing.assert_close(log_probs, model.next_token_decoders[0](encoder_output=record.encoded))
+        first = restored.next_token_decoders[0](encoder_output=restored.encode_batch(noise_batch(), None).encoded)
+        torch.testing.assert_close(model(**signals(noise_batch()), apply_mask=False)[0], first)
 
 
 @OBJECTIVES
@@ -383,19 +281,6 @@ def test_forward_gives_the_first_next_token_where_that_alone_is_asked_for():
 def test_what_cannot_work_is_refused_before_the_first_step(objective, overrides, message):
     with pytest.raises(ValueError, match=message):
         fit(tiny_model(objective, *overrides), batches(1), 1)
-
-
-class WithForwardOfItsOwn(EncDecMaskedTokenPredModel):
-    """As people have written them for stock NeMo."""
-
-    def forward(self, **kwargs):
-        """Do as the parent."""
-        return super().forward(**kwargs)
-
-
-def test_a_model_with_a_forward_of_its_own_is_refused():
-    with pytest.raises(ValueError, match='model.objective is next_token, which predicts frame by frame: WithForward'):
-        tiny_model(NEXT, '~model.validate_contexts', cls=WithForwardOfItsOwn)
 
 
 @pytest.mark.integration
@@ -443,12 +328,3 @@ def test_a_resumed_refinement_is_the_uninterrupted_one(tmp_path):
         resumed = tiny_model(NEXT, REFINED, NO_DITHER, seed=1)
         fit(resumed, batches(1, (2.0,)), 6, tmp_path / f'step={step}.ckpt', callbacks=[SeedOfStep()], **settings)
         torch.testing.assert_close(resumed.quantizer.codebooks, whole.quantizer.codebooks, rtol=0, atol=1e-12)
-
-
-def test_principal_components_are_refused_behind_the_subsampling(tmp_path):
-    file, ones = tmp_path / 'pca.npz', np.ones(16)
-    arrays = dict(components=np.eye(80)[:16], eigenvalues=ones, combine_time_steps=1, features=80)
-    np.savez(file, variance_share=ones / 16, count=100, normalization='per_feature', **arrays)
-    overrides = ('+model.quantizer.projection=pca', f"+model.quantizer.projection_file='{file}'")
-    with pytest.raises(ValueError, match='projection.*post_conv|post_conv.*projection'):
-        tiny_model(*overrides, *POST_CONV, 'model.encoder.d_model=80')

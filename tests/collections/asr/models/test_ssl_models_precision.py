@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_on_two_ranks
-from tiny_nest import TWO_LAYERS, batches, fit, noise_batch, signals, tiny_model
+from tiny_nest import TWO_LAYERS, batches, fit, noise_batch, tiny_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
@@ -19,10 +19,9 @@ def loss_and_gradients(model):
     """The loss of one training step in the context [10, 0], and the gradients by name."""
     torch.manual_seed(0)
     model.train()
-    batch = noise_batch((2.0, 1.0))
     with model.encoder.using_att_context_size([10, 0]):
-        log_probs, lengths, masks, tokens = model(**signals(batch), apply_mask=True)
-    loss = model.loss(masks=masks, decoder_outputs=log_probs, targets=tokens, decoder_lengths=lengths)
+        record = model.encode_batch(noise_batch((2.0, 1.0)), model.masking_in_context())
+    loss = model.objectives.loss(record).loss
     loss.backward()
     return loss.item(), {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
@@ -38,10 +37,12 @@ def test_autocast_gives_nearly_the_same_loss_and_gradients(dtype):
     assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.995
 
 
+@pytest.mark.parametrize('objective', ['masked', 'both'])
 @pytest.mark.parametrize('precision', ['16-mixed', 'bf16-true'])  # Lightning takes bf16-mixed for 16-mixed on CPUs
-def test_training_in_lower_precision_learns_as_in_full(precision):
+def test_training_in_lower_precision_learns_as_in_full(precision, objective):
+    overrides = (*TWO_LAYERS, f'+model.objective={objective}')
     full, lower = (
-        fit(tiny_model(*TWO_LAYERS), batches(3), max_steps=2, precision=asked).logger.column('train_loss')
+        fit(tiny_model(*overrides), batches(3), max_steps=2, precision=asked).logger.column('train_loss')
         for asked in ('32-true', precision)
     )
     allowed = 0.1 if precision == 'bf16-true' else 0.02
@@ -119,8 +120,9 @@ def test_a_model_trains_with_its_encoder_compiled_in_place():
     assert compiled.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_checkpointed_layers_give_the_same_gradients_and_keep_their_contexts():
-    plain, checkpointed = tiny_model(*TWO_LAYERS), tiny_model(*TWO_LAYERS)
+@pytest.mark.parametrize('objective', ['masked', 'next_token'])
+def test_checkpointed_layers_give_the_same_gradients_and_keep_their_contexts(objective):
+    plain, checkpointed = (tiny_model(*TWO_LAYERS, f'+model.objective={objective}') for _ in range(2))
     apply_activation_checkpointing(checkpointed.encoder, check_fn=lambda module: isinstance(module, ConformerLayer))
     expected, gradients = loss_and_gradients(plain)
     loss, found = loss_and_gradients(checkpointed)
@@ -140,4 +142,3 @@ def test_sharded_and_replicated_models_with_hooks_compute_what_one_process_does(
             assert results[kind]['gradients'] == pytest.approx(results['alone']['gradients'], rel=1e-4)
             assert results[kind]['hooks'] == ['forward', 'backward']
             assert results[kind]['contexts'] == [[10, 0], [20, 0]] and results[kind]['narrowed'] == 5
-        assert 'accelerator' in results['FSDP of before']

@@ -7,17 +7,12 @@ process does so with all of them. Leaves FOLDER/RANK.json and FOLDER/alone.json:
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
-import torch
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from ranks import gloo_ddp, run_ranks
 from tiny_nest import noise_batch, tiny_model, trainer
 from torch.utils.data import DataLoader
-
-from nemo.utils import logging
 
 SECONDS = [(1.5, 0.7), (1.0,), (2.0, 0.4, 1.1), (0.9,), (1.3, 1.2), (0.5,)]  # of each batch
 SHARES = ((0, 1, 2), (3, 4, 5))  # the batches of each rank
@@ -35,16 +30,7 @@ def report(indices, **kwargs) -> dict:
     return {**validated, **run.test(model, dataloaders=loader(indices), verbose=False)[0]}
 
 
-def run_rank(rank, folder):
-    os.environ['LOCAL_RANK'] = str(rank)
-    strategy = DDPStrategy(process_group_backend='gloo', cluster_environment=LightningEnvironment())
-    found = report(SHARES[rank], devices=2, strategy=strategy)
-    (folder / f'{rank}.json').write_text(json.dumps(found))
-
-
 if __name__ == '__main__':
-    logging.setLevel(logging.WARNING)
-    # Forked, for one import of NeMo instead of two.
-    torch.multiprocessing.start_processes(run_rank, (Path(sys.argv[1]),), nprocs=2, start_method='fork')
+    run_ranks(lambda rank, folder: report(SHARES[rank], devices=2, strategy=gloo_ddp()))
     alone = report(range(len(SECONDS)))
     (Path(sys.argv[1]) / 'alone.json').write_text(json.dumps(alone))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``contrastive.py``: negatives are real frames, whatever the utterances' lengths and masks.
 
-Shapes: B batch, D features, T feature frames, A attention frames, C channels, M masked frames of the batch,
-N negatives, G groups of the quantizer.
+Shapes: B batch, D features, T feature frames, A attention frames, C channels, F features of a target frame, M masked
+frames of the batch, N negatives, G groups of the quantizer.
 """
 
 import torch
@@ -17,15 +17,13 @@ _up = upstream(globals())
 class ContrastiveLoss(_up.ContrastiveLoss):
     """NeMo's contrastive loss (wav2vec 2.0), for batches with padding and any number of masked frames.
 
-    Takes NeMo's arguments, and one more. Frames at or beyond ``decoder_lengths`` are neither predicted nor drawn as
-    negatives. An utterance with fewer candidates than ``num_negatives`` draws them with replacement. Where nothing is
-    masked, the loss is zero and back-propagates. A target is made of ``combine_time_steps`` feature frames, however
-    few there are: NeMo divides the two lengths, which comes out wrong below some 0.6 s with causal downsampling.
+    Frames at or beyond ``decoder_lengths`` are neither predicted nor drawn as negatives. An utterance with fewer
+    candidates than ``num_negatives`` draws them with replacement. Where nothing is masked, the loss is zero and
+    back-propagates. A target is made of ``combine_time_steps`` feature frames, however few there are: NeMo divides the
+    two lengths, which comes out wrong below some 0.6 s with causal downsampling.
 
     Args:
-        in_dim: features of a frame D.
-        decoder_offset: leading decoder frames to drop. With causal downsampling frame i + 1, not i, is the first that
-            has seen all of target i.
+        decoder_offset: leading decoder frames to drop, see ``MLMLoss``; the other arguments are NeMo's.
 
     Raises:
         ValueError: if ``decoder_offset`` is negative.
@@ -40,35 +38,34 @@ class ContrastiveLoss(_up.ContrastiveLoss):
 
     @typecheck()
     def forward(self, spectrograms, spec_masks, decoder_outputs, decoder_lengths=None):
-        """Compute the loss.
+        """Compute the loss, a scalar: ``multiplier`` / B times the reduced cross entropy.
 
         Args:
             spectrograms: features [B, D, T].
             spec_masks: 1 where masked [B, D, T].
             decoder_outputs: predictions [B, A, C].
             decoder_lengths: attention frames that are real [B], before the offset; None: all.
-
-        Returns:
-            scalar, ``multiplier`` / B times the reduced cross entropy.
         """
         frames = decoder_outputs.shape[1]
         combined = self._features_per_target // spectrograms.shape[1]
         targets, perplexity_loss = self._project(_combine(spectrograms, combined, frames))
-        masked = _combine(spec_masks, combined, frames).mean(-1) > self.mask_threshold  # [B, A]
-        real = _real_frames(decoder_outputs, decoder_lengths, self.decoder_offset)
-        masked &= real
+        real = self._real_frames(decoder_outputs, decoder_lengths)
+        masked = (_combine(spec_masks, combined, frames).mean(-1) > self.mask_threshold) & real  # [B, A]
         # The last frames have no output any more, and are not real.
         decoder_outputs = F.pad(decoder_outputs[:, self.decoder_offset :], (0, 0, 0, min(self.decoder_offset, frames)))
-        index = (
-            masked.flatten().nonzero().squeeze(1)
-        )  # synchronises once; a mask would twice, and in the backward passes
+        index = masked.flatten().nonzero().squeeze(1)  # synchronises once; a mask would twice, and in backward passes
         outputs, positives = (frames.flatten(0, 1).index_select(0, index) for frames in (decoder_outputs, targets))
+        if self.group_loss and not self.sample_from_same_utterance_only:
+            groups = self.quantizer.groups
+            outputs, positives = (x.reshape(-1, x.shape[-1] // groups) for x in (outputs, positives))
         if len(outputs):
-            loss = self._cross_entropy(outputs, positives, targets, masked, real)
+            scores = self._calculate_similarity(outputs, self._negatives(positives, targets, masked, real), positives)
+            first = torch.zeros(len(outputs), dtype=torch.long, device=outputs.device)
+            loss = F.cross_entropy(scores.transpose(0, 1), first, reduction=self.reduce)  # scores [1 + N, M]
         else:
             loss = outputs.sum() + positives.sum()  # of nothing: zero, and it back-propagates to every weight
         if perplexity_loss is not None and self.prob_ppl_weight != 0:
-            loss = loss + self.prob_ppl_weight * perplexity_loss * self._number_of_predictions(masked)
+            loss = loss + self.prob_ppl_weight * perplexity_loss * len(outputs)
         return loss * self.multiplier / spectrograms.shape[0]
 
     def _project(self, targets):
@@ -83,23 +80,15 @@ class ContrastiveLoss(_up.ContrastiveLoss):
             self.target_ids, self.target_lengths = _without_repetitions(self.target_ids)
         return targets, perplexity_loss
 
-    def _cross_entropy(self, outputs, positives, targets, masked, real):
-        """Cross entropy of finding the positives [M, C] among the negatives; reduced by ``reduce``."""
-        if self.group_loss and not self.sample_from_same_utterance_only:
-            groups = self.quantizer.groups
-            outputs, positives = (x.reshape(-1, x.shape[-1] // groups) for x in (outputs, positives))
-        negatives = self._negatives(positives, targets, masked, real)
-        scores = self._calculate_similarity(outputs, negatives, positives).transpose(0, 1)  # [M, 1 + N]
-        first = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
-        return F.cross_entropy(scores, first, reduction=self.reduce)
-
     def _negatives(self, positives, targets, masked, real):
         """Draw the negatives [N, M, C] (of groups: [classes, M G, C / G]) of the positives [M, C]."""
         candidates = real if self.sample_from_non_masked else masked
         if self.sample_from_same_utterance_only:
             return self._negatives_of_each_utterance(targets, masked, candidates)
         if self.group_loss:
-            return self._whole_codebook(len(positives))
+            groups, classes = self.quantizer.groups, self.quantizer.num_vars
+            of_group = self.quantizer.vars.reshape(groups, classes, -1).transpose(0, 1)
+            return of_group.repeat(1, len(positives) // groups, 1)  # the whole codebook
         if self.sample_from_codebook:
             return self.quantizer.sample_from_codebook(self.num_negatives, len(positives))
         return self.sample_negatives(targets[candidates], len(positives))[0]
@@ -110,12 +99,6 @@ class ContrastiveLoss(_up.ContrastiveLoss):
         frames = targets[candidates].split(available)
         drawn = [self.sample_negatives(own, number)[0] for own, number in zip(frames, wanted) if number]
         return torch.cat(drawn, dim=1)
-
-    def _whole_codebook(self, rows: int):
-        """Return, for each of M G rows, its group's classes [classes, M G, C / G] (rows is M G)."""
-        groups, classes = self.quantizer.groups, self.quantizer.num_vars
-        of_group = self.quantizer.vars.reshape(groups, classes, -1).transpose(0, 1)
-        return of_group.repeat(1, rows // groups, 1)
 
     def sample_negatives(self, y, num):
         """Draw ``num_negatives`` of the candidates y [K, C] for each of ``num`` targets.
@@ -128,9 +111,11 @@ class ContrastiveLoss(_up.ContrastiveLoss):
         indices = torch.multinomial(weights, self.num_negatives, replacement=replacement)
         return y[indices].transpose(0, 1), indices
 
-    def _number_of_predictions(self, masked):
-        in_groups = self.group_loss and not self.sample_from_same_utterance_only
-        return masked.sum() * (self.quantizer.groups if in_groups else 1)
+    def _real_frames(self, outputs, lengths: torch.Tensor | None):
+        """Return which target frames [B, A] have an output, the offset later; without lengths [B], all outputs are real."""
+        index = torch.arange(outputs.shape[1], device=outputs.device) + self.decoder_offset
+        real = (index < outputs.shape[1]).expand(outputs.shape[:2])
+        return real if lengths is None else real & (index < lengths.to(outputs.device).unsqueeze(1))
 
 
 def _combine(features, combined: int, frames: int):
@@ -140,19 +125,9 @@ def _combine(features, combined: int, frames: int):
     return features.transpose(1, 2).reshape(features.shape[0], frames, -1)
 
 
-def _real_frames(outputs, lengths: torch.Tensor | None, offset: int):
-    """Return which target frames [B, A] an output so many frames later predicts; without lengths [B], all have one."""
-    batch, frames, _ = outputs.shape
-    index = torch.arange(offset, offset + frames, device=outputs.device)
-    lengths = torch.full((batch,), frames, device=outputs.device) if lengths is None else lengths.to(outputs.device)
-    return index < lengths.clamp(max=frames).unsqueeze(1)
-
-
 def _without_repetitions(ids):
     """Keep one of each run of equal ids [B, A]; returns them [B, longest], filled with zeros, and lengths [B]."""
-    starts = torch.ones_like(ids, dtype=torch.bool)
-    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    index = starts.cumsum(dim=1) - 1
+    index = F.pad((ids.diff(dim=1) != 0).cumsum(dim=1), (1, 0))
     lengths = index[:, -1] + 1
     kept = torch.zeros_like(ids).scatter(1, index, ids)
     return kept[:, : int(lengths.max())], lengths

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loss of next-token prediction (NEST-RQ, https://arxiv.org/abs/2409.08680).
 
-Shapes: B batch, T encoder frames, S target frames, F frames in common, K horizons, N loss positions, C classes,
-H codebooks.
+Shapes: B batch, T encoder frames, S target frames, F frames in common, K horizons, C classes, H codebooks.
 """
 
 import torch
@@ -28,11 +27,9 @@ class NextTokenLoss(torch.nn.Module):
         self.frame_loss = MLMLoss() if squeezed else MultiMLMLoss(num_decoders=num_decoders)
 
     def forward(self, decoder_outputs, targets, offset=0, decoder_lengths=None, target_lengths=None, chunk=1):
-        """Return the loss of the log-probabilities of all horizons; a model computes one horizon at a time instead.
+        """Return the loss of log-probabilities [B, T, K, C] or [B, T, K, C, H]; else as in :meth:`align`.
 
-        Args:
-            decoder_outputs: [B, T, K, C] or [B, T, K, C, H], any floating dtype.
-            targets, offset, decoder_lengths, target_lengths, chunk: as in :meth:`align`.
+        A model computes one horizon at a time instead.
         """
         outputs, wanted, _ = self.align(decoder_outputs, targets, offset, decoder_lengths, target_lengths, chunk)
         pairs = [self.of_horizon(outputs[:, :, each], wanted[:, :, each]) for each in range(self.horizons)]
@@ -40,19 +37,10 @@ class NextTokenLoss(torch.nn.Module):
         return total / count.clamp(min=1)
 
     def of_horizon(self, log_probs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss of each frame at one horizon, and which frames have a target.
-
-        Args:
-            log_probs: [..., C] or [..., C, H], any floating dtype.
-            targets: tokens [...] or [..., H] int64; -100 where there is none.
-
-        Returns:
-            negative log-likelihood [...], 0 without a target, and the frames with a target [...] bool.
-        """
-        counted = targets != IGNORED_TARGET
-        if isinstance(self.frame_loss, MultiMLMLoss):
-            counted = counted.any(dim=-1)
-        return self.frame_loss.of_frames(log_probs, targets, reduction='none'), counted
+        """Return the loss of each frame at one horizon, see :meth:`MLMLoss.of_frames`, and which have a target [...]."""
+        has_target = targets != IGNORED_TARGET
+        has_target = has_target.any(dim=-1) if self.frame_loss.several_books else has_target
+        return self.frame_loss.of_frames(log_probs, targets, reduction='none'), has_target
 
     def align(
         self,
@@ -68,9 +56,8 @@ class NextTokenLoss(torch.nn.Module):
         Args:
             encoded: [B, T, ...]: the encoder's output, or log-probabilities.
             tokens: [B, S] or [B, S, H] int64; -100 is left out.
-            offset: tokens between a frame's own and the first that it predicts, 0 or more.
+            offset, chunk: see :func:`next_token_indices`.
             decoder_lengths, target_lengths: valid frames [B]; None: all.
-            chunk: frames of a chunk at whose end tokens are predicted; see :func:`next_token_indices`.
 
         Returns:
             frames [B, F, ...], a view with F at least 1; their tokens [B, F, K] or [B, F, K, H], -100 where there is
@@ -82,29 +69,19 @@ class NextTokenLoss(torch.nn.Module):
         if offset < 0:
             raise ValueError(f"offset is {offset}; it must be 0 tokens or more")
         frames = min(encoded.shape[1], max(tokens.shape[1] - offset, 1))
-        wanted = _without_padding(tokens, target_lengths)
-        none = wanted.new_full((wanted.shape[0], 1, *wanted.shape[2:]), IGNORED_TARGET)
-        index = next_token_indices(frames, self.horizons, offset, chunk, tokens.device).clamp(max=wanted.shape[1])
-        wanted = torch.cat((wanted, none), dim=1)[:, index]
-        if decoder_lengths is not None:
-            beyond = torch.arange(frames, device=tokens.device) >= decoder_lengths.to(tokens.device).unsqueeze(1)
-            wanted = wanted.masked_fill(beyond.view(*beyond.shape, *[1] * (wanted.dim() - 2)), IGNORED_TARGET)
+        wanted = torch.nn.functional.pad(tokens.transpose(1, -1), (0, 1), value=IGNORED_TARGET).transpose(1, -1)
+        wanted = _without_padding(wanted, target_lengths)
+        index = next_token_indices(frames, self.horizons, offset, chunk, tokens.device).clamp(max=tokens.shape[1])
+        wanted = _without_padding(wanted[:, index], decoder_lengths)
         counted = wanted[:, :, 0] != IGNORED_TARGET
         return encoded[:, :frames], wanted, counted if counted.dim() == 2 else counted.any(dim=-1)
 
 
 def next_token_indices(frames: int, horizons: int, offset: int, chunk: int = 1, device=None) -> torch.Tensor:
-    """Return the token that each frame predicts at each horizon, [F, K] int64; -1 where it predicts none.
+    """Return the token that each of F frames predicts at each of K horizons, [F, K] int64; -1 where it predicts none.
 
     Frame j predicts tokens e + offset ... e + offset + K - 1, where e is the last frame of its chunk. In a chunk the
     last K frames predict; a chunk of one frame leaves every frame to predict its own next tokens.
-
-    Args:
-        frames: F.
-        horizons: K.
-        offset: tokens between the last frame of a chunk and the first that it predicts, 0 or more.
-        chunk: frames of a chunk.
-        device: of the result.
     """
     frame = torch.arange(frames, device=device)
     end = frame - frame % chunk + chunk - 1
@@ -113,7 +90,7 @@ def next_token_indices(frames: int, horizons: int, offset: int, chunk: int = 1, 
 
 
 def _without_padding(tokens: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    """Return tokens [B, S] or [B, S, H] with -100 at and beyond their lengths."""
+    """Return tokens [B, S, ...] with -100 at and beyond lengths [B]; None: as they are."""
     if lengths is None:
         return tokens
     beyond = torch.arange(tokens.shape[1], device=tokens.device) >= lengths.to(tokens.device).unsqueeze(1)

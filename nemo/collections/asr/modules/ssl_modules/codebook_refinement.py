@@ -27,13 +27,9 @@ class CodebookRefinement(nn.Module):
     """Gathers which frames chose each code, and moves the codes to them; its buffers are the same on every rank.
 
     Args:
-        num_books: H.
-        num_classes: C.
-        code_dim: K.
-        refine: the section of the config. ``every_n_steps``: training steps from one refinement to the next;
-            ``until_step``: no refinement comes later; ``decay``: from 0 on and below 1, by how much the weight of the
-            frames seen so far shrinks at each refinement. At 0, the default, a refinement is a step of k-means on the
-            frames since the last one.
+        num_books, num_classes, code_dim: H, C, K.
+        refine: the section ``model.quantizer.refine``. At ``decay`` 0 a refinement is a step of k-means on the frames since
+            the last one; else the weight of earlier frames shrinks by it at each refinement.
 
     Raises:
         ValueError: naming the key of ``refine``, its value and what is allowed.
@@ -61,19 +57,19 @@ class CodebookRefinement(nn.Module):
         self.register_buffer('refined_step', torch.zeros((), dtype=torch.int64))  # 0: none yet
 
     @torch.no_grad()
-    def observe(self, vectors: torch.Tensor, tokens: torch.Tensor, counted: torch.Tensor) -> None:
+    def observe(self, vectors: torch.Tensor, tokens: torch.Tensor, valid: torch.Tensor) -> None:
         """Add a batch; with several ranks, that of each. Exchanges H x C x (K + 1) numbers, and synchronises nothing.
 
         Args:
             vectors: unit vectors [N, H, K], any floating dtype. One without a direction (digital silence), or not
                 finite, adds nothing.
             tokens: the codes that they chose, [N, H] int64 from 0 to C - 1.
-            counted: [N] bool, False for padding.
+            valid: [N] bool, False for padding.
         """
-        self.last_batch = vectors, tokens, counted
+        self.last_batch = vectors, tokens, valid
         books, classes, width = self.observed.shape
         vectors, norms = vectors.double(), vectors.double().norm(dim=-1)
-        usable = (counted.unsqueeze(-1) & (norms > 0.5) & (norms < 2)).unsqueeze(-1)
+        usable = (valid.unsqueeze(-1) & (norms > 0.5) & (norms < 2)).unsqueeze(-1)
         units = torch.where(usable, vectors, 0.0) * FIXED_POINT
         rows = torch.cat([units.round().long(), usable.long()], dim=-1).view(-1, width)
         codes = tokens + classes * torch.arange(books, device=tokens.device)
@@ -97,11 +93,9 @@ class CodebookRefinement(nn.Module):
 
     @torch.no_grad()
     def refine(self, codebooks: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the refined codebooks [H, C, K] float64, of unit length, and how many codes were replaced (a scalar).
+        """Return codebooks [H, C, K] refined, float64, of unit length, and how many codes were replaced (a scalar).
 
-        Args:
-            codebooks: [H, C, K], as they are now. A code that no frame chose, and that is not replaced, stays.
-            step: the training step that the refinement belongs to.
+        A code that no frame chose, and that is not replaced, stays.
         """
         sums = self.remembered[..., :-1].double() + self.observed[..., :-1].double() / FIXED_POINT
         counts = self.remembered[..., -1].double() + self.observed[..., -1].double()
@@ -130,43 +124,37 @@ def _split(codes, sums, counts, before):
     in which the dead code lay: no random numbers, and no two dead codes alike.
 
     Args:
-        codes: the means' directions [H, C, K].
-        sums: [H, C, K] of the vectors.
-        counts: [H, C] of the vectors.
+        codes, sums: the means' directions and the sums of the vectors, [H, C, K].
+        counts: of the vectors, [H, C].
         before: the codebooks before the refinement, [H, C, K].
 
     Returns:
         codes, sums and counts after the splits, and how many codes were replaced (a scalar).
     """
-    dead, large = _most_unequal(counts)
-    lengths, shares = _of_codes(sums, large).norm(dim=-1), counts.gather(1, large)
+    order, pairs = counts.argsort(dim=1, stable=True), counts.shape[1] // 2
+    dead, large = order[:, :pairs], order.flip(1)[:, :pairs]
+    lengths, shares = _rows(sums, large).norm(dim=-1), counts.gather(1, large)
     spread = ((1 - (lengths / shares.clamp(min=1)).square()).clamp(min=0) / max(codes.shape[-1] - 1, 1)).sqrt()
     mean = counts.mean(dim=1, keepdim=True)
     replaced = (counts.gather(1, dead) < DEAD_SHARE * mean) & (shares > mean.clamp(min=1)) & (spread > SMALLEST_SPREAD)
 
-    parents, aside = _of_codes(codes, large), _of_codes(before, dead)
+    parents, aside = _rows(codes, large), _rows(before, dead)
     aside = F.normalize(aside - (aside * parents).sum(dim=-1, keepdim=True) * parents, dim=-1)
     offsets = spread.unsqueeze(-1) * aside
     for place, half in ((dead, parents + offsets), (large, parents - offsets)):
         half = F.normalize(half, dim=-1)
-        codes = _replaced(codes, place, half, replaced)
-        sums = _replaced(sums, place, half * lengths.unsqueeze(-1) / 2, replaced)
+        codes = _with_rows(codes, place, half, replaced)
+        sums = _with_rows(sums, place, half * lengths.unsqueeze(-1) / 2, replaced)
         counts = counts.scatter(1, place, torch.where(replaced, shares / 2, counts.gather(1, place)))
     return codes, sums, counts, replaced.sum()
 
 
-def _most_unequal(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the indices [H, P] of the smallest counts [H, C], and of the largest, to be paired."""
-    order, pairs = counts.argsort(dim=1, stable=True), counts.shape[1] // 2
-    return order[:, :pairs], order.flip(1)[:, :pairs]
-
-
-def _of_codes(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+def _rows(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Return the rows [H, P, K] of ``values`` [H, C, K] at ``indices`` [H, P]."""
     return values.gather(1, indices.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
-def _replaced(values, indices, new, where):
+def _with_rows(values, indices, new, where):
     """Return ``values`` [H, C, K] with the rows ``new`` [H, P, K] at ``indices`` [H, P] where ``where`` [H, P] is True."""
-    rows = torch.where(where.unsqueeze(-1), new, _of_codes(values, indices))
+    rows = torch.where(where.unsqueeze(-1), new, _rows(values, indices))
     return values.scatter(1, indices.unsqueeze(-1).expand_as(rows), rows)

@@ -41,67 +41,39 @@ class BlockChances(NamedTuple):
 
     @classmethod
     def of(cls, mask_prob: float, block: int, overlap: bool, most: float, window: Window | None) -> 'BlockChances':
-        """Make up for the frames that are kept visible, so that the share is that of long utterances.
-
-        Args:
-            mask_prob, block, overlap: as in ``RandomBlockMasking``.
-            most: share of the frames that is never exceeded.
-            window: see ``kept``.
-        """
-        kept = None if window is None else _without_look_ahead(window)
-        free = 1 - (0.0 if kept is None else share_kept_visible(kept))
+        """Make up for the frames kept visible in a window, so that the share, of ``most``, is that of long utterances."""
+        if window is not None and not window.has_chunks and window.context.left != 0:
+            window = Window(AttContext(window.context.left, 0))  # no frame after the end of a stream is visible
+        free = 1 - (0.0 if window is None else share_kept_visible(window))
         share = 1 - (1 - mask_prob) ** block if overlap else mask_prob
         share = min(share, most) / free if free > 0 else 0.0
         if not overlap:
-            return cls(block, min(share, 1.0), overlap, kept)
-        return cls(block, 1.0 if share >= 1 else -math.expm1(math.log1p(-share) / block), overlap, kept)
-
-
-def _without_look_ahead(window: Window) -> Window:
-    """Return the window to keep a frame visible in: no frame after the end of a stream is.
-
-    A ``regular`` window that has a past loses its look-ahead; in one of chunks the kept frame is the first.
-    """
-    left, right = window.context
-    if window.has_chunks or left == 0:
-        return window
-    return Window(AttContext(left, 0))
+            return cls(block, min(share, 1.0), overlap, window)
+        return cls(block, 1.0 if share >= 1 else -math.expm1(math.log1p(-share) / block), overlap, window)
 
 
 @dataclass
 class MaskedTimeLine:
     """What masking remembers of streams, one row for each; moved on by :meth:`draw`."""
 
-    phase: torch.Tensor
-    """Where the kept frames lie, from 0 to 1; [B, 1] float32."""
-    received: torch.Tensor
-    """Mask frames received, [B, 1] int64."""
-    free: torch.Tensor
-    """Those of them not kept visible, from a random number on, which is the offset of the grid; [B, 1] int64."""
-    masked_up_to: torch.Tensor
-    """Count of free frames that the last block goes up to, [B, 1] int64."""
-    masks: torch.Tensor
-    """Masks of the last frames received, [B, T] bool."""
+    phase: torch.Tensor  # where the kept frames lie, from 0 to 1; [B, 1] float32
+    received: torch.Tensor  # mask frames, [B, 1] int64
+    free: torch.Tensor  # those not kept visible, from a random number on: the offset of the grid; [B, 1] int64
+    masked_up_to: torch.Tensor  # count of free frames that the last block goes up to, [B, 1] int64
+    masks: torch.Tensor  # of the last frames received, [B, T] bool
 
     @classmethod
     def new(cls, streams: int, block: int, device=None) -> 'MaskedTimeLine':
-        """Return the state before the first frame; draws from torch's generator of the device.
-
-        Args:
-            streams: B.
-            block: mask frames of a block.
-            device: of all tensors.
-        """
+        """Return the state of B streams before the first frame, for blocks of so many mask frames."""
         offset = (torch.rand(streams, 1, device=device) * block).long()
-        received, masked_up_to = torch.zeros_like(offset), torch.zeros_like(offset)
         masks = torch.zeros(streams, 0, dtype=torch.bool, device=device)
-        return cls(torch.rand(streams, 1, device=device), received, offset, masked_up_to, masks)
+        return cls(torch.rand_like(offset, dtype=torch.float32), offset * 0, offset, offset * 0, masks)
 
     def draw(self, frames: int, chances: BlockChances, factor: int) -> torch.Tensor:
-        """Draw the masks of the new frames, and return those of the last ``frames`` received; [B, T] bool.
+        """Draw the masks of new frames, as many in each stream; returns those of the last ``frames`` received.
 
         Args:
-            frames: T: the frames whose masks are remembered, and then the new ones, as many in each stream.
+            frames: T: those whose masks are remembered, and then the new ones.
             chances: of the blocks.
             factor: mask frames per attention frame.
         """
@@ -117,36 +89,21 @@ class MaskedTimeLine:
         place = self.received + torch.arange(new, device=self.received.device)
         allowed = self._may_be_masked(place.div(factor, rounding_mode='floor'), chances.kept)
         rank = self.free + allowed.cumsum(dim=1)  # from 1 on
-        draw_blocks = self._overlapping if chances.overlap else self._on_a_grid
-        up_to = draw_blocks(rank, allowed, chances)
+        begins = allowed & (torch.rand(rank.shape, device=rank.device) < chances.probability)
+        if not chances.overlap:
+            begins &= (rank - 1) % chances.block == 0  # at a slot of the grid
+        up_to = torch.where(begins, rank - 1 + chances.block, self.masked_up_to).cummax(dim=1).values
         self.received = self.received + new
         if new:
             self.free, self.masked_up_to = rank[:, -1:], up_to[:, -1:]
         return allowed & (rank <= up_to)
 
     def _may_be_masked(self, index: torch.Tensor, window: Window | None) -> torch.Tensor:
+        """Return which frames, whose attention frames are given [B, N], may be masked."""
         if window is None:
             return torch.ones_like(index, dtype=torch.bool)
         phase = self.phase
         if window.has_chunks:  # the first frame of a chunk is there in the last, short one, too
             windows = 1 if window.context.left == UNLIMITED else window.context.left // window.chunk + 1
             phase = ((phase * windows).floor() + 0.5 / window.chunk) / windows
-        ends = torch.full_like(self.received, FAR_END)
-        return ~kept_visible_frames(window, index, ends, phase)
-
-    def _overlapping(self, rank, allowed, chances: BlockChances) -> torch.Tensor:
-        """Return, for each new frame, the rank that the last block begun so far goes up to; [B, N]."""
-        begins = allowed & (torch.rand(rank.shape, device=rank.device) < chances.probability)
-        up_to = torch.where(begins, rank + chances.block - 1, self.masked_up_to)
-        return up_to.cummax(dim=1).values
-
-    def _on_a_grid(self, rank, allowed, chances: BlockChances) -> torch.Tensor:
-        """The same for slots of a grid, each of which is masked or not as a whole."""
-        slot = (rank - 1).div(chances.block, rounding_mode='floor')
-        begins = (
-            allowed
-            & ((rank - 1) % chances.block == 0)
-            & (torch.rand(rank.shape, device=rank.device) < chances.probability)
-        )
-        up_to = torch.where(begins, (slot + 1) * chances.block, self.masked_up_to)
-        return up_to.cummax(dim=1).values
+        return ~kept_visible_frames(window, index, torch.full_like(self.received, FAR_END), phase)

@@ -4,7 +4,7 @@
 Blocks are drawn as stock draws them, on the whole time line. Where the window is limited, some attention frames are
 kept visible, one in every window (``visible_frames.py``): they are cleared, and more blocks make up for the share.
 
-Shapes: B batch, D features, T mask frames (frames of the tensor that is masked), A attention frames, S slots of a grid.
+Shapes: B batch, D features, T mask frames (frames of the tensor that is masked), A attention frames.
 """
 
 import math
@@ -16,9 +16,9 @@ import torch
 
 from nemo.collections.asr.modules.ssl_modules.masked_time_line import BlockChances, MaskedTimeLine, kept_window
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, tightest
-from nemo.collections.asr.parts.att_context.visible_frames import MASK_THRESHOLD, kept_visible_frames
+from nemo.collections.asr.parts.att_context.visible_frames import kept_visible_frames
 from nemo.collections.asr.parts.att_context.windows import Window
-from nemo.core.neural_types import IntType, LengthsType, NeuralType
+from nemo.core.neural_types import NeuralType
 from nemo.utils import logging
 from nemo_streaming_ssl import upstream
 
@@ -28,35 +28,17 @@ SHORT_BLOCK = 8  # mask frames that stock 2.5.3 masks in an utterance too short 
 
 
 @dataclass(frozen=True)
-class Region:
-    """What a call may mask, and how."""
-
-    window: Window | None
-    """The window in which a frame is kept visible; None: every frame may be masked."""
-    overlap: bool
-    """Whether blocks may overlap."""
-    current_frame: int | torch.Tensor | None
-    """Mask frames received so far; None: the whole utterance."""
-    left: int
-    """With ``current_frame``: attention frames before it that may be masked; -1 = all."""
-
-
-@dataclass(frozen=True)
-class _Line:
-    """The mask frames of a batch; counts are int32 [B, 1]."""
+class _Region:
+    """The mask frames that a call may mask; counts are int32 [B, 1]."""
 
     index: torch.Tensor  # [1, T]
     first: torch.Tensor  # of the available range
     end: torch.Tensor  # the frame after its last
+    available: torch.Tensor  # its length, frames that are kept visible included
     allowed: torch.Tensor  # [B, T] bool: available, and not kept visible
     free: torch.Tensor  # number of allowed frames
     limit: torch.Tensor  # most frames that may be masked
     keeps: bool  # whether any frame is kept visible
-
-    @property
-    def available(self) -> torch.Tensor:
-        """Length of the available range, frames that are kept visible included."""
-        return (self.end - self.first).clamp(min=0)
 
     @property
     def makes_up(self) -> torch.Tensor:
@@ -71,21 +53,15 @@ class RandomBlockMasking(_up.RandomBlockMasking):
     frame in its window, if the window is limited or ``causal`` is set. Otherwise the distribution is stock's.
 
     Args:
-        feat_in: number of features D.
-        mask_prob: as in NeMo: with overlap, the probability that a frame starts a block; without, the share to mask.
-        block_size: length of a block in mask frames.
-        mask_value: value of masked frames; None makes a random ``mask_embedding``.
-        freeze: whether ``mask_embedding`` is kept from training.
-        allow_overlap: whether blocks may overlap.
+        feat_in, mask_value, freeze, allow_overlap: as in NeMo.
+        mask_prob: with overlap, the probability that a frame starts a block; without, the share to mask.
+        block_size: in mask frames.
         max_mask_ratio: share of the available range that is never exceeded by more than one block; where a block alone
             exceeds it, 8 frames are masked, as in NeMo 2.5.3, on one whole attention frame.
-        causal: whether a visible frame is kept also where the left context is unlimited: at the beginning, where there
-            is little past.
-        left_context_size: left attention context in attention frames, -1 = unlimited.
-        subsampling_factor: mask frames per attention frame; the model sets the encoder's factor where features are
-            masked before its convolutions.
-        follow_context: whether masks follow the attention context. False gives stock's masks: ``causal``,
-            ``left_context_size`` and the encoder's context are ignored.
+        causal: whether a visible frame is kept at the beginning, too, if the left context is unlimited.
+        left_context_size: in attention frames, -1 = unlimited.
+        subsampling_factor: mask frames per attention frame; a model that masks before its convolutions sets it.
+        follow_context: false gives stock's masks: ``causal``, ``left_context_size`` and the encoder's context are ignored.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -122,10 +98,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
 
     @property
     def left_context_size(self) -> int:
-        """The left context in attention frames, -1 = unlimited, for calls that name none.
-
-        It is the tighter of the configured one, which assigning sets, and of what the encoder's tightest layer sees now.
-        """
+        """The tighter of the left context that was configured or assigned, and of what the encoder sees now."""
         return self._window().context.left
 
     @left_context_size.setter
@@ -133,27 +106,17 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         self._left_context_size = left
 
     def within(self, window: Window | None) -> Window:
-        """Narrow an attention window to the configured left context; ``follow_context: false`` ignores both.
-
-        Args:
-            window: None: not known.
-        """
+        """Narrow an attention window (None: not known) to the configured left context, if masks follow the context."""
         if window is None or not self.follow_context:
             window = Window(AttContext(UNLIMITED, 0))
         left = tightest(window.context.left, self._left_context_size) if self.follow_context else UNLIMITED
-        style = window.style if window.context.right else 'regular'
-        return Window(AttContext(left, window.context.right), style)
+        return Window(AttContext(left, window.context.right), window.style)
 
     @property
     def input_types(self):
         """Return the definitions of the inputs."""
-        return {
-            **super().input_types,
-            "current_frame": NeuralType(tuple('B'), LengthsType(), optional=True),
-            "effective_left_context": NeuralType(elements_type=IntType(), optional=True),
-            "effective_window": NeuralType(optional=True),
-            "stream": NeuralType(optional=True),
-        }
+        further = 'current_frame', 'effective_left_context', 'effective_window', 'stream'
+        return {**super().input_types, **{name: NeuralType(optional=True) for name in further}}
 
     def forward(
         self,
@@ -167,20 +130,18 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         """Mask a batch of features. Draws from torch's generator of the features' device, without synchronisation.
 
         Args:
-            input_feats: features [B, D, T], any floating dtype, any device (the meta device too). NaN and infinity
-                come out as NaN, masked or not.
-            input_lengths: valid mask frames of each utterance [B].
+            input_feats: [B, D, T], any floating dtype, any device. NaN and infinity come out as NaN, masked or not.
+            input_lengths: in mask frames [B].
             current_frame: mask frames received so far, an int or a tensor [B]: only the trailing window of them may be
                 masked. None masks over the whole utterance.
-            effective_left_context: left context in attention frames for this call, -1 = unlimited; overrides
-                ``left_context_size``.
+            effective_left_context: in attention frames, -1 = unlimited; overrides ``left_context_size``.
             effective_window: the window of an attention frame, where it has look-ahead; overrides both.
-            stream: what was drawn for the frames received before, see :meth:`new_stream`. ``input_feats`` has the
-                frames whose masks it remembers, and then new ones: those alone are drawn, and it moves on.
+            stream: of :meth:`new_stream`. ``input_feats`` has the frames whose masks it remembers, and then new ones:
+                those alone are drawn, and it moves on.
 
         Returns:
-            masked_feats: [B, D, T], the input with ``mask_embedding`` in the masked frames; dtype of the input.
-            masks: [B, D, T], 1 where masked, else 0, the same for all D (a view, not to be written to); same dtype.
+            the features with ``mask_embedding`` in the masked frames, and the masks, 1 where masked (a view, the same
+            for all D); both [B, D, T], dtype of the input.
 
         Raises:
             ValueError: if ``effective_left_context`` is below -1 or the int ``current_frame`` is negative.
@@ -188,10 +149,13 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         if stream is not None:
             window = self._window(effective_left_context, effective_window)
             return self.fill(input_feats, self.draw_on(stream, input_feats.shape[2], window))
-        given = _given(current_frame, effective_left_context, effective_window)  # stock's overrides take none
-        if self.allow_overlap:
-            return self.forward_with_overlap(input_feats, input_lengths, **given)
-        return self.forward_without_overlap(input_feats, input_lengths, **given)
+        mask = self.forward_with_overlap if self.allow_overlap else self.forward_without_overlap
+        given = _given(
+            current_frame=current_frame,
+            effective_left_context=effective_left_context,
+            effective_window=effective_window,
+        )
+        return mask(input_feats, input_lengths, **given)  # stock's overrides take no more than the first two
 
     def forward_with_overlap(self, input_feats, input_lengths, *args, **kwargs):
         """Mask blocks that may overlap; further arguments and results as in :meth:`forward`."""
@@ -218,50 +182,35 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         _check('effective_left_context', left, left >= -1, '-1 (unlimited) or more')
         return Window(AttContext(left, 0))
 
-    def _region(
-        self, current_frame=None, effective_left_context=None, effective_window=None, overlap=None, causal=None
-    ) -> Region:
-        if isinstance(current_frame, int):
-            _check('current_frame', current_frame, current_frame >= 0, 'the number of mask frames received, 0 or more')
-        causal = (self.causal and self.follow_context) if causal is None else causal
-        window = self._window(effective_left_context, effective_window)
-        overlap = self.allow_overlap if overlap is None else overlap
-        return Region(kept_window(window, causal), overlap, current_frame, window.context.left)
-
-    def draw(self, lengths: torch.Tensor, frames: int, *args, **kwargs) -> torch.Tensor:
-        """Draw which mask frames are masked; from torch's generator of the lengths' device, without synchronisation.
+    def draw(
+        self,
+        lengths: torch.Tensor,
+        frames: int,
+        current_frame: int | torch.Tensor | None = None,
+        effective_left_context: int | None = None,
+        effective_window: Window | None = None,
+        overlap: bool | None = None,
+        causal: bool | None = None,
+    ) -> torch.Tensor:
+        """Draw which of so many frames are masked, [B, T] bool, for lengths [B], as :meth:`forward` does.
 
         Args:
-            lengths: valid mask frames of each utterance [B].
-            frames: T.
-            args, kwargs: ``current_frame``, ``effective_left_context`` and ``effective_window`` as in :meth:`forward`;
-                ``overlap`` and ``causal`` instead of the module's own settings.
-
-        Returns:
-            [B, T] bool, True where masked.
-
-        Raises:
-            ValueError: as :meth:`forward` does.
+            overlap, causal: None: the module's own settings.
         """
-        region = self._region(*args, **kwargs)
-        line = self._line(lengths, frames, region)
+        window = self._window(effective_left_context, effective_window)
+        kept = kept_window(window, (self.causal and self.follow_context) if causal is None else causal)
+        region = self._region(lengths, frames, current_frame, window.context.left, kept)
         if self.mask_prob == 0 or frames == 0:
-            return torch.zeros_like(line.allowed)
-        masked = self._overlapping_blocks(line) if region.overlap else self._separate_blocks(line)
-        short = self.block_size >= line.available.float() * self.max_mask_ratio
-        masked = torch.where(short, self._one_short_block(line), line.allowed & masked)
-        return self._leave_a_frame(self._thin_out(masked, line.limit), line)
+            return torch.zeros_like(region.allowed)
+        overlap = self.allow_overlap if overlap is None else overlap
+        masked = self._overlapping_blocks(region) if overlap else self._separate_blocks(region)
+        short = self.block_size >= region.available.float() * self.max_mask_ratio
+        masked = torch.where(short, self._one_short_block(region), region.allowed & masked)
+        masked = _thin_out(masked, region.limit)
+        return masked if region.keeps else self._leave_a_frame(masked, region)
 
     def fill(self, feats: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put ``mask_embedding`` into the masked frames.
-
-        Args:
-            feats: [B, D, T], any floating dtype.
-            masked: [B, T] bool, True where masked.
-
-        Returns:
-            masked features and masks, as :meth:`forward` returns them.
-        """
+        """Put ``mask_embedding`` into the frames [B, T] bool of features [B, D, T]; returns what :meth:`forward` does."""
         masks = masked.unsqueeze(1).to(feats.dtype)
         # With weights of 0 and 1 exactly the one or the other, in half the time that torch.where takes on a CPU.
         masked_feats = torch.lerp(feats, self.mask_embedding.to(feats).view(1, -1, 1), masks)
@@ -272,36 +221,30 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         return MaskedTimeLine.new(streams, self.block_size, device)
 
     def draw_on(self, stream: MaskedTimeLine, frames: int, window: Window) -> torch.Tensor:
-        """Draw the new frames of streams; returns the masks of the last ``frames``, [B, T] bool.
-
-        Args:
-            stream: of the frames received before; it moves on.
-            frames: T, those whose masks the stream remembers and the new ones.
-            window: what each attention frame sees.
-        """
-        settings = self.mask_prob, self.block_size, self.allow_overlap, self.max_mask_ratio
+        """Draw the new frames of streams within what each frame sees, see :meth:`MaskedTimeLine.draw`; [B, T] bool."""
         kept = kept_window(window, self.causal and self.follow_context)
-        return stream.draw(frames, BlockChances.of(*settings, kept), self.subsampling_factor)
+        chances = BlockChances.of(self.mask_prob, self.block_size, self.allow_overlap, self.max_mask_ratio, kept)
+        return stream.draw(frames, chances, self.subsampling_factor)
 
-    def _line(self, lengths: torch.Tensor, frames: int, region: Region) -> _Line:
+    def _region(self, lengths: torch.Tensor, frames: int, received, left: int, kept: Window | None) -> _Region:
+        """Return what may be masked of lengths [B], and of the frames received (None: all) within a left context."""
         index = torch.arange(frames, dtype=torch.int32, device=lengths.device).unsqueeze(0)
         end = lengths.to(torch.int32).clamp(max=frames).view(-1, 1)
         first = torch.zeros_like(end)
-        if region.current_frame is not None:
-            received = region.current_frame
-            if isinstance(received, torch.Tensor):
-                received = received.to(end.device, torch.int32).view(-1, 1)
-            else:
-                received = torch.full_like(end, received)
+        if isinstance(received, int):
+            _check('current_frame', received, received >= 0, 'the number of mask frames received, 0 or more')
+            received = torch.full_like(end, received)
+        if received is not None:
+            received = received.to(end.device, torch.int32).view(-1, 1)
             end = torch.minimum(received, end)
-            if region.left >= 0:
-                first = (received - region.left * self.subsampling_factor).clamp(min=0)
+            first = (received - left * self.subsampling_factor).clamp(min=0) if left >= 0 else first
         allowed = (index >= first) & (index < end)
-        if region.window is not None:
-            allowed &= ~self._kept_visible(end, frames, region.window)
+        if kept is not None:
+            allowed &= ~self._kept_visible(end, frames, kept)
         free = allowed.sum(dim=1, keepdim=True, dtype=torch.int32)
-        limit = ((end - first).clamp(min=0).float() * self.max_mask_ratio).int() + self.block_size
-        return _Line(index, first, end, allowed, free, torch.minimum(limit, free), region.window is not None)
+        available = (end - first).clamp(min=0)
+        limit = torch.minimum((available.float() * self.max_mask_ratio).int() + self.block_size, free)
+        return _Region(index, first, end, available, allowed, free, limit, kept is not None)
 
     def _kept_visible(self, end: torch.Tensor, frames: int, window: Window) -> torch.Tensor:
         """Return which mask frames [B, T] are kept visible, for mask frames received [B, 1]."""
@@ -311,40 +254,40 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         kept = kept_visible_frames(window, index, ends, _uniform(end.shape, end.device))
         return kept.repeat_interleave(factor, dim=1)[:, :frames]
 
-    def _overlapping_blocks(self, line: _Line) -> torch.Tensor:
+    def _overlapping_blocks(self, region: _Region) -> torch.Tensor:
         """Let every frame start a block with equal probability; returns the frames of blocks, [B, T] bool."""
         block = self.block_size
-        starts = (line.available - block).clamp(min=0)  # the first so many frames may start one, as in stock
-        probability = self._start_probability(line, starts)
-        is_start = (_uniform(line.allowed.shape, line.allowed.device) < probability) & (line.index >= line.first)
-        is_start &= line.index < line.first + starts
-        return line.index < torch.where(is_start, line.index + block, 0).cummax(dim=1).values
+        starts = (region.available - block).clamp(min=0)  # the first so many frames may start one, as in stock
+        probability = self._start_probability(region, starts)
+        is_start = _uniform(region.allowed.shape, region.allowed.device) < probability
+        is_start &= (region.index >= region.first) & (region.index < region.first + starts)
+        return region.index < torch.where(is_start, region.index + block, 0).cummax(dim=1).values
 
-    def _start_probability(self, line: _Line, starts: torch.Tensor):
+    def _start_probability(self, region: _Region, starts: torch.Tensor):
         """Return the probability of a start, [B, 1], that masks as many frames as stock in spite of those kept visible.
 
         A frame that k starts reach is masked with probability 1 - (1 - p)^k; k rises to the smaller of ``starts`` and the
         block, stays, and falls. In its place stands the one k that masks as many frames of the whole utterance.
         """
-        if not line.keeps or self.mask_prob == 1:
+        if not region.keeps or self.mask_prob == 1:
             return self.mask_prob
         missed, starts = 1 - self.mask_prob, starts.clamp(min=1).double()
         top, frames = starts.clamp(max=self.block_size), starts + self.block_size - 1
         slopes = 2 * (top - 1 - (missed - missed**top) / self.mask_prob)
         share = (((frames + 2 - 2 * top) * (1 - missed**top) + slopes) / frames).clamp(max=1 - 1e-9)
         reach = torch.log1p(-share) / math.log(missed)
-        return -torch.expm1(torch.log1p(-(share * line.makes_up).clamp(max=1)) / reach)
+        return -torch.expm1(torch.log1p(-(share * region.makes_up).clamp(max=1)) / reach)
 
-    def _separate_blocks(self, line: _Line) -> torch.Tensor:
+    def _separate_blocks(self, region: _Region) -> torch.Tensor:
         """Fill random slots of a grid of blocks with a random offset; returns the frames of blocks, [B, T] bool."""
-        frames, device, shape = line.allowed.shape[1], line.end.device, line.end.shape
-        blocks, block = self._number_and_size(line)
-        slots = line.available // block
-        if line.keeps:
-            blocks = torch.minimum((blocks * line.makes_up + _uniform(shape, device)).int(), slots)
+        frames, device, shape = region.allowed.shape[1], region.end.device, region.end.shape
+        blocks, block = self._number_and_size(region.available)
+        slots = region.available // block
+        if region.keeps:
+            blocks = torch.minimum((blocks * region.makes_up + _uniform(shape, device)).int(), slots)
         slots = torch.where(blocks < slots, slots - 1, slots).clamp(min=0)  # stock leaves a slot for the offset
-        room = torch.minimum(block, line.available - slots * block + 1)
-        offset = line.first + (_uniform(shape, device) * room).int()
+        room = torch.minimum(block, region.available - slots * block + 1)
+        offset = region.first + (_uniform(shape, device) * room).int()
 
         # A block is block_size frames, or a (blocks + 1)-th of the range, rounded down: so many slots are enough.
         most_blocks = math.ceil(frames * self.mask_prob / self.block_size)
@@ -354,53 +297,37 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         last = score.sort(dim=1).values.gather(1, (blocks.long() - 1).clamp(min=0, max=most_slots - 1))
         chosen = (score <= last) & (blocks > 0) & (score < 2)
 
-        slot = (line.index - offset).div(block, rounding_mode='floor')
+        slot = (region.index - offset).div(block, rounding_mode='floor')
         inside = (slot >= 0) & (slot < slots)
         return inside & chosen.gather(1, slot.clamp(min=0, max=most_slots - 1).long())
 
-    def _number_and_size(self, line: _Line) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stock's number and size of blocks for the available range, [B, 1] each."""
-        available = line.available
+    def _number_and_size(self, available: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stock's number and size of blocks for so many frames, [B, 1] each."""
         blocks = torch.ceil(available.float() * self.mask_prob / self.block_size).int()
         too_long = (blocks + 1) * self.block_size > available
         block = torch.where(too_long, available // (blocks + 1), self.block_size).clamp(min=1)
         return torch.minimum(blocks, (available // block - 1).clamp(min=0)), block
 
-    def _one_short_block(self, line: _Line) -> torch.Tensor:
+    def _one_short_block(self, region: _Region) -> torch.Tensor:
         """Return one block of 8 frames, as stock 2.5.3 masks in a short utterance, on a whole attention frame; [B, T]."""
         factor = self.subsampling_factor
-        length = line.limit.clamp(max=max(SHORT_BLOCK, factor))
-        in_frame = torch.nn.functional.pad(line.allowed, (0, -line.allowed.shape[1] % factor))
-        in_frame = in_frame.unflatten(1, (-1, factor)).sum(dim=2, dtype=torch.int32)  # [B, A], allowed mask frames
+        length = region.limit.clamp(max=max(SHORT_BLOCK, factor))
+        in_frame = _per_attention_frame(region.allowed, factor)
         before = in_frame.cumsum(dim=1, dtype=torch.int32) - in_frame
-        score = _uniform(in_frame.shape, in_frame.device) + (in_frame == factor).int() + (before + length <= line.free)
-        chosen = score.masked_fill(in_frame == 0, -1.0).argmax(dim=1, keepdim=True)
-        rank = line.allowed.cumsum(dim=1, dtype=torch.int32) - before.gather(1, chosen)
-        return line.allowed & (rank > 0) & (rank <= length)
+        score = _uniform(in_frame.shape, in_frame.device) + (in_frame == factor).int()
+        score = (score + (before + length <= region.free)).masked_fill(in_frame == 0, -1.0)
+        rank = region.allowed.cumsum(dim=1, dtype=torch.int32) - before.gather(1, score.argmax(dim=1, keepdim=True))
+        return region.allowed & (rank > 0) & (rank <= length)
 
-    def _thin_out(self, masked: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-        """Keep no more than ``limit`` [B, 1] of the masked frames [B, T], from a random one on, around the end."""
-        count = masked.cumsum(dim=1, dtype=torch.int32)
-        total = count[:, -1:]
-        start = (_uniform(total.shape, total.device) * total).int()
-        around = start + limit >= total
-        end = torch.where(around, torch.minimum(start + limit - total, start), start + limit)
-        return masked & ((count > start) ^ (count > end) ^ around)
-
-    def _leave_a_frame(self, masked: torch.Tensor, line: _Line) -> torch.Tensor:
-        """Unmask a random attention frame where two or more are all there is and all are masked; [B, T] bool."""
-        if line.keeps:
-            return masked  # one frame is kept visible
-        frames, factor = masked.shape[1], self.subsampling_factor
-        count = masked.cumsum(dim=1, dtype=torch.int32)
-        start = torch.arange(0, frames, factor, device=masked.device)
-        up_to = [torch.zeros_like(line.end), count[:, factor - 1 :: factor], count[:, -1:]]
-        count_of_frame = torch.cat(up_to if frames % factor else up_to[:2], dim=1).diff(dim=1)
-        counts = torch.where(line.end < 2 * factor, start < line.end, start + factor <= line.end)
-        hidden = ((count_of_frame > MASK_THRESHOLD * factor) | ~counts).all(dim=1, keepdim=True)
-        hidden = (hidden | (count[:, -1:] == line.end)) & (line.end > factor)
-        spared = (_uniform(line.end.shape, masked.device) * (line.end // factor)).int()
-        return masked & (line.index // factor != torch.where(hidden, spared, -1))
+    def _leave_a_frame(self, masked: torch.Tensor, region: _Region) -> torch.Tensor:
+        """Unmask a random attention frame where two or more are all there is and none is visible; [B, T] bool."""
+        factor, end = self.subsampling_factor, region.end
+        count = _per_attention_frame(masked, factor)
+        start = torch.arange(0, masked.shape[1], factor, device=masked.device)
+        visible = (count == 0) & torch.where(end < 2 * factor, start < end, start + factor <= end)  # [B, A]
+        hidden = ~visible.any(dim=1, keepdim=True) & (end > factor)
+        spared = (_uniform(end.shape, masked.device) * (end // factor)).int()
+        return masked & (region.index // factor != torch.where(hidden, spared, -1))
 
 
 class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
@@ -414,36 +341,24 @@ class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
         super().__init__(pre_encode_module, masking_module)
         pre_encode_module.requires_grad_(False)
         logging.info("model.mask_position is post_conv: the encoder's subsampling is frozen.")
-        self._mask: Callable | None = None
 
-    def set_masking_enabled(
-        self,
-        apply_mask: bool,
-        current_frame: int | torch.Tensor | None = None,
-        effective_left_context: int | None = None,
-        effective_window: Window | None = None,
-        masking: Callable | None = None,
-    ):
+    def set_masking_enabled(self, apply_mask: bool, masking: Callable | None = None, **arguments):
         """Set whether, and how, the coming forward passes mask.
 
         Args:
-            apply_mask: whether they do.
-            current_frame, effective_left_context, effective_window: see :meth:`RandomBlockMasking.forward`.
-            masking: what to call with ``input_feats`` and ``input_lengths`` instead of the masking module.
+            masking: what to call with ``input_feats`` and ``input_lengths``; None: the masking module.
+            arguments: ``current_frame`` and so on, see :meth:`RandomBlockMasking.forward`.
         """
         super().set_masking_enabled(apply_mask=apply_mask)
-        given = _given(current_frame, effective_left_context, effective_window)
-        self._mask = partial(self.masking if masking is None else masking, **given)
+        self._mask = partial(masking or self.masking, **_given(**arguments))
 
     def get_sampling_frames(self):
         """Return the subsampling's; without it NeMo would set streaming up for chunks of 0 frames."""
-        get = getattr(self.pre_encode, 'get_sampling_frames', None)
-        return 0 if get is None else get()
+        return self.pre_encode.get_sampling_frames()
 
     def get_streaming_cache_size(self):
         """Return the subsampling's."""
-        get = getattr(self.pre_encode, 'get_streaming_cache_size', None)
-        return 0 if get is None else get()
+        return self.pre_encode.get_streaming_cache_size()
 
     def forward(self, x: torch.Tensor, lengths: torch.Tensor):
         """Subsample x [B, T, D], then mask as set; returns [B, A, d_model] and the lengths [B]."""
@@ -452,8 +367,7 @@ class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
         if not self.apply_mask:
             self.curr_mask = torch.zeros_like(feats.transpose(1, 2))
             return feats, lengths
-        mask = self.masking if self._mask is None else self._mask
-        masked_feats, self.curr_mask = mask(input_feats=feats.transpose(1, 2), input_lengths=lengths)
+        masked_feats, self.curr_mask = self._mask(input_feats=feats.transpose(1, 2), input_lengths=lengths)
         return masked_feats.transpose(1, 2).detach(), lengths  # detached as in stock: targets come from this module
 
 
@@ -462,14 +376,24 @@ def _uniform(shape, device) -> torch.Tensor:
     return torch.rand(shape, dtype=torch.float32, device=device)
 
 
-def _given(current_frame, effective_left_context, effective_window) -> dict:
-    """Return the arguments of a call that are not None."""
-    given = dict(
-        current_frame=current_frame,
-        effective_left_context=effective_left_context,
-        effective_window=effective_window,
-    )
-    return {name: value for name, value in given.items() if value is not None}
+def _per_attention_frame(mask: torch.Tensor, factor: int) -> torch.Tensor:
+    """Return how many mask frames of each attention frame a mask [B, T] has, [B, A] int32; the last may be cut."""
+    padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % factor))
+    return padded.unflatten(1, (-1, factor)).sum(dim=2, dtype=torch.int32)
+
+
+def _thin_out(masked: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """Keep no more than ``limit`` [B, 1] of the masked frames [B, T], from a random one on, around the end."""
+    count = masked.cumsum(dim=1, dtype=torch.int32)
+    total = count[:, -1:]
+    start = (_uniform(total.shape, total.device) * total).int()
+    around = start + limit >= total
+    end = torch.where(around, torch.minimum(start + limit - total, start), start + limit)
+    return masked & ((count > start) ^ (count > end) ^ around)
+
+
+def _given(**arguments) -> dict:
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _check(name: str, value, valid: bool, allowed: str) -> None:

@@ -27,20 +27,12 @@ class MultiSoftmaxDecoder(_up.MultiSoftmaxDecoder):
         Args:
             encoder_output: [B, D, T], any floating dtype.
         """
-        if not self._is_linear():
-            return super().forward(encoder_output=encoder_output)
         layer = self.decoder_layers[0]
+        # A wrapper, such as FSDP's, is of another type, or has hooks.
+        plain = type(layer) is torch.nn.Conv1d and len(self.decoder_layers) == 1 and layer.kernel_size == (1,)
+        if not plain or layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks:
+            return super().forward(encoder_output=encoder_output)
         logits = F.linear(encoder_output.transpose(1, 2), layer.weight.squeeze(2), layer.bias)
         if not (self.squeeze_single and self.num_decoders == 1):
             logits = logits.unflatten(2, (self.num_classes, self.num_decoders))
         return F.log_softmax(logits, dim=2, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-    def _is_linear(self) -> bool:
-        """Whether the layers are NeMo's one convolution of one frame, without hooks.
-
-        A wrapper, such as FSDP's, is of another type, or has hooks.
-        """
-        layer = self.decoder_layers[0]
-        plain = type(layer) is torch.nn.Conv1d and len(self.decoder_layers) == 1
-        hooks = plain and (layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks)
-        return plain and not hooks and (layer.kernel_size, layer.stride, layer.groups) == ((1,), (1,), 1)

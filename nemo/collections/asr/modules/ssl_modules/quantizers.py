@@ -15,18 +15,18 @@ import torch
 import torch.nn.functional as F
 
 from nemo.collections.asr.modules.ssl_modules.codebook_refinement import CodebookRefinement
+from nemo.collections.asr.parts.utils.config_keys import Quantizer
 from nemo.core.classes import typecheck
 from nemo.utils import AppState
 from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
 
-# Scores held at a time. 2 ** 20 in float64 are 8 MB, which stay in a CPU's cache; a GPU needs fewer and larger kernels.
+# Scores held at a time: 8 MB of float64 stay in a CPU's cache; a GPU needs fewer and larger kernels.
 SCORES_AT_A_TIME_ON_CPU = 2**20
 SCORES_AT_A_TIME = 2**24
 
-PROJECTIONS = ('random', 'pca')
-_FIELD = 'model.quantizer'  # as errors name it
+_FIELD = Quantizer.name  # as errors name it
 _PROJECTION_ARRAYS = ('components', 'eigenvalues', 'combine_time_steps', 'features', 'normalization')
 _SMALLEST_VARIANCE = 1e-10  # of the first component's, for a component to be told from rounding
 
@@ -40,11 +40,9 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
     Args:
         args, kwargs: NeMo's.
         projection: ``random``, or ``pca``: codebook h sees the principal components h * K ... h * K + K - 1 of the
-            combined frames, at unit variance. The weights travel with the checkpoint, so a model that is restored
-            from one does not read ``projection_file``.
+            combined frames, at unit variance. The weights travel with the checkpoint: a restored model reads no file.
         projection_file: what ``compute_feature_stats.py --pca`` wrote; for ``pca`` only.
-        refine: moves the codebooks to where the frames are while training begins; see ``CodebookRefinement``. None:
-            they stay.
+        refine: moves the codebooks to where the frames are while training begins; see ``CodebookRefinement``.
 
     Raises:
         ValueError: naming the key of ``model.quantizer``, its value and what is allowed.
@@ -62,7 +60,13 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
         self.projection = projection
         self.projection_normalization: str | None = None
         """What the features must be normalised by, from ``projection_file``; None without one."""
-        if _needs_projection(projection, projection_file):
+        Quantizer.parse(dict(projection=projection))
+        if projection == 'random' and projection_file is not None:
+            raise ValueError(
+                f"{_FIELD}.projection_file is {str(projection_file)!r} with {_FIELD}.projection random; it must be "
+                "null, or projection be pca"
+            )
+        if projection == 'pca' and not AppState().is_model_being_restored:  # else the weights come with the checkpoint
             shape = self.proj.out_features, self.combine_time_steps, self.feat_in
             weights, self.projection_normalization = read_projection(projection_file, *shape)  # type: ignore[arg-type]
             with torch.no_grad():
@@ -75,9 +79,7 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
 
     @typecheck()
     def forward(self, input_signal):
-        """Return the nearest codes and their indices.
-
-        Frames beyond a multiple of ``combine_time_steps`` are left out, where NeMo fails.
+        """Return the nearest codes and their indices; a remainder of ``combine_time_steps`` is left out.
 
         Args:
             input_signal: [B, D, T], or [B, T, D] with ``time_ahead``; any floating dtype.
@@ -101,32 +103,21 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
         return codes, tokens
 
     @torch.no_grad()
-    def observe(self, input_signal, lengths: torch.Tensor, tokens: torch.Tensor | None = None) -> None:
-        """Let the refinement observe the input of a training step; without one this does nothing.
-
-        Args:
-            input_signal: as :meth:`forward` takes it.
-            lengths: valid target frames [B].
-            tokens: what :meth:`forward` returned for it, [B, S, H] or [B, S]; None: they are computed again.
-        """
+    def observe(self, input_signal, lengths: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Let the refinement, if there is one, observe a training step's input, its target frames [B], and its tokens."""
         if self.refinement is None or not self.refinement.observing:
             return
         frames = self._unit_vectors(input_signal)
-        tokens = self._tokens(frames) if tokens is None else tokens.view(frames.shape[:3])
-        counted = torch.arange(frames.shape[1], device=frames.device) < lengths.to(frames.device).unsqueeze(1)
-        self.refinement.observe(frames.flatten(0, 1), tokens.flatten(0, 1), counted.flatten())
+        valid = torch.arange(frames.shape[1], device=frames.device) < lengths.to(frames.device).unsqueeze(1)
+        self.refinement.observe(frames.flatten(0, 1), tokens.reshape(-1, self.num_books), valid.flatten())
 
     @torch.no_grad()
     def refine_if_due(self, step: int) -> dict[str, torch.Tensor]:
         """Refine the codebooks if a refinement belongs before training step ``step``, and has not been done.
 
-        Args:
-            step: the trainer's global step; to be called at the start of each training step, also where one comes
-                again (gradient accumulation, a resume).
-
         Returns:
-            scalars to log, on the codebooks' device, under ``codebook/replaced_codes``, and ``codebook/changed_share``
-            of the tokens of this rank's last batch, if it has one. Empty where nothing was refined.
+            scalars to log, on the codebooks' device: ``codebook/replaced_codes``, and ``codebook/changed_share`` of the
+            tokens of this rank's last batch, if it has one. Empty where nothing was refined.
         """
         if self.refinement is None or not self.refinement.is_due(step):
             return {}
@@ -134,10 +125,10 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
         self.codebooks.copy_(codes)
         logs = {'codebook/replaced_codes': replaced.float()}
         if self.refinement.last_batch is not None:
-            frames, before, counted = self.refinement.last_batch
+            frames, before, valid = self.refinement.last_batch
             self.refinement.last_batch = None
-            changed = (self._tokens(frames.unsqueeze(0)).squeeze(0) != before) & counted.unsqueeze(-1)
-            logs['codebook/changed_share'] = changed.sum() / (counted.sum() * self.num_books).clamp(min=1)
+            changed = (self._tokens(frames.unsqueeze(0)).squeeze(0) != before) & valid.unsqueeze(-1)
+            logs['codebook/changed_share'] = changed.sum() / (valid.sum() * self.num_books).clamp(min=1)
         return logs
 
     def _unit_vectors(self, input_signal: torch.Tensor) -> torch.Tensor:
@@ -157,12 +148,10 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
     def _tokens(self, frames: torch.Tensor) -> torch.Tensor:
         """Return the index of the code nearest to each frame [B, S, H, K], as [B, S, H]."""
         dtype = torch.promote_types(frames.dtype, self.codebooks.dtype)
+        by_book = frames.flatten(0, 1).to(dtype).unbind(1)
         with without_autocast(frames.device):
-            books = [
-                self._nearest(frames[:, :, book].flatten(0, 1).to(dtype), self.codebooks[book].to(dtype))
-                for book in range(self.num_books)
-            ]
-        return torch.stack(books, dim=-1).view(*frames.shape[:3])
+            tokens = [self._nearest(*pair) for pair in zip(by_book, self.codebooks.to(dtype), strict=True)]
+        return torch.stack(tokens, dim=-1).view(*frames.shape[:3])
 
     def _nearest(self, frames: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """Return the index of the nearest of codes [C, K] for each frame [N, K]; [N] int64."""
@@ -184,73 +173,26 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
-def check_projection(quantizer, mask_position: str, normalization: str | None = None) -> None:
-    """Check that a model's quantizer gets what its projection was computed from; one without a file fits everything.
+def read_projection(path: str | None, components: int, combine_time_steps: int, features: int):
+    """Read so many principal components of combined frames, those with the largest variance first.
 
-    Args:
-        quantizer: of any class.
-        mask_position: ``pre_conv`` or ``post_conv``, the model's.
-        normalization: of the features that the quantizer gets, ``per_feature`` or ``NA``; None: not known.
-
-    Raises:
-        ValueError: naming the key of the model's config, its value and what is allowed.
-    """
-    if getattr(quantizer, 'projection', 'random') != 'pca':
-        return
-    if mask_position == 'post_conv':
-        raise ValueError(
-            f"{_FIELD}.projection is 'pca' with mask_position post_conv; it must be random, for the quantizer then "
-            "sees features after a subsampling that is learned, whose principal components are not known beforehand"
-        )
-    needed = quantizer.projection_normalization
-    if needed is not None and normalization not in (None, needed):
-        raise ValueError(
-            f"model.target_normalize is {normalization!r}; {_FIELD}.projection_file was computed from features "
-            f"normalised by {needed!r}: set that, or compute it again with --target_normalize {normalization}"
-        )
-
-
-def _needs_projection(projection: str, projection_file: str | None) -> bool:
-    """Return whether weights are to be read from ``projection_file``; raise ValueError if the two do not fit."""
-    if projection not in PROJECTIONS:
-        raise ValueError(f"{_FIELD}.projection is {projection!r}; it must be one of {', '.join(PROJECTIONS)}")
-    if projection == 'random':
-        if projection_file is not None:
-            raise ValueError(
-                f"{_FIELD}.projection_file is {str(projection_file)!r} with {_FIELD}.projection random; it must be "
-                "null, or projection be pca"
-            )
-        return False
-    if AppState().is_model_being_restored:
-        return False  # the weights come with the checkpoint, and the file may have stayed where it was trained
-    if projection_file is None:
-        raise ValueError(
-            f"{_FIELD}.projection_file is None with {_FIELD}.projection pca; it must name a file that "
-            "compute_feature_stats.py --pca wrote"
-        )
-    return True
-
-
-def read_projection(path: str, components: int, combine_time_steps: int, features: int) -> tuple[np.ndarray, str]:
-    """Read principal components, each scaled to unit variance.
-
-    Without the scaling the first few components decide where a unit vector points, and most codes are never chosen.
-
-    Args:
-        path: what ``compute_feature_stats.py --pca`` wrote.
-        components: how many are wanted, those with the largest variance first.
-        combine_time_steps: frames that one target combines.
-        features: D.
+    Each is scaled to unit variance. Otherwise the first few decide where a unit vector points, and most codes are never
+    chosen.
 
     Returns:
-        float64 [components, combine_time_steps * D], features of the first frame first, and the normalisation of the
-        features, ``per_feature`` or ``NA``.
+        float64 [components, combine_time_steps * features], features of the first frame first, and the normalisation of
+        the features, ``per_feature`` or ``NA``.
 
     Raises:
         ValueError: naming the file, and what of it does not fit.
     """
-    content = _arrays_of(path)
     name = f"{_FIELD}.projection_file {path}"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            content = {key: file[key] for key in _PROJECTION_ARRAYS}
+    except Exception as error:  # files, zip, NumPy and pickle each have errors of their own
+        written = 'what compute_feature_stats.py --pca wrote'
+        raise ValueError(f"{name} cannot be read: {error}; with projection pca it must be {written}") from error
     for key, wanted in (('combine_time_steps', combine_time_steps), ('features', features)):
         if int(content[key]) != wanted:
             raise ValueError(f"{name} was made for {key} {int(content[key])}; the quantizer has {wanted}")
@@ -266,17 +208,3 @@ def read_projection(path: str, components: int, combine_time_steps: int, feature
     if weights.shape != (components, combine_time_steps * features) or not np.isfinite(weights).all():
         raise ValueError(f"{name}: its components must be finite, [components, combine_time_steps * features]")
     return weights, str(content['normalization'])
-
-
-def _arrays_of(path: str) -> dict[str, np.ndarray]:
-    """Return the arrays of a projection file by name; raise ValueError if it cannot be read or lacks one."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in _PROJECTION_ARRAYS}
-    except FileNotFoundError:
-        raise ValueError(f"{_FIELD}.projection_file is {str(path)!r}; there is no such file") from None
-    except Exception as error:  # zip, NumPy and pickle each have errors of their own
-        raise ValueError(
-            f"{_FIELD}.projection_file {path} cannot be read: {error}; it must be what compute_feature_stats.py --pca "
-            "wrote"
-        ) from error

@@ -13,11 +13,10 @@ class AttContextMixin:
     """Mixin for a model with an ``encoder`` and, where it masks, a ``mask_processor``."""
 
     def set_att_context_size(self, context) -> None:
-        """Override the encoder's context policy, for attention and masking; see ``encoder.set_att_context_size``.
+        """Override the encoder's context policy, for attention and masking; None clears it.
 
         Args:
-            context: a pair [left, right] in attention frames (list, tuple or ListConfig; -1 = unlimited), an int (the
-                left context, with right 0), the name of a preset, an ``AttContext``; None clears the override.
+            context: see ``AttContext.parse``; in attention frames.
 
         Raises:
             ValueError: if it is no context, or the encoder cannot follow it.
@@ -26,11 +25,7 @@ class AttContextMixin:
         self.encoder.set_att_context_size(context)
 
     def using_att_context_size(self, context) -> AbstractContextManager[AttContext]:
-        """Make a context the active one inside a ``with`` block; see ``encoder.using_att_context_size``.
-
-        Raises:
-            ValueError: if it is no context, or the encoder cannot follow it.
-        """
+        """Make a context the active one inside a ``with`` block; see :meth:`set_att_context_size`."""
         self._check_has_context()
         return self.encoder.using_att_context_size(context)
 
@@ -40,16 +35,13 @@ class AttContextMixin:
         return getattr(self.encoder, 'att_context_override', None)
 
     def masking_arguments(self, current_frame=None) -> dict:
-        """Return the keyword arguments of a call of the masking; none for one that asks the encoder by itself.
-
-        Args:
-            current_frame: mask frames received so far, an int or a tensor [B]; None: the utterances are whole.
+        """Return the keyword arguments of a call of the masking; no window for one that asks the encoder by itself.
 
         Raises:
             ValueError: if ``current_frame`` is given and the masking does not take it; in training also for a context
                 [0, 0], as :meth:`check_frames_see_others` raises it.
         """
-        masking, arguments = self._masking(), {}
+        masking, arguments = self.mask_processor, {}
         if getattr(masking, 'attention_window', None) is None:
             arguments = window_of_masking(masking, tightest_window_of(self.encoder))
         if self.training and self._encoder_has_context() and self.encoder.att_context_size == [0, 0]:
@@ -73,7 +65,7 @@ class AttContextMixin:
                     self._check_frames_see_others()
 
     def _check_frames_see_others(self) -> None:
-        masking, window = self._masking(), tightest_window_of(self.encoder)
+        masking, window = self.mask_processor, tightest_window_of(self.encoder)
         follows = follows_context(masking) and getattr(masking, 'follow_context', True)
         if not follows or window is None or window.context.right != 0:
             return
@@ -95,9 +87,8 @@ class AttContextMixin:
         draw = getattr(batch, 'context_draw', None)
         if draw is None:
             return moved
-        return attach_context(
-            moved, batch.att_context if self._trainer is None else draw.at(self._trainer.global_step), draw
-        )
+        context = batch.att_context if self._trainer is None else draw.at(self._trainer.global_step)
+        return attach_context(moved, context, draw)
 
     def _context_of_step(self, batch) -> AbstractContextManager[AttContext | None]:
         """Make the context of a training step the active one.
@@ -122,6 +113,3 @@ class AttContextMixin:
     def _check_has_context(self) -> None:
         if not self._encoder_has_context():
             raise ValueError(f"{type(self.encoder).__name__} has no attention context to set")
-
-    def _masking(self):
-        return getattr(self, 'mask_processor', None)

@@ -2,12 +2,12 @@
 """Training with weights, gradients and optimizer states divided among ranks. New in this project."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from omegaconf import OmegaConf
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 
@@ -23,12 +23,12 @@ class ShardedTrainingMixin:
             tensor_parallel_size: 1
             save_distributed_checkpoint: true    # a folder, each rank writes its shard; false: one file
 
-    Each layer of the encoder is gathered when it computes, in the precision that it computes in, and freed afterwards; what is left of the encoder, and each
-    decoder, is a unit of its own. Other strategies take no notice. ``.nemo`` files have whole weights.
+    Each layer of the encoder, what is left of it, and each decoder are gathered when they compute, in the precision that
+    they compute in. ``.nemo`` files have whole weights.
     """
 
     def configure_model(self) -> None:
-        """Shard the weights, if the strategy does; Lightning calls this on each rank, before optimizers are made.
+        """Shard the weights, if the strategy does, before optimizers are made.
 
         Raises:
             ValueError: if layers are to be divided among ranks, too (``tensor_parallel_size``).
@@ -42,8 +42,6 @@ class ShardedTrainingMixin:
                 f"trainer.strategy.tensor_parallel_size is {mesh['tensor_parallel'].size()}; it must be 1: ranks share "
                 "weights (data_parallel_size), they do not divide a layer's work"
             )
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
         computed_in = {'bf16-mixed': torch.bfloat16, '16-mixed': torch.float16}.get(str(self.trainer.precision))
         policy = MixedPrecisionPolicy(param_dtype=computed_in, reduce_dtype=computed_in and torch.float32)
         for module in self._units_to_shard():
@@ -61,7 +59,7 @@ class ShardedTrainingMixin:
         return any(isinstance(weight, DTensor) for weight in self.parameters())
 
     def on_save_checkpoint(self, checkpoint) -> None:
-        """Write the config as plain containers to a folder of shards, whose rest Lightning reads as plain data alone."""
+        """Write the config as plain containers to a folder of shards, which Lightning reads as plain data alone."""
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
         if getattr(self.trainer.strategy, '_save_distributed_checkpoint', False):
             checkpoint.pop('hparams_type', None)
@@ -70,18 +68,10 @@ class ShardedTrainingMixin:
 
     def save_to(self, save_path: str) -> None:
         """Save a ``.nemo`` file as NeMo does; sharded weights are gathered, so every rank has to call it."""
-        with self._whole_weights():
-            super().save_to(save_path)  # type: ignore[misc]
-
-    @contextmanager
-    def _whole_weights(self) -> Iterator[None]:
-        """While the block runs, ``state_dict`` gives whole weights, on the CPU of the first rank."""
-        if not self._is_sharded():
-            yield
-            return
-        whole = get_model_state_dict(self, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        self.state_dict = lambda *args, **kwargs: whole
+        if self._is_sharded():
+            whole = get_model_state_dict(self, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            self.state_dict = lambda *args, **kwargs: whole  # on the CPU of the first rank
         try:
-            yield
+            super().save_to(save_path)  # type: ignore[misc]
         finally:
-            del self.state_dict
+            self.__dict__.pop('state_dict', None)

@@ -13,19 +13,20 @@ Logs = dict[str, float | torch.Tensor]
 OF_ONE_STEP = ('learning_rate', 'global_step', 'att_context_left', 'att_context_right', 'next_token_offset')
 SAMPLE_RATE = 16000
 CONTEXT_LOSS = 'train_loss/ctx_'
+FRAMES = 1024  # feature frames in which the subsampling's operations are counted
 
 
 class IntervalNumbers:
     """Sums and means over the steps of an interval; they stay on the device until they are reduced."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.totals: dict[str, torch.Tensor] = {}  # sum and weight [2]
         self.summed: set[str] = set()
 
-    def add(self, sums: Logs = (), means: Logs = ()) -> None:
+    def add(self, sums: Logs | None = None, means: Logs | None = None) -> None:
         """Add what a step counted, and values of which the mean over steps and ranks is wanted."""
-        self.summed.update(sums)
-        for name, value in {**dict(sums), **dict(means)}.items():
+        self.summed.update(sums or ())
+        for name, value in {**(sums or {}), **(means or {})}.items():
             self.add_mean(name, value, 1.0)
 
     def add_mean(self, name: str, total, weight) -> None:
@@ -37,11 +38,8 @@ class IntervalNumbers:
 
     def limit(self, prefix: str, names: set[str]) -> None:
         """Make the means whose names have a prefix the same on all ranks: those of some names and no others."""
-        self.totals = {
-            name: total for name, total in self.totals.items() if not name.startswith(prefix) or name in names
-        }
-        for name in names:
-            self.add_mean(name, 0.0, 0)
+        kept = {name: pair for name, pair in self.totals.items() if not name.startswith(prefix) or name in names}
+        self.totals = {**{name: torch.zeros(2) for name in names}, **kept}
 
     def reduce(self, counts: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return sums and means over the interval and all ranks, and begin the next interval.
@@ -64,22 +62,15 @@ class IntervalNumbers:
 class TrainingNumbersMixin:
     """Mixin for the SSL models: logs the numbers of each logging interval (``trainer.log_every_n_steps``).
 
-    What a step logs is averaged over the interval's steps and over all ranks; ``skipped_utterances`` is summed. Besides:
-
-    - ``audio_seconds_per_second`` of all ranks, and ``.../rank``, its mean over the ranks;
-    - ``predicted_tokens_per_second`` of all ranks;
-    - ``padding_share`` of the batches' samples;
-    - ``update_to_weight_ratio`` of the interval's last step: the norm of the update over that of the weights;
-    - ``train_loss/source/NAME`` for each tag ``source`` of ``train_ds.input_cfg``;
-    - ``peak_memory_gb``, the largest of the ranks: of the device, or of the process on a CPU;
-    - ``model_tflops_per_second`` of all ranks, and with ``model.log_peak_flops``, of one device, ``model_flops_share``.
-
-    None of it synchronises host and device.
+    docs/scale.md lists them. What a step logs is averaged over the interval's steps and over all ranks. None of it
+    synchronises host and device.
     """
 
     _interval: IntervalNumbers | None = None
     _interval_began = 0.0
-    _weights_before: list[torch.Tensor] | None = None
+    _updated: tuple[list[torch.Tensor], list[torch.Tensor]] | None = (
+        None  # weights before the last step, and themselves
+    )
     _subsampling_flops: float | None = None  # of a feature frame; None: of an encoder that is no Conformer
 
     def configure_model(self) -> None:
@@ -99,45 +90,33 @@ class TrainingNumbersMixin:
         if self._interval is not None:
             self._interval.add(means={name: value for name, value in logs.items() if name not in OF_ONE_STEP})
 
-    def add_batch(self, batch, record, predicted: torch.Tensor) -> None:
-        """Add the sizes of a batch to the interval.
-
-        Args:
-            batch: as the data loader gives it.
-            record: of its forward pass.
-            predicted: the number of tokens that it predicts, a scalar.
-        """
+    def add_batch(self, batch, record) -> None:
+        """Add the sizes of a batch, as the data loader gives it, and of its forward pass to the interval."""
         if self._interval is None:
             return
+        found = [objective.frame_losses for objective in self.objectives if objective.frame_losses is not None]
+        predicted = sum(of_objective[1].sum() for of_objective in found)
         audio, lengths = (batch.audio, batch.audio_len) if hasattr(batch, 'audio') else (batch[0], batch[1])
         sums = {'samples': lengths.sum(), 'padded_samples': float(audio.numel()), 'predicted': predicted}
         if self._subsampling_flops is not None:
             sums['flops'] = self.flops_of_step(record, predicted)
         self._interval.add(sums)
-        if getattr(batch, 'sources', None):
-            self._add_losses_of_sources(batch.sources)
-
-    def _add_losses_of_sources(self, sources: list[str]) -> None:
-        """Add the loss of the utterances of each source of ``train_ds.input_cfg``."""
         names = sorted(_sources_of((self.cfg.get('train_ds') or {}).get('input_cfg')))
-        found = [objective.frame_losses for objective in self.objectives if objective.frame_losses is not None]
-        if not names or not found:
-            return
-        losses, predicted, utterances = found[0]
-        index = _to(torch.tensor([names.index(source) for source in sources]), losses.device)[utterances]
-        sums = [losses.new_zeros(len(names)).index_add(0, index, each.to(losses)) for each in (losses, predicted)]
-        for name, total, weight in zip(names, *sums, strict=True):
-            self._interval.add_mean(f'train_loss/source/{name}', total, weight)
+        if names and found and getattr(batch, 'sources', None):
+            losses, predicted, utterances = found[0]
+            index = _to(torch.tensor([names.index(source) for source in batch.sources]), losses.device)[utterances]
+            of_sources = [losses.new_zeros(len(names)).index_add(0, index, each.to(losses)) for each in found[0][:2]]
+            for name, total, weight in zip(names, *of_sources, strict=True):
+                self._interval.add_mean(f'train_loss/source/{name}', total, weight)
 
     def flops_of_step(self, record, predicted: torch.Tensor):
         """Return the floating point operations of forward and backward pass, without what is computed twice.
 
-        Six for each weight and frame, and twelve for each pair of a frame and a key in the window, dimension and layer; the
-        subsampling's are counted on a batch.
+        Six for each weight and frame, twelve for each pair of a frame and a key in its window, dimension and layer.
         """
         encoder, (batch, _, frames) = self.encoder, record.encoded.shape
         weights = sum(weight.numel() for weight in encoder.layers.parameters() if weight.dim() > 1)
-        left, right = (encoder.att_context_size[0], encoder.att_context_size[-1])
+        left, right = encoder.att_context_size[0], encoder.att_context_size[-1]
         keys = frames if left < 0 else min(frames, left + 1 + max(right, 0))
         attention = 12.0 * len(encoder.layers) * encoder.d_model * frames * keys
         decoder = 6.0 * sum(weight.numel() for weight in self.objectives.decoder.parameters() if weight.dim() > 1)
@@ -149,8 +128,8 @@ class TrainingNumbersMixin:
         super().on_before_optimizer_step(optimizer)
         if self._interval is not None and self._interval_ends():
             weights = [weight for group in optimizer.param_groups for weight in group['params']]
-            self._weights_before = [weight.detach().clone() for weight in weights if weight.grad is not None]
-            self._updated = [weight for weight in weights if weight.grad is not None]
+            weights = [weight for weight in weights if weight.grad is not None]
+            self._updated = [weight.detach().clone() for weight in weights], weights
 
     def on_validation_start(self) -> None:
         """Leave validation out of the seconds of the interval."""
@@ -173,47 +152,43 @@ class TrainingNumbersMixin:
         return trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate()
 
     def _numbers_of_interval(self) -> dict[str, torch.Tensor]:
-        now, rank = time.perf_counter(), self.global_rank
+        now = time.perf_counter()
         seconds, self._interval_began = now - self._interval_began, now
-        sums = {f'memory {each}': peak_memory(self.device) * (each == rank) for each in range(ranks())}
-        if self._weights_before:
-            sums.update(_squares(self._weights_before, self._updated))
-            self._weights_before = self._updated = None
+        peak = peak_memory(self.device)
+        sums = {f'memory {rank}': peak * (rank == self.global_rank) for rank in range(ranks())}  # for their maximum
+        if self._updated is not None:
+            sums.update(_squares(*self._updated))
+            self._updated = None
         if self._skips_nonfinite() or (self.cfg.get('train_ds') or {}).get('skip_bad_audio'):
             sums['skipped_utterances'] = self._skipped_utterances
         self._interval.add(sums, {'seconds': seconds})
         policy = getattr(self.encoder, 'att_context_policy', None)
         if policy is not None and not policy.shared:  # the ranks have had different contexts
-            labels = {f'{CONTEXT_LOSS}{policy.label(context)}' for context in policy.contexts()}
-            self._interval.limit(CONTEXT_LOSS, labels)
+            self._interval.limit(CONTEXT_LOSS, {CONTEXT_LOSS + policy.label(each) for each in policy.contexts()})
         use = getattr(getattr(self, 'reports', None), 'codebook_use', None)
-        counted = use is not None and use.batches > 0
-        counts = use.counts.flatten() if counted else torch.zeros(0, device=self.device)
-        logs, counts = self._interval.reduce(counts)
-        if counted:
-            logs.update(use.logs(counts.view_as(use.counts)))
-        return self._derived(logs) | logs
+        if use is None or use.batches == 0:
+            return self._derived(self._interval.reduce(torch.zeros(0, device=self.device))[0])
+        logs, counts = self._interval.reduce(use.counts.flatten())
+        return self._derived(logs) | use.logs(counts.view_as(use.counts))
 
     def _derived(self, logs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Take the sums out of what was reduced, and return what is computed of them."""
-        seconds, derived = logs.pop('seconds'), {}
-        memory = [logs.pop(f'memory {each}') for each in range(ranks())]
-        derived['peak_memory_gb'] = torch.stack(memory).max() / 1e9
+        """Replace the sums in what was reduced by what is computed of them."""
+        seconds, world = logs.pop('seconds'), ranks()
+        logs['peak_memory_gb'] = torch.stack([logs.pop(f'memory {rank}') for rank in range(world)]).max() / 1e9
         if 'weights' in logs:
-            derived['update_to_weight_ratio'] = (logs.pop('updates') / logs.pop('weights').clamp(min=1e-30)).sqrt()
-        if 'samples' not in logs:
-            return derived
-        samples, padded = logs.pop('samples'), logs.pop('padded_samples')
-        audio = samples / self.cfg.get('sample_rate', SAMPLE_RATE) / seconds
-        derived['audio_seconds_per_second'], derived['audio_seconds_per_second/rank'] = audio, audio / ranks()
-        derived['padding_share'] = 1 - samples / padded
-        derived['predicted_tokens_per_second'] = logs.pop('predicted') / seconds
+            logs['update_to_weight_ratio'] = (logs.pop('updates') / logs.pop('weights').clamp(min=1e-30)).sqrt()
+        if 'samples' in logs:
+            samples = logs.pop('samples')
+            logs['padding_share'] = 1 - samples / logs.pop('padded_samples')
+            logs['audio_seconds_per_second'] = samples / self.cfg.get('sample_rate', SAMPLE_RATE) / seconds
+            logs['audio_seconds_per_second/rank'] = logs['audio_seconds_per_second'] / world
+            logs['predicted_tokens_per_second'] = logs.pop('predicted') / seconds
         if 'flops' in logs:
-            derived['model_tflops_per_second'] = logs.pop('flops') / seconds / 1e12
-        if 'model_tflops_per_second' in derived and self.cfg.get('log_peak_flops'):
-            flops = derived['model_tflops_per_second'] * 1e12
-            derived['model_flops_share'] = flops / ranks() / float(self.cfg.log_peak_flops)
-        return derived
+            flops = logs.pop('flops') / seconds
+            logs['model_tflops_per_second'] = flops / 1e12
+            if self.cfg.get('log_peak_flops'):
+                logs['model_flops_share'] = flops / world / float(self.cfg.log_peak_flops)
+        return logs
 
 
 def ranks() -> int:
@@ -240,20 +215,16 @@ def peak_memory(device: torch.device) -> float:
 def _squares(before: list[torch.Tensor], after: list[torch.Tensor]) -> Logs:
     """Return the sums of squares of weights and of their updates; of sharded weights, those of this rank's shards."""
     old, new = ([getattr(w.detach(), 'to_local', lambda w=w: w.detach())() for w in each] for each in (before, after))
-    updates = torch._foreach_norm(torch._foreach_sub(new, old))
-    return {
-        'weights': torch.stack(torch._foreach_norm(old)).square().sum(),
-        'updates': torch.stack(updates).square().sum(),
-    }
+    norms = {'weights': torch._foreach_norm(old), 'updates': torch._foreach_norm(torch._foreach_sub(new, old))}
+    return {name: torch.stack(each).square().sum() for name, each in norms.items()}
 
 
-def _flops_per_frame(subsampling: torch.nn.Module, features: int, frames: int = 1024) -> float:
+def _flops_per_frame(subsampling: torch.nn.Module, features: int) -> float:
     """Return the operations of a forward pass of the subsampling, per feature frame; on torch's meta device."""
-    copied = copy.deepcopy(subsampling).to('meta', torch.float32)
-    lengths, dtype = torch.full((1,), frames, device='meta'), next(copied.parameters()).dtype  # not the default one
+    copied, lengths = copy.deepcopy(subsampling).to('meta', torch.float32), torch.full((1,), FRAMES, device='meta')
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        copied(x=torch.empty(1, frames, features, dtype=dtype, device='meta'), lengths=lengths)
-    return counter.get_total_flops() / frames
+        copied(x=torch.empty(1, FRAMES, features, dtype=torch.float32, device='meta'), lengths=lengths)
+    return counter.get_total_flops() / FRAMES
 
 
 def _to(value: torch.Tensor, device: torch.device) -> torch.Tensor:

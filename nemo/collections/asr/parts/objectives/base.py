@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """An objective: the loss of a forward pass, the scores of its predictions, and checks before training.
 
-Shapes: B batch, F frames, N loss positions, S target frames, D the encoder's width, C classes, H codebooks.
+Shapes: B batch, F frames, N loss positions, D the encoder's width, C classes, H codebooks, K horizons.
 """
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET
@@ -22,8 +21,9 @@ class LossPositions(NamedTuple):
     targets: torch.Tensor  # [N] or [N, H] int64; of several horizons [N, K] or [N, K, H]
     utterances: torch.Tensor  # [N] int64: index of each frame's utterance in the batch, rising
 
-    def at(self, index: torch.Tensor) -> 'LossPositions':
-        """Return the positions of an index [M]."""
+    def having_targets(self) -> 'LossPositions':
+        """Return the positions with a target; synchronises host and device."""
+        index = (self.targets != IGNORED_TARGET).view(len(self.targets), -1).any(dim=1).nonzero().squeeze(1)
         return LossPositions(*(part.index_select(0, index) for part in self))
 
     def decoded(self, decoder: torch.nn.Module) -> 'LossPositions':
@@ -42,8 +42,8 @@ class FrameScores(NamedTuple):
     @classmethod
     def of(cls, predictions: LossPositions, loss) -> 'FrameScores':
         """Score log-probabilities by the loss of their model; N is 0 where there is no target."""
-        if predictions.targets.shape[0] == 1:
-            predictions = predictions.at((predictions.targets != IGNORED_TARGET).flatten()[:1].nonzero().squeeze(1))
+        if len(predictions.targets) == 1:
+            predictions = predictions.having_targets()
         log_probs, targets, utterances = predictions
         correct = (log_probs.argmax(dim=1) == targets).float()
         correct = correct.mean(dim=1) if targets.dim() == 2 else correct
@@ -51,22 +51,13 @@ class FrameScores(NamedTuple):
 
 
 class Objective:
-    """What a model predicts.
+    """What a model (an ``EncDecMaskedTokenPredModel``, whose decoders and losses are used) predicts."""
 
-    Args:
-        model: an ``EncDecMaskedTokenPredModel``, whose decoders and losses are used.
-    """
-
-    name: str
-    """In the names of what is logged, where there are several objectives."""
-    masks = False
-    """Whether the encoder's input is masked."""
-    predicted: torch.Tensor | float = 0.0
-    """The number of tokens that the last loss was computed of."""
+    name: str  # in the names of what is logged, where there are several objectives
+    masks = False  # whether the encoder's input is masked
+    parts: tuple[str, ...] = ()  # of its scores; none: they are filed under the name of the objective
     frame_losses: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     """Of the last loss, without gradient: each position's loss [N], its predicted tokens [N], and its utterance [N]."""
-    parts: tuple[str, ...] = ()
-    """What its scores are divided into; none: they are filed under the name of the objective."""
 
     def __init__(self, model):
         self.model = model
@@ -80,27 +71,6 @@ class Objective:
         """Return the loss of a pass, a scalar, and the loss of each part, without gradient."""
         raise NotImplementedError
 
-    def rank_weight(self, predicted: torch.Tensor) -> torch.Tensor | float:
-        """Return what the mean over a rank's tokens is multiplied by, so that the ranks' mean is that over all tokens.
-
-        1 unless ``model.loss_over`` is ``global``; in training every rank calls it.
-
-        Args:
-            predicted: the number of tokens of this rank, a scalar.
-        """
-        self.predicted = predicted.detach()
-        group = torch.distributed
-        if not (self.loss_over_ranks and self.model.training and group.is_available() and group.is_initialized()):
-            return 1.0
-        total = self.predicted.float()  # a copy
-        group.all_reduce(total)
-        return self.predicted * group.get_world_size() / total.clamp(min=1)
-
-    @property
-    def loss_over_ranks(self) -> bool:
-        """Whether the loss is a mean over the tokens of all ranks (``model.loss_over: global``)."""
-        return self.model.cfg.get('loss_over', 'rank') == 'global'
-
     def scores(self, record: BatchRecord) -> dict[str, FrameScores]:
         """Score the predictions of a pass, part by part; synchronises host and device."""
         raise NotImplementedError
@@ -112,29 +82,37 @@ class Objective:
             ValueError: naming the config key, its value and what is allowed.
         """
 
-    def offset(self) -> int | None:
-        """Return how many tokens after its own a frame predicts in the present context; None: its own.
-
-        Raises:
-            ValueError: if nothing can be predicted in this context.
-        """
-        return None
-
     def audit(self, record: BatchRecord) -> Logs:
         """Return what an audit of a batch logs besides its masks."""
         return {}
 
-    def surprise(self, record: BatchRecord, index: int) -> np.ndarray | None:
-        """Return the negative log-likelihood of each token [S] of one utterance; None: not defined."""
-        return None
+    @property
+    def loss_over_ranks(self) -> bool:
+        """Whether the loss is a mean over the tokens of all ranks (``model.loss_over: global``)."""
+        return self.model.cfg.get('loss_over', 'rank') == 'global'
+
+    def mean_over_tokens(
+        self, losses: torch.Tensor, predicted: torch.Tensor, utterances: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the loss of a pass, from what its positions lost [N], their predicted tokens [N] and utterances [N].
+
+        In training with ``model.loss_over: global`` the mean of the ranks' losses is that over all their tokens.
+        """
+        self.frame_losses = losses.detach(), predicted, utterances
+        count, ranks = predicted.sum(), torch.distributed
+        loss = losses.sum() / count.clamp(min=1)
+        if not (self.loss_over_ranks and self.model.training and ranks.is_available() and ranks.is_initialized()):
+            return loss
+        total = count.float()  # a copy
+        ranks.all_reduce(total)
+        return loss * (count * ranks.get_world_size() / total.clamp(min=1))
 
 
 def gather_loss_positions(frames: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor) -> LossPositions:
     """Return the loss positions of a batch. Synchronises host and device: their number is a size.
 
     Args:
-        frames: [B, F, ...].
-        targets: [B, F, ...].
+        frames, targets: [B, F, ...].
         loss_mask: [B, F] bool, True at the loss positions.
 
     Returns:

@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from nemo.collections.asr.parts.objectives.base import FrameScores, Logs, Objective
@@ -17,20 +18,14 @@ NORMS_OF_WHOLE_UTTERANCES = ('per_feature', 'all_features')
 
 
 class StepLosses(NamedTuple):
-    """The loss of a batch, and its parts."""
+    """The loss of a batch."""
 
-    loss: torch.Tensor
-    """The scalar to minimise."""
-    parts: Logs
-    """Nats per frame, without gradient: ``next_0`` and so on, ``masked`` and ``next`` where there are both."""
+    loss: torch.Tensor  # the scalar to minimise
+    parts: Logs  # nats per frame, without gradient: next_0 and so on, masked and next where there are both
 
 
 class Objectives:
-    """One objective or several, whose losses are added.
-
-    Args:
-        weights: of each objective's loss.
-    """
+    """One objective or several, whose losses are added by their weights."""
 
     def __init__(self, weights: dict[Objective, float]):
         self.weights = weights
@@ -43,7 +38,7 @@ class Objectives:
             ValueError: naming the config key, its value and what is allowed.
         """
         objective, options = check_objective(model.cfg)
-        weights = {} if objective == 'next_token' else {MaskedTokens(model): 1.0}
+        weights: dict[Objective, float] = {} if objective == 'next_token' else {MaskedTokens(model): 1.0}
         if objective != 'masked':
             weights[NextTokens(model, options)] = options.weight
         return cls(weights)
@@ -74,8 +69,9 @@ class Objectives:
         losses, parts = {}, {}
         for objective in self:
             losses[objective], of_parts = objective.loss(record)
-            name = self.name_of(objective)
-            parts.update({name: losses[objective].detach()} if name else {}, **of_parts)
+            if name := self.name_of(objective):
+                parts[name] = losses[objective].detach()
+            parts.update(of_parts)
         return StepLosses(self.weighted(losses), parts)
 
     def scores(self, record: BatchRecord) -> dict[Objective, dict[str, FrameScores]]:
@@ -86,19 +82,19 @@ class Objectives:
         """Return the objective of a class, for what it alone can do; None: there is none."""
         return next((objective for objective in self if isinstance(objective, kind)), None)
 
-    def surprise(self, record: BatchRecord, index: int):
-        """Return the surprise of an utterance by the objective that defines one, else None."""
-        found = (objective.surprise(record, index) for objective in self)
-        return next((surprise for surprise in found if surprise is not None), None)
+    def surprise(self, record: BatchRecord, index: int) -> np.ndarray | None:
+        """Return the surprise of an utterance by next tokens; None without them."""
+        following = self.find(NextTokens)
+        return None if following is None else following.surprise(record, index)
 
     def offset(self) -> int | None:
         """Return how many tokens after its own a frame predicts in the present context; None: its own alone.
 
         Raises:
-            ValueError: if an objective cannot predict anything in this context.
+            ValueError: if next tokens cannot be predicted in this context.
         """
-        offsets = [objective.offset() for objective in self]
-        return next((offset for offset in offsets if offset is not None), None)
+        following = self.find(NextTokens)
+        return None if following is None else following.offset()
 
 
 def check_objective(model_cfg) -> tuple[str, NextToken]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prediction of masked tokens (NEST, https://arxiv.org/abs/2408.13106).
 
-Shapes: B batch, A attention frames, M mask frames, N loss positions, C classes, H codebooks.
+Shapes: N loss positions, H codebooks.
 """
 
 import inspect
@@ -10,18 +10,13 @@ import torch
 
 from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET, MLMLoss, MultiMLMLoss
 from nemo.collections.asr.modules.ssl_modules.multi_softmax_decoder import MultiSoftmaxDecoder
-from nemo.collections.asr.parts.objectives.base import (
-    FrameScores,
-    Logs,
-    LossPositions,
-    Objective,
-    gather_loss_positions,
-)
+from nemo.collections.asr.parts.objectives import base
+from nemo.collections.asr.parts.objectives.base import FrameScores, Logs, LossPositions
 from nemo.collections.asr.parts.objectives.record import BatchRecord
 from nemo.utils import logging
 
 
-class MaskedTokens(Objective):
+class MaskedTokens(base.Objective):
     """Predicts the tokens of masked frames, by the model's ``decoder`` and ``loss``.
 
     Logits are computed at the loss positions alone, or for all frames where decoder or loss may need them.
@@ -40,11 +35,9 @@ class MaskedTokens(Objective):
         reason = why_all_frames(self.model.decoder, self.model.loss)
         if reason is None:
             log_probs, targets, utterances = self.predictions(record)
-            loss, counted = self.model.loss.of_frames(log_probs, targets), targets != IGNORED_TARGET
-            with torch.no_grad():
-                losses = self.model.loss.of_frames(log_probs, targets, reduction='none')
-            self.frame_losses = losses, counted.view(len(counted), -1).any(dim=1), utterances
-            return loss * self.rank_weight(counted.sum()), {}
+            losses = self.model.loss.of_frames(log_probs, targets, reduction='none')
+            predicted = (targets != IGNORED_TARGET).view(len(targets), -1).any(dim=1)
+            return self.mean_over_tokens(losses, predicted, utterances), {}
         if not self._warned:
             logging.warning(f"Each step computes logits for all frames, not only at the loss positions: {reason}.")
             self._warned = True
@@ -57,8 +50,8 @@ class MaskedTokens(Objective):
         aligned = record.tokens, record.masks, record.encoded_lengths
         if why_all_frames(decoder, loss) is None:
             frames = record.encoded.transpose(1, 2)  # type: ignore[union-attr]
-            return gather_loss_positions(*loss.align(frames, *aligned)).decoded(decoder)
-        return gather_loss_positions(*loss.align(decoder(encoder_output=record.encoded), *aligned))
+            return base.gather_loss_positions(*loss.align(frames, *aligned)).decoded(decoder)
+        return base.gather_loss_positions(*loss.align(decoder(encoder_output=record.encoded), *aligned))
 
     def scores(self, record: BatchRecord) -> dict[str, FrameScores]:
         """Score a pass; see :class:`Objective`."""
@@ -73,7 +66,7 @@ class MaskedTokens(Objective):
         model = self.model
         if self.loss_over_ranks and (reason := why_all_frames(model.decoder, model.loss)):
             raise ValueError(f"model.loss_over is global; it must be rank: {reason}")
-        offset = getattr(getattr(model.loss, 'mlm_loss', model.loss), 'decoder_offset', None)
+        offset = getattr(model.loss, 'decoder_offset', None)
         if model.pre_encoder is not None:
             if offset:
                 raise ValueError(

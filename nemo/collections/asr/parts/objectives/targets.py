@@ -9,19 +9,16 @@ from contextlib import contextmanager
 
 import torch
 
-from nemo.collections.asr.modules.ssl_modules.quantizers import check_projection, without_autocast
+from nemo.collections.asr.modules.ssl_modules.quantizers import without_autocast
 from nemo.collections.asr.parts.objectives.base import Logs
 from nemo.collections.asr.parts.preprocessing.features import standardize_per_feature
 from nemo.collections.asr.parts.utils.config_keys import Model
 
 
 class Targets:
-    """Makes the tokens by a model's quantizer, and refines its codebooks.
+    """Makes the tokens of an ``EncDecMaskedTokenPredModel`` by its quantizer, and refines its codebooks.
 
     Features, normalisation and projection are float32 in any precision of the model, so the tokens are the same.
-
-    Args:
-        model: an ``EncDecMaskedTokenPredModel``, with ``target_normalize`` in its config.
 
     Raises:
         ValueError: naming the config key, its value and what is allowed.
@@ -29,25 +26,34 @@ class Targets:
 
     def __init__(self, model):
         self.model, self.normalize, self._observing = model, Model.parse(model.cfg).target_normalize, False
-        normalized = 'per_feature' in (self.normalize, model.cfg.preprocessor.get('normalize'))
-        position = model.cfg.get('mask_position', 'pre_conv')
-        check_projection(model.quantizer, position, 'per_feature' if normalized else 'NA')
-
-    @property
-    def combine_time_steps(self) -> int:
+        self.combine_time_steps: int = getattr(model.quantizer, 'combine_time_steps', 1)
         """Mask frames of one token."""
-        return getattr(self.model.quantizer, 'combine_time_steps', 1)
 
     def check(self) -> None:
-        """Check before training that targets made after the subsampling are not combined.
+        """Check before training that the quantizer fits the features that it gets.
 
         Raises:
             ValueError: naming the config key, its value and what is allowed.
         """
-        if self.model.pre_encoder is not None and self.combine_time_steps != 1:
+        model, quantizer = self.model, self.model.quantizer
+        if model.pre_encoder is not None and self.combine_time_steps != 1:
             raise ValueError(
                 f"model.quantizer.combine_time_steps is {self.combine_time_steps} with mask_position post_conv; it must "
                 "be 1, for the quantizer sees features after subsampling"
+            )
+        if getattr(quantizer, 'projection', 'random') == 'random':
+            return
+        if model.pre_encoder is not None:
+            raise ValueError(
+                "model.quantizer.projection is 'pca' with mask_position post_conv; it must be random: the quantizer then "
+                "sees features after a subsampling that is learned, whose principal components are not known beforehand"
+            )
+        normalized = 'per_feature' in (self.normalize, model.cfg.preprocessor.get('normalize'))
+        given, needed = 'per_feature' if normalized else 'NA', quantizer.projection_normalization
+        if needed not in (None, given):
+            raise ValueError(
+                f"model.target_normalize is {given!r}; model.quantizer.projection_file was computed from features "
+                f"normalised by {needed!r}: set that, or compute it again with --target_normalize {given}"
             )
 
     @torch.no_grad()
@@ -107,8 +113,3 @@ def kept_in_full_precision(*modules: torch.nn.Module) -> Iterator[None]:
                 store[name].data = kept
             else:
                 store[name] = torch.nn.Parameter(kept, False) if isinstance(store[name], torch.nn.Parameter) else kept
-
-
-def unconverted(data):
-    """Return a batch as it is, in the place of a precision plugin's ``convert_input``."""
-    return data

@@ -101,25 +101,6 @@ def test_without_any_next_token_the_loss_is_zero_and_back_propagates():
     assert loss == 0 and not logits.grad.any()
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_half_precision_is_summed_in_float32(dtype):
-    log_probs = torch.randn(2, 50, 2, 5).log_softmax(dim=-1)
-    tokens = torch.randint(0, 5, (2, 50))
-    loss = NextTokenLoss(horizons=2)
-    half = loss(decoder_outputs=log_probs.to(dtype), targets=tokens)
-    assert half.dtype == torch.float32
-    torch.testing.assert_close(half, loss(decoder_outputs=log_probs, targets=tokens), rtol=0.01, atol=0)
-
-
-def test_needs_no_values_of_tensors():
-    log_probs = torch.empty(2, 6, 3, 5, device='meta')
-    tokens = torch.empty(2, 6, dtype=torch.int64, device='meta')
-    lengths = torch.empty(2, dtype=torch.int64, device='meta')
-    loss = NextTokenLoss(horizons=3)
-    made = loss(decoder_outputs=log_probs, targets=tokens, decoder_lengths=lengths, target_lengths=lengths)
-    assert made.shape == () and made.device.type == 'meta'
-
-
 def test_a_negative_offset_is_refused():
     with pytest.raises(ValueError, match='offset is -1'):
         NextTokenLoss().align(torch.zeros(1, 4, 1), torch.zeros(1, 4, dtype=torch.int64), -1)

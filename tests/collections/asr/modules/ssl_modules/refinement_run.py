@@ -5,11 +5,8 @@ Usage: refinement_run.py FOLDER, with MASTER_ADDR and MASTER_PORT set. Each rank
 batch. Leaves FOLDER/RANK.json: the state of both ways, and what each refinement said.
 """
 
-import json
-import sys
-from pathlib import Path
-
 import torch
+from ranks import run_ranks
 
 from nemo.collections.asr.modules.ssl_modules.quantizers import RandomProjectionVectorQuantizer
 
@@ -24,19 +21,16 @@ def train(utterances) -> dict:
     for step in range(11):  # in mid-interval at the end
         logs.append({name: value.item() for name, value in quantizer.refine_if_due(step).items()})
         signal = torch.randn(4, 6, 30, generator=batches) + 1
-        quantizer.observe(signal[utterances], torch.tensor([15, 11, 15, 7])[utterances])
+        own = signal[utterances]
+        quantizer.observe(own, torch.tensor([15, 11, 15, 7])[utterances], quantizer(input_signal=own)[1])
     return dict(state={name: value.tolist() for name, value in quantizer.state_dict().items()}, logs=logs)
 
 
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
+def find(rank, folder):
     alone = train(slice(None))
     torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
-    together = train(slice(2 * rank, 2 * rank + 2))
-    (folder / f'{rank}.json').write_text(json.dumps(dict(alone=alone, together=together)))
-    torch.distributed.destroy_process_group()
+    return dict(alone=alone, together=train(slice(2 * rank, 2 * rank + 2)))
 
 
 if __name__ == '__main__':
-    # Forked, for one import of NeMo instead of two.
-    torch.multiprocessing.start_processes(run_rank, (Path(sys.argv[1]),), nprocs=2, start_method='fork')
+    run_ranks(find)

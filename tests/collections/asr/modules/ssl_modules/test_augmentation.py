@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Noise is mixed as NeMo does it, with segments of the same distribution."""
 
-import itertools
 import random
 from collections import Counter
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from tiny_nest import noise_batch
 
-from nemo.collections.asr.modules.ssl_modules import MultiSpeakerNoiseAugmentation, augmentation
+from nemo.collections.asr.modules.ssl_modules import MultiSpeakerNoiseAugmentation
 from nemo.collections.asr.modules.ssl_modules.augmentation import SegmentDraws
 
 DRAWS = 20000
@@ -32,15 +31,6 @@ def test_segments_have_the_lengths_that_nemo_would_draw(segments, samples):
         assert abs(ours[outcome] - count) < spread, outcome
 
 
-def test_each_outcome_is_as_likely_as_counting_all_sequences_says():
-    exact = Counter(tuple(Counter(draws).values()) for draws in itertools.product(range(3), repeat=4))
-    random.seed(1)
-    found = Counter(tuple(SegmentDraws(3, 4).counts().values()) for _ in range(DRAWS))
-    for outcome, count in exact.items():
-        share = count / 3**4
-        assert abs(found[outcome] / DRAWS - share) < 5 * np.sqrt(share / DRAWS)
-
-
 def test_one_seed_gives_one_result_and_lengths_add_up():
     drawn = []
     for _ in range(2):
@@ -48,9 +38,7 @@ def test_one_seed_gives_one_result_and_lengths_add_up():
         drawn.append([SegmentDraws(5, 100000).counts() for _ in range(3)])
     assert drawn[0] == drawn[1] and drawn[0][0] != drawn[0][1]
     assert all(sum(counts.values()) == 100000 for counts in drawn[0])
-    assert SegmentDraws(1, 7).counts() == {0: 7} and len(SegmentDraws(2, 7)) == 7
-    with pytest.raises(TypeError, match='count them'):
-        SegmentDraws(2, 7)[0]
+    assert SegmentDraws(1, 7).counts() == {0: 7}
 
 
 @pytest.mark.parametrize('noise_ratio', [0.0, 1.0])
@@ -80,11 +68,3 @@ def test_noise_is_mixed_at_the_ratio_asked_for(noise_ratio, segments):
         ratio = 10 * torch.log10(audio[:length].square().sum() / added.square().sum())
         assert ratio.item() == pytest.approx(3.0, abs=0.01)
         assert 0.4 * length < (added != 0).sum() <= 0.5 * length + 1
-
-
-def test_other_draws_are_pythons_own():
-    random.seed(3)
-    expected = random.choices('ab', k=4), random.choices(range(3), [1, 2, 3], k=4), random.random()
-    random.seed(3)
-    proxy = augmentation._up.random
-    assert (proxy.choices('ab', k=4), proxy.choices(range(3), [1, 2, 3], k=4), proxy.random()) == expected

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tensor_sizes import LargestTensor
 
 from nemo.collections.asr.modules.ssl_modules import quantizers
-from nemo.collections.asr.modules.ssl_modules.quantizers import RandomProjectionVectorQuantizer, check_projection
+from nemo.collections.asr.modules.ssl_modules.quantizers import RandomProjectionVectorQuantizer
 from nemo.utils import AppState
 
 StockQuantizer = quantizers._up.RandomProjectionVectorQuantizer
@@ -68,17 +68,6 @@ def test_both_distances_in_both_dtypes(dist_fn, dtype):
     assert same.float().mean() > 0.99
 
 
-def test_cosine_takes_float32_features_against_the_float64_codebook_where_nemo_fails():
-    patched, stock = build_pair(dist_fn='cosine')
-    features = torch.randn(1, 6, 9)
-    with pytest.raises(RuntimeError):
-        stock(input_signal=features)
-    tokens = patched(input_signal=features)[1]
-    frames = torch.nn.functional.normalize(patched.proj(features.transpose(1, 2)), dim=-1).double()
-    expected = (frames @ patched.codebooks[0].t()).argmax(dim=-1, keepdim=True)
-    assert torch.equal(tokens, expected)
-
-
 @pytest.mark.parametrize('frames, combine, targets', [(17, 8, 2), (7, 8, 0), (8, 8, 1), (0, 1, 0)])
 def test_a_remainder_of_frames_gives_no_token(frames, combine, targets):
     patched, _ = build_pair(combine_time_steps=combine)
@@ -120,38 +109,14 @@ def test_autocast_changes_no_token():
         assert torch.equal(quantizer(input_signal=features)[1], expected)
 
 
-def test_weights_are_nemos_and_may_be_trained():
-    patched, stock = build_pair(freeze=False)
-    assert patched.state_dict().keys() == stock.state_dict().keys()
-    features = torch.randn(1, 6, 5)
-    for quantizer in (patched, stock):
-        quantizer(input_signal=features)[0].sum().backward()
-    assert torch.equal(patched.codebooks.grad, stock.codebooks.grad)
-
-
-def test_it_runs_on_the_meta_device_without_waiting_for_values():
-    patched, _ = build_pair(num_books=2)
-    codes, tokens = patched.to('meta')(input_signal=torch.randn(2, 6, 16, device='meta'))
-    assert tokens.shape == (2, 16, 2) and codes.shape == (2, 4, 16, 2)
-
-
-class TestByDefault:
-    def test_weights_and_random_numbers_are_nemos(self):
-        states = []
-        for made in (RandomProjectionVectorQuantizer, StockQuantizer):
-            torch.manual_seed(0)
-            weights = made(6, 4, 50, 2, 'l2', combine_time_steps=2).state_dict()
-            states.append({**weights, 'the next random number': torch.rand(1)})
-        assert list(states[0]) == list(states[1])
-        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
-
-    def test_checkpoints_of_stock_load_and_load_in_stock(self):
-        torch.manual_seed(1)
-        patched, stock = build_pair()
-        other = StockQuantizer(feat_in=6, code_dim=4, num_classes=50, num_books=1)
-        patched.load_state_dict(other.state_dict())
-        stock.load_state_dict(patched.state_dict())
-        assert torch.equal(stock.codebooks, other.codebooks)
+def test_by_default_weights_and_random_numbers_are_nemos():
+    states = []
+    for made in (RandomProjectionVectorQuantizer, StockQuantizer):
+        torch.manual_seed(0)
+        weights = made(6, 4, 50, 2, 'l2', combine_time_steps=2).state_dict()
+        states.append({**weights, 'the next random number': torch.rand(1)})
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def write_projection(path, **changed):
@@ -203,7 +168,7 @@ class TestPrincipalComponents:
         write_projection(tmp_path / 'pca.npz')
         saved = with_projection(tmp_path / 'pca.npz')
         for gone in (None, tmp_path / 'gone.npz'):
-            with pytest.raises(ValueError, match='^model.quantizer.projection_file is '):
+            with pytest.raises(ValueError, match='^model.quantizer.projection_file .*(None|gone.npz) cannot be read'):
                 with_projection(gone)
             monkeypatch.setattr(AppState(), 'is_model_being_restored', True)
             restored = with_projection(gone)
@@ -224,7 +189,11 @@ class TestPrincipalComponents:
             ),
             (dict(components=np.full((8, 12), np.nan)), {}, 'its components must be finite'),
             (dict(components=np.ones((8, 11))), {}, 'its components must be finite, .components, combine_time_steps'),
-            (dict(eigenvalues=None), {}, 'cannot be read: .*eigenvalues.*; it must be what compute_feature_stats.py'),
+            (
+                dict(eigenvalues=None),
+                {},
+                'cannot be read: .*eigenvalues.*; .* it must be what compute_feature_stats.py',
+            ),
         ],
     )
     def test_a_file_that_does_not_fit(self, tmp_path, written, asked, message):
@@ -232,25 +201,8 @@ class TestPrincipalComponents:
         with pytest.raises(ValueError, match=f'^model.quantizer.projection_file .*pca.npz:? {message}'):
             with_projection(tmp_path / 'pca.npz', **asked)
 
-    def test_a_file_that_is_none(self, tmp_path):
-        (tmp_path / 'pca.npz').write_text('no zip')
-        with pytest.raises(ValueError, match='pca.npz cannot be read: .*; it must be what compute_feature_stats.py'):
-            with_projection(tmp_path / 'pca.npz')
-
     def test_a_file_for_a_random_projection_and_other_projections_are_refused(self):
         with pytest.raises(ValueError, match="^model.quantizer.projection_file is 'a.npz' with .*projection random"):
             with_projection('a.npz', projection='random')
         with pytest.raises(ValueError, match="^model.quantizer.projection is 'PCA'; it must be one of random, pca"):
             with_projection(None, projection='PCA')
-
-    def test_a_model_that_it_does_not_fit(self, tmp_path):
-        write_projection(tmp_path / 'pca.npz')
-        quantizer = with_projection(tmp_path / 'pca.npz')
-        check_projection(quantizer, 'pre_conv')
-        check_projection(quantizer, 'pre_conv', 'per_feature')
-        with pytest.raises(ValueError, match="^model.quantizer.projection is 'pca' with mask_position post_conv"):
-            check_projection(quantizer, 'post_conv')
-        with pytest.raises(ValueError, match="^model.target_normalize is 'NA'; .* normalised by 'per_feature'"):
-            check_projection(quantizer, 'pre_conv', 'NA')
-        check_projection(with_projection(None, projection='random'), 'post_conv', 'NA')
-        check_projection(torch.nn.Identity(), 'post_conv')

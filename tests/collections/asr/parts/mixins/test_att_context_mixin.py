@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The context of a model. Contexts of batches are tested in ``test_ssl_models_contexts.py``."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from omegaconf import ListConfig, OmegaConf
@@ -75,34 +73,16 @@ class TestOverride:
         model.set_att_context_size(None)  # nothing to take back, nothing done
         assert model.encoder.att_context_size == [10, 0]
 
-    def test_a_ceiling_narrows_it(self):
-        model = tiny_model(PRESETS)
-        model.set_att_context_size('low')
-        model.encoder.att_context_policy = replace(model.encoder.att_context_policy, ceiling=AttContext(30, 0))
-        with recording_contexts(model) as record:
-            fit(model, batches(1), max_steps=1)
-        assert record.attention == [[30, 0]] and record.masking == [30]
-
     def test_an_untrained_context_warns_once_and_names_the_trained(self, warnings):
         model = tiny_model()
         model.set_att_context_size([33, 0])
         assert [message for message in warnings if '[33, 0]' in message] == warnings and len(warnings) == 1
         assert 'not trained on; it was trained on [10, 0], [20, 0], [40, 0], [-1, 0]' in warnings[0]
 
-    @pytest.mark.parametrize(
-        'bad, message',
-        [
-            ('lowest', "no preset is called 'lowest'; known are very_low, low, medium, high, unlimited"),
-            ([80], r'\[80\] is no context'),
-            ([-2, 0], 'left context is -2'),
-            (3.5, '3.5 is no context'),
-            (True, 'True is no context'),
-        ],
-    )
-    def test_what_is_no_context_is_refused_and_changes_nothing(self, bad, message):
+    def test_what_is_no_context_is_refused_and_changes_nothing(self):
         model = tiny_model()
-        with pytest.raises(ValueError, match=message):
-            model.set_att_context_size(bad)
+        with pytest.raises(ValueError, match="no preset is called 'lowest'; known are very_low, low"):
+            model.set_att_context_size('lowest')
         assert model.encoder.att_context_size == [10, 0] and model.att_context_override is None
 
     def test_a_context_that_the_attention_cannot_follow_is_refused(self):

@@ -4,23 +4,19 @@
 Usage: training_numbers_run.py FOLDER, with MASTER_ADDR and MASTER_PORT set. Leaves FOLDER/RANK.json.
 """
 
-import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from tiny_nest import TWO_LAYERS, noise_batch, signals, tiny_model
+from ranks import run_ranks
+from tiny_nest import POST_CONV, TWO_LAYERS, noise_batch, signals, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 
 from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch
 from nemo.collections.asr.parts.mixins.training_numbers_mixin import IntervalNumbers
-from nemo.utils import logging
 
 SECONDS = (1.6, 0.4)  # of each rank's utterance
 STILL = 'model.preprocessor.dither=0.0', 'model.encoder.dropout=0.0', 'model.encoder.dropout_pre_encoder=0.0'
 STILL = *TWO_LAYERS, *STILL, 'model.encoder.dropout_att=0.0'
-POST_CONV = 'model.mask_position=post_conv', 'model.quantizer.combine_time_steps=1', 'model.loss.decoder_offset=0'
 
 
 def mask_half(input_feats, input_lengths):
@@ -55,19 +51,11 @@ def losses(objective: str, rank: int) -> dict:
 def joined(batches) -> AudioNoiseBatch:
     """One batch of the utterances of two."""
     pad = torch.nn.utils.rnn.pad_sequence
-    columns = {name: [getattr(batch, name) for batch in batches] for name in ('audio', 'noisy_audio', 'audio_len')}
-    audio, noisy = (pad([each[0] for each in columns[name]], batch_first=True) for name in ('audio', 'noisy_audio'))
-    lengths = torch.cat(columns['audio_len'])
-    ids = [str(index) for index in range(len(batches))]
-    return AudioNoiseBatch(
-        sample_id=ids,
-        audio=audio,
-        audio_len=lengths,
-        noise=noisy - audio,
-        noise_len=lengths,
-        noisy_audio=noisy,
-        noisy_audio_len=lengths,
+    audio, noisy = (
+        pad([getattr(batch, name)[0] for batch in batches], batch_first=True) for name in ('audio', 'noisy_audio')
     )
+    lengths = torch.cat([batch.audio_len for batch in batches])
+    return AudioNoiseBatch(['0', '1'], audio, lengths, noisy - audio, lengths, noisy, lengths)
 
 
 def post_conv(rank: int) -> list[float]:
@@ -102,21 +90,15 @@ def gathered() -> dict[str, str]:
     return found
 
 
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
+def find(rank, folder):
     numbers = IntervalNumbers()
     numbers.add({'tokens': 3 + rank}, {'loss': 1.0})
     numbers.add({}, {'loss': [2.0, 4.0][rank]})
     values, counts = numbers.reduce(torch.tensor([[1, 0, 2], [2, 0, 3]][rank]))
     results = dict(numbers={name: value.item() for name, value in values.items()}, counts=counts.tolist())
     results.update({objective: losses(objective, rank) for objective in ('masked', 'next_token', 'both')})
-    results.update(post_conv=post_conv(rank), gathered=gathered())
-    (folder / f'{rank}.json').write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+    return {**results, 'post_conv': post_conv(rank), 'gathered': gathered()}
 
 
 if __name__ == '__main__':
-    logging.setLevel(logging.WARNING)
-    # Forked, for one import of NeMo instead of two.
-    torch.multiprocessing.start_processes(run_rank, (Path(sys.argv[1]),), nprocs=2, start_method='fork')
+    run_ranks(find, 'gloo')

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What targets are made of is tested in ``test_ssl_models.py``, too."""
 
+import numpy as np
 import pytest
 import torch
-from tiny_nest import batches, fit, noise_batch, tiny_model
+from tiny_nest import POST_CONV, batches, fit, noise_batch, tiny_model
 
 
 def tokens_of_a_step(precision, *overrides):
@@ -19,6 +20,22 @@ def tokens_of_a_step(precision, *overrides):
 @pytest.mark.parametrize('precision', ['bf16-mixed', 'bf16-true'])
 def test_tokens_are_the_same_in_any_precision(precision, overrides):
     assert torch.equal(tokens_of_a_step(precision, *overrides), tokens_of_a_step('32-true', *overrides))
+
+
+@pytest.mark.parametrize(
+    ('components_of', 'overrides', 'message'),
+    [
+        ('per_feature', POST_CONV, "^model.quantizer.projection is 'pca' with mask_position post_conv"),
+        ('NA', (), "^model.target_normalize is 'per_feature'; .* normalised by 'NA'"),
+    ],
+)
+def test_principal_components_of_other_features_are_refused(components_of, overrides, message, tmp_path):
+    file, width = tmp_path / 'pca.npz', 80 * (1 if overrides else 8)
+    arrays = dict(eigenvalues=np.ones(16), combine_time_steps=width // 80, features=80, normalization=components_of)
+    np.savez(file, components=np.eye(width)[:16], **arrays)
+    overrides = ('+model.quantizer.projection=pca', f"+model.quantizer.projection_file='{file}'", *overrides)
+    with pytest.raises(ValueError, match=message):
+        fit(tiny_model(*overrides, 'model.encoder.d_model=80'), batches(1), 1)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
