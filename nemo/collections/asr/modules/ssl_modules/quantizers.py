@@ -173,7 +173,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
-def read_projection(path: str | None, components: int, combine_time_steps: int, features: int):
+def read_projection(path: str, components: int, combine_time_steps: int, features: int):
     """Read so many principal components of combined frames, those with the largest variance first.
 
     Each is scaled to unit variance. Otherwise the first few decide where a unit vector points, and most codes are never
