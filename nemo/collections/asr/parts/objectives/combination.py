@@ -4,7 +4,6 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from nemo.collections.asr.parts.objectives.base import FrameScores, Logs, Objective
@@ -81,11 +80,6 @@ class Objectives:
     def find(self, kind: type[Objective]) -> Objective | None:
         """Return the objective of a class, for what it alone can do; None: there is none."""
         return next((objective for objective in self if isinstance(objective, kind)), None)
-
-    def surprise(self, record: BatchRecord, index: int) -> np.ndarray | None:
-        """Return the surprise of an utterance by next tokens; None without them."""
-        following = self.find(NextTokens)
-        return None if following is None else following.surprise(record, index)
 
     def offset(self) -> int | None:
         """Return how many tokens after its own a frame predicts in the present context; None: its own alone.

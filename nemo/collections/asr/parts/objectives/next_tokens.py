@@ -4,12 +4,11 @@
 Shapes: N loss positions, K horizons.
 """
 
-import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET
-from nemo.collections.asr.losses.ssl_losses.next_token import NextTokenLoss, next_token_indices
+from nemo.collections.asr.losses.ssl_losses.next_token import NextTokenLoss
 from nemo.collections.asr.parts.att_context.receptive_field import chunk_end_look_ahead, next_token_offset
 from nemo.collections.asr.parts.objectives import base
 from nemo.collections.asr.parts.objectives.base import FrameScores, Logs, LossPositions
@@ -53,11 +52,11 @@ class NextTokens(base.Objective):
         """Return the frames of a pass with a next token, and their tokens at each horizon, -100 where there is none."""
         return base.gather_loss_positions(*self._align(record))
 
-    def _align(self, record: BatchRecord, rows: slice = slice(None)):
+    def _align(self, record: BatchRecord):
         """Pair the frames of utterances with their tokens; see ``NextTokenLoss.align``."""
-        lengths = record.encoded_lengths[rows], record.token_lengths[rows]
-        encoded = record.encoded[rows].transpose(1, 2)  # type: ignore[index]
-        return self.token_loss.align(encoded, record.tokens[rows], self.offset(), *lengths, self.chunk())
+        lengths = record.encoded_lengths, record.token_lengths
+        encoded = record.encoded.transpose(1, 2)  # type: ignore[union-attr]
+        return self.token_loss.align(encoded, record.tokens, self.offset(), *lengths, self.chunk())
 
     def loss(self, record: BatchRecord) -> tuple[torch.Tensor, Logs]:
         """Return the mean over all pairs of a frame and a horizon, and that of each horizon; see :class:`Objective`.
@@ -137,16 +136,6 @@ class NextTokens(base.Objective):
         predicted = (targets != IGNORED_TARGET).view(*targets.shape[:3], -1).any(dim=3).sum(dim=(0, 1))  # [K]
         shares = predicted / record.encoded_lengths.sum().clamp(min=1)
         return {f'audit/counted_share/{part}': share for part, share in zip(self.parts, shares, strict=True)}
-
-    def surprise(self, record: BatchRecord, index: int) -> np.ndarray:
-        """Return the loss of each token of one utterance at the first horizon, NaN where none predicts it."""
-        with torch.no_grad():
-            frames, targets, _ = self._align(record, slice(index, index + 1))
-            lost, counted = self.token_loss.of_horizon(base.decode(self.decoder, frames[0]), targets[0, :, 0])
-        surprise = np.full(int(record.token_lengths[index]), np.nan)
-        predicted = next_token_indices(frames.shape[1], 1, self.offset(), self.chunk(), counted.device)[:, 0]
-        surprise[predicted[counted].cpu().numpy()] = lost[counted].float().cpu().numpy()
-        return surprise
 
 
 def with_heads_of(model, state_dict: dict) -> dict:
