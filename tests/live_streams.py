@@ -18,6 +18,7 @@ CASES = {  # name: overrides, contexts
     'regular': ((), ([4, 0], [10, 0], [0, 0], [-1, 0])),
     'look-ahead': (('model.encoder.att_context_size=[[6,2]]',), ([6, 2], [-1, 1])),
     'factor 4': (('model.encoder.subsampling_factor=4',), ([6, 0], [-1, 0])),
+    'striding': (('model.encoder.subsampling=striding', 'model.encoder.subsampling_factor=2'), ([6, 0],)),
     'chunked': (CHUNKED, ([8, 3], [4, 1], [6, 0], [-1, 3], [0, 3])),
     'schedule': ((SCHEDULE,), ([6, 0], [-1, 0])),
     'schedule, look-ahead': (
@@ -37,7 +38,11 @@ CASES = {  # name: overrides, contexts
 
 @functools.cache
 def model_of(case: str):
-    cls = EncDecMaskedTokenPredModel if case in ('post conv', 'factor 4') else EncDecDenoiseMaskedTokenPredModel
+    cls = (
+        EncDecMaskedTokenPredModel
+        if case in ('post conv', 'factor 4', 'striding')
+        else EncDecDenoiseMaskedTokenPredModel
+    )
     return tiny_model(THREE_LAYERS, *CASES[case][0], cls=cls).eval()
 
 
