@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,6 +32,8 @@ ARMS = {'pre-trained': '[preprocessor,encoder]', 'from scratch': '[]'}  # what t
 STEP = re.compile(r'Epoch (\d+):.*?(\d+)/(\d+) \[')  # Lightning's progress bar, in the log of a stage
 
 console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+COLUMNS = (TextColumn('== {task.description}'), BarColumn(30), TextColumn('{task.fields[step]}'), TimeElapsedColumn())
+progress = Progress(*COLUMNS, console=console)
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -50,22 +53,16 @@ def arguments(argv=None) -> argparse.Namespace:
     return options
 
 
-def run_stage(title: str, log: Path, script: str, *words) -> None:
+def run_stage(title: str, log: Path, script: str, *words, **environment: str) -> None:
     """Run a script of this folder as a stage: one line and a bar here, its output in a log file.
 
     Raises:
         SystemExit: with the script's status and the end of its log, if it fails.
     """
     command = [sys.executable, str(HERE / script), *map(str, words)]
-    columns = (
-        TextColumn('== {task.description}'),
-        BarColumn(30),
-        TextColumn('{task.fields[step]}'),
-        TimeElapsedColumn(),
-    )
-    with open(log, 'wb') as output, Progress(*columns, console=console) as progress:
+    with open(log, 'wb') as output:
         bar = progress.add_task(f'{title:<44}', total=None, step='')
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **environment})
         try:
             while process.poll() is None:
                 time.sleep(0.5)
@@ -111,14 +108,14 @@ def run_folder(options: argparse.Namespace, data: dict[str, Path]) -> Path:
     return folder.resolve()
 
 
-def train(title: str, folder: Path, script: str, config: str, overrides: list[str]) -> Path:
+def train(title: str, folder: Path, script: str, config: str, overrides: list[str], **environment: str) -> Path:
     """Train with one of the training scripts, or continue an interrupted run; returns ``folder.nemo`` when complete."""
     model_file = folder.with_suffix('.nemo')
     if model_file.exists():
         console.print(f'== {title:<44} complete already: {model_file}')
         return model_file
     words = ['--config-name', config, f"+exp_manager.explicit_log_dir='{folder}'", *overrides]
-    run_stage(title, folder.with_suffix('.log'), script, *words)
+    run_stage(title, folder.with_suffix('.log'), script, *words, **environment)
     (saved, *_) = sorted((folder / 'checkpoints').glob('*.nemo'), key=os.path.getmtime, reverse=True)
     os.replace(saved, model_file)
     return model_file
@@ -154,7 +151,15 @@ def fine_tune(arm: str, options: argparse.Namespace, data: dict[str, Path], fold
     ]
     name = f"recogniser-{options.recogniser_steps}-{arm.replace(' ', '-')}"
     title = f'Fine-tuning a recogniser, {arm}'
-    return train(title, folder / name, 'finetune_streaming.py', 'streaming_ctc_tiny', overrides)
+    threads = str(max(1, (os.cpu_count() or 1) // len(ARMS)))
+    script, config = 'finetune_streaming.py', 'streaming_ctc_tiny'
+    return train(title, folder / name, script, config, overrides, OMP_NUM_THREADS=threads)
+
+
+def fine_tune_all(*settings) -> dict[str, Path]:
+    """Fine-tune all of ``ARMS`` at the same time; returns the .nemo files."""
+    with ThreadPoolExecutor(len(ARMS)) as pool:
+        return dict(zip(ARMS, pool.map(lambda arm: fine_tune(arm, *settings), ARMS)))
 
 
 def entries_of(manifest: Path) -> list[dict]:
@@ -212,7 +217,7 @@ def compare(models: dict[str, Path], data: dict[str, Path], folder: Path) -> Non
     console.print(table)
     found = {arm: {str(list(context)): rate for context, rate in rows.items()} for arm, rows in rates.items()}
     (folder / 'error_rates.json').write_text(json.dumps(found, indent=2), encoding='utf-8')
-    stream(restored['pre-trained'], entries[0])
+    stream(restored['pre-trained'], entries[min(1, len(entries) - 1)])
 
 
 def main(argv=None) -> None:
@@ -220,6 +225,12 @@ def main(argv=None) -> None:
     options = arguments(argv)
     require_patches(__file__)
     options.output.mkdir(parents=True, exist_ok=True)
+    with progress:
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run all stages."""
     if options.manifest:
         data = {'train': options.manifest.resolve(), 'validation': options.validation_manifest.resolve()}
     else:
@@ -227,7 +238,7 @@ def main(argv=None) -> None:
     folder = run_folder(options, data)
     encoder = pretrain(options, data, folder)
     if options.recogniser_steps and all(entry.get('text') for entry in entries_of(data['train'])):
-        compare({arm: fine_tune(arm, options, data, folder, encoder) for arm in ARMS}, data, folder)
+        compare(fine_tune_all(options, data, folder, encoder), data, folder)
     else:
         console.print('== No recogniser: --recogniser-steps is 0, or the manifest has entries without text')
     console.print(f"""\

@@ -14,7 +14,7 @@ WARM = """
 import fresh_process
 import pretrain_demo
 
-def run_stage(title, log, script, *words):
+def run_stage(title, log, script, *words, **environment):
     done = fresh_process.run_python(pretrain_demo.HERE / script, *words)
     log.write_text(done.stdout + done.stderr)
     print(title)
