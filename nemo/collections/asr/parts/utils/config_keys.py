@@ -242,7 +242,9 @@ class Masking(Section, name='model.masking', page='contexts#what-is-masked-in-ea
 class Quantizer(Section, name='model.quantizer', page='objectives#refined-codebooks', closed=False):
     """Keys beside NeMo's."""
 
-    projection: str = key('random', '`random`, as in NeMo, or `pca`, of `compute_feature_stats.py --pca`.')
+    projection: str = key(
+        'random', '`random`, as in NeMo, or `pca`, of `compute_feature_stats.py --pca`.', one_of('random', 'pca')
+    )
     projection_file: str | None = key(None, 'File of the components of `pca`, until they are in the checkpoint.')
 
 
