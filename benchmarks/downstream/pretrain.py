@@ -28,6 +28,7 @@ from nemo.utils.atomic_files import replacing
 EXAMPLES = Path(__file__).resolve().parents[2] / 'examples/asr'
 CONFIG = 'nest_fast-conformer_streaming_tiny'
 FACTOR = 8  # feature frames of an attention frame
+QUANTIZER_SEED = 99  # the pilot's: the targets are the same for all seeds
 FULLY_MASKED = 0.8  # share of its feature frames above which a masked attention frame is a loss position
 
 
@@ -44,7 +45,7 @@ class Recipe:
     crop_frames: int = 800
     """Feature frames of a crop."""
     dropout: float = 0.1
-    """Of layers, attention and the subsampled features."""
+    """Of layers, attention, positions and the subsampled features."""
     learning_rate: float = 1.5e-3
     warmup_steps: int = 300
     hold: float = 0.4
@@ -59,7 +60,7 @@ class Recipe:
 
 
 def build(name: str, kind: str, seed: int, recipe: Recipe) -> EncDecMaskedTokenPredModel:
-    """Build the model of an arm; encoders of a seed begin with the same weights, and so do quantizers."""
+    """Build the model of an arm; encoders of a seed begin with the same weights, and all models have one quantizer."""
     arm = ARMS[name]
     with initialize_config_dir(str(EXAMPLES / 'conf/ssl/nest'), version_base=None):
         made = overrides(name, kind, recipe)
@@ -67,6 +68,9 @@ def build(name: str, kind: str, seed: int, recipe: Recipe) -> EncDecMaskedTokenP
     OmegaConf.resolve(cfg)
     pl.seed_everything(seed, workers=False, verbose=False)
     model = EncDecMaskedTokenPredModel(cfg.model)
+    with torch.random.fork_rng():
+        torch.manual_seed(QUANTIZER_SEED)
+        model.quantizer.load_state_dict(model.from_config_dict(cfg.model.quantizer).state_dict())
     if arm.objective == 'ctc':
         model.phones = torch.nn.Linear(recipe.width, len(PHONES) + 1)
     return model
