@@ -107,7 +107,10 @@ def overrides(name: str, kind: str, recipe) -> list[str]:
         f'model.encoder.n_layers={recipe.layers}',
         f'model.encoder.d_model={recipe.width}',
         f'model.num_classes={recipe.classes}',
-        *(f'model.encoder.{key}={recipe.dropout}' for key in ('dropout', 'dropout_att', 'dropout_emb', 'dropout_pre_encoder')),
+        *(
+            f'model.encoder.{key}={recipe.dropout}'
+            for key in ('dropout', 'dropout_att', 'dropout_emb', 'dropout_pre_encoder')
+        ),
         f'model.encoder.att_context_style={contexts.style}',
         f'model.encoder.att_context_size={[list(context) for context in contexts.contexts]}',
     ]
