@@ -76,14 +76,5 @@ def test_a_bad_line_is_named(manifests, line, message):
         ManifestEntries(manifests, PARSE)
 
 
-def test_a_dataset_reads_a_manifest_once(manifests, monkeypatch):
-    manifest_index.index_of(manifests[1])
-    monkeypatch.setattr(manifest_index, 'ManifestIndex', None)  # no other is made
-    config = dict(manifest_filepath=manifests[1], sample_rate=16000, shuffle=False, min_duration=1.0)
-    dataset = ssl_dataset.get_audio_noise_dataset_from_config(config, 0, 1)
-    assert isinstance(dataset.manifest_processor.collection, ManifestEntries) and len(dataset) == 4
 
 
-def test_an_empty_manifest_has_no_entries(tmp_path):
-    (tmp_path / 'empty.json').touch()
-    assert len(ManifestEntries(str(tmp_path / 'empty.json'), PARSE)) == 0

@@ -143,15 +143,6 @@ class Stream(IterableDataset):
         return iter(range(3))
 
 
-@pytest.mark.parametrize(
-    'loader, options, message',
-    [
-        (DataLoader(Noisy()), {'sed': 1}, 'did you mean train_ds.resumable.seed?'),
-        (DataLoader(Noisy()), {'seed': 'x'}, "train_ds.resumable.seed is 'x'; it must be a whole number"),
-        (DataLoader(Noisy()), {'seed': True}, 'train_ds.resumable.seed is True'),
-        (DataLoader(Stream()), {}, 'needs data with positions'),
-    ],
-)
-def test_refuses(loader, options, message):
-    with pytest.raises(ValueError, match=message.replace('?', r'\?')):
-        make_resumable(loader, options)
+def test_data_without_positions_are_refused():
+    with pytest.raises(ValueError, match='needs data with positions'):
+        make_resumable(DataLoader(Stream()), {})

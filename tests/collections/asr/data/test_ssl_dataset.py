@@ -108,11 +108,6 @@ def test_bad_noise_is_not_mixed_in(audio, warnings):
     assert any('nan.wav: samples that are NaN' in message for message in warnings)
 
 
-def test_skip_bad_audio_is_true_or_false(audio):
-    with pytest.raises(ValueError, match="skip_bad_audio is 'often'; it must be true or false"):
-        data_loader(manifest(audio, 'a.wav'), skip_bad_audio='often')
-    with pytest.raises(ValueError, match='list cannot skip bad audio'):
-        ssl_dataset.set_skip_bad_audio([], True)
 
 
 def tar(folder, audio, *names):

@@ -101,30 +101,9 @@ def test_several_validation_sets_have_a_mean():
     assert logged['val_loss_mean'] == pytest.approx(sum(losses) / 2)
 
 
-SYNCED = {'context_options': [[10, 0], [20, 0]], 'seed': 5}
 
 
-@pytest.mark.parametrize('kind', [dict, OmegaConf.create])
-def test_own_options_are_taken_out_of_a_copy(kind):
-    section = kind({'batch_size': 2, 'synced_contexts': SYNCED, 'resumable': None, 'augmentor': None})
-    rest, own = take_own_options(section)
-    assert dict(rest) == {'batch_size': 2, 'resumable': None} and own == {'synced_contexts': SYNCED}
-    assert section['synced_contexts'] == SYNCED and 'augmentor' in section
-    assert take_own_options(rest) == (rest, {}) and take_own_options(None) == (None, {})
 
 
-@pytest.mark.parametrize(
-    'options, message',
-    [
-        ({'seed': 5}, 'it must have context_options'),
-        ({**SYNCED, 'probs': [1.0]}, 'synced_contexts.probs is not known'),
-    ],
-)
-def test_bad_contexts_are_refused_by_name(options, message):
-    with pytest.raises(ValueError, match=message):
-        with_own_options(DataLoader([1, 2]), synced_contexts=options)
 
 
-def test_contexts_need_a_loader_that_collates():
-    with pytest.raises(ValueError, match='synced_contexts needs a torch data loader; list collates nothing'):
-        with_own_options([1, 2], synced_contexts=SYNCED)

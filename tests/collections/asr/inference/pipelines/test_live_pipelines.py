@@ -249,6 +249,3 @@ def test_empty_pieces_change_nothing(saved, audio):
     assert pipeline.transcribe_step([]) == []
 
 
-def test_other_request_types_are_refused(saved):
-    with pytest.raises(ValueError, match="streaming.request_type is 'feature_buffer'"):
-        pipeline_of(saved('ctc', 'one context'), request_type='feature_buffer')

@@ -88,10 +88,6 @@ class TestAuditMasks:
         # The first two frames see nothing; with one frame of the past so do frames 4, 5 and 9, and one more below.
         assert shares == {'layer_00': pytest.approx(6 / 9), 'layer_01': pytest.approx(2 / 9)}
 
-    def test_nothing_at_all(self):
-        audit = audit_masks(torch.zeros(0, 80, 0), torch.zeros(0, dtype=torch.long), 8, WINDOWS)
-        assert audit.masked_share() == 0 and audit.longest_run() == 0
-        assert all(torch.isfinite(value) for value in audit.logs().values())
 
 
 class TestWindowsOf:
@@ -107,10 +103,6 @@ class TestWindowsOf:
             STACK: (-1, 0),
         }
 
-    def test_what_has_no_windows(self):
-        assert windows_of(torch.nn.Linear(2, 2)) == {}
-        local = tiny_encoder(self_attention_model='rel_pos_local_attn', att_context_size=[8, 8])
-        assert set(windows_of(local)) == {'layers', STACK}
 
 
 class OwnMasking(torch.nn.Module):

@@ -178,10 +178,3 @@ def test_models_of_several_objectives_are_compared_where_they_predict_the_same(s
     assert reason.startswith('masked in [10, 0], [-1, 0]: its targets are other tokens')
 
 
-def test_a_model_that_cannot_be_evaluated_is_named():
-    with pytest.raises(ValueError, match='a.nemo: object predicts neither masked nor next tokens'):
-        contexts_of(object(), 'all', 'a.nemo')
-    model = tiny_model(NEXT_TOKEN)
-    assert contexts_of(model, 'first', 'a.nemo') == [[10, 0]]
-    with pytest.raises(ValueError, match=r'a.nemo: .*\[-1, -1\]'):
-        contexts_of(model, [[-1, -1]], 'a.nemo')

@@ -66,9 +66,6 @@ class TestAttentionWindows:
         assert all(start + width == 31 for start, width, _ in bars) and bars[0][0] < 24
         assert [label.get_text() for label in axis.get_yticklabels()][0].startswith('0  [')
 
-    def test_a_frame_out_of_range(self):
-        with pytest.raises(ValueError, match='frame is 40; the utterance has attention frames 0 to 39'):
-            attention_windows(tiny_model().encoder, frame=40, frames=40, frame_seconds=0.08)
 
 
 class TestLearningCurves:
@@ -88,29 +85,8 @@ class TestLearningCurves:
         assert list(accuracy.lines[0].get_ydata()) == [0.25, 0.5]
         assert ceiling.lines[0].get_ydata()[:2].tolist() == [10, 160] and math.isnan(ceiling.lines[0].get_ydata()[2])
 
-    def test_groups_of_drawn_chunks_come_after_the_contexts(self):
-        names = ['chunk_16_to_31', 'unlimited_unlimited', 'chunk_1', '70_13', 'chunk_4_to_7', '70_0']
-        (loss,) = learning_curves({f'train_loss/ctx_{name}': [(0, 3.0), (1, 2.0)] for name in names}).axes
-        labels = [line.get_label().removesuffix(' in training, smoothed') for line in loss.lines]
-        contexts = ['[70, 0]', '[70, 13]', '[unlimited, unlimited]']
-        assert labels == [*contexts, 'chunks of 1', 'chunks of 4 to 7', 'chunks of 16 to 31']
 
-    def test_each_part_of_an_objective_has_panels(self):
-        curves = {'train_loss/next_0': [(1, 3.0)]}
-        for context in ('40_0', '10_0'):
-            for part in ('', '/masked', '/next_0'):
-                curves[f'val_loss/ctx_{context}{part}'] = [(20, 3.0), (10, 4.0)]
-                curves[f'val_accuracy/ctx_{context}{part}'] = [(10, 0.1)]
-        axes = learning_curves(curves).axes
-        kinds = ('loss (nats)', 'accuracy')
-        assert [axis.get_ylabel() for axis in axes] == [
-            f'{part}{kind}' for part in ('', 'masked ', 'next_0 ') for kind in kinds
-        ]
-        assert all(len(axis.lines) == 2 for axis in axes)
 
-    def test_without_any(self):
-        with pytest.raises(ValueError, match='no val_loss/ctx_... or train_loss/ctx_...'):
-            learning_curves({'val_loss': [(0, 1.0)]})
 
 
 def test_a_picture_is_written_as_png_and_svg_the_same_each_time(tmp_path):

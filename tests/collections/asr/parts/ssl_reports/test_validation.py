@@ -36,52 +36,8 @@ def validate(model, loader=None, mode='val', **kwargs):
     return (run.validate if mode == 'val' else run.test)(model, dataloaders=loader, verbose=False)[0]
 
 
-class TestParseContexts:
-    def test_choices_and_lists(self):
-        encoder = tiny_model().encoder
-        configured = [[10, 0], [20, 0], [40, 0], [-1, 0]]
-        assert parse_contexts('all', encoder) == configured and parse_contexts('first', encoder) == configured[:1]
-        wanted = OmegaConf.create([[5, 0], 'low', 7])
-        assert parse_contexts(wanted, encoder) == [[5, 0], [160, 0], [7, 0]]
-
-    @pytest.mark.parametrize(
-        'value, message',
-        [
-            ('every', r"model.validate_contexts is 'every'; it must be one of \('all', 'first'\), or a list"),
-            (3, 'model.validate_contexts is 3; it must be one of'),
-            ([], 'needs contexts, each once'),
-            ([[10, 0], 10], r'\[\[10, 0\], \[10, 0\]\]; it needs contexts, each once'),
-            ([[10, 0], [20]], r'model.validate_contexts\[1\]: \[20\] is no context'),
-            (['far'], r"model.validate_contexts\[0\]: no preset is called 'far'"),
-        ],
-    )
-    def test_errors(self, value, message):
-        with pytest.raises(ValueError, match=message):
-            parse_contexts(value, tiny_model().encoder)
-
-    def test_what_an_encoder_cannot_follow(self):
-        chunked = ('model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[[8,3]]')
-        message = r'model.validate_contexts\[0\]: the encoder cannot follow \[10, 3\]: .*multiple of the chunk'
-        with pytest.raises(ValueError, match=message):
-            tiny_model(*chunked, 'model.validate_contexts=[[10,3]]')
-        with pytest.raises(ValueError, match='Linear has no attention contexts'):
-            parse_contexts('all', torch.nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize(
-    'overrides, message',
-    [
-        (['model.validation_masks.seed=-1'], r'model.validation_masks.seed is -1; .*0 or more'),
-        (['model.validation_masks.left_context=low'], r"model.validation_masks.left_context is 'low'; .*-1 or more"),
-        (
-            ['+model.validation_masks.sed=1'],
-            r"model.validation_masks.sed is not known; did you mean model.validation_masks.seed\?",
-        ),
-    ],
-)
-def test_bad_mask_options_are_refused(overrides, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_model(*overrides)
 
 
 def test_a_batch_in_four_contexts_makes_features_and_tokens_once():

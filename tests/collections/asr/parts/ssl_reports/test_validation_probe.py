@@ -65,16 +65,3 @@ def test_characters_of_the_test_alone_count_as_errors(manifests):
     assert probe.classes == 3 and probe.labels == {'train': [[1, 2], [2, 0, 1]], 'test': [[1, 2, 4]]}
 
 
-@pytest.mark.parametrize(
-    ('section', 'message'),
-    [
-        ({'every_n_validations': 0}, 'model.probe.every_n_validations is 0; .* 1 or more'),
-        ({'steps': 1.5}, 'model.probe.steps is 1.5; .* 1 or more'),
-        ({'labels': 'words'}, "model.probe.labels is 'words'; it must be one of .*phones"),
-        ({'labels': 'phones'}, 'model.probe.train_manifest is .*; each of its utterances must have phones'),
-        ({'test_manifest': 'none.json'}, 'model.probe.test_manifest is none.json: .* cannot be read'),
-    ],
-)
-def test_bad_settings_are_refused(manifests, section, message):
-    with pytest.raises(ValueError, match=message):
-        ValidationProbe({**manifests, **section})

@@ -54,11 +54,3 @@ def test_smaller_weights_come_near(precision, tolerance, packs, monkeypatch):
         assert 0 < (found - layer(inputs)).norm() / layer(inputs).norm() < tolerance
 
 
-def test_smaller_weights_are_for_float32_on_a_cpu():
-    weight = torch.zeros(2, 2)
-    linear.check_precision('float32', weight.half())
-    linear.check_precision('int8', weight)
-    with pytest.raises(ValueError, match="weights is 'int4'; it must be one of"):
-        linear.check_precision('int4', weight)
-    with pytest.raises(ValueError, match='for float32 models on a CPU; this one is torch.float16'):
-        linear.check_precision('int8', weight.half())

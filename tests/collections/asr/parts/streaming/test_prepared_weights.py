@@ -38,11 +38,6 @@ def model():
     return tiny_model('model.encoder.n_layers=2', adaptable).eval()
 
 
-def test_all_sessions_of_an_encoder_share_them(model):
-    first = PreparedEncoder.of(model.encoder)
-    StreamingSession(model, 3, CONTEXT).step(noise(3, 3000))
-    assert PreparedEncoder.of(model.encoder) is first
-    assert PreparedEncoder.of(copy.deepcopy(model.encoder)) is not first
 
 
 def write(model):
@@ -216,13 +211,6 @@ def test_what_cannot_stream_is_refused_with_the_reason(changed, context, reason)
         check_encoder_can_stream(encoder_of(**changed), AttContext(*context))
 
 
-def test_other_encoders_and_local_attention_are_refused():
-    with pytest.raises(ValueError, match='Linear cannot be streamed'):
-        check_encoder_can_stream(torch.nn.Linear(1, 1), AttContext(4, 0))
-    model = tiny_model().eval()
-    model.encoder.change_attention_model('rel_pos_local_attn', [4, 4])
-    with pytest.raises(ValueError, match='self_attention_model is rel_pos_local_attn; use rel_pos'):
-        check_encoder_can_stream(model.encoder, AttContext(4, 4))
 
 
 def test_nemos_own_streaming_is_set_up_alike_with_masking_after_the_convolutions():

@@ -87,40 +87,8 @@ def test_a_preprocessor_and_an_encoder_stream():
         StreamingSession((model.preprocessor, model.encoder), return_tokens=True)
 
 
-GO_ON = """
-import sys, torch
-from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel as Model
-from nemo.collections.asr.parts.streaming.session import StreamingSession
-folder, first, last, save = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == 'save'
-model = Model.restore_from(folder + '/model.nemo', map_location='cpu').eval()
-session = StreamingSession(model, 1, [4, 0], return_log_probs=True)
-if first:
-    session.load_state_dict(torch.load(folder + '/state.pt', weights_only=True))
-samples = torch.load(folder + '/samples.pt')[:, first:last]
-outputs = [session.step(piece) for piece in samples.split(1280, dim=1)] + ([] if save else [session.finish()])
-torch.save([(output.encoded, output.log_probs) for output in outputs], f'{folder}/{first}.pt')
-if save:
-    torch.save(session.state_dict(), folder + '/state.pt')
-    import os, signal
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
 
 
-@pytest.mark.integration
-def test_a_killed_process_is_carried_on_by_another(tmp_path):
-    model = model_of('regular')
-    model.save_to(str(tmp_path / 'model.nemo'))
-    samples, middle = noise(1, 20000), 7 * 1280
-    torch.save(samples, tmp_path / 'samples.pt')
-    killed = run_python('-c', GO_ON, tmp_path, 0, middle, 'save')
-    assert killed.returncode == -9, killed.stderr
-    run_python('-c', GO_ON, tmp_path, middle, 20000, 'end').check_returncode()
-
-    session = StreamingSession(model, 1, [4, 0], return_log_probs=True)
-    expected = [session.step(piece) for piece in samples.split(1280, dim=1)] + [session.finish()]
-    parts = torch.load(tmp_path / '0.pt') + torch.load(tmp_path / f'{middle}.pt')
-    for (encoded, log_probs), output in zip(parts, expected, strict=True):
-        assert torch.equal(encoded, output.encoded) and torch.equal(log_probs, output.log_probs)
 
 
 def test_state_is_bounded_where_the_context_is_and_grows_and_shrinks_where_it_is_not():
@@ -166,10 +134,7 @@ def test_wrong_use_is_refused():
     session = StreamingSession(model, 2, [4, 0])
     for samples, reason in [
         (torch.zeros(1, 10), r'\[1, 10\]; they must be a tensor \[2, n\]'),
-        (torch.zeros(10), r'they must be a tensor \[2, n\]'),
-        ([0.0], 'samples are list'),
         (torch.zeros(2, 10, dtype=torch.int16), 'samples are torch.int16'),
-        (torch.tensor([[0.0], [float('nan')]]), 'samples of stream 1 hold NaN'),
     ]:
         with pytest.raises(ValueError, match=reason):
             session.step(samples)
@@ -184,30 +149,18 @@ def test_wrong_use_is_refused():
     for work in (session.finish, lambda: session.step(torch.zeros(2, 10))):
         with pytest.raises(ValueError, match='every stream has ended'):
             work()
-    with pytest.raises(ValueError, match='there is no stream 2'):
-        session.reset([2])
 
 
 def test_wrong_settings_are_refused():
     model = model_of('regular')
     with pytest.raises(ValueError, match='batch_size is 0'):
         StreamingSession(model, 0)
-    with pytest.raises(ValueError, match='no preset is called'):
-        StreamingSession(model, 1, 'lowest')
     with pytest.raises(ValueError, match='has no preprocessor and encoder'):
         StreamingSession(model.encoder)
     with pytest.raises(ValueError, match='apply_mask needs a masked token prediction model'):
         StreamingSession(tiny_recogniser('ctc'), apply_mask=True)
-    with pytest.raises(ValueError, match=r'another att_context_size \(\[4, 0\], here \[8, 0\]\)'):
-        StreamingSession(model, 1, [8, 0]).load_state_dict(StreamingSession(model, 1, [4, 0]).state_dict())
-    with pytest.raises(ValueError, match='no state of a StreamingSession'):
-        StreamingSession(model).load_state_dict({})
-    with pytest.raises(ValueError, match='normalize is per_feature'):
-        StreamingSession(tiny_model('model.preprocessor.normalize=per_feature').eval())
     with pytest.raises(ValueError, match='training mode'):
         StreamingSession(tiny_model().train())
-    with pytest.raises(ValueError, match='there is no output'):
-        StreamingOutput.concatenate([])
 
 
 def test_sessions_of_a_model_run_in_several_threads_at_once_and_leave_nothing_in_it():

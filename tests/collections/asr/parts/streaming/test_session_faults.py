@@ -235,34 +235,8 @@ def test_text_of_another_decoder_is_refused():
         StreamingSession(model, 1, [4, 0], return_text=True).load(0, rnnt.export(0))
 
 
-@pytest.mark.parametrize('name, value', [('received', 'bad'), ('memory', 'bad'), ('confidences', torch.zeros(3))])
-def test_damaged_text_is_refused_before_it_is_loaded(name, value):
-    session = StreamingSession(tiny_recogniser('ctc'), 1, [4, 0], return_text=True)
-    session.step(noise(1, 9000))
-    state = session.export(0)
-    damaged = copy.deepcopy(state)
-    damaged['stream']['stages'][-1]['fields'][name] = value
-    with pytest.raises(ValueError, match='load: LiveText'):
-        session.load(0, damaged)
-    session.load(0, state)
 
 
-def test_sessions_set_no_context_on_the_model_that_threads_share(monkeypatch):
-    model = tiny_model('model.encoder.n_layers=3', '+model.objective=both').eval()
-
-    def refuse(context):
-        raise AssertionError(f'{context} became the active context')
-
-    monkeypatch.setattr(model.encoder, 'using_att_context_size', refuse)
-    session = StreamingSession(model, 1, [4, 0], apply_mask=True, return_surprise=True)
-    assert session.step(noise(1, 32000)).masked_frames
-    with torch.no_grad():
-        model(
-            input_signal=noise(1, 9000),
-            input_signal_length=torch.tensor([9000]),
-            noisy_input_signal=noise(1, 9000),
-            noisy_input_signal_length=torch.tensor([9000]),
-        )
 
 
 def same(mine, theirs) -> bool:

@@ -114,12 +114,3 @@ def test_entries_are_read_as_lhotse_reads_them(tmp_path):
     assert [line.entry for line in read_entries(tmp_path / 'all.jsonl.gz')] == [line.entry for line in lines[:2]]
 
 
-@pytest.mark.parametrize(
-    ('content', 'reason'),
-    [(None, 'cannot be read'), (b'\n \n', 'has no entries'), (b'{"a": 1}\n[]\n', 'line 2 is no JSON')],
-)
-def test_a_manifest_that_cannot_be_read_is_named(tmp_path, content, reason):
-    if content is not None:
-        (tmp_path / 'm.json').write_bytes(content)
-    with pytest.raises(ValueError, match=f'm.json,? {reason}'):
-        list(read_entries(tmp_path / 'm.json'))

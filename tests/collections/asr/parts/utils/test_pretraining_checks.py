@@ -95,29 +95,14 @@ class TestKeys:
         'key, hint',
         [
             ('model.target_normalise', 'did you mean model.target_normalize?'),
-            ('model.mask_positon', 'did you mean model.mask_position?'),
-            ('model.encodr', 'did you mean model.encoder?'),
             ('model.encoder.att_context_sizes', 'did you mean model.encoder.att_context_size?'),
-            ('model.masking.left_context', 'did you mean model.masking.left_context_size?'),
-            ('model.quantizer.numclasses', 'did you mean model.quantizer.num_classes?'),
-            ('model.preprocessor.normalise', 'did you mean model.preprocessor.normalize?'),
             ('model.loss.zzz', 'model.loss takes combine_time_steps, decoder_offset'),
             ('model.train_ds.max_duraton', 'did you mean model.train_ds.max_duration?'),
-            ('model.validation_ds.batchsize', 'did you mean model.validation_ds.batch_size?'),
-            (
-                'model.train_ds.batch_augmentor.noise_ration',
-                'did you mean model.train_ds.batch_augmentor.noise_ratio?',
-            ),
-            ('model.skip_nan_grads', 'did you mean model.skip_nan_grad?'),
             ('curiculum', 'did you mean curriculum?'),
-            ('curriculum.milestone', 'did you mean curriculum.milestones?'),
             ('curriculum.colour', 'takes end, interpolate, milestones, start, warmup_steps'),
-            ('model.validation_masks.sead', 'did you mean model.validation_masks.seed?'),
             ('model.train_ds.synced_contexts.context_option', 'model.train_ds.synced_contexts.context_options?'),
-            ('model.train_ds.resumable.sed', 'did you mean model.train_ds.resumable.seed?'),
             ('model.encoder.layer_att_context_size.anchor', 'model.encoder.layer_att_context_size.anchors?'),
             ('trainer.max_step', 'did you mean trainer.max_steps?'),
-            ('exp_manager.resume_if_exist', 'did you mean exp_manager.resume_if_exists?'),
             ('exp_manager.checkpoint_callback_params.save_topk', 'exp_manager.checkpoint_callback_params.save_top_k?'),
         ],
     )
@@ -156,33 +141,3 @@ class TestKeys:
         check_pretraining_config(cfg)
 
 
-class TestContexts:
-    @pytest.mark.parametrize(
-        'sizes, named',
-        [
-            ([[80, 0], [-2, 0]], ['att_context_size[1]', '-2']),
-            ([[80, 0], [160]], ['att_context_size[1]', '160']),
-            ([80.5, 0], ['att_context_size', '80.5']),
-            ([], ['att_context_size']),
-            ('low', ['att_context_size', 'low']),
-        ],
-    )
-    def test_bad_sizes(self, cfg, sizes, named):
-        cfg.model.encoder.att_context_size = sizes
-        assert_error(cfg, 'model.encoder.', *named)
-
-    @pytest.mark.parametrize('sizes', [[80, 0], None])
-    def test_good_sizes(self, cfg, sizes):
-        cfg.model.encoder.att_context_size = sizes
-        check_pretraining_config(cfg)
-
-    @pytest.mark.parametrize(
-        'probabilities', [[0.5, 0.5], [0.5, 0.5, 0.5, 0.5], [1.5, -0.5, 0, 0], [0.2, 0.2, 0.2, 'x']]
-    )
-    def test_bad_probabilities(self, cfg, probabilities):
-        cfg.model.encoder.att_context_probs = probabilities
-        assert_error(cfg, f'model.encoder.att_context_probs is {probabilities}')
-
-    def test_good_probabilities(self, cfg):
-        cfg.model.encoder.att_context_probs = [0.1, 0.2, 0.3, 0.4]
-        check_pretraining_config(cfg)
