@@ -47,13 +47,6 @@ def test_a_page_is_printed_however_an_error_names_it(checkout, capsys, name):
     assert capsys.readouterr().out == (checkout / "docs/contexts.md").read_text(encoding="utf-8") + "\n"
 
 
-@pytest.mark.parametrize("name, hint", [("context", "did you mean contexts?"), ("zzz", "contexts")])
-def test_a_page_that_does_not_exist_is_an_error_with_the_nearest(capsys, name, hint):
-    assert main(["docs", name]) == 1
-    error = capsys.readouterr().err
-    assert repr(name) in error and hint in error
-
-
 def test_an_old_name_works_and_warns_with_the_new_one():
     def new_name(value, scale=1):
         return value * scale

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
-import re
 
 import numpy as np
 import pytest
@@ -54,20 +53,3 @@ def test_the_test_can_be_that_of_a_result(prepare, tmp_path):
     (tmp_path / 'probe.csv').write_text('arm,errors\n(phones),3 4\n(speakers),so-0049 so-0049\n')
     status, (train, test) = prepare('--test-speakers-of', str(tmp_path / 'probe.csv'))
     assert status == 0 and len(train) == 2 and [entry['speaker'] for entry in test] == ['so-0049']
-
-
-@pytest.mark.parametrize(
-    'file, content, message',
-    [
-        ('resource/scores.json', None, 'no file .*scores.json'),
-        ('test/utt2spk', '000030012 0003\n', 'utt2spk has no utterance 000490001'),
-        ('train/text', '000010011\n', 'text, line 1'),
-        ('WAVE/SPEAKER0001/000010011.WAV', None, 'no audio file .*000010011.WAV'),
-    ],
-)
-def test_a_missing_piece_is_named_and_nothing_is_written(prepare, corpus, capsys, file, content, message):
-    (corpus / file).unlink()
-    if content is not None:
-        (corpus / file).write_text(content)
-    assert prepare() == (2, [])
-    assert re.search(message, capsys.readouterr().err)

@@ -28,12 +28,6 @@ def speech(load):
     return data.Speech({**roles, 'probe': [utterance('a', 160)], 'test': [utterance('d', 160)]})
 
 
-def test_the_learning_rate_warms_up_is_held_and_falls(pretraining):
-    recipe = pretraining.Recipe(warmup_steps=10, hold=0.4, learning_rate=1.0)
-    rates = [recipe.rate(step, 1000) for step in (0, 9, 400, 700, 999)]
-    assert rates == pytest.approx([0.1, 1.0, 1.0, 0.5, 0.0], abs=1e-4)
-
-
 @pytest.mark.parametrize('kind', ['causal', 'chunks'])
 def test_encoders_and_quantizers_of_a_seed_begin_alike(pretraining, small, kind):
     first, *others = [pretraining.build(name, kind, 3, small) for name in ('random', 'stock-40', 'next', 'both')]

@@ -44,22 +44,3 @@ def test_an_arm_is_better_only_with_all_seeds_and_beyond_the_noise_of_probes(rep
 
 def test_the_committed_page_has_the_figures_of_the_committed_results(report):
     assert report.main(['--check']) == 0
-
-
-def test_pictures_are_drawn_from_the_csv_files(report, tmp_path):
-    write(tmp_path, [('next', 0, 0, '2 4'), ('mel', 0, 0, '8 8')])
-    head = 'kind,arm,seed,context,part,left,right,frames,nats_below'
-    (tmp_path / 'distance.csv').write_text(
-        f'{head}\ncausal,next,0,5 0,next,1,0,10,0.5\ncausal,next,0,5 0,next,2,0,9,0.1\n'
-    )
-    name = 'earlier_rounds.csv.gz'
-    (tmp_path / name).write_bytes((report.HERE / 'results' / name).read_bytes())
-    page = tmp_path / 'page.md'
-    page.write_text(f'{report.BEGIN}\n{report.END}\n')
-    assert report.main(['--results', str(tmp_path), '--page', str(page)]) == 0
-    assert report.main(['--results', str(tmp_path), '--page', str(page), '--check']) == 0
-    assert '| next tokens | `next` | 30.0 (20.0 to 40.0), seed 0 |' in page.read_text()
-    assert sorted(path.name for path in (tmp_path / 'pictures').iterdir()) == [
-        'evidence_distance.png',
-        'evidence_rates.png',
-    ]

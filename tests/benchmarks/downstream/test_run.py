@@ -50,8 +50,3 @@ def test_quick_runs_all_of_it_once(run, manifests, tmp_path, capsys):
     assert set(sizes) == {'probe.csv', 'pretraining.csv', 'distance.csv', 'finetuning.csv'}
     assert run.main(words) == 0  # all of it is there
     assert sizes == {path.name: path.stat().st_size for path in (tmp_path / 'results').glob('*.csv')}
-
-
-@pytest.mark.parametrize(('steps', 'best', 'done'), [(200, 0, False), (2500, 2250, False), (2500, 1750, True)])
-def test_fine_tuning_has_converged_when_a_fifth_of_the_steps_brought_nothing(load, steps, best, done):
-    assert load('finetune').converged(steps, best) == done

@@ -11,7 +11,7 @@ import soundfile
 from lhotse import CutSet, Recording
 from omegaconf import OmegaConf
 
-from nemo.collections.asr.data.data_checks import check_data, check_manifest
+from nemo.collections.asr.data.data_checks import check_data
 
 LIMITS = {'min_duration': 1.0, 'max_duration': 16.0}
 
@@ -151,10 +151,6 @@ def test_a_manifest_must_have_something_between_the_limits(speech, duration):
     with pytest.raises(ValueError, match='none of the 3 entries .*1.0.*16.0'):
         check(speech, manifest_filepath=path, **LIMITS)
     check(speech, manifest_filepath=str(speech / 'manifest_0.json'), noise_manifest=path, **LIMITS)
-
-
-
-
 
 
 @pytest.mark.parametrize('key', ['shar_path', 'noise_manifest'])

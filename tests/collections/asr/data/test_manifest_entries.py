@@ -8,7 +8,6 @@ import pytest
 
 from nemo.collections.asr.data import ssl_dataset
 from nemo.collections.asr.data.manifest_entries import ManifestEntries
-from nemo.collections.asr.parts.utils import manifest_index
 from nemo.collections.common.parts.preprocessing import collections
 from nemo.utils.left_out import LEFT_OUT
 
@@ -74,7 +73,3 @@ def test_a_bad_line_is_named(manifests, line, message):
         file.write('\n' + line)
     with pytest.raises(ValueError, match=message):
         ManifestEntries(manifests, PARSE)
-
-
-
-

@@ -108,8 +108,6 @@ def test_bad_noise_is_not_mixed_in(audio, warnings):
     assert any('nan.wav: samples that are NaN' in message for message in warnings)
 
 
-
-
 def tar(folder, audio, *names):
     with tarfile.open(folder / 'audio_0.tar', 'w') as archive:
         for name in names:

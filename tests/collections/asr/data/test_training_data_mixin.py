@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from tiny_nest import batches, tiny_config, tiny_model, trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
-from nemo.collections.asr.data.training_data_mixin import take_own_options, warn_of_undivided_data, with_own_options
+from nemo.collections.asr.data.training_data_mixin import warn_of_undivided_data
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 
 
@@ -99,11 +99,3 @@ def test_several_validation_sets_have_a_mean():
     logged = {name: float(value) for name, value in run.callback_metrics.items()}
     losses = [logged['val_loss'], logged['second_val_loss']]
     assert logged['val_loss_mean'] == pytest.approx(sum(losses) / 2)
-
-
-
-
-
-
-
-

@@ -200,14 +200,10 @@ class TestErrors:
             (["", '{"audio_filepath": 3}'], NOISE, [], "line 2"),
             ([AUDIO], None, [], "line 1: .* a.wav"),
             ([AUDIO], "no audio", [], "a.wav"),
-            ([AUDIO], "no audio", ["--workers", "1"], "a.wav"),
             ([AUDIO], "no audio", PCA, "a.wav"),
             ([AUDIO], NOISE, [*PCA, "--components", "13"], "--components 13 needs 14 targets"),
-            ([AUDIO], NOISE, [*PCA, "--combine_time_steps", "1", "--components", "81"], "--components is 81"),
-            ([AUDIO], NOISE, [*PCA, "--combine_time_steps", "0"], "--combine_time_steps is 0"),
             ([AUDIO], 0 * NOISE, [], r"fixed_std\[0\] is 0.0"),
             ([AUDIO], NOISE[:20], [], "0 feature frames"),
-            ([AUDIO], NOISE, ["--config", "none.yaml"], "none.yaml"),
             ([AUDIO], NOISE, ["--config", "empty.yaml"], "model.preprocessor"),
             ([AUDIO], NOISE, ["--config", "missing.yaml"], "sample_rate"),
             ([AUDIO], NOISE, ["--config", "invalid.yaml"], "cannot make the preprocessor"),
@@ -227,17 +223,3 @@ class TestErrors:
         assert stats.main(["--manifest", "manifest.json", "--output", "stats.yaml", *options]) == 2
         assert sorted(os.listdir(tmp_path)) == before
         assert re.search(message, capsys.readouterr().err)
-
-    @pytest.mark.parametrize(
-        "options, message",
-        [
-            (["--components", "3"], "--components is of use only with --pca"),
-            (["--pca", "none/pca.npz"], "--pca none/pca.npz"),
-            (["--pca", "pca.npz", "--components", "0"], "--components is 0"),
-            (["--workers", "-1"], "--workers"),
-        ],
-    )
-    def test_options(self, stats, capsys, options, message):
-        with pytest.raises(SystemExit, match="2"):
-            stats.main(["--manifest", "a", "--output", "b", *options])
-        assert message in capsys.readouterr().err

@@ -84,20 +84,3 @@ def test_a_run_that_fails_ends_in_one_error(evaluate, tmp_path, model, options, 
     status, out, err = evaluate([model], *(option.format(folder=tmp_path) for option in options))
     assert status == 2 and not out
     assert err.startswith('evaluate_contexts: error:') and message in err and 'Traceback' not in err
-
-
-@pytest.mark.parametrize(
-    'options, message',
-    [
-        ('--model a.nemo a.nemo', '--model names a file twice'),
-        ('--confidence 1.5', '--confidence is 1.5'),
-        ('--draws 0', '--draws is 0'),
-        ('--mask-context -2', '--mask-context is -2'),
-        ('--output x.txt', 'x.txt'),
-        ('--output none/x.csv', 'there is no folder'),
-    ],
-)
-def test_bad_arguments(load_example, options, message, capsys):
-    with pytest.raises(SystemExit, match='2'):
-        load_example('evaluate_contexts').arguments(['--model', 'a.nemo', '--manifest', 'a.json', *options.split()])
-    assert message in capsys.readouterr().err

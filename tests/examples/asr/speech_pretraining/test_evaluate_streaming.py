@@ -131,15 +131,3 @@ BOTH = [
 def test_a_run_that_cannot_work_ends_in_one_error(run, name, model, options, message):
     status, _, err = run(name, model, *options)
     assert status == 2 and message in err and err.count(f'{name}: error:') == 1
-
-
-@pytest.mark.parametrize('name', SCRIPTS)
-@pytest.mark.parametrize('options', ['', 'a.wav --manifest b.json', 'a.wav --output no/x', 'a.wav --step-seconds 0'])
-def test_wrong_options_are_refused(run, name, options):
-    with pytest.raises(SystemExit, match='2'):
-        run(name, 'ctc.nemo', *options.split())
-
-
-def test_a_wrong_rate_of_the_pipe_is_refused(run):
-    with pytest.raises(SystemExit, match='2'):
-        run(SCRIPTS[1], 'ctc.nemo', '-', '--sample-rate', '0')

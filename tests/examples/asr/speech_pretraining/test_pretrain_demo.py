@@ -50,12 +50,6 @@ def test_pretrains_fine_tunes_compares_streams_and_does_nothing_twice(tmp_path, 
     assert all(set(row) == {'[40, 0]', '[20, 0]', '[10, 0]'} for row in rates.values())
 
 
-def test_a_train_manifest_needs_a_validation_manifest(load_example, capsys):
-    with pytest.raises(SystemExit, match='2'):
-        load_example('pretrain_demo').main(['--manifest', 'a.json'])
-    assert '--validation-manifest' in capsys.readouterr().err
-
-
 def test_a_failed_stage_ends_the_demo_with_the_end_of_its_log(load_example, tmp_path, capsys):
     with pytest.raises(SystemExit, match='2'):
         load_example('pretrain_demo').run_stage('a stage', tmp_path / 'stage.log', 'make_speech_corpus.py')

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import argparse
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,24 +62,6 @@ def test_an_error_about_a_key_leads_to_its_page(tools, capsys):
     assert twice.count('docs/blockwise.md') == 1
 
 
-def test_an_output_file_needs_a_folder(tools, tmp_path, capsys):
-    parser = argparse.ArgumentParser()
-    tools.check_folders(parser, argparse.Namespace(json=tmp_path / 'x.json', csv=None), 'json', 'csv')
-    with pytest.raises(SystemExit, match='2'):
-        tools.check_folders(parser, argparse.Namespace(json=None, csv=tmp_path / 'none/x.csv'), 'json', 'csv')
-    assert f"--csv {tmp_path / 'none/x.csv'}" in capsys.readouterr().err
-
-
-def test_a_text_that_cannot_be_written_leaves_the_old_one(tools, tmp_path):
-    path = tmp_path / 'file.txt'
-    tools.write_text(path, 'old: äöü\n')
-    with pytest.raises(UnicodeEncodeError):
-        tools.write_text(path, 'new: \ud800')
-    assert path.read_text(encoding='utf-8') == 'old: äöü\n' and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(OSError, match='none/file.txt'):
-        tools.write_text(tmp_path / 'none/file.txt', 'new')
-
-
 @pytest.mark.parametrize('name', ['missing.nemo', 'text.wav'])
 def test_a_file_that_is_no_model_is_named(tools, audio_folder, name):
     with pytest.raises(ValueError, match=f'--model {audio_folder / name}'):
@@ -91,12 +72,6 @@ def fit(tools, fit, cfg=None, prepare=lambda cfg: cfg, build=None):
     """Call ``fit_or_exit`` with steps of a training script; the trainer only calls ``fit``."""
     build = build or (lambda cfg: (SimpleNamespace(fit=fit), cfg))
     tools.fit_or_exit('some/script.py', [], OmegaConf.create(cfg or {}), prepare, build)
-
-
-def test_what_was_prepared_is_built_and_fitted(tools):
-    fitted = []
-    fit(tools, fitted.append, {'size': 2}, prepare=lambda cfg: {'size': cfg.size + 1})
-    assert fitted == [{'size': 3}]
 
 
 @pytest.mark.parametrize('error', [ValueError('size is 2'), OSError('size is 2'), InstantiationException('size is 2')])

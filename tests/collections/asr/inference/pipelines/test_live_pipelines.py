@@ -247,5 +247,3 @@ def test_empty_pieces_change_nothing(saved, audio):
     end = pipeline.transcribe_step([replace(nothing, is_last=True)])[0]
     assert end.final_transcript == expected[-1].final_transcript
     assert pipeline.transcribe_step([]) == []
-
-

@@ -89,7 +89,6 @@ class TestAuditMasks:
         assert shares == {'layer_00': pytest.approx(6 / 9), 'layer_01': pytest.approx(2 / 9)}
 
 
-
 class TestWindowsOf:
     def test_layers_and_stack(self):
         encoder = tiny_encoder(n_layers=3, layer_att_context_size=[[0, [4, 0]], [2, [8, 0]]])
@@ -102,7 +101,6 @@ class TestWindowsOf:
             'layers': (-1, 0),
             STACK: (-1, 0),
         }
-
 
 
 class OwnMasking(torch.nn.Module):

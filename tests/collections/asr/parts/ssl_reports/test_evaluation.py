@@ -12,7 +12,6 @@ from nemo.collections.asr.parts.objectives.base import FrameScores
 from nemo.collections.asr.parts.ssl_reports.evaluation import (
     UtteranceScores,
     compare_models,
-    contexts_of,
     evaluate,
     loader_of,
     ratio_of_sums,
@@ -176,5 +175,3 @@ def test_models_of_several_objectives_are_compared_where_they_predict_the_same(s
         assert row['frames'] == first['frames'] and reasons_of(result) == []
     (reason,) = reasons_of(other)
     assert reason.startswith('masked in [10, 0], [-1, 0]: its targets are other tokens')
-
-

@@ -67,7 +67,6 @@ class TestAttentionWindows:
         assert [label.get_text() for label in axis.get_yticklabels()][0].startswith('0  [')
 
 
-
 class TestLearningCurves:
     def test_each_context_has_a_line_of_its_own(self):
         loss, accuracy, ceiling = learning_curves(CURVES).axes
@@ -84,9 +83,6 @@ class TestLearningCurves:
         assert len(styles) == 3  # told apart without colour
         assert list(accuracy.lines[0].get_ydata()) == [0.25, 0.5]
         assert ceiling.lines[0].get_ydata()[:2].tolist() == [10, 160] and math.isnan(ceiling.lines[0].get_ydata()[2])
-
-
-
 
 
 def test_a_picture_is_written_as_png_and_svg_the_same_each_time(tmp_path):

@@ -2,7 +2,6 @@
 import random
 
 import numpy as np
-import pytest
 import torch
 
 from nemo.collections.asr.modules import RandomBlockMasking
@@ -35,7 +34,6 @@ class TestUtteranceSeeds:
         seeds = utterance_seeds(audio, lengths, 0)
         assert not set(utterance_seeds(audio, lengths - 1, 0)) & set(seeds)
         assert not set(utterance_seeds(audio * 0.5, lengths, 0)) & set(seeds)
-
 
 
 class TestFixedMasks:

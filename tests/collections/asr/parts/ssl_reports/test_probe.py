@@ -64,8 +64,6 @@ def test_errors_are_edit_distances(heard, said, errors):
     assert count_errors([heard], [said]) == [errors]
 
 
-
-
 def test_a_probe_learns_what_the_outputs_hold_and_leaves_the_random_generator_alone():
     generator = torch.Generator().manual_seed(0)
     codes = torch.eye(4).view(4, 1, 4) * 5  # a frame of one layer shows its label
@@ -84,5 +82,3 @@ def test_a_probe_learns_what_the_outputs_hold_and_leaves_the_random_generator_al
     assert sum(errors) == 0 and torch.equal(before, torch.get_rng_state())
     again = fit_probe(train, train_labels, 3, settings)
     assert torch.equal(again.layer_weights, probe.layer_weights)
-
-

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from spies import recording_contexts
 from tiny_nest import POSITIONS, batches, noise_batch, tiny_model, trainer
 
@@ -16,7 +15,7 @@ from nemo.collections.asr.parts.att_context.windows import Window
 from nemo.collections.asr.parts.objectives import masked_tokens
 from nemo.collections.asr.parts.objectives.base import FrameScores, LossPositions
 from nemo.collections.asr.parts.objectives.masked_tokens import MaskedTokens
-from nemo.collections.asr.parts.ssl_reports.validation import parse_contexts, passes_in_contexts
+from nemo.collections.asr.parts.ssl_reports.validation import passes_in_contexts
 
 SECONDS = (3.0, 2.0, 1.2)
 LABELS = ('10_0', '20_0', '40_0', 'unlimited_0')
@@ -34,10 +33,6 @@ def validate(model, loader=None, mode='val', **kwargs):
     model.set_trainer(run)
     loader = batches(2, SECONDS) if loader is None else loader
     return (run.validate if mode == 'val' else run.test)(model, dataloaders=loader, verbose=False)[0]
-
-
-
-
 
 
 def test_a_batch_in_four_contexts_makes_features_and_tokens_once():

@@ -63,5 +63,3 @@ def test_training_is_the_same_with_and_without_a_probe(manifests):
 def test_characters_of_the_test_alone_count_as_errors(manifests):
     probe = ValidationProbe(manifests)
     assert probe.classes == 3 and probe.labels == {'train': [[1, 2], [2, 0, 1]], 'test': [[1, 2, 4]]}
-
-

@@ -52,5 +52,3 @@ def test_smaller_weights_come_near(precision, tolerance, packs, monkeypatch):
         found = LINEARS[precision](layer.weight, layer.bias)(inputs)
         assert found.dtype == torch.float32
         assert 0 < (found - layer(inputs)).norm() / layer(inputs).norm() < tolerance
-
-

@@ -61,8 +61,6 @@ def test_the_loss_is_that_of_the_offline_forward_with_the_same_masks(overrides, 
     torch.testing.assert_close(output.loss, loss, atol=1e-4, rtol=0)
 
 
-
-
 def test_a_masked_stream_is_saved_restored_and_reset():
     model = tiny_model(*OFTEN_MASKED_PLAIN_TARGETS).eval()
     session, other = (StreamingSession(model, 1, [20, 0], apply_mask=True) for _ in range(2))
@@ -76,5 +74,3 @@ def test_a_masked_stream_is_saved_restored_and_reset():
     session.reset([0])
     observed = session._observers.streams[0]
     assert observed.count == 0 and not observed.masked.masks.numel()
-
-

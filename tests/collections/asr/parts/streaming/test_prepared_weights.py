@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights are prepared once for all sessions, and anew when they change."""
 
-import copy
 import gc
 import re
 import weakref
@@ -17,7 +16,7 @@ from tiny_nest import POST_CONV, tiny_config, tiny_model
 from nemo.collections.asr.modules import ConformerEncoder
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.streaming import prepared_weights
-from nemo.collections.asr.parts.streaming.prepared_weights import PreparedEncoder, check_encoder_can_stream
+from nemo.collections.asr.parts.streaming.prepared_weights import check_encoder_can_stream
 from nemo.collections.asr.parts.streaming.session import StreamingSession
 from nemo.collections.common.parts.adapter_modules import LinearAdapterConfig
 
@@ -36,8 +35,6 @@ def expected(model):
 def model():
     adaptable = 'model.encoder._target_=nemo.collections.asr.modules.conformer_encoder.ConformerEncoderAdapter'
     return tiny_model('model.encoder.n_layers=2', adaptable).eval()
-
-
 
 
 def write(model):
@@ -209,8 +206,6 @@ def encoder_of(**changed) -> ConformerEncoder:
 def test_what_cannot_stream_is_refused_with_the_reason(changed, context, reason):
     with pytest.raises(ValueError, match=reason):
         check_encoder_can_stream(encoder_of(**changed), AttContext(*context))
-
-
 
 
 def test_nemos_own_streaming_is_set_up_alike_with_masking_after_the_convolutions():

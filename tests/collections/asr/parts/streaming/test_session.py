@@ -4,14 +4,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from fresh_process import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_streams import CASES, RAGGED, THREE_LAYERS, model_of, noise, offline, stream
 from tiny_nest import tiny_model
 from tiny_recogniser import tiny_recogniser
 
-from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
+from nemo.collections.asr.parts.streaming.session import StreamingSession
 
 RATE = 16000
 
@@ -85,10 +84,6 @@ def test_a_preprocessor_and_an_encoder_stream():
     assert output.log_probs is None and output.tokens is None
     with pytest.raises(ValueError, match='need a decoder'):
         StreamingSession((model.preprocessor, model.encoder), return_tokens=True)
-
-
-
-
 
 
 def test_state_is_bounded_where_the_context_is_and_grows_and_shrinks_where_it_is_not():

@@ -235,10 +235,6 @@ def test_text_of_another_decoder_is_refused():
         StreamingSession(model, 1, [4, 0], return_text=True).load(0, rnnt.export(0))
 
 
-
-
-
-
 def same(mine, theirs) -> bool:
     """Whether two states of a stage are the same, bit for bit."""
     tensors = [name for name, value in mine.items() if isinstance(value, torch.Tensor)]

@@ -22,10 +22,9 @@ from nemo.collections.asr.parts.streaming.text import (
     Spelling,
     TextOptions,
     Word,
-    decode_frames,
     decoder_of,
 )
-from nemo.collections.asr.parts.submodules.ctc_decoding import CTCBPEDecoding, CTCBPEDecodingConfig, CTCDecoding
+from nemo.collections.asr.parts.submodules.ctc_decoding import CTCBPEDecoding, CTCBPEDecodingConfig
 from nemo.collections.common.tokenizers import SentencePieceTokenizer
 
 SENTENCES = ['turn on the light', 'turn off the radio', 'the light in the garden', 'call anna at nine']
@@ -244,8 +243,6 @@ def test_pieces_that_begin_with_a_mark_begin_words(pieces):
         assert words[0].start == 0 and words[-1].end == pytest.approx(0.08 * (3 * len(tokens) - 2))
 
 
-
-
 @pytest.mark.parametrize('objective', ['masked', 'next_token', 'both'])
 def test_log_probabilities_and_tokens_are_those_of_the_models_own_forward(objective):
     model = tiny_model(f'+model.objective={objective}').eval()
@@ -259,7 +256,3 @@ def test_log_probabilities_and_tokens_are_those_of_the_models_own_forward(object
     output = session.step(samples, None, [True])
     torch.testing.assert_close(output.log_probs, log_probs[:, : output.lengths[0]], atol=1e-4, rtol=0)
     assert torch.equal(output.tokens, output.log_probs.argmax(dim=2))
-
-
-
-

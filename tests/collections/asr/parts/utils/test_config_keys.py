@@ -20,9 +20,6 @@ from nemo.collections.asr.parts.utils.config_keys import (
     Model,
     NextToken,
     Refine,
-    Resumable,
-    check_known,
-    check_spelling,
     where_to_read,
 )
 
@@ -76,10 +73,6 @@ def test_a_section_takes_its_defaults():
 def test_an_error_names_key_value_and_what_is_allowed(section, given, message):
     with pytest.raises(ValueError, match=message):
         section.parse(given)
-
-
-
-
 
 
 @pytest.mark.parametrize('key', CONFIG_KEYS, ids=lambda key: key.name)

@@ -112,5 +112,3 @@ def test_entries_are_read_as_lhotse_reads_them(tmp_path):
         (3, 'b'),
     ]
     assert [line.entry for line in read_entries(tmp_path / 'all.jsonl.gz')] == [line.entry for line in lines[:2]]
-
-

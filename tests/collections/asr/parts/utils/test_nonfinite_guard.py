@@ -16,7 +16,7 @@ from nemo.collections.asr.data.ssl_dataset import silent_batch
 from nemo.collections.asr.models.ssl_models import EncDecMaskedTokenPredModel
 from nemo.collections.asr.parts.att_context.synced_collate import SyncedBatch
 from nemo.collections.asr.parts.utils import nonfinite_guard
-from nemo.collections.asr.parts.utils.nonfinite_guard import invalid_utterances, samples_are_valid
+from nemo.collections.asr.parts.utils.nonfinite_guard import invalid_utterances
 
 INVALID = [float('nan'), float('inf'), -float('inf'), 1e30]
 
@@ -39,8 +39,6 @@ def state(model):
 
 def is_finite(model):
     return all(torch.isfinite(tensor).all() for tensor in model.state_dict().values() if tensor.is_floating_point())
-
-
 
 
 def test_by_default_the_batch_is_an_error_before_anything_is_computed():

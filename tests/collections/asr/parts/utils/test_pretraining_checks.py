@@ -139,5 +139,3 @@ class TestKeys:
         cfg.model.train_ds.update(shuffle_n=2048, bucketing_batch_size=None, tarred_shard_strategy='scatter')
         cfg.model.my_notes = 'mine'
         check_pretraining_config(cfg)
-
-
