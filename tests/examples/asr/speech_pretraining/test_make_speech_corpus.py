@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import re
@@ -122,15 +121,6 @@ def test_a_plan_is_a_function_of_the_seed_with_sentences_and_a_voice_for_each_sp
 def test_bad_minutes_are_refused(maker, tmp_path, capsys, minutes):
     assert maker.main(["--output", str(tmp_path / "none"), f"--minutes={minutes}"]) == 2
     assert "minutes is" in capsys.readouterr().err and not (tmp_path / "none").exists()
-
-
-def test_a_missing_synthesiser_is_named(maker, tmp_path, capsys, monkeypatch):
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", missing)
-    assert maker.main(["--output", str(tmp_path)]) == 2
-    assert "pip install espeakng-loader" in capsys.readouterr().err
 
 
 def test_a_synthesis_that_never_ends_is_given_up(maker, tmp_path, monkeypatch):

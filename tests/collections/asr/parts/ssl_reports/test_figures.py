@@ -47,15 +47,6 @@ class TestMaskedSpectrogram:
         assert spans(lower, 'masked')[-1] == (0.24, 0.4)
         assert spans(lower, 'no visible frame')[-1] == (0.32, 0.4)  # its window holds masked frames alone
 
-    def test_partly_masked_frames_and_nothing_masked(self, tmp_path):
-        model, batch = tiny_model().eval(), noise_batch((1.0,))
-        with torch.no_grad():
-            record = model.encode_batch(batch, None)
-        save_figure(masked_spectrogram(model, record), tmp_path / 'picture')
-        record.masks[0, :, 22:30] = 1
-        lower = masked_spectrogram(model, record).axes[1]
-        assert spans(lower, 'partly masked') == [(0.16, 0.32)] and spans(lower, 'masked') == []
-
 
 class TestAttentionWindows:
     def test_bars_of_the_receptive_field_and_of_each_layer(self):
