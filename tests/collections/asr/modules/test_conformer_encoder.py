@@ -7,9 +7,7 @@ from spies import recording_attention
 from tiny_encoder import WITHOUT_DROPOUT, tiny_encoder
 
 from nemo.collections.asr.modules import conformer_encoder
-from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder, ConformerEncoderAdapter
 from nemo.collections.asr.parts.att_context.context import AttContext
-from nemo.core.classes.mixins import adapter_mixins
 
 CONTEXTS = [[4, 0], [8, 0], [-1, 0]]
 
@@ -28,16 +26,6 @@ def attended():
     """The contexts that attention masks are made for."""
     with recording_attention() as contexts:
         yield contexts
-
-
-def test_the_draw_is_a_pure_function_of_seed_and_step():
-    one, other = encoder(), encoder(seed=1)
-    torch.manual_seed(5)
-    draws = [one.draw_att_context_size(step) for step in range(50)]
-    assert draws == [other.draw_att_context_size(step) for step in range(50)]
-    assert draws[30] == one.draw_att_context_size(30)
-    reseeded = encoder(att_context_seed=1)
-    assert draws != [reseeded.draw_att_context_size(step) for step in range(50)]
 
 
 def test_ten_equal_probabilities_are_a_distribution():
@@ -70,37 +58,6 @@ def test_unpinned_training_forwards_draw_by_their_own_count(attended):
     assert module.att_context_size == [4, 0]
 
 
-def test_the_context_decides_who_sees_a_changed_frame():
-    module, given, changed = encoder(n_layers=1).eval(), features(320, batch=1), features(320, batch=1)
-    changed['audio_signal'][:, :, 80] += 10  # attention frame 10; the convolution reaches 2 frames, the subsampling 1
-    for left in (4, 8):
-        with module.using_att_context_size([left, 0]), torch.no_grad():
-            before, after = module(**given)[0], module(**changed)[0]
-        seen = (before != after).any(dim=1)[0].nonzero().flatten().tolist()
-        assert seen == list(range(10, 10 + left + 2 + 1 + 1))
-
-
-@pytest.mark.parametrize('value', ['loud', [1, 2, 3], [-2, 0], [1.5, 0], None])
-def test_no_context_is_refused_by_name(value):
-    with pytest.raises(ValueError, match='encoder.att_context_size'), encoder().using_att_context_size(value):
-        pass
-
-
-@pytest.mark.parametrize(
-    'settings, followed, refused, message',
-    [
-        (dict(att_context_style='chunked_limited'), [12, 3], [9, 3], r'\[9, 3\].*multiple of the chunk, 4'),
-        (dict(self_attention_model='rel_pos_local_attn'), [8, 3], [4, 4], 'rel_pos_local_attn'),
-    ],
-)
-def test_contexts_that_the_attention_cannot_follow_are_refused(settings, followed, refused, message):
-    module = encoder([8, 3], **settings)
-    with module.using_att_context_size(followed):
-        pass
-    with pytest.raises(ValueError, match=message), module.using_att_context_size(refused):
-        pass
-
-
 @pytest.mark.parametrize('offline', [False, True], ids=['streaming', 'offline'])
 def test_one_context_gives_stocks_results_bit_for_bit(offline):
     settings = dict(causal_downsampling=False, conv_norm_type='batch_norm', conv_context_size=None) if offline else {}
@@ -109,10 +66,3 @@ def test_one_context_gives_stocks_results_bit_for_bit(offline):
     stock.__class__ = conformer_encoder._up.ConformerEncoder
     stock.__dict__['att_context_size'] = module.att_context_size  # where stock has it
     assert all(map(torch.equal, patched, stock(**features())))
-
-
-def test_adapters_follow():
-    registered = adapter_mixins.get_registered_adapter(ConformerEncoder)
-    assert registered.base_class is ConformerEncoder and registered.adapter_class is ConformerEncoderAdapter
-    assert issubclass(ConformerEncoderAdapter, conformer_encoder._up.ConformerEncoderAdapter)
-    assert adapter_mixins.get_registered_adapter(ConformerEncoderAdapter).base_class is ConformerEncoder

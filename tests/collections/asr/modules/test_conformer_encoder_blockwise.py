@@ -76,16 +76,6 @@ class TestWhoAttendsInBlocks:
         torch.jit.trace(lambda frames: encode(encoder, frames), torch.randn(1, 200, 16), check_trace=False)
         assert reaches == [None] * 8
 
-    def test_the_choice_is_checked_and_can_be_changed(self):
-        assert tiny_encoder().blockwise_attention == 'auto'
-        encoder = make_encoder(blockwise_attention=False)  # what YAML makes of off
-        assert encoder.blockwise_attention == 'off'
-        encoder.blockwise_attention = 'yes'
-        with pytest.raises(ValueError, match="model.encoder.blockwise_attention is 'yes'; .* auto, on, off"):
-            encode(encoder, torch.randn(1, 20, 16))
-        with pytest.raises(ValueError, match='model.encoder.blockwise_attention is 2'):
-            make_encoder(blockwise_attention=2)
-
     def test_other_attention_is_left_alone(self):
         encoder = make_encoder(self_attention_model='rel_pos_local_attn', att_context_size=[4, 4])
         with mock.patch.object(conformer_encoder, 'BlockwiseMask', side_effect=AssertionError):

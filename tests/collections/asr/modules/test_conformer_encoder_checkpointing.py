@@ -50,11 +50,3 @@ def test_a_checkpointed_encoder_recomputes_in_the_context_of_the_pass(passes, re
     expected = outputs_and_gradients(plain, passes)
     assert all(map(torch.equal, outputs_and_gradients(encoder, passes, run), expected))
     assert encoder.draw_att_context_size() == plain.draw_att_context_size()  # as many draws
-
-
-@pytest.mark.parametrize('choice', ['layer', 'every_0', 'every', None])
-def test_a_choice_that_is_none_is_refused(choice):
-    with pytest.raises(
-        ValueError, match='model.encoder.activation_checkpointing is .*; it must be none, layers, or every_n'
-    ):
-        tiny_encoder(activation_checkpointing=choice)

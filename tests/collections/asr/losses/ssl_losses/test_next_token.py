@@ -4,7 +4,6 @@
 Shapes: B batch, T encoder frames, S target frames, K horizons, C classes, H codebooks.
 """
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,15 +63,6 @@ def test_loss_and_gradient_equal_a_plain_loop(data):
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-9)
 
 
-def test_frames_are_paired_with_the_tokens_behind_the_offset():
-    encoded = torch.arange(5.0).view(1, 5, 1)
-    tokens = torch.tensor([[10, 11, 12, 13, 14, 15]])
-    frames, wanted, counted = NextTokenLoss(horizons=3).align(encoded, tokens, offset=2)
-    assert frames[0, :, 0].tolist() == [0, 1, 2, 3]  # frame 4 would predict token 6 on
-    assert wanted[0].tolist() == [[12, 13, 14], [13, 14, 15], [14, 15, NONE], [15, NONE, NONE]]
-    assert counted[0].tolist() == [True] * 4
-
-
 def test_at_the_end_of_chunks_the_last_frames_predict_what_follows_the_chunk():
     tokens = torch.arange(10, 19).unsqueeze(0)
     assert next_token_indices(8, 2, offset=0, chunk=4).tolist() == [
@@ -83,15 +73,6 @@ def test_at_the_end_of_chunks_the_last_frames_predict_what_follows_the_chunk():
     assert counted[0].tolist() == 2 * [False, False, True, True]
 
 
-def test_padding_of_frames_and_of_tokens_is_left_out():
-    encoded, tokens = torch.zeros(2, 4, 1), torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
-    lengths = torch.tensor([4, 2]), torch.tensor([3, 4])
-    _, wanted, counted = NextTokenLoss(horizons=2).align(encoded, tokens, 0, *lengths)
-    assert wanted[0].tolist() == [[1, 2], [2, 3], [3, NONE], [NONE, NONE]]
-    assert wanted[1].tolist() == [[5, 6], [6, 7], [NONE, NONE], [NONE, NONE]]
-    assert counted.tolist() == [[True, True, True, False], [True, True, False, False]]
-
-
 def test_without_any_next_token_the_loss_is_zero_and_back_propagates():
     logits = torch.randn(2, 3, 2, 5, requires_grad=True)
     loss = NextTokenLoss(horizons=2)(
@@ -99,8 +80,3 @@ def test_without_any_next_token_the_loss_is_zero_and_back_propagates():
     )
     loss.backward()
     assert loss == 0 and not logits.grad.any()
-
-
-def test_a_negative_offset_is_refused():
-    with pytest.raises(ValueError, match='offset is -1'):
-        NextTokenLoss().align(torch.zeros(1, 4, 1), torch.zeros(1, 4, dtype=torch.int64), -1)

@@ -31,16 +31,6 @@ def test_segments_have_the_lengths_that_nemo_would_draw(segments, samples):
         assert abs(ours[outcome] - count) < spread, outcome
 
 
-def test_one_seed_gives_one_result_and_lengths_add_up():
-    drawn = []
-    for _ in range(2):
-        random.seed(5)
-        drawn.append([SegmentDraws(5, 100000).counts() for _ in range(3)])
-    assert drawn[0] == drawn[1] and drawn[0][0] != drawn[0][1]
-    assert all(sum(counts.values()) == 100000 for counts in drawn[0])
-    assert SegmentDraws(1, 7).counts() == {0: 7}
-
-
 @pytest.mark.parametrize('noise_ratio', [0.0, 1.0])
 @pytest.mark.parametrize('segments', [1, 4])
 def test_noise_is_mixed_at_the_ratio_asked_for(noise_ratio, segments):

@@ -45,23 +45,6 @@ def train(quantizer, steps):
     return logs
 
 
-class TestSettings:
-    @pytest.mark.parametrize(
-        'refine, message',
-        [
-            (dict(every_n_step=3, until_step=9), 'refine.every_n_step is not known; did you mean .*every_n_steps'),
-            (dict(every_n_steps=3), "refine is {'every_n_steps': 3}; it must have until_step"),
-            (True, 'refine is True; it must be a section'),
-            (dict(every_n_steps=0, until_step=9), 'refine.every_n_steps is 0; it must be a whole number of 1 or more'),
-            (dict(every_n_steps=3, until_step=2), 'refine.until_step is 2; it must be .*every_n_steps or more'),
-            (dict(REFINE, decay=1), 'refine.decay is 1; it must be a number from 0 on and below 1'),
-        ],
-    )
-    def test_errors_name_key_and_value(self, refine, message):
-        with pytest.raises(ValueError, match=f'^model.quantizer.{message}'):
-            build(refine)
-
-
 class TestRefinement:
     def test_equal_frames_are_not_split(self):
         refinement = CodebookRefinement(1, 2, 2, dict(every_n_steps=1, until_step=5))
@@ -151,11 +134,6 @@ class TestSteps:
         assert quantizer.refinement.observed.any()
         train(quantizer, range(9, 14))
         assert not quantizer.refinement.observed.any() and quantizer.refinement.last_batch is None
-
-    def test_without_a_refinement_both_calls_do_nothing(self):
-        quantizer = build(None)
-        observe(quantizer, *batch_of(0))
-        assert quantizer.refine_if_due(3) == {} and quantizer.refinement is None
 
     def test_codebooks_that_are_trained_are_refused(self):
         with pytest.raises(ValueError, match='^model.quantizer.freeze is false with model.quantizer.refine'):

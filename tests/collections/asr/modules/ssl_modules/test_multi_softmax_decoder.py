@@ -31,11 +31,6 @@ def test_log_probabilities_and_gradients_are_nemos(books, squeeze, bias):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_the_classes_of_a_frame_lie_side_by_side():
-    log_probs = MultiSoftmaxDecoder(6, 5, squeeze_single=True)(encoder_output=torch.randn(2, 6, 7))
-    assert log_probs.stride(2) == 1
-
-
 def test_a_layer_that_someone_watches_is_called():
     decoder, called = MultiSoftmaxDecoder(6, 5), []
     decoder.decoder_layers[0].register_forward_hook(lambda *_: called.append(True))
