@@ -6,10 +6,7 @@ import torch
 from attention_windows import attended
 
 from nemo.collections.asr.parts.att_context.blockwise import (
-    HIDDEN,
     AttentionBlocks,
-    BlockwiseMask,
-    can_cut,
     parse_choice,
     wins_by_blocks,
 )
@@ -29,8 +26,6 @@ CONTEXTS = [
     ('chunked_limited', (3, 70)),
 ]
 
-UNUSED = Window(AttContext(0, 0))
-
 
 class TestAttentionBlocks:
     @pytest.mark.parametrize('style, context', CONTEXTS)
@@ -46,27 +41,6 @@ class TestAttentionBlocks:
         expected = attended(context, style, frames) & ~padding.unsqueeze(1)
         assert torch.equal(seen[:, :frames, 1:], expected)
 
-    def test_windows_of_a_few_frames(self):
-        blocks = AttentionBlocks(frames=5, queries=2, before=3, after=1, past=3, future=1, window=UNUSED)
-        frames = torch.tensor([1.0, 2, 3, 4, 5]).view(1, 5, 1, 1).requires_grad_()
-        windows = blocks.windows_of(frames)
-        assert windows[0, 0, :, :, 0].tolist() == [[0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5], [2, 3, 4, 5, 0, 0]]
-        windows.sum().backward()
-        assert frames.grad.flatten().tolist() == [2, 3, 3, 2, 2]
-
-    def test_each_score_is_placed_at_its_distance(self):
-        blocks = AttentionBlocks(frames=4, queries=2, before=2, after=1, past=2, future=1, window=UNUSED)
-        scores = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8], [11, 12, 13, 14], [15, 16, 17, 18]])
-        assert blocks.place(scores.view(1, 1, 4, 4))[0, 0].tolist() == [
-            [[1, 2, 3, 4, 0], [0, 5, 6, 7, 8]],
-            [[11, 12, 13, 14, 0], [0, 15, 16, 17, 18]],
-        ]
-
-    def test_a_window_of_chunks_leaves_distances_out_that_no_query_sees(self):
-        blocks = AttentionBlocks(frames=4, queries=2, before=2, after=0, past=3, future=1, window=UNUSED)
-        scores = torch.arange(1.0, 21).view(1, 1, 4, 5)  # distances 3, 2, 1, 0, -1
-        assert blocks.place(scores)[0, 0, 0].tolist() == [[2, 3, 4, 5], [6, 7, 8, 9]]
-
     @pytest.mark.parametrize('style, context', CONTEXTS)
     def test_a_context_beyond_the_audio_costs_no_more_than_all_of_it(self, style, context):
         left, right = context
@@ -76,16 +50,6 @@ class TestAttentionBlocks:
         assert blocks.before < 20 and blocks.after < 20 and max(blocks.past, blocks.future) <= 19
 
 
-class TestBlockwiseMask:
-    def test_its_bias(self):
-        mask = BlockwiseMask(Window(AttContext(1, 0)), torch.tensor([[False, False, True]]))
-        assert mask.bias[0, 0, 0, :3, :4].tolist() == [
-            [HIDDEN, 0, HIDDEN, HIDDEN],  # keys: before the first, 0, 1, 2 (padding)
-            [HIDDEN, 0, 0, HIDDEN],
-            [HIDDEN, HIDDEN, 0, HIDDEN],
-        ]
-
-
 class TestChoice:
     def test_yaml_makes_booleans_of_on_and_off(self):
         choices = {'auto': 'auto', 'on': 'on', 'off': 'off', True: 'on', False: 'off'}
@@ -93,10 +57,6 @@ class TestChoice:
         for bad in ('yes', None, 1, 'AUTO', ['on']):
             with pytest.raises(ValueError, match='encoder.blockwise_attention is .*; it must be one of auto, on'):
                 parse_choice(bad)
-
-    def test_unlimited_contexts_have_no_blocks(self):
-        assert can_cut(AttContext(0, 0)) and can_cut(AttContext(40, 13))
-        assert not any(can_cut(AttContext(*sides)) for sides in ((-1, 0), (40, -1), (-1, -1)))
 
     @pytest.mark.parametrize('positions, sdpa', itertools.product((True, False), (True, False)))
     def test_blocks_win_where_the_audio_is_long_for_the_context(self, positions, sdpa):

@@ -78,16 +78,11 @@ class TestParse:
         'change, message',
         [
             ({'chunk_size': [0, 4]}, r'\.chunk_size is \[0, 4\]; it must be \[low, high\] in attention frames'),
-            ({'chunk_size': [4, 2]}, r'\.chunk_size is \[4, 2\]'),
-            ({'chunk_size': 8}, r'\.chunk_size is 8'),
-            ({'chunk_size': [1.5, 2]}, r'\.chunk_size is \[1.5, 2\]'),
             ({'left_chunks': [-1, 4]}, r'\.left_chunks is \[-1, 4\]; it must be null or \[low, high\] in chunks'),
             ({'left_chunks': [0, 4]}, r'\.left_chunks is \[0, 4\]; .* \.?model.*chunk_size from 2 on'),
             ({'full_prob': 1.5}, r'\.full_prob is 1.5; it must be a number from 0 to 1'),
-            ({'full_prob': True}, r'\.full_prob is True'),
             ({'left_limited_prob': '0.5'}, r"\.left_limited_prob is '0.5'"),
             ({'left_limited_prob': 0.0}, r'\.left_chunks is \[5, 70\] and .*\.left_limited_prob is 0'),
-            ({'left_chunks': None}, r'\.left_chunks is None'),
             ({'chunk_sise': [1, 2]}, r'\.chunk_sise is not known; did you mean .*\.chunk_size'),
         ],
     )
@@ -95,11 +90,6 @@ class TestParse:
         assert ContextSampler.parse(OmegaConf.create(SECTION)) == ContextSampler(0.4, (1, 25), (5, 70), 0.75)
         with pytest.raises(ValueError, match='^' + KEY.replace('.', r'\.') + message):
             ContextSampler.parse({**SECTION, **change})
-
-    @pytest.mark.parametrize('value', [{'full_prob': 0.5}, {'chunk_size': [1, 2]}, [1, 25], 0.5, 'wenet', {}])
-    def test_what_is_no_section_is_refused(self, value):
-        with pytest.raises(ValueError, match=KEY):
-            ContextSampler.parse(value)
 
     def test_a_style_without_chunks_takes_single_frames(self):
         assert ContextSampler.parse({**SECTION, 'chunk_size': [1, 1]}, 'regular').draw(0, 0).right in (-1, 0)

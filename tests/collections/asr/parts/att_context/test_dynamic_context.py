@@ -62,20 +62,6 @@ def test_attention_and_masking_agree_in_attention_frames(way, position, layers):
         assert sync_masking_to_attention(model) == 20
 
 
-@WAYS
-@pytest.mark.parametrize(
-    'bad, message',
-    [
-        ('lowest', "'lowest'; known are very_low, low, medium, high, unlimited"),
-        ([1, 2, 3], 'is no context'),
-        ([80, -2], 'right context is -2'),
-    ],
-)
-def test_what_is_no_context_is_refused(way, bad, message):
-    with pytest.raises(ValueError, match=message):
-        way(tiny_model(), bad)
-
-
 def test_models_without_contexts_are_refused():
     other = torch.nn.Linear(1, 1)
     for entry in (DynamicContextModel, EnhancedDynamicContextModel, lambda model: set_dynamic_context(model, 80)):
@@ -122,14 +108,6 @@ def test_presets_are_listed_extended_and_checked():
     with pytest.raises(ValueError, match=r"presets\['wrong'\]: the left context is -3"):
         EnhancedDynamicContextModel(tiny_model(), presets={'wrong': [-3, 0]})
     assert EnhancedDynamicContextModel(tiny_model()).context_presets['low'] == [160, 0]
-
-
-def test_an_untrained_context_warns_and_names_the_trained(warnings):
-    wrapper = EnhancedDynamicContextModel(tiny_model())
-    wrapper.set_context([20, 0])
-    wrapper.set_context('medium')
-    (warning,) = [message for message in warnings if 'not trained on' in message]
-    assert '[240, 0]' in warning and 'it was trained on [10, 0], [20, 0], [40, 0], [-1, 0]' in warning
 
 
 @POSITIONS

@@ -36,14 +36,6 @@ class TestOverride:
         drawn = [[each.encoder.draw_att_context_size(step) for step in range(12)] for each in (model, untouched)]
         assert drawn[0] == drawn[1] and len(set(drawn[0])) > 1
 
-    @pytest.mark.parametrize('bad', ['lowest', [1, 2, 3], [-2, 0]])
-    def test_what_is_no_context_changes_nothing(self, bad):
-        encoder = tiny_model(PRESETS).encoder
-        encoder.att_context_size = 'low'
-        with pytest.raises(ValueError):
-            encoder.att_context_size = bad
-        assert encoder.att_context_size == [160, 0] and encoder.streaming_cfg.last_channel_cache_size == 160
-
     def test_nemos_own_assignments_set_the_default_and_clear_the_override(self):
         model = tiny_model()
         model.encoder.att_context_size = [40, 0]
@@ -126,20 +118,3 @@ def test_a_copied_masking_asks_the_copied_encoder(copied, position):
     encoder.att_context_size = [3, 0]
     assert masking.left_context_size == 3 and model.mask_processor.left_context_size == 10
     assert list(masking.state_dict()) == ['mask_embedding'] and len(list(masking.modules())) == 1
-
-
-@pytest.mark.integration
-def test_encoder_and_masking_compile():
-    torch._dynamo.reset()
-    model = tiny_model().eval()
-    encoder, masking = model.encoder, model.mask_processor
-    x, lengths = torch.randn(2, 80, 160), torch.tensor([160, 120])
-    compiled = torch.compile(encoder, backend='eager')(audio_signal=x, length=lengths)[0]
-    torch.testing.assert_close(compiled, encoder(audio_signal=x, length=lengths)[0])
-    compiled = torch.compile(masking, fullgraph=True, backend='eager')
-    for context in ([10, 0], [5, 0]):
-        with encoder.using_att_context_size(context):
-            torch.manual_seed(0)
-            expected = masking(x, lengths)[1]
-            torch.manual_seed(0)
-            assert torch.equal(compiled(x, lengths)[1], expected)

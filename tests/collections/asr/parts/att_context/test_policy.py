@@ -5,7 +5,6 @@ import pytest
 from tiny_encoder import tiny_encoder
 
 from nemo.collections.asr.parts.att_context import AttContext, ContextPolicy
-from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler
 
 DEFAULT, OVERRIDE, BATCH, CEILING = (AttContext(left, 0) for left in (10, 20, 30, 5))
 OPTIONS = (AttContext(10, 0), AttContext(40, 0), AttContext(-1, 0))
@@ -24,12 +23,6 @@ class TestDraw:
         drawn = [[policy.at(step, rank) for step in range(50)] for policy in (POLICY, own) for rank in (0, 1)]
         assert drawn[0] == drawn[1] and drawn[2] != drawn[3]
         assert drawn[2:] == [[own.at(step, rank) for step in range(50)] for rank in (0, 1)]
-
-    def test_contexts_are_all_that_a_batch_can_have(self):
-        assert POLICY.contexts() == list(OPTIONS)
-        assert ContextPolicy(DEFAULT).contexts() == [DEFAULT] and ContextPolicy(DEFAULT).at(7) == DEFAULT
-        sampled = replace(POLICY, sampler=ContextSampler(0.5, (1, 2)), style='chunked_limited')
-        assert sampled.contexts() == [*OPTIONS, AttContext(-1, -1), AttContext(-1, 1)]
 
     def test_the_ceiling_narrows_every_draw(self):
         assert {replace(POLICY, ceiling=CEILING).at(step) for step in range(20)} == {CEILING}

@@ -29,18 +29,6 @@ class TestLayerContexts:
         assert parse_layer_contexts([[0, [40]], [1, (-1,)]], 2, 'field') == (AttContext(40, 0), AttContext(-1, 0))
         assert parse_layer_contexts(OmegaConf.create([[0, [40]]]), 2, 'field') == (AttContext(40, 0),) * 2
 
-    @pytest.mark.parametrize('anchors', [[[0, 40]], [[0, 40], [2, 120]], [[0, 40], [1, 80], [2, 120], [3, 160]]])
-    def test_anchors_without_their_inner_brackets(self, anchors, monkeypatch):
-        def no_look_ahead(context, where):
-            if context.right:
-                raise ValueError(f"{where}: the right context is {context.right}")
-
-        with pytest.raises(ValueError) as error:
-            parse_layer_contexts(anchors, 4, 'encoder.layer_att_context_size', check=no_look_ahead)
-        assert all(
-            part in str(error.value) for part in ('[0, 40]', 'anchors [layer, [left, right]], such as [0, [40, 0]]')
-        )
-
     def test_linear_interpolation(self):
         value = {'anchors': [[0, [4, 0]], [4, [12, 4]]], 'interpolate': 'linear'}
         contexts = parse_layer_contexts(OmegaConf.create(value), 6, 'field')
@@ -54,21 +42,13 @@ class TestLayerContexts:
         'value, index, shown, allowed',
         [
             ([[0, [4, 0]], ['1', [4, 0]]], 1, "'1'", 'a whole number, from 0 to 7'),
-            ([[True, [4, 0]]], 0, 'True', 'a whole number, from 0 to 7'),
-            ([[-1, [4, 0]]], 0, '-1', 'a whole number, from 0 to 7'),
             ([[0, [4, 0]], [8, [4, 0]]], 1, '8', 'from 0 to 7'),
             ([[0, [4, 0]], [3, 4]], 1, '[3, 4]', 'a pair [left, right]'),
-            ([[0, [4, 0]], [3, 40]], 1, '[3, 40]', 'as in [layer, [40, 0]]'),
             ([[0, [4, 0, 0]]], 0, '[4, 0, 0]', '[left, right]'),
-            ([[0, [4, 0]], [3]], 1, '[3]', 'a pair [layer, [left, right]]'),
-            ([[0, [4, 0]], None], 1, 'None', 'a pair [layer, [left, right]]'),
             ([[0, [-2, 0]]], 0, '-2', '-1 for unlimited'),
-            ([[0, [4.0, 0]]], 0, '4.0', 'a whole number'),
             ([[0, 'lowest']], 0, "'lowest'", 'very_low'),
             ([[3, [4, 0]], [1, [8, 0]]], 1, 'layer 1 follows layer 3', 'must rise'),
-            ([[3, [4, 0]], [3, [8, 0]]], 1, 'layer 3 follows layer 3', 'without repetition'),
             ([[4, 0]] * 7 + [[-2, 0]], 7, '-2', '-1 for unlimited'),
-            ([[4, 0]] * 7 + [40], 7, '40', 'a pair [left, right]'),
         ],
     )
     def test_a_bad_item_is_named_with_its_index_its_value_and_what_is_allowed(self, value, index, shown, allowed):
@@ -81,9 +61,7 @@ class TestLayerContexts:
         'value, message',
         [
             ([], 'not empty'),
-            ({'anchors': []}, 'not empty'),
             ('high', 'must be a list'),
-            (7, 'must be a list'),
             ([[4, 0]] * 3, '3 contexts, the encoder 8 layers'),
             ({'layers': NEST}, 'anchors and interpolate'),
             ({'anchors': [[0, [4, 0]]], 'interpolate': 'cubic'}, "'cubic'"),

@@ -97,23 +97,15 @@ class Model(torch.nn.Module):
     'arguments, message',
     [
         (([],), r'context_options is \[\]; it must be a list of contexts, and not empty'),
-        (('low',), "context_options is 'low'; it must be a list"),
         (([80, 0],), 'context_options: item 0 is 80; it must be a pair'),
         (([[80, 0], [-5, 0]],), 'context_options: item 1: the left context is -5'),
         (([[80, 0], 'lowest'],), "context_options: item 1: no preset is called 'lowest'"),
         (([[80, 0]], [0.5, 0.5]), 'must have one number for each of 1 options'),
-        (([[80, 0]], 1.0), 'context_probs is 1.0; it must have'),
         (([[80, 0], [40, 0]], [1.5, -0.5]), 'context_probs: item 0 is 1.5'),
-        (([[80, 0], [40, 0]], [0.5, float('nan')]), 'context_probs: item 1 is nan'),
         (([[80, 0], [40, 0]], [0.5, '0.5']), "context_probs: item 1 is '0.5'"),
         (([[80, 0], [40, 0]], [0.5, 0.500002]), 'it must sum to 1'),
         (([[80, 0]], None, 'seven'), "seed is 'seven'"),
-        ((Model(), OPTIONS, [0.2, 0.3, 0.4]), r'context_probs is \[0.2, 0.3, 0.4\]; it must sum to 1, not 0.9'),
-        ((Model(),), 'context_options is None; it must be a list of contexts'),
         ((Model(), Model()), 'context_options is <Model>; it must be a list of contexts'),
-        ((OPTIONS, Model()), 'context_probs is <Model>; it must have one number for each of 3'),
-        ((OPTIONS, [Model()] * 3), 'context_probs: item 0 is <Model>; it must be a number'),
-        (([[Model(), 0]],), 'context_options: item 0: the left context is <Model>'),
     ],
 )
 def test_errors_name_the_argument_in_one_line_and_print_no_model(arguments, message):

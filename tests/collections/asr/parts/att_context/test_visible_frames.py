@@ -47,15 +47,6 @@ class TestMaskedShare:
 
 
 class TestNoVisibleFrame:
-    @pytest.mark.parametrize(
-        'left, expected',
-        [(-1, [1, 0, 0, 0, 0, 0]), (0, [1, 0, 1, 1, 0, 1]), (1, [1, 0, 0, 1, 0, 1]), (2, [1, 0, 0, 0, 0, 1])],
-    )
-    def test_by_eye(self, left, expected):
-        """One utterance; the fifth frame is partly masked: neither masked nor visible."""
-        share = torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.5, 1.0]])
-        assert no_visible_frame(share, past(left)).int().tolist() == [expected]
-
     @given(
         st.lists(st.sampled_from([0.0, 0.5, 0.8, 0.875, 1.0]), max_size=12),
         st.integers(-1, 14),
@@ -96,25 +87,6 @@ class TestKeptVisible:
         sees = attended(context, style, end)
         for frame in range(end):
             assert any(found[other] == 'x' for other in range(end) if sees[frame, other]), (found, frame)
-
-    @pytest.mark.parametrize(
-        'context, style, phase, expected',
-        [
-            ((3, 0), 'regular', 0.0, 'x...x...x...'),
-            ((3, 0), 'regular', 0.5, 'x.x...x...x.'),  # the first frame has no past
-            ((2, 1), 'regular', 0.25, '.x...x...x..'),
-            ((0, 3), 'regular', 0.5, '..x...x...xx'),  # the last frame has no look-ahead
-            ((-1, 2), 'regular', 0.5, '.x..........'),
-            ((3, -1), 'regular', 0.5, '.........x..'),
-            ((0, 3), 'chunked_limited', 0.5, '..x...x...x.'),
-            ((4, 3), 'chunked_limited', 0.0, 'x.......x...'),
-            ((4, 3), 'chunked_limited', 0.75, '..x...x.....'),
-            ((-1, 3), 'chunked_limited', 0.75, '...x........'),
-        ],
-    )
-    def test_by_eye(self, context, style, phase, expected):
-        assert kept(context, style, 12, 12, phase) == expected
-        assert kept((0, 3), 'chunked_limited', 8, 6, 0.75) == '...x.x..'  # the last of a short chunk
 
     @pytest.mark.parametrize('context, style', [((3, 0), 'regular'), ((4, 4), 'regular'), ((8, 3), 'chunked_limited')])
     def test_any_frame_may_be_one_and_their_share_is_known(self, context, style):

@@ -42,11 +42,6 @@ def test_a_chunk_is_what_shares_a_window(context, style, chunk, has_chunks):
     assert all(torch.equal(row, rows[0]) for row in rows)
 
 
-def test_windows_of_an_unknown_style_are_refused():
-    with pytest.raises(ValueError, match="att_context_style is 'chunked_limited_with_rc'"):
-        Window(AttContext(4, 1), 'chunked_limited_with_rc')
-
-
 class TestIntersectInStyle:
     @pytest.mark.parametrize('style', ['regular', 'chunked_limited'])
     def test_it_shows_nothing_that_either_hides_or_is_refused(self, style):
@@ -67,20 +62,6 @@ class TestIntersectInStyle:
                 own = own if style == 'regular' or own.right >= 0 else AttContext(own.left, batch.right)
                 assert torch.equal(seen, attended(batch, style, FRAMES) & attended(own, style, FRAMES)), (batch, own)
         assert accepted > 150
-
-    @pytest.mark.parametrize(
-        'batch, own, message',
-        [
-            ((8, 3), (6, 3), 'the left context is 6; .* multiple of the chunk, 4 frames'),
-            ((8, 3), (6, 0), 'the left context is 6; .* multiple of the chunk, 4 frames'),
-            ((8, 3), (4, 2), 'the right context is 2; .* divisor of the chunk, 4 frames'),
-            ((8, -1), (4, 3), 'the right context is 3'),
-            ((-1, -1), (6, 3), 'the left context is 6; .* multiple of the chunk, 4 frames'),
-        ],
-    )
-    def test_what_chunks_cannot_show_is_refused(self, batch, own, message):
-        with pytest.raises(ValueError, match=f'^here: {message}'):
-            Window(AttContext(*batch), 'chunked_limited').intersect(AttContext(*own), 'here')
 
     def test_smaller_chunks_and_whole_ones(self):
         window = Window(AttContext(8, 3), 'chunked_limited')

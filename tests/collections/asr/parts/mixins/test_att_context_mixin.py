@@ -3,14 +3,11 @@
 
 import pytest
 import torch
-from omegaconf import ListConfig, OmegaConf
+from omegaconf import OmegaConf
 from spies import recording_contexts
-from tiny_nest import POSITIONS, PRESETS, batches, fit, noise_batch, signals, tiny_model
+from tiny_nest import PRESETS, batches, fit, tiny_model
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-from nemo.collections.asr.parts.att_context import AttContext
-
-INPUTS = [[160, 0], (160, 0), ListConfig([160, 0]), 160, 'low', AttContext(160, 0)]
 
 
 @pytest.fixture(autouse=True)
@@ -18,45 +15,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-def step(model, batch=None):
-    """Run a forward pass as a denoising training step does."""
-    return model(**signals(batch or noise_batch()), apply_mask=True)
-
-
 class TestOverride:
-    @POSITIONS
-    def test_attention_and_masking_follow_every_form_of_input(self, position, warnings):
-        model = tiny_model(PRESETS, *position).train()
-        for context in INPUTS:
-            model.set_att_context_size(context)
-            with recording_contexts(model) as record:
-                step(model)
-            assert record.attention == [[160, 0]] and record.masking == [160]
-            assert model.encoder.att_context_size == [160, 0] and model.mask_processor.left_context_size == 160
-            assert model.encoder.streaming_cfg.last_channel_cache_size == 160
-            model.set_att_context_size('unlimited')
-            with recording_contexts(model) as record:
-                step(model)
-            assert record.attention == [[-1, 0]] and record.masking == [-1]
-            assert model.mask_processor.left_context_size == -1
-        assert not warnings
-
-    @POSITIONS
-    def test_a_hierarchical_encoder_masks_for_its_tightest_layer(self, position):
-        model = tiny_model(
-            PRESETS, '+model.encoder.layer_att_context_size=[[40,0],[-1,0]]', 'model.encoder.n_layers=2', *position
-        )
-        for context, attention, masking in (
-            ([160, 0], [[40, 0], [160, 0]], 40),
-            ([80, 0], [[40, 0], [80, 0]], 40),
-            ([-1, 0], [[40, 0], [-1, 0]], 40),
-        ):
-            model.set_att_context_size(context)
-            with recording_contexts(model) as record:
-                step(model)
-            assert sorted(record.attention) == sorted(attention) and record.masking == [masking]
-            assert model.mask_processor.left_context_size == masking
-
     @pytest.mark.integration
     def test_it_holds_in_training_until_it_is_taken_back(self):
         model = tiny_model()

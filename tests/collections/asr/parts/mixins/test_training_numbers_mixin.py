@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import open_dict
 from ranks import run_on_two_ranks
-from tiny_nest import RecordingLogger, noise_batch, tiny_config, tiny_model, trainer
+from tiny_nest import RecordingLogger, noise_batch, tiny_model, trainer
 
 from nemo.collections.asr.parts.mixins.training_numbers_mixin import IntervalNumbers
 
@@ -135,13 +135,3 @@ def test_masking_after_the_subsampling_trains_on_two_ranks(two_ranks):
 
 def test_sharded_layers_compute_in_the_trainers_precision(two_ranks):
     assert two_ranks[0]['gathered'] == {'32-true': 'torch.float32', 'bf16-mixed': 'torch.bfloat16'}
-
-
-@pytest.mark.parametrize(('key', 'value'), [('loss_over', 'all')])
-def test_refuses(key, value):
-    with pytest.raises(ValueError, match=f"model.{key} is '{value}'; it must be one of"):
-        tiny_model(f'model.{key}={value}')
-
-
-def test_the_shipped_configs_do_not_wait_for_the_longest_utterance_of_all_ranks():
-    assert tiny_config().model.encoder.sync_max_audio_length is False

@@ -19,11 +19,6 @@ def test_a_weight_needs_another_loss():
         check_objective(tiny_config(NEXT, weight).model)
 
 
-def test_an_unknown_objective_is_refused():
-    with pytest.raises(ValueError, match="model.objective is 'nexttoken'; it must be one of .*next_token"):
-        tiny_model('+model.objective=nexttoken')
-
-
 @pytest.mark.parametrize('normalize', ['per_feature', 'all_features'])
 @pytest.mark.parametrize('objective', [NEXT, BOTH])
 def test_features_normalised_by_what_is_to_be_predicted_are_refused(objective, normalize):

@@ -6,10 +6,9 @@ from unittest import mock
 
 import pytest
 import torch
-from omegaconf import open_dict
-from tiny_nest import POST_CONV, batches, fit, noise_batch, signals, tiny_config, tiny_model
+from tiny_nest import POST_CONV, batches, fit, noise_batch, signals, tiny_model
 
-from nemo.collections.asr.losses import MLMLoss, MultiMLMLoss
+from nemo.collections.asr.losses import MultiMLMLoss
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 from nemo.collections.asr.modules.ssl_modules.multi_softmax_decoder import MultiSoftmaxDecoder
 from nemo.collections.asr.parts.objectives.masked_tokens import MaskedTokens, why_all_frames
@@ -173,12 +172,3 @@ def test_what_may_need_all_frames_gets_them_and_one_warning_names_it(change, nam
     told = [message for message in warnings if 'logits for all frames' in message]
     assert len(told) == 1 and named in told[0]
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
-
-
-def test_a_single_loss_over_a_codebook_that_is_not_squeezed_is_left_to_nemos_own_error():
-    config = tiny_config()
-    with open_dict(config.model):
-        config.model.loss = {'_target_': 'nemo.collections.asr.losses.MLMLoss', 'combine_time_steps': 8}
-    model = EncDecDenoiseMaskedTokenPredModel(config.model)
-    assert 'one codebook' in why_all_frames(model.decoder, model.loss)
-    assert isinstance(model.loss, MLMLoss) and not isinstance(model.loss, MultiMLMLoss)

@@ -86,16 +86,10 @@ def test_statistics_are_made_once_and_can_be_trained_through():
     "statistics, message",
     [
         ({"fixed_mean": [1.0, 2.0]}, r"preprocessor\.normalize has no fixed_std; it needs both"),
-        ({}, "has no fixed_mean and no fixed_std"),
         (fixed([1.0], [1.0]), r"preprocessor\.normalize\.fixed_mean has 1 numbers; it needs 2, one per feature"),
-        (fixed([1.0, 2.0], [1.0] * 3), r"preprocessor\.normalize\.fixed_std has 3 numbers; it needs 2"),
         (fixed([1.0, 2.0], [1.0, 0.0]), r"fixed_std\[1\] is 0.0; every value must be finite and above 0"),
-        (fixed([1.0, 2.0], [float("inf"), 1.0]), r"fixed_std\[0\] is inf"),
         (fixed([float("nan"), 2.0], [1.0, 1.0]), r"fixed_mean\[0\] is nan; every value must be finite"),
         (fixed(3.0, [1.0, 1.0]), "fixed_mean is 3.0; it needs a list of numbers"),
-        (fixed("12", [1.0, 1.0]), "fixed_mean is '12'; it needs a list of numbers"),
-        (fixed([[1.0, 2.0]] * 2, [1.0, 1.0]), "it needs a list of numbers"),
-        (fixed([None, 2.0], [1.0, 1.0]), "it needs a list of numbers"),
     ],
 )
 def test_refuses_statistics(statistics, message):
@@ -212,11 +206,8 @@ def test_a_file_of_statistics_is_what_the_preprocessor_takes(tmp_path):
     "content, message",
     [
         (None, "cannot be read"),
-        ("[1, 2]\n", "needs the two keys"),
-        ("", "has no fixed_mean and no fixed_std"),
         ("fixed_mean: [1.0\n", "cannot be read"),
         ("fixed_mean: [1.0, 2.0]\nfixed_std: [1.0]\n", r"fixed_std has 1 numbers; it needs 2"),
-        ("fixed_mean: []\nfixed_std: []\n", "it needs 1"),
     ],
 )
 def test_errors_name_the_file_of_statistics(tmp_path, content, message):

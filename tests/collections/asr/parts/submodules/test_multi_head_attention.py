@@ -10,7 +10,6 @@ from nemo.collections.asr.parts.att_context.blockwise import BlockwiseMask
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.windows import Window
 from nemo.collections.asr.parts.submodules import multi_head_attention as mha
-from nemo.collections.asr.parts.submodules.adapters import multi_head_attention_adapter_module as adapters
 
 SIZES = dict(n_head=2, n_feat=8, dropout_rate=0.0)
 BIASES = dict(pos_bias_u=None, pos_bias_v=None)
@@ -151,23 +150,3 @@ class TestBlocks:
         compiled = torch.compile(attention, backend='eager', fullgraph=True)
         expected = attention(values, values, values, mask, pos_emb=positions(60))
         torch.testing.assert_close(compiled(values, values, values, mask, pos_emb=positions(60)), expected)
-
-
-class TestAttContextSize:
-    def test_without_an_encoder_it_cannot_be_set(self):
-        attention = make_attention('rel_pos')
-        assert attention.att_context_size is None
-        with pytest.raises(ValueError, match=r'att_context_size is \(40, 0\); this attention belongs to no encoder'):
-            attention.att_context_size = (40, 0)
-
-    def test_longformer_keeps_the_context_it_was_built_for(self):
-        attention = mha.RelPositionMultiHeadAttentionLongformer(**SIZES, **BIASES, att_context_size=[4, 4])
-        assert attention.att_context_size == [4, 4]
-        with pytest.raises(ValueError, match='rel_pos_local_attn is built for .4, 4.'):
-            attention.att_context_size = [2, 4]
-
-
-def test_subclasses_of_nemo_are_subclasses_of_the_patched_classes():
-    assert issubclass(mha.RelPositionMultiHeadAttentionLongformer, mha.RelPositionMultiHeadAttention)
-    assert issubclass(adapters.MultiHeadAttentionAdapter, mha.MultiHeadAttention)
-    assert issubclass(adapters.RelPositionMultiHeadAttentionAdapter, mha.RelPositionMultiHeadAttention)

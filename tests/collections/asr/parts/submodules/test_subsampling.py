@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Subsampling gives NeMo's frames, lengths and gradients, with fewer passes over the padding."""
 
-from unittest import mock
-
 import pytest
 import torch
 
@@ -75,11 +73,3 @@ def test_the_split_of_a_large_batch_takes_the_same_way():
     features, lengths = torch.randn(4, 40, 12), torch.tensor([40, 17, 33, 8])
     torch.testing.assert_close(module(features, lengths), reference(features, lengths))
     assert type(module.conv) is MaskedConvSequential
-
-
-def test_each_large_tensor_is_masked_once():
-    """NeMo masks before each of the eight layers and at the end."""
-    module, reference = build_pair()
-    with mock.patch.object(subsampling, '_time_mask', side_effect=subsampling._time_mask) as masks:
-        module(torch.randn(1, 40, 12), torch.tensor([40]))
-    assert len(module.conv) == 8 and masks.call_count == 4  # the input, and the output of three strides
