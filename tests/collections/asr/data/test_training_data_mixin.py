@@ -32,6 +32,7 @@ def speech(tmp_path_factory):
 SPAWNED = """
 import multiprocessing, os, sys
 sys.modules['fcntl'] = None  # as on Windows
+sys.modules['resource'] = None
 os.environ.setdefault('USER', 'someone')  # as there
 for name in ('getuid', 'fork'):
     delattr(os, name)

@@ -2,12 +2,17 @@
 """Numbers of a logging interval: sums and means over its steps and over all ranks, in one reduction."""
 
 import copy
-import resource
+import sys
 import time
 
 import torch
 from omegaconf import ListConfig
 from torch.utils.flop_counter import FlopCounterMode
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 Logs = dict[str, float | torch.Tensor]
 OF_ONE_STEP = ('learning_rate', 'global_step', 'att_context_left', 'att_context_right', 'next_token_offset')
@@ -129,7 +134,8 @@ class TrainingNumbersMixin:
         if self._interval is not None and self._interval_ends():
             weights = [weight for group in optimizer.param_groups for weight in group['params']]
             weights = [weight for weight in weights if weight.grad is not None]
-            self._updated = [weight.detach().clone() for weight in weights], weights
+            if weights:  # a skipped step may have no gradient at all
+                self._updated = [weight.detach().clone() for weight in weights], weights
 
     def on_validation_start(self) -> None:
         """Leave validation out of the seconds of the interval."""
@@ -206,10 +212,12 @@ def _sources_of(input_cfg) -> set[str]:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the largest number of bytes so far: of tensors on a GPU, else of this process."""
+    """Return the largest number of bytes so far: of tensors on a GPU, else of this process; NaN on Windows."""
     if device.type == 'cuda':
         return float(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    if resource is None:
+        return float('nan')
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == 'darwin' else 1024.0)
 
 
 def _squares(before: list[torch.Tensor], after: list[torch.Tensor]) -> Logs:
