@@ -9,7 +9,6 @@ from fresh_process import run_python
 from omegaconf import OmegaConf
 from spies import recording_contexts
 from tiny_nest import (
-    CONFIGS,
     POSITIONS,
     POST_CONV,
     STOCK_OFFLINE,
@@ -23,7 +22,6 @@ from tiny_nest import (
 )
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
-from nemo.collections.asr.parts.att_context import AttContext
 
 NOT_CAUSAL = 'model.encoder.causal_downsampling=false', 'model.encoder.conv_context_size=null'
 MODELS = pytest.mark.parametrize('cls', [EncDecMaskedTokenPredModel, EncDecDenoiseMaskedTokenPredModel])
@@ -54,19 +52,6 @@ def test_masking_attention_and_log_share_one_context_in_each_of_200_batches(posi
     expected = {10: 20, 20: 40, 40: 60, -1: 80}  # of 200
     counts = Counter(lefts)
     assert all(abs(counts[left] - number) < 4 * number**0.5 for left, number in expected.items())
-
-
-@pytest.mark.integration
-def test_a_step_logs_what_was_masked_aimed_at_and_lost():
-    logged = fit(tiny_model(), batches(4, seconds=(3.0, 2.0)), max_steps=12, max_epochs=-1).logger
-
-    for step in logged.steps.values():
-        label = AttContext(int(step['att_context_left']), int(step['att_context_right'])).label
-        assert step[f'train_loss/ctx_{label}'] == step['train_loss']
-        assert 0 < step['codebook/codes_used'] <= 32
-        assert 1 <= step['codebook/perplexity'] <= 32
-        assert step['masking/no_visible_frame_in_window'] == step['masking/no_visible_frame_in_stack'] == 0
-    assert 0.1 < sum(logged.column('masked_share')) / 12 < 0.6
 
 
 @MODELS
@@ -110,11 +95,6 @@ def test_per_feature_targets_are_those_of_a_model_that_normalises_its_features(c
     # Past an utterance's end the features differ; whole target frames before it must not.
     for row, frames in enumerate((300 // 8, 200 // 8)):
         assert torch.equal(raw_tokens[row, :frames], normalised_tokens[row, :frames])
-
-
-def test_an_unknown_target_normalisation_is_refused():
-    with pytest.raises(ValueError, match=r"target_normalize is 'per_utterance'.*per_feature"):
-        tiny_model('model.target_normalize=per_utterance')
 
 
 def test_features_and_samples_exclude_each_other():
@@ -164,16 +144,6 @@ def test_a_post_conv_model_keeps_its_block_size_through_saving_and_restoring(tmp
         assert model.mask_processor.block_size == 16 // 8
 
 
-def test_layer_contexts_set_at_run_time_are_in_the_saved_config(tmp_path):
-    model = tiny_model()
-    model.encoder.set_layer_att_context_size([[0, [6, 0]]])
-    assert model.cfg.encoder.layer_att_context_size == [[6, 0]]
-    model.save_to(str(tmp_path / 'model.nemo'))
-    restored = type(model).restore_from(str(tmp_path / 'model.nemo'))
-    assert restored.encoder.layers[0].self_attention.att_context_size == [6, 0]
-    assert restored.encoder.tightest_left_context() == 6
-
-
 @POSITIONS
 @pytest.mark.parametrize('from_features', [False, True])
 def test_where_nothing_is_masked_the_clean_signal_may_come_alone(position, from_features):
@@ -195,19 +165,6 @@ def test_where_nothing_is_masked_the_clean_signal_may_come_alone(position, from_
 
 
 @pytest.mark.parametrize(
-    'overrides, message',
-    [
-        (('model.loss.decoder_offset=0',), 'quantizer.combine_time_steps is 8 with mask_position post_conv'),
-        (('model.quantizer.combine_time_steps=1',), 'loss.decoder_offset is 1 with mask_position post_conv'),
-    ],
-)
-def test_training_refuses_targets_that_cannot_align(overrides, message):
-    model = tiny_model('model.mask_position=post_conv', *overrides)
-    with pytest.raises(ValueError, match=message):
-        fit(model, batches(1), max_steps=1)
-
-
-@pytest.mark.parametrize(
     'overrides, warns',
     [
         ((), False),
@@ -220,12 +177,6 @@ def test_training_warns_of_an_encoder_that_has_not_heard_its_targets(overrides, 
     fit(tiny_model(*overrides), batches(1), max_steps=1)
     told = [message for message in warnings if 'decoder_offset is 0 with causal_downsampling' in message]
     assert len(told) == warns
-
-
-def test_the_configs_comment_has_the_overrides_of_masking_after_the_convolutions():
-    comment = (CONFIGS / 'nest_fast-conformer_streaming.yaml').read_text().split('mask_position: pre_conv')[0]
-    overrides = [word for word in comment.splitlines()[-2].split() if '=' in word]
-    assert sorted(overrides) == sorted(POST_CONV)
 
 
 @pytest.mark.integration

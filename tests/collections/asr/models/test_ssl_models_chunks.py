@@ -3,7 +3,6 @@
 
 import pytest
 import torch
-from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from spies import recording_contexts
 from tiny_nest import batches, fit, noise_batch, tiny_config, tiny_model
@@ -68,22 +67,6 @@ class TestSampledTraining:
             model.inference_pass(noise_batch(), mode='val', apply_mask=True)
         assert record.attention == [[8, 3], [6, 1], [6, 0]]  # model.validate_contexts: all
 
-    def test_the_losses_are_logged_for_groups_of_chunks(self):
-        model = tiny_model(*SAMPLED)
-        run = fit(model, batches(12), max_steps=12)
-        names = {name for step in run.logger.steps.values() for name in step if name.startswith('train_loss/ctx_')}
-        groups = {'unlimited_unlimited', 'chunk_1', 'chunk_2_to_3', 'chunk_4_to_7'}
-        configured = {'8_3', '6_1', '6_0'}
-        assert {name.removeprefix('train_loss/ctx_') for name in names} <= groups | configured
-        assert len(names) > 2
-
-    def test_block_by_block_the_loss_is_the_same(self):
-        losses = []
-        for choice in ('off', 'on'):
-            model = tiny_model(*SAMPLED, f'model.encoder.blockwise_attention={choice}')
-            losses.append(fit(model, batches(5, seconds=(2.0, 1.5)), max_steps=5).logger.column('train_loss'))
-        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
 
 class TestWithLayersAndCurriculum:
     LAYERS = ['model.encoder.n_layers=2', '+model.encoder.layer_att_context_size=[[4,-1],[3,0]]']
@@ -91,10 +74,6 @@ class TestWithLayersAndCurriculum:
     @pytest.mark.parametrize('context', [[8, 3], [6, 1], [6, 0], [-1, 4]])
     def test_they_stream_equal_to_offline(self, context):
         assert_streams_as_offline(tiny_model(*SAMPLED, *self.LAYERS), context, seconds=2.0)
-
-    def test_a_layer_with_chunks_of_its_own_must_fit_every_chunk(self):
-        with pytest.raises(InstantiationException, match=r'item 0.*right context is 1; .*chunk_size.: \(1, 6\)'):
-            tiny_model(*SAMPLED, 'model.encoder.n_layers=1', '+model.encoder.layer_att_context_size=[[4,1]]')
 
     def test_a_curriculum_cuts_the_chunks_and_rounds_the_past_down(self):
         model = tiny_model(*SAMPLED)
@@ -109,19 +88,6 @@ class TestWithLayersAndCurriculum:
             assert right == expected and left in (0, 3, 4, 5) and left % (right + 1) == 0
         assert found[8:] == [tuple(context) for context in drawn[8:]]
 
-    def test_a_ceiling_that_a_layer_cannot_follow_is_refused_before_training(self):
-        sampler = '{full_prob: 0, chunk_size: [4, 4]}'
-        model = tiny_model(
-            *CHUNKED[:1],
-            'model.encoder.att_context_size=[8,3]',
-            f'+model.encoder.att_context_sampler={sampler}',
-            'model.encoder.n_layers=1',
-            '+model.encoder.layer_att_context_size=[[4,1]]',
-        )
-        curriculum = AttContextCurriculum(milestones=[[0, [8, 2]]])
-        with pytest.raises(ValueError, match=r'curriculum.milestones: item 0, \[8, 2\]: a layer has \[4, 1\], and'):
-            fit(model, batches(1), max_steps=1, callbacks=[curriculum])
-
 
 class TestChecks:
     def test_probabilities_of_the_list_would_be_passed_over(self):
@@ -135,14 +101,3 @@ class TestChecks:
         )
         with pytest.raises(ValueError, match=r'att_context_probs is \[0.5, 0.5\], but .*att_context_sampler draws'):
             check_contexts(encoder)
-
-    def test_an_attention_with_a_built_in_context_cannot_sample(self):
-        with pytest.raises(
-            InstantiationException,
-            match='model.encoder.att_context_sampler: self_attention_model rel_pos_local',
-        ):
-            tiny_model(
-                'model.encoder.self_attention_model=rel_pos_local_attn',
-                'model.encoder.att_context_size=[8,8]',
-                f'+model.encoder.att_context_sampler={SAMPLER}',
-            )

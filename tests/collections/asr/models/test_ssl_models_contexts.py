@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contexts that come with the batches, or are to be the same on several processes."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from corpus import data_section
 from ranks import run_on_two_ranks
-from spies import StepOfBatch, recording_contexts
-from tiny_nest import POSITIONS, POST_CONV, fit, noise_batch, tiny_model
+from spies import recording_contexts
+from tiny_nest import POST_CONV, fit, noise_batch, tiny_model
 from torch.utils.data import DataLoader
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel, EncDecMaskedTokenPredModel
-from nemo.collections.asr.parts.att_context import AttContext, create_synced_context_collate
+from nemo.collections.asr.parts.att_context import create_synced_context_collate
 from nemo.collections.asr.parts.att_context.synced_collate import parse_policy
 
 OPTIONS, PROBABILITIES = [[10, 0], [20, 0], [-1, 0]], [0.3, 0.3, 0.4]
@@ -73,45 +72,6 @@ class TestSyncedBatches:
             run = fit(model, synced_loader(base, **loading), max_steps=8, max_epochs=-1)
         assert record.attention == expected_contexts(8)  # across epochs of 5
         assert record.masking == [context[0] for context in record.attention] == run.logger.column('att_context_left')
-
-    @POSITIONS
-    def test_a_hierarchical_encoder_follows_its_batches(self, position):
-        model = tiny_model(
-            '+model.encoder.layer_att_context_size=[[15,0],null]', 'model.encoder.n_layers=2', *position
-        )
-        with recording_contexts(model) as record:
-            fit(model, synced_loader(), max_steps=5, max_epochs=-1)
-        lefts = [left for left, _ in expected_contexts(5)]
-        assert record.masking == [15 if left < 0 else min(left, 15) for left in lefts]
-        assert {15, 10} <= {left for left, _ in record.attention} and len(set(lefts)) > 1
-
-    @pytest.mark.integration
-    def test_a_gradient_accumulation_has_one_context_and_a_resume_goes_on(self, tmp_path):
-        model, batches_of = tiny_model(), StepOfBatch()
-        settings = dict(max_epochs=-1, accumulate_grad_batches=2, callbacks=[batches_of])
-        with recording_contexts(model) as record:
-            fit(model, synced_loader(), max_steps=4, **settings).save_checkpoint(tmp_path / 'four.ckpt')
-            fit(model, synced_loader(), max_steps=8, ckpt_path=tmp_path / 'four.ckpt', **settings)
-        contexts = context_of_each_step(batches_of.steps, record.attention)
-        assert len(record.attention) > 8 and contexts == dict(enumerate(expected_contexts(8)))
-
-    def test_an_override_comes_first_and_a_ceiling_narrows(self):
-        model = tiny_model()
-        model.set_att_context_size([40, 0])
-        with recording_contexts(model) as record:
-            fit(model, synced_loader(), max_steps=2)
-        assert record.masking == [40, 40]
-        model.set_att_context_size(None)
-        model.encoder.att_context_policy = replace(model.encoder.att_context_policy, ceiling=AttContext(5, 0))
-        with recording_contexts(model) as record:
-            fit(model, synced_loader(), max_steps=2)
-        assert record.masking == [5, 5]
-
-    def test_a_batch_without_a_trainer_keeps_its_context(self):
-        model = tiny_model(cls=EncDecMaskedTokenPredModel)
-        for batch in synced_loader(as_tuple):
-            moved = model.transfer_batch_to_device(batch, torch.device('cpu'), 0)
-            assert moved.att_context == batch.att_context and moved.context_draw == batch.context_draw
 
 
 def data_config(corpus, **kwargs):

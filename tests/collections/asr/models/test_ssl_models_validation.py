@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 from ranks import run_on_two_ranks
-from tiny_nest import POSITIONS, batches, fit, noise_batch, tiny_model, trainer
+from tiny_nest import batches, fit, tiny_model, trainer
 
 from nemo.collections.asr.parts.ssl_reports import figures
 from nemo.utils.exp_manager import exp_manager
@@ -75,19 +75,6 @@ def test_without_the_new_keys_nothing_new_is_logged():
 
 
 @pytest.mark.integration
-@POSITIONS
-def test_a_hierarchical_training_is_audited(position):
-    model = tiny_model('model.encoder.n_layers=2', '+model.encoder.layer_att_context_size=[[5,0],[20,0]]', *position)
-    logged = fit(model, batches(3, (3.0, 0.05)), max_steps=3).logger
-    for step in logged.steps.values():
-        assert step['audit/masked_share'] == pytest.approx(step['masked_share'], rel=0.02) or step['global_step'] > 0
-        for window in ('layer_00', 'layer_01', 'stack'):
-            assert step[f'audit/no_visible_frame/{window}'] == 0
-    assert logged.column('audit/empty_batches') == [0, 0, 0]
-    assert logged.column('audit/run_frames/longest')[0] >= 1
-
-
-@pytest.mark.integration
 @pytest.mark.parametrize('contexts', ['all', 'null'])
 def test_pictures_go_to_tensorboard(tmp_path, contexts):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -112,11 +99,3 @@ def test_pictures_are_off_where_they_are_not_wanted_or_cannot_be_had(tmp_path, m
     model.set_trainer(run)
     run.fit(model, train_dataloaders=batches(1), val_dataloaders=batches(1))
     assert model.reports.figures is None and run.global_step == 1
-
-
-def test_a_step_by_hand_needs_no_trainer():
-    model = tiny_model().eval()
-    with torch.no_grad():
-        metrics = model.inference_pass(noise_batch((2.0, 1.0)), 0, apply_mask=True)
-    assert metrics['val_loss'] > 0
-    assert model.multi_validation_epoch_end([metrics])['val_loss'] == pytest.approx(metrics['val_loss'].item())

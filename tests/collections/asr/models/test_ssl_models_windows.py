@@ -9,14 +9,8 @@ import torch
 from tiny_nest import batches, fit, noise_batch, signals, tiny_config, tiny_model
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-from nemo.collections.asr.modules.ssl_modules.masking import RandomBlockMasking
-from nemo.collections.asr.parts.att_context.context import AttContext
-from nemo.collections.asr.parts.att_context.dynamic_context import sync_masking_to_attention
-from nemo.collections.asr.parts.att_context.windows import Window, tightest_window_of
-from nemo.collections.asr.parts.ssl_reports.audit import audit_masks, windows_of
-from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
+from nemo.collections.asr.parts.att_context.windows import tightest_window_of
 
-CHUNKED = 'model.encoder.att_context_style=chunked_limited'
 SHORTER_BLOCKS_MORE_OFTEN = ('model.masking.mask_prob=0.03', 'model.masking.block_size=24')
 LOOK_AHEADS = [
     ([[0, 3]], 'chunked_limited'),
@@ -29,16 +23,6 @@ LOOK_AHEADS = [
 def model_of(contexts, style, *overrides):
     overrides = (f'model.encoder.att_context_style={style}', *SHORTER_BLOCKS_MORE_OFTEN, *overrides)
     return tiny_model(f'model.encoder.att_context_size={str(contexts).replace(" ", "")}', *overrides)
-
-
-def test_masks_that_do_not_follow_the_context_are_the_same_in_every_context():
-    model, batch = tiny_model('+model.masking.follow_context=false'), noise_batch((4.0, 3.0))
-    masks = []
-    for context in ([2, 0], [-1, 0]):
-        torch.manual_seed(0)
-        with model.using_att_context_size(context):
-            masks.append(model(**signals(batch), apply_mask=True)[2])
-    assert torch.equal(*masks) and masks[0].any()
 
 
 @pytest.mark.integration
@@ -124,44 +108,3 @@ class TestOtherEncoders:
         model = self.model_with(monkeypatch, **attributes)
         (told,) = [message for message in warnings if 'RandomBlockMasking cannot follow Own' in message]
         assert re.search(reason, told) and model.mask_processor.left_context_size == -1
-
-
-class TestOtherMaskings:
-    class PassesOn(RandomBlockMasking):
-        def forward(self, *args, **kwargs):
-            self.asked = kwargs
-            return super().forward(*args, **kwargs)
-
-    def test_one_that_is_put_in_later_gets_the_window_in_each_call(self):
-        model = model_of([[8, 3]], 'chunked_limited')
-        model.mask_processor = self.PassesOn(80, 0.5, 16, subsampling_factor=8)
-        model(**signals(noise_batch((4.0,))), apply_mask=True)
-        assert model.mask_processor.asked['effective_window'] == Window(AttContext(8, 3), 'chunked_limited')
-
-
-@pytest.mark.parametrize(
-    'context, style, seconds',
-    [([2, 0], 'regular', 0.08), ([10, 0], 'regular', 0.8), ([8, 3], 'chunked_limited', 0.32)],
-)
-def test_masks_of_a_live_stream_are_answered_however_it_is_cut(context, style, seconds):
-    model = model_of([context], style).eval()
-    torch.manual_seed(0)
-    session = StreamingSession(model, 2, context, apply_mask=True)
-    samples = torch.randn(2, 16000 * 20, generator=torch.Generator().manual_seed(0)) * 0.1
-    outputs = [session.step(piece) for piece in samples.split(int(seconds * 16000), dim=1)] + [session.finish()]
-    output = StreamingOutput.concatenate(outputs)
-    masks = output.masks.unsqueeze(1)
-    with model.encoder.using_att_context_size(context):
-        audit = audit_masks(masks, output.mask_lengths, 8, windows_of(model.encoder))
-    assert audit.frames_masked > 50 and audit.no_visible_frame['layers'] == 0
-
-
-def test_an_earlier_limit_does_not_stay_with_the_masking():
-    model = tiny_model()
-    model.set_att_context_size([20, 0])
-    model.encoder.att_context_size = [-1, 0]
-    assert model.mask_processor.left_context_size == -1
-    model.encoder.att_context_size = None
-    assert sync_masking_to_attention(model) == 10
-    with model.encoder.using_att_context_size([-1, 0]):
-        assert model.mask_processor.left_context_size == -1
