@@ -88,9 +88,9 @@ def _reasons(encoder, context: AttContext) -> Iterator[str]:
     for name, module in encoder.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             yield f'encoder.{name}'.rstrip('.') + ' has forward hooks'
-    for place, adapter in ((at, each) for at, layer in enumerate(encoder.layers) for each in enabled_adapters(layer)):
+    for index, adapter in ((at, each) for at, layer in enumerate(encoder.layers) for each in enabled_adapters(layer)):
         if type(adapter).forward is not LinearAdapter.forward or type(adapter.adapter_strategy).forward is not ADDED:
-            yield f'encoder.layers.{place} has a {type(adapter).__name__}; only added linear adapters are computed'
+            yield f'encoder.layers.{index} has a {type(adapter).__name__}; only added linear adapters are computed'
 
 
 def _computed_parts(encoder) -> Iterator[tuple[str, nn.Module]]:
