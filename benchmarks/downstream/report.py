@@ -63,7 +63,7 @@ class Results:
 
     def seeds(self, kind: str, *names: str) -> list[int]:
         """Return the seeds whose last encoder is judged in both contexts, for all of these arms."""
-        found = [{seed for seed in SEEDS if self.last(kind, name, seed)} for name in names]
+        found = [{seed for seed in SEEDS if self.last(kind, name, seed) is not None} for name in names]
         return sorted(set.intersection(*found))
 
     def last(self, kind: str, name: str, seed: int) -> int | None:

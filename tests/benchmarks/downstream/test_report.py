@@ -14,7 +14,8 @@ def write(folder, rows, phones='10 10', speakers='a b'):
     """Write probe.csv from tuples of arm, seed, probe seed and errors, the same in both causal contexts."""
     lines = ['kind,arm,seed,step,context,probe_seed,errors', f',(phones),,,,,{phones}', f',(speakers),,,,,{speakers}']
     for arm, seed, probe, errors in rows:
-        lines += [f'causal,{arm},{seed},8,{context},{probe},{errors}' for context in ('5 0', '-1 0')]
+        step = 0 if arm == 'random' else 8
+        lines += [f'causal,{arm},{seed},{step},{context},{probe},{errors}' for context in ('5 0', '-1 0')]
     (folder / 'probe.csv').write_text('\n'.join(lines) + '\n')
 
 
