@@ -62,9 +62,15 @@ PUBLIC = ('att_context', 'objectives', 'streaming')
 
 
 def _origins(folder: Path) -> dict[str, str]:
-    """Return the modules from which a package imports its names."""
-    nodes = ast.walk(ast.parse((folder / '__init__.py').read_text(encoding='utf-8')))
-    return {alias.name: node.module for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    """Return the modules from which a package imports its names, at once or when they are first used."""
+    tree = ast.parse((folder / '__init__.py').read_text(encoding='utf-8'))
+    found = {
+        alias.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == '_IMPORTED_LATE':
+            found.update({name: f'{PARTS}.{module}' for name, module in ast.literal_eval(node.value).items()})
+    return found
 
 
 def _public_api(folder: Path, package: str, origins: dict[str, str]) -> list[str]:
