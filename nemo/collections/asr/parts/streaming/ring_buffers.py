@@ -30,9 +30,8 @@ class Rows:
         moving = np.flatnonzero(active)
         self.active, self.index, self._leader = active, None, moving[0]
         self.is_whole = len(moving) == len(active)  # all rows of the batch move on
-        self.computes_idle = not self.is_whole and len(moving) >= MOST_ACTIVE * len(
-            active
-        )  # but keeps nothing of them
+        # Nearly all rows are computed as all, and nothing is kept of the idle ones.
+        self.computes_idle = not self.is_whole and len(moving) >= MOST_ACTIVE * len(active)
         self.numbers, self.valid = np.arange(len(active)), active
         self.moving = torch.from_numpy(moving).to(device, non_blocking=True)
         if self.computes_idle:
