@@ -33,7 +33,7 @@ STEP = re.compile(r'Epoch (\d+):.*?(\d+)/(\d+) \[')  # Lightning's progress bar,
 
 console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 COLUMNS = (TextColumn('== {task.description}'), BarColumn(30), TextColumn('{task.fields[step]}'), TimeElapsedColumn())
-progress = Progress(*COLUMNS, console=console)
+progress = Progress(*COLUMNS, console=console, disable=not console.is_terminal)
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -62,6 +62,8 @@ def run_stage(title: str, log: Path, script: str, *words, **environment: str) ->
     command = [sys.executable, str(HERE / script), *map(str, words)]
     with open(log, 'wb') as output:
         bar = progress.add_task(f'{title:<44}', total=None, step='')
+        if progress.disable:  # a log gets a line for each stage in place of the bars
+            console.print(f'== {title}')
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **environment})
         try:
             while process.poll() is None:
