@@ -135,7 +135,8 @@ class ContextValidation:
             for objective, scores in model.objectives.scores(record).items():
                 of_objectives[objective] = self._add_scores(sums, objective, label, scores)
             if masks:
-                self._add_masks(sums, record, windows_of(model.encoder), label, first=not losses)
+                windows = {name: each for name, each in windows_of(model.encoder).items() if name != STACK}
+                self._add_masks(sums, record, windows, label, first=not losses)
             losses.append(model.objectives.weighted(of_objectives))
             after_each(model, record)
         return torch.stack(losses).mean()
@@ -157,8 +158,7 @@ class ContextValidation:
         if first:  # the masks are the same in every context
             _add(sums['masked_share'], audit.mask_frames_masked, audit.mask_frames)
         if windows:
-            layers = [count for name, count in audit.no_visible_frame.items() if name != STACK]
-            no_visible = torch.stack(layers).max()
+            no_visible = torch.stack([*audit.no_visible_frame.values()]).max()
             _add(sums[f'masking/no_visible_frame_in_window/ctx_{label}'], no_visible, audit.frames_masked)
 
     def finish(self, mode: str) -> None:
