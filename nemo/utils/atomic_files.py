@@ -66,10 +66,15 @@ def _flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all. Errors are those of :func:`replacing`."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding='utf-8')
+
+
 def write_json(path: str | Path, contents) -> None:
     """Write JSON, whole or not at all; NaN and infinite numbers become null. Errors are those of :func:`replacing`."""
-    with replacing(Path(path).resolve()) as partial:
-        partial.write_text(json.dumps(_finite(contents), indent=2, allow_nan=False) + '\n', encoding='utf-8')
+    write_text(Path(path).resolve(), json.dumps(_finite(contents), indent=2, allow_nan=False) + '\n')
 
 
 def _finite(value):

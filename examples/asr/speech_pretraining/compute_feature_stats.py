@@ -15,7 +15,7 @@ by the statistics of the corpus (``NA``). They can take the place of its random 
 https://arxiv.org/abs/2606.30671: ``model.quantizer.projection=pca model.quantizer.projection_file=pca.npz``.
 """
 
-from script_tools import check_folders, report_error, require_patches, write_text
+from script_tools import check_folders, report_error, require_patches
 
 require_patches(__file__, "nemo.collections.asr.parts.preprocessing.features")
 
@@ -34,6 +34,7 @@ from nemo.collections.asr.data.corpus_statistics import (
     utterances_of,
     write_projection,
 )
+from nemo.utils.atomic_files import write_text
 
 DEFAULT_COMPONENTS = 64
 PCA_OPTIONS = ("combine_time_steps", "components", "target_normalize")  # those that are of use only with --pca

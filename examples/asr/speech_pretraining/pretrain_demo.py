@@ -208,6 +208,7 @@ def compare(models: dict[str, Path], data: dict[str, Path], folder: Path) -> Non
     """Print and save the error rates of both recognisers, and stream a sentence with the pre-trained one."""
     from nemo.collections.asr.models import ASRModel
     from nemo.utils import logging
+    from nemo.utils.atomic_files import write_json
 
     logging.setLevel(logging.ERROR)
     entries = entries_of(data.get('test', data['validation']))
@@ -218,7 +219,7 @@ def compare(models: dict[str, Path], data: dict[str, Path], folder: Path) -> Non
         table.add_row(str(list(context)), *(f'{rates[arm][context]:.1%}' for arm in ARMS))
     console.print(table)
     found = {arm: {str(list(context)): rate for context, rate in rows.items()} for arm, rows in rates.items()}
-    (folder / 'error_rates.json').write_text(json.dumps(found, indent=2), encoding='utf-8')
+    write_json(folder / 'error_rates.json', found)
     stream(restored['pre-trained'], entries[min(1, len(entries) - 1)])
 
 

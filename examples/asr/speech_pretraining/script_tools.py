@@ -106,18 +106,6 @@ def parse_stream_options(parser: argparse.ArgumentParser, argv: list[str] | None
     return options
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; an old file stays as it is until the new one is complete.
-
-    Raises:
-        OSError: naming the file, if it cannot be written.
-    """
-    from nemo.utils.atomic_files import replacing
-
-    with replacing(path) as partial:
-        partial.write_text(text, encoding='utf-8')
-
-
 def restore(path: Path, device: str):
     """Restore a model from a .nemo file, in eval mode.
 

@@ -26,7 +26,6 @@ from script_tools import (
     require_patches,
     restore,
     stream_parser,
-    write_text,
 )
 
 PCM_BYTES = 2
@@ -104,6 +103,7 @@ def main(argv=None) -> int:
     from nemo.collections.asr.data.audio_files import audio_entries
     from nemo.collections.asr.parts.streaming.session import StreamingSession
     from nemo.collections.asr.parts.streaming.text import TextOptions
+    from nemo.utils.atomic_files import write_text
 
     done, status = [], 0
     try:

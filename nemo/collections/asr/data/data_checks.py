@@ -174,7 +174,7 @@ def check_manifest(path: str, key: str, min_duration: float | None = None, max_d
 
 def _check_audio(key: str, line: Line, with_audio: bool = True) -> None:
     where = f'{key}: {line.manifest}, line {line.number}'
-    audio = line.entry.get('audio_filepath', line.entry.get('audio_filename'))
+    audio = line.audio
     if not isinstance(audio, (str, list, ListConfig)):
         raise ValueError(f"{where} has no audio_filepath")
     for file in [] if not with_audio else [audio] if isinstance(audio, str) else audio:

@@ -19,7 +19,7 @@ from nemo.collections.asr.data.ssl_dataset import LEAST_SHARE_OF_DURATION, BadAu
 from nemo.collections.asr.parts.utils.manifest_index import Line, read_entries
 from nemo.collections.asr.parts.utils.nonfinite_guard import samples_are_valid
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
-from nemo.utils.atomic_files import replacing
+from nemo.utils.atomic_files import write_text
 
 TOLERANCE = 0.02  # seconds that a duration may differ by when it is read back; codecs pad
 TAKEN = ('audio_filepath', 'audio_filename', 'duration', 'offset', 'text', 'speaker', 'lang')  # have places in a cut
@@ -69,7 +69,7 @@ class Plan:
 def cut_of(line: Line, number: int) -> MonoCut:
     """Return the cut of a manifest's entry, named after file and number; of the audio, the header is read."""
     entry = line.entry
-    path = get_full_path(audio_of(entry), manifest_file=line.manifest)
+    path = get_full_path(line.audio or '', manifest_file=line.manifest)
     name = f'{Path(path).stem}-{number}'
     recording = Recording.from_file(path, recording_id=name)
     offset, duration = entry.get('offset') or 0.0, entry.get('duration')
@@ -86,11 +86,6 @@ def cut_of(line: Line, number: int) -> MonoCut:
     cut.supervisions = [SupervisionSegment(name, name, start=0.0, duration=cut.duration, **said)]
     cut.custom = {key: value for key, value in entry.items() if key not in TAKEN} or None
     return cut
-
-
-def audio_of(entry: dict) -> str:
-    """Return the audio file of an entry, under either of NeMo's names; '' where it has none."""
-    return entry.get('audio_filepath', entry.get('audio_filename', ''))
 
 
 class ShardMaker(torch.utils.data.Dataset):
@@ -146,7 +141,7 @@ class ShardMaker(torch.utils.data.Dataset):
                 raise BadAudioError("it has samples that are NaN or infinite" if samples.numel() else "it is empty")
             return cut
         except Exception as error:  # soundfile, lhotse and its backends each have their own
-            reason, file = ' '.join(f'{type(error).__name__}: {error}'.split())[:300], audio_of(line.entry)
+            reason, file = ' '.join(f'{type(error).__name__}: {error}'.split())[:300], line.audio or ''
             if self.stop:
                 raise BadAudioError(f"{line.manifest}, line {line.number}: {file}: {reason}") from None
             bad.append({'manifest': line.manifest, 'line': line.number, 'reason': reason, 'file': file})
@@ -189,12 +184,6 @@ def put_together(output: Path, parts: Path, reports: list[dict]) -> None:
     write_text(output / 'SHA256SUMS', ''.join(sums))
     write_text(output / 'report.json', json.dumps(summary, indent=1) + '\n')
     gathered.rename(output / 'shar')
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    with replacing(path) as partial:
-        partial.write_text(text, encoding='utf-8')
 
 
 def pack(plan: Plan, output: Path, stop: bool = False, workers: int = 1) -> None:

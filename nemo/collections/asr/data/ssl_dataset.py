@@ -151,11 +151,10 @@ class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
 
     def _expect(self, line, duration: float | None, shortest: float | None, longest: float | None) -> None:
         """Note the file of an entry by its ``shard_id``, or count one that NeMo leaves out for its duration."""
-        file = line.entry.get('audio_filepath', line.entry.get('audio_filename', ''))
         if duration is not None and not (shortest or 0) <= duration <= (np.inf if longest is None else longest):
             LEFT_OUT.add(OUTSIDE_LIMITS, f'{line.manifest}, line {line.number}: {duration} s')
         else:
-            self._files_of_shards[line.entry.get('shard_id')].add(_file_id(file).partition('-sub')[0])
+            self._files_of_shards[line.entry.get('shard_id')].add(_file_id(line.audio or '').partition('-sub')[0])
 
     def _members(self, shards) -> Iterator[dict]:
         """Yield the members of tar files, and leave out what a manifest has and a tar file lacks; one that is cut off ends."""

@@ -169,8 +169,9 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Return a context in which operations keep the dtype of their inputs."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def read_projection(path: str, components: int, combine_time_steps: int, features: int):

@@ -73,9 +73,8 @@ class TrainingNumbersMixin:
 
     _interval: IntervalNumbers | None = None
     _interval_began = 0.0
-    _updated: tuple[list[torch.Tensor], list[torch.Tensor]] | None = (
-        None  # weights before the last step, and themselves
-    )
+    # weights before the last step of an interval, and themselves
+    _updated: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
     _subsampling_flops: float | None = None  # of a feature frame; None: of an encoder that is no Conformer
 
     def configure_model(self) -> None:
@@ -165,7 +164,7 @@ class TrainingNumbersMixin:
         if self._updated is not None:
             sums.update(_squares(*self._updated))
             self._updated = None
-        if self._skips_nonfinite() or (self.cfg.get('train_ds') or {}).get('skip_bad_audio'):
+        if self._logs_skipped():
             sums['skipped_utterances'] = self._skipped_utterances
         self._interval.add(sums, {'seconds': seconds})
         policy = getattr(self.encoder, 'att_context_policy', None)

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemo.collections.asr.modules.ssl_modules.quantizers import without_autocast
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.windows import Window
-from nemo.collections.asr.parts.streaming.layers import GROWTH, LayerStage, without_autocast
+from nemo.collections.asr.parts.streaming.layers import GROWTH, LayerStage
 from nemo.collections.asr.parts.streaming.mel import StreamingMel
 from nemo.collections.asr.parts.streaming.prepared_weights import PreparedEncoder, check_encoder_can_stream
 from nemo.collections.asr.parts.streaming.ring_buffers import RingBuffer, Rows, Stage, ring_window

@@ -15,7 +15,6 @@ import copy
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from nemo.collections.asr.modules.ssl_modules.quantizers import without_autocast
 from nemo.collections.asr.parts.streaming.linear import LINEARS
 from nemo.collections.asr.parts.streaming.ring_buffers import RingWindow, Rows, Stage, Visible, ring_window
 from nemo.collections.asr.parts.submodules.multi_head_attention import RelPositionalEncoding
@@ -212,13 +212,6 @@ class PreparedLayer:
 def enabled_adapters(layer: torch.nn.Module) -> list[torch.nn.Module]:
     """Return the adapters of a layer that are enabled now."""
     return [layer.adapter_layer[name] for name in layer.get_enabled_adapters()] if layer.is_adapter_available() else []
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Return a context in which operations keep the dtype of their inputs."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def _norm(norm: torch.nn.LayerNorm) -> Callable:

@@ -42,6 +42,11 @@ class Line(NamedTuple):
     number: int
     entry: dict
 
+    @property
+    def audio(self):
+        """The audio of the entry, under either of NeMo's names; None if it has neither."""
+        return self.entry.get('audio_filepath', self.entry.get('audio_filename'))
+
 
 def is_remote(path: str) -> bool:
     """Whether a path is not one of this machine: of a data store, a URL, or a command to read from."""

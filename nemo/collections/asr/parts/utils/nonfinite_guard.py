@@ -110,7 +110,7 @@ class NonFiniteGuard:
         elif getattr(self.trainer.precision_plugin, 'scaler', None) is None:
             self._skip_step(optimizer)
         logs = {'gradient_norm': self._gradient_norm}
-        if self._skips_nonfinite() or (self.cfg.get('train_ds') or {}).get('skip_bad_audio'):
+        if self._logs_skipped():
             logs.update(skipped_steps=self._skipped_steps, skipped_utterances=self._skipped_utterances)
         for name, value in cpu_scalars(logs).items():
             self.log(name, value)
@@ -139,6 +139,9 @@ class NonFiniteGuard:
 
     def _skips_nonfinite(self) -> bool:
         return bool(self.cfg.get('skip_nan_grad', False))
+
+    def _logs_skipped(self) -> bool:
+        return self._skips_nonfinite() or bool((self.cfg.get('train_ds') or {}).get('skip_bad_audio'))
 
 
 def gradient_norm(parameters) -> float:
