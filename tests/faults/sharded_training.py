@@ -59,6 +59,7 @@ def train(folder: Path, data: str, strike: int) -> None:
     model.save_to(str(folder / 'trained.nemo'))
     if rank == 0:
         metrics = {name: float(value) for name, value in fitter.callback_metrics.items()}
+        metrics['restarts'] = int(os.environ['TORCHELASTIC_RESTART_COUNT'])
         (folder / 'metrics.json').write_text(json.dumps(metrics))
 
 
