@@ -9,6 +9,7 @@ from itertools import product
 
 import torch
 from device.place import Place
+from next_token_pairs import loss_of_all_pairs
 from tiny_encoder import WITHOUT_DROPOUT, tiny_encoder
 
 from nemo.collections.asr.losses.ssl_losses.mlm import MLMLoss, MultiMLMLoss
@@ -97,8 +98,7 @@ def next_token_loss(place: Place) -> list:
     """The loss of next tokens."""
     outputs = place.random(2, 20, 3, CLASSES, requires_grad=True)
     targets, lengths = place.put(torch.arange(40).view(2, 20) % CLASSES), place.whole(20, 11)
-    named = dict(targets=targets, offset=1, decoder_lengths=lengths, target_lengths=lengths)
-    return _with_gradient(NextTokenLoss(horizons=3)(decoder_outputs=outputs, **named), outputs)
+    return _with_gradient(loss_of_all_pairs(NextTokenLoss(horizons=3), outputs, targets, 1, lengths, lengths), outputs)
 
 
 def _with_gradient(value, inputs) -> list:

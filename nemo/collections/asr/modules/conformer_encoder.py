@@ -15,19 +15,14 @@ from nemo.collections.asr.parts.att_context.context_sampler import FIELD as SAMP
 from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler
 from nemo.collections.asr.parts.att_context.encoder_context import EncoderContext
 from nemo.collections.asr.parts.att_context.layer_contexts import LayerAttentionMasks, LayerContext, LayerContexts
-from nemo.collections.asr.parts.att_context.schedule import accept_context, parse_layer_contexts
+from nemo.collections.asr.parts.att_context.schedule import parse_layer_contexts
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tightest_window
 from nemo.core.classes.mixins import adapter_mixins
 from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
 
-PROBABILITY_TOLERANCE = 1e-6
 LAYER_CONTEXTS = 'layer_att_context_size'  # the argument, and the config key
-
-
-class CannotStreamError(ValueError):
-    """The encoder's contexts do not allow streaming, or not in chunks like these."""
 
 
 class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
@@ -74,8 +69,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         for index, layer in enumerate(self.layers):
             layer.recomputes = _recomputes(activation_checkpointing, index)
         self._connect_layers()
-        self._layer_contexts = (None,) * len(self.layers)
-        self._set_layer_contexts(self._parse_layer_contexts(layer_att_context_size))
+        self.set_layer_att_context_size(layer_att_context_size)
 
     def tightest_left_context(self) -> int:
         """The smallest limited left context of the present context, the layers' and in training the ceiling.
@@ -129,58 +123,45 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         Raises:
             ValueError: naming the item and its value, if it is no context, or the attention cannot follow it.
         """
-        self._set_layer_contexts(self._parse_layer_contexts(contexts), write=True)
-
-    def set_context_of_layer(self, index: int, context: AttContext | None) -> None:
-        """Give one layer a context of its own; see :meth:`set_layer_att_context_size`."""
-        if context is not None:
-            where = f'encoder.layers[{index}].self_attention.att_context_size is {context.as_list()}'
-            accept_context(context, where, self._check_layer_context)
-        contexts = [*self._layer_contexts[:index], context, *self._layer_contexts[index + 1 :]]
-        self._set_layer_contexts(tuple(contexts), write=True)
+        before, self._layer_contexts = self._layer_contexts, self._parse_layer_contexts(contexts)
+        if self._layer_contexts != before:
+            self.setup_streaming_params(**self._streaming_arguments)
+        if hasattr(self, '_cfg'):  # built by a model
+            self.write_layer_contexts_to(self._cfg)
 
     def setup_streaming_params(
         self, chunk_size=None, shift_size=None, left_chunks=None, att_context_size=None, max_context: int = 10000
     ):
         """Set ``streaming_cfg``; arguments are NeMo's. It follows the layers' own contexts, later changes included.
 
-        The cache is as long as the largest left context that any layer can use. With ``regular`` style the
-        look-ahead of a chunk is the sum of the layers' right contexts.
-
-        Raises:
-            ValueError: if the layers have contexts of their own, and cannot be streamed so.
+        The cache is as long as the largest left context that any layer can use. With ``regular`` style the look-ahead
+        of a chunk is the sum of the layers' right contexts. What cannot be streamed so, :meth:`get_initial_cache_state`
+        refuses.
         """
         given = dict(chunk_size=chunk_size, shift_size=shift_size, left_chunks=left_chunks)
         self._streaming_arguments = dict(given, att_context_size=att_context_size, max_context=max_context)
         if not self._has_layer_contexts():
             return super().setup_streaming_params(**self._streaming_arguments)
         batch, look_ahead = self._streaming_window(), self._streaming_look_ahead()
-        overlap = 0 if batch.has_chunks else look_ahead
-        if chunk_size is None and self.att_context_style == 'regular':
+        if chunk_size is None and self.att_context_style == 'regular' and look_ahead != UNLIMITED:
             given.update(chunk_size=look_ahead + 1, shift_size=1)
-        elif chunk_size is not None and (chunk_size % batch.chunk or chunk_size - shift_size < overlap):
-            raise CannotStreamError(
-                f"chunk_size is {chunk_size} and shift_size {shift_size}; with att_context_size {list(batch.context)} "
-                f"chunk_size must be a multiple of {batch.chunk}, and {overlap} more than shift_size"
-            )
         # Stock supports one left context only; with left_chunks it takes none, and does not warn.
         given['left_chunks'] = left_chunks or 0
         super().setup_streaming_params(**given, att_context_size=list(batch.context), max_context=max_context)
-        if left_chunks is None or chunk_size is None:
-            self._set_cache_size()
+        if left_chunks is None or chunk_size is None:  # in whole chunks, so that those of cache and input meet
+            lefts = [context.left for context in self.effective_att_contexts(batch.context)]
+            frames = max_context if UNLIMITED in lefts else max(lefts)
+            self.streaming_cfg.last_channel_cache_size = -(-frames // batch.chunk) * batch.chunk
 
     def set_default_att_context_size(self, att_context_size):
-        """Set the default context; arguments are NeMo's. An encoder that cannot be streamed in it is not refused."""
+        """Set the default context, and clear the override; arguments are NeMo's."""
         with self._assigning_default():
-            try:
-                super().set_default_att_context_size(att_context_size)
-            except CannotStreamError:
-                self._set_up_streaming()
+            super().set_default_att_context_size(att_context_size)
 
     def get_initial_cache_state(self, *args, **kwargs):
         """Return NeMo's empty caches; raises ValueError if the layers' own contexts cannot be streamed."""
         if self._has_layer_contexts():
-            self._streaming_look_ahead()
+            self._check_can_stream()
         return super().get_initial_cache_state(*args, **kwargs)
 
     def streaming_post_process(self, rets, keep_all_outputs=True):
@@ -205,7 +186,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
             super().change_attention_model(self_attention_model, *args, **kwargs)
         self._connect_layers()
         if self._has_layer_contexts():  # sets what the new modules drop from their cache, too
-            self._set_up_streaming(**self._streaming_arguments)
+            self.setup_streaming_params(**self._streaming_arguments)
 
     def forward_internal(self, audio_signal, length, cache_last_channel=None, *args, **kwargs):
         """Run the encoder within one context; arguments and results are NeMo's."""
@@ -220,8 +201,6 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
     def _create_masks(self, att_context_size, *args, **kwargs):
         # Stock's forward draws a context into a local variable and uses it for nothing but this call.
         att_context_size = self.att_context_size if self._active is not None else att_context_size
-        if not self._has_layer_contexts():
-            return self._create_mask(self.parse_att_context_size(att_context_size), *args, **kwargs)
         effective, masks = self.effective_att_contexts(att_context_size), {}
         for context in set(effective):
             pad_mask, masks[context] = self._create_mask(context, *args, **kwargs)
@@ -246,7 +225,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         return choice == 'on' or wins_by_blocks(window, frames, positions, self.use_pytorch_sdpa)
 
     def _calc_context_sizes(self, att_context_size, att_context_probs, **kwargs):
-        if att_context_probs and abs(sum(att_context_probs) - 1) <= PROBABILITY_TOLERANCE:
+        if att_context_probs and abs(sum(att_context_probs) - 1) <= 1e-6:
             # Stock requires a sum of exactly 1, which ten times 0.1 misses.
             att_context_probs = [*att_context_probs[:-1], 1 - sum(att_context_probs[:-1])]
         return super()._calc_context_sizes(
@@ -259,10 +238,9 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
     def _parse_layer_contexts(self, contexts) -> LayerContexts:
         if contexts is None:
             return (None,) * len(self.layers)
-        field = f'encoder.{LAYER_CONTEXTS}'
+        field, policy = f'encoder.{LAYER_CONTEXTS}', self.att_context_policy
         self._check_can_narrow(field)
-        multiple = self.att_context_policy.left_multiple
-        return parse_layer_contexts(contexts, len(self.layers), field, multiple, self._check_layer_context)
+        return parse_layer_contexts(contexts, len(self.layers), field, policy.left_multiple, policy.check_layer)
 
     def _check_can_narrow(self, where: str) -> None:
         model, style = self.self_attention_model, self.att_context_style
@@ -272,23 +250,12 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
                 f"layers; use rel_pos or abs_pos, with one of {STYLES}"
             )
 
-    def _check_layer_context(self, own: AttContext, where: str) -> None:
-        self._check_can_narrow(where)
-        self.att_context_policy.check_layer(own, where)
-
     def _plain_layer_contexts(self) -> list:
         return [None if context is None else context.as_list() for context in self._layer_contexts]
 
     def _connect_layers(self) -> None:
         for index, layer in enumerate(self.layers):
             layer.self_attn.layer_context = LayerContext(self, index)
-
-    def _set_layer_contexts(self, contexts: LayerContexts, write: bool = False) -> None:
-        before, self._layer_contexts = self._layer_contexts, contexts
-        if contexts != before:
-            self._set_up_streaming(**self._streaming_arguments)
-        if write and hasattr(self, '_cfg'):  # built by a model
-            self.write_layer_contexts_to(self._cfg)
 
     def write_layer_contexts_to(self, cfg) -> None:
         """Write the layers' contexts to an encoder's config, if it has others."""
@@ -306,43 +273,36 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
                 state_dict[f'{prefix}pre_encode.{name[len(wrapped) :]}'] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _set_up_streaming(self, **arguments) -> None:
-        """Set up streaming; for contexts that cannot be streamed, as stock does. Defaults are those of the method."""
-        try:
-            self.setup_streaming_params(**arguments)
-        except CannotStreamError:
-            super().setup_streaming_params(**arguments)
-            self._set_cache_size()
-
     def _streaming_window(self) -> Window:
         """Return the window of the context that streaming was last set up for."""
         context = self._streaming_arguments.get('att_context_size') or self.att_context_size
         return Window(self.parse_att_context_size(context), self.att_context_style)
 
     def _streaming_look_ahead(self) -> int:
-        """Frames after a frame that its output depends on; CannotStreamError if that differs from chunk to chunk."""
+        """Frames after a frame, or after its chunk, that its output depends on; -1 without a limit."""
+        batch = self._streaming_window()
+        if batch.has_chunks:
+            return 0
+        rights = [context.right for context in self.effective_att_contexts(batch.context)]
+        if UNLIMITED in rights or batch.style == 'chunked_limited':
+            return UNLIMITED
+        return sum(right + self.conv_context_size[1] for right in rights)
+
+    def _check_can_stream(self) -> None:
+        batch, overlap, given = self._streaming_window(), self._streaming_look_ahead(), self._streaming_arguments
+        where, chunk = f'att_context_size {list(batch.context)}', given['chunk_size']
         if self.self_attention_model == 'abs_pos':
-            raise CannotStreamError(
+            raise ValueError(
                 "self_attention_model abs_pos cannot be streamed: a frame's position in the whole utterance is not "
                 "known to a chunk; use rel_pos"
             )
-        batch = self._streaming_window()
-        where = f'att_context_size {list(batch.context)} cannot be streamed'
-        if batch.style == 'chunked_limited' and not batch.has_chunks:
-            raise CannotStreamError(f"{where}: it has no chunks")
-        if batch.has_chunks:
-            return batch.context.right
-        rights = [context.right for context in self.effective_att_contexts(batch.context)]
-        if UNLIMITED in rights:
-            raise CannotStreamError(f"{where}: the right context of layer {rights.index(UNLIMITED)} is unlimited")
-        return sum(right + self.conv_context_size[1] for right in rights)
-
-    def _set_cache_size(self) -> None:
-        """Set the largest left context of all layers, in whole chunks, so that those of cache and input meet."""
-        batch = self._streaming_window()
-        lefts = [context.left for context in self.effective_att_contexts(batch.context)]
-        frames = self._streaming_arguments['max_context'] if UNLIMITED in lefts else max(lefts)
-        self.streaming_cfg.last_channel_cache_size = -(-frames // batch.chunk) * batch.chunk
+        if overlap == UNLIMITED:
+            raise ValueError(f"{where} cannot be streamed: its right context, or that of a layer, is unlimited")
+        if chunk is not None and (chunk % batch.chunk or chunk - given['shift_size'] < overlap):
+            raise ValueError(
+                f"chunk_size is {chunk} and shift_size {given['shift_size']}; with {where} chunk_size must be a "
+                f"multiple of {batch.chunk}, and {overlap} more than shift_size"
+            )
 
     def _check_can_attend_within(self, context) -> None:
         default = self.att_context_policy.default

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from next_token_pairs import loss_of_all_pairs
 from ranks import run_on_two_ranks
 from tiny_nest import HIERARCHY, POSITIONS, batches, fit, noise_batch, signals, tiny_model, trainer
 
@@ -104,13 +105,8 @@ def test_the_loss_of_a_step_is_that_of_all_log_probabilities(objective, position
         record = model.encode_batch(noise_batch((2.0, 1.1)), model.masking_in_context())
         losses = model.objectives.loss(record)
     log_probs = torch.stack([d(encoder_output=record.encoded) for d in model.next_token_decoders], dim=2)
-    expected = NextTokenLoss(3, books, squeeze_single=False)(
-        decoder_outputs=log_probs,
-        targets=record.tokens,
-        offset=1 if position else 0,
-        decoder_lengths=record.encoded_lengths,
-        target_lengths=record.token_lengths,
-    )
+    lengths, loss = (record.encoded_lengths, record.token_lengths), NextTokenLoss(3, books, squeeze_single=False)
+    expected = loss_of_all_pairs(loss, log_probs, record.tokens, 1 if position else 0, *lengths)
     if objective == BOTH:
         masked = model.loss(
             masks=record.masks,

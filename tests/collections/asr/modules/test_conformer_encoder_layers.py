@@ -260,29 +260,30 @@ class TestStreaming:
         assert encoder.streaming_cfg.cache_drop_size == 1 + 2 + 0 + 2
         assert encoder.streaming_cfg.chunk_size == [1 + 8 * 5, 8 + 8 * 5]
         assert encoder.streaming_cfg.shift_size == [1, 8] and encoder.streaming_cfg.valid_out_len == 1
+        encoder.setup_streaming_params(chunk_size=8, shift_size=4)
         with pytest.raises(ValueError, match='chunk_size must be .* 5 more than shift_size'):
-            encoder.setup_streaming_params(chunk_size=8, shift_size=4)
+            encoder.get_initial_cache_state()
 
-    def test_what_cannot_be_streamed_is_refused_when_asked_for(self):
+    def test_what_cannot_be_streamed_is_refused_when_a_stream_begins(self):
         encoder = tiny_encoder(att_context_size=[-1, -1], layer_att_context_size=[[0, [4, 1]], [2, [8, -1]]])
         encode(encoder, torch.randn(1, FRAMES, 16))
-        for ask in (encoder.setup_streaming_params, encoder.get_initial_cache_state):
-            with pytest.raises(ValueError, match='cannot be streamed: the right context of layer 2 is unlimited'):
-                ask()
+        encoder.setup_streaming_params()
+        with pytest.raises(ValueError, match=r'\[-1, -1\] cannot be streamed: .* that of a layer, is unlimited'):
+            encoder.get_initial_cache_state()
         encoder.set_default_att_context_size([8, 1])
-        assert encoder.streaming_cfg.cache_drop_size == 4
+        assert encoder.streaming_cfg.cache_drop_size == 4 and encoder.get_initial_cache_state()
         absolute = tiny_encoder(
             self_attention_model='abs_pos', att_context_size=[8, 0], layer_att_context_size=[[0, [4, 0]]]
         )
         with pytest.raises(ValueError, match='abs_pos cannot be streamed'):
             absolute.get_initial_cache_state()
-        chunked = tiny_encoder(att_context_size=[8, 3], layer_att_context_size=[[0, [4, 3]]], **CHUNKED)
-        with pytest.raises(ValueError, match='must be a multiple of 4'):
-            chunked.setup_streaming_params(chunk_size=6, shift_size=6)
         chunked = tiny_encoder(att_context_size=[[8, 3], [-1, -1]], layer_att_context_size=[[0, [4, -1]]], **CHUNKED)
+        chunked.setup_streaming_params(chunk_size=6, shift_size=6)
+        with pytest.raises(ValueError, match='must be a multiple of 4'):
+            chunked.get_initial_cache_state()
         chunked.set_default_att_context_size([-1, -1])
-        with pytest.raises(ValueError, match=r'att_context_size \[-1, -1\] cannot be streamed: it has no chunks'):
-            chunked.setup_streaming_params()
+        with pytest.raises(ValueError, match=r'att_context_size \[-1, -1\] cannot be streamed'):
+            chunked.get_initial_cache_state()
 
 
 SCHEDULE = [[0, [4, 0]], [2, [8, 0]]]

@@ -5,6 +5,8 @@ Shapes: B batch, D features, T feature frames, A attention frames, C channels, F
 frames of the batch, N negatives, G groups of the quantizer.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -19,42 +21,38 @@ class ContrastiveLoss(_up.ContrastiveLoss):
 
     Frames at or beyond ``decoder_lengths`` are neither predicted nor drawn as negatives. An utterance with fewer
     candidates than ``num_negatives`` draws them with replacement. Where nothing is masked, the loss is zero and
-    back-propagates. A target is made of ``combine_time_steps`` feature frames, however few there are: NeMo divides the
-    two lengths, which comes out wrong below some 0.6 s with causal downsampling.
-
-    Args:
-        decoder_offset: leading decoder frames to drop, see ``MLMLoss``; the other arguments are NeMo's.
-
-    Raises:
-        ValueError: if ``decoder_offset`` is negative.
+    back-propagates. A target is made of ``combine_time_steps`` feature frames: NeMo divides the two lengths, which
+    comes out wrong below some 0.6 s with causal downsampling.
     """
 
-    def __init__(self, in_dim: int, *args, decoder_offset: int = 0, **kwargs):
+    def __init__(self, in_dim: int, *args: Any, **kwargs: Any):
         super().__init__(in_dim, *args, **kwargs)
-        if decoder_offset < 0:
-            raise ValueError(f"loss.decoder_offset is {decoder_offset}; it must be 0 decoder frames or more")
-        self.decoder_offset = decoder_offset
         self._features_per_target = in_dim * self.combine_time_steps
 
     @typecheck()
-    def forward(self, spectrograms, spec_masks, decoder_outputs, decoder_lengths=None):
+    def forward(
+        self,
+        spectrograms: torch.Tensor,
+        spec_masks: torch.Tensor,
+        decoder_outputs: torch.Tensor,
+        decoder_lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Compute the loss, a scalar: ``multiplier`` / B times the reduced cross entropy.
 
         Args:
             spectrograms: features [B, D, T].
             spec_masks: 1 where masked [B, D, T].
             decoder_outputs: predictions [B, A, C].
-            decoder_lengths: attention frames that are real [B], before the offset; None: all.
+            decoder_lengths: attention frames that are real [B]; None: all.
         """
-        frames = decoder_outputs.shape[1]
-        combined = self._features_per_target // spectrograms.shape[1]
+        frames, combined = decoder_outputs.shape[1], self._features_per_target // spectrograms.shape[1]
         targets, perplexity_loss = self._project(_combine(spectrograms, combined, frames))
-        real = self._real_frames(decoder_outputs, decoder_lengths)
+        real = torch.ones(targets.shape[:2], dtype=torch.bool, device=targets.device)
+        if decoder_lengths is not None:
+            real = torch.arange(frames, device=targets.device) < decoder_lengths.to(targets.device).unsqueeze(1)
         masked = (_combine(spec_masks, combined, frames).mean(-1) > self.mask_threshold) & real  # [B, A]
-        # The last frames have no output any more, and are not real.
-        decoder_outputs = F.pad(decoder_outputs[:, self.decoder_offset :], (0, 0, 0, min(self.decoder_offset, frames)))
-        index = masked.flatten().nonzero().squeeze(1)  # synchronises once; a mask would twice, and in backward passes
-        outputs, positives = (frames.flatten(0, 1).index_select(0, index) for frames in (decoder_outputs, targets))
+        chosen = masked.flatten().nonzero().squeeze(1)  # synchronises once; a mask would twice, and in backward passes
+        outputs, positives = (x.flatten(0, 1).index_select(0, chosen) for x in (decoder_outputs, targets))
         if self.group_loss and not self.sample_from_same_utterance_only:
             groups = self.quantizer.groups
             outputs, positives = (x.reshape(-1, x.shape[-1] // groups) for x in (outputs, positives))
@@ -68,7 +66,7 @@ class ContrastiveLoss(_up.ContrastiveLoss):
             loss = loss + self.prob_ppl_weight * perplexity_loss * len(outputs)
         return loss * self.multiplier / spectrograms.shape[0]
 
-    def _project(self, targets):
+    def _project(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return target vectors [B, A, C] of features [B, A, F], and the quantizer's own loss, None without one."""
         if not self.quantized_targets:
             return self.target_proj(targets), None
@@ -76,15 +74,22 @@ class ContrastiveLoss(_up.ContrastiveLoss):
             return self.quantizer(targets)[:2]
         targets, perplexity_loss, _, self.target_ids = self.quantizer(targets, return_ids=True)
         self.target_lengths = None
-        if self.reduce_ids:
-            self.target_ids, self.target_lengths = _without_repetitions(self.target_ids)
+        if self.reduce_ids:  # keep one of each run of equal ids, and zeros after them
+            run = F.pad((self.target_ids.diff(dim=1) != 0).cumsum(dim=1), (1, 0))
+            self.target_lengths = run[:, -1] + 1
+            kept = torch.zeros_like(self.target_ids).scatter(1, run, self.target_ids)
+            self.target_ids = kept[:, : int(self.target_lengths.max())]
         return targets, perplexity_loss
 
-    def _negatives(self, positives, targets, masked, real):
+    def _negatives(
+        self, positives: torch.Tensor, targets: torch.Tensor, masked: torch.Tensor, real: torch.Tensor
+    ) -> torch.Tensor:
         """Draw the negatives [N, M, C] (of groups: [classes, M G, C / G]) of the positives [M, C]."""
-        candidates = real if self.sample_from_non_masked else masked
+        candidates = real if self.sample_from_non_masked else masked  # [B, A]
         if self.sample_from_same_utterance_only:
-            return self._negatives_of_each_utterance(targets, masked, candidates)
+            wanted, available = torch.stack([masked.sum(1), candidates.sum(1)]).tolist()
+            frames = zip(targets[candidates].split(available), wanted)
+            return torch.cat([self.sample_negatives(own, number)[0] for own, number in frames if number], dim=1)
         if self.group_loss:
             groups, classes = self.quantizer.groups, self.quantizer.num_vars
             of_group = self.quantizer.vars.reshape(groups, classes, -1).transpose(0, 1)
@@ -93,41 +98,19 @@ class ContrastiveLoss(_up.ContrastiveLoss):
             return self.quantizer.sample_from_codebook(self.num_negatives, len(positives))
         return self.sample_negatives(targets[candidates], len(positives))[0]
 
-    def _negatives_of_each_utterance(self, targets, masked, candidates):
-        """Draw the negatives [N, M, C] of each masked frame among the candidates [B, A] of its utterance."""
-        wanted, available = torch.stack([masked.sum(1), candidates.sum(1)]).tolist()
-        frames = targets[candidates].split(available)
-        drawn = [self.sample_negatives(own, number)[0] for own, number in zip(frames, wanted) if number]
-        return torch.cat(drawn, dim=1)
-
-    def sample_negatives(self, y, num):
-        """Draw ``num_negatives`` of the candidates y [K, C] for each of ``num`` targets.
+    def sample_negatives(self, y: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw ``num_negatives`` of the candidates y [K, C], with replacement where they are fewer.
 
         Returns:
-            negatives [N, num, C] and their indices [num, N]; without replacement if there are enough candidates.
+            negatives [N, num, C] and their indices [num, N].
         """
-        replacement = len(y) < self.num_negatives
         weights = torch.ones((num, len(y)), device=y.device)
-        indices = torch.multinomial(weights, self.num_negatives, replacement=replacement)
+        indices = torch.multinomial(weights, self.num_negatives, replacement=len(y) < self.num_negatives)
         return y[indices].transpose(0, 1), indices
 
-    def _real_frames(self, outputs, lengths: torch.Tensor | None):
-        """Return which target frames [B, A] have an output, the offset later; without lengths [B], all outputs are real."""
-        index = torch.arange(outputs.shape[1], device=outputs.device) + self.decoder_offset
-        real = (index < outputs.shape[1]).expand(outputs.shape[:2])
-        return real if lengths is None else real & (index < lengths.to(outputs.device).unsqueeze(1))
 
-
-def _combine(features, combined: int, frames: int):
+def _combine(features: torch.Tensor, combined: int, frames: int) -> torch.Tensor:
     """Join so many feature frames [B, D, T] to each of A target frames: [B, A, F]; zeros stand for what is missing."""
     wanted = frames * combined
     features = F.pad(features, (0, max(wanted - features.shape[2], 0)))[..., :wanted]
     return features.transpose(1, 2).reshape(features.shape[0], frames, -1)
-
-
-def _without_repetitions(ids):
-    """Keep one of each run of equal ids [B, A]; returns them [B, longest], filled with zeros, and lengths [B]."""
-    index = F.pad((ids.diff(dim=1) != 0).cumsum(dim=1), (1, 0))
-    lengths = index[:, -1] + 1
-    kept = torch.zeros_like(ids).scatter(1, index, ids)
-    return kept[:, : int(lengths.max())], lengths

@@ -5,9 +5,11 @@ Shapes: B batch, T decoder frames, S target frames, M mask frames (M // combine_
 F frames in common, C classes, H codebooks.
 """
 
+from typing import Any
+
 import torch
 
-from nemo.collections.asr.parts.att_context.visible_frames import MASK_THRESHOLD, masked_share_per_frame
+from nemo.collections.asr.parts.att_context.visible_frames import masked_share_per_frame
 from nemo.core import Loss, typecheck
 from nemo.core.neural_types import NeuralType
 from nemo_streaming_ssl import upstream
@@ -18,26 +20,34 @@ IGNORED_TARGET = -100  # as torch.nn.NLLLoss, which stock uses
 
 
 class _LossOfFrames(Loss):
-    """What the losses of one codebook and of several have in common."""
+    """What the losses of one codebook and of several have in common; takes NeMo's arguments and ``decoder_offset``."""
 
-    several_books: bool
+    combine_time_steps: int
+    mask_threshold: float
+    several_books = False
     """Whether log-probabilities and targets have a dimension H."""
 
-    def _set(self, combine_time_steps: int, mask_threshold: float, decoder_offset: int) -> None:
+    def __init__(self, *args: Any, decoder_offset: int = 0, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         if decoder_offset < 0:
             raise ValueError(f"loss.decoder_offset is {decoder_offset}; it must be 0 decoder frames or more")
-        self.combine_time_steps, self.mask_threshold = combine_time_steps, mask_threshold
         self.decoder_offset = decoder_offset
 
     @property
-    def input_types(self):
+    def input_types(self) -> dict[str, NeuralType]:
         """Return NeMo's, with masks of [B, D, T] or [B, T]: a type with axes has one number of dimensions."""
         return {**super().input_types, 'masks': NeuralType(optional=True), 'spec_masks': NeuralType(optional=True)}
 
     @typecheck()
     def forward(
-        self, decoder_outputs, targets, decoder_lengths=None, target_lengths=None, spec_masks=None, masks=None
-    ):
+        self,
+        decoder_outputs: torch.Tensor,
+        targets: torch.Tensor,
+        decoder_lengths: torch.Tensor | None = None,
+        target_lengths: torch.Tensor | None = None,
+        spec_masks: torch.Tensor | None = None,
+        masks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Compute the loss, a scalar, at least float32.
 
         Args:
@@ -46,9 +56,6 @@ class _LossOfFrames(Loss):
             decoder_lengths: valid decoder frames [B], before the offset; None: all.
             target_lengths: not used, as in NeMo.
             masks, spec_masks: one of them [B, D, M] or [B, M], 1 or True where masked. None: every frame is a loss position.
-
-        Raises:
-            ValueError: if the masks have another number of dimensions.
         """
         masks = spec_masks if masks is None else masks
         decoder_outputs, targets, loss_mask = self.align(decoder_outputs, targets, masks, decoder_lengths)
@@ -67,8 +74,7 @@ class _LossOfFrames(Loss):
             log_probs, targets = log_probs.unsqueeze(-1), targets.unsqueeze(-1)
         valid = targets != IGNORED_TARGET
         log_likelihood = log_probs.gather(-2, torch.where(valid, targets, 0).unsqueeze(-2)).squeeze(-2)
-        if log_likelihood.dtype != torch.float64:
-            log_likelihood = log_likelihood.float()
+        log_likelihood = log_likelihood.to(torch.promote_types(log_likelihood.dtype, torch.float32))
         lost = -torch.where(valid, log_likelihood, 0.0)
         if reduction == 'none':
             return lost.mean(dim=-1)
@@ -87,8 +93,6 @@ class _LossOfFrames(Loss):
         Returns:
             outputs [B, F, ...] and targets [B, F] or [B, F, H], both views, and the loss mask [B, F] bool.
         """
-        if masks is not None and masks.dim() not in (2, 3):
-            raise ValueError(f"the masks have the shape {list(masks.shape)}; it must be [B, D, T] or [B, T]")
         decoder_outputs = decoder_outputs[:, self.decoder_offset :]
         frames = min(decoder_outputs.shape[1], targets.shape[1])
         if masks is not None:
@@ -97,8 +101,7 @@ class _LossOfFrames(Loss):
         loss_mask = targets != IGNORED_TARGET
         loss_mask = loss_mask.any(dim=2) if self.several_books else loss_mask
         if masks is not None:
-            share = masked_share_per_frame(masks, self.combine_time_steps)[:, :frames]
-            loss_mask &= share > self.mask_threshold
+            loss_mask &= masked_share_per_frame(masks, self.combine_time_steps)[:, :frames] > self.mask_threshold
         if decoder_lengths is not None:
             index = torch.arange(self.decoder_offset, self.decoder_offset + frames, device=targets.device)
             loss_mask &= index < decoder_lengths.to(targets.device).unsqueeze(1)
@@ -112,20 +115,13 @@ class MLMLoss(_LossOfFrames, _up.MLMLoss):
     out. Without any masked frame the loss is zero and back-propagates.
 
     Args:
-        combine_time_steps: mask frames per target.
-        mask_threshold: share of an attention frame's mask frames above which it counts as masked.
+        combine_time_steps, mask_threshold: as in NeMo.
         decoder_offset: leading decoder frames to drop. With causal downsampling frame i + 1, not i, is the first that
             has seen all of target i.
 
     Raises:
         ValueError: if ``decoder_offset`` is negative.
     """
-
-    several_books = False
-
-    def __init__(self, combine_time_steps: int = 1, mask_threshold: float = MASK_THRESHOLD, decoder_offset: int = 0):
-        super().__init__(combine_time_steps, mask_threshold)
-        self._set(combine_time_steps, mask_threshold, decoder_offset)
 
 
 class MultiMLMLoss(_LossOfFrames, _up.MultiMLMLoss):
@@ -134,15 +130,9 @@ class MultiMLMLoss(_LossOfFrames, _up.MultiMLMLoss):
     needs_labels = True
     """Whether targets are passed. Stock lacks this attribute (NeMo issue 15743)."""
 
-    def __init__(
-        self,
-        combine_time_steps: int = 1,
-        mask_threshold: float = MASK_THRESHOLD,
-        num_decoders: int = 1,
-        squeeze_single: bool = False,
-        decoder_offset: int = 0,
-    ):
-        super().__init__(combine_time_steps, mask_threshold, num_decoders, squeeze_single)
-        self._set(combine_time_steps, mask_threshold, decoder_offset)
-        self.several_books = not (squeeze_single and num_decoders == 1)
-        self.mlm_loss = MLMLoss(combine_time_steps, mask_threshold, decoder_offset)  # for subclasses of stock's
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.combine_time_steps, self.mask_threshold = self.mlm_loss.combine_time_steps, self.mlm_loss.mask_threshold
+        self.several_books = not (self.squeeze_single and self.num_decoders == 1)
+        # For subclasses of stock's.
+        self.mlm_loss = MLMLoss(self.combine_time_steps, self.mask_threshold, decoder_offset=self.decoder_offset)

@@ -10,13 +10,11 @@ from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET, MLMLoss, 
 
 
 class NextTokenLoss(torch.nn.Module):
-    """Mean negative log-likelihood of next tokens, over all pairs of a frame and a horizon whose token exists.
-
-    Without any the loss is zero and back-propagates. Synchronises nothing.
+    """Pairs frames with their next tokens, and computes the loss of one horizon at a time; synchronises nothing.
 
     Args:
         horizons: K.
-        num_decoders: H; the loss of a pair is the mean over the codebooks.
+        num_decoders: H; the loss of a frame is the mean over the codebooks.
         squeeze_single: whether a single codebook comes without its dimension.
     """
 
@@ -25,16 +23,6 @@ class NextTokenLoss(torch.nn.Module):
         self.horizons = horizons
         squeezed = squeeze_single and num_decoders == 1
         self.frame_loss = MLMLoss() if squeezed else MultiMLMLoss(num_decoders=num_decoders)
-
-    def forward(self, decoder_outputs, targets, offset=0, decoder_lengths=None, target_lengths=None, chunk=1):
-        """Return the loss of log-probabilities [B, T, K, C] or [B, T, K, C, H]; else as in :meth:`align`.
-
-        A model computes one horizon at a time instead.
-        """
-        outputs, wanted, _ = self.align(decoder_outputs, targets, offset, decoder_lengths, target_lengths, chunk)
-        pairs = [self.of_horizon(outputs[:, :, each], wanted[:, :, each]) for each in range(self.horizons)]
-        total, count = (sum(part.sum() for part in parts) for parts in zip(*pairs, strict=True))
-        return total / count.clamp(min=1)
 
     def of_horizon(self, log_probs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of each frame at one horizon, see :meth:`MLMLoss.of_frames`, and which have a target [...]."""
@@ -47,27 +35,20 @@ class NextTokenLoss(torch.nn.Module):
         encoded: torch.Tensor,
         tokens: torch.Tensor,
         offset: int,
-        decoder_lengths: torch.Tensor | None = None,
-        target_lengths: torch.Tensor | None = None,
+        decoder_lengths: torch.Tensor,
+        target_lengths: torch.Tensor,
         chunk: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pair frames with the tokens that they predict.
+        """Pair the frames of ``encoded`` [B, T, ...] with the ``tokens`` [B, S] or [B, S, H] that they predict.
 
         Args:
-            encoded: [B, T, ...]: the encoder's output, or log-probabilities.
-            tokens: [B, S] or [B, S, H] int64; -100 is left out.
+            encoded, tokens: of these two, ``decoder_lengths`` and ``target_lengths`` [B] are valid.
             offset, chunk: see :func:`next_token_indices`.
-            decoder_lengths, target_lengths: valid frames [B]; None: all.
 
         Returns:
             frames [B, F, ...], a view with F at least 1; their tokens [B, F, K] or [B, F, K, H], -100 where there is
             none; and the frames with a token at the first horizon, hence at any, [B, F] bool.
-
-        Raises:
-            ValueError: if the offset is negative.
         """
-        if offset < 0:
-            raise ValueError(f"offset is {offset}; it must be 0 tokens or more")
         frames = min(encoded.shape[1], max(tokens.shape[1] - offset, 1))
         wanted = torch.nn.functional.pad(tokens.transpose(1, -1), (0, 1), value=IGNORED_TARGET).transpose(1, -1)
         wanted = _without_padding(wanted, target_lengths)
@@ -77,7 +58,9 @@ class NextTokenLoss(torch.nn.Module):
         return encoded[:, :frames], wanted, counted if counted.dim() == 2 else counted.any(dim=-1)
 
 
-def next_token_indices(frames: int, horizons: int, offset: int, chunk: int = 1, device=None) -> torch.Tensor:
+def next_token_indices(
+    frames: int, horizons: int, offset: int, chunk: int = 1, device: torch.device | None = None
+) -> torch.Tensor:
     """Return the token that each of F frames predicts at each of K horizons, [F, K] int64; -1 where it predicts none.
 
     Frame j predicts tokens e + offset ... e + offset + K - 1, where e is the last frame of its chunk. In a chunk the
@@ -89,9 +72,7 @@ def next_token_indices(frames: int, horizons: int, offset: int, chunk: int = 1, 
     return index.masked_fill((end - frame >= horizons).unsqueeze(1), -1)
 
 
-def _without_padding(tokens: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    """Return tokens [B, S, ...] with -100 at and beyond lengths [B]; None: as they are."""
-    if lengths is None:
-        return tokens
+def _without_padding(tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Return tokens [B, S, ...] with -100 at and beyond lengths [B]."""
     beyond = torch.arange(tokens.shape[1], device=tokens.device) >= lengths.to(tokens.device).unsqueeze(1)
     return tokens.masked_fill(beyond.view(*beyond.shape, *[1] * (tokens.dim() - 2)), IGNORED_TARGET)

@@ -85,7 +85,7 @@ class EncoderContext:
                 )
         if context != self.att_context_override:
             self.att_context_override = context
-            self._set_up_streaming()
+            self.setup_streaming_params()
 
     @contextmanager
     def using_att_context_size(self, att_context_size) -> Iterator[AttContext]:

@@ -18,7 +18,7 @@ LayerContexts = tuple[AttContext | None, ...]
 
 @dataclass(frozen=True)
 class LayerContext:
-    """The place of a layer's context: the encoder has ``layer_att_contexts`` and ``set_context_of_layer``."""
+    """The place of a layer's context, among the ``layer_att_contexts`` of an encoder."""
 
     encoder: Any
     index: int

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feature normalisation that can stream, and normalisation for the targets of self-supervised training.
 
-A live stream can use fixed corpus statistics from its first frame on. NeMo takes them as ``preprocessor.normalize:
-{fixed_mean: [...], fixed_std: [...]}``, but only for batches of one utterance; here any batch size works.
-``standardize_per_feature`` has per-utterance statistics, for the quantizer's input, which exists only in training.
+Fixed corpus statistics, ``preprocessor.normalize: {fixed_mean: [...], fixed_std: [...]}``, hold from a stream's first
+frame on. The statistics of ``standardize_per_feature`` are the utterance's: for targets, which exist only in training.
 
 Shapes: B utterances, D features, T feature frames.
 """
 
 import functools
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 
@@ -23,20 +22,13 @@ _up = upstream(globals())
 
 _STATISTICS = ("fixed_mean", "fixed_std")
 _SMALLEST_STD = 1e-5  # added to every standard deviation, as NeMo does, so that constant features stay finite
-# unwrapped, because a reloaded patch finds its own function there (see the end of this file)
-_stock_normalize_batch = inspect.unwrap(_up.normalize_batch)
+_stock_normalize_batch = _up.normalize_batch
 
 
 def normalize_batch(x, seq_len, normalize_type):
-    """Normalise features [B, D, T] of any floating dtype; fixed statistics work for any batch size.
+    """Normalise features [B, D, T] of any floating dtype; arguments and results are NeMo's.
 
-    Args:
-        x: the features.
-        seq_len: valid frames per utterance, [B]. Fixed statistics do not use it.
-        normalize_type: a mapping with ``fixed_mean`` and ``fixed_std``, D numbers each, or one of NeMo's strings.
-
-    Returns:
-        The normalised features (dtype and device of ``x``), the mean and the standard deviation used, or None.
+    A mapping with ``fixed_mean`` and ``fixed_std``, D numbers each, works for any batch size, and does not use ``seq_len``.
 
     Raises:
         ValueError: if the mapping does not fit, see :func:`check_fixed_statistics`.
@@ -50,9 +42,6 @@ def normalize_batch(x, seq_len, normalize_type):
     return ((x.to(dtype) - mean[:, None]) / std[:, None]).to(x.dtype), mean, std
 
 
-normalize_batch.__wrapped__ = _stock_normalize_batch
-
-
 @functools.lru_cache(maxsize=32)
 def _statistics_tensors(mean, std, dtype, device):
     """Return the two tuples as [D] tensors, made once per device: a copy for each batch would make the GPU wait."""
@@ -64,8 +53,8 @@ def check_fixed_statistics(statistics, features=None, name="preprocessor.normali
     """Return ``{"fixed_mean": (float, ...), "fixed_std": (float, ...)}`` of a mapping that has these keys.
 
     Raises:
-        ValueError: naming the key, and what is wrong and allowed, unless each has ``features`` numbers (None: as many as the
-            other), finite, and standard deviations above 0.
+        ValueError: naming the key, and what is allowed, unless each has ``features`` finite numbers (None: as many as the
+            other), and standard deviations above 0.
     """
     missing = [key for key in _STATISTICS if key not in statistics]
     if missing:
@@ -86,13 +75,8 @@ def _as_floats(values, name):
     """Return the numbers of a list, tuple, array, tensor or ListConfig as a tuple of floats."""
     if isinstance(values, tuple) and all(type(value) is float for value in values):
         return values  # already checked: the usual case, once per batch
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if isinstance(values, Sequence) and len(values) == 1 and isinstance(values[0], Sequence):
-        values = values[0]  # NeMo also took [1, D]
     try:
-        if isinstance(values, str):
-            raise TypeError
-        return tuple(float(value) for value in values)
+        return tuple(np.asarray(values, dtype=float).ravel().tolist())  # NeMo took [1, D], too
     except (TypeError, ValueError):
         raise ValueError(f"{name} is {values!r}; it needs a list of numbers, one per feature") from None
 
@@ -100,23 +84,21 @@ def _as_floats(values, name):
 def load_fixed_statistics(path):
     """Read what ``compute_feature_stats.py`` wrote, for ``preprocessor.normalize``; ValueError names a file that does not fit."""
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        content = dict(OmegaConf.load(path))
     except Exception as error:  # yaml, OmegaConf and decoding each have errors of their own
         raise ValueError(f"feature statistics {path} cannot be read: {error}") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"feature statistics {path}: it needs the two keys fixed_mean and fixed_std")
-    checked = check_fixed_statistics(content, name=f"feature statistics {path}:")
-    return {key: list(values) for key, values in checked.items()}
+    statistics = check_fixed_statistics(content, name=f"feature statistics {path}:")
+    return {key: list(values) for key, values in statistics.items()}
 
 
 def standardize_per_feature(features, lengths):
     """Give every feature of every utterance zero mean and unit variance over the valid frames.
 
-    The values are those of NeMo's ``per_feature`` normalisation, without its host-device sync, in float32 for half
-    precision, and finite for utterances of one frame or none.
+    As NeMo's ``per_feature`` normalisation, but without its host-device synchronisation, at least in float32, and
+    finite for utterances of one frame or none.
 
-    Takes features [B, D, T] of any floating dtype, and the valid frames per utterance [B]; what it returns has the same shape
-    and dtype, and is 0 at and beyond each length.
+    Takes features [B, D, T] of any floating dtype, and the valid frames per utterance [B]; returns the same shape and
+    dtype, 0 at and beyond each length.
     """
     wide = features.to(torch.promote_types(features.dtype, torch.float32))
     valid = torch.arange(features.shape[-1], device=features.device) < lengths.to(features.device)[:, None]

@@ -29,24 +29,28 @@ class MultiHeadAttention(_up.MultiHeadAttention):
 
     layer_context: LayerContext | None = None
     """Where the encoder keeps this layer's context; None: the attention belongs to no encoder."""
+    _built_for = None  # the context of NeMo's local attention
 
     @property
     def att_context_size(self) -> list[int] | None:
-        """The layer's own context ``[left, right]`` in attention frames, or None; see ``encoder.set_context_of_layer``.
+        """The layer's own context ``[left, right]`` in attention frames, or None; that of local attention is built in.
 
         Setting raises ValueError for what is no context, or one that the encoder's attention cannot follow.
         """
-        if self.layer_context is None:
-            return None
-        context = self.layer_context.encoder.layer_att_contexts()[self.layer_context.index]
-        return None if context is None else context.as_list()
+        if self.layer_context is None or self._built_for is not None:
+            return self._built_for
+        own = self.layer_context.encoder.layer_att_contexts()[self.layer_context.index]
+        return None if own is None else own.as_list()
 
     @att_context_size.setter
     def att_context_size(self, value) -> None:
         if self.layer_context is None:
-            raise ValueError(f"self_attention.att_context_size is {value!r}; this attention belongs to no encoder")
-        context = None if value is None else parse_own_context(value, 'self_attention.att_context_size')
-        self.layer_context.encoder.set_context_of_layer(self.layer_context.index, context)
+            self._built_for = value
+            return
+        encoder, contexts = self.layer_context.encoder, list(self.layer_context.encoder.layer_att_contexts())
+        own = None if value is None else parse_own_context(value, 'self_attention.att_context_size')
+        contexts[self.layer_context.index] = own
+        encoder.set_layer_att_context_size([None if each is None else each.as_list() for each in contexts])
 
     def forward(self, query, key, value, mask, pos_emb=None, cache=None):
         """Attend; arguments and results are NeMo's. The mask may be a :class:`BlockwiseMask`, then without a cache.
@@ -73,8 +77,9 @@ class MultiHeadAttention(_up.MultiHeadAttention):
         blocks = mask.blocks
         query, bias = self._query_and_bias(blocks.queries_of(query), pos_emb, mask.bias.to(key.dtype), blocks)
         query = query.to(key.dtype).unflatten(1, (blocks.count, -1)).permute(0, 3, 1, 2, 4)
+        key, value = blocks.windows_of(key), blocks.windows_of(value)
         attend = self._attend_by_sdpa if self.use_pytorch_sdpa else self._attend
-        attended = attend(query, blocks.windows_of(key), blocks.windows_of(value), bias)  # [B, H, N, C, D]
+        attended = attend(query, key, value, bias.expand(*query.shape[:4], blocks.keys))  # [B, H, N, C, D]
         return attended.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, : blocks.frames]
 
     def _query_and_bias(self, query, pos_emb, bias, blocks: AttentionBlocks):
@@ -82,18 +87,14 @@ class MultiHeadAttention(_up.MultiHeadAttention):
         return query, bias
 
     def _attend(self, query, key, value, bias) -> torch.Tensor:
-        """Return [B, H, N, C, D]: queries of that shape, windows [B, H, N, W, D], a bias [B, 1 or H, N, C, W]."""
-        shape = query.shape
-        query = (query / self.s_d_k).flatten(0, 2)
-        scores = bias.expand(*shape[:4], key.shape[3]).flatten(0, 2)
-        scores = torch.baddbmm(scores, query, key.flatten(0, 2).transpose(1, 2))
+        """Return [B, H, N, C, D]: queries of that shape, windows [B, H, N, W, D], a bias [B, H, N, C, W]."""
+        queries, keys = (query / self.s_d_k).flatten(0, 2), key.flatten(0, 2)
+        scores = torch.baddbmm(bias.flatten(0, 2), queries, keys.transpose(1, 2))
         weights = self.dropout(torch.softmax(scores, dim=-1))
-        return torch.matmul(weights, value.flatten(0, 2)).view(shape)
+        return torch.matmul(weights, value.flatten(0, 2)).view(query.shape)
 
     def _attend_by_sdpa(self, query, key, value, bias) -> torch.Tensor:
         """The same by PyTorch's ``scaled_dot_product_attention``, whose kernels take one dimension less."""
-        shape = query.shape
-        bias = bias.expand(*shape[:4], key.shape[3])
         backends = self.use_pytorch_sdpa_backends
         with torch.nn.attention.sdpa_kernel(backends) if backends else nullcontext():
             attended = F.scaled_dot_product_attention(  # type: ignore[misc]
@@ -101,7 +102,7 @@ class MultiHeadAttention(_up.MultiHeadAttention):
                 dropout_p=self.dropout_rate if self.training else 0.0,
                 scale=1 / self.s_d_k,
             )
-        return attended.view(shape)
+        return attended.view(query.shape)
 
 
 class RelPositionMultiHeadAttention(MultiHeadAttention, _up.RelPositionMultiHeadAttention):
@@ -120,20 +121,6 @@ class RelPositionMultiHeadAttention(MultiHeadAttention, _up.RelPositionMultiHead
 class RelPositionMultiHeadAttentionLongformer(
     RelPositionMultiHeadAttention, _up.RelPositionMultiHeadAttentionLongformer
 ):
-    """NeMo's local attention. Its context is built into it, and into the positional encoding all layers share."""
+    """NeMo's local attention, whose context all layers and the positional encoding share."""
 
     forward = _up.RelPositionMultiHeadAttentionLongformer.forward
-
-    @property
-    def att_context_size(self) -> list[int]:
-        """The context it was built with, ``[left, right]``; setting another raises ValueError."""
-        return self._built_for
-
-    @att_context_size.setter
-    def att_context_size(self, value) -> None:
-        built_for = self.__dict__.setdefault('_built_for', value)
-        if value is None or list(value) != list(built_for):
-            raise ValueError(
-                f"self_attention.att_context_size cannot become {value!r}: self_attention_model rel_pos_local_attn "
-                f"is built for {list(built_for)} in all layers; use rel_pos or abs_pos for contexts per layer"
-            )

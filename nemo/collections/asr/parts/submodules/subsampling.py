@@ -17,9 +17,8 @@ KEEP_ZERO = (nn.ReLU, nn.SiLU, nn.GELU, nn.Tanh, nn.LeakyReLU, nn.ELU)  # activa
 class MaskedConvSequential(_up.MaskedConvSequential):
     """NeMo's convolutions and activations, between which padding is set to zero; results are NeMo's.
 
-    NeMo multiplies by the mask before each layer and keeps the products for the backward pass. Only a convolution over
-    several frames carries padding into other frames: so the output of a convolution is masked, in place, unless the next
-    is one of single frames; activations keep its zeros.
+    NeMo multiplies by the mask before each layer, and keeps the products for the backward pass. Only a convolution over
+    several frames carries padding into others: its input alone is masked, in place; activations keep its zeros.
     """
 
     def forward(self, x, lengths):

@@ -184,26 +184,10 @@ def test_without_padding_the_distribution_is_stocks(same_utterance, non_masked):
         assert all(abs(ours[name] - stocks[name]) < 5 * (2 * stocks[name]) ** 0.5 for name in stocks)
 
 
-def test_an_offset_drops_the_first_outputs():
-    """With a frame more in front and lengths that count it, the value is that without an offset: all candidates are drawn."""
-    batch = make_batch([range(8), range(6, 14)], lengths=[18, 19])
-    expected = make_loss(num_negatives=8)(**batch)
-    outputs = batch['decoder_outputs']
-    shifted = torch.cat([torch.full_like(outputs[:, :1], MARK), outputs], dim=1).detach().requires_grad_()
-    batch.update(decoder_outputs=shifted, decoder_lengths=batch['decoder_lengths'] + 1)
-    value = make_loss(decoder_offset=1, num_negatives=8)(**batch)
-    torch.testing.assert_close(value, expected)
-    value.backward()
-    assert not shifted.grad[:, 0].any() and shifted.grad[:, 1:].any()
-    with pytest.raises(ValueError, match='decoder_offset is -1'):
-        make_loss(decoder_offset=-1)
-
-
 @pytest.mark.parametrize('frames', [1, 7, 8, 9, 40, 48, 55, 64])
-@pytest.mark.parametrize('offset', [0, 1])
-def test_short_batches_of_a_causal_encoder(frames, offset):
+def test_short_batches_of_a_causal_encoder(frames):
     """Which makes frames // 8 + 1 outputs; dividing the lengths gives 8 feature frames for each from 64 on only."""
-    loss = make_loss(combine_time_steps=8, project=True, decoder_offset=offset, num_negatives=3)
+    loss = make_loss(combine_time_steps=8, project=True, num_negatives=3)
     spectrograms = torch.randn(2, CHANNELS, frames)
     outputs = torch.randn(2, frames // 8 + 1, CHANNELS, requires_grad=True)
     value = loss(spectrograms=spectrograms, spec_masks=torch.ones_like(spectrograms), decoder_outputs=outputs)

@@ -7,6 +7,7 @@ Shapes: B batch, T encoder frames, S target frames, K horizons, C classes, H cod
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from next_token_pairs import loss_of_all_pairs
 
 from nemo.collections.asr.losses.ssl_losses.next_token import NextTokenLoss, next_token_indices
 
@@ -47,13 +48,7 @@ def test_loss_and_gradient_equal_a_plain_loop(data):
         log_probs = leaf.log_softmax(dim=3)
         if ours:
             given_probs, given_tokens = (log_probs[..., 0], tokens[..., 0]) if squeezed else (log_probs, tokens)
-            value = loss(
-                decoder_outputs=given_probs,
-                targets=given_tokens,
-                offset=offset,
-                decoder_lengths=encoded_lengths,
-                target_lengths=token_lengths,
-            )
+            value = loss_of_all_pairs(loss, given_probs, given_tokens, offset, encoded_lengths, token_lengths)
         else:
             value, count = by_hand(log_probs, tokens, offset, horizons, encoded_lengths, token_lengths)
             value = value + 0 * log_probs.sum()
@@ -68,15 +63,16 @@ def test_at_the_end_of_chunks_the_last_frames_predict_what_follows_the_chunk():
     assert next_token_indices(8, 2, offset=0, chunk=4).tolist() == [
         [-1, -1], [-1, -1], [3, 4], [3, 4], [-1, -1], [-1, -1], [7, 8], [7, 8],
     ]  # fmt: skip
-    _, wanted, counted = NextTokenLoss(horizons=2).align(torch.zeros(1, 10, 1), tokens, offset=1, chunk=4)
+    _, wanted, counted = NextTokenLoss(horizons=2).align(
+        torch.zeros(1, 10, 1), tokens, 1, torch.tensor([10]), torch.tensor([9]), chunk=4
+    )
     assert wanted[0].tolist() == 2 * [[NONE, NONE]] + 2 * [[14, 15]] + 2 * [[NONE, NONE]] + 2 * [[18, NONE]]
     assert counted[0].tolist() == 2 * [False, False, True, True]
 
 
 def test_without_any_next_token_the_loss_is_zero_and_back_propagates():
     logits = torch.randn(2, 3, 2, 5, requires_grad=True)
-    loss = NextTokenLoss(horizons=2)(
-        decoder_outputs=logits.log_softmax(dim=-1), targets=torch.zeros(2, 3, dtype=torch.int64), offset=9
-    )
+    tokens, lengths = torch.zeros(2, 3, dtype=torch.int64), torch.tensor([3, 3])
+    loss = loss_of_all_pairs(NextTokenLoss(horizons=2), logits.log_softmax(dim=-1), tokens, 9, lengths, lengths)
     loss.backward()
     assert loss == 0 and not logits.grad.any()
