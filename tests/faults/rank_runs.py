@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 import torch
 from omegaconf import OmegaConf, open_dict
 from tiny_nest import tiny_config
+from torch.distributed.checkpoint import FileSystemWriter
 from training_runs import managed_trainer
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
@@ -37,9 +38,13 @@ RUNS = {
     'plain-half': {'max_steps': 2},
     'sharded-half': {'strategy': SHARDED, 'max_steps': 2},
     'folder-half': {'strategy': {**SHARDED, 'save_distributed_checkpoint': True}, 'max_steps': 2},
+    'async-half': {'strategy': 'fully_shard', 'max_steps': 2},
+    'async-killed': {'strategy': 'fully_shard', 'max_steps': 6, 'fault': 'writing'},
     'plain-rest': {'go_on': 'plain-half'},
     'sharded-rest': {'strategy': SHARDED, 'go_on': 'sharded-half'},
     'sharded-from-folder': {'strategy': SHARDED, 'go_on': 'folder-half'},
+    'sharded-from-async': {'strategy': SHARDED, 'go_on': 'async-half'},
+    'sharded-from-killed': {'strategy': SHARDED, 'go_on': 'async-killed'},
     'alone': {'go_on': 'plain-half', 'ranks': 1},
     'alone-from-folder': {'strategy': {**SHARDED, 'data_parallel_size': 1}, 'go_on': 'folder-half', 'ranks': 1},
     'unreadable': {'manifest': 'unreadable.json'},
@@ -64,6 +69,14 @@ class Steps(pl.Callback):
         row = [trainer.global_step, float(loss), list(batch.att_context), utterances]
         with open(self.path, 'a') as file:
             file.write(json.dumps(row) + '\n')
+
+
+class EndsWhileItWrites(pl.Callback):
+    """Ends the rank when the second checkpoint is being written."""
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == 3:
+            FileSystemWriter.write_data = lambda *args: os._exit(9)
 
 
 class OnRankOne(pl.Callback):
@@ -116,6 +129,7 @@ def model_config(run: dict, corpus: Path):
 def train(name: str, folder: Path, corpus: Path, rank: int) -> None:
     """Train as a run says."""
     run = RUNS[name]
+    fault = run.get('fault', '')
     pl.seed_everything(1)
     fitter = managed_trainer(
         folder / name,
@@ -123,7 +137,11 @@ def train(name: str, folder: Path, corpus: Path, rank: int) -> None:
         devices=run.get('ranks', 2),
         strategy=resolve_trainer_cfg(OmegaConf.create({'strategy': run.get('strategy', 'ddp')}))['strategy'],
         accumulate_grad_batches=run.get('accumulate_grad_batches', 1),
-        callbacks=[Steps(folder / name / f'steps-{rank}.jsonl'), OnRankOne(run.get('fault', ''))],
+        callbacks=[
+            Steps(folder / name / f'steps-{rank}.jsonl'),
+            EndsWhileItWrites() if fault == 'writing' else OnRankOne(fault),
+        ],
+        async_save=run.get('strategy') == 'fully_shard',
         check_val_every_n_epoch=None,
         use_distributed_sampler=True,
     )

@@ -15,12 +15,14 @@ from ranks import address_of_ranks
 from shared_results import shared_folder
 from tiny_nest import restored_weights
 
+from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
+
 pytestmark = pytest.mark.integration
 SCRIPT = Path(__file__).resolve().with_name('rank_runs.py')
 LONGEST = 60  # seconds within which all ranks end, whatever happens to one
 BAD = 'bad.wav'
-HALVES = ['plain-half', 'sharded-half', 'folder-half']
-RESTS = ['plain-rest', 'sharded-rest', 'sharded-from-folder', 'alone', 'alone-from-folder']
+HALVES = ['plain-half', 'sharded-half', 'folder-half', 'async-half']
+RESTS = ['plain-rest', 'sharded-rest', 'sharded-from-folder', 'sharded-from-async', 'alone', 'alone-from-folder']
 SKIPPED = ['unreadable-skipped', 'samples-skipped', 'gradients-skipped']
 
 
@@ -104,6 +106,7 @@ def test_sharded_ranks_learn_what_replicated_ones_do(runs):
         ('plain', 'plain-half', 'plain-rest'),
         ('sharded', 'sharded-half', 'sharded-rest'),
         ('sharded', 'folder-half', 'sharded-from-folder'),
+        ('sharded', 'async-half', 'sharded-from-async'),
     ],
 )
 def test_a_run_continues_as_if_it_had_never_stopped(runs, name, half, rest):
@@ -112,9 +115,17 @@ def test_a_run_continues_as_if_it_had_never_stopped(runs, name, half, rest):
     assert same(weights(runs, rest), weights(runs, name))
 
 
-def test_a_checkpoint_of_shards_is_a_folder(runs):
-    (folder,) = (runs / 'folder-half/experiment/checkpoints').glob('*last.ckpt')
+@pytest.mark.parametrize('half', ['folder-half', 'async-half'])
+def test_a_checkpoint_of_shards_is_a_folder(runs, half):
+    (folder,) = (runs / half / 'experiment/checkpoints').glob('*last.ckpt')
     assert (folder / '.metadata').is_file() and len(list(folder.glob('*.distcp'))) == 2
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_replaces_none(tmp_path, manifests):
+    assert 9 in [status for status, _ in run_ranks('async-killed', tmp_path, manifests)]
+    NeMoModelCheckpoint._remove_unfinished_checkpoints(tmp_path / 'async-killed/experiment/checkpoints')
+    assert [status for status, _ in run_ranks('sharded-from-killed', tmp_path, manifests)] == [0, 0]
+    assert [step for step, *_ in batches(tmp_path, 'sharded-from-killed')] == [3, 4]
 
 
 @pytest.mark.parametrize('half, name', [('plain-half', 'alone'), ('folder-half', 'alone-from-folder')])

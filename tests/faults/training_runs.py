@@ -113,12 +113,13 @@ class LossToFile(pl.Callback):
             file.write(json.dumps([trainer.global_step, float(outputs['loss'])]) + '\n')
 
 
-def managed_trainer(folder: Path, **settings) -> pl.Trainer:
+def managed_trainer(folder: Path, async_save: bool = False, **settings) -> pl.Trainer:
     """Make a trainer that validates every two steps, with the shipped config's checkpoints: best, last, ``.nemo``."""
     made = trainer(**{**dict(logger=False, val_check_interval=2, limit_val_batches=1), **settings})
     cfg, folder = tiny_config().exp_manager, str(folder / 'experiment')
     with open_dict(cfg):
         cfg.update(explicit_log_dir=folder, create_tensorboard_logger=False, exp_dir=None, name=None)
+        cfg.checkpoint_callback_params.async_save = async_save
     exp_manager(made, cfg)
     return made
 

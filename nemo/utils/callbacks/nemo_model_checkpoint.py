@@ -2,6 +2,7 @@
 """Patch of NeMo's ``nemo_model_checkpoint.py``: a save that is cut short costs no checkpoint and no resume."""
 
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -74,12 +75,15 @@ class NeMoModelCheckpoint(_up.NeMoModelCheckpoint):
 
 
 def _settle(path: Path) -> None:
-    """Take the mark off a whole checkpoint, and remove a last one that a newer one supersedes."""
+    """Take the mark off a whole checkpoint; remove a last one that a newer one supersedes, and an unfinished folder."""
     newest = _newest_last_checkpoint(path)
     if newest not in (None, path):
         logging.warning(f'Removing {path}: {newest.name} is newer')
         path.unlink()
     marker = NeMoModelCheckpoint.format_checkpoint_unfinished_marker_path(path)
+    if marker.is_file() and path.is_dir():  # NeMo 2.5.3 takes it for a file
+        logging.warning(f'Removing {path}: it is unfinished')
+        shutil.rmtree(path)
     if marker.is_file() and (not path.exists() or zipfile.is_zipfile(path)):
         marker.unlink()
 

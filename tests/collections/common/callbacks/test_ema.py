@@ -51,7 +51,9 @@ def test_a_run_with_averaged_weights_is_resumed(tmp_path):
         assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize('strategy', ['fsdp', {'_target_': 'lightning.pytorch.strategies.ModelParallelStrategy'}])
+@pytest.mark.parametrize(
+    'strategy', ['fsdp', 'fully_shard', {'_target_': 'lightning.pytorch.strategies.ModelParallelStrategy'}]
+)
 def test_averaged_and_sharded_weights_are_refused(strategy):
     cfg = OmegaConf.create({'trainer': {'strategy': strategy}, 'exp_manager': {'ema': {'enable': True}}})
     with pytest.raises(ValueError, match='exp_manager.ema.enable is true with trainer.strategy'):

@@ -10,18 +10,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from nemo.collections.asr.parts.utils import fully_shard_strategy  # noqa: F401  (registers the strategy)
+
 
 class ShardedTrainingMixin:
-    """Lets an SSL model train under Lightning's ``ModelParallelStrategy``, by torch's ``fully_shard`` (its second FSDP).
-
-    Config::
-
-        trainer:
-          strategy:
-            _target_: lightning.pytorch.strategies.ModelParallelStrategy
-            data_parallel_size: 8
-            tensor_parallel_size: 1
-            save_distributed_checkpoint: true    # a folder, each rank writes its shard; false: one file
+    """Lets an SSL model train under ``trainer.strategy: fully_shard``, by torch's ``fully_shard`` (its second FSDP).
 
     Each layer of the encoder, what is left of it, and each decoder are gathered when they compute, in the precision that
     they compute in. ``.nemo`` files have whole weights.

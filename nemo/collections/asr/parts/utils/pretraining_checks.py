@@ -63,7 +63,9 @@ def check_averaging(cfg: DictConfig) -> None:
     """Refuse averaged weights with sharded ones: NeMo's callback keeps whole tensors."""
     strategy = OmegaConf.select(cfg, 'trainer.strategy')
     strategy = str(strategy.get('_target_', '') if isinstance(strategy, DictConfig) else strategy).lower()
-    if OmegaConf.select(cfg, 'exp_manager.ema.enable') and ('modelparallel' in strategy or 'fsdp' in strategy):
+    if OmegaConf.select(cfg, 'exp_manager.ema.enable') and any(
+        name in strategy for name in ('modelparallel', 'fsdp', 'fully_shard')
+    ):
         raise ValueError(f"exp_manager.ema.enable is true with trainer.strategy {strategy}; set one of them")
 
 
