@@ -11,8 +11,8 @@ without loading audio.
 import copy
 import itertools
 import random
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -34,7 +34,10 @@ REFUSED = {
     'multi_config': 'input_cfg mixes sources, too',
     'max_open_streams': 'a reader opens one shard of each source',
 }
-REFUSED_TARRED = {'is_concat': 'input_cfg', 'augmentor': 'augmentations of its own'}  # what lhotse has instead
+REFUSED_TARRED = {  # beside use_lhotse: true
+    'is_concat': 'tarred manifests are read through lhotse; mix them with use_lhotse: true and input_cfg',
+    'augmentor': 'tarred manifests are read through lhotse; set use_lhotse: true and its augmentations',
+}
 READERS = LazySharIterator, LazyNeMoTarredIterator, LazyNeMoIterator, LazyManifestIterator
 
 
@@ -51,12 +54,16 @@ def resumable_config(config, options, ranks: int):
     """
     seed = Resumable.parse(options, 'train_ds.resumable').seed
     config = copy.deepcopy(config if OmegaConf.is_config(config) else OmegaConf.create(config))
-    for key, reason in REFUSED.items():
+    use_lhotse = config.get('use_lhotse', False)
+    for key, reason in (REFUSED if use_lhotse else REFUSED | REFUSED_TARRED).items():
         if config.get(key):
             raise ValueError(f"train_ds.{key} is {config[key]}; train_ds.resumable needs it unset: {reason}")
     with open_dict(config):
-        if not config.get('use_lhotse', False):
-            _read_tarred_through_lhotse(config, finite=ranks == 1)
+        if not use_lhotse:
+            removed = {key: config.pop(key, None) for key in ('is_tarred', 'tarred_shard_strategy', 'shuffle_n')}
+            config.update(use_lhotse=True, force_finite=ranks == 1)
+            if removed['shuffle_n'] and config.get('shuffle', False):
+                config.shuffle_buffer_size = removed['shuffle_n']
         if config.get('force_finite', False) and ranks > 1:
             raise ValueError(
                 f"train_ds.force_finite is true on {ranks} ranks; they have different numbers of batches, so it must be "
@@ -67,21 +74,6 @@ def resumable_config(config, options, ranks: int):
             if not isinstance(config.get(key), int):
                 config[key] = derive_seed(seed, key) % 2**31
     return config
-
-
-def _read_tarred_through_lhotse(config, finite: bool) -> None:
-    for key, instead in REFUSED_TARRED.items():
-        if config.get(key):
-            raise ValueError(
-                f"train_ds.{key} is set; train_ds.resumable reads tarred manifests through lhotse, which has {instead} "
-                "instead: set use_lhotse: true"
-            )
-    shuffle_n = config.pop('shuffle_n', None)
-    if shuffle_n and config.get('shuffle', False):
-        config.shuffle_buffer_size = shuffle_n
-    config.pop('is_tarred')
-    config.pop('tarred_shard_strategy', None)
-    config.use_lhotse, config.force_finite = True, finite
 
 
 def make_resumable_cuts(loader: DataLoader, config, options, rank: int, ranks: int) -> 'ResumableCutLoader':
@@ -100,21 +92,21 @@ def make_resumable_cuts(loader: DataLoader, config, options, rank: int, ranks: i
     return ResumableCutLoader(data, seed=data.seed, batch_size=None, **kept)
 
 
+@dataclass(eq=False)
 class CutStream:
     """The cuts of one source that one of several readers reads, pass after pass; its position can be set.
 
     Where there are fewer shards than readers, readers share a shard: each takes every n-th cut. See :func:`_shards_of`.
     """
 
-    def __init__(self, open_shard: list[Callable], shuffled: bool, seed: int, readers: int, finite: bool):
-        self.open_shard, self.shuffled, self.seed, self.readers, self.finite = (
-            open_shard,
-            shuffled,
-            seed,
-            readers,
-            finite,
-        )
-        self.parts = -(-readers // max(1, len(open_shard)))
+    open_shard: list[Callable]
+    shuffled: bool
+    seed: int
+    readers: int
+    finite: bool
+
+    def __post_init__(self):
+        self.parts = -(-self.readers // max(1, len(self.open_shard)))
         self.go_to(0, (0, 0, 0, 0))
 
     def go_to(self, reader: int, position: tuple[int, int, int, int]) -> None:
@@ -217,20 +209,11 @@ class ResumableCuts(IterableDataset):
 class ResumableCutLoader(ResumableLoader):
     """Resumable batches of cuts; made by :func:`make_resumable_cuts`."""
 
-    def __init__(self, dataset: ResumableCuts, **kwargs):
-        self._ahead: deque = deque()  # places of batches that no step has trained on yet
-        self._has_steps = False
-        super().__init__(dataset, **kwargs)
-
-    def start_step(self) -> None:
-        """Count the next batch as used by a training step, and seed what the step draws."""
-        self._has_steps = True
-        self.seed_step(*self._use_next())
+    _pass_has_ended = False
 
     def state_dict(self) -> dict:
         """Return the places of the readers of all ranks; every rank calls it."""
-        while self._ahead and not self._has_steps:
-            self._use_next()
+        self._count_used()
         data = self.dataset
         places: list = [{data.rank: dict(data.places)}]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -260,15 +243,12 @@ class ResumableCutLoader(ResumableLoader):
             "utterances of each reader may come twice, and what was left of open shards is left out of this pass."
         )
 
-    def __iter__(self) -> Iterator:
-        self._ahead.clear()
-        for place, batch in filter(None, super().__iter__()):
-            self._ahead.append(place)
-            self.seed_step(*place)
-            yield batch
-        self.state_dict()  # takes the last places
-        self.dataset.begin = [(number + 1, 0) for number, _ in self.dataset.begin]
-        self.dataset.places, self.dataset.first_reader = {}, 0
+    def _placed_batches(self) -> Iterator[tuple]:
+        self._pass_has_ended = False
+        yield from filter(None, DataLoader.__iter__(self))
+        self._count_used()
+        self._pass_has_ended = True
+        self._begin_next_pass_when_used()
 
     def _get_iterator(self):
         collate = self.collate_fn
@@ -278,11 +258,16 @@ class ResumableCutLoader(ResumableLoader):
         finally:
             self.collate_fn = collate
 
-    def _use_next(self) -> tuple:
-        reader, place = self._ahead.popleft()
-        self.dataset.places[reader] = place
+    def _use(self, place: tuple) -> None:
+        reader, of_reader = place
+        self.dataset.places[reader] = of_reader
         self.dataset.first_reader = (reader + 1) % max(1, self.num_workers)
-        return reader, place
+        self._begin_next_pass_when_used()
+
+    def _begin_next_pass_when_used(self) -> None:
+        if self._pass_has_ended and not self._ahead:
+            self.dataset.begin = [(number + 1, 0) for number, _ in self.dataset.begin]
+            self.dataset.places, self.dataset.first_reader = {}, 0
 
 
 def _collate_batch(collate: Callable, placed: tuple | None) -> tuple | None:
@@ -305,33 +290,26 @@ def _shards_of(source) -> tuple[list[Callable], bool]:
     """Return functions of a pass and a window that open the shards of a source, and whether their order is shuffled."""
     shuffled = bool(getattr(source, 'shuffle_shards', False))
     if isinstance(source, LazySharIterator):
-        return [partial(_open_shar, source, shard) for shard in range(source.num_shards)], shuffled
+        pairs = [{'shards': [files], 'cut_map_fns': [call]} for files, call in zip(source.shards, source.cut_map_fns)]
+        return [partial(_open_shard, source, pair) for pair in pairs], shuffled
     if isinstance(source, LazyNeMoTarredIterator):
-        return [partial(_open_tar, source, shard) for shard in source.shard_ids], shuffled
+        shards = [{'shard_id_to_manifest': {shard: source.shard_id_to_manifest[shard]}} for shard in source.shard_ids]
+        return [partial(_open_shard, source, shard) for shard in shards], shuffled
     if isinstance(source, LazyNeMoIterator):
         files = source.source.iterators if isinstance(source.source, LazyIteratorChain) else [source.source]
         return [partial(_open_manifest, source, file) for file in files], shuffled
     return [partial(_open_cuts, source)], shuffled
 
 
-def _open_shar(source, shard: int, number: int, window: tuple) -> Iterator:
-    fields = {field: [path] for field, path in source.shards[shard].items()}
-    functions = [source.cut_map_fns[shard]]
-    one = LazySharIterator(fields, cut_map_fns=functions, seed=source.seed, slice_length=source.slice_length)
-    one.epoch = number
-    return itertools.islice(one, *window)
-
-
-def _open_tar(source, shard: int, number: int, window: tuple) -> Iterator:
+def _open_shard(source, attributes: dict, number: int, window: tuple) -> Iterator:
     one = copy.copy(source)
-    one.shard_id_to_manifest, one.epoch = {shard: source.shard_id_to_manifest[shard]}, number
+    vars(one).update(attributes, epoch=number, split_for_dataloading=False)
     return itertools.islice(one, *window)
 
 
 def _open_manifest(source, file: Iterable[dict], number: int, window: tuple) -> Iterator:
-    one = copy.copy(source)  # which opens the audio of each line that it takes
-    one.source = itertools.islice((line for line in file if not line.get('_skipme', False)), *window)
-    return iter(one)
+    lines = (line for line in file if not line.get('_skipme', False))  # a cut opens the audio of its line
+    return _open_shard(source, {'source': itertools.islice(lines, *window)}, number, (None,))
 
 
 def _open_cuts(source, number: int, window: tuple) -> Iterator:

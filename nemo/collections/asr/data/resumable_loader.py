@@ -7,7 +7,9 @@ together were. ``resumable_cuts.py`` has the same for data that lhotse reads.
 """
 
 import hashlib
+import itertools
 import random
+from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,14 +21,39 @@ from nemo.utils import logging
 
 
 class ResumableLoader(DataLoader):
-    """A ``DataLoader`` whose state Lightning saves and restores; the seed is of the order and of all draws."""
+    """A ``DataLoader`` whose state Lightning saves and restores; the seed is of the order and of all draws.
+
+    A batch is used when a training step starts on it or, where nothing calls :meth:`start_step`, when it is given.
+    """
 
     def __init__(self, dataset, *, seed: int = 0, **kwargs):
+        self._ahead: deque[tuple] = deque()  # places of batches that were given and not used
+        self._has_steps = False
         super().__init__(dataset, **kwargs)
         self.seed = seed
 
-    def seed_step(self, *place) -> None:
-        """Seed what a training step on the batch at a place draws."""
+    def start_step(self) -> None:
+        """Count the next batch as used by a training step, and seed what the step draws."""
+        self._has_steps = True
+        place = self._ahead.popleft()
+        self._use(place)
+        self._seed_step(place)
+
+    def __iter__(self) -> Iterator:
+        self._ahead.clear()
+        return self._given(self._placed_batches())
+
+    def _given(self, placed) -> Iterator:
+        for place, batch in placed:
+            self._ahead.append(place)
+            self._seed_step(place)
+            yield batch
+
+    def _count_used(self) -> None:
+        while self._ahead and not self._has_steps:
+            self._use(self._ahead.popleft())
+
+    def _seed_step(self, place: tuple) -> None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         seed_generators(self.seed, 'step', torch.distributed.get_rank() if distributed else 0, *place)
 
@@ -39,8 +66,7 @@ class ResumableDataLoader(ResumableLoader):
 
     def __init__(self, dataset, *, seed: int = 0, shuffled: bool = True, **kwargs):  # Lightning reads the names
         self._used_before = self._to_skip = 0  # utterances, by all ranks, before this start; and before the next
-        self._given = 0  # batches since this start
-        self._steps: int | None = None  # training steps since this start; None where nothing counts them
+        self._used = 0  # batches since this start
         self._rest: BatchSampler | None = None
         super().__init__(dataset, seed=seed, **kwargs)
         self.shuffled = shuffled
@@ -56,21 +82,11 @@ class ResumableDataLoader(ResumableLoader):
         left = -(-len(self.dataset) // self.ranks) - self._used_before // self.ranks
         return len(self) - len(BatchSampler(range(left), self.batch_size, self.drop_last))
 
-    @property
-    def next_batch(self) -> int:
-        """The next batch of the epoch, counted in the same way."""
-        return self.position + self._given
-
-    def start_step(self) -> None:
-        """Count the next batch as used by a training step, and seed what the step draws."""
-        self._steps = (self._steps or 0) + 1
-        self.seed_step(self.sampler.epoch, self.position + self._steps)
-
     def state_dict(self) -> dict:
         """Return the epoch, and the number of its utterances that all ranks have used."""
-        batches = self._given if self._steps is None else min(self._steps, self._given)
-        epoch, used = self.sampler.epoch, self._used_before + batches * self.ranks * self.batch_size
-        if self._rest is not None and batches >= len(self._rest):
+        self._count_used()
+        epoch, used = self.sampler.epoch, self._used_before + self._used * self.ranks * self.batch_size
+        if self._rest is not None and self._used >= len(self._rest):
             epoch, used = epoch + 1, 0
         return {'epoch': epoch, 'used': used, 'ranks': self.ranks}
 
@@ -84,19 +100,16 @@ class ResumableDataLoader(ResumableLoader):
                 f"{self.ranks} continue after these. Fewer than a batch of each rank may come twice."
             )
 
-    def __iter__(self) -> Iterator:
-        self._used_before, self._to_skip = self._to_skip, 0
-        self._given, self._steps = 0, None
+    def _placed_batches(self) -> Iterator[tuple]:
+        self._used_before, self._to_skip, self._used = self._to_skip, 0, 0
         epoch = self.dataset.epoch = self.sampler.epoch  # before the workers take their copies
         share = self._share(epoch)[self._used_before // self.ranks :]
         self._rest = BatchSampler(share, self.batch_size, self.drop_last)
-        return self._seed_steps(super().__iter__(), epoch, self.position)
+        places = zip(itertools.repeat(epoch), itertools.count(self.position + 1))
+        return zip(places, DataLoader.__iter__(self))
 
-    def _seed_steps(self, batches, epoch: int, position: int) -> Iterator:
-        for batch in batches:
-            self._given += 1
-            self.seed_step(epoch, position + self._given)
-            yield batch
+    def _use(self, place: tuple) -> None:
+        self._used += 1
 
     def _share(self, epoch: int) -> np.ndarray:
         """Return the utterances of this rank in the order of an epoch; all ranks have equally many."""

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model does about its training data: own options, the place in the epoch, and the wait. New in this project."""
 
+# mypy: disable-error-code="misc"
+
 import copy
 from contextlib import nullcontext
+from functools import cached_property
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -25,24 +29,21 @@ LOADER_KEYS = ('synced_contexts', 'skip_bad_audio', 'resumable')  # which NeMo's
 AUGMENTORS = ('augmentor', 'batch_augmentor')  # NeMo's loaders fail where one is null
 
 
-def take_own_options(config) -> tuple:
-    """Return a data section as NeMo's loaders take it, a copy where something is left out; and the own options, a dict."""
-    if config is None:
-        return config, {}
-    own = {key: config[key] for key in LOADER_KEYS if config.get(key) is not None}
-    unfit = [*own, *(key for key in AUGMENTORS if key in config and config[key] is None)]
-    if unfit:
-        config = copy.deepcopy(config)
-        with open_dict(config) if OmegaConf.is_config(config) else nullcontext():
-            for key in unfit:
-                del config[key]
+def take_own_options(config) -> tuple[Any, dict]:
+    """Return a copy of a data section that NeMo's loaders take, and the own options."""
+    config, own = copy.deepcopy(config), {}
+    with open_dict(config) if OmegaConf.is_config(config) else nullcontext():
+        for key in LOADER_KEYS:
+            if (value := config.pop(key, None)) is not None:
+                own[key] = value
+        for key in AUGMENTORS:
+            if config.get(key) is None:
+                config.pop(key, None)
     return config, own
 
 
 def with_own_options(loader, synced_contexts=None, skip_bad_audio=None, resumable=None, channel_selector=None):
-    """Apply the options of a data section to its loader, or None; raise ValueError naming one that the loader cannot do."""
-    if loader is None:
-        return None
+    """Apply the options of a data section to its loader; raise ValueError naming one that the loader cannot do."""
     if skip_bad_audio is not None:
         set_skip_bad_audio(loader.dataset, skip_bad_audio)
     for part in parts_of(getattr(loader, 'dataset', None)):
@@ -55,6 +56,7 @@ def with_own_options(loader, synced_contexts=None, skip_bad_audio=None, resumabl
         if not isinstance(loader, DataLoader):
             raise ValueError(f"synced_contexts needs a torch data loader; {type(loader).__name__} collates nothing")
         loader.collate_fn = create_synced_context_collate(loader.collate_fn, **synced_contexts)
+    end_workers_with_their_parent(loader)
     return loader
 
 
@@ -71,7 +73,7 @@ class LogLeftOut(pl.Callback):
         self._silent_in_a_row = self._silent_in_a_row + 1 if isinstance(batch, SilentBatch) else 0
         if self._silent_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise ValueError(
-                f"nothing is left of the last {self._silent_in_a_row} batches{on_this_rank()}; the log names why"
+                f"nothing is left of {self._silent_in_a_row} batches in a row{on_this_rank()}; the log names why"
             )
 
     def on_before_backward(self, trainer, pl_module, loss) -> None:
@@ -107,25 +109,30 @@ class TrainingDataMixin:
     Logs ``data_wait_share``: of the time from one step to the next, the share in which there was no batch.
     """
 
-    _data_wait: DataWait | None = None
     _share_waited: float | None = None
+
+    @cached_property
+    def _data_wait(self) -> DataWait:
+        return DataWait()
 
     def configure_callbacks(self) -> list:
         """Add the log of what is left out."""
         return [*super().configure_callbacks(), LogLeftOut()]
 
     def _setup_dataloader_from_config(self, config):
-        selector = None if config is None else config.get('channel_selector')
+        if config is None:
+            return super()._setup_dataloader_from_config(config)
+        selector = config.get('channel_selector')
         config, own = take_own_options(config)
-        options = own.pop('resumable') if own.get('resumable') is not None and reads_cuts(config) else None
+        options = own.pop('resumable', None) if reads_cuts(config) else None
         if options is not None:
             config = resumable_config(config, options, self.world_size)
         loader = super()._setup_dataloader_from_config(config)
-        if options is not None and loader is not None:
+        if loader is None:
+            return None
+        if options is not None:
             loader = make_resumable_cuts(loader, config, options, self.global_rank, self.world_size)
-        loader = with_own_options(loader, channel_selector=selector, **own)
-        end_workers_with_their_parent(loader)
-        return loader
+        return with_own_options(loader, channel_selector=selector, **own)
 
     def setup_training_data(self, train_data_config) -> None:
         """Make the training loader, as NeMo does.
@@ -145,40 +152,35 @@ class TrainingDataMixin:
                 "to the number of batches of an epoch, or set model.train_ds.resumable"
             ) from error
 
-    def on_train_start(self):
+    def on_train_start(self) -> None:
         """Count the batches of a resumed epoch as the data loader does; the ranks may be others than before."""
         super().on_train_start()
         warn_of_undivided_data(self.trainer)
-        self._data_wait = DataWait()
+        self._data_wait.pause()
         loader = self._resumable_loader()
-        if not isinstance(loader, ResumableDataLoader):
-            return
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        place = loader.next_batch
-        if progress.completed not in (0, place):
-            logging.info(f"Going on with batch {place} of {len(loader)} of the epoch, on {loader.ranks} ranks.")
-            progress.ready = progress.started = progress.processed = progress.completed = place
+        if isinstance(loader, ResumableDataLoader):
+            progress, place = self.trainer.fit_loop.epoch_loop.batch_progress.current, loader.position
+            if progress.completed not in (0, place):
+                logging.info(f"Going on with batch {place} of {len(loader)} of the epoch, on {loader.ranks} ranks.")
+                progress.ready = progress.started = progress.processed = progress.completed = place
 
     def on_train_batch_start(self, batch, batch_idx: int, unused: int = 0):
         """Seed what the step draws, where the data are resumable, and take the time."""
         loader = self._resumable_loader()
         if loader is not None:
             loader.start_step()
-        if self._data_wait is not None:
-            self._share_waited = self._data_wait.step_starts()
+        self._share_waited = self._data_wait.step_starts()
         return super().on_train_batch_start(batch, batch_idx, unused)
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int, unused: int = 0) -> None:
         """Take the time."""
         super().on_train_batch_end(outputs, batch, batch_idx, unused)
-        if self._data_wait is not None:
-            self._data_wait.step_ends()
+        self._data_wait.step_ends()
 
     def on_validation_start(self) -> None:
         """Leave validation out of the wait."""
         super().on_validation_start()
-        if self._data_wait is not None:
-            self._data_wait.pause()
+        self._data_wait.pause()
 
     def _waiting_for_data(self) -> dict[str, float]:
         """Return what a step logs of the wait before it."""
