@@ -73,7 +73,7 @@ class LogLeftOut(pl.Callback):
         self._silent_in_a_row = self._silent_in_a_row + 1 if isinstance(batch, SilentBatch) else 0
         if self._silent_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise ValueError(
-                f"nothing is left of {self._silent_in_a_row} batches in a row{on_this_rank()}; the log names why"
+                f"nothing is left of the last {self._silent_in_a_row} batches{on_this_rank()}; the log names why"
             )
 
     def on_before_backward(self, trainer, pl_module, loss) -> None:
