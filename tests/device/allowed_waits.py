@@ -64,7 +64,7 @@ ALLOWED = (
     Allowed('validation*', TO_HOST, FIXED_MASKS, 'utterance_seeds', 1, SEEDS),
     Allowed('validation*', TO_HOST, FIXED_MASKS, '_mask_one_by_one', 1, f'{SEEDS}: their lengths'),
     Allowed('validation*', WAIT, 'parts/ssl_reports/validation.py', '_result', 1, 'once, after the last batch'),
-    Allowed('masking, module not moved', TO_DEVICE, MASKING, 'fill', 25, 'its embedding, in each call'),
+    Allowed('masking, module not moved', TO_DEVICE, MASKING, '_fill', 25, 'its embedding, in each call'),
     Allowed('live streams', WAIT, SESSION, '_peak', 3, 'samples that lie on the device make it wait'),
     Allowed('live streams', TO_DEVICE, *STREAMING, 28, PLACES),
     Allowed('live streams', TO_HOST, SESSION, '_find_failed', 4, FINITE),

@@ -98,12 +98,13 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
             ValueError: if no context of the encoder's style is that intersection.
         """
         batch = self.parse_att_context_size(self.att_context_size if att_context_size is None else att_context_size)
-        contexts, policy = [batch] * len(self._layer_contexts), self.att_context_policy
-        for index, own in enumerate(self._layer_contexts):
-            if own is not None:
-                where = f'encoder.layers[{index}].self_attention.att_context_size is {own.as_list()}'
-                contexts[index] = policy.within(batch, own, where).context
-        return tuple(contexts)
+        where = 'encoder.layers[{}].self_attention.att_context_size is {}'
+        return tuple(
+            batch
+            if own is None
+            else self.att_context_policy.within(batch, own, where.format(index, list(own))).context
+            for index, own in enumerate(self._layer_contexts)
+        )
 
     def effective_windows(self, att_context_size=None) -> tuple[Window, ...]:
         """The windows of :meth:`effective_att_contexts`; raises ValueError if those of the style are not known."""
@@ -215,11 +216,11 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
 
     def _attends_in_blocks(self, context, frames: int) -> bool:
         choice = parse_choice(self.blockwise_attention)
-        if choice == 'off' or self.self_attention_model not in ('rel_pos', 'abs_pos'):
+        if choice == 'off' or not frames or self.self_attention_model not in ('rel_pos', 'abs_pos'):
+            return False
+        if self.att_context_style not in STYLES or not can_cut(context):
             return False
         if torch.jit.is_tracing() or torch.compiler.is_exporting():  # what they make must serve any length
-            return False
-        if self.att_context_style not in STYLES or not can_cut(context) or not frames:
             return False
         window, positions = Window(context, self.att_context_style), self.self_attention_model == 'rel_pos'
         return choice == 'on' or wins_by_blocks(window, frames, positions, self.use_pytorch_sdpa)
@@ -262,9 +263,9 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         if self._parse_layer_contexts(cfg.get(LAYER_CONTEXTS)) == self._layer_contexts:
             return
         with open_dict(cfg):
-            cfg[LAYER_CONTEXTS] = self._plain_layer_contexts()
-            if not self._has_layer_contexts():
-                del cfg[LAYER_CONTEXTS]
+            cfg.pop(LAYER_CONTEXTS, None)
+            if self._has_layer_contexts():
+                cfg[LAYER_CONTEXTS] = self._plain_layer_contexts()
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         if not hasattr(self.pre_encode, 'pre_encode'):  # pre-trained with post-conv masking, which wraps it

@@ -35,15 +35,14 @@ class CodebookRefinement(nn.Module):
         ValueError: naming the key of ``refine``, its value and what is allowed.
     """
 
+    remembered: torch.Tensor
+
     def __init__(self, num_books: int, num_classes: int, code_dim: int, refine: Mapping):
         super().__init__()
-        settings = Refine.parse(refine)
+        self.settings = settings = Refine.parse(refine)
         if settings.until_step < settings.every_n_steps:
-            raise ValueError(
-                f"{Refine.name}.until_step is {settings.until_step}; it must be {Refine.name}.every_n_steps or more, which "
-                f"is {settings.every_n_steps}: otherwise nothing is refined"
-            )
-        self.every_n_steps, self.until_step, self.decay = settings.every_n_steps, settings.until_step, settings.decay
+            until, every = f'{Refine.name}.until_step', f'{Refine.name}.every_n_steps'
+            raise ValueError(f"{until} is {settings.until_step}; it must be {every} or more, {settings.every_n_steps}")
         self.observing = True
         """Whether frames still matter, because a refinement is yet to come; :meth:`is_due` keeps it."""
         self.last_batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -52,7 +51,6 @@ class CodebookRefinement(nn.Module):
         shape = num_books, num_classes, code_dim + 1
         # Per code, K sums and then a count; of the frames since the last refinement, and of those before, decayed.
         self.register_buffer('observed', torch.zeros(shape, dtype=torch.int64))
-        self.remembered: torch.Tensor
         self.register_buffer('remembered', torch.zeros(shape, dtype=torch.float64))
         self.register_buffer('refined_step', torch.zeros((), dtype=torch.int64))  # 0: none yet
 
@@ -68,13 +66,13 @@ class CodebookRefinement(nn.Module):
         """
         self.last_batch = vectors, tokens, valid
         books, classes, width = self.observed.shape
-        vectors, norms = vectors.double(), vectors.double().norm(dim=-1)
-        usable = (valid.unsqueeze(-1) & (norms > 0.5) & (norms < 2)).unsqueeze(-1)
+        vectors = vectors.double()
+        norms = vectors.norm(dim=-1, keepdim=True)
+        usable = valid.view(-1, 1, 1) & (norms > 0.5) & (norms < 2)
         units = torch.where(usable, vectors, 0.0) * FIXED_POINT
         rows = torch.cat([units.round().long(), usable.long()], dim=-1).view(-1, width)
         codes = tokens + classes * torch.arange(books, device=tokens.device)
-        batch = torch.zeros(books * classes, width, dtype=torch.int64, device=rows.device)
-        batch.index_add_(0, codes.flatten(), rows)
+        batch = rows.new_zeros(books * classes, width).index_add_(0, codes.flatten(), rows)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(batch)
         self.observed += batch.view_as(self.observed)
@@ -84,8 +82,9 @@ class CodebookRefinement(nn.Module):
 
         A step can come several times: with gradient accumulation, and after a resume.
         """
-        self.observing = step < self.until_step // self.every_n_steps * self.every_n_steps
-        if step <= 0 or step > self.until_step or step % self.every_n_steps:
+        every, until = self.settings.every_n_steps, self.settings.until_step
+        self.observing = step < until // every * every
+        if step <= 0 or step > until or step % every:
             return False
         if self._refined_step is None:
             self._refined_step = int(self.refined_step)  # the one synchronisation, once after loading
@@ -93,16 +92,17 @@ class CodebookRefinement(nn.Module):
 
     @torch.no_grad()
     def refine(self, codebooks: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return codebooks [H, C, K] refined, float64, of unit length, and how many codes were replaced (a scalar).
+        """Return codebooks [H, C, K] refined, float64, and how many codes were replaced (a scalar).
 
         A code that no frame chose, and that is not replaced, stays.
         """
-        sums = self.remembered[..., :-1].double() + self.observed[..., :-1].double() / FIXED_POINT
-        counts = self.remembered[..., -1].double() + self.observed[..., -1].double()
+        remembered, observed = self.remembered.double(), self.observed.double()
+        sums = remembered[..., :-1] + observed[..., :-1] / FIXED_POINT
+        counts = remembered[..., -1] + observed[..., -1]
         lengths = sums.norm(dim=-1, keepdim=True)
         codes = F.normalize(torch.where(lengths > 0, sums, codebooks.double()), dim=-1)
         codes, sums, counts, replaced = _split(codes, sums, counts, codebooks.double())
-        self.remembered = self.decay * torch.cat([sums, counts.unsqueeze(-1)], dim=-1)
+        self.remembered = self.settings.decay * torch.cat([sums, counts.unsqueeze(-1)], dim=-1)
         self.observed.zero_()
         self.refined_step.fill_(step)
         self._refined_step = step
@@ -123,13 +123,8 @@ def _split(codes, sums, counts, before):
     The two halves lie on both sides of the mean, one standard deviation of the frames apart from it, in the direction
     in which the dead code lay: no random numbers, and no two dead codes alike.
 
-    Args:
-        codes, sums: the means' directions and the sums of the vectors, [H, C, K].
-        counts: of the vectors, [H, C].
-        before: the codebooks before the refinement, [H, C, K].
-
-    Returns:
-        codes, sums and counts after the splits, and how many codes were replaced (a scalar).
+    Takes and returns the means' directions ``codes`` and the ``sums`` of the vectors, [H, C, K], and their ``counts`` [H, C];
+    takes the codebooks ``before`` [H, C, K]; returns how many codes were replaced (a scalar), too.
     """
     order, pairs = counts.argsort(dim=1, stable=True), counts.shape[1] // 2
     dead, large = order[:, :pairs], order.flip(1)[:, :pairs]

@@ -7,7 +7,6 @@ The frames that are kept visible lie on one grid from the beginning of a stream.
 Shapes: B streams, N new mask frames, T mask frames to draw, A attention frames.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,16 +39,16 @@ class BlockChances(NamedTuple):
     kept: Window | None  # in which a frame is kept visible; None: nowhere
 
     @classmethod
-    def of(cls, mask_prob: float, block: int, overlap: bool, most: float, window: Window | None) -> 'BlockChances':
-        """Make up for the frames kept visible in a window, so that the share, of ``most``, is that of long utterances."""
-        if window is not None and not window.has_chunks and window.context.left != 0:
-            window = Window(AttContext(window.context.left, 0))  # no frame after the end of a stream is visible
-        free = 1 - (0.0 if window is None else share_kept_visible(window))
-        share = 1 - (1 - mask_prob) ** block if overlap else mask_prob
-        share = min(share, most) / free if free > 0 else 0.0
-        if not overlap:
-            return cls(block, min(share, 1.0), overlap, window)
-        return cls(block, 1.0 if share >= 1 else -math.expm1(math.log1p(-share) / block), overlap, window)
+    def of(cls, mask_prob: float, block: int, overlap: bool, most: float, kept: Window | None) -> 'BlockChances':
+        """Make up for the frames kept visible, so that the share, of ``most``, is that of long utterances."""
+        if kept is not None and not kept.has_chunks and kept.context.left != 0:
+            kept = Window(AttContext(kept.context.left, 0))  # no frame after the end of a stream is visible
+        free = 1 - (0.0 if kept is None else share_kept_visible(kept))
+        share = min(1 - (1 - mask_prob) ** block if overlap else mask_prob, most)
+        probability = min(share / free, 1.0) if free > 0 else 0.0
+        if overlap:
+            probability = 1 - (1 - probability) ** (1 / block)
+        return cls(block, probability, overlap, kept)
 
 
 @dataclass
@@ -70,12 +69,9 @@ class MaskedTimeLine:
         return cls(torch.rand_like(offset, dtype=torch.float32), offset * 0, offset, offset * 0, masks)
 
     def draw(self, frames: int, chances: BlockChances, factor: int) -> torch.Tensor:
-        """Draw the masks of new frames, as many in each stream; returns those of the last ``frames`` received.
+        """Draw the masks of new frames, as many in each stream; return all T that are remembered, [B, T] bool.
 
-        Args:
-            frames: T: those whose masks are remembered, and then the new ones.
-            chances: of the blocks.
-            factor: mask frames per attention frame.
+        ``factor`` is mask frames per attention frame.
         """
         masks = self._draw_new(frames - self.masks.shape[1], chances, factor)
         self.masks = torch.cat((self.masks, masks), dim=1)

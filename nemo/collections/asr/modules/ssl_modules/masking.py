@@ -18,7 +18,6 @@ from nemo.collections.asr.modules.ssl_modules.masked_time_line import BlockChanc
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, tightest
 from nemo.collections.asr.parts.att_context.visible_frames import kept_visible_frames
 from nemo.collections.asr.parts.att_context.windows import Window
-from nemo.core.neural_types import NeuralType
 from nemo.utils import logging
 from nemo_streaming_ssl import upstream
 
@@ -90,9 +89,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         _check('max_mask_ratio', max_mask_ratio, 0 <= max_mask_ratio <= 1, 'a share from 0 to 1')
         _check('left_context_size', left_context_size, left_context_size >= -1, '-1 (unlimited) or more')
         _check('subsampling_factor', subsampling_factor, subsampling_factor >= 1, '1 or more')
-        _check('follow_context', follow_context, isinstance(follow_context, bool), 'true or false')
-        self.follow_context = follow_context
-        self.causal = causal
+        self.causal, self.follow_context = causal, follow_context
         self.left_context_size = left_context_size
         self.subsampling_factor = subsampling_factor
 
@@ -111,12 +108,6 @@ class RandomBlockMasking(_up.RandomBlockMasking):
             window = Window(AttContext(UNLIMITED, 0))
         left = tightest(window.context.left, self._left_context_size) if self.follow_context else UNLIMITED
         return Window(AttContext(left, window.context.right), window.style)
-
-    @property
-    def input_types(self):
-        """Return the definitions of the inputs."""
-        further = 'current_frame', 'effective_left_context', 'effective_window', 'stream'
-        return {**super().input_types, **{name: NeuralType(optional=True) for name in further}}
 
     def forward(
         self,
@@ -148,29 +139,28 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         """
         if stream is not None:
             window = self._window(effective_left_context, effective_window)
-            return self.fill(input_feats, self.draw_on(stream, input_feats.shape[2], window))
+            return self._fill(input_feats, self.draw_on(stream, input_feats.shape[2], window))
         mask = self.forward_with_overlap if self.allow_overlap else self.forward_without_overlap
-        given = _given(
-            current_frame=current_frame,
-            effective_left_context=effective_left_context,
-            effective_window=effective_window,
-        )
+        context = dict(effective_left_context=effective_left_context, effective_window=effective_window)
+        given = {
+            name: value for name, value in {'current_frame': current_frame, **context}.items() if value is not None
+        }
         return mask(input_feats, input_lengths, **given)  # stock's overrides take no more than the first two
 
     def forward_with_overlap(self, input_feats, input_lengths, *args, **kwargs):
         """Mask blocks that may overlap; further arguments and results as in :meth:`forward`."""
-        return self._draw_and_fill(input_feats, input_lengths, *args, overlap=True, **kwargs)
+        return self._mask(input_feats, input_lengths, *args, overlap=True, **kwargs)
 
     def forward_without_overlap(self, input_feats, input_lengths, *args, **kwargs):
         """Mask blocks that do not overlap; further arguments and results as in :meth:`forward`."""
-        return self._draw_and_fill(input_feats, input_lengths, *args, overlap=False, **kwargs)
+        return self._mask(input_feats, input_lengths, *args, overlap=False, **kwargs)
 
     def forward_causal(self, input_feats, input_lengths, *args, **kwargs):
         """Mask as :meth:`forward` does with ``causal=True``, whatever the module's own setting."""
-        return self._draw_and_fill(input_feats, input_lengths, *args, causal=True, **kwargs)
+        return self._mask(input_feats, input_lengths, *args, causal=True, **kwargs)
 
-    def _draw_and_fill(self, feats, lengths, *args, **kwargs):
-        return self.fill(feats, self.draw(lengths.to(feats.device), feats.shape[2], *args, **kwargs))
+    def _mask(self, feats, lengths, *args, **kwargs):
+        return self._fill(feats, self.draw(lengths.to(feats.device), feats.shape[2], *args, **kwargs))
 
     def _window(self, effective_left_context: int | None = None, effective_window: Window | None = None) -> Window:
         """Return what an attention frame sees in a call with these arguments."""
@@ -192,10 +182,9 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         overlap: bool | None = None,
         causal: bool | None = None,
     ) -> torch.Tensor:
-        """Draw which of so many frames are masked, [B, T] bool, for lengths [B], as :meth:`forward` does.
+        """Draw which of so many frames are masked, [B, T] bool, for lengths [B]; see :meth:`forward`.
 
-        Args:
-            overlap, causal: None: the module's own settings.
+        ``overlap`` and ``causal`` come before the module's own settings.
         """
         window = self._window(effective_left_context, effective_window)
         kept = kept_window(window, (self.causal and self.follow_context) if causal is None else causal)
@@ -209,7 +198,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         masked = _thin_out(masked, region.limit)
         return masked if region.keeps else self._leave_a_frame(masked, region)
 
-    def fill(self, feats: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _fill(self, feats: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put ``mask_embedding`` into the frames [B, T] bool of features [B, D, T]; returns what :meth:`forward` does."""
         masks = masked.unsqueeze(1).to(feats.dtype)
         # With weights of 0 and 1 exactly the one or the other, in half the time that torch.where takes on a CPU.
@@ -223,36 +212,32 @@ class RandomBlockMasking(_up.RandomBlockMasking):
     def draw_on(self, stream: MaskedTimeLine, frames: int, window: Window) -> torch.Tensor:
         """Draw the new frames of streams within what each frame sees, see :meth:`MaskedTimeLine.draw`; [B, T] bool."""
         kept = kept_window(window, self.causal and self.follow_context)
-        chances = BlockChances.of(self.mask_prob, self.block_size, self.allow_overlap, self.max_mask_ratio, kept)
-        return stream.draw(frames, chances, self.subsampling_factor)
+        blocks = BlockChances.of(self.mask_prob, self.block_size, self.allow_overlap, self.max_mask_ratio, kept)
+        return stream.draw(frames, blocks, self.subsampling_factor)
 
     def _region(self, lengths: torch.Tensor, frames: int, received, left: int, kept: Window | None) -> _Region:
         """Return what may be masked of lengths [B], and of the frames received (None: all) within a left context."""
-        index = torch.arange(frames, dtype=torch.int32, device=lengths.device).unsqueeze(0)
+        factor, device = self.subsampling_factor, lengths.device
+        index = torch.arange(frames, dtype=torch.int32, device=device).unsqueeze(0)
         end = lengths.to(torch.int32).clamp(max=frames).view(-1, 1)
         first = torch.zeros_like(end)
         if isinstance(received, int):
             _check('current_frame', received, received >= 0, 'the number of mask frames received, 0 or more')
             received = torch.full_like(end, received)
         if received is not None:
-            received = received.to(end.device, torch.int32).view(-1, 1)
+            received = received.to(device, torch.int32).view(-1, 1)
             end = torch.minimum(received, end)
-            first = (received - left * self.subsampling_factor).clamp(min=0) if left >= 0 else first
+            first = (received - left * factor).clamp(min=0) if left >= 0 else first
         allowed = (index >= first) & (index < end)
         if kept is not None:
-            allowed &= ~self._kept_visible(end, frames, kept)
+            attention_frames = torch.arange(math.ceil(frames / factor), dtype=torch.int32, device=device).unsqueeze(0)
+            ends = end.div(factor, rounding_mode='floor')
+            visible = kept_visible_frames(kept, attention_frames, ends, _uniform(end.shape, device))
+            allowed &= ~visible.repeat_interleave(factor, dim=1)[:, :frames]
         free = allowed.sum(dim=1, keepdim=True, dtype=torch.int32)
         available = (end - first).clamp(min=0)
         limit = torch.minimum((available.float() * self.max_mask_ratio).int() + self.block_size, free)
         return _Region(index, first, end, available, allowed, free, limit, kept is not None)
-
-    def _kept_visible(self, end: torch.Tensor, frames: int, window: Window) -> torch.Tensor:
-        """Return which mask frames [B, T] are kept visible, for mask frames received [B, 1]."""
-        factor = self.subsampling_factor
-        index = torch.arange(math.ceil(frames / factor), dtype=torch.int32, device=end.device).unsqueeze(0)
-        ends = end.div(factor, rounding_mode='floor')
-        kept = kept_visible_frames(window, index, ends, _uniform(end.shape, end.device))
-        return kept.repeat_interleave(factor, dim=1)[:, :frames]
 
     def _overlapping_blocks(self, region: _Region) -> torch.Tensor:
         """Let every frame start a block with equal probability; returns the frames of blocks, [B, T] bool."""
@@ -294,8 +279,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         most_slots = min(frames, max(frames // self.block_size, 2 * (most_blocks + 1)))
         score = _uniform((shape[0], most_slots), device)
         score = score.masked_fill(torch.arange(most_slots, device=device) >= slots, 2.0)
-        last = score.sort(dim=1).values.gather(1, (blocks.long() - 1).clamp(min=0, max=most_slots - 1))
-        chosen = (score <= last) & (blocks > 0) & (score < 2)
+        chosen = score.argsort(dim=1).argsort(dim=1) < blocks
 
         slot = (region.index - offset).div(block, rounding_mode='floor')
         inside = (slot >= 0) & (slot < slots)
@@ -331,10 +315,10 @@ class RandomBlockMasking(_up.RandomBlockMasking):
 
 
 class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
-    """Mask after the encoder's subsampling; takes the arguments of :class:`RandomBlockMasking` beforehand.
+    """Mask after the encoder's subsampling, where a mask frame is an attention frame; the spelling is stock's.
 
-    (Stock's spelling is public API.) A mask frame here is an attention frame. The subsampling gets no gradient, as in stock,
-    for the targets are made of its output: so it is frozen, and distributed training does not wait for its gradient.
+    As in stock, targets are made of the subsampling's output, and it gets no gradient: so it is frozen, and distributed
+    training does not wait for one.
     """
 
     def __init__(self, pre_encode_module: torch.nn.Module, masking_module: torch.nn.Module) -> None:
@@ -343,14 +327,12 @@ class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
         logging.info("model.mask_position is post_conv: the encoder's subsampling is frozen.")
 
     def set_masking_enabled(self, apply_mask: bool, masking: Callable | None = None, **arguments):
-        """Set whether, and how, the coming forward passes mask.
+        """Set whether the coming forward passes mask, by ``masking`` (None: the masking module).
 
-        Args:
-            masking: what to call with ``input_feats`` and ``input_lengths``; None: the masking module.
-            arguments: ``current_frame`` and so on, see :meth:`RandomBlockMasking.forward`.
+        It is called with ``input_feats``, ``input_lengths`` and the ``arguments``, see :meth:`RandomBlockMasking.forward`.
         """
         super().set_masking_enabled(apply_mask=apply_mask)
-        self._mask = partial(masking or self.masking, **_given(**arguments))
+        self._mask = partial(masking or self.masking, **arguments)
 
     def get_sampling_frames(self):
         """Return the subsampling's; without it NeMo would set streaming up for chunks of 0 frames."""
@@ -390,10 +372,6 @@ def _thin_out(masked: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
     around = start + limit >= total
     end = torch.where(around, torch.minimum(start + limit - total, start), start + limit)
     return masked & ((count > start) ^ (count > end) ^ around)
-
-
-def _given(**arguments) -> dict:
-    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _check(name: str, value, valid: bool, allowed: str) -> None:

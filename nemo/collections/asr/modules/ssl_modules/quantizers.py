@@ -25,9 +25,6 @@ _up = upstream(globals())
 # Scores held at a time: 8 MB of float64 stay in a CPU's cache; a GPU needs fewer and larger kernels.
 SCORES_AT_A_TIME_ON_CPU = 2**20
 SCORES_AT_A_TIME = 2**24
-
-_FIELD = Quantizer.name  # as errors name it
-_PROJECTION_ARRAYS = ('components', 'eigenvalues', 'combine_time_steps', 'features', 'normalization')
 _SMALLEST_VARIANCE = 1e-10  # of the first component's, for a component to be told from rounding
 
 
@@ -38,7 +35,6 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
     largest ``x . c - |c|^2 / 2``, a matrix product. Projection and distances are at least float32 in any precision.
 
     Args:
-        args, kwargs: NeMo's.
         projection: ``random``, or ``pca``: codebook h sees the principal components h * K ... h * K + K - 1 of the
             combined frames, at unit variance. The weights travel with the checkpoint: a restored model reads no file.
         projection_file: what ``compute_feature_stats.py --pca`` wrote; for ``pca`` only.
@@ -62,17 +58,15 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
         """What the features must be normalised by, from ``projection_file``; None without one."""
         Quantizer.parse(dict(projection=projection))
         if projection == 'random' and projection_file is not None:
-            raise ValueError(
-                f"{_FIELD}.projection_file is {str(projection_file)!r} with {_FIELD}.projection random; it must be "
-                "null, or projection be pca"
-            )
+            name = f'{Quantizer.name}.projection_file'
+            raise ValueError(f"{name} is {str(projection_file)!r}; with projection random it must be null")
         if projection == 'pca' and not AppState().is_model_being_restored:  # else the weights come with the checkpoint
             shape = self.proj.out_features, self.combine_time_steps, self.feat_in
-            weights, self.projection_normalization = read_projection(projection_file, *shape)  # type: ignore[arg-type]
+            weights, self.projection_normalization = _read_projection(projection_file, *shape)
             with torch.no_grad():
                 self.proj.weight.copy_(torch.from_numpy(weights))
         if refine is not None and self.codebooks.requires_grad:
-            raise ValueError(f"{_FIELD}.freeze is false with {_FIELD}.refine; it must be true, or refine be null")
+            raise ValueError(f"{Quantizer.name}.freeze is false; with {Quantizer.name}.refine it must be true")
         sizes = self.num_books, self.num_classes, self.code_dim
         # Registered if None, too: what a checkpoint has of a refinement is then left out, and no error.
         self.register_module('refinement', None if refine is None else CodebookRefinement(*sizes, refine))
@@ -81,8 +75,7 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
     def forward(self, input_signal):
         """Return the nearest codes and their indices; a remainder of ``combine_time_steps`` is left out.
 
-        Args:
-            input_signal: [B, D, T], or [B, T, D] with ``time_ahead``; any floating dtype.
+        Takes features [B, D, T], or [B, T, D] with ``time_ahead``, of any floating dtype.
 
         Returns:
             the codes ``xq`` [B, K, S, H], or [B, S, K, H] with ``time_ahead``, in the codebooks' dtype, and the tokens
@@ -116,8 +109,8 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
         """Refine the codebooks if a refinement belongs before training step ``step``, and has not been done.
 
         Returns:
-            scalars to log, on the codebooks' device: ``codebook/replaced_codes``, and ``codebook/changed_share`` of the
-            tokens of this rank's last batch, if it has one. Empty where nothing was refined.
+            scalars to log, empty where nothing was refined: ``codebook/replaced_codes``, and ``codebook/changed_share``
+            of the tokens of this rank's last batch, if it has one.
         """
         if self.refinement is None or not self.refinement.is_due(step):
             return {}
@@ -174,7 +167,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def read_projection(path: str, components: int, combine_time_steps: int, features: int):
+def _read_projection(path, components: int, combine_time_steps: int, features: int):
     """Read so many principal components of combined frames, those with the largest variance first.
 
     Each is scaled to unit variance. Otherwise the first few decide where a unit vector points, and most codes are never
@@ -183,29 +176,26 @@ def read_projection(path: str, components: int, combine_time_steps: int, feature
     Returns:
         float64 [components, combine_time_steps * features], features of the first frame first, and the normalisation of
         the features, ``per_feature`` or ``NA``.
-
-    Raises:
-        ValueError: naming the file, and what of it does not fit.
     """
-    name = f"{_FIELD}.projection_file {path}"
+    name = f'{Quantizer.name}.projection_file {path}'
     try:
         with np.load(path, allow_pickle=False) as file:
-            content = {key: file[key] for key in _PROJECTION_ARRAYS}
+            axes, variances = file['components'][:components], file['eigenvalues'][:components]
+            made_for = {key: int(file[key]) for key in ('combine_time_steps', 'features')}
+            normalization = str(file['normalization'])
     except Exception as error:  # files, zip, NumPy and pickle each have errors of their own
         written = 'what compute_feature_stats.py --pca wrote'
         raise ValueError(f"{name} cannot be read: {error}; with projection pca it must be {written}") from error
-    for key, wanted in (('combine_time_steps', combine_time_steps), ('features', features)):
-        if int(content[key]) != wanted:
-            raise ValueError(f"{name} was made for {key} {int(content[key])}; the quantizer has {wanted}")
-    variances = content['eigenvalues'][:components]
+    if made_for != dict(combine_time_steps=combine_time_steps, features=features):
+        raise ValueError(f"{name} was made for {made_for}; the quantizer has {combine_time_steps} and {features}")
     if len(variances) < components:
         raise ValueError(
             f"{name} has {len(variances)} components; num_books * code_dim takes {components}: make it with "
             f"--components {components} or more"
         )
-    if not np.all(variances > _SMALLEST_VARIANCE * variances[0]):
-        raise ValueError(f"{name}: not all of the first {components} components have any variance")
-    weights = content['components'][:components] / np.sqrt(variances)[:, None]
-    if weights.shape != (components, combine_time_steps * features) or not np.isfinite(weights).all():
-        raise ValueError(f"{name}: its components must be finite, [components, combine_time_steps * features]")
-    return weights, str(content['normalization'])
+    fits = axes.shape == (components, combine_time_steps * features) and np.isfinite(axes).all()
+    if not fits or not np.all(variances > _SMALLEST_VARIANCE * variances[0]):
+        raise ValueError(
+            f"{name}: its components must be finite, [components, combine_time_steps * features], each with a variance"
+        )
+    return axes / np.sqrt(variances)[:, None], normalization
