@@ -129,6 +129,7 @@ class MultiMLMLoss(_LossOfFrames, _up.MultiMLMLoss):
 
     needs_labels = True
     """Whether targets are passed. Stock lacks this attribute (NeMo issue 15743)."""
+    mlm_loss: MLMLoss
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

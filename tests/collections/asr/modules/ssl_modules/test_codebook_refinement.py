@@ -136,7 +136,9 @@ class TestSteps:
         assert not quantizer.refinement.observed.any() and quantizer.refinement.last_batch is None
 
     def test_codebooks_that_are_trained_are_refused(self):
-        with pytest.raises(ValueError, match='^model.quantizer.freeze is false; with model.quantizer.refine it must be true'):
+        with pytest.raises(
+            ValueError, match='^model.quantizer.freeze is false; with model.quantizer.refine it must be true'
+        ):
             build(freeze=False)
 
 
