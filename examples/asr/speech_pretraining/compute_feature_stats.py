@@ -26,12 +26,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo.collections.asr.data.audio_files import audio_entries
 from nemo.collections.asr.data.corpus_statistics import (
     DEFAULT_PREPROCESSOR,
     NEUTRAL,
     TargetSettings,
     corpus_statistics,
-    utterances_of,
     write_projection,
 )
 from nemo.utils.atomic_files import write_text
@@ -87,11 +87,10 @@ def arguments(argv):
     parser.add_argument("--output", type=Path, required=True, help="the yaml file to write")
     parser.add_argument("--config", help="NeMo config whose model.preprocessor to use (default: that of NEST)")
     parser.add_argument("--workers", type=int, default=0, help="processes that read audio (default: this one does)")
-    parser.add_argument("--batch", type=int, default=8, help="utterances that a worker returns at once")
     _add_pca_arguments(parser)
     options = parser.parse_args(argv)
-    if options.workers < 0 or options.batch < 1:
-        parser.error("--workers must be at least 0 and --batch at least 1")
+    if options.workers < 0:
+        parser.error(f"--workers is {options.workers}; it must be 0 or more")
     unused = [name for name in PCA_OPTIONS if getattr(options, name) is not None] if options.pca is None else []
     if unused:
         parser.error(f"--{unused[0]} is of use only with --pca")
@@ -123,8 +122,8 @@ def main(argv=None):
         settings = None
         if options.pca is not None:
             settings = read_target_settings(options.config, options.target_normalize, options.combine_time_steps)
-        utterances = utterances_of(options.manifest)
-        moments, scatter = corpus_statistics(utterances, preprocessor, settings, options.workers, options.batch)
+        utterances = [entry for path in options.manifest for entry in audio_entries([], path, must_exist=True)]
+        moments, scatter = corpus_statistics(utterances, preprocessor, settings, options.workers)
         statistics = moments.statistics()
         if options.pca is not None:
             number = DEFAULT_COMPONENTS if options.components is None else options.components

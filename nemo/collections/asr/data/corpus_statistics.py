@@ -2,7 +2,7 @@
 """Mean, standard deviation and principal components of the features of a corpus, in one pass. New in this project.
 
 The moments of utterances are merged pairwise, in float64 and in the order of the manifest (Chan, Golub and LeVeque, 1979), so
-neither the number of workers nor the batch size changes a digit.
+the number of workers changes no digit.
 
 Shapes: N vectors, D features, T feature frames, S targets (T // combine_time_steps), V values of a target
 (combine_time_steps * D), C components.
@@ -16,48 +16,36 @@ import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from nemo.collections.asr.data.audio_files import audio_entries, read_entry
+from nemo.collections.asr.data.audio_files import read_entry
 from nemo.collections.asr.data.loader_workers import in_order
 from nemo.collections.asr.modules import AudioToMelSpectrogramPreprocessor
 from nemo.collections.asr.parts.preprocessing.features import check_fixed_statistics, standardize_per_feature
 from nemo.utils.atomic_files import replacing
 
-# the preprocessor of NeMo's NEST configs
+# of NeMo's NEST configs; the rest are the class's defaults
 DEFAULT_PREPROCESSOR = {
     "_target_": "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor",
     "sample_rate": 16000,
     "window_size": 0.025,
     "window_stride": 0.01,
-    "window": "hann",
     "features": 80,
     "n_fft": 512,
-    "log": True,
-    "frame_splicing": 1,
 }
 # what must not touch the statistics: noise, normalisation, padding
 NEUTRAL = {"normalize": "NA", "dither": 0.0, "pad_to": 0, "nb_augmentation_prob": 0.0}
-# Utterances whose targets are summed up at once, whatever --batch and --workers are. A sum has V * V numbers, 3 MB for
-# NEST: one for each utterance would keep the processes busy with sending them.
+# Utterances whose targets are summed up at once, whatever --workers is: a sum has V * V numbers, 3 MB for NEST.
 UTTERANCES_AT_ONCE = 16
 
 
 @dataclass
 class Moments:
-    """Count, mean and centred second moments of vectors, features or targets.
-
-    Attributes:
-        count: number of vectors.
-        mean: float64 [V].
-        squares: float64, the sum of squared deviations from the mean [V], or of their outer products [V, V].
-        seconds: length of the audio.
-        short: utterances without a vector.
-    """
+    """Count, mean and centred second moments of vectors, features or targets."""
 
     count: int = 0
-    mean: Any = 0.0
-    squares: Any = 0.0
-    seconds: float = 0.0
-    short: int = 0
+    mean: Any = 0.0  # float64 [V]
+    squares: Any = 0.0  # float64, the sum of squared deviations from the mean [V], or of their outer products [V, V]
+    seconds: float = 0.0  # of audio
+    short: int = 0  # utterances without a vector
 
     @classmethod
     def of(cls, vectors, outer: bool = False, **audio) -> 'Moments':
@@ -124,11 +112,6 @@ class TargetSettings(NamedTuple):
         return used.reshape(count, self.combine_time_steps * features.shape[0])
 
 
-def utterances_of(manifests) -> list[dict]:
-    """Return the entries of manifests; errors are those of :func:`audio_entries`."""
-    return [entry for path in manifests for entry in audio_entries([], path, must_exist=True)]
-
-
 class GroupStatistics(torch.utils.data.Dataset):
     """Moments of the features of a group of utterances, and of their targets; or what went wrong, as a message."""
 
@@ -162,22 +145,21 @@ class GroupStatistics(torch.utils.data.Dataset):
         return moments, Moments.of(np.concatenate(targets).T, outer=True, short=short)
 
 
-def corpus_statistics(utterances, preprocessor, settings=None, workers=0, batch=8) -> tuple[Moments, Moments]:
+def corpus_statistics(utterances: list[dict], preprocessor, settings=None, workers=0) -> tuple[Moments, Moments]:
     """Return the moments of all valid frames of all utterances, and those of the targets.
 
     Args:
-        utterances: of :func:`utterances_of`.
+        utterances: entries of manifests, with absolute paths.
         preprocessor: ``model.preprocessor`` of a NeMo config.
         settings: of the targets; None: they have no moments.
         workers: processes that read audio; 0: this one does.
-        batch: utterances that a worker returns at once.
 
     Raises:
         ValueError: naming the audio that cannot be read; for ``NA`` if the statistics cannot normalise.
     """
     groups, moments, targets = GroupStatistics(utterances, preprocessor, settings), Moments(), Moments()
-    made = in_order(groups, workers, max(1, batch // UTTERANCES_AT_ONCE))
-    for of_features, of_targets in tqdm(made, total=len(groups), unit=f" x {UTTERANCES_AT_ONCE} utterances"):
+    unit = f" x {UTTERANCES_AT_ONCE} utterances"
+    for of_features, of_targets in tqdm(in_order(groups, workers), total=len(groups), unit=unit):
         moments, targets = moments.merged(of_features), targets.merged(of_targets)
     if settings is not None and settings.target_normalize == "NA" and targets.count:
         scale = np.tile(1 / np.asarray(moments.statistics()["fixed_std"]), settings.combine_time_steps)
@@ -188,15 +170,15 @@ def corpus_statistics(utterances, preprocessor, settings=None, workers=0, batch=
 def write_projection(path, targets: Moments, settings: TargetSettings, number: int) -> float:
     """Write so many principal components to an .npz file whole or not at all; return their share of the variance."""
     components, eigenvalues, shares = targets.components(number)
+    arrays = {
+        "components": components,
+        "eigenvalues": eigenvalues,
+        "variance_share": shares,
+        "count": targets.count,
+        "normalization": settings.target_normalize,
+        "combine_time_steps": settings.combine_time_steps,
+        "features": components.shape[1] // settings.combine_time_steps,
+    }
     with replacing(path) as partial, open(partial, "wb") as file:
-        np.savez(
-            file,
-            components=components,
-            eigenvalues=eigenvalues,
-            variance_share=shares,
-            count=targets.count,
-            normalization=settings.target_normalize,
-            combine_time_steps=settings.combine_time_steps,
-            features=components.shape[1] // settings.combine_time_steps,
-        )
+        np.savez(file, **arrays)
     return float(shares.sum())

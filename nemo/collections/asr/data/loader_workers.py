@@ -37,13 +37,13 @@ def _end_with_parent() -> None:
     os._exit(1)  # the main thread may be waiting for a message
 
 
-def in_order(dataset, workers: int = 0, batch: int = 1) -> Iterator:
+def in_order(dataset, workers: int = 0) -> Iterator:
     """Yield the items of a dataset, which processes make; raise ValueError for one that is a message (a string)."""
-    loader = DataLoader(dataset, batch_size=batch, num_workers=workers, collate_fn=list)
+    loader = DataLoader(dataset, batch_size=1, num_workers=workers, collate_fn=list)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the workers: another summation order would change the last digits
     try:
-        for item in (item for items in loader for item in items):
+        for [item] in loader:
             if isinstance(item, str):
                 raise ValueError(item)
             yield item

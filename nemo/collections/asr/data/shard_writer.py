@@ -3,7 +3,6 @@
 
 import hashlib
 import json
-import os
 import random
 import shutil
 from dataclasses import asdict, dataclass
@@ -89,47 +88,46 @@ def cut_of(line: Line, number: int) -> MonoCut:
 
 
 class ShardMaker(torch.utils.data.Dataset):
-    """Item n writes shard n into a folder of its own, if it is not there; it is the report, or a message of what is wrong."""
+    """Item n writes shard n and then its report, if that is not there; it is the report, or a message of what is wrong."""
 
-    def __init__(self, folder: Path, plan: Plan, stop: bool):
-        self.folder, self.plan, self.stop, self.lines = folder, plan, stop, plan.lines()
+    def __init__(self, output: Path, plan: Plan, stop: bool):
+        self.shards, self.reports = output / '.shar', output / '.reports'
+        self.plan, self.stop, self.lines = plan, stop, plan.lines()
+        for folder in (self.shards, self.reports):
+            folder.mkdir(exist_ok=True)
 
     def __len__(self) -> int:
         return -(-len(self.lines) // self.plan.shard_size)
 
     def __getitem__(self, number: int) -> dict | str:
-        target = self.folder / f'{number:06d}'
+        path = self.reports / f'{number:06d}.json'
         try:
-            if not target.exists():
-                self._write(number, target)
-            return json.loads((target / 'report.json').read_text())
+            if not path.exists():
+                write_text(path, json.dumps(self._write(number)))
+            return json.loads(path.read_text())
         except (ValueError, OSError) as error:  # a DataLoader would add a worker's traceback to it
             return str(error)
 
-    def _write(self, number: int, target: Path) -> None:
-        """Write a shard, read it back, and put its folder in place."""
-        partial = target.with_suffix('.partial')
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    def _write(self, number: int) -> dict:
+        """Write a shard, read it back, and return its report."""
         fields, first = {'recording': self.plan.format}, number * self.plan.shard_size
         durations: dict[str, float] = {}
         bad: list[dict] = []
-        with SharWriter(partial, fields, shard_size=None, shard_suffix=f'.{number:06d}') as writer:
+        with SharWriter(self.shards, fields, shard_size=None, shard_suffix=f'.{number:06d}') as writer:
             for place, line in enumerate(self.lines[first : first + self.plan.shard_size], start=first):
                 cut = self._valid_cut(line, place, bad)
                 if cut is not None:
                     writer.write(cut)
                     durations[cut.id] = cut.duration
-        check_written(partial, number, durations)
-        report = {
-            'number': number,
-            'utterances': len(durations),
-            'seconds': round(sum(durations.values()), 3),
-            'bad': bad,
-        }
-        report['files'] = {path.name: digest_of(path) for path in sorted(partial.iterdir())}
-        write_text(partial / 'report.json', json.dumps(report) + '\n')
-        partial.rename(target)
+        files = sorted(self.shards.glob(f'*.{number:06d}.*'))
+        if durations:
+            check_written(self.shards, number, durations)
+            sums = {path.name: digest_of(path) for path in files}
+        else:
+            sums = {}
+            for path in files:
+                path.unlink()
+        return {'utterances': len(durations), 'seconds': sum(durations.values()), 'bad': bad, 'files': sums}
 
     def _valid_cut(self, line: Line, number: int, bad: list[dict]) -> MonoCut | None:
         try:
@@ -151,7 +149,7 @@ class ShardMaker(torch.utils.data.Dataset):
 def check_written(folder: Path, number: int, durations: dict[str, float]) -> None:
     """Read a shard back; raise ValueError, naming the first difference, unless it has what was written."""
     fields = {'cuts': [f'{folder}/cuts.{number:06d}.jsonl.gz'], 'recording': [f'{folder}/recording.{number:06d}.tar']}
-    cuts = CutSet.from_shar(fields=fields) if durations else ()
+    cuts = CutSet.from_shar(fields=fields)
     found = {cut.id: cut.load_audio().shape[-1] / cut.sampling_rate for cut in cuts}
     for name, duration in durations.items():
         if name not in found or abs(found[name] - duration) > TOLERANCE:
@@ -164,28 +162,6 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def put_together(output: Path, parts: Path, reports: list[dict]) -> None:
-    """Move the files of all shards into one folder, and that into place; an interrupted run continues."""
-    gathered, sums = output / '.shar', []
-    gathered.mkdir(exist_ok=True)
-    full = [report for report in reports if report['utterances']]
-    for report in full:
-        for name, digest in report['files'].items():
-            source = parts / f"{report['number']:06d}" / name
-            if source.exists():
-                os.replace(source, gathered / name)
-            sums.append(f'{digest}  shar/{name}\n')
-    summary = {
-        'shards': len(full),
-        'utterances': sum(report['utterances'] for report in reports),
-        'hours': round(sum(report['seconds'] for report in reports) / 3600, 4),
-        'bad': [bad for report in reports for bad in report['bad']],
-    }
-    write_text(output / 'SHA256SUMS', ''.join(sums))
-    write_text(output / 'report.json', json.dumps(summary, indent=1) + '\n')
-    gathered.rename(output / 'shar')
-
-
 def pack(plan: Plan, output: Path, stop: bool = False, workers: int = 1) -> None:
     """Pack the utterances of a plan into ``output/shar``, in some processes; continues where an interrupted call ended.
 
@@ -194,10 +170,19 @@ def pack(plan: Plan, output: Path, stop: bool = False, workers: int = 1) -> None
     """
     plan.claim(output)
     if not (output / 'shar').exists():
-        maker = ShardMaker(output / '.parts', plan, stop)
+        maker = ShardMaker(output, plan, stop)
         made = in_order(maker, workers if workers > 1 else 0)
         reports = list(tqdm(made, total=len(maker), desc='packing', unit='shard'))
-        if not any(report['utterances'] for report in reports):
-            raise ValueError(f"--manifest: all audio is bad; the first: {reports[0]['bad'][0]}")
-        put_together(output, maker.folder, reports)
-    shutil.rmtree(output / '.parts', ignore_errors=True)  # also of one that was killed at its very end
+        summary = {
+            'shards': sum(report['utterances'] > 0 for report in reports),
+            'utterances': sum(report['utterances'] for report in reports),
+            'hours': round(sum(report['seconds'] for report in reports) / 3600, 4),
+            'bad': [bad for report in reports for bad in report['bad']],
+        }
+        if not summary['utterances']:
+            raise ValueError(f"--manifest: all audio is bad; the first: {summary['bad'][0]}")
+        sums = {name: digest for report in reports for name, digest in report['files'].items()}
+        write_text(output / 'SHA256SUMS', ''.join(f'{digest}  shar/{name}\n' for name, digest in sums.items()))
+        write_text(output / 'report.json', json.dumps(summary, indent=1) + '\n')
+        maker.shards.rename(output / 'shar')
+    shutil.rmtree(output / '.reports', ignore_errors=True)  # also of one that was killed at its very end

@@ -103,22 +103,6 @@ def test_after_a_kill_whole_shards_stay_and_the_result_is_the_same(shards, manif
     assert pack(shards, manifest) == 0 and written == [0, 1, 1, 2]  # done
 
 
-def test_a_kill_while_the_shards_are_put_together_loses_none(shards, manifest, out, monkeypatch):
-    replace, moved = shard_writer.os.replace, []
-
-    def killed(source, target):
-        if '.parts' in str(source) and len(moved) == 3:
-            raise KeyboardInterrupt
-        moved.append(target)
-        replace(source, target)
-
-    monkeypatch.setattr(shard_writer.os, 'replace', killed)
-    with pytest.raises(KeyboardInterrupt):
-        pack(shards, manifest)
-    monkeypatch.setattr(shard_writer.os, 'replace', replace)
-    assert pack(shards, manifest) == 0 and len(cuts_of(out)) == 7
-
-
 def test_audio_that_reads_back_otherwise_is_an_error(shards, manifest, out, monkeypatch, capsys):
     monkeypatch.setattr(shard_writer.CutSet, 'from_shar', staticmethod(lambda fields: []))
     assert pack(shards, manifest) == 2
