@@ -9,7 +9,7 @@ from os.path import expanduser
 from pathlib import Path
 
 from lhotse import CutSet
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from nemo.collections.asr.data.resumable_cuts import resumable_config
 from nemo.collections.asr.parts.utils.manifest_index import Line, expanded, index_of, is_remote, paths_in, read_entries
@@ -69,7 +69,7 @@ def _check_source(key: str, source) -> bool:
     shards = source.get('shar_path')
     shards = [] if isinstance(shards, (dict, DictConfig)) else paths_in(shards)
     for path in manifests:
-        check_ends(key, path, with_audio=not tars)
+        check_entries(key, path, () if tars else ('audio_filepath', 'duration'), with_audio=not tars)
     for tar in tars:
         _check_tar(key.replace('manifest_filepath', 'tarred_audio_filepaths'), tar)
     for folder in shards:
@@ -78,10 +78,17 @@ def _check_source(key: str, source) -> bool:
 
 
 def check_cuts(name: str, data_cfg) -> None:
-    """Let NeMo make the cuts of a lhotse section, and take the first one; raise ValueError with NeMo's reason."""
+    """Let NeMo make the cuts of a lhotse section, and take the first within its limits; ValueError has NeMo's reason."""
     config = make_structured_with_schema_warnings(data_cfg)
     config.force_finite = True
-    _check_first(f'{name}: lhotse cannot read the data', lambda: read_cutset_from_config(config)[0], name)
+    least, most = config.min_duration or 0.0, float('inf') if config.max_duration is None else config.max_duration
+    _check_first(
+        f'{name}: lhotse cannot read the data',
+        lambda: (
+            cut for cut in read_cutset_from_config(config)[0] if least <= getattr(cut, 'duration', least) <= most
+        ),
+        f"{name}, from min_duration = {least} to max_duration = {most} seconds,",
+    )
 
 
 def _check_first(failure: str, open_cuts, where: str) -> None:
@@ -99,21 +106,22 @@ def check_noise(key: str, path: str) -> None:
         check_shards(path, key)
     elif not is_remote(path):
         for file in expanded(path):
-            check_ends(key, file)
+            check_entries(key, file)
 
 
-def check_ends(key: str, path: str, with_audio: bool = True) -> None:
-    """Check the first and the last entry of a manifest; errors are those of :func:`check_manifest`."""
+def check_entries(key: str, path: str, needed: tuple[str, ...] = (), with_audio: bool = True) -> None:
+    """Check the entries of a manifest, and the audio of the first and the last; errors are those of :func:`check_manifest`."""
     if is_remote(path):
         return
     _check_is_file(key, path)
     try:
-        lines = read_entries(path)
-        ends = [next(lines), *deque(lines, maxlen=1)]
+        lines = read_entries(path, needed)
+        named = (line for line in lines if line.audio)
+        ends = [next(named), *deque(named, maxlen=1)]
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
-    for line in ends:
-        _check_audio(key, line, with_audio)
+    for line in ends if with_audio else ():
+        _check_audio(key, line)
 
 
 def _check_is_file(key: str, path: str, hint: str = '') -> None:
@@ -172,11 +180,7 @@ def check_manifest(path: str, key: str, min_duration: float | None = None, max_d
     return kept
 
 
-def _check_audio(key: str, line: Line, with_audio: bool = True) -> None:
-    where = f'{key}: {line.manifest}, line {line.number}'
-    audio = line.audio
-    if not isinstance(audio, (str, list, ListConfig)):
-        raise ValueError(f"{where} has no audio_filepath")
-    for file in [] if not with_audio else [audio] if isinstance(audio, str) else audio:
+def _check_audio(key: str, line: Line) -> None:
+    for file in [line.audio] if isinstance(line.audio, str) else line.audio:
         if not is_remote(file) and not Path(get_full_path(file, manifest_file=line.manifest)).is_file():
-            raise ValueError(f"{where}: no audio file {file}")
+            raise ValueError(f"{key}: {line.manifest}, line {line.number}: no audio file {file}")

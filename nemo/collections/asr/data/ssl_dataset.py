@@ -8,10 +8,13 @@ one.
 """
 
 import io
+import itertools
 import os
 import re
+import tarfile
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -24,9 +27,9 @@ from lhotse import CutSet
 
 from nemo.collections.asr.data.audio_files import audio_entries
 from nemo.collections.asr.data.manifest_entries import ManifestEntries
-from nemo.collections.asr.parts.utils.manifest_index import is_remote, paths_in, read_entries
+from nemo.collections.asr.parts.utils.manifest_index import expanded, is_remote, paths_in, read_entries
 from nemo.collections.asr.parts.utils.nonfinite_guard import NOT_FINITE, on_this_rank, samples_are_valid
-from nemo.collections.common.data.lhotse.nemo_adapters import CUT_OFF, NO_MEMBER, STANDS_FOR
+from nemo.collections.common.data.lhotse.nemo_adapters import CUT_OFF, LEAST_SHARE_OF_DURATION, NO_MEMBER, STANDS_FOR
 from nemo.collections.common.parts.preprocessing import collections
 from nemo.utils import logging
 from nemo.utils.left_out import LEFT_OUT, OUTSIDE_LIMITS
@@ -34,7 +37,6 @@ from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
 
-LEAST_SHARE_OF_DURATION = 0.5  # of the duration in the manifest; a shorter file is most likely cut off
 SILENCE = 16000  # samples
 SHORTER = 'shorter than the manifest says'
 UNREADABLE = 'unreadable'
@@ -111,7 +113,7 @@ class _LeavesOut:
 
     def _check_duration(self, item, entry, file: str) -> None:
         """Find files that were cut off, which decoders read without an error; NeMo pads them."""
-        found = len(item.audio) / self.featurizer.sample_rate
+        found = item.audio.samples_read / self.featurizer.sample_rate
         expected = 0.0 if self.trim or entry.duration is None else entry.duration
         if found < LEAST_SHARE_OF_DURATION * expected:
             message = f"{file} lasts {found:.2f} s, the manifest says {expected:.2f}"
@@ -138,23 +140,33 @@ class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
 
     tar = None
 
-    def __init__(self, *args, manifest_filepath, min_duration=None, max_duration=None, **kwargs):
-        limits = {'min_duration': min_duration, 'max_duration': max_duration}
-        super().__init__(*args, manifest_filepath=manifest_filepath, **limits, **kwargs)
+    def __init__(self, *, audio_tar_filepaths, manifest_filepath, min_duration=None, max_duration=None, **kwargs):
+        kwargs |= {'min_duration': min_duration, 'max_duration': max_duration}
+        super().__init__(audio_tar_filepaths=audio_tar_filepaths, manifest_filepath=manifest_filepath, **kwargs)
         stages = self._dataset.pipeline
         names = [getattr(getattr(stage, 'f', None), '__name__', '') for stage in stages]
         stages[names.index('tarfile_samples')] = self._members
+        if not self.manifest_processor.collection:
+            raise ValueError(f"{manifest_filepath}: no entry lasts from {min_duration=} to {max_duration=} seconds")
         self._files_of_shards = defaultdict(set)
         for path in paths_in(manifest_filepath):
             for line in () if is_remote(path) else read_entries(path):
                 self._expect(line, line.entry.get('duration'), min_duration, max_duration)
+        self._expect_strays([tar for path in paths_in(audio_tar_filepaths) for tar in expanded(path)])
 
     def _expect(self, line, duration: float | None, shortest: float | None, longest: float | None) -> None:
         """Note the file of an entry by its ``shard_id``, or count one that NeMo leaves out for its duration."""
         if duration is not None and not (shortest or 0) <= duration <= (np.inf if longest is None else longest):
             LEFT_OUT.add(OUTSIDE_LIMITS, f'{line.manifest}, line {line.number}: {duration} s')
         else:
-            self._files_of_shards[line.entry.get('shard_id')].add(_file_id(line.audio or '').partition('-sub')[0])
+            self._files_of_shards[line.entry.get('shard_id')].add(_file_id(line.audio).partition('-sub')[0])
+
+    def _expect_strays(self, tars: list[str]) -> None:
+        """Expect the files of entries without the number of a tar file, which no tar file has, in the first."""
+        unknown = self._files_of_shards.keys() - set(map(_shard_id, tars))
+        strays = set().union(*map(self._files_of_shards.pop, unknown))
+        if strays and not any(map(is_remote, tars)):
+            self._files_of_shards[_shard_id(tars[0])] |= strays.difference(*map(_files_in, tars))
 
     def _members(self, shards) -> Iterator[dict]:
         """Yield the members of tar files, and leave out what a manifest has and a tar file lacks; one that is cut off ends."""
@@ -165,8 +177,7 @@ class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
                 last = member['__key__']
                 seen.add(_file_id(last))
                 yield member
-            number = re.search(r'_(\d+)[^/]*\.tar', self.tar)  # as lhotse finds it
-            missing = self._files_of_shards.get(number and int(number[1]), set()) - seen
+            missing = self._files_of_shards[_shard_id(self.tar)] - seen
             bad = BadAudioError(f"{self.tar} has no member {min(missing, default='')}", NO_MEMBER)
             if errors:
                 bad = BadAudioError(f"{self.tar} is cut off after member {last}: {errors[0]}", CUT_OFF)
@@ -178,6 +189,19 @@ class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
         collection = self.manifest_processor.collection
         entry, load = collection[collection.mapping[_file_id(name)][offset_id]], super()._build_sample
         return self._item_or_skipped(lambda: load(tup), entry, f'{self.tar}: {entry.audio_file}')
+
+
+def _files_in(tar: str) -> set[str]:
+    """Return the files of a tar file, up to its end or where it is cut off."""
+    files: set[str] = set()
+    with suppress(tarfile.ReadError, EOFError), tarfile.open(tar) as members:
+        files.update(_file_id(member.name) for member in members)
+    return files
+
+
+def _shard_id(tar: str) -> int | None:
+    number = re.search(r'_(\d+)[^/]*\.tar', tar)  # as lhotse finds it
+    return number and int(number[1])
 
 
 def _file_id(name: str) -> str:
@@ -205,20 +229,24 @@ class ChecksCuts:
         """Return the audio, lengths and cuts that can be read and are finite; raise NothingLeftError if none are."""
         self.skipped = 0
         found = self._readable(cuts)
-        read = set() if found is None else {cut.id for cut in found[2]}
-        missing = [cut for cut in cuts if cut.id not in read]
-        if missing:
+        left, read = (
+            list(cuts),
+            [],
+        )  # lhotse returns those that are read with padding; segments of a file may share its id
+        for cut in [] if found is None else found[2]:
+            read.append(left.pop(next(place for place, own in enumerate(left) if own.id == cut.id)))
+        if left:
             skip = self.skip_bad_audio is not False if found else self.skip_bad_audio
-            why, reason = _why_unreadable(missing[0]) or (UNREADABLE, UNREADABLE)
-            self._leave_out(missing, why, reason, skip, nothing_left=found is None)
+            named = (cut for cut in cuts if cut.id == left[0].id)
+            why, reason = next(filter(None, map(_why_unreadable, named)), (UNREADABLE, UNREADABLE))
+            self._leave_out(left, why, reason, skip, nothing_left=found is None)
         audios, lengths, kept = found
         if samples_are_valid(audios):
             return found
         valid = torch.tensor([samples_are_valid(audio) for audio in audios])
-        is_valid = dict(zip((cut.id for cut in kept), valid.tolist()))
-        bad = [cut for cut in kept if not is_valid[cut.id]]
+        bad = [cut for cut, is_valid in zip(read, valid) if not is_valid]
         self._leave_out(bad, NOT_FINITE, NOT_FINITE, self.skip_bad_audio, nothing_left=not valid.any())
-        return audios[valid], lengths[valid], kept.filter(lambda cut: is_valid[cut.id]).to_eager()
+        return audios[valid], lengths[valid], CutSet.from_cuts(itertools.compress(kept, valid))
 
     def _readable(self, cuts):
         """Return what lhotse does of the cuts that can be read; None if there is none."""
@@ -263,7 +291,7 @@ class LhotseAudioNoiseDataset(ChecksCuts, _up.LhotseAudioNoiseDataset):
 def _why_unreadable(cut) -> tuple[str, str] | None:
     """Return why the audio of a cut cannot be loaded, which lhotse has logged only, and the reason; None if it can be."""
     source = cut.recording.sources[0] if cut.has_recording and cut.recording.sources else None
-    if source is None or source.type == 'shar' or source.source == b'':
+    if source is None or source.type == 'shar' or cut.has_custom(STANDS_FOR):
         return MISSING, _stands_for(cut)[0]
     try:
         cut.load_audio()
@@ -343,6 +371,13 @@ def load_noise_audio(sample, sample_rate, max_audio_len=None, **kwargs):
     return noise, length
 
 
+def pad_audio(audio, *args):
+    """Return what NeMo's function does, with ``samples_read``: NeMo repeats short audio."""
+    padded = _pad_audio(audio, *args)
+    padded.samples_read = len(audio)
+    return padded
+
+
 def set_skip_bad_audio(dataset, skip) -> None:
     """Set whether a dataset, and all those it is made of, skips bad audio; raise ValueError if it cannot."""
     if not isinstance(skip, bool):
@@ -366,7 +401,7 @@ def _bad_file(file, error: Exception) -> BadAudioError:
     """Name a file and why it cannot be read; NeMo 2.5.3 tries a second decoder, whose error lacks the cause."""
     if isinstance(error, BadAudioError):
         return error
-    if str(error).endswith(NOT_FINITE):
+    if NOT_FINITE in str(error):  # NeMo's tarred dataset adds the entry
         return BadAudioError(f'{file}: {NOT_FINITE}', NOT_FINITE)
     if isinstance(file, str) and os.path.isfile(file):
         try:
@@ -380,10 +415,10 @@ def _sum(values):
     return values.any() if isinstance(values, np.ndarray) else sum(values)
 
 
-_load_noise_audio, _load_noise_manifest = _up.load_noise_audio, _up.load_noise_manifest
+_load_noise_audio, _load_noise_manifest, _pad_audio = _up.load_noise_audio, _up.load_noise_manifest, _up.pad_audio
 # NeMo's functions find these in their own module's globals. The last one takes a built-in's place: NeMo asks whether noise is
 # silent with Python's sum over a NumPy array, 15 ms for 16 s of audio, and takes other noise until the sum is above 0.
 _up.AudioNoiseBatch, _up.AudioNoiseDataset = AudioNoiseBatch, AudioNoiseDataset
 _up.TarredAudioNoiseDataset, _up.load_noise_audio = TarredAudioNoiseDataset, load_noise_audio
-_up.load_noise_manifest, _up.AudioSegment = load_noise_manifest, MonoSegment
+_up.load_noise_manifest, _up.pad_audio, _up.AudioSegment = load_noise_manifest, pad_audio, MonoSegment
 _up.sum = _sum

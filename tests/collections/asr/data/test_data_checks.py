@@ -126,6 +126,9 @@ def test_plain_and_tarred_manifests_of_nemos_own_readers(speech):
             check(speech, manifest_filepath=f'SPEECH/{name}')
 
 
+GOOD = b'{"audio_filepath": "0.wav", "duration": 2}\n'
+
+
 @pytest.mark.parametrize(
     'content, words',
     [
@@ -136,13 +139,35 @@ def test_plain_and_tarred_manifests_of_nemos_own_readers(speech):
         (b'{"audio_filepath": 7, "duration": 2}\n', 'line 1 has no audio_filepath'),
         (b'{"audio_filepath": "gone.wav", "duration": 2}\n', 'line 1: no audio file gone.wav'),
         (b'RIFF\x24\x80\x00\x00WAVE', ''),
+        (GOOD + b'{"duration": 2}\n' + GOOD, 'line 2 has no audio_filepath'),
+        (
+            GOOD + b'{"audio_filepath": "0.wav", "duration": "2"}\n' + GOOD,
+            "line 2: duration is '2'; it must be a number",
+        ),
+        (
+            GOOD + b'{"audio_filepath": "0.wav", "duration": NaN}\n' + GOOD,
+            'line 2: duration is nan; it must be a number',
+        ),
+        (
+            GOOD + b'{"audio_filepath": "0.wav", "duration": 2, "offset": -1}\n' + GOOD,
+            'line 2: offset is -1;.*0 or more',
+        ),
     ],
 )
-@pytest.mark.parametrize('use_lhotse', [False, True])
-def test_a_bad_manifest_is_named(speech, content, words, use_lhotse):
+@pytest.mark.parametrize('reader', [{}, {'use_lhotse': True}, {**TARRED, 'is_tarred': True}])
+def test_a_bad_manifest_is_named(speech, content, words, reader):
+    if reader.get('is_tarred') and 'no audio file' in words:
+        return  # it is in the tar file
     (speech / 'bad.json').write_bytes(content)
     with pytest.raises(ValueError, match=f'model.train_ds.manifest_filepath: .*bad.json.*{words}'):
-        check(speech, use_lhotse=use_lhotse, manifest_filepath='SPEECH/bad.json')
+        check(speech, **{**reader, 'manifest_filepath': 'SPEECH/bad.json'})
+
+
+def test_lhotse_needs_a_duration_in_each_entry(speech):
+    (speech / 'bad.json').write_bytes(GOOD + b'{"audio_filepath": "0.wav"}\n' + GOOD)
+    check(speech, manifest_filepath='SPEECH/bad.json')
+    with pytest.raises(ValueError, match='bad.json, line 2 has no duration'):
+        check(speech, manifest_filepath='SPEECH/bad.json', use_lhotse=True)
 
 
 @pytest.mark.parametrize('duration', [0.5, 16.5])
@@ -151,6 +176,9 @@ def test_a_manifest_must_have_something_between_the_limits(speech, duration):
     with pytest.raises(ValueError, match='none of the 3 entries .*1.0.*16.0'):
         check(speech, manifest_filepath=path, **LIMITS)
     check(speech, manifest_filepath=str(speech / 'manifest_0.json'), noise_manifest=path, **LIMITS)
+    for source in ({'manifest_filepath': 'SPEECH/manifest_0.json'}, {'shar_path': 'SPEECH/shar'}):
+        with pytest.raises(ValueError, match='min_duration = 3.0 to max_duration = .* has no entries'):
+            check(speech, use_lhotse=True, min_duration=3.0, **source)
 
 
 @pytest.mark.parametrize('key', ['shar_path', 'noise_manifest'])

@@ -147,8 +147,41 @@ def test_entries_without_a_member_in_their_tar_file(audio, tmp_path, skip, share
 
 def test_a_tarred_manifest_counts_what_the_limits_leave_out(audio, tmp_path, monkeypatch):
     monkeypatch.setattr(LEFT_OUT, 'path', str(tmp_path / 'left_out'))
-    data_loader(manifest(audio, 'a.wav', 'b.wav'), max_duration=1.0, **tar(tmp_path, audio, 'a.wav'))
+    rows = [
+        {'audio_filepath': f'{name}.wav', 'duration': seconds} for name, seconds in (('a', 1.5), ('b', 3), ('c', 4))
+    ]
+    (tmp_path / 'm.json').write_text('\n'.join(map(json.dumps, rows)))
+    tarred = tar(tmp_path, audio, 'a.wav')
+    data_loader(str(tmp_path / 'm.json'), max_duration=2.0, **tarred)
     assert LEFT_OUT.reasons()[OUTSIDE_LIMITS][0] == 2
+    with pytest.raises(ValueError, match='m.json: no entry lasts from .* to max_duration=1.0'):
+        data_loader(str(tmp_path / 'm.json'), max_duration=1.0, **tarred)
+
+
+@pytest.mark.parametrize('entry', [{}, {'shard_id': 7}])
+def test_an_entry_that_no_tar_file_has_is_counted_with_the_first(audio, tmp_path, entry, monkeypatch):
+    monkeypatch.setattr(LEFT_OUT, 'path', str(tmp_path / 'left_out'))
+    tars = []
+    for number, name in enumerate(('a.wav', 'b.wav')):
+        tar(tmp_path, audio, name)
+        tars.append(str((tmp_path / 'audio_0.tar').rename(tmp_path / f'part_{number}.tar')))
+    path = manifest(audio, 'a.wav', 'b.wav', 'c.wav', **entry)
+    loader = data_loader(path, skip_bad_audio=True, is_tarred=True, tarred_audio_filepaths=tars)
+    assert sum(len(batch.audio) for batch in loader) == 2
+    assert LEFT_OUT.total() == 1 and 'part_0.tar has no member c' in LEFT_OUT.summary()
+
+
+@pytest.mark.parametrize('reader', ['plain', 'tarred'])
+def test_audio_that_nemo_would_repeat_or_fill_up_is_counted(audio, tmp_path, reader, monkeypatch):
+    """Stock pads to a second, so a file without samples is a second of silence."""
+    monkeypatch.setattr(LEFT_OUT, 'path', str(tmp_path / 'left_out'))
+    shutil.copy(audio / 'a.wav', tmp_path)
+    for name, length in (('none.wav', 0), ('short.wav', 1600)):
+        soundfile.write(tmp_path / name, np.full(length, 0.1), 16000)
+    names = ['a.wav', 'none.wav', 'short.wav']
+    more = tar(tmp_path, tmp_path, *names) if reader == 'tarred' else {}
+    [batch] = data_loader(manifest(tmp_path, *names), skip_bad_audio=True, **more)
+    assert batch.skipped == LEFT_OUT.total() == 2 and 'there are no samples in it' in LEFT_OUT.summary()
 
 
 @pytest.mark.parametrize('selector, level', [(None, -0.25), ('average', -0.25), (1, -0.75)])

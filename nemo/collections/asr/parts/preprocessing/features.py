@@ -135,8 +135,8 @@ class WaveformFeaturizer(_up.WaveformFeaturizer):
             raise ValueError(
                 f"{file_path}: channel_selector {selector} gives {samples.shape[1]} channels; set one or 'average'"
             )
-        if not samples_are_valid(samples):
-            raise ValueError(f"{file_path}: {NOT_FINITE}")
+        if not len(samples) or not samples_are_valid(samples):
+            raise ValueError(f"{file_path}: {NOT_FINITE if len(samples) else 'there are no samples in it'}")
         return samples
 
 

@@ -43,9 +43,12 @@ class Line(NamedTuple):
     entry: dict
 
     @property
-    def audio(self):
-        """The audio of the entry, under either of NeMo's names; None if it has neither."""
-        return self.entry.get('audio_filepath', self.entry.get('audio_filename'))
+    def audio(self) -> str | list[str]:
+        """The audio of the entry, under either of NeMo's names; ValueError if it has neither."""
+        audio = self.entry.get('audio_filepath', self.entry.get('audio_filename'))
+        if not isinstance(audio, (str, list)):
+            raise ValueError(f"{self.manifest}, line {self.number} has no audio_filepath")
+        return audio
 
 
 def is_remote(path: str) -> bool:
@@ -62,16 +65,17 @@ def paths_in(value) -> list[str]:
     return [path for entry in value if not isinstance(entry, (int, float)) for path in paths_in(entry)]
 
 
-def read_entries(pattern: str | Path) -> Iterator[Line]:
-    """Read a manifest, or several that a pattern names, as lhotse does, compressed or not.
+def read_entries(pattern: str | Path, needed: tuple[str, ...] = ()) -> Iterator[Line]:
+    """Read a manifest, or several that a pattern names, as lhotse does, compressed or not; entries need some keys.
 
     Raises:
         ValueError: naming manifest and line, if a manifest cannot be read, has no entries, or a line is no entry.
     """
     for path in expanded(os.path.expanduser(pattern)):
-        line = None
+        line, lines = None, JsonLines(path)
+        lines.needed = needed
         try:
-            for number, entry in JsonLines(path).numbered():
+            for number, entry in lines.numbered():
                 line = Line(path, number, entry)
                 yield line
         except (OSError, EOFError, UnicodeDecodeError) as error:
@@ -104,19 +108,21 @@ class ManifestIndex:
 
     def _read(self) -> tuple[np.ndarray, np.ndarray]:
         starts, durations = array('q'), array('d')
-        for position, number, entry in self._places():
+        for position, line in self._places():
             starts.append(position)
-            durations.append(_seconds(entry.get('duration'), self.path, number))
+            durations.append(float('nan') if line.entry.get('duration') is None else line.entry['duration'])
         return np.frombuffer(starts, np.int64), np.frombuffer(durations, np.float64)
 
-    def _places(self) -> Iterator[tuple[int, int, dict]]:
-        """Yield where each entry begins, the number of its line, and the entry."""
+    def _places(self) -> Iterator[tuple[int, Line]]:
+        """Yield where each entry begins, and the entry, which has audio."""
         self._content.seek(0)
         position = 0
-        for number, line in enumerate(iter(self._content.readline, b''), 1):
-            if not line.isspace():
-                yield position, number, parsed(line, self.path, number)
-            position += len(line)
+        for number, text in enumerate(iter(self._content.readline, b''), 1):
+            if not text.isspace():
+                line = Line(self.path, number, parsed(text, self.path, number))
+                if line.audio:
+                    yield position, line
+            position += len(text)
 
     def _open(self) -> None:
         self._file = open(self.path, 'rb')
@@ -150,12 +156,6 @@ class ManifestIndex:
         self.__dict__.update(state)
         self._open()
         self._stamp = state['_stamp']
-
-
-def _seconds(duration, path: str, number: int) -> float:
-    if not isinstance(duration, (int, float, type(None))):
-        raise ValueError(f"{path}, line {number}: duration is {duration!r}; it must be a number of seconds")
-    return float('nan') if duration is None else float(duration)
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
 
+LEAST_SHARE_OF_DURATION = 0.5  # of the duration in the manifest; a shorter file is most likely cut off
 CUT_OFF = 'missing in a tar file that is cut off'
 NO_MEMBER = 'without a member in their tar file'
 STANDS_FOR = 'stands_for'
@@ -56,7 +57,7 @@ class JsonLines(_up.LazyJsonlIterator):
 
 
 def parsed(line: bytes | str, path: str, number: int, needed: tuple[str, ...] = ()) -> dict:
-    """Return the entry of a line; raise ValueError naming path and line if it is no JSON object or lacks a key."""
+    """Return the entry of a line; raise ValueError naming path and line if it is no JSON object, lacks a key, or has no such times."""
     where = f"{path}, line {number}"
     try:
         entry = decode_json_line(line if isinstance(line, str) else line.decode())
@@ -67,6 +68,12 @@ def parsed(line: bytes | str, path: str, number: int, needed: tuple[str, ...] = 
     lacking = [key for key in needed if entry.get(key) is None]
     if lacking:
         raise ValueError(f"{where} has no {' and no '.join(lacking)}")
+    for key, least in (('duration', -np.inf), ('offset', 0.0)):
+        seconds = entry.get(key)
+        if seconds is not None and not (isinstance(seconds, (int, float)) and least <= seconds < np.inf):
+            raise ValueError(
+                f"{where}: {key} is {seconds!r}; it must be a number of seconds{', 0 or more' * (least == 0)}"
+            )
     return entry
 
 
@@ -96,13 +103,19 @@ class LazyNeMoIterator(_up.LazyNeMoIterator):
             recording = None if sampling_rate and is_datastore_path(audio_path) else Recording.from_file(audio_path)
         except Exception:  # of soundfile, of lhotse; raised again where the audio is loaded
             recording = None
-        if recording is not None and self._offset < recording.duration:
+        if recording is not None and _holds(recording, self._offset, self._end - self._offset):
             return recording
         return super()._create_recording(audio_path, self._end, sampling_rate or 16000)
 
 
 def _expanded(path):
     return os.path.expanduser(path) if isinstance(path, (str, Path)) else path
+
+
+def _holds(recording: Recording, offset: float, duration: float | None) -> bool:
+    """Whether a recording has what an entry says, of which the end may be missing."""
+    left = recording.duration - offset
+    return left > 0 and left >= LEAST_SHARE_OF_DURATION * (duration or 0.0)
 
 
 def _recording(name: str, source: AudioSource, duration: float, sampling_rate: int) -> Recording:
@@ -134,14 +147,17 @@ class LazyNeMoTarredIterator(_up.LazyNeMoTarredIterator):
 
 
 def make_cut_with_subset_inmemory_recording(recording: Recording, offset: float = 0.0, duration: float | None = None):
-    """Return NeMo's cut; audio that cannot be decoded makes one that cannot be loaded."""
-    if recording.num_samples == UNREADABLE.frames:
-        return _recording(recording.id, recording.sources[0], duration or 1.0, recording.sampling_rate).to_cut()
-    try:
-        left = recording.duration - (offset or 0.0)
-        return _make_cut(recording, offset=offset or 0.0, duration=left if duration is None else duration)
-    except Exception:  # of any decoder
-        return recording.to_cut()
+    """Return NeMo's cut; audio that cannot be decoded, or lacks the segment, makes one that cannot be loaded."""
+    offset = offset or 0.0
+    if _holds(recording, offset, duration):
+        left = recording.duration - offset
+        try:
+            return _make_cut(recording, offset=offset, duration=left if duration is None else min(duration, left))
+        except Exception:  # of any decoder
+            pass
+    longer = offset + max(duration or 0.0, 1.0) + recording.duration
+    claim = _recording(recording.id, recording.sources[0], longer, recording.sampling_rate)
+    return claim.to_cut().truncate(offset=offset, preserve_id=True)
 
 
 class _NonFiniteBackend(LibsndfileBackend):

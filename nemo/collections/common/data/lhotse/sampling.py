@@ -16,9 +16,11 @@ class DurationFilter(_up.DurationFilter):
 
     def __call__(self, example) -> bool:
         """Return whether to keep a cut, or a conversation of cuts."""
-        keep = super().__call__(example)
-        if not keep and (key := (example.id, self.d_min, self.d_max)) not in self.counted:
+        if super().__call__(example):
+            return True
+        key = (example.id, str(getattr(example, 'custom', None)), self.d_min, self.d_max)  # segments may share an id
+        if key not in self.counted:
             self.counted.add(key)
             duration = f': {example.duration} s' if isinstance(example, Cut) else ''
             LEFT_OUT.add(OUTSIDE_LIMITS, f'{example.id}{duration}')
-        return keep
+        return False

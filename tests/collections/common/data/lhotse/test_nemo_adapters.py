@@ -14,7 +14,8 @@ from lhotse import CutSet, Recording
 
 from nemo.collections.asr.data.ssl_dataset import BadAudioError, LhotseAudioNoiseDataset
 from nemo.collections.common.data.lhotse.nemo_adapters import NO_MEMBER, LazyNeMoIterator, LazyNeMoTarredIterator
-from nemo.utils.left_out import LEFT_OUT
+from nemo.collections.common.data.lhotse.sampling import DurationFilter
+from nemo.utils.left_out import LEFT_OUT, OUTSIDE_LIMITS
 
 RATE = 16000
 
@@ -76,6 +77,34 @@ def test_a_damaged_member_is_counted_or_named(tmp_path, counter, more):
     assert len(found.audio) == 2 and found.skipped == 1 and counter.total() == 1
     with pytest.raises(BadAudioError, match=r'u1.wav \(.*audio_0.tar\)'):
         batch(tarred(tmp_path, contents, **more), skip=False)
+
+
+@pytest.mark.parametrize(
+    'entry', [{'offset': 9.0}, {'offset': 1.5, 'duration': 2.0}, {'duration': 5.0}, {'duration': 0}]
+)
+def test_a_segment_that_a_member_lacks_is_counted_or_named(tmp_path, counter, entry):
+    """NeMo's reader takes the whole member for a segment that is not in it."""
+    cuts = [*tarred(tmp_path, [wav(ramp(2))]), *tarred(tmp_path, [wav(ramp(2))], **entry)]
+    found = batch(cuts, skip=True)
+    assert len(found.audio) == 1 and found.skipped == counter.total() == 1
+    with pytest.raises(BadAudioError, match=r'u0.wav \(.*audio_0.tar\)'):
+        batch(cuts, skip=False)
+
+
+def test_segments_of_a_member_are_told_apart_though_nemo_gives_them_one_id(tmp_path, counter):
+    broken = ramp(3)
+    broken[int(1.5 * RATE)] = np.nan
+    cuts = list(tarred(tmp_path, [wav(broken)]))
+    for entry in ({'offset': 1.0}, {'offset': 2.0, 'duration': 0.5}, {'offset': 9.0}):
+        cuts += tarred(tmp_path, [wav(broken)], **entry)
+    assert len({cut.id for cut in cuts}) == 1
+    found = batch(cuts, skip=True)
+    torch.testing.assert_close(
+        found.audio[1][: RATE // 2], torch.from_numpy(ramp(3)[2 * RATE : -RATE // 2]), atol=1e-4, rtol=0
+    )
+    assert len(found.audio) == 2 and found.skipped == counter.total() == 2
+    shorter = DurationFilter(0.0, 0.3)
+    assert not any(map(shorter, cuts)) and counter.reasons()[OUTSIDE_LIMITS].count == 4
 
 
 @pytest.mark.parametrize('offset', [0.0, 0.25])
@@ -140,7 +169,14 @@ def test_segments_of_a_file(tmp_path, more):
         torch.testing.assert_close(samples, torch.from_numpy(ramp(4)[start * RATE : (start + 1) * RATE]))
 
 
-@pytest.mark.parametrize('row', [{'audio_filepath': 'junk.wav'}, {'audio_filepath': 'ok.wav', 'offset': 9.0}])
+@pytest.mark.parametrize(
+    'row',
+    [
+        {'audio_filepath': 'junk.wav'},
+        {'audio_filepath': 'ok.wav', 'offset': 9.0},
+        {'audio_filepath': 'ok.wav', 'duration': 3.0},
+    ],
+)
 def test_a_file_without_the_audio_is_counted_or_named(tmp_path, counter, row):
     soundfile.write(tmp_path / 'ok.wav', ramp(1), RATE)
     (tmp_path / 'junk.wav').write_bytes(b'no audio')
