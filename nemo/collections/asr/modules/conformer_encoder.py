@@ -5,6 +5,7 @@ One attention context per batch, known before the encoder runs; each layer atten
 """
 
 import re
+from contextlib import nullcontext
 
 import torch
 from omegaconf import open_dict
@@ -194,9 +195,9 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         if cache_last_channel is not None:  # stock counts the chunk only, and fails with an unlimited left context
             positions = max(audio_signal.shape[1:]) + cache_last_channel.shape[2]
             self.set_max_audio_length(max(positions, self.max_audio_length))
-        if not self.training:  # in the present context; threads share an encoder, so nothing is set
-            return super().forward_internal(audio_signal, length, cache_last_channel, *args, **kwargs)
-        with self.using_att_context_size(self._context_of_pass(audio_signal)):
+        # Otherwise in the present context; threads share an encoder, so nothing is set.
+        context = self.using_att_context_size(self._context_of_pass(audio_signal)) if self.training else nullcontext()
+        with context:
             return super().forward_internal(audio_signal, length, cache_last_channel, *args, **kwargs)
 
     def _create_masks(self, att_context_size, *args, **kwargs):
@@ -292,11 +293,6 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
     def _check_can_stream(self) -> None:
         batch, overlap, given = self._streaming_window(), self._streaming_look_ahead(), self._streaming_arguments
         where, chunk = f'att_context_size {list(batch.context)}', given['chunk_size']
-        if self.self_attention_model == 'abs_pos':
-            raise ValueError(
-                "self_attention_model abs_pos cannot be streamed: a frame's position in the whole utterance is not "
-                "known to a chunk; use rel_pos"
-            )
         if overlap == UNLIMITED:
             raise ValueError(f"{where} cannot be streamed: its right context, or that of a layer, is unlimited")
         if chunk is not None and (chunk % batch.chunk or chunk - given['shift_size'] < overlap):
@@ -322,13 +318,13 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
 
 def _recomputes(choice: str, layer: int) -> bool:
     """Return whether a layer's activations are computed again, by ``activation_checkpointing``."""
-    every = re.fullmatch(r'every_([1-9]\d*)', str(choice))
-    if every is None and choice not in ('none', 'layers'):
+    checkpointed = re.fullmatch(r'layers|every_([1-9]\d*)', str(choice))
+    if checkpointed is None and choice != 'none':
         raise ValueError(
             f"model.encoder.activation_checkpointing is {choice!r}; it must be none, layers, or every_n with a number "
             "of 1 or more for n, such as every_2"
         )
-    return choice == 'layers' or (every is not None and layer % int(every[1]) == 0)
+    return checkpointed is not None and layer % int(checkpointed[1] or 1) == 0
 
 
 class ConformerEncoderAdapter(ConformerEncoder, _up.ConformerEncoderAdapter):

@@ -272,11 +272,6 @@ class TestStreaming:
             encoder.get_initial_cache_state()
         encoder.set_default_att_context_size([8, 1])
         assert encoder.streaming_cfg.cache_drop_size == 4 and encoder.get_initial_cache_state()
-        absolute = tiny_encoder(
-            self_attention_model='abs_pos', att_context_size=[8, 0], layer_att_context_size=[[0, [4, 0]]]
-        )
-        with pytest.raises(ValueError, match='abs_pos cannot be streamed'):
-            absolute.get_initial_cache_state()
         chunked = tiny_encoder(att_context_size=[[8, 3], [-1, -1]], layer_att_context_size=[[0, [4, -1]]], **CHUNKED)
         chunked.setup_streaming_params(chunk_size=6, shift_size=6)
         with pytest.raises(ValueError, match='must be a multiple of 4'):

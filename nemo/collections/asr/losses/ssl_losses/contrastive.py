@@ -2,7 +2,7 @@
 """Patch of NeMo's ``contrastive.py``: negatives are real frames, whatever the utterances' lengths and masks.
 
 Shapes: B batch, D features, T feature frames, A attention frames, C channels, F features of a target frame, M masked
-frames of the batch, N negatives, G groups of the quantizer.
+frames of the batch, N negatives.
 """
 
 from typing import Any
@@ -45,6 +45,9 @@ class ContrastiveLoss(_up.ContrastiveLoss):
             decoder_outputs: predictions [B, A, C].
             decoder_lengths: attention frames that are real [B]; None: all.
         """
+        if not self.sample_from_same_utterance_only and (self.group_loss or self.sample_from_codebook):
+            # Negatives are codes, not frames.
+            return super().forward(spectrograms=spectrograms, spec_masks=spec_masks, decoder_outputs=decoder_outputs)
         frames, combined = decoder_outputs.shape[1], self._features_per_target // spectrograms.shape[1]
         targets, perplexity_loss = self._project(_combine(spectrograms, combined, frames))
         real = torch.ones(targets.shape[:2], dtype=torch.bool, device=targets.device)
@@ -53,11 +56,8 @@ class ContrastiveLoss(_up.ContrastiveLoss):
         masked = (_combine(spec_masks, combined, frames).mean(-1) > self.mask_threshold) & real  # [B, A]
         chosen = masked.flatten().nonzero().squeeze(1)  # synchronises once; a mask would twice, and in backward passes
         outputs, positives = (x.flatten(0, 1).index_select(0, chosen) for x in (decoder_outputs, targets))
-        if self.group_loss and not self.sample_from_same_utterance_only:
-            groups = self.quantizer.groups
-            outputs, positives = (x.reshape(-1, x.shape[-1] // groups) for x in (outputs, positives))
         if len(outputs):
-            scores = self._calculate_similarity(outputs, self._negatives(positives, targets, masked, real), positives)
+            scores = self._calculate_similarity(outputs, self._negatives(targets, masked, real), positives)
             first = torch.zeros(len(outputs), dtype=torch.long, device=outputs.device)
             loss = F.cross_entropy(scores.transpose(0, 1), first, reduction=self.reduce)  # scores [1 + N, M]
         else:
@@ -70,8 +70,6 @@ class ContrastiveLoss(_up.ContrastiveLoss):
         """Return target vectors [B, A, C] of features [B, A, F], and the quantizer's own loss, None without one."""
         if not self.quantized_targets:
             return self.target_proj(targets), None
-        if not self.store_ids:
-            return self.quantizer(targets)[:2]
         targets, perplexity_loss, _, self.target_ids = self.quantizer(targets, return_ids=True)
         self.target_lengths = None
         if self.reduce_ids:  # keep one of each run of equal ids, and zeros after them
@@ -81,22 +79,14 @@ class ContrastiveLoss(_up.ContrastiveLoss):
             self.target_ids = kept[:, : int(self.target_lengths.max())]
         return targets, perplexity_loss
 
-    def _negatives(
-        self, positives: torch.Tensor, targets: torch.Tensor, masked: torch.Tensor, real: torch.Tensor
-    ) -> torch.Tensor:
-        """Draw the negatives [N, M, C] (of groups: [classes, M G, C / G]) of the positives [M, C]."""
+    def _negatives(self, targets: torch.Tensor, masked: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """Draw the negatives [N, M, C] of the masked frames."""
         candidates = real if self.sample_from_non_masked else masked  # [B, A]
-        if self.sample_from_same_utterance_only:
-            wanted, available = torch.stack([masked.sum(1), candidates.sum(1)]).tolist()
-            frames = zip(targets[candidates].split(available), wanted)
-            return torch.cat([self.sample_negatives(own, number)[0] for own, number in frames if number], dim=1)
-        if self.group_loss:
-            groups, classes = self.quantizer.groups, self.quantizer.num_vars
-            of_group = self.quantizer.vars.reshape(groups, classes, -1).transpose(0, 1)
-            return of_group.repeat(1, len(positives) // groups, 1)  # the whole codebook
-        if self.sample_from_codebook:
-            return self.quantizer.sample_from_codebook(self.num_negatives, len(positives))
-        return self.sample_negatives(targets[candidates], len(positives))[0]
+        if not self.sample_from_same_utterance_only:
+            return self.sample_negatives(targets[candidates], int(masked.sum()))[0]
+        wanted, available = torch.stack([masked.sum(1), candidates.sum(1)]).tolist()
+        frames = zip(targets[candidates].split(available), wanted)
+        return torch.cat([self.sample_negatives(own, number)[0] for own, number in frames if number], dim=1)
 
     def sample_negatives(self, y: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw ``num_negatives`` of the candidates y [K, C], with replacement where they are fewer.

@@ -136,7 +136,7 @@ def test_only_padding_masked_is_nothing_masked():
         dict(reduce='mean', logit_temp=0.3, multiplier=2.0),
         dict(quantized_targets=True, reduce_ids=True),
         dict(quantized_targets=True, store_ids=False, prob_ppl_weight=0.0),
-        dict(quantized_targets=True, same_utterance=False, group_loss=True, num_groups=1),  # stock's fails with more
+        dict(quantized_targets=True, same_utterance=False, group_loss=True, num_groups=1),  # NeMo's own
     ],
 )
 @pytest.mark.parametrize('feature_frames', [20, 38])  # 38: two for each output, and two are missing
