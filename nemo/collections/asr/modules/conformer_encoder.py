@@ -137,8 +137,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         """Set ``streaming_cfg``; arguments are NeMo's. It follows the layers' own contexts, later changes included.
 
         The cache is as long as the largest left context that any layer can use. With ``regular`` style the look-ahead
-        of a chunk is the sum of the layers' right contexts. What cannot be streamed so, :meth:`get_initial_cache_state`
-        refuses.
+        of a chunk is the sum of the layers' right contexts. :meth:`get_initial_cache_state` refuses what cannot be streamed.
         """
         given = dict(chunk_size=chunk_size, shift_size=shift_size, left_chunks=left_chunks)
         self._streaming_arguments = dict(given, att_context_size=att_context_size, max_context=max_context)

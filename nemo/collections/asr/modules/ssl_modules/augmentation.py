@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``augmentation.py``: noise is divided into segments by one draw, not by one for each sample.
 
-NeMo draws a segment for each of the samples that are to be mixed, in Python, and counts them: 8 of the 10 ms that an
-utterance of 16 s takes to mix. The counts have a multinomial distribution, and stand in the order in which the segments
-were first drawn; both are drawn here at once, from the same generator's seed.
+NeMo draws a segment for each sample, in Python, and counts them: 8 of the 10 ms that an utterance of 16 s takes to mix.
+The counts are multinomial, and stand in the order in which the segments were first drawn; both are drawn at once here.
 """
 
 import random

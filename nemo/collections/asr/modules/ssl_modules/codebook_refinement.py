@@ -47,7 +47,6 @@ class CodebookRefinement(nn.Module):
         """Whether frames still matter, because a refinement is yet to come; :meth:`is_due` keeps it."""
         self.last_batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         """The three arguments of the latest :meth:`observe`; not in checkpoints."""
-        self._refined_step: int | None = 0  # refined_step as a CPU scalar; None: not read yet
         shape = num_books, num_classes, code_dim + 1
         # Per code, K sums and then a count; of the frames since the last refinement, and of those before, decayed.
         self.register_buffer('observed', torch.zeros(shape, dtype=torch.int64))
@@ -86,9 +85,7 @@ class CodebookRefinement(nn.Module):
         self.observing = step < until // every * every
         if step <= 0 or step > until or step % every:
             return False
-        if self._refined_step is None:
-            self._refined_step = int(self.refined_step)  # the one synchronisation, once after loading
-        return step != self._refined_step
+        return step != int(self.refined_step)  # synchronises, in these steps alone
 
     @torch.no_grad()
     def refine(self, codebooks: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,7 +102,6 @@ class CodebookRefinement(nn.Module):
         self.remembered = self.settings.decay * torch.cat([sums, counts.unsqueeze(-1)], dim=-1)
         self.observed.zero_()
         self.refined_step.fill_(step)
-        self._refined_step = step
         return codes, replaced
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -114,7 +110,6 @@ class CodebookRefinement(nn.Module):
         if not any(prefix + name in state_dict for name in names):
             state_dict = {prefix + name: torch.zeros_like(getattr(self, name)) for name in names}
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._refined_step, self.observing, self.last_batch = None, True, None
 
 
 def _split(codes, sums, counts, before):

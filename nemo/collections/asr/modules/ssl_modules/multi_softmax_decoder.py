@@ -16,8 +16,7 @@ _up = upstream(globals())
 class MultiSoftmaxDecoder(_up.MultiSoftmaxDecoder):
     """NeMo's linear decoder; arguments, weights and results are NeMo's, but for half precision.
 
-    NeMo's convolution of one frame leaves the classes of a frame T elements apart, and the softmax has to gather them.
-    The same product as a linear layer leaves them side by side.
+    NeMo's convolution leaves the classes of a frame T elements apart for the softmax; a linear layer, side by side.
     """
 
     @typecheck()

@@ -9,7 +9,7 @@ Shapes: B utterances, D features, T feature frames.
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -53,8 +53,7 @@ def check_fixed_statistics(statistics, features=None, name="preprocessor.normali
     """Return ``{"fixed_mean": (float, ...), "fixed_std": (float, ...)}`` of a mapping that has these keys.
 
     Raises:
-        ValueError: naming the key, and what is allowed, unless each has ``features`` finite numbers (None: as many as the
-            other), and standard deviations above 0.
+        ValueError: unless each has ``features`` finite numbers (None: as many as the other), and deviations are above 0.
     """
     missing = [key for key in _STATISTICS if key not in statistics]
     if missing:
@@ -73,8 +72,6 @@ def check_fixed_statistics(statistics, features=None, name="preprocessor.normali
 
 def _as_floats(values, name):
     """Return the numbers of a list, tuple, array, tensor or ListConfig as a tuple of floats."""
-    if isinstance(values, tuple) and all(type(value) is float for value in values):
-        return values  # already checked: the usual case, once per batch
     try:
         return tuple(np.asarray(values, dtype=float).ravel().tolist())  # NeMo took [1, D], too
     except (TypeError, ValueError):
@@ -95,10 +92,8 @@ def standardize_per_feature(features, lengths):
     """Give every feature of every utterance zero mean and unit variance over the valid frames.
 
     As NeMo's ``per_feature`` normalisation, but without its host-device synchronisation, at least in float32, and
-    finite for utterances of one frame or none.
-
-    Takes features [B, D, T] of any floating dtype, and the valid frames per utterance [B]; returns the same shape and
-    dtype, 0 at and beyond each length.
+    finite for utterances of one frame or none. Takes features [B, D, T] of any floating dtype, and the valid frames
+    per utterance [B]; returns the same shape and dtype, 0 at and beyond each length.
     """
     wide = features.to(torch.promote_types(features.dtype, torch.float32))
     valid = torch.arange(features.shape[-1], device=features.device) < lengths.to(features.device)[:, None]
@@ -128,8 +123,6 @@ class WaveformFeaturizer(_up.WaveformFeaturizer):
     def process(self, file_path, *args, channel_selector=None, **kwargs):
         """Return the samples [N] of a file; ValueError names one that lacks the channel or has non-finite samples."""
         selector = self.channel_selector if channel_selector is None else channel_selector
-        if isinstance(selector, Sequence) and not isinstance(selector, str):
-            selector = list(selector)
         samples = super().process(file_path, *args, channel_selector=selector, **kwargs)
         if samples.dim() > 1:
             raise ValueError(
