@@ -10,13 +10,17 @@ from contextlib import nullcontext
 import torch
 from omegaconf import open_dict
 
-from nemo.collections.asr.parts.att_context.blockwise import BlockwiseMask, can_cut, parse_choice, wins_by_blocks
+from nemo.collections.asr.parts.att_context.blockwise import (
+    BlockwiseMask,
+    LayerAttentionMasks,
+    can_cut,
+    parse_choice,
+    wins_by_blocks,
+)
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
-from nemo.collections.asr.parts.att_context.context_sampler import FIELD as SAMPLER
-from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler
 from nemo.collections.asr.parts.att_context.encoder_context import EncoderContext
-from nemo.collections.asr.parts.att_context.layer_contexts import LayerAttentionMasks, LayerContext, LayerContexts
-from nemo.collections.asr.parts.att_context.schedule import parse_layer_contexts
+from nemo.collections.asr.parts.att_context.policy import SAMPLER, ContextSampler
+from nemo.collections.asr.parts.att_context.schedule import LayerContext, LayerContexts, parse_layer_contexts
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tightest_window
 from nemo.core.classes.mixins import adapter_mixins
 from nemo_streaming_ssl import upstream
@@ -205,7 +209,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         effective, masks = self.effective_att_contexts(att_context_size), {}
         for context in set(effective):
             pad_mask, masks[context] = self._create_mask(context, *args, **kwargs)
-        return pad_mask, LayerAttentionMasks(masks, effective) if len(masks) > 1 else masks[context]
+        return pad_mask, LayerAttentionMasks([masks[each] for each in effective]) if len(masks) > 1 else masks[context]
 
     def _create_mask(self, context, padding_length, max_audio_length, offset, device):
         """Return the padding [B, T] and what layers attending to this context take for their mask, True = hidden."""

@@ -11,7 +11,7 @@ from nemo.collections.asr.modules.conformer_encoder import (
     ConformerEncoderAdapter,
     ConformerMultiLayerFeatureExtractor,
 )
-from nemo.collections.asr.parts.att_context import StreamingSession
+from nemo.collections.asr.parts.streaming.session import StreamingSession
 from nemo.collections.asr.parts.submodules.adapters import multi_head_attention_adapter_module as adapters
 from nemo.collections.common.parts.adapter_modules import LinearAdapterConfig
 

@@ -16,8 +16,8 @@ from word_pieces import make_tokenizer
 
 from nemo.collections.asr.models import EncDecCTCModel
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-from nemo.collections.asr.parts.att_context import AttContextCurriculum, StreamingSession
-from nemo.collections.asr.parts.streaming.session import StreamingOutput
+from nemo.collections.asr.parts.att_context import AttContextCurriculum
+from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
 
 EXAMPLES = Path(__file__).resolve().parents[4] / 'examples/asr'
 LAYERS = ['model.encoder.n_layers=2', 'model.encoder.layer_att_context_size=[[0,[10,0]],[1,[20,0]]]']

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
-from nemo.collections.asr.parts.att_context.visible_frames import kept_visible_frames, share_kept_visible
+from nemo.collections.asr.parts.att_context.visible_frames import kept_visible_frames
 from nemo.collections.asr.parts.att_context.windows import Window
 
 FAR_END = 1 << 30  # attention frames: the end of a stream is not known
@@ -43,7 +43,7 @@ class BlockChances(NamedTuple):
         """Make up for the frames kept visible, so that the share, of ``most``, is that of long utterances."""
         if kept is not None and not kept.has_chunks and kept.context.left != 0:
             kept = Window(AttContext(kept.context.left, 0))  # no frame after the end of a stream is visible
-        free = 1 - (0.0 if kept is None else share_kept_visible(kept))
+        free = 1 - (0.0 if kept is None else 1 / kept.frames)  # one is kept visible in each window
         share = min(1 - (1 - mask_prob) ** block if overlap else mask_prob, most)
         probability = min(share / free, 1.0) if free > 0 else 0.0
         if overlap:

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention contexts as values, and what follows from them. NeMo has no such package."""
 
-from importlib import import_module
-from typing import Any
-
+from nemo.collections.asr.parts.att_context.blockwise import LayerAttentionMasks
 from nemo.collections.asr.parts.att_context.context import PRESETS, UNLIMITED, AttContext, draw_index, tightest
+from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
 from nemo.collections.asr.parts.att_context.dynamic_context import (
     DynamicContextModel,
     EnhancedDynamicContextModel,
     set_dynamic_context,
     sync_masking_to_attention,
 )
-from nemo.collections.asr.parts.att_context.layer_contexts import LayerAttentionMasks
 from nemo.collections.asr.parts.att_context.policy import ContextPolicy
 from nemo.collections.asr.parts.att_context.receptive_field import ReceptiveField, context_table, receptive_field
 from nemo.collections.asr.parts.att_context.schedule import ContextSchedule, parse_layer_contexts
@@ -28,8 +26,6 @@ __all__ = [
     'LayerAttentionMasks',
     'PRESETS',
     'ReceptiveField',
-    'StreamingOutput',
-    'StreamingSession',
     'UNLIMITED',
     'Window',
     'context_table',
@@ -41,16 +37,3 @@ __all__ = [
     'sync_masking_to_attention',
     'tightest',
 ]
-
-
-_IMPORTED_LATE = {
-    'AttContextCurriculum': 'att_context.curriculum',  # needs Lightning, which nothing else here does
-    'StreamingOutput': 'streaming.session',  # needs the encoder, which needs this package
-    'StreamingSession': 'streaming.session',
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _IMPORTED_LATE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f'nemo.collections.asr.parts.{_IMPORTED_LATE[name]}'), name)

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention within a limited context, block by block: the numbers of the masked computation at linear cost.
+"""Attention masks: one for each layer, and attention within a limited context block by block, at linear cost.
 
-Queries are cut into blocks, and each block meets only the keys that one of its queries can see, its window: T x W
-scores instead of T x T. As in the Longformer (https://arxiv.org/abs/2004.05150), with the relative shifts of
-Transformer-XL (https://arxiv.org/abs/1901.02860); exact for NeMo's attention styles.
+Queries are cut into blocks, and each block meets only the keys that one of its queries can see, its window. As in the
+Longformer (https://arxiv.org/abs/2004.05150), with the relative shifts of Transformer-XL
+(https://arxiv.org/abs/1901.02860); exact for NeMo's attention styles.
 
 Shapes: B batch, H heads, T attention frames, D features of a head, N blocks, C queries of a block, W keys of its
 window, P distances between a query and the keys it may see.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,7 @@ HIDDEN = -10000.0  # NeMo's score of a hidden key; the softmax of any dtype give
 COPIES_PER_SCORE = 40.0  # see _block_frames
 MANY_WINDOWS = 16  # see AttentionBlocks.are_many
 CHOICES = ('auto', 'on', 'off')  # of blockwise_attention
-LEAST = {  # (relative positions, sdpa): (windows, frames), see wins_by_blocks
-    **{(True, False): (2, 128), (True, True): (2, 128)},
-    **{(False, False): (4, 192), (False, True): (6, 256)},
-}
+LEAST_RELATIVE, LEAST_PLAIN, LEAST_SDPA = (2, 128), (4, 192), (6, 256)  # (windows, frames), see wins_by_blocks
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class AttentionBlocks:
 
     @classmethod
     def cut(cls, window: Window, frames: int) -> 'AttentionBlocks':
-        """Return the blocks of T frames for a window that is limited on both sides; beyond T it costs no more."""
+        """Return the blocks of T frames for a window that is limited on both sides."""
         context = window.context
         assert can_cut(context), context
         if not window.has_chunks:
@@ -120,19 +118,32 @@ class AttentionBlocks:
 
 
 class BlockwiseMask:
-    """Stands in for the attention mask of layers that attend block by block; holds nothing of size T x T.
-
-    Attributes:
-        padding: [B, T] bool, True = padding.
-        blocks: the :class:`AttentionBlocks`.
-        bias: [B, 1, N, C, W] float32, added to the scores: 0, or ``HIDDEN`` where the key is hidden.
-    """
+    """Stands in for the attention mask of layers that attend block by block; holds nothing of size T x T."""
 
     def __init__(self, window: Window, padding: torch.Tensor):
-        self.padding = padding
+        self.padding = padding  # [B, T] bool, True = padding
         self.blocks = AttentionBlocks.cut(window, padding.shape[1])
         hidden = self.blocks.hidden(padding).unsqueeze(1)
+        # [B, 1, N, C, W] float32, added to the scores
         self.bias = torch.zeros(hidden.shape, device=padding.device).masked_fill_(hidden, HIDDEN)
+
+
+class LayerAttentionMasks:
+    """Stands in for the attention mask of a forward pass where layers differ in theirs.
+
+    ``masks`` has one for each layer: [B, T or T of the chunk, T] bool, True = hidden, or a :class:`BlockwiseMask`.
+    """
+
+    def __init__(self, masks: Sequence[Any]):
+        self.masks = masks
+
+    def of(self, layer: int) -> Any:
+        """Return the mask of a layer."""
+        return self.masks[layer]
+
+    def __getitem__(self, index: Any) -> 'LayerAttentionMasks':
+        """Slice every mask, as the encoder does when it has a cache."""
+        return LayerAttentionMasks([mask[index] for mask in self.masks])
 
 
 def parse_choice(value: Any) -> str:
@@ -151,11 +162,10 @@ def can_cut(context: AttContext) -> bool:
 def wins_by_blocks(window: Window, frames: int, positions: bool, sdpa: bool) -> bool:
     """Return whether attending block by block is faster than NeMo's way for T = ``frames``: a measured rule.
 
-    The audio must be several times as long as the window of a block, and longer than some 10 s. Both numbers depend on
-    the kind of attention, hardly on the context; ``benchmarks/attention.py --part rule`` measures them. ``positions``:
-    whether it scores relative positions (``rel_pos``); ``sdpa``: by PyTorch's ``scaled_dot_product_attention``.
+    The audio must be several times as long as the window of a block, and longer than some 10 s, by the kind of attention:
+    with relative ``positions``, by ``scaled_dot_product_attention``; see ``benchmarks/attention.py --part rule``.
     """
-    least_windows, least_frames = LEAST[positions, sdpa]
+    least_windows, least_frames = LEAST_RELATIVE if positions else LEAST_SDPA if sdpa else LEAST_PLAIN
     return frames >= least_frames and frames >= least_windows * AttentionBlocks.cut(window, frames).keys
 
 
@@ -163,7 +173,6 @@ def _block_frames(window: int) -> int:
     """Return how many queries a block should have when each sees a window of so many frames, a multiple of 8.
 
     Long blocks compute C scores for each query that are then hidden; short ones copy each key window / C times. The sum
-    is least at C = sqrt(ratio of the two costs x window). ``COPIES_PER_SCORE`` is that ratio, measured on a CPU with 64
-    features for each head (``benchmarks/attention.py --part blocks``).
+    is least at C = sqrt(ratio of the two costs x window); ``benchmarks/attention.py --part blocks`` measures the ratio.
     """
     return max(8, round(math.sqrt(COPIES_PER_SCORE * window) / 8) * 8)

@@ -57,15 +57,10 @@ class AttContext:
 
     @classmethod
     def parse(cls, value: Any, field: str = 'att_context_size') -> 'AttContext':
-        """Read a context from what people write in configs and notebooks.
-
-        Args:
-            value: an ``AttContext``, a pair ``[left, right]`` (list, tuple or ListConfig), an int (the left context,
-                with right 0) or the name of a preset.
-            field: what an error names.
+        """Read an ``AttContext``, a pair ``[left, right]``, an int (the left context, with right 0) or a preset's name.
 
         Raises:
-            ValueError: if the value is none of these.
+            ValueError: beginning with ``field``, if the value is none of these.
         """
         if isinstance(value, cls):
             return value
@@ -81,11 +76,6 @@ class AttContext:
                 f"or a preset ({', '.join(PRESETS)})"
             )
         return cls(_parse_side('left', value[0], field), _parse_side('right', value[1], field))
-
-    @property
-    def label(self) -> str:
-        """The context in metric names: ``40_0``, ``unlimited_0``."""
-        return context_label(self)
 
     def __iter__(self) -> Iterator[int]:
         yield self.left

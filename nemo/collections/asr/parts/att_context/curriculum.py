@@ -12,16 +12,12 @@ from nemo.collections.asr.parts.att_context.schedule import ContextSchedule
 
 
 class AttContextCurriculum(pl.Callback):
-    """Narrow the context of every training batch to a ceiling, which is a function of the global step and of no more.
+    """Narrow the context of every training batch to a ceiling, which is a function of the global step alone.
 
-    A resumed run has the ceiling of its step. Validation ignores the ceiling, and the end of training removes it.
-
-    Either milestones, of which the last at or below the step holds::
+    Validation ignores the ceiling, and the end of training removes it. Either milestones, of which the last at or below
+    the step holds, or a linear path from one context to another::
 
         AttContextCurriculum(milestones=[[0, [40, 0]], [50000, [160, 0]], [150000, [320, 0]]])
-
-    or a linear path from one context to another::
-
         AttContextCurriculum(start=[40, 0], end=[320, 0], warmup_steps=150000)
 
     Args:
@@ -30,13 +26,19 @@ class AttContextCurriculum(pl.Callback):
             what the attention style allows.
         start: the ceiling at step 0.
         end: the ceiling from ``warmup_steps`` on.
-        warmup_steps: steps from ``start`` to ``end``.
 
     Raises:
         ValueError: naming the argument, the item and what is allowed.
     """
 
-    def __init__(self, milestones=None, interpolate: str = 'step', start=None, end=None, warmup_steps=None):
+    def __init__(
+        self,
+        milestones: Any = None,
+        interpolate: str = 'step',
+        start: Any = None,
+        end: Any = None,
+        warmup_steps: Any = None,
+    ):
         path = {'start': start, 'end': end, 'warmup_steps': warmup_steps}
         given = [value is not None for value in path.values()]
         if any(given) if milestones is not None else not all(given):
@@ -50,11 +52,11 @@ class AttContextCurriculum(pl.Callback):
             milestones, interpolate = [[0, start], [warmup_steps, end]], 'linear'
         self.schedule = ContextSchedule.parse(milestones, self._field, 'step', interpolate=interpolate)
 
-    def ceiling_at(self, step: int, encoder) -> AttContext | None:
+    def ceiling_at(self, step: int, encoder: Any) -> AttContext | None:
         """Return the ceiling at a global step, None if there is none yet."""
         return self.schedule.at(step, encoder.att_context_policy.left_multiple)
 
-    def on_fit_start(self, trainer, pl_module) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check, before training, that the encoder can follow every ceiling."""
         encoder: Any = getattr(pl_module, 'encoder', None)
         if not hasattr(encoder, 'att_context_policy'):
@@ -65,21 +67,21 @@ class AttContextCurriculum(pl.Callback):
         for index, (_, ceiling) in enumerate(self.schedule.anchors):
             encoder.check_att_context_ceiling(ceiling, f'{self._field}: item {index}, {ceiling.as_list()}')
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Set the ceiling of the coming batch."""
         ceiling = self.ceiling_at(trainer.global_step, pl_module.encoder)
         self._set_ceiling(pl_module, ceiling)
         left = UNLIMITED if ceiling is None else ceiling.left
         pl_module.log('att_context_ceiling_left', torch.tensor(float(left)))  # a number would go to the device
 
-    def on_train_end(self, trainer, pl_module, exception=None) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException | None = None) -> None:
         """Remove the ceiling; after an exception, too."""
         self._set_ceiling(pl_module, None)
 
     on_exception = on_train_end
 
     @staticmethod
-    def _set_ceiling(pl_module, ceiling: AttContext | None) -> None:
+    def _set_ceiling(pl_module: Any, ceiling: AttContext | None) -> None:
         encoder: Any = getattr(pl_module, 'encoder', None)
         if hasattr(encoder, 'att_context_policy'):
             encoder.att_context_policy = replace(encoder.att_context_policy, ceiling=ceiling)

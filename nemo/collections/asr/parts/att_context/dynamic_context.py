@@ -4,61 +4,47 @@
 ``model`` is one of this project's SSL models. A context is what ``AttContext.parse`` reads. ValueError names what is no
 context, or a model that takes none.
 
-Shapes: B batch, N samples, D features, M mask frames, A attention frames, S target frames, C classes, H codebooks.
+Shapes: B batch, D features, M mask frames, A attention frames, S target frames, C classes, H codebooks.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from nemo.collections.asr.parts.att_context.context import PRESETS, AttContext
 
 
-class _OfForward(NamedTuple):
-    log_probs: torch.Tensor | None
-    encoded_lengths: torch.Tensor
-    masks: torch.Tensor | None
-    tokens: torch.Tensor | None
-
-
-class Processed(_OfForward):
-    """What a model makes of audio without masking: the four values of its ``forward``, and what it encoded.
+@dataclass
+class Processed:
+    """What a model makes of audio without masking; iterates over the four values of the model's ``forward``.
 
     A model that predicts no tokens has None for all of these but the lengths.
-
-    Attributes:
-        log_probs: [B, A, C], or [B, A, C, H] with H codebooks.
-        encoded_lengths: [B], in attention frames.
-        masks: [B, D, M], all 0.
-        tokens: the targets, [B, S] or [B, S, H].
-        encoded: [B, d_model, A].
     """
 
-    encoded: torch.Tensor
+    log_probs: torch.Tensor | None  # [B, A, C], or [B, A, C, H] with H codebooks
+    encoded_lengths: torch.Tensor  # [B], in attention frames
+    masks: torch.Tensor | None  # [B, D, M], all 0
+    tokens: torch.Tensor | None  # the targets, [B, S] or [B, S, H]
+    encoded: torch.Tensor  # [B, d_model, A]
 
-    @property
-    def lengths(self) -> torch.Tensor:
-        """The same as ``encoded_lengths``."""
-        return self.encoded_lengths
+    def __iter__(self) -> Iterator[torch.Tensor | None]:
+        return iter((self.log_probs, self.encoded_lengths, self.masks, self.tokens))
 
 
-def sync_masking_to_attention(model) -> int:
-    """Return the masking's left context, which follows the encoder: there is nothing to synchronise.
-
-    It is the tighter of what the encoder's tightest layer sees now and of the configured ``masking.left_context_size``,
-    in attention frames, -1 = unlimited.
-    """
-    encoder, masking = getattr(model, 'encoder', None), getattr(model, 'mask_processor', None)
-    if not hasattr(encoder, 'tightest_left_context'):
+def sync_masking_to_attention(model: Any) -> int:
+    """Return the masking's left context, in attention frames, -1 = unlimited. It follows the encoder by itself."""
+    if not hasattr(getattr(model, 'encoder', None), 'tightest_left_context'):
         raise ValueError(f"{type(model).__name__} has no encoder with an attention context")
+    masking: Any = getattr(model, 'mask_processor', None)
     if not hasattr(masking, 'left_context_size'):
         raise ValueError(f"the masking of {type(model).__name__}, {type(masking).__name__}, takes no context")
     return masking.left_context_size
 
 
-def set_dynamic_context(model, context) -> None:
+def set_dynamic_context(model: Any, context: Any) -> None:
     """Override the context for attention and masking; None: what the model was configured with."""
     _check_takes_context(model)
     model.set_att_context_size(context)
@@ -68,10 +54,10 @@ class DynamicContextModel:
     """A model whose ``att_context_size`` can be set, for attention and masking alike.
 
     All else is the model's: attributes are read from it and set on it, and calls go to it. It is no ``nn.Module``;
-    what needs one (such as a trainer) takes ``wrapper.model``. Nothing of it is in a checkpoint.
+    a trainer takes ``wrapper.model``.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: Any) -> None:
         _check_takes_context(model)
         self.__dict__['model'] = model
 
@@ -81,89 +67,75 @@ class DynamicContextModel:
         return list(self.model.encoder.att_context_size)
 
     @att_context_size.setter
-    def att_context_size(self, context) -> None:
+    def att_context_size(self, context: Any) -> None:
         self.model.set_att_context_size(self._resolve(context))
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name == 'model':  # a copy in the making
             raise AttributeError(name)
         return getattr(self.model, name)
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == 'att_context_size':
             object.__setattr__(self, name, value)
         else:
             setattr(self.model, name, value)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the wrapped model."""
         return self.model(*args, **kwargs)
 
-    def __repr__(self):
-        masking = getattr(getattr(self.model, 'mask_processor', None), 'left_context_size', 'without context')
-        trained = ', '.join(str(list(context)) for context in self.model.encoder.att_context_size_all)
-        return (
-            f"{type(self).__name__}({type(self.model).__name__}: attention {self.att_context_size}, masking {masking}, "
-            f"configured contexts {trained})"
-        )
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.model).__name__}, att_context_size={self.att_context_size})"
 
-    def _resolve(self, context):
+    def _resolve(self, context: Any) -> Any:
         return context
 
 
 class EnhancedDynamicContextModel(DynamicContextModel):
     """A :class:`DynamicContextModel` with presets, a temporary context, and inference without masking.
 
-    Args:
-        model: one of this project's SSL models.
-        presets: further presets, or other contexts for known names: ``{'tiny': [40, 0]}``.
-
-    Attributes:
-        context_presets: the presets, by name; what is set here is one from then on.
+    ``context_presets`` are the presets, by name. ``presets`` adds to them, or changes them: ``{'tiny': [40, 0]}``.
     """
 
-    def __init__(self, model, presets: Mapping[str, Any] | None = None):
+    def __init__(self, model: Any, presets: Mapping[str, Any] | None = None) -> None:
         super().__init__(model)
-        own = {name: AttContext.parse(context, f'presets[{name!r}]') for name, context in (presets or {}).items()}
-        self.__dict__['context_presets'] = {name: list(context) for name, context in {**PRESETS, **own}.items()}
+        self.__dict__['context_presets'] = {name: list(context) for name, context in PRESETS.items()}
+        for name, context in (presets or {}).items():
+            self.context_presets[name] = AttContext.parse(context, f'presets[{name!r}]').as_list()
 
-    def set_context(self, mode_or_context) -> None:
+    def set_context(self, mode_or_context: Any) -> None:
         """Override the context for attention and masking: the name of a preset, or a context."""
         self.att_context_size = mode_or_context
 
     @contextmanager
-    def using_context(self, context) -> Iterator['EnhancedDynamicContextModel']:
-        """Attend and mask within this context inside a ``with`` block; afterwards all is as before."""
+    def using_context(self, context: Any) -> Iterator['EnhancedDynamicContextModel']:
+        """Attend and mask within this context inside a ``with`` block."""
         with self.model.using_att_context_size(self._resolve(context)):
             yield self
 
     def process(self, audio: torch.Tensor, lengths: torch.Tensor) -> Processed:
-        """Run the model within the present context, without masking, dropout, dither or gradients.
-
-        ``audio`` are samples [B, N], float, ``lengths`` those of each utterance [B].
-        """
-        modes = {module: module.training for module in self.model.modules()}
-        made = []
+        """Run the model on samples [B, N] without masking, dropout, dither or gradients, within the present context."""
+        modes, made = {module: module.training for module in self.model.modules()}, []
         hook = self.model.encoder.register_forward_hook(lambda encoder, given, output: made.append(output[0]))
         self.model.eval()
         try:
             with torch.no_grad():  # not inference_mode: the encoder may keep tables that it makes here
-                processed = self._process(audio, lengths)
+                log_probs, encoded_lengths, masks, tokens = self._predict(audio, lengths)
         finally:
             hook.remove()
             for module, training in modes.items():
                 module.training = training
-        processed.encoded = made[-1]
-        return processed
+        return Processed(log_probs, encoded_lengths, masks, tokens, made[-1])
 
-    def _process(self, audio: torch.Tensor, lengths: torch.Tensor) -> Processed:
+    def _predict(self, audio: torch.Tensor, lengths: torch.Tensor) -> Any:
         if 'apply_mask' in self.model.input_types:
-            return Processed(*self.model(input_signal=audio, input_signal_length=lengths, apply_mask=False))
+            return self.model(input_signal=audio, input_signal_length=lengths, apply_mask=False)
         features, feature_lengths = self.model.preprocessor(input_signal=audio, length=lengths)
         _, encoded_lengths = self.model.encoder(audio_signal=features, length=feature_lengths)
-        return Processed(None, encoded_lengths, None, None)  # it predicts no tokens, and its forward always masks
+        return None, encoded_lengths, None, None  # it predicts no tokens, and its forward always masks
 
-    def _resolve(self, context):
+    def _resolve(self, context: Any) -> Any:
         if not isinstance(context, str):
             return context
         if context not in self.context_presets:
@@ -171,6 +143,6 @@ class EnhancedDynamicContextModel(DynamicContextModel):
         return AttContext.parse(self.context_presets[context], f'context_presets[{context!r}]')
 
 
-def _check_takes_context(model) -> None:
+def _check_takes_context(model: Any) -> None:
     if not hasattr(model, 'set_att_context_size'):
         raise ValueError(f"{type(model).__name__} takes no context; it needs one of this project's SSL models")

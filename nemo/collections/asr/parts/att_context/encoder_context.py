@@ -4,11 +4,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from nemo.collections.asr.parts.att_context.context import AttContext
-from nemo.collections.asr.parts.att_context.policy import ContextPolicy
+from nemo.collections.asr.parts.att_context.policy import ContextPolicy, ContextSampler
 from nemo.utils import logging
 
 PASSES_KEPT = 16  # forward passes in training whose context a recomputation finds again
@@ -17,9 +18,9 @@ PASSES_KEPT = 16  # forward passes in training whose context a recomputation fin
 class EncoderContext:
     """Mixin for an encoder with NeMo's ``att_context_size_all``, ``att_context_probs`` and ``att_context_style``.
 
-    NeMo's methods that assign ``att_context_size`` run within :meth:`_assigning_default`. All other assignments set
-    the override. Methods take a context in every form that ``AttContext.parse`` reads, and raise ValueError for one that
-    is none or that the encoder's attention cannot follow.
+    NeMo's methods that assign ``att_context_size`` run within :meth:`_assigning_default`; other assignments set the
+    override. Methods take what ``AttContext.parse`` reads, and raise ValueError for what is no context, or one that the
+    encoder's attention cannot follow.
     """
 
     att_context_policy: ContextPolicy = None  # type: ignore[assignment]
@@ -28,10 +29,10 @@ class EncoderContext:
     """The context that :meth:`set_att_context_size` has set; None: the policy holds."""
     _active: AttContext | None = None
     _draws = 0  # steps counted by the encoder, where the caller passes none
-    _passes: dict = {}  # the contexts of the last forward passes in training
+    _passes: dict[tuple[int, torch.Size], AttContext] = {}  # the contexts of the last forward passes in training
     _assigns_default = True  # whether NeMo assigns att_context_size; so it does during construction
 
-    def _set_policy(self, sampler, seed: int, shared: bool) -> None:
+    def _set_policy(self, sampler: ContextSampler | None, seed: int, shared: bool) -> None:
         """Make the policy from the constructor's arguments; from now on assignments set the override."""
         if not isinstance(shared, bool):
             raise ValueError(f"model.encoder.att_context_shared is {shared!r}; it must be true or false")
@@ -47,14 +48,11 @@ class EncoderContext:
 
     @property
     def att_context_size(self) -> list[int]:
-        """The present context ``[left, right]`` in attention frames: the active one, else the override, else the default.
-
-        Assigning calls :meth:`set_att_context_size`.
-        """
+        """The present context ``[left, right]``: active, else override, else default; assigning sets the override."""
         return list(self._present_context())
 
     @att_context_size.setter
-    def att_context_size(self, att_context_size) -> None:
+    def att_context_size(self, att_context_size: Any) -> None:
         if not self._assigns_default:
             self.set_att_context_size(att_context_size)
             return
@@ -67,12 +65,11 @@ class EncoderContext:
             return self._active
         return self.att_context_policy.default if self.att_context_override is None else self.att_context_override
 
-    def set_att_context_size(self, att_context_size) -> None:
-        """Override the policy, until the override is cleared; ``encoder.att_context_size = [40, 0]`` does the same.
+    def set_att_context_size(self, att_context_size: Any) -> None:
+        """Override the policy in training, validation and inference; ``encoder.att_context_size = [40, 0]`` does the same.
 
-        The override holds in training, validation and inference, and streaming parameters follow it. It narrows to a
-        curriculum's ceiling. Configs and checkpoints do not contain it. None, or the list of all configured contexts,
-        clears it.
+        Streaming parameters follow it; configs and checkpoints do not contain it. None, or the list of all configured
+        contexts, clears it.
         """
         context = None
         if att_context_size is not None and att_context_size != self.att_context_size_all:
@@ -88,7 +85,7 @@ class EncoderContext:
             self.setup_streaming_params()
 
     @contextmanager
-    def using_att_context_size(self, att_context_size) -> Iterator[AttContext]:
+    def using_att_context_size(self, att_context_size: Any) -> Iterator[AttContext]:
         """Make a context the active one: all inside uses it, but streaming parameters do not change."""
         context = self.parse_att_context_size(att_context_size)
         self._check_can_attend_within(context)
@@ -99,7 +96,7 @@ class EncoderContext:
             self._active = before
 
     def _context_of_pass(self, signal: torch.Tensor) -> AttContext:
-        """Return the context of a forward pass over a signal; a recomputation for the backward pass has the pass's own."""
+        """Return the context of a forward pass; one that is computed again for the backward pass keeps its own."""
         if torch.compiler.is_compiling():
             return self.att_context_of_batch()
         recomputes = torch._C._current_graph_task_id() != -1  # within a backward pass
@@ -111,15 +108,11 @@ class EncoderContext:
         self._passes = {**dict(kept), place: context}
         return context
 
-    def att_context_of_batch(self, with_batch=None, step: int | None = None) -> AttContext:
+    def att_context_of_batch(self, with_batch: Any = None, step: int | None = None) -> AttContext:
         """Return the context of a batch, without making it active.
 
-        Precedence: active, override, ``with_batch``, in training the policy, default. In training the ceiling narrows
-        each of them.
-
-        Args:
-            with_batch: the context that came with the batch, if one did.
-            step: the training step, for the policy. None takes the encoder's own count of draws.
+        Precedence: active, override, ``with_batch`` (came with the batch), in training the policy, default. In training
+        the ceiling narrows each of them. ``step`` is the training step; None takes the encoder's own count of draws.
         """
         policy = self.att_context_policy
         if self._active is not None or self.att_context_override is not None:
@@ -141,13 +134,13 @@ class EncoderContext:
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
         return self.att_context_policy.at(step, torch.distributed.get_rank() if ranks else 0)
 
-    def parse_att_context_size(self, att_context_size, field: str = 'encoder.att_context_size'):
+    def parse_att_context_size(self, att_context_size: Any, field: str = 'encoder.att_context_size') -> AttContext:
         """Read a context, naming ``field`` in errors; the three numbers of ``chunked_limited_with_rc`` become a tuple."""
         if self.att_context_style == 'chunked_limited_with_rc' and not isinstance(att_context_size, AttContext):
-            return tuple(att_context_size)  # NeMo 3.0 reads it
+            return tuple(att_context_size)  # type: ignore[return-value]  # NeMo 3.0 reads it
         return AttContext.parse(att_context_size, field=field)
 
-    def check_att_context_size(self, att_context_size) -> None:
+    def check_att_context_size(self, att_context_size: Any) -> None:
         """Raise ValueError if the encoder's attention, or a layer's, cannot follow this context of a batch."""
         context = self.parse_att_context_size(att_context_size)
         self._check_can_attend_within(context)

@@ -2,13 +2,109 @@
 """Which context a batch gets, as a pure function of seed, step and rank."""
 
 import math
-from dataclasses import dataclass
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, context_label, draw_index
-from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler
-from nemo.collections.asr.parts.att_context.windows import Window
+from nemo.collections.asr.parts.att_context.windows import STYLES, Window
 
-CEILING = 'encoder.att_context_ceiling'  # in errors
+CEILING, SAMPLER = 'encoder.att_context_ceiling', 'model.encoder.att_context_sampler'  # as errors name them
+FULL = AttContext(UNLIMITED, UNLIMITED)
+
+
+@dataclass(frozen=True)
+class ContextSampler:
+    """Dynamic chunk training: each batch draws how large its chunks are, and how many of them it sees of the past.
+
+    One model then streams at any latency of the range, as those of WeNet (https://arxiv.org/abs/2012.05481), SpeechBrain
+    and icefall do. The full context among the draws keeps it good offline, too.
+    """
+
+    full_prob: float
+    """Probability that a batch has the full context, [-1, -1]: each frame sees the whole utterance."""
+    chunk_size: tuple[int, int]
+    """The smallest and the largest chunk, in attention frames. A chunk of c frames is a right context of c - 1."""
+    left_chunks: tuple[int, int] | None = None
+    """The fewest and the most chunks before its own that a frame sees, where the left context is limited."""
+    left_limited_prob: float = 0.0
+    """Probability that the left context of a batch with chunks is limited."""
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any], style: str = 'chunked_limited') -> 'ContextSampler':
+        """Read the section of a config, for an attention style. ``regular`` takes chunks of one frame only.
+
+        Raises:
+            ValueError: naming the key, its value and what is allowed.
+        """
+        from nemo.collections.asr.parts.utils import config_keys  # that package imports this one
+
+        section = config_keys.ContextSampler.parse(value)
+        chunk_size, left_chunks = tuple(section.chunk_size), section.left_chunks
+        if style not in STYLES:
+            raise ValueError(f"{SAMPLER}: att_context_style is {style!r}; use chunked_limited")
+        if style == 'regular' and chunk_size != (1, 1):
+            raise ValueError(
+                f"{SAMPLER}.chunk_size is {list(chunk_size)}; with att_context_style regular it must be [1, 1], for "
+                "that style has no chunks: a right context adds up from layer to layer. Use chunked_limited"
+            )
+        if (left_chunks is None) != (section.left_limited_prob == 0):
+            raise ValueError(
+                f"{SAMPLER}.left_chunks is {left_chunks} and {SAMPLER}.left_limited_prob is "
+                f"{section.left_limited_prob}; a left context that is limited in some batches needs both"
+            )
+        if left_chunks is not None and left_chunks[0] == 0 and chunk_size[0] == 1:
+            raise ValueError(
+                f"{SAMPLER}.left_chunks is {left_chunks}; from 0 chunks on it needs {SAMPLER}.chunk_size from 2 on: a "
+                "chunk of one frame and no other shows a frame nothing but itself"
+            )
+        return cls(section.full_prob, chunk_size, left_chunks and tuple(left_chunks), section.left_limited_prob)
+
+    def draw(self, seed: int, step: int | str) -> AttContext:
+        """Draw the context of a training step, as a pure function of (seed, step); see ``context.draw_index``."""
+        generator = random.Random(f'{seed}:{step}')  # a text seed is hashed alike on every platform and Python
+        full, size, limited, left = (generator.random() for _ in range(4))
+        if full < self.full_prob:
+            return FULL
+        chunk = _whole_number(size, *self.chunk_size)
+        if limited >= self.left_limited_prob:
+            return AttContext(UNLIMITED, chunk - 1)
+        return AttContext(_whole_number(left, *(self.left_chunks or (0, 0))) * chunk, chunk - 1)
+
+    def covers(self, context: AttContext) -> bool:
+        """Return whether this context can be drawn."""
+        if context == FULL:
+            return self.full_prob > 0
+        smallest, largest = self.chunk_size
+        if self.full_prob == 1 or not smallest <= context.right + 1 <= largest:
+            return False
+        if context.left == UNLIMITED or self.left_chunks is None:
+            return context.left == UNLIMITED and self.left_limited_prob < 1
+        chunks, rest = divmod(context.left, context.right + 1)
+        return rest == 0 and self.left_chunks[0] <= chunks <= self.left_chunks[1]
+
+    def widest_contexts(self) -> list[AttContext]:
+        """Return, for each size of a chunk, the context that can be drawn with the largest left side; and the full one."""
+        most = self.left_chunks[1] if self.left_chunks and self.left_limited_prob == 1 else UNLIMITED
+        chunks = range(self.chunk_size[0], self.chunk_size[1] + 1) if self.full_prob < 1 else ()
+        limited = [AttContext(max(most * chunk, UNLIMITED), chunk - 1) for chunk in chunks]
+        return [FULL, *limited] if self.full_prob > 0 else limited
+
+    def group_label(self, context: AttContext) -> str:
+        """Return the name, in metrics, of contexts with chunks of similar size: ``chunk_8_to_15``; by powers of two."""
+        if context.right == UNLIMITED:
+            return context_label(context)
+        first = 1 << ((context.right + 1).bit_length() - 1)
+        return f'chunk_{first}_to_{2 * first - 1}' if first > 1 else 'chunk_1'
+
+    def __str__(self) -> str:
+        return f"att_context_sampler {asdict(self)}"
+
+
+def _whole_number(share: float, low: int, high: int) -> int:
+    """Return one of low ... high, all alike for a share that is uniform from 0 to 1."""
+    return low + int(share * (high - low + 1))
 
 
 @dataclass(frozen=True)
@@ -70,11 +166,7 @@ class ContextPolicy:
         return context in self.options or (self.sampler is not None and self.sampler.covers(context))
 
     def narrowed(self, context: AttContext, ceiling: AttContext | None = None, where: str = CEILING) -> AttContext:
-        """Return what a ceiling leaves of a context: by default the policy's own.
-
-        A sampler's chunks are cut to the ceiling and its left side is rounded down to whole chunks, so that any ceiling
-        can narrow them.
-        """
+        """Return what a ceiling, by default the policy's, leaves of a context: with a sampler whole chunks, cut to it."""
         ceiling = self.ceiling if ceiling is None else ceiling
         if ceiling is None:
             return context

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from torch import nn
 
@@ -18,13 +19,8 @@ NORMS_OF_ONE_FRAME = ('layer_norm', 'fused_batch_norm')  # in the convolution mo
 
 
 @dataclass(frozen=True)
-class ReceptiveField:
-    """What an output of the whole stack of layers depends on, in attention frames; -1 = unlimited."""
-
-    left: int
-    """Frames before the present one, at most."""
-    right: int
-    """Frames after the present one, at most: the look-ahead."""
+class ReceptiveField(AttContext):
+    """What an output of the whole stack of layers depends on, at most; ``right`` is the look-ahead."""
 
     @property
     def frames(self) -> int:
@@ -32,20 +28,19 @@ class ReceptiveField:
         return UNLIMITED if UNLIMITED in (self.left, self.right) else self.left + 1 + self.right
 
 
-def receptive_field(encoder, att_context_size=None) -> ReceptiveField:
-    """Return what the encoder's outputs depend on, by attention and convolution through all layers."""
-    return _field_of(encoder.effective_windows(att_context_size), *encoder.conv_context_size)
-
-
-def stack_window(encoder, att_context_size=None) -> Window | None:
-    """Return the receptive field of the whole encoder as a window; None if the layers' windows are not known.
+def receptive_field(encoder: Any, att_context_size: Any = None) -> ReceptiveField:
+    """Return what the encoder's outputs depend on, by attention and convolution through all layers.
 
     Under ``chunked_limited`` it is that of the frame that sees most.
     """
+    return _field_of(encoder.effective_windows(att_context_size), *encoder.conv_context_size)
+
+
+def stack_window(encoder: Any, att_context_size: Any = None) -> Window | None:
+    """Return the receptive field of the whole encoder as a window; None if the layers' windows are not known."""
     if getattr(encoder, 'att_context_style', None) not in STYLES or not hasattr(encoder, 'effective_windows'):
         return None
-    field = receptive_field(encoder, att_context_size)
-    return Window(AttContext(field.left, field.right))
+    return Window(receptive_field(encoder, att_context_size))
 
 
 @lru_cache(maxsize=1024)  # asked in each training step
@@ -57,7 +52,7 @@ def _field_of(windows: tuple[Window, ...], before: int, after: int) -> Receptive
     return ReceptiveField(*(UNLIMITED if side == math.inf else int(side) for side in (left, right)))
 
 
-def chunk_end_look_ahead(encoder, att_context_size=None) -> tuple[int, int]:
+def chunk_end_look_ahead(encoder: Any, att_context_size: Any = None) -> tuple[int, int]:
     """Return the frames of a chunk of the stack, and the look-ahead of a chunk's last frame: 0 if convolutions have none.
 
     A chunk of the stack holds whole chunks of every layer; in ``regular`` style it is one frame. The right context must
@@ -68,16 +63,14 @@ def chunk_end_look_ahead(encoder, att_context_size=None) -> tuple[int, int]:
     return chunk, int(_seen(chunk - 1, windows, *encoder.conv_context_size)[1]) - (chunk - 1)
 
 
-def look_ahead_ms(encoder, att_context_size, frame_ms: float) -> float | None:
+def look_ahead_ms(encoder: Any, att_context_size: Any, frame_ms: float) -> float | None:
     """Return the latency of attention and convolutions: how many milliseconds of audio after it an output waits for.
 
     Under ``chunked_limited`` it is that of the first frame of a chunk; the mean is half of it. None: it waits for the
     end of the utterance, or the style's windows are not known. ``frame_ms`` are those of an attention frame.
     """
-    if encoder.att_context_style not in STYLES:
-        return None
-    frames = receptive_field(encoder, att_context_size).right
-    return None if frames == UNLIMITED else frames * frame_ms
+    window = stack_window(encoder, att_context_size)
+    return None if window is None or window.context.right == UNLIMITED else window.context.right * frame_ms
 
 
 def look_ahead_text(milliseconds: float | None) -> str:
@@ -85,11 +78,10 @@ def look_ahead_text(milliseconds: float | None) -> str:
     return 'all' if milliseconds is None else f'{milliseconds:g} ms'
 
 
-def seen_through_layers(encoder, frame: int, att_context_size=None) -> list[tuple[float, float]]:
+def seen_through_layers(encoder: Any, frame: int, att_context_size: Any = None) -> list[tuple[float, float]]:
     """Return, for each layer, the first and the last of its input frames that one output of the stack depends on.
 
-    Those of layer 0 are what the whole encoder sees of its subsampled input. They are not cut to an utterance (they may
-    lie before 0), and infinite where nothing limits them.
+    They are not cut to an utterance (they may lie before 0), and infinite where nothing limits them.
     """
     windows = encoder.effective_windows(att_context_size)
     return [_seen(frame, windows[layer:], *encoder.conv_context_size) for layer in range(len(windows))]
@@ -104,14 +96,15 @@ def _seen(frame: int, windows: Sequence[Window], before: int, after: int) -> tup
     return -math.inf if UNLIMITED in lefts else first, math.inf if UNLIMITED in rights else last
 
 
-def next_token_offset(encoder, after_subsampling: bool, att_context_size=None, at_chunk_end: bool = False) -> int:
+def next_token_offset(
+    encoder: Any, after_subsampling: bool, att_context_size: Any = None, at_chunk_end: bool = False
+) -> int:
     """Return how many tokens after its own an encoder frame predicts first: the first beyond its receptive field.
 
-    The receptive field of output frame j ends at feature ``8 * (j + look-ahead) + ahead`` at factor 8: the look-ahead is
-    that of attention and convolutions, ``ahead`` that of the subsampling (0 if it is causal). Token i is made of the
-    features ``8 * i`` to ``8 * i + 7``, or, ``after_subsampling`` (``mask_position: post_conv``), of subsampled frame i.
-    A token of which the first feature alone is in it counts as a next token: with a causal encoder the offset is 0.
-    ``at_chunk_end`` is for the last frame of a chunk, which has the smallest look-ahead.
+    The receptive field of output frame j ends at feature ``8 * (j + look-ahead) + ahead`` at factor 8; ``ahead`` is that
+    of the subsampling, 0 if it is causal. Token i is made of the features ``8 * i`` to ``8 * i + 7``, or, ``after_subsampling``
+    (``mask_position: post_conv``), of subsampled frame i. A token of which the first feature alone is in it counts as a
+    next token: with a causal encoder the offset is 0. ``at_chunk_end`` is for the last frame of a chunk.
 
     Raises:
         ValueError: with the reason, if there is no such token; see :func:`why_no_next_token`.
@@ -127,8 +120,8 @@ def next_token_offset(encoder, after_subsampling: bool, att_context_size=None, a
     return look_ahead + math.ceil(_features_ahead(encoder) / encoder.subsampling_factor)
 
 
-def why_no_next_token(encoder, att_context_size=None) -> str | None:
-    """Return why every token is, or may be, in an output's receptive field, for any encoder; None: there are next ones."""
+def why_no_next_token(encoder: Any, att_context_size: Any = None) -> str | None:
+    """Return why every token is, or may be, in an output's receptive field; None: there are next ones."""
     if not hasattr(encoder, 'effective_windows'):
         return f"the receptive field of {type(encoder).__name__} is not known"
     if encoder.att_context_style not in STYLES:
@@ -151,7 +144,7 @@ def why_no_next_token(encoder, att_context_size=None) -> str | None:
     return None
 
 
-def _features_ahead(encoder) -> int | None:
+def _features_ahead(encoder: Any) -> int | None:
     """Return the last feature in the receptive field of the subsampling's frame 0; None if that is not known."""
     module = getattr(encoder.pre_encode, 'pre_encode', encoder.pre_encode)  # without the wrapper of post-conv masking
     if isinstance(module, nn.Linear):
@@ -169,7 +162,7 @@ def _features_ahead(encoder) -> int | None:
     return last
 
 
-def context_table(encoder, frame_ms: float) -> str:
+def context_table(encoder: Any, frame_ms: float) -> str:
     """Return a table, as text, of what each layer attends to in each of the encoder's contexts, and of the whole.
 
     ``frame_ms`` are the milliseconds of an attention frame: hop of the features times the subsampling factor.
@@ -178,7 +171,7 @@ def context_table(encoder, frame_ms: float) -> str:
         return f'Attention contexts: {encoder.att_context_size_all}, att_context_style {encoder.att_context_style}'
 
     def size(context: AttContext) -> str:
-        milliseconds = ', '.join('-1' if side == UNLIMITED else f'{side * frame_ms:g}' for side in context)
+        milliseconds = ', '.join(f'{max(side * frame_ms, UNLIMITED):g}' for side in context)
         return f'{context.as_list()} ([{milliseconds}] ms)'
 
     def length(frames: int) -> str:
@@ -194,16 +187,10 @@ def context_table(encoder, frame_ms: float) -> str:
         ['', 'receptive field', *(length(field.frames) for field in fields)],
     ]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    lines.insert(
-        0,
-        f'Attention contexts [left, right] in frames of {frame_ms:g} ms (-1 = unlimited), convolutions in the totals:',
+    return '\n'.join(
+        [
+            f'Attention contexts [left, right] in frames of {frame_ms:g} ms (-1 = unlimited), convolutions in the totals:',
+            *('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows),
+            f'Training draws from {encoder.att_context_policy}',
+        ]
     )
-    sampler = encoder.att_context_policy.sampler
-    if sampler is not None:
-        least, most = ((frames - 1) * frame_ms for frames in sampler.chunk_size)
-        lines.append(
-            f'Training draws its contexts by {sampler}: the whole utterance in {sampler.full_prob:.0%} of the batches, '
-            f'else chunks with a look-ahead of {least:g} to {most:g} ms'
-        )
-    return '\n'.join(lines)

@@ -12,8 +12,19 @@ from nemo.utils import logging
 INTERPOLATIONS = ('step', 'linear')
 ANCHORS = 'anchors [layer, [left, right]], such as [0, [40, 0]]'  # as errors name them
 
+LayerContexts = tuple[AttContext | None, ...]
+"""For each layer its own context; None for a layer without."""
+
 Check = Callable[[AttContext, str], object]
 """Raises ValueError, beginning with the given place, if the context cannot be followed."""
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """The place of a layer's context: the encoder has ``layer_att_contexts`` and ``set_layer_att_context_size``."""
+
+    encoder: Any
+    index: int  # of the layer
 
 
 @dataclass(frozen=True)
@@ -35,15 +46,7 @@ class ContextSchedule:
         interpolate: str = 'step',
         check: Check | None = None,
     ) -> 'ContextSchedule':
-        """Read a schedule such as ``[[0, [40, 0]], [6, [120, 0]]]``.
-
-        Args:
-            anchors: pairs of a position and a context.
-            field: the config key that an error names.
-            unit: what a position is.
-            end: the first position that is too high; None: any will do.
-            interpolate: ``step`` or ``linear``.
-            check: what else the contexts must comply with.
+        """Read a schedule such as ``[[0, [40, 0]], [6, [120, 0]]]``: pairs of a position, below ``end``, and a context.
 
         Raises:
             ValueError: naming ``field``, the item's index, its value and what is allowed.
@@ -54,7 +57,7 @@ class ContextSchedule:
         for index, item in enumerate(_items(anchors, field, f'pairs [{unit}, [left, right]]')):
             where = f'{field}: item {index}, {item!r}'
             position, context = _parse_anchor(item, where, unit, end)
-            accept_context(context, where, check)
+            _accept(context, where, check)
             if parsed and position <= parsed[-1][0]:
                 raise ValueError(
                     f"{where}: {unit} {position} follows {unit} {parsed[-1][0]}; they must rise, without repetition"
@@ -67,10 +70,8 @@ class ContextSchedule:
     def at(self, position: int, multiple: int = 1) -> AttContext | None:
         """Return the context at a position, None before the first anchor.
 
-        Args:
-            position: a layer, or a step.
-            multiple: interpolated left contexts are rounded down to a multiple of this, the chunk of the attention
-                style. Above 1 the right context, which defines the chunk, goes by steps.
+        Interpolated left contexts are rounded down to a ``multiple``, the chunk of the attention style. Above 1 the right
+        context, which defines the chunk, goes by steps.
         """
         reached = [anchor for anchor in self.anchors if anchor[0] <= position]
         if not reached:
@@ -87,16 +88,16 @@ class ContextSchedule:
 
 def parse_layer_contexts(
     value: Any, num_layers: int, field: str, multiple: int = 1, check: Check | None = None
-) -> tuple[AttContext | None, ...]:
-    """Return each layer's own context, None for a layer without one.
+) -> LayerContexts:
+    """Return each layer's own context.
 
     Args:
-        value: one context per layer (None for a layer without); a schedule of anchors
-            ``[[0, [40, 0]], [6, [120, 0]], [12, [320, 0]]]``, of which each layer takes the last at or below it;
-            or ``{'anchors': [...], 'interpolate': 'linear'}``.
-        num_layers: layers of the encoder.
-        field, check: as in :meth:`ContextSchedule.parse`, which raises the same errors.
+        value: one context per layer (None for a layer without); a schedule of anchors ``[[0, [40, 0]], [6, [120, 0]]]``,
+            of which each layer takes the last at or below it; or ``{'anchors': [...], 'interpolate': 'linear'}``.
         multiple: as in :meth:`ContextSchedule.at`.
+
+    Raises:
+        ValueError: as :meth:`ContextSchedule.parse` does.
     """
     interpolate = 'step'
     if isinstance(value, Mapping):
@@ -116,12 +117,20 @@ def parse_own_context(value: Any, field: str) -> AttContext:
     return AttContext.parse(value, field=field)
 
 
+def _accept(context: AttContext, where: str, check: Check | None) -> None:
+    """Check a context by the caller's check, and warn of one without a past."""
+    if check is not None:
+        check(context, where)
+    if context.left == 0:
+        logging.warning(f"{where}: with a left context of 0 a frame sees nothing of its past")
+
+
 def _is_anchor(item: Any) -> bool:
     """Whether it is a pair whose second part is a context rather than a number."""
     return is_sequence(item) and len(item) == 2 and not isinstance(item[1], (int, float))
 
 
-def _one_per_layer(value: Any, num_layers: int, field: str, check: Check | None) -> tuple[AttContext | None, ...]:
+def _one_per_layer(value: Any, num_layers: int, field: str, check: Check | None) -> LayerContexts:
     items = _items(value, field, 'contexts [left, right], one per layer, or pairs [layer, [left, right]]')
     places = [f'{field}: item {index}, {item!r}' for index, item in enumerate(items)]
     contexts = [None if item is None else _parse_pair(item, where) for item, where in zip(items, places)]
@@ -133,10 +142,8 @@ def _one_per_layer(value: Any, num_layers: int, field: str, check: Check | None)
     try:
         for context, where in zip(contexts, places):
             if context is not None:
-                accept_context(context, where, check)
+                _accept(context, where, check)
     except ValueError as error:
-        if any(context is None or context.right <= 0 for context in contexts):
-            raise
         raise ValueError(f"{error}. {shown(value)} are contexts, one per layer; a schedule has {ANCHORS}") from error
     return tuple(contexts)
 
@@ -170,11 +177,3 @@ def _check_limits_on_both_ends(first: AttContext, second: AttContext, where: str
             f"{where}: from {first.as_list()} to {second.as_list()} a side becomes, or ceases to be, unlimited (-1); "
             "linear interpolation needs limits on both ends"
         )
-
-
-def accept_context(context: AttContext, where: str, check: Check | None) -> None:
-    """Check a context by the caller's check, and warn of one without a past."""
-    if check is not None:
-        check(context, where)
-    if context.left == 0:
-        logging.warning(f"{where}: with a left context of 0 a frame sees nothing of its past")

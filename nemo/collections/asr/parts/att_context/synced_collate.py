@@ -10,7 +10,7 @@ trainer gives it a batch.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 from torch.utils.data import get_worker_info
@@ -22,11 +22,11 @@ from nemo.collections.asr.parts.att_context.policy import ContextPolicy
 PROBABILITY_TOLERANCE = 1e-6
 
 
-def parse_policy(context_options=None, context_probs=None, seed: int = 0) -> ContextPolicy:
+def parse_policy(context_options: Any = None, context_probs: Any = None, seed: int = 0) -> ContextPolicy:
     """Read and check the arguments of :func:`create_synced_context_collate`."""
     if not is_sequence(context_options) or not len(context_options):
         raise ValueError(f"context_options is {shown(context_options)}; it must be a list of contexts, and not empty")
-    options = tuple(_parse_option(option, index) for index, option in enumerate(context_options))
+    options = tuple(_parse_option(option, f'context_options: item {at}') for at, option in enumerate(context_options))
     if context_probs is None:
         context_probs = [1 / len(options)] * len(options)
     _check_probabilities(context_probs, len(options))
@@ -35,20 +35,25 @@ def parse_policy(context_options=None, context_probs=None, seed: int = 0) -> Con
     return ContextPolicy(options[0], options, tuple(map(float, context_probs)), seed=int(seed))
 
 
-def attach_context(batch, context: AttContext, policy: ContextPolicy):
-    """Return the batch with its context, ``att_context``, and the policy that repeats the draw, ``context_draw``."""
-    if type(batch) in (tuple, list):
-        batch = SyncedBatch(batch)
-    if not isinstance(batch, SyncedBatch) and not dataclasses.is_dataclass(batch):
+def _parse_option(option: Any, field: str) -> AttContext:
+    if isinstance(option, Integral):  # [160, 0] for [[160, 0]] is a likely slip
+        raise ValueError(f"{field} is {option!r}; it must be a pair [left, right] or a preset, one for each option")
+    return AttContext.parse(option, field)
+
+
+def _check_probabilities(probabilities: Any, number: int) -> None:
+    if not is_sequence(probabilities) or len(probabilities) != number:
         raise ValueError(
-            f"a batch of type {type(batch).__name__} cannot carry a context; collate to a dataclass such as "
-            "AudioNoiseBatch, a tuple or a list"
+            f"context_probs is {shown(probabilities)}; it must have one number for each of {number} options"
         )
-    batch.att_context, batch.context_draw = context, policy
-    return batch
+    for index, value in enumerate(probabilities):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"context_probs: item {index} is {shown(value)}; it must be a number from 0 to 1")
+    if not math.isclose(sum(probabilities), 1, rel_tol=0, abs_tol=PROBABILITY_TOLERANCE):
+        raise ValueError(f"context_probs is {list(probabilities)}; it must sum to 1, not {sum(probabilities)}")
 
 
-class SyncedBatch(tuple):
+class SyncedBatch(tuple[Any, ...]):
     """A batch that was a plain tuple or list."""
 
     att_context: AttContext | None = None
@@ -61,50 +66,59 @@ class SyncedBatch(tuple):
         return pinned
 
 
+def attach_context(batch: Any, context: AttContext, policy: ContextPolicy) -> Any:
+    """Return the batch with its context, ``att_context``, and the policy that repeats the draw, ``context_draw``."""
+    if type(batch) in (tuple, list):
+        batch = SyncedBatch(batch)
+    can_carry = isinstance(batch, SyncedBatch) or dataclasses.is_dataclass(batch)
+    if not can_carry:
+        raise ValueError(
+            f"a batch of type {type(batch).__name__} cannot carry a context; collate to a dataclass such as "
+            "AudioNoiseBatch, a tuple or a list"
+        )
+    batch.att_context, batch.context_draw = context, policy
+    return batch
+
+
 class SyncedContextCollate:
     """Collates, draws a context, and sends it along; made by :func:`create_synced_context_collate`."""
 
-    def __init__(self, base_collate_fn: Callable[..., Any], policy: ContextPolicy):
+    def __init__(self, base_collate_fn: Callable[..., Any], policy: ContextPolicy) -> None:
         if not callable(base_collate_fn):
             raise ValueError(f"base_collate_fn is {shown(base_collate_fn)}; it must be callable")
         self.base_collate_fn, self.policy = base_collate_fn, policy
         self.start_at(0)
 
     def start_at(self, number: int) -> None:
-        """Set which batch comes first when the loader is iterated next; for loops without a Lightning trainer.
-
-        Workers take it when they start: those that persist count on.
-        """
+        """Set which batch comes first, for loops without a Lightning trainer; workers that persist count on."""
         self._first, self._collated = number, 0
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Collate, and draw; the arguments are those of the base function."""
-        batch = self.base_collate_fn(*args, **kwargs)
-        worker = get_worker_info()
+        batch, worker = self.base_collate_fn(*args, **kwargs), get_worker_info()
         workers, index = (1, 0) if worker is None else (worker.num_workers, worker.id)
         number = self._first + self._collated * workers + index  # the loader deals batches to its workers in turn
         self._collated += 1
         return attach_context(batch, self.policy.at(number), self.policy)
 
 
-def create_synced_context_collate(base_collate_fn: Callable[..., Any], *arguments, model=None, **by_name):
+def create_synced_context_collate(
+    base_collate_fn: Callable[..., Any], *arguments: Any, model: Any = None, **by_name: Any
+) -> SyncedContextCollate:
     """Return a :class:`SyncedContextCollate`, which draws an attention context for each batch and sends it along.
 
     Call it as ``create_synced_context_collate(base_collate_fn, context_options, context_probs=None, seed=0)``, or with
-    a model before ``context_options``; each argument can be given by its name, too.
+    a model before ``context_options``, which is not needed and not kept.
 
     The SSL models' training step attends and masks within ``batch.att_context``. Under a trainer the draw is a pure
     function of (seed, global step): the same on all ranks, in all batches of one gradient accumulation, and after a
-    resume. It takes the place of the encoder's own draw; a curriculum's ceiling narrows it all the same.
+    resume. It takes the place of the encoder's own draw.
 
     Args:
-        base_collate_fn: makes a dataclass such as ``AudioNoiseBatch``, a tuple or a list of the samples. For a lhotse
-            data loader, which hands over ready batches, it is the loader's own ``collate_fn``. It gets all arguments
-            of a call.
-        model: not needed and not kept; the context travels in the batch.
+        base_collate_fn: makes a dataclass such as ``AudioNoiseBatch``, a tuple or a list. For a lhotse data loader it is
+            the loader's own ``collate_fn``.
         context_options: contexts, each a pair [left, right] in attention frames, or the name of a preset.
         context_probs: a probability for each option; None draws all with the same.
-        seed: of the draw.
 
     Raises:
         ValueError: naming the argument, the item and its value.
@@ -112,22 +126,3 @@ def create_synced_context_collate(base_collate_fn: Callable[..., Any], *argument
     if arguments and not isinstance(arguments[0], Sequence):
         arguments = arguments[1:]  # the model
     return SyncedContextCollate(base_collate_fn, parse_policy(*arguments, **by_name))
-
-
-def _parse_option(option, index: int) -> AttContext:
-    field = f'context_options: item {index}'
-    if isinstance(option, Integral):  # [160, 0] for [[160, 0]] is a likely slip
-        raise ValueError(f"{field} is {option!r}; it must be a pair [left, right] or a preset, one for each option")
-    return AttContext.parse(option, field)
-
-
-def _check_probabilities(probabilities, number: int) -> None:
-    if not is_sequence(probabilities) or len(probabilities) != number:
-        raise ValueError(
-            f"context_probs is {shown(probabilities)}; it must have one number for each of {number} options"
-        )
-    for index, value in enumerate(probabilities):
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
-            raise ValueError(f"context_probs: item {index} is {shown(value)}; it must be a number from 0 to 1")
-    if not math.isclose(sum(probabilities), 1, rel_tol=0, abs_tol=PROBABILITY_TOLERANCE):
-        raise ValueError(f"context_probs is {list(probabilities)}; it must sum to 1, not {sum(probabilities)}")

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which frames masking keeps visible, and which masked frames have no visible frame, in a layer's window or in the stack.
 
-A frame is visible if none of its mask frames is masked. Masking keeps one visible in each frame's window.
+A frame is visible if none of its mask frames is masked.
 
 Shapes: B batch, D features, T mask frames, A attention frames (T // factor).
 """
 
 import inspect
+from typing import Any
 
 import torch
 
@@ -35,7 +36,6 @@ def no_visible_frame(
 
     Args:
         share: masked share of each attention frame, [B, A]; above the threshold a frame counts as masked.
-        window: one layer's, or the stack's (``receptive_field.stack_window``).
         lengths: whole attention frames of each utterance [B]; frames after them are not visible. None: all.
     """
     frames = share.shape[1]
@@ -50,12 +50,11 @@ def no_visible_frame(
 
 
 def no_visible_frame_shares(
-    encoder, share: torch.Tensor, threshold: float = MASK_THRESHOLD, lengths: torch.Tensor | None = None
+    encoder: Any, share: torch.Tensor, threshold: float = MASK_THRESHOLD, lengths: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """Return the shares of the masked frames that have no visible frame in the encoder's present context; scalars.
+    """Return the shares of masked frames without a visible frame in the tightest layer's window, and in the stack.
 
-    They are ``no_visible_frame_in_window``, by the tightest layer's attention window, and ``no_visible_frame_in_stack``,
-    by the receptive field of all layers; each where it is known. Arguments as in :func:`no_visible_frame`.
+    Scalars, each where the window is known. Arguments as in :func:`no_visible_frame`.
     """
     windows = {'window': tightest_window_of(encoder), 'stack': stack_window(encoder)}
     masked = (share > threshold).sum().clamp(min=1)
@@ -69,10 +68,10 @@ def no_visible_frame_shares(
 def kept_visible_frames(window: Window, index: torch.Tensor, ends: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
     """Return attention frames to keep visible, so that each frame has one in its window; [B, A] bool.
 
-    It is one in as many frames as the window holds, and one more at either end of an utterance that cuts a window off.
+    It is one in as many frames as the window, limited on one side at least, holds, and one more at either end of an
+    utterance that cuts a window off.
 
     Args:
-        window: limited on one side at least.
         index: the frames' positions in the utterances, [1, A] or [B, A].
         ends: attention frames of each utterance, [B, 1].
         phase: from 0 to 1, exclusive, [B, 1] float: where the first kept frame lies.
@@ -93,7 +92,9 @@ def kept_visible_frames(window: Window, index: torch.Tensor, ends: torch.Tensor,
     return kept | (begins_late & (index == 0)) | (ends_early & (index == ends - 1))
 
 
-def _one_in_a_window_of_chunks(window: Window, index, ends, phase) -> torch.Tensor:
+def _one_in_a_window_of_chunks(
+    window: Window, index: torch.Tensor, ends: torch.Tensor, phase: torch.Tensor
+) -> torch.Tensor:
     """One frame of the first chunk and of each (chunks of the window)-th; in a last, short chunk the last frame."""
     chunk, left = window.chunk, window.context.left
     chunks = index.div(chunk, rounding_mode='floor')
@@ -105,34 +106,24 @@ def _one_in_a_window_of_chunks(window: Window, index, ends, phase) -> torch.Tens
     return has_one & (index == torch.minimum(chunks * chunk + first % chunk, ends - 1))
 
 
-def _scaled(phase: torch.Tensor, count) -> torch.Tensor:
+def _scaled(phase: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
     """Return a whole number from 0 to count - 1, int32, for a phase from 0 to 1."""
     return (phase * count).to(torch.int32)
 
 
-def share_kept_visible(window: Window) -> float:
-    """Return the share of a long utterance's frames that are kept visible."""
-    if UNLIMITED in window.context:
-        return 0.0
-    return 1 / (sum(window.in_whole_chunks().context) + 1)
-
-
-def takes(masking, argument: str) -> bool:
+def takes(masking: Any, argument: str) -> bool:
     """Return whether the ``forward`` of a masking module takes an argument, or any."""
     parameters = inspect.signature(type(masking).forward).parameters.values()
     return any(parameter.name == argument or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def follows_context(masking) -> bool:
+def follows_context(masking: Any) -> bool:
     """Return whether a masking module uses the attention's window, or takes ``effective_left_context``."""
     return hasattr(masking, 'attention_window') or takes(masking, 'effective_left_context')
 
 
-def window_of_masking(masking, window: Window | None) -> dict:
-    """Return the keyword arguments of a call that is to mask within a window (None: not known), for any masking module.
-
-    This project's takes the window; others a left context, or nothing.
-    """
+def window_of_masking(masking: Any, window: Window | None) -> dict[str, Any]:
+    """Return what a masking module is called with to mask within a window (None: not known): it, or its left side."""
     if hasattr(masking, 'within') and takes(masking, 'effective_window'):
         return {'effective_window': masking.within(window)}
     if window is None or not takes(masking, 'effective_left_context'):

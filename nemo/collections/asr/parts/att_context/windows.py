@@ -22,9 +22,7 @@ class Window:
     """
 
     context: AttContext
-    """What limits the window, in attention frames."""
     style: str = 'regular'
-    """``regular`` or ``chunked_limited``."""
 
     def __post_init__(self) -> None:
         if self.style not in STYLES:
@@ -41,15 +39,18 @@ class Window:
         return self.style == 'chunked_limited' and self.context.right != UNLIMITED
 
     @property
+    def frames(self) -> int:
+        """How many frames a frame sees."""
+        first, last = self.bounds(0)
+        return last - first + 1
+
+    @property
     def sees_other_frames(self) -> bool:
         """Whether a frame sees any frame but itself."""
         return self.context.left != 0 or self.context.right != 0
 
     def bounds(self, frame: Any) -> tuple[Any, Any]:
-        """Return the first and the last frame that a frame sees, ints or tensors of int64 as the frame is.
-
-        They are not cut to the utterance: a side without a limit gets a bound far outside of any.
-        """
+        """Return the first and the last frame that a frame (int, or int64 tensor) sees; they may lie outside of the utterance."""
         left, right = self.in_whole_chunks().context
         frame = frame - frame % self.chunk
         return frame - (FAR if left == UNLIMITED else left), frame + (FAR if right == UNLIMITED else right)
@@ -67,11 +68,11 @@ class Window:
     def intersect(self, own: AttContext, where: str) -> 'Window':
         """Return the window of what both this one and a narrower context show.
 
-        Under ``chunked_limited`` a left context must be whole chunks of this window, and a smaller right context makes
-        chunks that must lie within the chunks of this window. -1 narrows nothing on its side.
+        -1 narrows nothing on its side.
 
         Raises:
-            ValueError: if no window of this style shows exactly what both show; the error begins with ``where``.
+            ValueError: beginning with ``where``, if no window of this style shows exactly what both show: under
+                ``chunked_limited`` the left context must be whole chunks, and smaller chunks must lie within larger.
         """
         both = self.context.intersect(own)
         if self.style == 'chunked_limited' and own != AttContext(UNLIMITED, UNLIMITED):
@@ -83,6 +84,7 @@ def tightest_window(windows: Iterable[Window]) -> Window:
     """Return a window that lies within each of several, the widest such in most cases.
 
     Windows that show a frame nothing but itself are left out, unless all are such; so is the look-ahead of mixed styles.
+    Where the others have no further frame in common, it is the smallest of them.
     """
     windows = list(windows)
     windows = [window for window in windows if window.sees_other_frames] or windows
@@ -91,7 +93,8 @@ def tightest_window(windows: Iterable[Window]) -> Window:
         return Window(AttContext(left, 0))
     chunks = [window.chunk for window in windows if window.has_chunks]
     right = math.gcd(*chunks) - 1 if chunks else tightest(*(window.context.right for window in windows))
-    return Window(AttContext(left, right), windows[0].style)
+    common = Window(AttContext(left, right), windows[0].style)
+    return common if common.sees_other_frames else min(windows, key=lambda window: window.frames)
 
 
 def tightest_window_of(encoder: Any) -> Window | None:

@@ -4,7 +4,7 @@
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from nemo.collections.asr.parts.att_context.layer_contexts import LayerAttentionMasks
+from nemo.collections.asr.parts.att_context.blockwise import LayerAttentionMasks
 from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nemo.collections.asr.parts.att_context.blockwise import AttentionBlocks, BlockwiseMask
-from nemo.collections.asr.parts.att_context.layer_contexts import LayerContext
-from nemo.collections.asr.parts.att_context.schedule import parse_own_context
+from nemo.collections.asr.parts.att_context.schedule import LayerContext, parse_own_context
 from nemo.utils import avoid_float16_autocast_context
 from nemo_streaming_ssl import upstream
 

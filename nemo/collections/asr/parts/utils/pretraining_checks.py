@@ -9,8 +9,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from nemo.collections.asr.data.data_checks import check_data
 from nemo.collections.asr.parts.att_context.context import AttContext
-from nemo.collections.asr.parts.att_context.context_sampler import FIELD as SAMPLER
-from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler
+from nemo.collections.asr.parts.att_context.policy import SAMPLER, ContextSampler
 from nemo.collections.asr.parts.objectives.combination import check_objective
 from nemo.collections.asr.parts.utils.config_keys import SECTIONS, Data, Model, check_known, check_spelling
 from nemo.utils.exp_manager import CallbackParams, ExpManagerConfig

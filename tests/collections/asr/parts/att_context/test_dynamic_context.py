@@ -85,7 +85,7 @@ def test_the_wrapper_is_the_model_in_all_else():
     assert model.some_setting == 7
     batch = noise_batch((0.6, 0.4))
     assert torch.equal(wrapper(**signals(batch))[0], model(**signals(batch))[0])
-    assert 'attention [20, 0], masking 20, configured contexts [10, 0], [20, 0]' in repr(wrapper)
+    assert repr(wrapper) == 'DynamicContextModel(EncDecDenoiseMaskedTokenPredModel, att_context_size=[20, 0])'
     assert copy.copy(wrapper).model is model
 
 
@@ -139,7 +139,7 @@ def test_inference_returns_what_forward_returns_in_the_context_without_masks(pos
     with wrapper.using_context(2), torch.no_grad():
         expected = wrapper.eval()(input_signal=batch.audio, input_signal_length=batch.audio_len, apply_mask=False)
     assert all(map(torch.equal, processed, expected)) and not masks.any()
-    assert encoded_lengths is processed.encoded_lengths is processed.lengths and tokens is processed.tokens
+    assert encoded_lengths is processed.encoded_lengths and tokens is processed.tokens
     assert torch.equal(wrapper.decoder(encoder_output=processed.encoded), log_probs)
     assert not wrapper.encoder._forward_hooks
 
@@ -148,5 +148,5 @@ def test_a_model_that_predicts_no_tokens_encodes():
     wrapper = EnhancedDynamicContextModel(tiny_model(cls=SpeechEncDecSelfSupervisedModel))
     batch = noise_batch()
     processed = wrapper.process(batch.audio, batch.audio_len)
-    assert processed.encoded.shape[:2] == (2, 16) and processed.encoded.shape[2] >= processed.lengths.max() > 0
+    assert processed.encoded.shape[:2] == (2, 16) and processed.encoded.shape[2] >= processed.encoded_lengths.max() > 0
     assert processed.log_probs is processed.masks is processed.tokens is None

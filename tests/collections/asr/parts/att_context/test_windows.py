@@ -6,7 +6,7 @@ import torch
 from attention_windows import attended
 
 from nemo.collections.asr.parts.att_context import AttContext
-from nemo.collections.asr.parts.att_context.windows import STYLES, Window
+from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tightest_window
 
 FRAMES = 24
 CONTEXTS = [*itertools.product([-1, 0, 2, 4, 8], [-1, 0, 1, 3])]
@@ -67,3 +67,18 @@ class TestIntersectInStyle:
         window = Window(AttContext(8, 3), 'chunked_limited')
         assert window.intersect(AttContext(4, 1), 'here').context == AttContext(4, 1)
         assert Window(AttContext(11, 3), 'chunked_limited').in_whole_chunks() == window
+
+
+@pytest.mark.parametrize(
+    'style, contexts, expected',
+    [
+        ('regular', [(8, 3), (4, -1)], (4, 3)),
+        ('regular', [(0, 3), (5, 0)], (0, 3)),  # nothing in common: the smallest, or all would be kept visible
+        ('chunked_limited', [(28, 13), (40, 6), (0, 0)], (28, 6)),
+        ('chunked_limited', [(0, 13), (28, 0)], (0, 13)),
+        ('chunked_limited', [(0, 0)], (0, 0)),
+    ],
+)
+def test_the_tightest_window_lies_within_all_that_see_others_as_far_as_there_is_one(style, contexts, expected):
+    found = tightest_window(Window(AttContext(*context), style) for context in contexts)
+    assert found == Window(AttContext(*expected), style)

@@ -10,7 +10,7 @@ from tiny_nest import POSITIONS, batches, noise_batch, tiny_model, trainer
 
 from nemo.collections.asr.losses.ssl_losses.mlm import MLMLoss, MultiMLMLoss
 from nemo.collections.asr.models.ssl_models import EncDecMaskedTokenPredModel
-from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.context import AttContext, context_label
 from nemo.collections.asr.parts.att_context.windows import Window
 from nemo.collections.asr.parts.objectives import masked_tokens
 from nemo.collections.asr.parts.objectives.base import FrameScores, LossPositions
@@ -147,7 +147,7 @@ class TestValidation:
         together = validate(tiny_model(*given))
         for context in ([10, 0],) if masks == 'tightest' else ([10, 0], [40, 0], [-1, 0]):
             alone = validate(tiny_model(f'model.encoder.att_context_size={[context]}'.replace(' ', ''), *given))
-            label = AttContext(*context).label
+            label = context_label(context)
             names = [name for name in together if name.endswith(f'/ctx_{label}')]
             assert len(names) == 4 and {name: alone[name] for name in names} == {n: together[n] for n in names}
             assert alone['val_loss'] == together[f'val_loss/ctx_{label}']

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from nemo.collections.asr.losses import MLMLoss
 from nemo.collections.asr.modules import ConformerEncoder, RandomBlockMasking, RandomProjectionVectorQuantizer
 from nemo.collections.asr.parts.att_context import AttContextCurriculum
-from nemo.collections.asr.parts.att_context.context_sampler import ContextSampler
+from nemo.collections.asr.parts.att_context.policy import ContextSampler
 from nemo.collections.asr.parts.utils.config_keys import (
     CONFIG_KEYS,
     SECTIONS,

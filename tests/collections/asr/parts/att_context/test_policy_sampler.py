@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from nemo.collections.asr.parts.att_context.context import AttContext
-from nemo.collections.asr.parts.att_context.context_sampler import FULL, ContextSampler
-from nemo.collections.asr.parts.att_context.policy import ContextPolicy
+from nemo.collections.asr.parts.att_context.policy import FULL, ContextPolicy, ContextSampler
 from nemo.collections.asr.parts.att_context.windows import Window
 
 SECTION = {'full_prob': 0.4, 'chunk_size': [1, 25], 'left_chunks': [5, 70], 'left_limited_prob': 0.75}
