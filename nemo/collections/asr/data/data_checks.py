@@ -4,7 +4,9 @@
 import itertools
 import tarfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
 from nemo.collections.common.data.lhotse.dataloader import make_structured_with_schema_warnings
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
 
-FIRST = 100  # entries whose audio is looked for
+FIRST = 100  # entries of a plain manifest whose audio is looked for
 SOURCES = ('manifest_filepath', 'shar_path', 'cuts_path', 'input_cfg')
 
 
@@ -30,123 +32,42 @@ def check_data(name: str, data_cfg: DictConfig) -> None:
         ValueError: naming the key, the file, and what is wrong with it.
     """
     use_lhotse, is_tarred, resumable = (data_cfg.get(key) for key in ('use_lhotse', 'is_tarred', 'resumable'))
-    for path in paths_in(data_cfg.get('noise_manifest')):
-        check_noise(f'{name}.noise_manifest', path)
+    with _naming(f'{name}.noise_manifest'):
+        for path in paths_in(data_cfg.get('noise_manifest')):
+            check = _check_shards if Path(expanduser(path)).is_dir() else _check_entries
+            check(path)
     if not any(data_cfg.get(key) for key in SOURCES[: None if use_lhotse else 1]):
         raise ValueError(
             f"{name}.manifest_filepath is {data_cfg.get('manifest_filepath')!r}; it must name a manifest"
             f"{', or shar_path, or input_cfg must name the data' if use_lhotse else ''}"
         )
     if not use_lhotse and not is_tarred:
+        limits = data_cfg.get('min_duration'), data_cfg.get('max_duration')
         for path in paths_in(data_cfg.manifest_filepath):
-            check_manifest(
-                path, f'{name}.manifest_filepath', data_cfg.get('min_duration'), data_cfg.get('max_duration')
-            )
+            check_manifest(path, f'{name}.manifest_filepath', *limits)
         return
-    remote = [_check_source(f'{name}.{key}', source) for key, source in sources_in(data_cfg)]
+    remote = [_check_source(f'{name}.{prefix}', source) for prefix, source in sources_in(data_cfg)]
     if not any(remote) and (use_lhotse or resumable is not None):
-        check_cuts(name, data_cfg if resumable is None else resumable_config(data_cfg, resumable, ranks=1))
+        config = data_cfg if resumable is None else resumable_config(data_cfg, resumable, ranks=1)
+        config = make_structured_with_schema_warnings(config)
+        config.force_finite = True
+        least, most = config.min_duration or 0.0, float('inf') if config.max_duration is None else config.max_duration
+        read = lambda: read_cutset_from_config(config)[0]
+        kept = lambda: (cut for cut in read() if least <= getattr(cut, 'duration', least) <= most)
+        with _naming(name):
+            _check_first('the data', kept, f', from min_duration = {least} to max_duration = {most} seconds,')
 
 
 def sources_in(data_cfg) -> Iterator[tuple[str, dict]]:
-    """Yield the sections that name data, with the keys that lead to them, those within ``input_cfg`` included."""
+    """Yield the sections that name data, those within ``input_cfg`` included, each after what leads to its keys."""
     groups = data_cfg.get('input_cfg')
     if groups is None:
-        yield 'manifest_filepath', data_cfg
+        yield '', data_cfg
         return
     groups = OmegaConf.load(expanduser(groups)) if isinstance(groups, (str, Path)) else groups
     for number, group in enumerate(groups):
-        for key, source in sources_in(group):
-            yield f'input_cfg[{number}].{key}', source
-
-
-def _check_source(key: str, source) -> bool:
-    """Check what one section names; return whether it is elsewhere."""
-    tars, manifests = (
-        [file for path in paths_in(source.get(name)) for file in expanded(path)]
-        for name in ('tarred_audio_filepaths', 'manifest_filepath')
-    )
-    shards = source.get('shar_path')
-    shards = [] if isinstance(shards, (dict, DictConfig)) else paths_in(shards)
-    for path in manifests:
-        check_entries(key, path, () if tars else ('audio_filepath', 'duration'), with_audio=not tars)
-    for tar in tars:
-        _check_tar(key.replace('manifest_filepath', 'tarred_audio_filepaths'), tar)
-    for folder in shards:
-        check_shards(folder, key.replace('manifest_filepath', 'shar_path'))
-    return any(map(is_remote, (*tars, *manifests, *shards)))
-
-
-def check_cuts(name: str, data_cfg) -> None:
-    """Let NeMo make the cuts of a lhotse section, and take the first within its limits; ValueError has NeMo's reason."""
-    config = make_structured_with_schema_warnings(data_cfg)
-    config.force_finite = True
-    least, most = config.min_duration or 0.0, float('inf') if config.max_duration is None else config.max_duration
-    _check_first(
-        f'{name}: lhotse cannot read the data',
-        lambda: (
-            cut for cut in read_cutset_from_config(config)[0] if least <= getattr(cut, 'duration', least) <= most
-        ),
-        f"{name}, from min_duration = {least} to max_duration = {most} seconds,",
-    )
-
-
-def _check_first(failure: str, open_cuts, where: str) -> None:
-    try:
-        first = next(iter(open_cuts()), None)
-    except Exception as error:  # each reader has errors of its own
-        raise ValueError(f"{failure}: {type(error).__name__}: {error}") from error
-    if first is None:
-        raise ValueError(f"{where} has no entries")
-
-
-def check_noise(key: str, path: str) -> None:
-    """Check a manifest or a folder of shards with noise; raise ValueError naming the key and what is wrong."""
-    if Path(expanduser(path)).is_dir():
-        check_shards(path, key)
-    elif not is_remote(path):
-        for file in expanded(path):
-            check_entries(key, file)
-
-
-def check_entries(key: str, path: str, needed: tuple[str, ...] = (), with_audio: bool = True) -> None:
-    """Check the entries of a manifest, and the audio of the first and the last; errors are those of :func:`check_manifest`."""
-    if is_remote(path):
-        return
-    _check_is_file(key, path)
-    try:
-        lines = read_entries(path, needed)
-        named = (line for line in lines if line.audio)
-        ends = [next(named), *deque(named, maxlen=1)]
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
-    for line in ends if with_audio else ():
-        _check_audio(key, line)
-
-
-def _check_is_file(key: str, path: str, hint: str = '') -> None:
-    if not Path(expanduser(path)).is_file():
-        raise ValueError(f"{key}: no file {path}{hint}")
-
-
-def _check_tar(key: str, path: str) -> None:
-    if not is_remote(path):
-        _check_is_file(key, path)
-        try:
-            tarfile.open(expanduser(path)).close()
-        except tarfile.ReadError as error:
-            raise ValueError(f"{key}: {path} is no tar file: {error}") from error
-
-
-def check_shards(folder: str, key: str) -> None:
-    """Check that a folder has shards, and that lhotse reads the first cut; raise ValueError naming the folder."""
-    if is_remote(folder):
-        return
-    for part in ('cuts.000000.jsonl.gz', 'recording.000000.tar'):
-        if not list(Path(expanduser(folder)).glob(f"{part.partition('.')[0]}.*")):
-            raise ValueError(f"{key}: {folder} has no shards ({part}); prepare_shards.py makes them in OUTPUT/shar")
-    read = f'{key}: lhotse cannot read {folder}'
-    _check_first(read, lambda: CutSet.from_shar(in_dir=expanduser(folder)), f'{key}: {folder}')
+        for prefix, source in sources_in(group):
+            yield f'input_cfg[{number}].{prefix}', source
 
 
 def check_manifest(path: str, key: str, min_duration: float | None = None, max_duration: float | None = None) -> int:
@@ -160,27 +81,92 @@ def check_manifest(path: str, key: str, min_duration: float | None = None, max_d
     """
     if is_remote(path):
         return 0
-    is_pattern = path.endswith('.gz') or len(expanded(path)) > 1
-    _check_is_file(key, path, '; patterns and compressed manifests need use_lhotse: true' if is_pattern else '')
-    if path.endswith('.gz'):
-        raise ValueError(f"{key}: {path} is compressed, which needs use_lhotse: true")
-    try:
-        first = list(itertools.islice(read_entries(path), FIRST))
-        index = index_of(expanduser(path))
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
-    for line in first:
-        _check_audio(key, line)
-    kept = int(index.lasting(min_duration, max_duration).sum())
-    if not kept:
-        raise ValueError(
-            f"{key}: none of the {len(index)} entries of {path} lasts from min_duration = {min_duration} to "
-            f"max_duration = {max_duration} seconds"
-        )
+    with _naming(key):
+        if path.endswith('.gz') or len(expanded(path)) > 1:
+            raise ValueError(f"{path} is compressed or a pattern, which needs use_lhotse: true")
+        [file] = _local_files(path)
+        for line in itertools.islice(read_entries(file), FIRST):
+            _check_audio(line)
+        index = index_of(file)
+        kept = int(index.lasting(min_duration, max_duration).sum())
+        if not kept:
+            raise ValueError(
+                f"none of the {len(index)} entries of {path} lasts from min_duration = {min_duration} to "
+                f"max_duration = {max_duration} seconds"
+            )
     return kept
 
 
-def _check_audio(key: str, line: Line) -> None:
+@contextmanager
+def _naming(key: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def _check_source(prefix: str, source) -> bool:
+    """Check what one section names; return whether it is elsewhere."""
+    tars, manifests = paths_in(source.get('tarred_audio_filepaths')), paths_in(source.get('manifest_filepath'))
+    shards = source.get('shar_path')
+    shards = [] if isinstance(shards, (dict, DictConfig)) else paths_in(shards)
+    needed: tuple[str, ...] = () if tars else ('audio_filepath', 'duration')
+    check_entries = partial(_check_entries, needed=needed, with_audio=not tars)
+    for key, check, paths in (
+        ('manifest_filepath', check_entries, manifests),
+        ('tarred_audio_filepaths', _check_tar, tars),
+        ('shar_path', _check_shards, shards),
+    ):
+        with _naming(f'{prefix}{key}'):
+            for path in paths:
+                check(path)
+    return any(map(is_remote, (*tars, *manifests, *shards)))
+
+
+def _local_files(pattern: str) -> list[str]:
+    files = [] if is_remote(pattern) else [expanduser(path) for path in expanded(pattern)]
+    for path in files:
+        if not Path(path).is_file():
+            raise ValueError(f"no file {path}")
+    return files
+
+
+def _check_entries(pattern: str, needed: tuple[str, ...] = (), with_audio: bool = True) -> None:
+    """Check the entries of manifests, and the audio of the first and the last of each."""
+    for path in _local_files(pattern):
+        named = (line for line in read_entries(path, needed) if line.audio)
+        ends = [next(named), *deque(named, maxlen=1)]
+        for line in ends if with_audio else ():
+            _check_audio(line)
+
+
+def _check_tar(pattern: str) -> None:
+    for path in _local_files(pattern):
+        try:
+            tarfile.open(path).close()
+        except tarfile.ReadError as error:
+            raise ValueError(f"{path} is no tar file: {error}") from error
+
+
+def _check_shards(folder: str) -> None:
+    if is_remote(folder):
+        return
+    for part in ('cuts.000000.jsonl.gz', 'recording.000000.tar'):
+        if not list(Path(expanduser(folder)).glob(f"{part.partition('.')[0]}.*")):
+            raise ValueError(f"{folder} has no shards ({part}); prepare_shards.py makes them in OUTPUT/shar")
+    _check_first(folder, lambda: CutSet.from_shar(in_dir=expanduser(folder)))
+
+
+def _check_first(what: str, open_cuts: Callable, limits: str = '') -> None:
+    try:
+        first = next(iter(open_cuts()), None)
+    except Exception as error:  # each reader has errors of its own
+        raise ValueError(f"lhotse cannot read {what}: {type(error).__name__}: {error}") from error
+    if first is None:
+        raise ValueError(f"{what}{limits} has no entries")
+
+
+def _check_audio(line: Line) -> None:
     for file in [line.audio] if isinstance(line.audio, str) else line.audio:
         if not is_remote(file) and not Path(get_full_path(file, manifest_file=line.manifest)).is_file():
-            raise ValueError(f"{key}: {line.manifest}, line {line.number}: no audio file {file}")
+            raise ValueError(f"{line.manifest}, line {line.number}: no audio file {file}")
