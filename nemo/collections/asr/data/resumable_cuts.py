@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Resumable batches of data that lhotse reads: manifests, tarred manifests, lhotse Shar, mixtures, buckets. New here.
 
-As in lhotse, the shards of each source are shuffled, divided among ranks and workers, and read in the workers. A reader (one
-worker of one rank) reads segments: as many cuts as the sampler's buffer holds, which NeMo's sampler makes batches of, until
-nothing is left. All draws of a segment are seeded with its first position. So a place is where each source was when the
-segment began, and how many of its batches are used. To resume, a reader opens the open shards, and makes these batches again
-without loading audio.
+The shards of each source are divided among readers, the workers of all ranks. A reader reads segments: as many cuts as the
+sampler's buffer holds, which NeMo's sampler makes batches of, until nothing is left. All draws of a segment are seeded with its
+first position. So a place is where each source was when the segment began, and how many of its batches are used. To resume, a
+reader opens the open shards, and makes these batches again without loading audio.
 """
 
 import copy
@@ -88,8 +87,9 @@ def make_resumable_cuts(loader: DataLoader, config, options, rank: int, ranks: i
         segment=buffer or 10000,
         finite=config.get('force_finite', False),
     )
-    kept = {name: getattr(loader, name) for name in ('collate_fn', 'num_workers', 'pin_memory', 'worker_init_fn')}
-    return ResumableCutLoader(data, seed=data.seed, batch_size=None, **kept)
+    kept = {name: getattr(loader, name) for name in ('num_workers', 'pin_memory', 'worker_init_fn')}
+    collate = partial(_collate_batch, loader.collate_fn)
+    return ResumableCutLoader(data, seed=data.seed, batch_size=None, collate_fn=collate, **kept)
 
 
 @dataclass(eq=False)
@@ -107,17 +107,16 @@ class CutStream:
 
     def __post_init__(self):
         self.parts = -(-self.readers // max(1, len(self.open_shard)))
-        self.go_to(0, (0, 0, 0, 0))
 
     def go_to(self, reader: int, position: tuple[int, int, int, int]) -> None:
         """Set the reader, and its position: pass, first shard of the pass, shards read by the reader, cuts read of the next."""
-        self.reader, self.position, self._cuts = reader, tuple(position), None
+        self.reader, self.position = reader, tuple(position)
+        self._cuts = self._read()
 
     def __iter__(self) -> 'CutStream':
         return self
 
     def __next__(self):
-        self._cuts = self._cuts or self._read()
         return next(self._cuts)
 
     def __deepcopy__(self, memo) -> 'CutStream':
@@ -215,9 +214,10 @@ class ResumableCutLoader(ResumableLoader):
         """Return the places of the readers of all ranks; every rank calls it."""
         self._count_used()
         data = self.dataset
-        places: list = [{data.rank: dict(data.places)}]
+        own: tuple = data.rank, dict(data.places)
+        places = [own]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            own, places = places[0], [None] * torch.distributed.get_world_size()
+            places *= torch.distributed.get_world_size()
             torch.distributed.all_gather_object(places, own)
         return {
             'readers': data.readers,
@@ -225,7 +225,7 @@ class ResumableCutLoader(ResumableLoader):
             'parts': [stream.parts for stream in data.streams],
             'begin': list(data.begin),
             'first_reader': data.first_reader,
-            'places': {rank: of_rank for part in places for rank, of_rank in part.items()},
+            'places': dict(places),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -238,9 +238,9 @@ class ResumableCutLoader(ResumableLoader):
         data.begin = [_next_shard(state, index, stream.parts) for index, stream in enumerate(data.streams)]
         data.places, data.first_reader = {}, 0
         logging.warning(
-            f"train_ds.resumable: the state is of {state['readers']} readers (ranks times workers), now there are "
-            f"{data.readers}. They continue with shards that no reader had opened when its last segment began: up to {data.segment} "
-            "utterances of each reader may come twice, and what was left of open shards is left out of this pass."
+            f"train_ds.resumable: the state is of {state['readers']} readers (ranks times workers), now there are {data.readers}. "
+            f"They continue with shards that no reader had opened when its last segment began: up to {data.segment} utterances "
+            "of each reader may come twice, and what was left of open shards is left out of this pass."
         )
 
     def _placed_batches(self) -> Iterator[tuple]:
@@ -249,14 +249,6 @@ class ResumableCutLoader(ResumableLoader):
         self._count_used()
         self._pass_has_ended = True
         self._begin_next_pass_when_used()
-
-    def _get_iterator(self):
-        collate = self.collate_fn
-        self.collate_fn = partial(_collate_batch, collate)
-        try:
-            return super()._get_iterator()
-        finally:
-            self.collate_fn = collate
 
     def _use(self, place: tuple) -> None:
         reader, of_reader = place

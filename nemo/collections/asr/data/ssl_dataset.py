@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``ssl_dataset.py``: bad audio is an error that names it, or is left out and counted.
 
-``train_ds.skip_bad_audio``: absent or false, an utterance that cannot be read or has non-finite samples ends the epoch with an
-error that names its file, from a data worker as well; true, it is left out of its batch, logged, and counted. Silence takes the
-place of a batch of which nothing is left, see ``NonFiniteGuard``. Several channels are mixed down, or ``channel_selector`` selects
-one.
+``skip_bad_audio``: absent or false, an utterance that cannot be read or has non-finite samples ends the epoch, from a data worker
+as well; true, it is left out of its batch. Silence takes the place of a batch of which nothing is left, see ``NonFiniteGuard``.
+Several channels are mixed down, or ``channel_selector`` selects one.
 """
 
 import io
@@ -59,22 +58,20 @@ class NothingLeftError(BadAudioError):
 def leave_out(bad: BadAudioError, skip: bool | None, count: int = 1) -> None:
     """Log and count utterances that are skipped; raise BadAudioError if they are not to be."""
     if not skip:
-        hint = 'with train_ds.skip_bad_audio: true it would be skipped'
-        raise BadAudioError(f"bad audio{on_this_rank()}: {bad}; {hint}") from bad
+        message = f"bad audio{on_this_rank()}: {bad}; with train_ds.skip_bad_audio: true it would be skipped"
+        raise BadAudioError(message) from bad
     logging.warning(f"Skipped bad audio{on_this_rank()}: {bad}{f' and {count - 1} others' if count > 1 else ''}")
     LEFT_OUT.add(bad.reason, str(bad), count)
 
 
 @dataclass
 class AudioNoiseBatch(_up.AudioNoiseBatch):
-    """NeMo's batch, and how many utterances were left out of it, and whether its samples were checked already."""
+    """NeMo's batch, and what was left out of it."""
 
-    skipped: int = 0
+    skipped: int = 0  # utterances
     samples_are_checked: bool = False
-    is_silence: bool = False
-    """Whether nothing was left of it: an utterance of silence takes its place, which adds no gradient."""
-    sources: list[str] | None = None
-    """The tag ``source`` of each utterance, where lhotse's ``input_cfg`` gives one."""
+    is_silence: bool = False  # which takes the place of a batch of which nothing is left, and adds no gradient
+    sources: list[str] | None = None  # the tag of each utterance, where lhotse's input_cfg gives one
 
 
 def silent_batch(skipped: int) -> AudioNoiseBatch:
@@ -112,7 +109,7 @@ class _LeavesOut:
             return SKIPPED
 
     def _check_duration(self, item, entry, file: str) -> None:
-        """Find files that were cut off, which decoders read without an error; NeMo pads them."""
+        """Find files that were cut off: decoders read them without an error, and NeMo pads them."""
         found = item.audio.samples_read / self.featurizer.sample_rate
         expected = 0.0 if self.trim or entry.duration is None else entry.duration
         if found < LEAST_SHARE_OF_DURATION * expected:
@@ -209,15 +206,10 @@ def _file_id(name: str) -> str:
 
 
 class ChecksCuts:
-    """Mixin for NeMo's lhotse datasets, before NeMo's class: bad audio is counted or refused, and channels mixed down.
+    """Mixin for NeMo's lhotse datasets, before NeMo's class: bad audio is counted or refused, and channels mixed down."""
 
-    As in NeMo, lhotse skips and logs what it cannot read, unless ``skip_bad_audio`` is set to false.
-    """
-
-    skip_bad_audio: bool | None = None
-    """Whether bad audio is left out; None: what cannot be read, and not what is NaN or infinite."""
-    skipped = 0
-    """Utterances that were left out of the latest batch."""
+    skip_bad_audio: bool | None = None  # None, as in NeMo: leaves out what cannot be read, not what is NaN or infinite
+    skipped = 0  # utterances, of the latest batch
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -229,10 +221,7 @@ class ChecksCuts:
         """Return the audio, lengths and cuts that can be read and are finite; raise NothingLeftError if none are."""
         self.skipped = 0
         found = self._readable(cuts)
-        left, read = (
-            list(cuts),
-            [],
-        )  # lhotse returns those that are read with padding; segments of a file may share its id
+        left, read = list(cuts), []  # lhotse pads what it returns, and segments of a file may share its id
         for cut in [] if found is None else found[2]:
             read.append(left.pop(next(place for place, own in enumerate(left) if own.id == cut.id)))
         if left:
@@ -244,7 +233,7 @@ class ChecksCuts:
         if samples_are_valid(audios):
             return found
         valid = torch.tensor([samples_are_valid(audio) for audio in audios])
-        bad = [cut for cut, is_valid in zip(read, valid) if not is_valid]
+        bad = list(itertools.compress(read, ~valid))
         self._leave_out(bad, NOT_FINITE, NOT_FINITE, self.skip_bad_audio, nothing_left=not valid.any())
         return audios[valid], lengths[valid], CutSet.from_cuts(itertools.compress(kept, valid))
 
@@ -269,10 +258,7 @@ class LhotseAudioNoiseDataset(ChecksCuts, _up.LhotseAudioNoiseDataset):
     """NeMo's lhotse dataset of noisy audio."""
 
     def __getitem__(self, cuts):
-        """Return a batch; its ``skipped`` counts what could not be read, too.
-
-        NeMo's stacks noises that are as long as their cuts, which fails where these differ.
-        """
+        """Return a batch; NeMo's way stacks noises that are as long as their cuts, which fails where these differ."""
         try:
             audios, lengths, read = self.load_audio(cuts)
         except NothingLeftError:
@@ -314,10 +300,10 @@ def _name_of_cut(cut) -> str:
 
 
 def load_noise_manifest(noise_manifest) -> list[dict]:
-    """Read noise manifests, compressed or not, named by a pattern or not, and folders of shards.
+    """Read noise manifests, compressed or not, and folders of shards, which are held in memory: noise is drawn at random.
 
-    Shards can only be read in order, and noise is drawn at random. So they are held in memory, compressed, once for all
-    workers that are forks. A folder without shards, or a manifest that is none, is a ValueError.
+    Raises:
+        ValueError: naming a folder without shards, or a manifest that is none.
     """
     entries = []
     for name in map(os.path.expanduser, paths_in(noise_manifest)):
@@ -328,18 +314,11 @@ def load_noise_manifest(noise_manifest) -> list[dict]:
     return entries
 
 
-class _Content(bytes):
-    """A file's content, which NeMo prints with the entry where it cannot read it."""
-
-    def __repr__(self) -> str:
-        return f'<{len(self)} bytes>'
-
-
 def _noise_of_shards(folder: str) -> list[dict]:
     entries = []
     try:
         for cut in CutSet.from_shar(in_dir=folder):
-            content = _Content(cut.recording.sources[0].source)
+            content = io.BytesIO(cut.recording.sources[0].source)  # NeMo prints an entry that it cannot read
             entries.append({'audio_filepath': f'{folder}: {cut.id}', 'duration': cut.duration, 'content': content})
     except (AssertionError, IndexError, KeyError, TypeError) as error:  # lhotse's, of a folder that is something else
         raise ValueError(f"noise_manifest {folder} is a folder, but not one of shards: {error}") from error
@@ -357,7 +336,7 @@ def load_noise_audio(sample, sample_rate, max_audio_len=None, **kwargs):
     """Load noise as NeMo does, mixed down; noise that is bad is counted, and NeMo takes other noise."""
     read, longest = sample, np.inf if max_audio_len is None else max_audio_len / sample_rate
     if 'content' in sample:
-        read = {**sample, 'audio_filepath': io.BytesIO(sample['content'])}
+        read = {**sample, 'audio_filepath': io.BytesIO(sample['content'].getvalue())}
         if longest < sample['duration']:  # NeMo would open it again for each part that it tries
             read |= {'offset': np.random.uniform(0, sample['duration'] - longest), 'duration': longest}
     try:

@@ -49,15 +49,12 @@ def with_own_options(loader, synced_contexts=None, skip_bad_audio=None, resumabl
     for part in parts_of(getattr(loader, 'dataset', None)):
         if channel_selector is not None and hasattr(part, 'featurizer'):  # NeMo's tarred datasets take none
             part.featurizer.channel_selector = channel_selector
-    if resumable is not None:
-        loader = make_resumable(loader, resumable)
     if synced_contexts is not None:
         SyncedContexts.parse(synced_contexts, 'synced_contexts')
         if not isinstance(loader, DataLoader):
             raise ValueError(f"synced_contexts needs a torch data loader; {type(loader).__name__} collates nothing")
         loader.collate_fn = create_synced_context_collate(loader.collate_fn, **synced_contexts)
-    end_workers_with_their_parent(loader)
-    return loader
+    return loader if resumable is None else make_resumable(loader, resumable)
 
 
 class LogLeftOut(pl.Callback):
@@ -130,9 +127,11 @@ class TrainingDataMixin:
         loader = super()._setup_dataloader_from_config(config)
         if loader is None:
             return None
+        loader = with_own_options(loader, channel_selector=selector, **own)
         if options is not None:
             loader = make_resumable_cuts(loader, config, options, self.global_rank, self.world_size)
-        return with_own_options(loader, channel_selector=selector, **own)
+        end_workers_with_their_parent(loader)
+        return loader
 
     def setup_training_data(self, train_data_config) -> None:
         """Make the training loader, as NeMo does.
