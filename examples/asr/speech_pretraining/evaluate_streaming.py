@@ -72,12 +72,11 @@ def measure_entry(model, entry: dict, contexts: list, options: argparse.Namespac
     """
     from nemo.collections.asr.data.audio_files import read_entry
     from nemo.collections.asr.parts.streaming.evaluation import compare_with_offline, measure_stream
-    from nemo.collections.asr.parts.streaming.text import TextOptions
 
     samples, found = read_entry(entry, sample_rate_of(model)), []
-    text = TextOptions() if hasattr(model, 'decoding') else None
+    text = hasattr(model, 'decoding')
     for context in contexts:
-        wanted = dict(surprise=options.surprise, weights=options.weights, text=text)
+        wanted = dict(return_surprise=options.surprise, weights=options.weights, return_text=text)
         found.append(measure_stream(model, samples, context, options.step_seconds, **wanted))
         compare_with_offline(model, samples, found[-1])
     return found

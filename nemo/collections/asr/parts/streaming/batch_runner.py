@@ -2,14 +2,13 @@
 """Many live streams as one batch: from samples to encoder frames, whatever the phase of each.
 
 Counts on the CPU give which features are complete, which frames are due, where in the rings they lie, and what is seen of
-them. So there is no Python loop over streams, and nothing is read back from the device.
-
-A layer that waits for r frames gives out what arrived r frames before. A stream that ends is pushed on with frames that no
-query sees until its last one is out.
+them. So there is no Python loop over streams, and nothing is read back from the device. A layer that waits for r frames gives
+out what arrived r frames before. A stream that ends is pushed on with frames that no query sees until its last one is out.
 
 Shapes: B streams, R of them, N samples, F features, T feature frames, Q frames of a push, D the width, A encoder frames.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from nemo.collections.asr.parts.att_context.windows import Window
 from nemo.collections.asr.parts.streaming.layers import GROWTH, LayerStage
 from nemo.collections.asr.parts.streaming.mel import StreamingMel
 from nemo.collections.asr.parts.streaming.prepared_weights import PreparedEncoder, check_encoder_can_stream
-from nemo.collections.asr.parts.streaming.ring_buffers import RingBuffer, Rows, Stage, ring_window
+from nemo.collections.asr.parts.streaming.ring_buffers import RingBuffer, Rows, Stage, Visible, ring_window
 
 FEATURES = 'sample_rate', 'n_fft', 'win_length', 'hop_length', 'nfilt', 'preemph', 'mag_power', 'log'
 BLOCK = 4  # frames that are pushed at once where streams have them
@@ -36,17 +35,17 @@ class BatchRunner:
     are a stream's own [R, T or Q] bool; they return what to go on with.
     """
 
-    def __init__(self, mel: StreamingMel, encoder, context: AttContext, batch: int, precision: str, observers=None):
+    def __init__(
+        self, mel: StreamingMel, encoder: Any, context: AttContext, batch: int, precision: str, observers: Any = None
+    ):
         check_encoder_can_stream(encoder, context)
         self.mel, self.context, self.observers = mel, context, observers
         self.weights = weights = PreparedEncoder.of(encoder, precision)
         self.windows, self.style = encoder.effective_windows(context), encoder.att_context_style
         self.factor, self.chunk = encoder.subsampling_factor, Window(context, self.style).chunk
         self.width = encoder.d_model if encoder.out_proj is None else encoder.out_proj.out_features
-        weight = next(encoder.parameters())
-        self.like = dict(dtype=weight.dtype, device=weight.device)
-        self.device = weight.device
-        chunked = self.style == 'chunked_limited'
+        weight, chunked = next(encoder.parameters()), self.style == 'chunked_limited'
+        self.device, self.like = weight.device, dict(dtype=weight.dtype, device=weight.device)
         waits = [0 if chunked else window.context.right for window in self.windows]  # of each layer, in frames
         self.lag = sum(waits)
         self.look_ahead = context.right if chunked else self.lag
@@ -57,14 +56,14 @@ class BatchRunner:
         self.features = RingBuffer(batch, self.factor * (2 * self.block + 3), mel.features, **self.like)
         self.subsampling = weights.subsampling.new_stage(batch)
         self.layers: list[LayerStage] = []
-        for layer, window, wait in zip(weights.layers, self.windows, waits, strict=True):
-            left, behind = window.context.left, sum(waits[: len(self.layers)])
+        for index, (layer, window, wait) in enumerate(zip(weights.layers, self.windows, waits, strict=True)):
+            left = window.context.left
             ring = ring_window(window, GROWTH if left == UNLIMITED else left + self.block + wait, wait, self.device)
-            self.layers.append(LayerStage(batch, layer, ring, behind, self.subsampling.count))
+            self.layers.append(LayerStage(batch, layer, ring, sum(waits[:index]), self.subsampling.count))
         self.stages: list[Stage] = [self.samples, self.features, self.subsampling, *self.layers]
         self._grows = any(stage.window.is_unlimited for stage in self.layers)
 
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
         """Return what two runners must have in common to share a stream."""
         return {
             'att_context_size': self.context.as_list(),
@@ -93,7 +92,7 @@ class BatchRunner:
         Returns the frames that they complete [B, A, D], 0 behind a stream's own, and how many these are [B].
         """
         samples = samples[:, : int(lengths.max())].to(self.device, non_blocking=True)
-        found = _Gathered(len(ends))
+        found: list[tuple[torch.Tensor, Rows, np.ndarray]] = []
         count = max(-(-samples.shape[1] // self.unit), 1)
         with without_autocast(self.device):
             for index in range(count):
@@ -102,8 +101,8 @@ class BatchRunner:
                 last = ends if index == count - 1 else np.zeros_like(ends)
                 if some.any() or last.any():
                     self._take(samples[:, start : start + self.unit], some, last)
-                    self._push_all(last, found)
-        return found.result(self.width, **self.like)
+                    found += self._push_all(last)
+        return self._joined(found)
 
     def _total(self) -> np.ndarray:
         """Return how many encoder frames offline makes of the features, [B]."""
@@ -124,8 +123,8 @@ class BatchRunner:
             found = self.observers.take(found, rows.numbers, np.arange(most) < counts[:, None])
         self.features.write(rows, found.to(self.like['dtype']), counts)
 
-    def _push_all(self, ends: np.ndarray, out: '_Gathered') -> None:
-        """Push all frames that are due through the layers."""
+    def _push_all(self, ends: np.ndarray) -> Iterator[tuple[torch.Tensor, Rows, np.ndarray]]:
+        """Push all frames that are due through the layers, and yield what comes out with its rows and what is valid of it."""
         due: Any = -(-self.features.count // self.factor) // self.chunk * self.chunk - self.subsampling.count
         ending = None
         if ends.any():
@@ -136,11 +135,17 @@ class BatchRunner:
         while (most := due.max()) > 0:
             count = self.block if most >= self.block else self.chunk
             active = due >= count
-            self._push(self._rows(active), count, ending, out)
+            rows = self._rows(active)
+            frames, valid = self._push(rows, count, ending)
+            if valid.any():
+                yield frames, rows, valid
             due[active] -= count
 
-    def _push(self, rows: Rows, count: int, ends: list | None, out: '_Gathered') -> None:
-        """Push some frames of some streams through all layers; ``ends`` are the features and frames of each stream, [B]."""
+    def _push(self, rows: Rows, count: int, ends: list[np.ndarray] | None) -> tuple[torch.Tensor, np.ndarray]:
+        """Push some frames of some streams through all layers; ``ends`` are the features and frames of each stream, [B].
+
+        Returns frames [R, Q, D], and which of them are a stream's own [R, Q].
+        """
         first = rows.counts(self.subsampling.count)
         last = None if ends is None else rows.counts(ends[1])
         frames = self._subsample(rows, first, count, ends)
@@ -152,7 +157,7 @@ class BatchRunner:
         if self._grows:
             for stage in self.layers:
                 stage.reserve(count)
-        seen: dict = {}
+        seen: dict[Any, Visible] = {}
         for stage in self.layers:
             key = stage.window, stage.behind
             if key not in seen:
@@ -160,11 +165,9 @@ class BatchRunner:
             frames = stage.layer.step(stage, frames, rows, seen[key])
         if self.weights.out is not None:
             frames = self.weights.out(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-        valid = _own(rows, first - self.lag, count, last)
-        if valid.any():
-            out.add(frames, rows, valid)
+        return frames, _own(rows, first - self.lag, count, last)
 
-    def _subsample(self, rows: Rows, first: np.ndarray, count: int, ends: list | None) -> torch.Tensor:
+    def _subsample(self, rows: Rows, first: np.ndarray, count: int, ends: list[np.ndarray] | None) -> torch.Tensor:
         """Return the frames that enter the first layer, [R, Q, D]."""
         start, width = self.factor * (first - 1) + 1, self.factor * count  # the features of each
         found = self.features.read(rows, start, width)
@@ -178,6 +181,23 @@ class BatchRunner:
         left = None if ends is None else self._tensor(np.clip(total[:, 0] - start, 0, width))
         return step(caches, found, rows, begins, left)
 
+    def _joined(self, found: list[tuple[torch.Tensor, Rows, np.ndarray]]) -> tuple[torch.Tensor, np.ndarray]:
+        """Join frames [R, Q, D] of which ``valid`` [R, Q] are a stream's own: [B, A, D], and how many each has [B]."""
+        totals: np.ndarray = np.zeros((len(found) + 1, len(self.samples.count)), np.int64)  # before each part
+        for index, (_, rows, valid) in enumerate(found):
+            totals[index + 1, rows.numbers] = valid.sum(axis=1)
+        totals = totals.cumsum(axis=0)
+        if found and all(rows.is_whole and valid.all() for _, rows, valid in found):
+            return found[0][0] if len(found) == 1 else torch.cat([frames for frames, *_ in found], dim=1), totals[-1]
+        joined = torch.zeros(totals.shape[1], int(totals[-1].max()), self.width, **self.like)
+        for before, (frames, rows, valid) in zip(totals, found):
+            row, column = np.nonzero(valid)
+            places = before[rows.numbers[row]] + np.cumsum(valid, axis=1)[row, column] - 1
+            index = np.stack((rows.numbers[row], places, row, column))
+            to_row, to_place, from_row, from_column = torch.from_numpy(index).to(self.device, non_blocking=True)
+            joined[to_row, to_place] = frames[from_row, from_column].to(joined.dtype)
+        return joined, totals[-1]
+
     def _rows(self, active: np.ndarray) -> Rows:
         return self._whole if active.all() else Rows(active, self.device)
 
@@ -190,31 +210,3 @@ def _own(rows: Rows, first: np.ndarray, count: int, last: np.ndarray | None) -> 
     places = first[:, None] + np.arange(count)
     valid = (places >= 0) & rows.valid[:, None]
     return valid if last is None else valid & (places < last[:, None])
-
-
-class _Gathered:
-    """Frames that come out a few at a time, stream by stream."""
-
-    def __init__(self, batch: int):
-        self.counts: np.ndarray = np.zeros(batch, np.int64)
-        self.parts: list = []
-
-    def add(self, frames: torch.Tensor, rows: Rows, valid: np.ndarray) -> None:
-        """Take frames [R, Q, D] of some streams, of which ``valid`` [R, Q] are a stream's own."""
-        alike = rows.is_whole and bool(valid.all())
-        self.parts.append((frames, alike, rows.numbers, valid, self.counts[rows.numbers]))
-        self.counts[rows.numbers] += valid.sum(axis=1)
-
-    def result(self, width: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, np.ndarray]:
-        """Return all frames [B, A, D], with zeros behind each stream's own, and how many each has [B]."""
-        if self.parts and all(alike for _, alike, *_ in self.parts):
-            frames = [part[0] for part in self.parts]
-            return (frames[0] if len(frames) == 1 else torch.cat(frames, dim=1)), self.counts
-        joined = torch.zeros(len(self.counts), int(self.counts.max()), width, dtype=dtype, device=device)
-        for frames, _, numbers, valid, before in self.parts:
-            rows, columns = np.nonzero(valid)
-            places = before[rows] + np.cumsum(valid, axis=1)[rows, columns] - 1
-            index = np.stack((numbers[rows], places, rows, columns))
-            to_row, to_place, from_row, from_column = torch.from_numpy(index).to(device, non_blocking=True)
-            joined[to_row, to_place] = frames[from_row, from_column].to(dtype)
-        return joined, self.counts

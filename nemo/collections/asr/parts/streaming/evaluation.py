@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures of streams: time per step, difference to offline, errors and latency of words, surprise.
 
-Shapes: N samples, D the encoder's width, A attention frames, S target frames.
+Shapes: N samples, D the encoder's width, A attention frames.
 """
 
 import time
@@ -35,21 +35,20 @@ class StreamMeasures:
     step_ms: list[float]
     text: str | None = None  # of a recogniser
     word_latency_ms: list[float] = field(default_factory=list)  # audio after a word's last frame until it was final
-    surprise: list[float] | None = None  # nats of each token after the settling seconds
+    surprise: list[float] = field(default_factory=list)  # nats of each token after the settling seconds
     largest_difference: float | None = None  # of encoder outputs, to the offline forward
     token_agreement: float | None = None  # share of frames with the token of the offline forward
 
 
 def measure_stream(
-    model, samples: np.ndarray, context=None, step_seconds=0.08, surprise=False, weights='float32', text=None
+    model: Any, samples: np.ndarray, context: Any = None, step_seconds: float = 0.08, **wanted: Any
 ) -> StreamMeasures:
     """Stream samples [N] float32 of the model's rate and full scale 1, so many seconds in each step, and measure it.
 
-    ``surprise`` is whether to measure that, ``text`` the ``TextOptions`` or None; the others are those of the session.
+    ``wanted`` are arguments of the session: ``weights``, ``return_text``, ``return_surprise``.
     """
     has_tokens = 'encoder_output' in (getattr(getattr(model, 'decoder', None), 'input_types', None) or {})
-    wanted = dict(return_tokens=has_tokens, return_text=text or False, return_surprise=surprise, weights=weights)
-    session = StreamingSession(model, 1, context, **wanted)
+    session = StreamingSession(model, 1, context, return_tokens=has_tokens, **wanted)
     rate, size = session.sample_rate, max(round(step_seconds * session.sample_rate), 1)
     outputs, step_ms, latencies = list[Any](), [], []
     for start in range(0, len(samples), size):
@@ -58,14 +57,14 @@ def measure_stream(
         outputs.append(session.step(piece))
         step_ms.append(1000 * (time.perf_counter() - before))
         received = min(start + size, len(samples)) / rate
-        words = outputs[-1].text[0].final_words if text else []
+        words = outputs[-1].text[0].final_words if session.return_text else []
         latencies += [1000 * max(received - word.end, 0.0) for word in words]
     cache_bytes = session.cache_bytes_per_stream
     output: Any = StreamingOutput.concatenate([*outputs, session.finish()])
     facts = session.att_context.as_list(), len(samples) / rate, 1000 * session.look_ahead_samples / rate, cache_bytes
-    said = session.transcript().text if text else None
+    said = session.transcript().text if session.return_text else None
     measures = StreamMeasures(*facts, output, step_ms, said, latencies)
-    if surprise:
+    if session.return_surprise:
         normalised = getattr(model, 'target_normalize', None) == 'per_feature'
         settled = round(SETTLING_SECONDS * rate / session.frame_samples) if normalised else 0
         skipped = max(settled - int(output.surprise_start[0]), 0)
@@ -74,7 +73,7 @@ def measure_stream(
 
 
 @torch.no_grad()
-def encode_offline(model, samples: torch.Tensor, context) -> torch.Tensor:
+def encode_offline(model: Any, samples: torch.Tensor, context: Any) -> torch.Tensor:
     """Return the encoder's output [1, D, A] for samples [1, N] at once, in one attention context."""
     length = torch.tensor([samples.shape[1]], device=samples.device)
     with model.encoder.using_att_context_size(context):
@@ -84,39 +83,40 @@ def encode_offline(model, samples: torch.Tensor, context) -> torch.Tensor:
 
 
 @torch.no_grad()
-def compare_with_offline(model, samples: np.ndarray, measures: StreamMeasures) -> None:
+def compare_with_offline(model: Any, samples: np.ndarray, measures: StreamMeasures) -> None:
     """Add the difference of the stream to the offline forward of its samples [N]; nothing for audio over 300 s."""
     if measures.seconds > LONGEST_OFFLINE:
         return
     device = next(model.encoder.parameters()).device
     encoded = encode_offline(model, torch.from_numpy(samples)[None].to(device), measures.context)
-    output = measures.output
-    measures.largest_difference = (encoded - output.encoded).abs().max().item()
-    if output.tokens is not None:
+    measures.largest_difference = (encoded - measures.output.encoded).abs().max().item()
+    if measures.output.tokens is not None:
         tokens = decoder_of(model)(encoder_output=encoded).argmax(dim=2)
-        measures.token_agreement = (tokens == output.tokens).float().mean().item()
+        measures.token_agreement = (tokens == measures.output.tokens).float().mean().item()
 
 
-def summarize_streams(measures: Sequence[StreamMeasures], texts: Sequence[str | None]) -> dict:
+def summarize_streams(measures: Sequence[StreamMeasures], texts: Sequence[str | None]) -> dict[str, Any]:
     """Return the figures of one audio or more, with their transcripts, streamed in one context; None where there is none."""
-    times = [ms for each in measures for ms in each.step_ms]
-    latencies = [ms for each in measures for ms in each.word_latency_ms]
-    surprise = [nats for each in measures for nats in each.surprise or ()]
+
+    def joined(name: str) -> list[float]:
+        return [value for each in measures for value in getattr(each, name)]
+
+    def known(name: str) -> list[float]:
+        return [getattr(each, name) for each in measures if getattr(each, name) is not None]
+
     pairs = [(each.text, said) for each, said in zip(measures, texts, strict=True) if each.text is not None and said]
     rates = [word_error_rate(*map(list, zip(*pairs)), use_cer=use) if pairs else None for use in (False, True)]
-    seconds = sum(each.seconds for each in measures)
-    differences = [each.largest_difference for each in measures if each.largest_difference is not None]
-    agreements = [each.token_agreement for each in measures if each.token_agreement is not None]
+    seconds, times, surprise = sum(known('seconds')), joined('step_ms'), joined('surprise')
     return {
         'att_context_size': measures[0].context,
         'seconds': seconds,
         'look_ahead_ms': measures[0].look_ahead_ms,
-        'cache_bytes_per_stream': max(each.cache_bytes for each in measures),
-        'largest_difference': max(differences, default=None),
-        'token_agreement': min(agreements, default=None),
+        'cache_bytes_per_stream': max(known('cache_bytes')),
+        'largest_difference': max(known('largest_difference'), default=None),
+        'token_agreement': min(known('token_agreement'), default=None),
         **{f'step_ms_p{share}': _quantile(times, share) for share in (50, 95, 100)},
         'real_time_factor': sum(times) / 1000 / seconds if seconds else None,
-        **{f'word_latency_ms_p{share}': _quantile(latencies, share) for share in (50, 95)},
+        **{f'word_latency_ms_p{share}': _quantile(joined('word_latency_ms'), share) for share in (50, 95)},
         'wer': rates[0],
         'cer': rates[1],
         'surprise': float(np.mean(surprise)) if surprise else None,
@@ -127,7 +127,7 @@ def _quantile(values: list[float], share: float) -> float | None:
     return float(np.percentile(values, share)) if values else None
 
 
-def streamable_contexts(model) -> list[list[int]]:
+def streamable_contexts(model: Any) -> list[list[int]]:
     """Return those contexts of a model's configuration that do not need the whole utterance."""
     encoder = model.encoder
     found = [AttContext.parse(each) for each in encoder.att_context_size_all]

@@ -2,11 +2,9 @@
 """Conformer layers for many live streams at once, with cached keys, values and projected positions.
 
 NeMo's layer projects keys, values and positions of its whole cache in each step. Here they are projected once: the key of
-frame j lies at slot j % S of a ring.
-
-Frames *arrive* (first feed-forward, query, key and value), wait for the layer's look-ahead of r frames, and are *emitted*
-(attention, convolution, second feed-forward). Positions before a stream's first go through all layers like others, but no
-query sees them and they leave nothing in the convolution.
+frame j lies at slot j % S of a ring. Frames *arrive* (first feed-forward, query, key and value), wait for the layer's look-ahead
+of r frames, and are *emitted* (attention, convolution, second feed-forward). Positions before a stream's first go through all
+layers like others, but no query sees them and they leave nothing in the convolution.
 
 Shapes: B streams, R of them, Q frames of a push, D the width, H heads, K width of a head, S slots of a ring, P positions.
 """
@@ -17,6 +15,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,35 +57,28 @@ class LayerStage(Stage):
 
     def reserve(self, more: int = 0, least: int = 0) -> None:
         """Give a ring without a limit as many slots as the longest stream has frames; far too many are given back."""
-        needed = max(int(self.count.max()) - self.behind + more, least, 0)
-        slots = now = self.keys_values.shape[3]
-        if not self.window.is_unlimited or (now // SHRINKS_AT < needed <= now and now == self.window.slots):
+        now, needed = self.window.slots, max(int(self.count.max()) - self.behind + more, least, 1)
+        if not self.window.is_unlimited or now // SHRINKS_AT < needed <= now:
             return
-        while slots < needed:
-            slots *= 2
-        while now // SHRINKS_AT >= needed and slots // 2 >= max(needed, GROWTH):
-            slots //= 2
-        if slots > now:
-            self.keys_values = F.pad(self.keys_values, (0, 0, 0, slots - now))
-        elif slots < now:
-            self.keys_values = self.keys_values[:, :, :, :slots].clone()
-        window = self.window
-        self.window = ring_window(window.window, slots, window.wait, window.device)
-        self.table = self.layer.positions(self.window.future, self.window.past)
+        slots = max(1 << (needed - 1).bit_length(), GROWTH)
+        keys_values = F.pad(self.keys_values, (0, 0, 0, slots - now))  # also shortens
+        window = ring_window(self.window.window, slots, self.window.wait, self.window.device)
+        table = self.layer.positions(window.future, window.past)
+        self.keys_values, self.window, self.table = keys_values, window, table  # all of them or, interrupted, none
 
     def reset(self, rows: list[int], counts: bool = True) -> None:
         """Set all that some rows hold to 0."""
         super().reset(rows, counts)
         self.reserve()
 
-    def export(self, row: int) -> dict:
+    def export(self, row: int) -> dict[str, Any]:
         """Return a copy of a row; of a ring without a limit the slots in use."""
         state = super().export(row)
         if self.window.is_unlimited:
             state['keys_values'] = state['keys_values'][:, :, : max(state['count'] - self.behind, 0)].clone()
         return state
 
-    def like(self, state: dict) -> dict:
+    def like(self, state: Any) -> dict[str, Any]:
         """Return what a state must be like to be loaded."""
         like = super().like(state)
         if self.window.is_unlimited and isinstance(state, dict) and isinstance(state.get('count'), int):
@@ -94,11 +86,7 @@ class LayerStage(Stage):
             like['keys_values'] = like['keys_values'][:, :, :1].expand(-1, -1, slots, -1)
         return like
 
-    def bytes(self) -> int:
-        """Return how many bytes its tensors and its table of positions take."""
-        return super().bytes() + self.table.keys.nbytes + self.table.shared.nbytes
-
-    def load(self, row: int, state: dict) -> None:
+    def load(self, row: int, state: dict[str, Any]) -> None:
         """Replace a row by an exported state, which has been checked."""
         given = state['keys_values']
         if self.window.is_unlimited:
@@ -106,38 +94,43 @@ class LayerStage(Stage):
             given = F.pad(given, (0, 0, 0, self.window.slots - given.shape[2]))
         super().load(row, {**state, 'keys_values': given})
 
+    def bytes(self) -> int:
+        """Return how many bytes its tensors and its table of positions take."""
+        return super().bytes() + self.table.keys.nbytes + self.table.shared.nbytes
+
 
 class PreparedLayer:
     """A copy of the weights of one ``ConformerLayer`` with its enabled adapters, in a precision of ``LINEARS``."""
 
     def __init__(self, layer: torch.nn.Module, precision: str = 'float32'):
-        attention, convolution = layer.self_attn, layer.conv
+        attention, convolution, depthwise = layer.self_attn, layer.conv, layer.conv.depthwise_conv
         self.heads, self.head_width = attention.h, attention.d_k
-        self.width = self.heads * self.head_width
+        self.width, scale = self.heads * self.head_width, 1 / attention.s_d_k
         self.norm_first, self.norm_attention = _norm(layer.norm_feed_forward1), _norm(layer.norm_self_att)
         self.norm_convolution, self.norm_second = _norm(layer.norm_conv), _norm(layer.norm_feed_forward2)
-        self.norm_out = _norm(layer.norm_out)
+        self.norm_out, self.convolution_norm = _norm(layer.norm_out), _convolution_norm(convolution)
 
-        def linear(module: torch.nn.Module, scale: float = 1.0):
+        def linear(module: torch.nn.Module, scale: float = 1.0) -> Callable[..., torch.Tensor]:
             return LINEARS[precision](module.weight, module.bias, scale)
 
-        def feed_forward(half: torch.nn.Module) -> Callable:
+        def feed_forward(half: torch.nn.Module) -> Callable[..., torch.Tensor]:
             inner, outer = linear(half.linear1), linear(half.linear2, layer.fc_factor)
             return lambda frames: outer(F.silu(inner(frames), inplace=True))
 
         self.first, self.second = feed_forward(layer.feed_forward1), feed_forward(layer.feed_forward2)
-        scale = 1 / attention.s_d_k
-        self.projections = LINEARS[precision](*_query_key_value(attention, scale))  # in one product
+        parts = (attention.linear_q, scale), (attention.linear_k, 1.0), (attention.linear_v, 1.0)
+        weight = torch.cat([part.weight.detach() * by for part, by in parts])
+        has_bias = attention.linear_q.bias is not None
+        bias = torch.cat([part.bias.detach() * by for part, by in parts]) if has_bias else None
+        self.projections = LINEARS[precision](weight, bias)  # in one product
         self.out = linear(attention.linear_out)
         self.position_weight = attention.linear_pos.weight.detach().clone()
         self.bias_u = (attention.pos_bias_u.detach() * scale).flatten()
         self.bias_v = (attention.pos_bias_v.detach() * scale).view(self.heads, 1, self.head_width)
         self.pointwise1, self.pointwise2 = linear(convolution.pointwise_conv1), linear(convolution.pointwise_conv2)
-        depthwise = convolution.depthwise_conv
         self.taps = depthwise.weight.detach()[:, 0].t().clone(memory_format=torch.contiguous_format)  # [kernel, D]
         self.tap_bias = torch.zeros_like(self.taps[0]) if depthwise.bias is None else depthwise.bias.detach().clone()
-        self.convolution_norm = _convolution_norm(convolution)
-        self._tables: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+        self._tables: weakref.WeakValueDictionary[tuple[int, int], PositionTable] = weakref.WeakValueDictionary()
         self.adapters = [copy.deepcopy(adapter.module) for adapter in enabled_adapters(layer)]
 
     def positions(self, future: int, past: int) -> PositionTable:
@@ -164,8 +157,10 @@ class PreparedLayer:
         keys_values = _store(stage.keys_values, new, rows, visible.slots)
         query = projected[:, : self.width]
         if stage.waiting.shape[1]:
-            frames = _exchange(stage.waiting, frames.view(shape), rows).reshape(-1, self.width)
-            query = _exchange(stage.queries, query.reshape(shape), rows).reshape(-1, self.width)
+            frames, query = (
+                _exchange(waiting, each.reshape(shape), rows)[:, : shape[1]].reshape(-1, self.width)
+                for waiting, each in ((stage.waiting, frames), (stage.queries, query))
+            )
         frames = self._attend(query, keys_values, shape[1], visible, stage.table).add_(frames)
         frames = self._convolve(stage.convolution, frames, shape, rows, visible.began).add_(frames)
         frames = self.second(self.norm_second(frames)).add_(frames)
@@ -174,31 +169,37 @@ class PreparedLayer:
             frames = frames + adapter(frames)
         return frames
 
-    def _attend(self, query, keys_values, count: int, visible: Visible, positions: PositionTable) -> torch.Tensor:
+    def _attend(
+        self, query: torch.Tensor, keys_values: torch.Tensor, count: int, visible: Visible, positions: PositionTable
+    ) -> torch.Tensor:
         """Return the attention's output of scaled queries, both [R * Q, D]."""
-        rows = keys_values.shape[0]
+        rows, ages = keys_values.shape[0], visible.ages
         by_heads = query.view(rows * count, self.heads, self.head_width).transpose(0, 1)
-        by_position = torch.baddbmm(positions.shared, by_heads, positions.keys)  # [H, R * Q, P]
-        by_position = _of_ages(by_position.view(self.heads, rows, count, -1), visible.ages).transpose(0, 1)
+        by_position = torch.baddbmm(positions.shared, by_heads, positions.keys).view(self.heads, rows, count, -1)
+        if ages.shape[:-1] == (1,):
+            by_slot = by_position.index_select(3, ages[0]).transpose(0, 1)  # [R, H, Q, S]
+        else:
+            by_slot = by_position.gather(3, ages.expand(self.heads, rows, count, -1)).transpose(0, 1)
         query = (query + self.bias_u).view(rows, count, self.heads, self.head_width).transpose(1, 2)  # [R, H, Q, K]
         keys, values = keys_values.unbind(1)
         if rows == 1:  # in fewer calls
-            scores = torch.baddbmm(by_position[0], query[0], keys[0].transpose(1, 2)).unsqueeze(0)
+            scores = torch.baddbmm(by_slot[0], query[0], keys[0].transpose(1, 2)).unsqueeze(0)
         else:
-            scores = torch.matmul(query, keys.transpose(2, 3)).add_(by_position)
+            scores = torch.matmul(query, keys.transpose(2, 3)).add_(by_slot)
         if visible.hidden is not None:
             scores.masked_fill_(visible.hidden, HIDDEN)
         attended = torch.matmul(torch.softmax(scores, -1), values)
         return self.out(attended.transpose(1, 2).reshape(-1, self.width))
 
-    def _convolve(self, kept: torch.Tensor, frames: torch.Tensor, shape, rows: Rows, began) -> torch.Tensor:
+    def _convolve(
+        self, kept: torch.Tensor, frames: torch.Tensor, shape: Any, rows: Rows, began: torch.Tensor | None
+    ) -> torch.Tensor:
         """Return the convolution module's output, [R * Q, D] like its input; ``kept`` [B, ...] moves on."""
-        count = shape[1]
         inner = F.glu(self.pointwise1(self.norm_convolution(frames)), -1).view(shape)
         if began is not None:
             inner = inner * began
-        window = torch.cat((rows.select(kept), inner), 1)
-        rows.store(kept, window[:, count:])
+        window = _exchange(kept, inner, rows)
+        count = shape[1]
         if count == 1 and shape[0] < FEW:
             mixed = (window * self.taps).sum(1).add_(self.tap_bias)
         else:
@@ -214,21 +215,12 @@ def enabled_adapters(layer: torch.nn.Module) -> list[torch.nn.Module]:
     return [layer.adapter_layer[name] for name in layer.get_enabled_adapters()] if layer.is_adapter_available() else []
 
 
-def _norm(norm: torch.nn.LayerNorm) -> Callable:
+def _norm(norm: torch.nn.LayerNorm) -> Callable[..., torch.Tensor]:
     weight, bias = norm.weight.detach().clone(), norm.bias.detach().clone()
     return partial(torch.layer_norm, normalized_shape=norm.normalized_shape, weight=weight, bias=bias, eps=norm.eps)
 
 
-def _query_key_value(attention, scale: float) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return weight and bias of the three projections as one linear layer, with scaled queries."""
-    modules, scales = (attention.linear_q, attention.linear_k, attention.linear_v), (scale, 1.0, 1.0)
-    weight = torch.cat([module.weight.detach() * by for module, by in zip(modules, scales)])
-    if attention.linear_q.bias is None:
-        return weight, None
-    return weight, torch.cat([module.bias.detach() * by for module, by in zip(modules, scales)])
-
-
-def _convolution_norm(convolution) -> Callable:
+def _convolution_norm(convolution: torch.nn.Module) -> Callable[..., torch.Tensor]:
     """Return the norm behind the convolution as a function of [N, D]."""
     norm = convolution.batch_norm
     if convolution.norm_type == 'layer_norm':
@@ -253,16 +245,7 @@ def _store(kept: torch.Tensor, new: torch.Tensor, rows: Rows, slots: torch.Tenso
 
 
 def _exchange(waiting: torch.Tensor, new: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """Put new frames [R, Q, D] behind those that wait, and return as many from their front."""
+    """Return what waits with new frames [R, Q, D] behind it; as many as are new no longer wait."""
     joined = torch.cat((rows.select(waiting), new), 1)
-    count = new.shape[1]
-    rows.store(waiting, joined[:, count:])
-    return joined[:, :count]
-
-
-def _of_ages(scores: torch.Tensor, ages: torch.Tensor) -> torch.Tensor:
-    """Return the scores of positions [H, R, Q, P] in the order of the slots, [H, R, Q, S]."""
-    if ages.dim() == 2 and ages.shape[0] == 1:
-        return scores.index_select(3, ages[0])
-    ages = ages if ages.dim() == 3 else ages.unsqueeze(0)
-    return scores.gather(3, ages.unsqueeze(0).expand(*scores.shape[:3], -1))
+    rows.store(waiting, joined[:, new.shape[1] :])
+    return joined

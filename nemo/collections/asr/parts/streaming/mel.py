@@ -50,21 +50,24 @@ class StreamingMel:
 
     def frames(self, ring: RingBuffer, rows: Rows, first: np.ndarray, count: int) -> torch.Tensor:
         """Return ``count`` frames of some rows from ``first`` [R] on, [R, T, F]; samples outside of a stream are zeros."""
-        start = first * self.hop - self._before - 1  # preemphasis takes one sample more
+        start, received = (
+            first * self.hop - self._before - 1,
+            rows.counts(ring.count),
+        )  # preemphasis takes one sample more
         span = (count - 1) * self.hop + self.featurizer.win_length + 1
-        inside = _inside(ring.values.device, start, span, rows.counts(ring.count))
-        samples = self._emphasised(ring.read(rows, start, span), inside)
-        return self._features_of(self._spectrum(samples)).to(self.dtype)
-
-    def _emphasised(self, samples: torch.Tensor, inside: torch.Tensor | None) -> torch.Tensor:
-        """Return all but the first of the samples [R, W] with preemphasis; zero where not ``inside`` [R, W]."""
-        if inside is not None:  # filled and not multiplied: what the ring has there can be non-finite
-            samples = samples.masked_fill(~inside, 0.0)
+        samples, inside = ring.read(rows, start, span), None
+        if start.min() < 0 or (start + span > received).any():
+            bounds = torch.from_numpy(np.stack((start, received), axis=1)).to(self.device, non_blocking=True)
+            places = bounds[:, :1] + torch.arange(span, device=self.device)
+            inside = (places >= 0) & (places < bounds[:, 1:])
+            samples = samples.masked_fill(~inside, 0.0)  # not multiplied: what the ring has there can be non-finite
         if self.featurizer.preemph is None:
-            return samples[:, 1:]
-        emphasised = samples[:, 1:] - self.featurizer.preemph * samples[:, :-1]
-        # behind a stream's last sample there is nothing to emphasise
-        return emphasised if inside is None else emphasised.masked_fill_(~inside[:, 1:], 0.0)
+            emphasised = samples[:, 1:]
+        else:
+            emphasised = samples[:, 1:] - self.featurizer.preemph * samples[:, :-1]
+            if inside is not None:  # behind a stream's last sample there is nothing to emphasise
+                emphasised.masked_fill_(~inside[:, 1:], 0.0)
+        return self._features_of(self._spectrum(emphasised)).to(self.dtype)
 
     def _spectrum(self, samples: torch.Tensor) -> torch.Tensor:
         """Return the magnitudes of the windows, to the power of ``mag_power``, [R, T, n_fft // 2 + 1] float32."""
@@ -90,26 +93,15 @@ class StreamingMel:
         return features
 
 
-def _inside(device: torch.device, start: np.ndarray, span: int, received: np.ndarray) -> torch.Tensor | None:
-    """Return which of ``span`` samples from ``start`` [R] on a stream has, [R, W] bool; None: all."""
-    if start.min() >= 0 and (start + span <= received).all():
-        return None
-    bounds = torch.from_numpy(np.stack((start, received), axis=1)).to(device, non_blocking=True)
-    places = bounds[:, :1] + torch.arange(span, device=device)
-    return (places >= 0) & (places < bounds[:, 1:])
-
-
-def _check_features_can_stream(preprocessor, featurizer) -> None:
+def _check_features_can_stream(preprocessor: torch.nn.Module, featurizer: Any) -> None:
     if not isinstance(featurizer, FilterbankFeatures) or type(featurizer).forward is not FilterbankFeatures.forward:
         kind = type(preprocessor).__name__
         raise ValueError(f"{kind} cannot be streamed; use AudioToMelSpectrogramPreprocessor (without use_torchaudio)")
     if any(module._forward_hooks or module._forward_pre_hooks for module in preprocessor.modules()):
         raise ValueError("the preprocessor has forward hooks, which a stream cannot follow; remove them")
     if featurizer.normalize in ('per_feature', 'all_features'):
-        raise ValueError(
-            f"preprocessor.normalize is {featurizer.normalize}, which needs the whole utterance; use NA or fixed statistics "
-            "(fixed_mean and fixed_std, see compute_feature_stats.py)"
-        )
+        found = f"preprocessor.normalize is {featurizer.normalize}, which needs the whole utterance"
+        raise ValueError(f"{found}; use NA or fixed_mean and fixed_std, see compute_feature_stats.py")
     for name in ('exact_pad', 'use_grads'):
         if getattr(featurizer, name):
             raise ValueError(f"preprocessor.{name} is true, which a stream cannot follow; set it false")

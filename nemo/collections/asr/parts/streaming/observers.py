@@ -10,11 +10,13 @@ frames, K horizons, C classes, H codebooks.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from nemo.collections.asr.modules.ssl_modules.masked_time_line import MaskedTimeLine
+from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.visible_frames import window_of_masking
 from nemo.collections.asr.parts.att_context.windows import tightest_window
 from nemo.collections.asr.parts.objectives.next_tokens import NextTokens
@@ -49,17 +51,16 @@ class ObservedStream:
     """The state of one stream."""
 
     waiting: torch.Tensor  # mask frames that do not make a whole target yet, [F, M]
-    total: torch.Tensor  # sum over the frames received, [F] float64
-    squares: torch.Tensor  # sum of their squares, [F] float64
-    count: int  # mask frames received
-    masked: MaskedStream | None
-    surprised: SurprisedStream | None
+    sums: torch.Tensor  # of the frames received, and of their squares, [2, F, 1] float64
+    count: int = 0  # mask frames received
+    masked: Any = None  # a MaskedStream
+    surprised: Any = None  # a SurprisedStream
 
 
 class LiveMasking:
     """Masks streams for a model of masked token prediction, and computes their loss; ValueError if the model cannot."""
 
-    def __init__(self, model, context):
+    def __init__(self, model: Any, context: AttContext):
         if not all(hasattr(model, name) for name in ('mask_processor', 'quantizer', 'loss')):
             raise ValueError(f"apply_mask needs a masked token prediction model; {type(model).__name__} is none")
         if not model.objectives.masks:
@@ -72,14 +73,8 @@ class LiveMasking:
     def mask(self, stream: MaskedStream, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Take new mask frames [F, M]; return them as the encoder is to see them, and their masks [1, M]."""
         lengths, time_line = torch.tensor([frames.shape[1]], device=frames.device), stream.time_line
-        received = time_line.received[:, 0] + lengths
-        masked, masks = self.masking(
-            input_feats=frames[None],
-            input_lengths=lengths,
-            current_frame=received,
-            stream=time_line,
-            **self._arguments,
-        )
+        new = dict(input_feats=frames[None], input_lengths=lengths, current_frame=time_line.received[:, 0] + lengths)
+        masked, masks = self.masking(**new, stream=time_line, **self._arguments)
         time_line.forget(0)
         stream.masks = torch.cat((stream.masks, masks[0, :1].to(stream.masks.dtype)), dim=1)
         return masked[0], masks[0, :1]
@@ -87,7 +82,7 @@ class LiveMasking:
     def score(self, stream: MaskedStream, log_probs: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Take new predictions [A, C] or [A, C, H]; return the loss, summed, and the number of masked frames that get one."""
         stream.log_probs = log_probs = _joined(stream.log_probs, log_probs)
-        if stream.tokens is None or not log_probs.shape[0]:
+        if stream.tokens is None or not len(log_probs):
             return log_probs.new_zeros(()), 0
         loss, masks = self.loss, stream.masks.unsqueeze(0)
         aligned, targets, counted = loss.align(log_probs.unsqueeze(0), stream.tokens.unsqueeze(0), masks)
@@ -101,7 +96,7 @@ class LiveMasking:
 class LiveSurprise:
     """Predicts the next tokens of streams, and compares them with what came; ValueError if the model cannot."""
 
-    def __init__(self, model, context):
+    def __init__(self, model: Any, context: AttContext):
         objectives = getattr(model, 'objectives', None)
         objective = None if objectives is None else objectives.find(NextTokens)
         if objective is None:
@@ -113,10 +108,8 @@ class LiveSurprise:
             raise ValueError("return_surprise: model.next_token.positions is chunk_end; it must be all")
         combined, needed = getattr(model.quantizer, 'combine_time_steps', 1), model.mask_frames_per_attention_frame
         if combined != needed:
-            raise ValueError(
-                f"return_surprise: model.quantizer.combine_time_steps is {combined}; it must be {needed}, the feature "
-                "frames of an encoder frame"
-            )
+            key, what = 'model.quantizer.combine_time_steps', 'the feature frames of an encoder frame'
+            raise ValueError(f"return_surprise: {key} is {combined}; it must be {needed}, {what}")
         try:
             self.offset = objective.offset(context)
         except ValueError as error:
@@ -134,43 +127,41 @@ class LiveSurprise:
 
     def take_tokens(self, stream: SurprisedStream, tokens: torch.Tensor) -> None:
         """Take new tokens [S] or [S, H]."""
-        skipped = min(stream.unpredicted, tokens.shape[0])
+        skipped = min(stream.unpredicted, len(tokens))
         stream.unpredicted -= skipped
         stream.tokens = _joined(stream.tokens, tokens[skipped:])
 
     def score(self, stream: SurprisedStream, log_probs: torch.Tensor) -> torch.Tensor:
         """Take new predictions [A, C] or [A, C, H]; return nats of all tokens that have now come and were predicted, [S]."""
-        log_probs = _joined(stream.log_probs, log_probs)
-        ready = 0 if stream.tokens is None else min(log_probs.shape[0], stream.tokens.shape[0])
+        log_probs, tokens = _joined(stream.log_probs, log_probs), stream.tokens
+        ready = 0 if tokens is None else min(len(log_probs), len(tokens))
         stream.log_probs = log_probs[ready:].clone()
-        if not ready:
+        if tokens is None or not ready:
             return log_probs.new_zeros(0)
-        surprise, _ = self.loss.of_horizon(log_probs[:ready], stream.tokens[:ready])
-        stream.tokens = stream.tokens[ready:].clone()
+        stream.tokens = tokens[ready:].clone()
         stream.start += ready
-        return surprise
+        return self.loss.of_horizon(log_probs[:ready], tokens[:ready])[0]
 
 
 class Observers(StreamStates):
     """Masks streams, predicts their next tokens and compares these with what comes; ValueError if the model cannot."""
 
-    def __init__(self, model, context, batch: int, features: int, apply_mask: bool, return_surprise: bool):
+    def __init__(
+        self, model: Any, context: AttContext, batch: int, features: int, apply_mask: bool, return_surprise: bool
+    ):
         self.masking = LiveMasking(model, context) if apply_mask else None
         self.surprise = LiveSurprise(model, context) if return_surprise else None
         self._normalises, self._quantizer = model.target_normalize == 'per_feature', model.quantizer
         self._combined = getattr(model.quantizer, 'combine_time_steps', 1)
         self.pre_conv = model.pre_encoder is None  # whether mask frames are features
         self._width = features if self.pre_conv else model.encoder.d_model
-        self._masks: list[list] = [[] for _ in range(batch)]  # of this step
+        self._masks: list[list[torch.Tensor]] = [[] for _ in range(batch)]  # of this step
         super().__init__(batch, next(model.encoder.parameters()).device)
 
     def new_stream(self) -> ObservedStream:
         """Return the state before the first frame."""
-        empty, sums = (
-            torch.zeros(self._width, 0, device=self.device),
-            torch.zeros(self._width, device=self.device).double(),
-        )
-        stream = ObservedStream(empty, sums, sums, 0, None, None)
+        empty = torch.zeros(self._width, 0, device=self.device)
+        stream = ObservedStream(empty, empty.new_zeros(2, self._width, 1, dtype=torch.float64))
         if self.masking is not None:
             stream.masked = MaskedStream(self.masking.masking.new_stream(1, self.device), empty[:1])
         if self.surprise is not None:
@@ -210,16 +201,16 @@ class Observers(StreamStates):
         frames = frames if projection is None else frames.to(projection.weight.dtype)
         return self._quantizer(input_signal=frames.unsqueeze(0))[1][0]
 
-    def finish(self, output, valid: torch.Tensor, failed: list[int]) -> None:
+    def finish(self, output: Any, valid: torch.Tensor, failed: list[int]) -> None:
         """Fill in what a step's frames, of which ``valid`` [B, A] exist, complete; ``failed`` streams complete nothing."""
         self.reset(failed)
-        masks = [
-            of if of and row not in failed else [output.encoded.new_zeros(0)] for row, of in enumerate(self._masks)
-        ]
-        self._masks = [[] for _ in masks]
+        for row in failed:
+            self._masks[row].clear()
         lengths = output.lengths.tolist()
         if self.masking is not None:
-            output.masks, output.mask_lengths = _pad([*map(torch.cat, masks)])
+            nothing = output.encoded.new_zeros(0)
+            output.masks, output.mask_lengths = _pad([torch.cat(masks or [nothing]) for masks in self._masks])
+            self._masks = [[] for _ in lengths]
             rows = zip(self.streams, output.log_probs, lengths, strict=True)
             losses = [self.masking.score(stream.masked, log_probs[:length]) for stream, log_probs, length in rows]
             output.masked_frames = sum(frames for _, frames in losses)
@@ -236,9 +227,8 @@ class Observers(StreamStates):
 def _running_statistics(stream: ObservedStream, frames: torch.Tensor, first: int, stride: int) -> list[torch.Tensor]:
     """Add new frames to a stream's sums; return mean and deviation after frame ``first`` and every stride-th on, [F, S]."""
     frames = frames.double()
-    sums = torch.stack((stream.total, stream.squares))[:, :, None]
-    sums = torch.cat((sums, torch.stack((frames, frames.square()))), dim=2).cumsum(dim=2)[:, :, 1:]
-    stream.total, stream.squares = sums[:, :, -1].clone()
+    sums = torch.cat((stream.sums, torch.stack((frames, frames.square()))), dim=2).cumsum(dim=2)[:, :, 1:]
+    stream.sums = sums[:, :, -1:].clone()
     counts = torch.arange(stream.count + 1, stream.count + 1 + frames.shape[1], device=frames.device)[first::stride]
     stream.count += frames.shape[1]
     totals, squares = sums[:, :, first::stride]
@@ -247,7 +237,7 @@ def _running_statistics(stream: ObservedStream, frames: torch.Tensor, first: int
     return [mean, variance.sqrt() + SMALLEST_STD]
 
 
-def _joined(earlier: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
+def _joined(earlier: torch.Tensor | None, new: torch.Tensor | None) -> Any:
     """Join what waits with what is new along the first dimension; None is nothing."""
     if earlier is None or new is None:
         return new if earlier is None else earlier

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,9 +28,7 @@ from nemo.core.classes.mixins.adapter_mixin_strategies import ResidualAddAdapter
 PLAIN = (bool, int, float, str, tuple)
 SAMPLED = 31  # elements of each tensor that are compared
 _LOCK = threading.RLock()
-_PREPARED: 'weakref.WeakKeyDictionary' = weakref.WeakKeyDictionary()
-SUBSAMPLINGS = ('dw_striding', 'striding')
-NORMS = ('layer_norm', 'batch_norm', 'fused_batch_norm')  # those that, in eval mode, take each frame by itself
+_PREPARED: 'weakref.WeakKeyDictionary[nn.Module, dict[str, PreparedEncoder]]' = weakref.WeakKeyDictionary()
 COMPUTED = (  # the modules whose computation is repeated here
     *(nn.LayerNorm, nn.BatchNorm1d, nn.Linear, nn.Dropout, nn.Conv1d, nn.Conv2d, nn.ModuleList, FusedBatchNorm1d),
     *(ConformerEncoder, conformer_modules.ConformerLayer, conformer_modules.ConformerFeedForward, ConvSubsampling),
@@ -40,47 +39,32 @@ METHODS = {name: [getattr(each, name, None) for each in COMPUTED] for name in ('
 ADDED = ResidualAddAdapterStrategy.forward
 
 
-def check_encoder_can_stream(encoder, context: AttContext) -> None:
-    """Raise ValueError, with the reason, if live streams do not compute an encoder's output in a context."""
-    for reason in _reasons(encoder, context):
-        raise ValueError(f"{type(encoder).__name__} cannot be streamed: {reason}")
-    encoder.check_att_context_size(context)
-
-
-def subsampling_of(encoder: ConformerEncoder) -> nn.Module:
-    """Return the subsampling, which masking after the convolutions wraps."""
-    return getattr(encoder.pre_encode, 'pre_encode', encoder.pre_encode)
-
-
-def why_not(encoder, context: AttContext) -> str | None:
+def why_not(encoder: Any, context: AttContext) -> str | None:
     """Return the first reason why live streams do not compute an encoder's output in a context, or None."""
     return next(_reasons(encoder, context), None)
 
 
-def _reasons(encoder, context: AttContext) -> Iterator[str]:
+def check_encoder_can_stream(encoder: Any, context: AttContext) -> None:
+    """Raise ValueError, with the reason, if live streams do not compute an encoder's output in a context."""
+    if reason := why_not(encoder, context):
+        raise ValueError(f"{type(encoder).__name__} cannot be streamed: {reason}")
+    encoder.check_att_context_size(context)
+
+
+def _subsampling_of(encoder: Any) -> Any:
+    """Return the subsampling, which masking after the convolutions wraps."""
+    return getattr(encoder.pre_encode, 'pre_encode', encoder.pre_encode)
+
+
+def _reasons(encoder: Any, context: AttContext) -> Iterator[str]:
     if not isinstance(encoder, ConformerEncoder):
         yield 'the encoder must be a ConformerEncoder'
-    if encoder.self_attention_model != 'rel_pos':
-        yield f'encoder.self_attention_model is {encoder.self_attention_model}; use rel_pos'
-    if encoder.att_context_style not in STYLES:
-        yield f'encoder.att_context_style is {encoder.att_context_style}; streams need one of {STYLES}'
+    for key, (value, *allowed) in _settings_with_allowed(encoder).items():
+        if value not in allowed:
+            yield f'encoder.{key} is {value}; it must be {" or ".join(map(str, allowed))}'
     for index, effective in enumerate(encoder.effective_att_contexts(context)):
         if effective.right == UNLIMITED:
             yield f'the right context of layer {index} is unlimited, so that the first frame waits for the last'
-    if encoder.conv_context_size[1] != 0 or getattr(encoder, 'conv_context_style', 'regular') != 'regular':
-        yield f'encoder.conv_context_size is {list(encoder.conv_context_size)}; it must be causal'
-    if (norm := encoder.layers[0].conv.norm_type) not in NORMS:
-        yield f'encoder.conv_norm_type is {norm}, which needs the whole utterance; use layer_norm'
-    if encoder.reduction_position is not None:
-        yield 'encoder.reduction is set; it must be null'
-    subsampling = subsampling_of(encoder)
-    kind = getattr(subsampling, '_subsampling', type(subsampling).__name__)
-    if not isinstance(subsampling, ConvSubsampling) or kind not in SUBSAMPLINGS:
-        yield f'encoder.subsampling is {kind}; streams need one of {SUBSAMPLINGS}, causal'
-    if not subsampling.is_causal:
-        yield 'encoder.causal_downsampling is false; it must be true'
-    if (chunking := subsampling.subsampling_conv_chunking_factor) != 1:
-        yield f'encoder.subsampling_conv_chunking_factor is {chunking}; others than 1 treat the end differently'
     for place, module in _computed_parts(encoder):
         for method, known in METHODS.items():
             if method in vars(module) or getattr(type(module), method, None) not in known:
@@ -93,8 +77,25 @@ def _reasons(encoder, context: AttContext) -> Iterator[str]:
             yield f'encoder.layers.{index} has a {type(adapter).__name__}; only added linear adapters are computed'
 
 
-def _computed_parts(encoder) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in subsampling_of(encoder).named_modules():
+def _settings_with_allowed(encoder: Any) -> dict[str, tuple[Any, ...]]:
+    """Return settings of an encoder's configuration, each with the values of which streams need one."""
+    subsampling, convolution = _subsampling_of(encoder), encoder.conv_context_size
+    return {
+        'self_attention_model': (encoder.self_attention_model, 'rel_pos'),
+        'att_context_style': (encoder.att_context_style, *STYLES),
+        'conv_context_size': (convolution if convolution[1] else 'causal', 'causal'),
+        'conv_context_style': (getattr(encoder, 'conv_context_style', 'regular'), 'regular'),
+        # those that, in eval mode, take each frame by itself
+        'conv_norm_type': (encoder.layers[0].conv.norm_type, 'layer_norm', 'batch_norm', 'fused_batch_norm'),
+        'reduction_position': (encoder.reduction_position, None),
+        'subsampling': (getattr(subsampling, '_subsampling', type(subsampling).__name__), 'dw_striding', 'striding'),
+        'causal_downsampling': (getattr(subsampling, 'is_causal', False), True),
+        'subsampling_conv_chunking_factor': (getattr(subsampling, 'subsampling_conv_chunking_factor', 1), 1),
+    }
+
+
+def _computed_parts(encoder: Any) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in _subsampling_of(encoder).named_modules():
         if not name or module._parameters:
             yield f'encoder.pre_encode.{name}'.rstrip('.'), module
     for name, module in encoder.named_modules():
@@ -109,12 +110,12 @@ class _Seen:
     """
 
     def __init__(self, encoder: nn.Module):
-        parts = subsampling_of(encoder), encoder.layers, encoder.out_proj
+        parts = _subsampling_of(encoder), encoder.layers, encoder.out_proj
         modules = [module for part in parts if part is not None for module in part.modules()]
         owned = (owner.values() for module in modules for owner in (module._parameters, module._buffers))
         # they are kept, so that no other tensor gets their place
         self.tensors = [tensor for values in owned for tensor in values if tensor is not None]
-        self._facts = [(type(module), _settings_of(module)) for module in modules] + [
+        self._facts = [(type(module), *_settings_of(module)) for module in modules] + [
             (None if each.is_inference() else each._version, each.data_ptr(), each.dtype) for each in self.tensors
         ]
         with torch.inference_mode(False), torch.no_grad():
@@ -126,7 +127,7 @@ class _Seen:
         return self._facts == other._facts and torch.equal(self.samples, other.samples)
 
 
-def _settings_of(module: nn.Module) -> list:
+def _settings_of(module: nn.Module) -> list[Any]:
     plain = [value for name, value in vars(module).items() if name[0] != '_' and isinstance(value, PLAIN)]
     return plain + (module.get_enabled_adapters() if hasattr(module, 'get_enabled_adapters') else [])
 
@@ -134,17 +135,17 @@ def _settings_of(module: nn.Module) -> list:
 class PreparedEncoder:
     """A copy of the weights of a ``ConformerEncoder``, arranged for live streams; :meth:`of` makes it."""
 
-    def __init__(self, encoder: nn.Module, precision: str, seen: _Seen):
+    def __init__(self, encoder: Any, precision: str, seen: _Seen):
         self._seen = seen
         with torch.inference_mode(False), torch.no_grad():
-            self.subsampling = IncrementalSubsampling(subsampling_of(encoder))
+            self.subsampling = IncrementalSubsampling(_subsampling_of(encoder))
             self.layers = [PreparedLayer(layer, precision) for layer in encoder.layers]
             out, scale = encoder.out_proj, encoder.pos_enc.xscale
             self.out = None if out is None else PreparedLinear(out.weight, out.bias)
             self.scale = 1.0 if scale is None else float(scale)
 
     @classmethod
-    def of(cls, encoder: nn.Module, precision: str = 'float32') -> 'PreparedEncoder':
+    def of(cls, encoder: Any, precision: str = 'float32') -> 'PreparedEncoder':
         """Return the present weights of an encoder that can stream, which are prepared if they are others than before."""
         with _LOCK:
             prepared, seen = _PREPARED.setdefault(encoder, {}), _Seen(encoder)

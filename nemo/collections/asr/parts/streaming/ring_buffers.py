@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,16 +62,15 @@ class Rows:
 class Stage:
     """What one stage keeps of all streams: its attributes that are tensors [B, ...] or counts [B] int64."""
 
-    def __init__(self, **kept):
+    def __init__(self, **kept: Any):
         vars(self).update(kept)
 
-    def kept(self) -> Iterator[tuple[str, torch.Tensor | np.ndarray]]:
+    def kept(self) -> Iterator[tuple[str, Any]]:
         """Yield all tensors and counts by name."""
         for name, value in vars(self).items():
-            if isinstance(value, (torch.Tensor, np.ndarray)):
-                yield name, value
-            elif isinstance(value, list):
-                yield from ((f'{name}.{index}', each) for index, each in enumerate(value))
+            for index, each in enumerate(value if isinstance(value, list) else [value]):
+                if isinstance(each, (torch.Tensor, np.ndarray)):
+                    yield f'{name}.{index}' if isinstance(value, list) else name, each
 
     def reset(self, rows: list[int], counts: bool = True) -> None:
         """Set all that some rows hold to 0; without ``counts`` their counts stay."""
@@ -79,22 +78,20 @@ class Stage:
             if counts or isinstance(value, torch.Tensor):
                 value[rows] = 0
 
-    def export(self, row: int) -> dict:
+    def export(self, row: int) -> dict[str, Any]:
         """Return a copy of a row: tensors, and counts as integers."""
-        return {
-            name: int(value[row]) if isinstance(value, np.ndarray) else value[row].clone()
-            for name, value in self.kept()
-        }
+        pairs = ((name, value[row]) for name, value in self.kept())
+        return {name: each.clone() if isinstance(each, torch.Tensor) else int(each) for name, each in pairs}
 
-    def like(self, state: dict) -> dict:
+    def like(self, state: Any) -> dict[str, Any]:
         """Return what a state must be like to be loaded."""
         return {name: 0 if isinstance(value, np.ndarray) else value[0] for name, value in self.kept()}
 
-    def check(self, state: dict) -> None:
+    def check(self, state: Any) -> None:
         """Raise ValueError unless :meth:`load` can take a state."""
         check_like(state, self.like(state), type(self).__name__)
 
-    def load(self, row: int, state: dict) -> None:
+    def load(self, row: int, state: dict[str, Any]) -> None:
         """Replace a row by an exported state, which has been checked."""
         for name, value in self.kept():
             given = state[name]
@@ -108,7 +105,7 @@ class Stage:
 class RingBuffer(Stage):
     """The last positions of each stream, tensors of some shape, dtype and device."""
 
-    def __init__(self, batch: int, slots: int, *shape: int, **like):
+    def __init__(self, batch: int, slots: int, *shape: int, **like: Any):
         self.values = torch.zeros(batch, slots, *shape, **like)
         self.count: np.ndarray = np.zeros(batch, np.int64)
 
@@ -158,12 +155,12 @@ def _remainders(slots: int, count: int, device: torch.device) -> torch.Tensor:
 
 
 class Visible(NamedTuple):
-    """What the queries of a push see of a ring."""
+    """What the queries of a push see of a ring; the first dimension, R, is 1 or left out where all rows are alike."""
 
-    slots: torch.Tensor  # where the frames that arrive are written, [Q], or [R, Q] of rows in different phases
-    ages: torch.Tensor  # row of the table of positions for each query and slot, [Q, S] or [R, Q, S] int64
-    hidden: torch.Tensor | None  # slots that are not seen, True is hidden, [R or 1, 1, Q, S]; None: all are seen
-    began: torch.Tensor | None  # whether a query is a frame of its stream, [R or 1, Q, 1] bool; None: all are
+    slots: torch.Tensor  # where the frames that arrive are written, [R, Q]
+    ages: torch.Tensor  # row of the table of positions for each query and slot, [R, Q, S] int64
+    hidden: torch.Tensor | None  # slots that are not seen, True is hidden, [R, 1, Q, S]; None: all are seen
+    began: torch.Tensor | None  # whether a query is a frame of its stream, [R, Q, 1] bool; None: all are
 
 
 @dataclass(eq=False)
@@ -185,8 +182,8 @@ class RingWindow:
         self.past = self.slots - 1 if self.is_unlimited else context.left + chunk - 1
         self._start = self.slots + self.wait  # from here on a phase comes again
         self._phases = 0 if self.is_unlimited else math.lcm(self.slots, chunk)
-        self._tables: dict = {}
-        self._alike: dict = {}
+        self._tables: dict[int, Any] = {}
+        self._alike: dict[tuple[int, int], Visible] = {}
 
     def visible(self, first: np.ndarray, count: int, last: np.ndarray | None = None) -> Visible:
         """Return what the queries of a push see: ``count`` frames arrive, the first at position ``first`` [R].
@@ -223,18 +220,18 @@ class RingWindow:
             facts = found[2].any((1, 2)), ~found[3].all((1, 2))  # hides a slot; has queries before the first frame
             self._tables[count] = facts, [*map(self._tensor, found)]
         (hides, begins), tables = self._tables[count]
-        places = torch.from_numpy(index).to(self.device, non_blocking=True)
+        places = self._tensor(index)
         slots, ages = (table.index_select(0, places) for table in tables[:2])
         hidden = tables[2].index_select(0, places).unsqueeze(1) if hides[index].any() else None
         return Visible(slots, ages, hidden, tables[3].index_select(0, places) if begins[index].any() else None)
 
-    def _visible(self, slots, ages, hidden, began) -> Visible:
-        slots, ages = (self._tensor(values[0] if len(values) == 1 else values) for values in (slots, ages))
-        hidden = self._tensor(hidden).unsqueeze(1) if hidden.any() else None
-        return Visible(slots, ages, hidden, None if began.all() else self._tensor(began))
+    def _visible(self, slots: np.ndarray, ages: np.ndarray, hidden: np.ndarray, began: np.ndarray) -> Visible:
+        places = (self._tensor(values[0] if len(values) == 1 else values) for values in (slots, ages))
+        of_hidden = self._tensor(hidden).unsqueeze(1) if hidden.any() else None
+        return Visible(*places, of_hidden, None if began.all() else self._tensor(began))
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device)
+        return torch.from_numpy(values).to(self.device, non_blocking=True)
 
 
 ring_window = lru_cache(maxsize=32)(RingWindow)  # all layers and sessions share what is computed for a window

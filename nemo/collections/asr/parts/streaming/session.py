@@ -6,7 +6,7 @@ Shapes: B streams, N samples, M mask frames, D width, A attention frames, S targ
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,26 +39,38 @@ COUNTED = {  # what there is for each frame, by what counts them
 
 @dataclass
 class StreamingOutput:
-    """What one step gave out. Frames at or beyond a stream's length are 0."""
+    """What one step gave out. Frames at or beyond a stream's length are 0.
 
-    encoded: torch.Tensor  # encoder frames, [B, D, A]
-    lengths: torch.Tensor  # how many of them each stream has, [B] int64
-    # mask frames that each stream has received, [B] int64: feature frames, or attention frames with post_conv masking
+    - ``encoded`` [B, D, A], of which each stream has ``lengths`` [B] int64.
+    - ``current_frame`` [B] int64: mask frames that each stream has received: feature frames, or attention frames with masking
+      after the convolutions.
+    - ``failed``: streams that have failed since they were last reset, with the reason. They give no frames.
+    - ``log_probs`` [B, A, C] or [B, A, C, H] and ``tokens`` [B, A] or [B, A, H] int64, on request: what the model's decoder
+      gives, and the likeliest class, blanks included.
+    - ``text``, with ``return_text``: what is new in the text of each stream.
+    - With ``apply_mask``: ``masks`` [B, M], 1 where a new mask frame is masked, of which each stream has ``mask_lengths`` [B]
+      int64; ``loss``, in nats per masked frame whose target and prediction this step completed, and ``masked_frames``, their
+      number.
+    - With ``return_surprise``: ``next_tokens`` [B, A, K] or [B, A, K, H] int64, the likeliest that frame j predicts at horizon
+      k, of token j + ``session.next_token_offset`` + k; ``surprise`` [B, S], nats at horizon 0 of each token that is known
+      since this step, of which each stream has ``surprise_lengths`` [B] int64, from index ``surprise_start`` [B] int64 on.
+    """
+
+    encoded: torch.Tensor
+    lengths: torch.Tensor
     current_frame: torch.Tensor
-    # the streams that have failed since they were last reset, with the reason; they give no frames
     failed: dict[int, str] = field(default_factory=dict)
-    log_probs: torch.Tensor | None = None  # on request; as the model's decoder gives them, [B, A, C] or [B, A, C, H]
-    tokens: torch.Tensor | None = None  # on request; the likeliest class, [B, A] or [B, A, H] int64, blanks included
-    masks: torch.Tensor | None = None  # with apply_mask: the new mask frames that are masked, [B, M], 1 where masked
-    mask_lengths: torch.Tensor | None = None  # how many mask frames are new in each stream, [B] int64
-    loss: torch.Tensor | None = None  # nats per masked frame whose target and prediction this step completed
-    masked_frames: int = 0  # how many frames that is
-    # with return_surprise: frame j predicts at horizon k token j + session.next_token_offset + k
-    next_tokens: torch.Tensor | None = None  # the likeliest of each horizon, [B, A, K] or [B, A, K, H] int64
-    surprise: torch.Tensor | None = None  # nats of each token that is known since this step, at horizon 0, [B, S]
-    surprise_lengths: torch.Tensor | None = None  # how many of these each stream has, [B] int64
-    surprise_start: torch.Tensor | None = None  # index of the first of these in its stream, [B] int64
-    text: list[TextUpdate] | None = None  # with return_text: what is new in the text of each stream
+    log_probs: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+    masks: torch.Tensor | None = None
+    mask_lengths: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+    masked_frames: int = 0
+    next_tokens: torch.Tensor | None = None
+    surprise: torch.Tensor | None = None
+    surprise_lengths: torch.Tensor | None = None
+    surprise_start: torch.Tensor | None = None
+    text: list[TextUpdate] | None = None
 
     @classmethod
     def concatenate(cls, outputs: Sequence['StreamingOutput']) -> 'StreamingOutput':
@@ -66,17 +78,18 @@ class StreamingOutput:
         if not outputs:
             raise ValueError("concatenate: there is no output to join")
         first, last = outputs[0], outputs[-1]
-        joined = cls(None, None, last.current_frame, last.failed, surprise_start=first.surprise_start)
-        for name, counts in ((name, counts) for counts, names in COUNTED.items() for name in names):
-            if getattr(first, name) is not None:
-                sizes, parts = ([getattr(output, each) for output in outputs] for each in (counts, name))
-                setattr(joined, counts, sum(sizes))
-                setattr(joined, name, _join(parts, sizes, 2 if name == 'encoded' else 1))
+        joined = replace(last, surprise_start=first.surprise_start)
+        for counts, names in COUNTED.items():
+            sizes = [getattr(output, counts) for output in outputs]
+            for name in names if sizes[0] is not None else ():
+                parts = [getattr(output, name) for output in outputs]
+                setattr(joined, name, None if parts[0] is None else _join(parts, sizes, 2 if name == 'encoded' else 1))
+            setattr(joined, counts, None if sizes[0] is None else sum(sizes))
         if first.text is not None:
             joined.text = [*map(TextUpdate.concatenate, zip(*(output.text for output in outputs)))]
         if first.loss is not None:
             joined.masked_frames = sum(output.masked_frames for output in outputs)
-            total = sum(output.loss * output.masked_frames for output in outputs)  # type: ignore[operator, misc]
+            total: Any = sum(output.loss * output.masked_frames for output in outputs)  # type: ignore[operator]
             joined.loss = total / max(joined.masked_frames, 1)
         return joined
 
@@ -101,15 +114,21 @@ class StreamingSession:
         weights: of the layers, on a CPU: 'float32'; 'bfloat16' and 'int8' are smaller, and no longer equal to offline.
         sample_rate: of the samples, in Hz. It must be that of the model, which None takes.
 
+    Attributes:
+        sample_rate: samples per second of each stream.
+        frame_samples: samples of an attention frame.
+        look_ahead_samples: samples after the first one of an attention frame that its output waits for, at most.
+        next_token_offset: how many tokens after its own a frame predicts at the first horizon; None without surprise.
+
     Raises:
         ValueError: if the model's configuration cannot stream, with the reason, or lacks what is requested.
     """
 
     def __init__(
         self,
-        model,
+        model: Any,
         batch_size: int = 1,
-        att_context_size=None,
+        att_context_size: Any = None,
         return_log_probs: bool = False,
         return_tokens: bool = False,
         apply_mask: bool = False,
@@ -120,17 +139,16 @@ class StreamingSession:
     ):
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; it must be 1 stream or more")
-        encoder = _parts(model)[1]
-        default = getattr(encoder, 'att_context_size', None) if att_context_size is None else att_context_size
-        self.att_context, self.batch_size, self.weights = AttContext.parse(default), batch_size, weights
-        self.return_log_probs, self.return_tokens, self.return_text = return_log_probs, return_tokens, return_text
+        default = getattr(_parts(model)[1], 'att_context_size', None)
+        self.att_context = AttContext.parse(default if att_context_size is None else att_context_size)
+        self.batch_size, self.weights, self.return_text = batch_size, weights, return_text
+        self.return_log_probs, self.return_tokens = return_log_probs, return_tokens
         self.apply_mask, self.return_surprise = apply_mask, return_surprise
         self._model, self._warned = model, False
         self._build()
         if sample_rate not in (None, self.sample_rate):
-            raise ValueError(
-                f"sample_rate is {sample_rate}; the model takes {self.sample_rate} Hz: resample the samples"
-            )
+            found = f"sample_rate is {sample_rate}; the model takes {self.sample_rate} Hz"
+            raise ValueError(f"{found}: resample the samples")
 
     def _build(self) -> None:
         """Take the model as it is now, and start all streams."""
@@ -145,41 +163,26 @@ class StreamingSession:
             observers = Observers(self._model, self.att_context, self.batch_size, mel.features, *wanted)
         with torch.inference_mode():
             runner = BatchRunner(mel, encoder, self.att_context, self.batch_size, self.weights, observers)
+        frame_samples = mel.hop * runner.factor
         if self.return_text:
-            options = TextOptions() if self.return_text is True else self.return_text
-            seconds = mel.hop * runner.factor / mel.sample_rate
-            text = LiveText(self._model, self.batch_size, seconds, options, runner.device)
+            options = self.return_text if isinstance(self.return_text, TextOptions) else TextOptions()
+            text = LiveText(self._model, self.batch_size, frame_samples / mel.sample_rate, options, runner.device)
+        self.sample_rate, self.frame_samples = mel.sample_rate, frame_samples
+        self.look_ahead_samples = mel.look_ahead + runner.look_ahead * frame_samples
+        self.next_token_offset = observers.surprise.offset if observers and observers.surprise else None
         self._modules, self._decoder = modules, decoder
         self._mel, self._runner, self._observers, self._text = mel, runner, observers, text
         self._ended: np.ndarray = np.zeros(self.batch_size, bool)
         self._broken = self._ended.copy()
         self._failed: dict[int, str] = {}
-        self._flags: list = []  # of earlier steps on a GPU: their events, and which rows are finite
+        self._flags: list[
+            tuple[Any, torch.Tensor]
+        ] = []  # of earlier steps: events on a GPU, and which rows are finite
 
     @property
     def why_not_fast(self) -> str | None:
         """The first part of the model, as it is now, that live streams do not compute; None: they compute all of it."""
         return why_not(_parts(self._model)[1], self.att_context)
-
-    @property
-    def sample_rate(self) -> int:
-        """Samples per second of each stream."""
-        return self._mel.sample_rate
-
-    @property
-    def frame_samples(self) -> int:
-        """Samples of an attention frame."""
-        return self._mel.hop * self._runner.factor
-
-    @property
-    def look_ahead_samples(self) -> int:
-        """Samples after the first one of an attention frame that its output waits for, at most."""
-        return self._mel.look_ahead + self._runner.look_ahead * self.frame_samples
-
-    @property
-    def next_token_offset(self) -> int | None:
-        """How many tokens after its own a frame predicts at the first horizon; None without ``return_surprise``."""
-        return self._observers.surprise.offset if self.return_surprise else None  # type: ignore[union-attr]
 
     @property
     def cache_bytes_per_stream(self) -> int:
@@ -214,7 +217,7 @@ class StreamingSession:
             self._failed.pop(row, None)
         self._ended[rows] = self._broken[rows] = False
 
-    def step(self, samples, lengths=None, ended=None) -> StreamingOutput:
+    def step(self, samples: torch.Tensor, lengths: Any = None, ended: Any = None) -> StreamingOutput:
         """Take samples and give out all frames that they complete.
 
         Args:
@@ -226,16 +229,7 @@ class StreamingSession:
             ValueError: if arguments do not fit, samples are not finite, or a stream has ended or is broken; none is taken.
         """
         _check_eval_mode(*self._modules)
-        shape = [*samples.shape] if isinstance(samples, torch.Tensor) else type(samples).__name__
-        if shape[:1] != [self.batch_size] or len(shape) != 2:
-            raise ValueError(f"samples are {shape}; they must be a tensor [{self.batch_size}, n]")
-        if not samples.is_floating_point():
-            raise ValueError(f"samples are {samples.dtype}; they must be floating point, with full scale at 1")
-        samples = samples.to(dtype=torch.float32)
-        lengths = self._checked_lengths(lengths, samples.shape[1])
-        ends: np.ndarray = np.zeros(self.batch_size, bool)
-        if ended is not None:
-            ends = self._per_stream(ended, 'ended').astype(bool) & ~self._ended
+        samples, lengths, ends = self._checked_arguments(samples, lengths, ended)
         moved = (lengths > 0) | ends
         self._check_whole(moved, 'step')
         self._check_finite(samples, lengths)
@@ -265,7 +259,7 @@ class StreamingSession:
             raise ValueError("transcript: the session has no text; set return_text=True")
         return self._text.transcript(self._checked_row(row, 'transcript'))
 
-    def export(self, row: int) -> dict:
+    def export(self, row: int) -> dict[str, Any]:
         """Return a copy of the state of a stream that is not broken: plain containers and tensors, for torch.save."""
         row = self._checked_row(row, 'export')
         self._read_flags(wait=True)
@@ -274,7 +268,7 @@ class StreamingSession:
         stream = {'ended': bool(self._ended[row]), 'failed': self._failed.get(row), 'stages': stages}
         return {'version': VERSION, 'of': self._settings(), 'stream': stream}
 
-    def load(self, row: int, state: dict) -> None:
+    def load(self, row: int, state: dict[str, Any]) -> None:
         """Continue an exported stream in the place of another one; sessions may have any number of streams.
 
         ValueError, and no change, if the state is of another model, context or setting, or damaged.
@@ -283,25 +277,29 @@ class StreamingSession:
         self._check_state(state)
         self._load(row, state['stream'])
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return the exported states of all streams."""
         return {'streams': [self.export(row) for row in range(self.batch_size)]}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where a session with as many streams was; errors as of :meth:`load`."""
         streams = state.get('streams') if isinstance(state, dict) else None
-        if not isinstance(streams, list):
-            raise ValueError("load: this is no state of a StreamingSession")
-        if len(streams) != self.batch_size:
-            raise ValueError(f"load: the state has {len(streams)} streams; this session has {self.batch_size}")
+        if not isinstance(streams, list) or len(streams) != self.batch_size:
+            found = 'no state of a StreamingSession' if not isinstance(streams, list) else f'of {len(streams)} streams'
+            raise ValueError(f"load: this is {found}; this session has {self.batch_size}")
         for stream in streams:
             self._check_state(stream)
         self._broken[:] = True
         for row, stream in enumerate(streams):
             self._load(row, stream['stream'])
 
-    def _stages(self) -> list:
+    def _stages(self) -> list[Any]:
         return [*self._runner.stages, *(part for part in (self._observers, self._text) if part is not None)]
+
+    def _settings(self) -> dict[str, Any]:
+        text = None if self._text is None else self._text.kind
+        own = {name: getattr(self, name) for name in ('weights', 'apply_mask', 'return_surprise')}
+        return {**self._runner.settings(), **own, 'return_text': text}
 
     def _check_state(self, state: Any) -> None:
         """Raise ValueError unless a state is whole, and one of a stream of this model, context and settings."""
@@ -315,7 +313,7 @@ class StreamingSession:
         for part, of_part in zip(parts, state['stream']['stages'], strict=True):
             part.check(of_part)
 
-    def _load(self, row: int, stream: dict) -> None:
+    def _load(self, row: int, stream: dict[str, Any]) -> None:
         self._read_flags(wait=True)
         self._broken[row] = True
         with torch.inference_mode():
@@ -326,14 +324,7 @@ class StreamingSession:
             self._failed[row] = stream['failed']
         self._ended[row], self._broken[row] = stream['ended'], False
 
-    def _settings(self) -> dict:
-        return {
-            **self._runner.settings(),
-            **{name: getattr(self, name) for name in ('weights', 'apply_mask', 'return_surprise')},
-            'return_text': None if self._text is None else self._text.kind,
-        }
-
-    def _checked_row(self, row, what: str) -> int:
+    def _checked_row(self, row: Any, what: str) -> int:
         whole = isinstance(row, (int, np.integer)) and not isinstance(row, bool)
         if not whole or not 0 <= row < self.batch_size:
             raise ValueError(f"{what}: there is no stream {row!r}; the session has {self.batch_size}")
@@ -344,6 +335,36 @@ class StreamingSession:
             raise ValueError(
                 f"{what}: stream {row} is broken by an error in an earlier step; reset({row}) restarts it"
             )
+
+    def _checked_arguments(
+        self, samples: torch.Tensor, lengths: Any, ended: Any
+    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+        """Return the arguments of a step as float32, int64 and bool."""
+        shape = [*samples.shape] if isinstance(samples, torch.Tensor) else type(samples).__name__
+        if shape[:1] != [self.batch_size] or len(shape) != 2:
+            raise ValueError(f"samples are {shape}; they must be a tensor [{self.batch_size}, n]")
+        if not samples.is_floating_point():
+            raise ValueError(f"samples are {samples.dtype}; they must be floating point, with full scale at 1")
+        available, over = samples.shape[1], self._ended
+        if lengths is None:
+            if over.all():
+                raise ValueError("step: every stream has ended; reset() restarts them")
+            counts = np.where(over, 0, available)
+        else:
+            counts = self._per_stream(lengths, 'lengths')
+            for row in np.flatnonzero((counts < 0) | (counts > available) | (counts % 1 != 0)):
+                allowed = f'a whole number from 0 to the {available} samples given'
+                raise ValueError(f"lengths[{row}] is {counts[row]}; it must be {allowed}")
+            for row in np.flatnonzero((counts > 0) & over):
+                raise ValueError(f"step: stream {row} has ended; reset([{row}]) restarts it")
+        ends = np.zeros(self.batch_size) if ended is None else self._per_stream(ended, 'ended')
+        return samples.to(dtype=torch.float32), counts.astype(np.int64), ends.astype(bool) & ~over
+
+    def _per_stream(self, values: Any, name: str) -> np.ndarray:
+        values = np.array(values.tolist() if hasattr(values, 'tolist') else list(values))
+        if values.shape != (self.batch_size,):
+            raise ValueError(f"{name} are {values.tolist()}; they must be {self.batch_size}, one for each stream")
+        return values
 
     def _check_finite(self, samples: torch.Tensor, lengths: np.ndarray) -> None:
         """Look at the samples where they came from: those of a microphone make no device wait."""
@@ -357,28 +378,6 @@ class StreamingSession:
             if peak > LOUD and not self._warned:
                 logging.warning(f"Samples reach {peak:.3g}; full scale is 1, as of soundfile's float32.")
                 self._warned = True
-
-    def _checked_lengths(self, lengths, available: int) -> np.ndarray:
-        ended = self._ended
-        if lengths is None:
-            if ended.all():
-                raise ValueError("step: every stream has ended; reset() restarts them")
-            return np.where(ended, 0, available)
-        lengths = self._per_stream(lengths, 'lengths')
-        if (lengths % 1).any():
-            raise ValueError(f"lengths are {lengths.tolist()}; they must be whole numbers")
-        lengths = lengths.astype(np.int64)
-        for row in np.flatnonzero((lengths < 0) | (lengths > available)):
-            raise ValueError(f"lengths[{row}] is {lengths[row]}; it must be from 0 to the {available} samples given")
-        for row in np.flatnonzero((lengths > 0) & ended):
-            raise ValueError(f"step: stream {row} has ended; reset([{row}]) restarts it")
-        return lengths
-
-    def _per_stream(self, values, name: str) -> np.ndarray:
-        values = np.array(values.tolist() if hasattr(values, 'tolist') else list(values))
-        if values.shape != (self.batch_size,):
-            raise ValueError(f"{name} are {values.tolist()}; they must be {self.batch_size}, one for each stream")
-        return values
 
     def _output(self, encoded: torch.Tensor, counts: np.ndarray) -> StreamingOutput:
         """Return what a step gives out, of frames [B, A, D] and how many each stream has [B]."""
@@ -407,18 +406,12 @@ class StreamingSession:
 
         With text, which is read anyway, and at the end of all streams they are read at once.
         """
-        if not encoded.numel():
-            return
-        if encoded.device.type == 'cpu' and math.isfinite(float(encoded.sum())):
+        on_cpu = encoded.device.type == 'cpu'
+        if not encoded.numel() or (on_cpu and math.isfinite(float(encoded.sum()))):
             return
         flags = encoded.isfinite().flatten(1).all(dim=1).to('cpu', non_blocking=True)
-        event = None
-        if encoded.device.type == 'cuda':
-            event = torch.cuda.Event()
-            event.record()
-        self._flags.append((event, flags))
-        if encoded.device.type == 'cpu' or self._text is not None or self._ended.all():
-            self._read_flags(wait=True)
+        self._flags.append((torch.cuda.current_stream().record_event() if encoded.is_cuda else None, flags))
+        self._read_flags(wait=on_cpu or self._text is not None or bool(self._ended.all()))
 
     def _read_flags(self, wait: bool = False) -> None:
         while self._flags and (wait or self._flags[0][0] is None or self._flags[0][0].query()):
@@ -439,9 +432,9 @@ def _peak(samples: torch.Tensor) -> float:
     return max(float(values.max()), -float(values.min()))
 
 
-def _parts(model) -> tuple[torch.nn.Module, torch.nn.Module]:
+def _parts(model: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
     if isinstance(model, (tuple, list)) and len(model) == 2:
-        return tuple(model)
+        return model[0], model[1]
     if not hasattr(model, 'preprocessor') or not hasattr(model, 'encoder'):
         raise ValueError(f"{type(model).__name__} has no preprocessor and encoder; give such a model, or the pair")
     return model.preprocessor, model.encoder
@@ -452,7 +445,7 @@ def _check_eval_mode(*modules: torch.nn.Module) -> None:
         raise ValueError("the model is in training mode; call model.eval() before streaming")
 
 
-def _join(tensors, lengths, dim: int) -> torch.Tensor:
+def _join(tensors: list[torch.Tensor], lengths: list[torch.Tensor], dim: int) -> torch.Tensor:
     """Join tensors of consecutive steps along ``dim``, leaving out the padding of each stream."""
     rows = []
     for row in range(tensors[0].shape[0]):

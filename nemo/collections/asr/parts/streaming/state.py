@@ -2,29 +2,21 @@
 """States of live streams: plain containers and tensors that are checked as a whole before they are loaded."""
 
 import dataclasses
-import importlib
-from array import array
+from typing import Any
 
-import numpy as np
 import torch
 
-VERSION = 6  # of what StreamingSession.export and state_dict return
-PLAIN = (int, float, str, bool, type(None))
-CLASSES = (  # of which a state may have dataclasses: packages and modules
-    *('nemo.collections.asr.parts.streaming.', 'nemo.collections.asr.modules.ssl_modules.masked_time_line.'),
-    *('nemo.collections.asr.parts.submodules.transducer_decoding.', 'nemo.collections.asr.parts.utils.rnnt_utils.'),
-)
-ARRAY = 'array.array'
+VERSION = 7  # of what StreamingSession.export and state_dict return
 
 
 class StreamStates:
-    """What a stage keeps of streams, in a dataclass for each."""
+    """What a stage keeps of streams, in a dataclass for each; a subclass makes that of a new stream."""
 
     def __init__(self, batch: int, device: torch.device):
         self.device = device
-        self.streams = [self.new_stream() for _ in range(batch)]
+        self.streams: list[Any] = [self.new_stream() for _ in range(batch)]
 
-    def new_stream(self):
+    def new_stream(self) -> Any:
         """Return the state before the first frame."""
         raise NotImplementedError
 
@@ -33,86 +25,72 @@ class StreamStates:
         for row in rows:
             self.streams[row] = self.new_stream()
 
-    def export(self, row: int) -> dict:
+    def export(self, row: int) -> Any:
         """Return a copy of a row: plain containers and tensors."""
         return to_plain(self.streams[row])
 
-    def check(self, state: dict) -> None:
+    def check(self, state: Any) -> None:
         """Raise ValueError unless :meth:`load` can take a state."""
         check_like(state, to_plain(self.new_stream()), type(self).__name__)
 
-    def load(self, row: int, state: dict) -> None:
+    def load(self, row: int, state: Any) -> None:
         """Replace a row by an exported state, which has been checked."""
-        self.streams[row] = from_plain(state, self.device)
+        self.streams[row] = from_plain(state, self.new_stream(), self.device)
 
     def bytes(self) -> int:
         """Return how many bytes its tensors take."""
         return sum(map(_bytes, self.streams))
 
 
-def check_like(found, fresh, where: str) -> None:
+def check_like(found: Any, fresh: Any, where: str) -> None:
     """Raise ValueError, with the place, unless a plain state is built like a fresh one.
 
-    Where the fresh one has None there may be any value; a dimension that is 0 there may be any.
+    Where the fresh one has None there may be any value; a length or dimension that is 0 there may be any.
     """
-    if isinstance(fresh, dict):
-        alike = isinstance(found, dict) and found.keys() == fresh.keys()
+    alike = fresh is None or type(found) is type(fresh)
+    if alike and isinstance(fresh, dict):
+        alike = found.keys() == fresh.keys()
         for name in fresh if alike else ():
             check_like(found[name], fresh[name], f'{where}.{name}')
-    elif isinstance(fresh, torch.Tensor):
-        alike = isinstance(found, torch.Tensor) and (found.dtype, found.dim()) == (fresh.dtype, fresh.dim())
+    elif alike and isinstance(fresh, torch.Tensor):
+        alike = (found.dtype, found.dim()) == (fresh.dtype, fresh.dim())
         alike = alike and all(size in (0, given) for size, given in zip(fresh.shape, found.shape, strict=True))
-    elif isinstance(fresh, list):
-        alike = isinstance(found, list) and len(found) == len(fresh)
-    elif isinstance(fresh, str):
-        alike = found == fresh
-    else:
-        alike = fresh is None or (type(found) is type(fresh) and found >= 0)
+    elif alike and isinstance(fresh, list):
+        alike = len(fresh) in (0, len(found))
+    elif alike and fresh is not None:
+        alike = isinstance(fresh, str) or found >= 0
     if not alike:
         raise ValueError(f"load: {where} is {_described(found)}; it must be like {_described(fresh)}")
 
 
-def _described(value) -> str:
+def _described(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f'{value.dtype} {list(value.shape)}'
     return f'{sorted(value)}' if isinstance(value, dict) else f'{value!r:.80}'
 
 
-def to_plain(value):
-    """Return a copy as plain containers and tensors; ValueError if it holds another type."""
+def to_plain(value: Any) -> Any:
+    """Return a copy of a state, in which dataclasses are dictionaries."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
-    if isinstance(value, array):
-        return {'class': ARRAY, 'fields': {'kind': value.typecode, 'values': torch.from_numpy(np.array(value))}}
     if isinstance(value, (list, tuple)):
         return type(value)(map(to_plain, value))
-    if dataclasses.is_dataclass(value):
-        fields = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {'class': f'{type(value).__module__}.{type(value).__qualname__}', 'fields': fields}
-    if isinstance(value, PLAIN):
-        return value
-    raise ValueError(f"export: the state of the stream has a {type(value).__name__}, which is no plain value")
+    return {name: to_plain(each) for name, each in vars(value).items()} if dataclasses.is_dataclass(value) else value
 
 
-def from_plain(value, device: torch.device):
-    """Return a copy of what :func:`to_plain` was given, with its tensors on a device; ValueError for other classes."""
+def from_plain(value: Any, fresh: Any, device: torch.device) -> Any:
+    """Return a copy with the dataclasses of a fresh state, and tensors on a device."""
     if isinstance(value, torch.Tensor):
         return value.to(device, copy=True)
     if isinstance(value, (list, tuple)):
-        return type(value)(from_plain(each, device) for each in value)
+        return type(value)(from_plain(each, None, device) for each in value)
     if not isinstance(value, dict):
         return value
-    name, fields = value['class'], value['fields']
-    if name == ARRAY:
-        return array(fields['kind'], fields['values'].tolist())
-    if not name.startswith(CLASSES):
-        raise ValueError(f"load: {name} is no state of a stream")
-    module, _, name = name.rpartition('.')
-    made = getattr(importlib.import_module(module), name)
-    return made(**{field: from_plain(state, device) for field, state in fields.items()})
+    fields = {name: from_plain(each, getattr(fresh, name, None), device) for name, each in value.items()}
+    return type(fresh)(**fields) if dataclasses.is_dataclass(fresh) else fields
 
 
-def _bytes(value) -> int:
+def _bytes(value: Any) -> int:
     if isinstance(value, torch.Tensor):
         return value.nbytes
     return sum(map(_bytes, vars(value).values())) if dataclasses.is_dataclass(value) else 0

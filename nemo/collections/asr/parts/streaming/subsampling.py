@@ -8,6 +8,8 @@ Frames outside of a stream are zero before each convolution, as offline. Channel
 Shapes: R rows (streams), Q encoder frames, T frames of a stage, F its frequencies, C channels, D the encoder's width.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,11 +27,9 @@ class _Convolution:
     """One convolution of 3 x 3 in steps of 2, over all channels, or over each by itself and a pointwise one; and activation."""
 
     def __init__(self, convolution: nn.Conv2d, pointwise: nn.Conv2d | None, activation: nn.Module):
-        self.channels = convolution.out_channels
-        relu = isinstance(activation, nn.ReLU)
-        self._activation = None if relu else activation
+        self.channels, relu = convolution.out_channels, isinstance(activation, nn.ReLU)
+        self._weight, self._activation = None, None if relu else activation
         if pointwise is None:  # inputs in the order frame, frequency, channel
-            self._weight = None
             self._mixed = PreparedLinear(convolution.weight.permute(0, 2, 3, 1), convolution.bias, relu=relu)
             return
         self._mixed = PreparedLinear(pointwise.weight, pointwise.bias, relu=relu)
@@ -58,7 +58,7 @@ class IncrementalSubsampling:
     """A causal ``ConvSubsampling`` (``dw_striding`` or ``striding``), frame by frame, with a copy of its weights."""
 
     def __init__(self, subsampling: nn.Module):
-        self.stages, pending = [], []
+        self.stages, pending = list[_Convolution](), list[nn.Module]()
         for layer in subsampling.conv:
             pending.append(layer)
             if not isinstance(layer, nn.Conv2d):
@@ -66,8 +66,8 @@ class IncrementalSubsampling:
                 pending = []
         self.factor, self.features = subsampling.subsampling_factor, subsampling._feat_in
         weight = subsampling.out.weight.detach()
-        channels = self.stages[-1].channels
-        by_frequency = weight.view(len(weight), channels, -1).transpose(1, 2)  # ours have frequency before channel
+        # ours have frequency before channel
+        by_frequency = weight.view(len(weight), self.stages[-1].channels, -1).transpose(1, 2)
         self.out = PreparedLinear(by_frequency.flatten(1), subsampling.out.bias)
         self.dtype, self.device = weight.dtype, weight.device
 
@@ -79,14 +79,12 @@ class IncrementalSubsampling:
             width, channels = width // STRIDE + 1, stage.channels
         return Stage(caches=caches, count=np.zeros(batch, np.int64))
 
-    def step(self, caches: list, features: torch.Tensor, rows: Rows, begins=None, left=None) -> torch.Tensor:
+    def step(self, caches: list[Any], features: Any, rows: Rows, begins: Any = None, left: Any = None) -> torch.Tensor:
         """Return the next encoder frames of some rows, [R, Q, D], for their features [R, factor * Q, F].
 
-        Args:
-            caches: of :meth:`new_stage`; change in place.
-            begins: whether a row's first frame is its stream's first, [R] bool; what is before it counts as zeros.
-            left: how many of the features exist, [R] int64, where streams end; those behind count as zeros. A stream
-                without any begins, and has factor - 1 left: those before it.
+        ``caches`` of :meth:`new_stage` change in place. ``begins`` [R] bool: the first frame is its stream's first; what is
+        before it counts as zeros. ``left`` [R] int64, where streams end: how many of the features exist; those behind count as
+        zeros. A stream without any begins, and has factor - 1 left: those before it.
         """
         own = [rows.select(cache) for cache in caches]
         size = BLOCK if features.device.type == 'cpu' else max(len(features), 1)
@@ -101,7 +99,9 @@ class IncrementalSubsampling:
             rows.store(cache, new[0] if len(new) == 1 else torch.cat(new))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _step(self, caches, features, begins, left) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _step(
+        self, caches: list[Any], features: Any, begins: Any, left: Any
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         frames, ahead, last = features.unsqueeze(-1), self.factor, []
         for stage, cache in zip(self.stages, caches, strict=True):
             frames = torch.cat((cache, frames), dim=1)

@@ -4,16 +4,16 @@
 Shapes: B streams, R rows of them, D the encoder's width, A attention frames, C classes, H codebooks.
 """
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from nemo.collections.asr.parts.streaming.state import StreamStates, from_plain
+from nemo.collections.asr.parts.streaming.state import StreamStates
+from nemo.collections.asr.parts.submodules.transducer_decoding.label_looping_base import LabelLoopingStateItem
 from nemo.collections.asr.parts.utils.rnnt_utils import Hypothesis
 
 NO_CONFIDENCE = float('nan')
@@ -23,21 +23,30 @@ CONTINUES = '##'  # the mark of word pieces
 
 @dataclass(frozen=True)
 class Word:
-    """A word of a live stream."""
+    """A word of a live stream; ``start`` and ``end`` are seconds from the start of the stream.
+
+    The end is that of the frame of the last token. Confidence, from 0 to 1, comes with ``TextOptions.confidence``.
+    """
 
     text: str
-    start: float  # seconds from the start of the stream to the word's first token
-    end: float  # seconds to the end of the frame of its last token
-    confidence: float | None = None  # from 0 to 1, with ``TextOptions.confidence``
+    start: float
+    end: float
+    confidence: float | None = None
+
+
+NO_WORD = Word('', 0.0, 0.0)
 
 
 @dataclass
 class TextUpdate:
     """What one step adds to the text of a stream."""
 
-    final_words: list[Word]  # that became final in this step
-    partial: Word | None = None  # the word that can still grow
-    utterance_ends: list[float] = field(default_factory=list)  # in seconds, by the rules of ``TextOptions``
+    final_words: list[Word]
+    """Words that became final in this step."""
+    partial: Word | None = None
+    """The word that can still grow."""
+    utterance_ends: list[float] = field(default_factory=list)
+    """In seconds, by the rules of ``TextOptions``."""
 
     @classmethod
     def concatenate(cls, updates: Sequence['TextUpdate']) -> 'TextUpdate':
@@ -50,23 +59,26 @@ class TextUpdate:
 class Transcript:
     """All that a stream has contained so far."""
 
-    text: str  # as NeMo decodes all tokens at once
-    words: list[Word]  # the partial word is the last
+    text: str
+    """As NeMo decodes all tokens at once."""
+    words: list[Word]
+    """The partial word is the last."""
 
 
 @dataclass(frozen=True)
 class TextOptions:
     """How text is made. The end of an utterance makes its last word final; it does not change ``Transcript.text``."""
 
-    silence_after_nothing: float | None = (
-        2.4  # seconds without a token that end an utterance that has none; None: never
-    )
-    silence_after_speech: float | None = (
-        1.2  # seconds without a token that end an utterance that has some; None: never
-    )
-    utterance_seconds: float | None = 20.0  # an utterance of this length ends with its present word; None: never
-    confidence: bool = False  # whether words have one, computed as NeMo's ``decoding.confidence_cfg`` is set
-    longest_word: int = 64  # tokens after which a word is final, for languages without spaces
+    silence_after_nothing: float | None = 2.4
+    """Seconds without a token that end an utterance that has none; None: never."""
+    silence_after_speech: float | None = 1.2
+    """Seconds without a token that end an utterance that has some; None: never."""
+    utterance_seconds: float | None = 20.0
+    """An utterance of this length ends with its present word; None: never."""
+    confidence: bool = False
+    """Whether words have one, computed as NeMo's ``decoding.confidence_cfg`` is set."""
+    longest_word: int = 64
+    """Tokens after which a word is final, for languages without spaces."""
 
     def __post_init__(self) -> None:
         for name in ('silence_after_nothing', 'silence_after_speech', 'utterance_seconds'):
@@ -76,7 +88,7 @@ class TextOptions:
             raise ValueError(f"TextOptions.longest_word is {self.longest_word!r}; it must be 1 token or more")
 
 
-def decoder_of(model) -> torch.nn.Module:
+def decoder_of(model: Any) -> torch.nn.Module:
     """Return the decoder of a model's forward that takes encoder frames alone, of a hybrid model that of CTC; or ValueError."""
     predictor = getattr(model, 'objectives', model)
     decoder = getattr(predictor, 'ctc_decoder', None) or getattr(predictor, 'decoder', None)
@@ -103,31 +115,32 @@ class Token(NamedTuple):
     repeats: bool = False  # whether a CTC path repeats the token of the frame before
 
 
+Decoded = tuple[list[list[Token]], list[Any]]  # the new tokens and the new memory of each row
+
+
 class GreedyCTC:
     """Greedy CTC decoding with NeMo's ``decoding``; the memory of a stream is the class of its last frame."""
 
-    memory = int
-
-    def __init__(self, model, decoding, confidence: bool):
+    def __init__(self, model: Any, decoding: Any, confidence: bool):
         self.decoder, self.decoding = decoder_of(model), decoding
-        self.blank = self.decoder.num_classes_with_blank - 1
+        self.start = self.decoder.num_classes_with_blank - 1  # the blank
         self._confidence = decoding.decoding._get_confidence_tensor if confidence else None
 
-    def decode(self, encoded, counts: list[int], memory: list, first: list[int], log_probs=None) -> tuple[list, list]:
-        """Return the new tokens and the new memory of each row, for new frames [R, D, A], ``first`` on in their stream.
+    def decode(self, encoded: Any, counts: Any, memory: list[Any], first: list[int], log_probs: Any = None) -> Decoded:
+        """Decode new frames [R, D, A], of which each row has ``counts`` and the first is frame ``first`` of its stream.
 
-        Memory is None at the start of a stream; ``log_probs`` [R, A, C] are there where the decoder has run already.
+        Memory is ``start`` at the start of a stream; ``log_probs`` [R, A, C] are there where the decoder has run already.
         """
         log_probs = decode_frames(self.decoder, encoded) if log_probs is None else log_probs
         paths = log_probs.argmax(dim=2).cpu().numpy()
         confidence = None if self._confidence is None else self._confidence(log_probs).cpu().numpy()
         found = []
         for row, count in enumerate(counts):
-            path, before = paths[row, :count], self.blank if memory[row] is None else memory[row]
-            repeats = path == np.concatenate(([before], path[:-1]))
-            frames = np.flatnonzero(path != self.blank)
+            path = paths[row, :count]
+            repeats = path == np.concatenate(([memory[row]], path[:-1]))
+            frames = np.flatnonzero(path != self.start)
             sure = [NO_CONFIDENCE] * len(frames) if confidence is None else confidence[row, frames].tolist()
-            positions: list[int] = (first[row] + frames).tolist()
+            positions = (first[row] + frames).tolist()
             found.append([*map(Token, path[frames].tolist(), positions, sure, repeats[frames].tolist())])
         return found, [int(paths[row, count - 1]) for row, count in enumerate(counts)]
 
@@ -135,18 +148,18 @@ class GreedyCTC:
 class GreedyRNNT:
     """Greedy RNNT and TDT decoding by NeMo; the memory of a stream is a hypothesis with the prediction network's state."""
 
-    memory = Hypothesis
+    start = Hypothesis(0.0, [], timestamp=[])
 
-    def __init__(self, decoding, confidence: bool):
+    def __init__(self, decoding: Any, confidence: bool):
         self.decoding, self._confidence = decoding, confidence
         if confidence and not decoding.preserve_frame_confidence:
             key = 'model.decoding.confidence_cfg.preserve_frame_confidence'
             raise ValueError(f"TextOptions.confidence is true, which needs {key}: true; use change_decoding_strategy")
 
-    def decode(self, encoded, counts: list[int], memory: list, first: list[int], log_probs=None) -> tuple[list, list]:
-        """Return the new tokens and the new memory of each row; arguments are those of :meth:`GreedyCTC.decode`."""
+    def decode(self, encoded: Any, counts: Any, memory: list[Any], first: list[int], log_probs: Any = None) -> Decoded:
+        """Decode new frames; arguments are those of :meth:`GreedyCTC.decode`."""
         lengths = torch.tensor(counts, device=encoded.device)
-        earlier = [None if each is None else _continued(each) for each in memory]
+        earlier = [None if each is None or each.dec_state is None else _continued(each) for each in memory]
         hypotheses = self.decoding.rnnt_decoder_predictions_tensor(encoded, lengths, True, earlier)
         return [*map(self._tokens, hypotheses, first)], [*map(_continued, hypotheses)]
 
@@ -167,10 +180,12 @@ class GreedyRNNT:
 
 def _continued(memory: Hypothesis) -> Hypothesis:
     """Return a hypothesis without tokens that continues another; NeMo adds to the one that it is given."""
-    return Hypothesis(0.0, [], timestamp=[], dec_state=memory.dec_state, last_token=memory.last_token)
+    state = memory.dec_state
+    state = LabelLoopingStateItem(**state) if isinstance(state, dict) else state  # of an exported stream
+    return Hypothesis(0.0, [], timestamp=[], dec_state=state, last_token=memory.last_token)
 
 
-def greedy_decoding(model, confidence: bool) -> GreedyCTC | GreedyRNNT:
+def greedy_decoding(model: Any, confidence: bool) -> GreedyCTC | GreedyRNNT:
     """Return what decodes a model's frames; ValueError if it is no recogniser or its decoding is not greedy."""
     transducer = getattr(model, 'joint', None) is not None and getattr(model, 'cur_decoder', 'rnnt') == 'rnnt'
     decoding = None if transducer else getattr(model, 'ctc_decoding', None)
@@ -187,24 +202,24 @@ def greedy_decoding(model, confidence: bool) -> GreedyCTC | GreedyRNNT:
 class _Stream:
     """Tokens of one stream, and where its words and utterances begin; positions are frames of the stream."""
 
+    memory: Any  # of the decoding
     received: int = 0
-    memory: object = None  # of the decoding
-    tokens: array = field(default_factory=lambda: array('i'))
-    frames: array = field(default_factory=lambda: array('q'))
-    confidences: array = field(default_factory=lambda: array('d'))
-    words: array = field(default_factory=lambda: array('q'))  # index of the first token of each final word
+    tokens: list[int] = field(default_factory=list)
+    frames: list[int] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
+    words: list[int] = field(default_factory=list)  # index of the first token of each final word
     open: int = 0  # index of the first token of the word that can still grow
     repeated: int = 1  # frames of the last token, of a CTC path
     start: int = 0  # where the utterance begins
     silent_from: int = 0  # where the silence behind its last token begins
     has_speech: bool = False
-    partial: Word | None = None
+    partial: Word = NO_WORD
 
 
 class Spelling:
     """Reads tokens with a ``decoding`` of NeMo: characters, SentencePiece, or word pieces."""
 
-    def __init__(self, decoding, frame_seconds: float):
+    def __init__(self, decoding: Any, frame_seconds: float):
         self.decoding, self.frame_seconds = decoding, frame_seconds
         tokenizer = getattr(decoding, 'tokenizer', None)
         self._pieces = tokenizer is not None
@@ -212,7 +227,7 @@ class Spelling:
         self._piece = cache(lambda token: decoding.decode_ids_to_tokens([token])[0])
         self.aggregate = decoding.confidence_aggregation_bank[decoding.word_confidence_aggregation]
 
-    def text(self, tokens: Sequence[int]) -> str:
+    def text(self, tokens: list[int]) -> str:
         """Return the text of tokens."""
         return self.decoding.decode_ids_to_str(list(tokens)) if tokens else ''
 
@@ -223,14 +238,14 @@ class Spelling:
             return piece == ' '
         return piece.startswith(WORD_START) if self._marks_starts else not piece.startswith(CONTINUES)
 
-    def word(self, tokens: Sequence[int], frames: Sequence[int], confidences: Sequence[float]) -> Word | None:
-        """Return the word of tokens, None if they are blank; confidences may be NaN."""
+    def word(self, tokens: list[int], frames: Sequence[int], confidences: Sequence[float]) -> Word:
+        """Return the word of tokens, without text if they are blank; confidences may be NaN."""
         first = 0
         while not self._pieces and first < len(tokens) and self._piece(tokens[first]) == ' ':
             first += 1
         text = self.text(tokens[first:]).strip()
         if not text:
-            return None
+            return NO_WORD
         sure = self.aggregate(confidences[first:])
         start, end = frames[first] * self.frame_seconds, (frames[-1] + 1) * self.frame_seconds
         return Word(text, start, end, None if sure != sure else sure)
@@ -239,7 +254,9 @@ class Spelling:
 class LiveText(StreamStates):
     """Turns encoder frames into text as they come; ValueError if the model cannot, with the reason."""
 
-    def __init__(self, model, batch: int, frame_seconds: float, options: TextOptions, device: torch.device = 'cpu'):
+    def __init__(
+        self, model: Any, batch: int, frame_seconds: float, options: TextOptions, device: torch.device | str = 'cpu'
+    ):
         self.options, self.frame_seconds = options, frame_seconds
         self._decoding = greedy_decoding(model, options.confidence)
         self._spelling = Spelling(self._decoding.decoding, frame_seconds)
@@ -253,16 +270,17 @@ class LiveText(StreamStates):
 
     def new_stream(self) -> _Stream:
         """Return the state before the first frame."""
-        return _Stream()
+        return _Stream(self._decoding.start)
 
-    def take(self, encoded: torch.Tensor, lengths: list[int], ended, log_probs=None) -> list[TextUpdate]:
+    def take(
+        self, encoded: torch.Tensor, lengths: list[int], ended: list[bool], log_probs: torch.Tensor | None = None
+    ) -> list[TextUpdate]:
         """Take new frames [B, D, A], ``lengths`` of each stream, and return what they add to the text of each.
 
         ``log_probs`` are those of the CTC decoder, [B, A, C], where it has run already.
         """
-        tokens: list = [()] * len(lengths)
-        rows = [row for row, length in enumerate(lengths) if length]
-        if rows:
+        tokens: list[Sequence[Token]] = [()] * len(lengths)
+        if rows := [row for row, length in enumerate(lengths) if length]:
             some = slice(None) if len(rows) == len(lengths) else rows
             streams, counts = [self.streams[row] for row in rows], [lengths[row] for row in rows]
             memory, first = [stream.memory for stream in streams], [stream.received for stream in streams]
@@ -277,21 +295,15 @@ class LiveText(StreamStates):
         stream = self.streams[row]
         bounds = [*stream.words, stream.open, len(stream.tokens)]
         words = [self._word(stream, *pair) for pair in zip(bounds, bounds[1:])]
-        return Transcript(self._spelling.text(stream.tokens), [word for word in words if word is not None])
+        return Transcript(self._spelling.text(stream.tokens), [word for word in words if word.text])
 
-    def check(self, state: dict) -> None:
+    def check(self, state: Any) -> None:
         """Raise ValueError unless :meth:`load` can take a state."""
         super().check(state)
-        try:
-            stream = from_plain(state, self.device)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"load: LiveText is damaged: {error!r}") from error
-        if not isinstance(stream.memory, (type(None), self._decoding.memory)):
-            raise ValueError(f"load: LiveText.memory is damaged; it must be {self._decoding.memory.__name__}")
-        if not len(stream.tokens) == len(stream.frames) == len(stream.confidences) >= stream.open:
+        if not len(state['tokens']) == len(state['frames']) == len(state['confidences']) >= state['open']:
             raise ValueError("load: LiveText is damaged; tokens, frames and confidences differ in length")
 
-    def _advance(self, stream: _Stream, tokens, frames: int, ended: bool) -> TextUpdate:
+    def _advance(self, stream: _Stream, tokens: Sequence[Token], frames: int, ended: bool) -> TextUpdate:
         update = TextUpdate([])
         for token in tokens:
             self._pass_silence(stream, token.frame, update)
@@ -302,7 +314,7 @@ class LiveText(StreamStates):
             self._close_word(stream, update)
         elif tokens:
             stream.partial = self._word(stream, stream.open, len(stream.tokens))
-        update.partial = stream.partial
+        update.partial = stream.partial if stream.partial.text else None
         return update
 
     def _pass_silence(self, stream: _Stream, until: int, update: TextUpdate) -> None:
@@ -315,8 +327,13 @@ class LiveText(StreamStates):
             self._end_utterance(stream, stream.silent_from + limit, update)
 
     def _add(self, stream: _Stream, token: Token, update: TextUpdate) -> None:
-        if token.repeats:
-            self._repeat(stream, token.confidence)
+        if token.repeats:  # NeMo aggregates the confidence of a token over its frames
+            stream.repeated += 1
+            before = stream.confidences[-1]
+            if self._decoding.decoding.word_confidence_aggregation == 'mean':
+                stream.confidences[-1] += (token.confidence - before) / stream.repeated
+            else:
+                stream.confidences[-1] = self._spelling.aggregate([before, token.confidence])
         else:
             grown = len(stream.tokens) - stream.open
             if grown and (grown >= self.options.longest_word or self._spelling.begins_word(token.token)):
@@ -329,28 +346,18 @@ class LiveText(StreamStates):
             stream.repeated = 1
         stream.has_speech, stream.silent_from = True, token.frame + 1
 
-    def _repeat(self, stream: _Stream, confidence: float) -> None:
-        """Add a frame to the last token, whose confidence NeMo aggregates over its frames."""
-        stream.repeated += 1
-        before = stream.confidences[-1]
-        if self._decoding.decoding.word_confidence_aggregation == 'mean':
-            stream.confidences[-1] += (confidence - before) / stream.repeated
-        else:
-            stream.confidences[-1] = self._spelling.aggregate([before, confidence])
-
     def _close_word(self, stream: _Stream, update: TextUpdate) -> None:
-        count = len(stream.tokens)
-        if count > stream.open:
-            word = self._word(stream, stream.open, count)
-            update.final_words += [] if word is None else [word]
+        if len(stream.tokens) > stream.open:
+            word = self._word(stream, stream.open, len(stream.tokens))
+            update.final_words += [word] if word.text else []
             stream.words.append(stream.open)
-            stream.open = count
-        stream.partial = None
+            stream.open = len(stream.tokens)
+        stream.partial = NO_WORD
 
     def _end_utterance(self, stream: _Stream, frame: int, update: TextUpdate) -> None:
         update.utterance_ends.append(frame * self.frame_seconds)
         stream.start, stream.silent_from, stream.has_speech = frame, frame, False
 
-    def _word(self, stream: _Stream, first: int, end: int) -> Word | None:
+    def _word(self, stream: _Stream, first: int, end: int) -> Word:
         columns = stream.tokens, stream.frames, stream.confidences
         return self._spelling.word(*(column[first:end] for column in columns))

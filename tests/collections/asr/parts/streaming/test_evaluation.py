@@ -14,7 +14,6 @@ from nemo.collections.asr.parts.streaming.evaluation import (
     streamable_contexts,
     summarize_streams,
 )
-from nemo.collections.asr.parts.streaming.text import TextOptions
 
 RATE = 16000
 
@@ -36,19 +35,19 @@ def measures(**values):
 
 def test_a_stream_of_next_tokens_equals_offline_and_has_a_surprise():
     model, samples = tiny_model('+model.objective=next_token').eval(), noise(1, 3 * RATE)[0].numpy()
-    found = measure_stream(model, samples, [4, 0], 0.08, surprise=True)
+    found = measure_stream(model, samples, [4, 0], 0.08, return_surprise=True)
     compare_with_offline(model, samples, found)
     assert found.largest_difference <= 1e-4 and found.token_agreement == 1.0
     assert len(found.step_ms) == math.ceil(3 / 0.08) and found.cache_bytes > 0 and found.text is None
     unsettled = int(found.output.surprise_lengths[0]) - len(found.surprise)
     assert unsettled == 25 - int(found.output.surprise_start[0])  # two seconds, where targets are normalised
     model.target_normalize = None
-    assert len(measure_stream(model, samples, [4, 0], surprise=True).surprise) == len(found.surprise) + unsettled
+    assert len(measure_stream(model, samples, [4, 0], return_surprise=True).surprise) == len(found.surprise) + unsettled
 
 
 def test_a_recogniser_has_text_and_latencies():
     model, samples = tiny_recogniser('ctc'), noise(1, 2 * RATE)[0].numpy()
-    found = measure_stream(model, samples, [10, 0], text=TextOptions())
+    found = measure_stream(model, samples, [10, 0], return_text=True)
     summary = summarize_streams([found], [found.text])
     assert len(found.text) > 3 and summary['wer'] == summary['cer'] == 0.0
     assert 0 < summary['word_latency_ms_p50'] <= summary['word_latency_ms_p95']

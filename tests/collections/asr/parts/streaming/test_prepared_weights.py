@@ -191,15 +191,15 @@ def encoder_of(**changed) -> ConformerEncoder:
 @pytest.mark.parametrize(
     'changed, context, reason',
     [
-        (dict(conv_context_size=None), (4, 0), 'conv_context_size is .*must be causal'),
-        (dict(causal_downsampling=False), (4, 0), 'causal_downsampling is false'),
+        (dict(conv_context_size=None), (4, 0), r'conv_context_size is \[4, 4\]; it must be causal'),
+        (dict(causal_downsampling=False), (4, 0), 'causal_downsampling is False'),
         (dict(subsampling='vggnet'), (4, 0), 'subsampling is vggnet'),
         (dict(conv_norm_type='group_norm4'), (4, 0), 'conv_norm_type is group_norm4'),
         (dict(conv_norm_type='instance_norm'), (4, 0), 'conv_norm_type is instance_norm'),
         (dict(self_attention_model='abs_pos'), (4, 0), 'self_attention_model is abs_pos'),
         (dict(), (-1, -1), 'the right context of layer 0 is unlimited'),
         (dict(att_context_style='chunked_limited', att_context_size=[[4, 1]]), (3, 1), 'must be a multiple'),
-        (dict(reduction='pooling', reduction_position=0, reduction_factor=2), (4, 0), 'encoder.reduction'),
+        (dict(reduction='pooling', reduction_position=0, reduction_factor=2), (4, 0), 'encoder.reduction_position is 0; it must be None'),
         (dict(subsampling_conv_chunking_factor=2), (4, 0), 'subsampling_conv_chunking_factor is 2'),
     ],
 )

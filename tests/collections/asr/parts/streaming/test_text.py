@@ -86,7 +86,7 @@ def test_tokens_have_the_frames_of_the_whole(kind):
     session, _ = transcribe(model_of(kind), [900, 11000, 3000])
     for row, expected in enumerate(offline(kind)):
         timestamp = expected.timestamp['timestep'] if isinstance(expected.timestamp, dict) else expected.timestamp
-        assert session._text.streams[row].frames.tolist() == [int(frame) for frame in timestamp]
+        assert session._text.streams[row].frames == [int(frame) for frame in timestamp]
 
 
 def one_stream(options=TextOptions()):
@@ -183,7 +183,7 @@ def test_confidence_is_that_of_nemo(kind, aggregation):
     for row, expected in enumerate(offline(kind, model)):
         for session in sessions:
             stream = session._text.streams[row]
-            found = stream.confidences.tolist()
+            found = stream.confidences
             assert found == pytest.approx([*map(float, expected.token_confidence)], abs=1e-5) and len(set(found)) > 3
             letters = [each for each, token in zip(found, stream.tokens) if token != LABELS.index(' ')]
             word = session.transcript(row).words[0]
