@@ -226,9 +226,9 @@ class RingWindow:
         return Visible(slots, ages, hidden, tables[3].index_select(0, places) if begins[index].any() else None)
 
     def _visible(self, slots: np.ndarray, ages: np.ndarray, hidden: np.ndarray, began: np.ndarray) -> Visible:
-        places = (self._tensor(values[0] if len(values) == 1 else values) for values in (slots, ages))
+        slots, ages = (self._tensor(values[0] if len(values) == 1 else values) for values in (slots, ages))
         of_hidden = self._tensor(hidden).unsqueeze(1) if hidden.any() else None
-        return Visible(*places, of_hidden, None if began.all() else self._tensor(began))
+        return Visible(slots, ages, of_hidden, None if began.all() else self._tensor(began))
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device, non_blocking=True)

@@ -89,7 +89,7 @@ class StreamingOutput:
             joined.text = [*map(TextUpdate.concatenate, zip(*(output.text for output in outputs)))]
         if first.loss is not None:
             joined.masked_frames = sum(output.masked_frames for output in outputs)
-            total: Any = sum(output.loss * output.masked_frames for output in outputs)  # type: ignore[operator]
+            total: Any = sum(output.loss * output.masked_frames for output in outputs)  # type: ignore[operator, misc]
             joined.loss = total / max(joined.masked_frames, 1)
         return joined
 

@@ -87,7 +87,8 @@ def from_plain(value: Any, fresh: Any, device: torch.device) -> Any:
     if not isinstance(value, dict):
         return value
     fields = {name: from_plain(each, getattr(fresh, name, None), device) for name, each in value.items()}
-    return type(fresh)(**fields) if dataclasses.is_dataclass(fresh) else fields
+    kind: Any = type(fresh) if dataclasses.is_dataclass(fresh) else dict
+    return kind(**fields)
 
 
 def _bytes(value: Any) -> int:

@@ -140,7 +140,7 @@ class GreedyCTC:
             repeats = path == np.concatenate(([memory[row]], path[:-1]))
             frames = np.flatnonzero(path != self.start)
             sure = [NO_CONFIDENCE] * len(frames) if confidence is None else confidence[row, frames].tolist()
-            positions = (first[row] + frames).tolist()
+            positions: list[int] = (first[row] + frames).tolist()
             found.append([*map(Token, path[frames].tolist(), positions, sure, repeats[frames].tolist())])
         return found, [int(paths[row, count - 1]) for row, count in enumerate(counts)]
 
@@ -359,5 +359,5 @@ class LiveText(StreamStates):
         stream.start, stream.silent_from, stream.has_speech = frame, frame, False
 
     def _word(self, stream: _Stream, first: int, end: int) -> Word:
-        columns = stream.tokens, stream.frames, stream.confidences
-        return self._spelling.word(*(column[first:end] for column in columns))
+        part = slice(first, end)
+        return self._spelling.word(stream.tokens[part], stream.frames[part], stream.confidences[part])

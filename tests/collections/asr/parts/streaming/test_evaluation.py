@@ -42,7 +42,9 @@ def test_a_stream_of_next_tokens_equals_offline_and_has_a_surprise():
     unsettled = int(found.output.surprise_lengths[0]) - len(found.surprise)
     assert unsettled == 25 - int(found.output.surprise_start[0])  # two seconds, where targets are normalised
     model.target_normalize = None
-    assert len(measure_stream(model, samples, [4, 0], return_surprise=True).surprise) == len(found.surprise) + unsettled
+    assert (
+        len(measure_stream(model, samples, [4, 0], return_surprise=True).surprise) == len(found.surprise) + unsettled
+    )
 
 
 def test_a_recogniser_has_text_and_latencies():

@@ -199,7 +199,11 @@ def encoder_of(**changed) -> ConformerEncoder:
         (dict(self_attention_model='abs_pos'), (4, 0), 'self_attention_model is abs_pos'),
         (dict(), (-1, -1), 'the right context of layer 0 is unlimited'),
         (dict(att_context_style='chunked_limited', att_context_size=[[4, 1]]), (3, 1), 'must be a multiple'),
-        (dict(reduction='pooling', reduction_position=0, reduction_factor=2), (4, 0), 'encoder.reduction_position is 0; it must be None'),
+        (
+            dict(reduction='pooling', reduction_position=0, reduction_factor=2),
+            (4, 0),
+            'encoder.reduction_position is 0; it must be None',
+        ),
         (dict(subsampling_conv_chunking_factor=2), (4, 0), 'subsampling_conv_chunking_factor is 2'),
     ],
 )
