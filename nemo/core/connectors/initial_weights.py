@@ -4,6 +4,7 @@
 import difflib
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from omegaconf import DictConfig, ListConfig
@@ -13,7 +14,6 @@ from nemo.utils import logging, torch_files
 PLACES = {'init_from_nemo_model': 'path', 'init_from_pretrained_model': 'name', 'init_from_ptl_ckpt': 'path'}
 """The three keys, and the option that names the weights where the value is a mapping of sources."""
 ENDINGS = {'.nemo': 'init_from_nemo_model', '.ckpt': 'init_from_ptl_ckpt'}
-PARTS = ('encoder', 'decoder', 'other')
 SHAPING_KEYS = (  # of model.encoder; the shapes and names of its tensors follow from them
     *('causal_downsampling', 'conv_norm_type', 'd_model', 'n_layers', 'n_heads', 'feat_in', 'feat_out', 'subsampling'),
     *('subsampling_factor', 'subsampling_conv_channels', 'ff_expansion_factor', 'conv_kernel_size'),
@@ -23,18 +23,13 @@ SHAPING_KEYS = (  # of model.encoder; the shapes and names of its tensors follow
 
 @dataclass
 class Source:
-    """Weights of another model.
+    """Weights of another model: a file, or the name of a pre-trained model.
 
-    Attributes:
-        kind: one of ``PLACES``.
-        key: the config key of the source.
-        place: a file, or the name of a pre-trained model.
-        include: a tensor is loaded if its name contains one of these; None loads all, an empty list none.
-        exclude: and none of these.
+    A tensor is loaded if its name contains one of ``include`` (None: whatever its name is) and none of ``exclude``.
     """
 
-    kind: str
-    key: str
+    kind: str  # one of PLACES
+    key: str  # in the config
     place: str
     include: list[str] | None = None
     exclude: list[str] | None = None
@@ -48,9 +43,8 @@ class Source:
 
     def read_config(self, model) -> DictConfig:
         """Return the model config alone."""
-        if self.kind != 'init_from_ptl_ckpt':
-            return self._restored(model, return_config=True)
-        config, _ = self._checkpoint()
+        is_checkpoint = self.kind == 'init_from_ptl_ckpt'
+        config = self._checkpoint()[0] if is_checkpoint else self._restored(model, return_config=True)
         if config is None:
             raise ValueError(f"{self.key}: {self.place} holds no model config")
         return config
@@ -58,31 +52,26 @@ class Source:
     def _restored(self, model, **options):
         if self.kind == 'init_from_pretrained_model':
             return model.from_pretrained(self.place, **options)
-        path = self._checked_path()
-        try:
-            return model.restore_from(path, **options)
-        except (OSError, KeyError, ValueError) as error:
-            raise ValueError(f"{self.key}: {error}") from error
+        return self._read_file(model.restore_from, **options)
 
     def _checkpoint(self, map_location='cpu') -> tuple[DictConfig | None, dict]:
-        path = self._checked_path()
-        try:
-            checkpoint = torch_files.load(path, map_location)
-        except ValueError as error:
-            raise ValueError(f"{self.key}: {error}") from error
+        checkpoint = self._read_file(torch_files.load, map_location=map_location)
         if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
-            raise ValueError(f"{self.key}: {path} holds no state_dict; a Lightning checkpoint is needed")
+            raise ValueError(f"{self.key}: {self.place} holds no state_dict; a Lightning checkpoint is needed")
         parameters = checkpoint.get('hyper_parameters') or {}
         return parameters.get('cfg', parameters) or None, checkpoint['state_dict']
 
-    def _checked_path(self) -> str:
+    def _read_file(self, read: Callable, **options):
         path = os.path.expanduser(self.place)
-        if not os.path.exists(path):
-            raise ValueError(f"{self.key}: no file {path}")
         form = ENDINGS.get(os.path.splitext(path)[1], self.kind)
-        if form != self.kind:
-            raise ValueError(f"{self.key}: {path} is a file for {form}")
-        return path
+        try:
+            if not os.path.exists(path):
+                raise ValueError(f"no file {path}")
+            if form != self.kind:
+                raise ValueError(f"{path} is a file for {form}")
+            return read(path, **options)
+        except (OSError, KeyError, ValueError) as error:
+            raise ValueError(f"{self.key}: {error}") from error
 
 
 def sources_of(cfg) -> list[Source]:
@@ -115,11 +104,10 @@ def _source(kind: str, key: str, options) -> Source:
 
 def _patterns(key: str, value) -> list[str] | None:
     patterns = [value] if isinstance(value, str) else value
-    if patterns is None:
-        return None
-    if not isinstance(patterns, (list, tuple, ListConfig)) or not all(p and isinstance(p, str) for p in patterns):
-        raise ValueError(f"{key} is {value!r}; it must be a list of parts of tensor names")
-    return list(patterns)
+    is_list = isinstance(patterns, (list, tuple, ListConfig))
+    if patterns is None or (is_list and all(pattern and isinstance(pattern, str) for pattern in patterns)):
+        return patterns
+    raise ValueError(f"{key} is {value!r}; it must be a list of parts of tensor names")
 
 
 def load_weights(model, source: Source, config, weights: dict) -> set[str]:
@@ -135,8 +123,7 @@ def load_weights(model, source: Source, config, weights: dict) -> set[str]:
         missing, unused = model.load_state_dict(chosen, strict=False)
     except RuntimeError as error:  # torch's, for tensors of another shape
         raise ValueError(_why_shapes_differ(model, source, config, own, chosen)) from error
-    left_out = weights.keys() - chosen.keys()
-    loaded = set() if not chosen else own.keys() - set(missing)
+    left_out, loaded = weights.keys() - chosen.keys(), own.keys() - set(missing) if chosen else set()
     columns = {
         'loaded': loaded,
         'left out by pattern': left_out,
@@ -147,12 +134,10 @@ def load_weights(model, source: Source, config, weights: dict) -> set[str]:
     contexts = _differences(model, config, ['layer_att_context_size'])
     if contexts and 'encoder' in map(_part, loaded):
         logging.warning(f"{source.key}: the weights were trained with other contexts of layers: {contexts}")
-    unused = sorted(name for name in unused if _part(name) == 'encoder')
+    unused = [name for name in unused if _part(name) == 'encoder']
     if unused:
-        logging.warning(
-            f"{source.key}: the model has no place for {len(unused)} encoder tensors of {source.place}, such as {unused[0]}. "
-            f"{_differences(model, config)}"
-        )
+        lacking = f"the model has no place for {len(unused)} encoder tensors of {source.place}, such as {unused[0]}"
+        logging.warning(f"{source.key}: {lacking}. {_differences(model, config)}")
     return loaded
 
 
@@ -196,24 +181,23 @@ def _part(name: str) -> str:
 
 def _table(own: dict, columns: dict[str, set[str]]) -> str:
     """Return a row for each part of the model, with the number of its tensors in each column."""
-    counts, total = [Counter(map(_part, names)) for names in columns.values()], Counter(map(_part, own))
+    total, *counts = (Counter(map(_part, names)) for names in (own, *columns.values()))
     rows = [['tensors', *columns]]
-    for part in PARTS:
-        rows.append([part, f'{counts[0][part]} of {total[part]}', *(str(count[part]) for count in counts[1:])])
+    for part in ('encoder', 'decoder', 'other'):
+        loaded, *others = (str(count[part]) for count in counts)
+        rows.append([part, f'{loaded} of {total[part]}', *others])
     return '\n'.join(f'{first:<10}' + ''.join(f'{cell:>22}' for cell in cells) for first, *cells in rows)
 
 
 def _why_shapes_differ(model, source: Source, config, own: dict, chosen: dict) -> str:
     differing = [name for name in chosen if name in own and own[name].shape != chosen[name].shape]
-    shapes = [
-        f"{name} {list(chosen[name].shape)} in the file, {list(own[name].shape)} in the model" for name in differing
-    ]
-    counts = Counter(map(_part, differing))
-    differences = f"{_differences(model, config)}. " if counts['encoder'] else ''
+    counts = ', '.join(f'{count} {part}' for part, count in Counter(map(_part, differing)).items())
+    shapes = [f"{name} {list(chosen[name].shape)} in the file, {list(own[name].shape)} here" for name in differing[:3]]
+    differences = f"{_differences(model, config)}. " if 'encoder' in counts else ''
     convert = 'causal_downsampling' in differences or 'conv_norm_type' in differences
     return (
-        f"{source.key}: {len(differing)} tensors of {source.place} have another shape ("
-        f"{', '.join(f'{count} {part}' for part, count in counts.items())}): {'; '.join(shapes[:3])}. {differences}"
+        f"{source.key}: {len(differing)} tensors of {source.place} have another shape ({counts}): {'; '.join(shapes)}. "
+        f"{differences}"
         f"{'convert_to_streaming.py makes a streaming model of an offline one' if convert else 'exclude leaves them out'}"
     )
 

@@ -22,10 +22,7 @@ BROKEN_ARCHIVE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.e
 
 
 class SaveRestoreConnector(_up.SaveRestoreConnector):
-    """NeMo's connector; a save that is cut short leaves the earlier file, and a broken file is named.
-
-    What is loaded, and how, is NeMo's: weights through ``torch.load`` with NeMo's arguments.
-    """
+    """NeMo's connector; a save that is cut short leaves the earlier file, and a broken file is named."""
 
     def save_to(self, model, save_path: str):
         """Save a model as NeMo does.
@@ -85,26 +82,25 @@ class SaveRestoreConnector(_up.SaveRestoreConnector):
     def _naming(self, path) -> Iterator[None]:
         """Check that a file is whole, and turn the many errors of a broken archive into one that names it."""
         try:
-            self._check_whole(path)
+            if self.model_extracted_dir is None and os.path.isfile(path):
+                self._check_end(path)
             yield
         except pickle.UnpicklingError as error:
             raise pickle.UnpicklingError(f"{path}: {error}") from error
         except BROKEN_ARCHIVE as error:
             raise ValueError(f"{path} is truncated, corrupt or no .nemo file: {error}") from error
 
-    def _check_whole(self, path) -> None:
+    def _check_end(self, path) -> None:
         """Check that nothing is cut off: ``tarfile`` ignores a missing end if it falls between two members."""
-        if self.model_extracted_dir is None and os.path.isfile(path):
-            with self._tar_open(path) as archive:
-                names = [os.path.basename(member.name) for member in archive.getmembers()]
-            if os.path.basename(self.model_config_yaml) not in names:
-                raise tarfile.ReadError(f"it has no {self.model_config_yaml}, only {names}")
+        with self._tar_open(path) as archive:
+            names = [os.path.basename(member.name) for member in archive.getmembers()]
+        if os.path.basename(self.model_config_yaml) not in names:
+            raise tarfile.ReadError(f"it has no {self.model_config_yaml}, only {names}")
 
 
 def _check_sums(model_weights) -> None:
     """Compare the weights with the sums that torch writes and does not read; some 0.7 s for a gigabyte."""
     if zipfile.is_zipfile(model_weights):  # others are from before torch 1.6, or end too early: torch raises
         with zipfile.ZipFile(model_weights) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise OSError(f"{damaged} in it is damaged")
+            if damaged := archive.testzip():
+                raise OSError(f"{damaged} in it is damaged")

@@ -86,6 +86,7 @@ def test_the_log_has_a_table(files, monkeypatch):
         ({'include': ['decoder']}, '0 of .* encoder tensors'),
         ({'includ': ['encoder']}, 'includ is not known; did you mean include'),
         ({'include': [3]}, r'include is \[3\]'),
+        ({'exclude': 3}, 'exclude is 3'),
         ({'path': None}, 'path is None'),
         ({'path': 'nowhere.ckpt'}, 'no file nowhere.ckpt'),
     ],

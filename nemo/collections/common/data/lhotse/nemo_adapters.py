@@ -16,11 +16,11 @@ import lhotse.shar
 import lhotse.shar.readers.lazy as lazy_shar
 import numpy as np
 import soundfile as sound_files  # another name than NeMo's, which is replaced below
-from lhotse import AudioSource, Recording
+from lhotse import Recording
 from lhotse.audio.backend import LibsndfileBackend
 from lhotse.serialization import decode_json_line, open_best
 from lhotse.shar.readers.tar import TarIterator
-from lhotse.utils import compute_num_samples
+from lhotse.utils import compute_num_samples, fastcopy
 
 from nemo.utils import logging
 from nemo.utils.data_utils import is_datastore_path
@@ -118,11 +118,6 @@ def _holds(recording: Recording, offset: float, duration: float | None) -> bool:
     return left > 0 and left >= LEAST_SHARE_OF_DURATION * (duration or 0.0)
 
 
-def _recording(name: str, source: AudioSource, duration: float, sampling_rate: int) -> Recording:
-    samples = compute_num_samples(duration, sampling_rate)
-    return Recording(name, [source], sampling_rate, samples, duration, channel_ids=source.channels)
-
-
 class LazyNeMoTarredIterator(_up.LazyNeMoTarredIterator):
     """NeMo's reader of tarred manifests; every entry of a manifest is in its tar file, or is counted."""
 
@@ -156,7 +151,8 @@ def make_cut_with_subset_inmemory_recording(recording: Recording, offset: float 
         except Exception:  # of any decoder
             pass
     longer = offset + max(duration or 0.0, 1.0) + recording.duration
-    claim = _recording(recording.id, recording.sources[0], longer, recording.sampling_rate)
+    samples = compute_num_samples(longer, recording.sampling_rate)
+    claim = fastcopy(recording, num_samples=samples, duration=longer)
     return claim.to_cut().truncate(offset=offset, preserve_id=True)
 
 
