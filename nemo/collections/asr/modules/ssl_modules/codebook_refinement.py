@@ -4,8 +4,7 @@
 Every code becomes the direction of the mean of the unit vectors that chose it. A code that hardly any frame chose
 takes half of the frames of one that many chose, as in the algorithm of Linde, Buzo and Gray (1980).
 
-Shapes: H codebooks, C classes, K code dimensions, N frames of a batch, P pairs of a code with few frames and one with
-many.
+Shapes: H codebooks, C classes, K code dimensions, N frames of a batch.
 """
 
 from collections.abc import Mapping
@@ -98,11 +97,11 @@ class CodebookRefinement(nn.Module):
         counts = remembered[..., -1] + observed[..., -1]
         lengths = sums.norm(dim=-1, keepdim=True)
         codes = F.normalize(torch.where(lengths > 0, sums, codebooks.double()), dim=-1)
-        codes, sums, counts, replaced = _split(codes, sums, counts, codebooks.double())
+        replaced = torch.stack([_split(*book) for book in zip(codes, sums, counts, codebooks.double(), strict=True)])
         self.remembered = self.settings.decay * torch.cat([sums, counts.unsqueeze(-1)], dim=-1)
         self.observed.zero_()
         self.refined_step.fill_(step)
-        return codes, replaced
+        return codes, replaced.sum()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Load the buffers; start from zero with a checkpoint that has none of them."""
@@ -112,39 +111,27 @@ class CodebookRefinement(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _split(codes, sums, counts, before):
+def _split(codes: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """Let dead codes take half of the frames of those that most frames chose; each gives once at most.
 
     The two halves lie on both sides of the mean, one standard deviation of the frames apart from it, in the direction
     in which the dead code lay: no random numbers, and no two dead codes alike.
 
-    Takes and returns the means' directions ``codes`` and the ``sums`` of the vectors, [H, C, K], and their ``counts`` [H, C];
-    takes the codebooks ``before`` [H, C, K]; returns how many codes were replaced (a scalar), too.
+    Changes a codebook's ``codes``, the ``sums`` of the vectors, [C, K], and their ``counts`` [C], given the codes ``before``
+    the refinement [C, K]; returns how many codes were replaced (a scalar).
     """
-    order, pairs = counts.argsort(dim=1, stable=True), counts.shape[1] // 2
-    dead, large = order[:, :pairs], order.flip(1)[:, :pairs]
-    lengths, shares = _rows(sums, large).norm(dim=-1), counts.gather(1, large)
+    order, mean, pairs = counts.argsort(stable=True), counts.mean(), len(counts) // 2
+    dead, large = order[:pairs], order.flip(0)[:pairs]
+    lengths, shares = sums[large].norm(dim=-1), counts[large]
     spread = ((1 - (lengths / shares.clamp(min=1)).square()).clamp(min=0) / max(codes.shape[-1] - 1, 1)).sqrt()
-    mean = counts.mean(dim=1, keepdim=True)
-    replaced = (counts.gather(1, dead) < DEAD_SHARE * mean) & (shares > mean.clamp(min=1)) & (spread > SMALLEST_SPREAD)
+    replaced = (counts[dead] < DEAD_SHARE * mean) & (shares > mean.clamp(min=1)) & (spread > SMALLEST_SPREAD)
 
-    parents, aside = _rows(codes, large), _rows(before, dead)
+    parents, aside = codes[large], before[dead]
     aside = F.normalize(aside - (aside * parents).sum(dim=-1, keepdim=True) * parents, dim=-1)
     offsets = spread.unsqueeze(-1) * aside
     for place, half in ((dead, parents + offsets), (large, parents - offsets)):
         half = F.normalize(half, dim=-1)
-        codes = _with_rows(codes, place, half, replaced)
-        sums = _with_rows(sums, place, half * lengths.unsqueeze(-1) / 2, replaced)
-        counts = counts.scatter(1, place, torch.where(replaced, shares / 2, counts.gather(1, place)))
-    return codes, sums, counts, replaced.sum()
-
-
-def _rows(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Return the rows [H, P, K] of ``values`` [H, C, K] at ``indices`` [H, P]."""
-    return values.gather(1, indices.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
-
-
-def _with_rows(values, indices, new, where):
-    """Return ``values`` [H, C, K] with the rows ``new`` [H, P, K] at ``indices`` [H, P] where ``where`` [H, P] is True."""
-    rows = torch.where(where.unsqueeze(-1), new, _rows(values, indices))
-    return values.scatter(1, indices.unsqueeze(-1).expand_as(rows), rows)
+        codes[place] = torch.where(replaced.unsqueeze(-1), half, codes[place])
+        sums[place] = torch.where(replaced.unsqueeze(-1), half * lengths.unsqueeze(-1) / 2, sums[place])
+        counts[place] = torch.where(replaced, shares / 2, counts[place])
+    return replaced.sum()

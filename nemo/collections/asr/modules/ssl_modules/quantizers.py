@@ -188,14 +188,10 @@ def _read_projection(path, components: int, combine_time_steps: int, features: i
         raise ValueError(f"{name} cannot be read: {error}; with projection pca it must be {written}") from error
     if made_for != dict(combine_time_steps=combine_time_steps, features=features):
         raise ValueError(f"{name} was made for {made_for}; the quantizer has {combine_time_steps} and {features}")
-    if len(variances) < components:
+    usable = int(np.sum(variances > _SMALLEST_VARIANCE * variances[0]))
+    if usable < components:
         raise ValueError(
-            f"{name} has {len(variances)} components; num_books * code_dim takes {components}: make it with "
+            f"{name} has {usable} components with a variance; num_books * code_dim takes {components}: make it with "
             f"--components {components} or more"
-        )
-    fits = axes.shape == (components, combine_time_steps * features) and np.isfinite(axes).all()
-    if not fits or not np.all(variances > _SMALLEST_VARIANCE * variances[0]):
-        raise ValueError(
-            f"{name}: its components must be finite, [components, combine_time_steps * features], each with a variance"
         )
     return axes / np.sqrt(variances)[:, None], normalization

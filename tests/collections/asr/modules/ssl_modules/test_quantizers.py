@@ -180,8 +180,12 @@ class TestPrincipalComponents:
         'written, asked, message',
         [
             ({}, dict(combine_time_steps=8), 'was made for .*combine_time_steps.: 2.*; the quantizer has 8 and 6'),
-            ({}, dict(code_dim=5), 'has 8 components; num_books .* takes 10: make it with --components 10 or more'),
-            (dict(components=np.ones((8, 11))), {}, 'its components must be finite, .components, combine_time_steps'),
+            (
+                {},
+                dict(code_dim=5),
+                'has 8 components with a variance; num_books .* takes 10: make it with --components 10 or',
+            ),
+            (dict(eigenvalues=np.array([1.0] * 7 + [0])), {}, 'has 7 components with a variance; .* takes 8'),
             (
                 dict(eigenvalues=None),
                 {},
