@@ -44,7 +44,6 @@ def audit_live(masking, window: Window, windows: dict, utterances: int, frames: 
     window = masking.within(window)
     line, masks = masking.new_stream(utterances), []
     for start in range(0, frames, window.chunk * factor):
-        line.forget(0)
         masks.append(masking.draw_on(line, min(window.chunk * factor, frames - start), window))
     return audit_masks(torch.cat(masks, dim=1), torch.full((utterances,), frames), factor, windows)
 

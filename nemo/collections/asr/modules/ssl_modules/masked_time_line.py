@@ -4,7 +4,7 @@
 The frames that are kept visible lie on one grid from the beginning of a stream. Blocks begin and continue as in
 ``RandomBlockMasking``, on the frames between.
 
-Shapes: B streams, N new mask frames, T mask frames to draw, A attention frames.
+Shapes: B streams, N new mask frames, A attention frames.
 """
 
 from dataclasses import dataclass
@@ -59,29 +59,15 @@ class MaskedTimeLine:
     received: torch.Tensor  # mask frames, [B, 1] int64
     free: torch.Tensor  # those not kept visible, from a random number on: the offset of the grid; [B, 1] int64
     masked_up_to: torch.Tensor  # count of free frames that the last block goes up to, [B, 1] int64
-    masks: torch.Tensor  # of the last frames received, [B, T] bool
 
     @classmethod
     def new(cls, streams: int, block: int, device=None) -> 'MaskedTimeLine':
         """Return the state of B streams before the first frame, for blocks of so many mask frames."""
         offset = (torch.rand(streams, 1, device=device) * block).long()
-        masks = torch.zeros(streams, 0, dtype=torch.bool, device=device)
-        return cls(torch.rand_like(offset, dtype=torch.float32), offset * 0, offset, offset * 0, masks)
+        return cls(torch.rand_like(offset, dtype=torch.float32), offset * 0, offset, offset * 0)
 
-    def draw(self, frames: int, chances: BlockChances, factor: int) -> torch.Tensor:
-        """Draw the masks of new frames, as many in each stream; return all T that are remembered, [B, T] bool.
-
-        ``factor`` is mask frames per attention frame.
-        """
-        masks = self._draw_new(frames - self.masks.shape[1], chances, factor)
-        self.masks = torch.cat((self.masks, masks), dim=1)
-        return self.masks
-
-    def forget(self, kept: int) -> None:
-        """Keep the masks of the last frames only, so many of them."""
-        self.masks = self.masks[:, max(self.masks.shape[1] - kept, 0) :].clone()
-
-    def _draw_new(self, new: int, chances: BlockChances, factor: int) -> torch.Tensor:
+    def draw(self, new: int, chances: BlockChances, factor: int) -> torch.Tensor:
+        """Draw the masks of so many new frames of each stream, [B, N] bool; ``factor`` is mask frames per attention frame."""
         place = self.received + torch.arange(new, device=self.received.device)
         allowed = self._may_be_masked(place.div(factor, rounding_mode='floor'), chances.kept)
         rank = self.free + allowed.cumsum(dim=1)  # from 1 on

@@ -127,8 +127,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
                 masked. None masks over the whole utterance.
             effective_left_context: in attention frames, -1 = unlimited; overrides ``left_context_size``.
             effective_window: the window of an attention frame, where it has look-ahead; overrides both.
-            stream: of :meth:`new_stream`. ``input_feats`` has the frames whose masks it remembers, and then new ones:
-                those alone are drawn, and it moves on.
+            stream: of :meth:`new_stream`, which moves on; ``input_feats`` are its new frames, as many in each.
 
         Returns:
             the features with ``mask_embedding`` in the masked frames, and the masks, 1 where masked (a view, the same
@@ -141,10 +140,12 @@ class RandomBlockMasking(_up.RandomBlockMasking):
             window = self._window(effective_left_context, effective_window)
             return self._fill(input_feats, self.draw_on(stream, input_feats.shape[2], window))
         mask = self.forward_with_overlap if self.allow_overlap else self.forward_without_overlap
-        context = dict(effective_left_context=effective_left_context, effective_window=effective_window)
-        given = {
-            name: value for name, value in {'current_frame': current_frame, **context}.items() if value is not None
-        }
+        given = dict(
+            current_frame=current_frame,
+            effective_left_context=effective_left_context,
+            effective_window=effective_window,
+        )
+        given = {name: value for name, value in given.items() if value is not None}
         return mask(input_feats, input_lengths, **given)  # stock's overrides take no more than the first two
 
     def forward_with_overlap(self, input_feats, input_lengths, *args, **kwargs):
@@ -210,7 +211,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         return MaskedTimeLine.new(streams, self.block_size, device)
 
     def draw_on(self, stream: MaskedTimeLine, frames: int, window: Window) -> torch.Tensor:
-        """Draw the new frames of streams within what each frame sees, see :meth:`MaskedTimeLine.draw`; [B, T] bool."""
+        """Draw so many new frames of streams within what each frame sees, see :meth:`MaskedTimeLine.draw`; [B, N] bool."""
         kept = kept_window(window, self.causal and self.follow_context)
         blocks = BlockChances.of(self.mask_prob, self.block_size, self.allow_overlap, self.max_mask_ratio, kept)
         return stream.draw(frames, blocks, self.subsampling_factor)

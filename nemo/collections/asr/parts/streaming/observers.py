@@ -75,7 +75,6 @@ class LiveMasking:
         lengths, time_line = torch.tensor([frames.shape[1]], device=frames.device), stream.time_line
         new = dict(input_feats=frames[None], input_lengths=lengths, current_frame=time_line.received[:, 0] + lengths)
         masked, masks = self.masking(**new, stream=time_line, **self._arguments)
-        time_line.forget(0)
         stream.masks = torch.cat((stream.masks, masks[0, :1].to(stream.masks.dtype)), dim=1)
         return masked[0], masks[0, :1]
 
