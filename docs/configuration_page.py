@@ -6,6 +6,7 @@ python docs/configuration_page.py
 
 import importlib.util
 import sys
+from dataclasses import MISSING
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -25,7 +26,7 @@ TITLES = {
 
 
 def config_keys():
-    """Return all keys; the module that has them imports nothing, so the site needs no NeMo."""
+    """Return all keys by full name; the module that has them imports nothing, so the site needs no NeMo."""
     spec = importlib.util.spec_from_file_location('config_keys', KEYS)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there
@@ -38,18 +39,26 @@ def section_of(name):
     return max((section for section in TITLES if name.startswith(f'{section}.')), key=len)
 
 
-def row(key, section):
-    """Return the row of a key in the table of its section."""
-    page, _, heading = key.page.partition('#')
+def row(name, key):
+    """Return the row of a key in the table of its section; ``name`` is the key's in the section."""
+    page, _, heading = key['page'].partition('#')
     link = f"[{page}]({page}.md{heading and f'#{heading}'})"
-    return f"| `{key.name.removeprefix(f'{section}.')}` | {key.default} | {key.meaning} | {link} |"
+    default, allowed = key['default'], key['allowed'].text
+    default = 'required' if default is MISSING else 'null' if default is None else str(default)
+    default = default.lower() if isinstance(key['default'], bool) else default
+    meaning = f"{key['meaning']}{allowed and f' {allowed[0].upper()}{allowed[1:]}.'}"
+    return f'| `{name}` | {default} | {meaning} | {link} |'
 
 
 def tables():
     """Return the tables of all sections, Markdown."""
     lines = []
     for section, title in TITLES.items():
-        rows = [row(key, section) for key in config_keys() if section_of(key.name) == section]
+        rows = [
+            row(name.removeprefix(f'{section}.'), key)
+            for name, key in config_keys().items()
+            if section_of(name) == section
+        ]
         lines += [
             f'## {title}: `{section}`',
             '',

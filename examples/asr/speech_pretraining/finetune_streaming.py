@@ -82,7 +82,7 @@ def prepare(cfg: DictConfig) -> DictConfig:
             cfg.model.model_defaults.enc_hidden = (
                 encoder.d_model if encoder.get('feat_out', -1) < 1 else encoder.feat_out
             )
-    check_known_keys(cfg.model)
+    check_known_keys(cfg)
     check_contexts(cfg.model.encoder)
     return cfg
 

@@ -66,7 +66,7 @@ def explained(error: Exception) -> str:
     """Return the message of an error, and the page that explains its config key, if it has one."""
     from nemo.collections.asr.parts.utils.config_keys import where_to_read
 
-    return f"{error}{'' if 'See docs/' in str(error) else where_to_read(str(error))}"
+    return f'{error}{where_to_read(str(error))}'
 
 
 def check_folders(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:

@@ -12,6 +12,8 @@ _up = upstream(globals())
 class SilentBatch(list):
     """Takes the place of a batch whose utterances are all left out; ``LogLeftOut`` lets it add no gradient."""
 
+    is_silence = True
+
 
 class LhotseSpeechToTextBpeDataset(ChecksCuts, _up.LhotseSpeechToTextBpeDataset):
     """NeMo's lhotse dataset of recognisers."""

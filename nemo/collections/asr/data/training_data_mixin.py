@@ -13,7 +13,6 @@ import torch
 from omegaconf import OmegaConf, open_dict
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from nemo.collections.asr.data.audio_to_text_lhotse import SilentBatch
 from nemo.collections.asr.data.loader_workers import end_workers_with_their_parent
 from nemo.collections.asr.data.resumable_cuts import make_resumable_cuts, reads_cuts, resumable_config
 from nemo.collections.asr.data.resumable_loader import ResumableDataLoader, ResumableLoader, make_resumable
@@ -60,14 +59,14 @@ def with_own_options(loader, synced_contexts=None, skip_bad_audio=None, resumabl
 class LogLeftOut(pl.Callback):
     """Logs how many utterances this rank has left out so far, for which reasons, and the first of each.
 
-    A recogniser's batch of which nothing is left adds no gradient; many in a row, or one in validation, end the run.
+    A batch of which nothing is left adds no gradient; many in a row, or one in validation, end the run.
     """
 
     _silent_in_a_row = 0
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         """Note whether something is left of the batch."""
-        self._silent_in_a_row = self._silent_in_a_row + 1 if isinstance(batch, SilentBatch) else 0
+        self._silent_in_a_row = self._silent_in_a_row + 1 if getattr(batch, 'is_silence', False) else 0
         if self._silent_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise ValueError(
                 f"nothing is left of the last {self._silent_in_a_row} batches{on_this_rank()}; the log names why"
@@ -80,7 +79,7 @@ class LogLeftOut(pl.Callback):
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
         """Refuse silence."""
-        if isinstance(batch, SilentBatch):
+        if getattr(batch, 'is_silence', False):
             raise ValueError(f"each utterance of a batch{on_this_rank()} is bad; the log names them")
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:

@@ -20,20 +20,25 @@ class DataWait:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self.clock = clock
-        self.started: float | None = None
-        self.ended: float | None = None
+        self.started, self.ended = 0.0, None  # of the last step
         self.recent: deque[tuple[float, float]] = deque(maxlen=STEPS_TO_JUDGE)  # waits, and times from step to step
         self.warned = False
 
     def step_starts(self) -> float | None:
         """Return which share of the time since the last step began was a wait; None if no step came just before."""
-        now, share = self.clock(), None
-        if self.started is not None and self.ended is not None:
-            self.recent.append((now - self.ended, now - self.started))
-            share = (now - self.ended) / max(now - self.started, 1e-9)
-            self._warn()
+        now, started, ended = self.clock(), self.started, self.ended
         self.started, self.ended = now, None
-        return share
+        if ended is None:
+            return None
+        self.recent.append((now - ended, now - started))
+        waited, whole = map(sum, zip(*self.recent))
+        if not self.warned and len(self.recent) == STEPS_TO_JUDGE and waited > SHARE_TO_WARN_OF * whole:
+            self.warned = True
+            logging.warning(
+                f"{waited / whole:.0%} of the last {len(self.recent)} steps were spent waiting for data ({NAME}). More "
+                "train_ds.num_workers read more at once; shards read faster than single files; see docs/scale.md"
+            )
+        return (now - ended) / max(now - started, 1e-9)
 
     def step_ends(self) -> None:
         """Note the end of a step."""
@@ -42,12 +47,3 @@ class DataWait:
     def pause(self) -> None:
         """Note that something else comes before the next step, as validation."""
         self.ended = None
-
-    def _warn(self) -> None:
-        waited, whole = map(sum, zip(*self.recent))
-        if not self.warned and len(self.recent) == STEPS_TO_JUDGE and waited > SHARE_TO_WARN_OF * whole:
-            self.warned = True
-            logging.warning(
-                f"{waited / whole:.0%} of the last {len(self.recent)} steps were spent waiting for data ({NAME}). More "
-                "train_ds.num_workers read more at once; shards read faster than single files; see docs/scale.md"
-            )

@@ -2,15 +2,15 @@
 """Where the entries of a manifest stand, and how long they last: what is kept of it in memory. New in this project.
 
 A million entries as Python objects take most of a gigabyte in each process. Here a manifest is read once, which finds mistakes
-too. 16 bytes of each entry are kept; the file is mapped into memory, which all processes share. The index of a large manifest
-is left in the temporary folder for the other ranks of the machine and the next start.
+too, and 16 bytes of each entry are kept. The index of a large manifest is left in the temporary folder for the other ranks of
+the machine and the next start.
 
 Shapes: E entries.
 """
 
 import getpass
 import hashlib
-import mmap
+import math
 import os
 import tempfile
 from array import array
@@ -20,17 +20,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
 
 from nemo.collections.common.data.lhotse.nemo_adapters import JsonLines, parsed
 from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths as expanded
 from nemo.utils import logging
 from nemo.utils.atomic_files import replacing
 from nemo.utils.data_utils import is_datastore_path
-
-try:
-    import fcntl
-except ImportError:  # Windows: each process reads a manifest for itself
-    fcntl = None  # type: ignore[assignment]
 
 SHARED_FROM = 10_000_000  # bytes; a manifest of this size is read in a fifth of a second
 
@@ -98,37 +94,41 @@ class ManifestIndex:
 
     def __init__(self, path: str):
         self.path = path
-        self._open()
-        if self._stamp[1] < SHARED_FROM or fcntl is None:
-            self.starts, self.durations = self._read()
-        else:
-            self.starts, self.durations = _once_on_this_machine(path, self._stamp, self._read)
-        if isinstance(self._content, mmap.mmap) and hasattr(mmap, 'MADV_DONTNEED'):
-            self._content.madvise(mmap.MADV_DONTNEED)  # the system keeps the file at hand, but not for this process
+        self._stamp = _stamp(os.stat(path))
+        is_large = self._stamp[1] >= SHARED_FROM
+        self.starts, self.durations = self._read_once_on_this_machine() if is_large else self._read()
 
     def _read(self) -> tuple[np.ndarray, np.ndarray]:
-        starts, durations = array('q'), array('d')
-        for position, line in self._places():
-            starts.append(position)
-            durations.append(float('nan') if line.entry.get('duration') is None else line.entry['duration'])
+        starts, durations, position = array('q'), array('d'), 0
+        with open(self.path, 'rb') as lines:
+            for number, text in enumerate(lines, 1):
+                entry = {} if text.isspace() else parsed(text, self.path, number)
+                if entry and Line(self.path, number, entry).audio:
+                    duration = entry.get('duration')
+                    starts.append(position)
+                    durations.append(math.nan if duration is None else duration)
+                position += len(text)
         return np.frombuffer(starts, np.int64), np.frombuffer(durations, np.float64)
 
-    def _places(self) -> Iterator[tuple[int, Line]]:
-        """Yield where each entry begins, and the entry, which has audio."""
-        self._content.seek(0)
-        position = 0
-        for number, text in enumerate(iter(self._content.readline, b''), 1):
-            if not text.isspace():
-                line = Line(self.path, number, parsed(text, self.path, number))
-                if line.audio:
-                    yield position, line
-            position += len(text)
-
-    def _open(self) -> None:
-        self._file = open(self.path, 'rb')
-        self._stamp = _stamp(os.fstat(self._file.fileno()))
-        empty = self._stamp[1] == 0  # which cannot be mapped
-        self._content = self._file if empty else mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+    def _read_once_on_this_machine(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return what ``_read`` does, from a file that another process has left, or leave it there; mapped into memory."""
+        name = hashlib.sha256(os.path.realpath(self.path).encode()).hexdigest()[:16]
+        folder = Path(tempfile.gettempdir()) / f'nemo-manifest-index-{getpass.getuser()}'
+        kept = folder / f"{name}-{'-'.join(map(str, self._stamp))}.npy"
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            with FileLock(folder / 'lock'):  # the ranks of a machine start at the same time: one reads
+                if not kept.exists():
+                    found = np.stack([column.view(np.int64) for column in self._read()])
+                    for older in folder.glob(f'{name}-*'):
+                        older.unlink()
+                    with replacing(kept) as partial, open(partial, 'wb') as file:
+                        np.save(file, found)
+                starts, durations = np.load(kept, mmap_mode='r')
+            return starts, durations.view(np.float64)
+        except OSError as error:  # no such folder may be made, or the disk is full
+            logging.warning(f"Each process reads {self.path} for itself: {error}")
+            return self._read()
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -144,44 +144,17 @@ class ManifestIndex:
         Raises:
             ValueError: if the file was changed since it was read.
         """
-        if _stamp(os.fstat(self._file.fileno())) != self._stamp:
-            raise ValueError(f"{self.path} was changed while it is in use; write a changed manifest under a new name")
-        self._content.seek(int(self.starts[index]))
-        return self._content.readline().decode().strip()
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ('_file', '_content')}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._open()
-        self._stamp = state['_stamp']
+        with open(self.path, 'rb') as file:  # processes would share the place in a file that stays open
+            if _stamp(os.fstat(file.fileno())) != self._stamp:
+                raise ValueError(
+                    f"{self.path} was changed while it is in use; write a changed manifest under a new name"
+                )
+            file.seek(int(self.starts[index]))
+            return file.readline().decode().strip()
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
-
-
-def _once_on_this_machine(path: str, stamp: tuple[int, int], read) -> tuple[np.ndarray, np.ndarray]:
-    """Return what ``read`` does, from a file that another process has left, or leave it there; mapped into memory."""
-    name = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f'nemo-manifest-index-{getpass.getuser()}'
-    kept = folder / f"{name}-{'-'.join(map(str, stamp))}.npy"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        with open(folder / 'lock', 'w') as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of a machine start at the same time: one reads
-            if not kept.exists():
-                found = np.stack([column.view(np.int64) for column in read()])
-                for older in folder.glob(f'{name}-*'):
-                    older.unlink()
-                with replacing(kept) as partial, open(partial, 'wb') as file:
-                    np.save(file, found)
-            starts, durations = np.load(kept, mmap_mode='r')
-        return starts, durations.view(np.float64)
-    except OSError as error:  # no such folder may be made, or the disk is full
-        logging.warning(f"Each process reads {path} for itself: {error}")
-        return read()
 
 
 def index_of(path: str) -> ManifestIndex:
@@ -190,5 +163,5 @@ def index_of(path: str) -> ManifestIndex:
 
 
 @lru_cache(maxsize=64)
-def _index_of(path: str, stamp: tuple[int, int]) -> ManifestIndex:  # noqa: the stamp is part of the key
+def _index_of(path: str, stamp: tuple[int, int]) -> ManifestIndex:  # the stamp is part of the key
     return ManifestIndex(path)

@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -45,7 +45,7 @@ class NonFiniteGuard:
     an error; true, invalid utterances are dropped from their batch, steps whose gradients are not all finite are
     skipped (no weight, moment or decay changes), and both are counted as ``skipped_utterances`` and ``skipped_steps``.
     Where a rank's batch has no valid utterance, the step is skipped on all ranks. What ``train_ds.skip_bad_audio`` left
-    out counts as ``skipped_utterances``, too; a batch of which it left nothing adds no gradient.
+    out counts as ``skipped_utterances``, too.
 
     The norm of the gradients before clipping is computed once in each step, which synchronises host and device: it is
     checked, logged as ``gradient_norm``, and used to clip. A gradient scaler (16-mixed) skips such steps itself.
@@ -54,7 +54,6 @@ class NonFiniteGuard:
     _skipped_utterances = 0
     _skipped_steps = 0
     _skipped_in_a_row = 0
-    _silent_in_a_row = 0
     _gradient_norm = 0.0
     _batch_is_invalid = False
 
@@ -62,49 +61,36 @@ class NonFiniteGuard:
         """Refuse an empty batch, and refuse or drop invalid utterances."""
         batch = super().on_before_batch_transfer(batch, dataloader_idx)
         self._skipped_utterances += getattr(batch, 'skipped', 0)
-        self._check_silence(getattr(batch, 'is_silence', False))
         invalid = None if getattr(batch, 'samples_are_checked', False) else invalid_utterances(batch)
         self._batch_is_invalid = invalid is not None and bool(invalid.all())
         if invalid is None:
             return batch
-        what = f"utterance {_names(batch, invalid)} of a batch{on_this_rank()}"
+        rows = invalid.nonzero().flatten().tolist()
+        names = getattr(batch, 'sample_id', None) or range(len(invalid))
+        what = f"utterance {', '.join(str(names[row]) for row in rows)} of a batch{on_this_rank()}"
         why = f"samples that are NaN, infinite or beyond {LARGEST_SAMPLE:g}"
         if not self._skips_nonfinite():
             raise ValueError(f"{what} has {why}; with model.skip_nan_grad: true it would be dropped")
         if self._batch_is_invalid and not self.training:
             raise ValueError(f"{what} has {why}, and the batch no valid utterance")
         logging.warning(f"Dropped {what}: it has {why}")
-        self._skipped_utterances += int(invalid.sum())
-        LEFT_OUT.add(NOT_FINITE, what, int(invalid.sum()))
+        self._skipped_utterances += len(rows)
+        LEFT_OUT.add(NOT_FINITE, what, len(rows))
         if not self._batch_is_invalid:
             return _select(batch, ~invalid)
         batch = _select(batch, torch.arange(len(invalid)) == 0)  # silence, for ranks that wait for this one
-        for _, samples in _signals(batch):
+        for samples in _signals(batch).values():
             samples.zero_()
         return batch
 
-    def _check_silence(self, is_silence: bool) -> None:
-        """Raise ValueError for a batch without good audio in validation, and for many in a row in training."""
-        if self.training:
-            self._silent_in_a_row = self._silent_in_a_row + 1 if is_silence else 0
-        if self._silent_in_a_row >= MAX_SKIPPED_IN_A_ROW or (is_silence and not self.training):
-            which = f"the last {self._silent_in_a_row} batches" if self.training else "a batch"
-            raise ValueError(f"each utterance of {which}{on_this_rank()} is bad; the log names them")
-
     def loss_of_valid(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return the loss of a training step.
-
-        Without a valid utterance it is NaN, and with it the gradients of all ranks; where bad audio left nothing, 0.
-        """
-        if self._silent_in_a_row:
-            return loss * 0
+        """Return the loss of a training step: without a valid utterance NaN, and with it the gradients of all ranks."""
         return loss * float('nan') if self._batch_is_invalid else loss
 
     def on_before_optimizer_step(self, optimizer) -> None:
         """Refuse or skip a step whose gradients are not all finite, and log their norm."""
         super().on_before_optimizer_step(optimizer)
-        parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
-        self._gradient_norm = gradient_norm(parameters)
+        self._gradient_norm = gradient_norm(_parameters(optimizer))
         if math.isfinite(self._gradient_norm):
             self._skipped_in_a_row = 0
         elif getattr(self.trainer.precision_plugin, 'scaler', None) is None:
@@ -133,8 +119,7 @@ class NonFiniteGuard:
         if not gradient_clip_val or gradient_clip_algorithm == 'value':
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif self._gradient_norm > gradient_clip_val:
-            weights = (weight for group in optimizer.param_groups for weight in group['params'])
-            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            gradients = [weight.grad for weight in _parameters(optimizer) if weight.grad is not None]
             torch._foreach_mul_(gradients, gradient_clip_val / (self._gradient_norm + 1e-6))  # as clip_grad_norm_
 
     def _skips_nonfinite(self) -> bool:
@@ -142,6 +127,10 @@ class NonFiniteGuard:
 
     def _logs_skipped(self) -> bool:
         return self._skips_nonfinite() or bool((self.cfg.get('train_ds') or {}).get('skip_bad_audio'))
+
+
+def _parameters(optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group['params']]
 
 
 def gradient_norm(parameters) -> float:
@@ -157,7 +146,7 @@ def invalid_utterances(batch) -> torch.Tensor | None:
         ValueError: if the batch is empty.
     """
     invalid = None
-    for name, samples in _signals(batch):
+    for name, samples in _signals(batch).items():
         if samples.numel() == 0:
             raise ValueError(f"a batch{on_this_rank()} is empty: {name} has the shape {list(samples.shape)}")
         if not samples_are_valid(samples):
@@ -166,30 +155,23 @@ def invalid_utterances(batch) -> torch.Tensor | None:
     return invalid
 
 
-def _signals(batch) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, value in _fields(batch).items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1 and not value.is_cuda:
-            yield name, value
+def _signals(batch) -> dict[str, torch.Tensor]:
+    is_signal = lambda value: isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1
+    return {name: value for name, value in _fields(batch).items() if is_signal(value) and not value.is_cuda}
 
 
-def _fields(batch) -> dict[str, object]:
+def _fields(batch) -> dict[str, Any]:
     if dataclasses.is_dataclass(batch):
         return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     items = batch if isinstance(batch, (tuple, list)) else ()
     return {f'item {index}': value for index, value in enumerate(items)}
 
 
-def _names(batch, rows: torch.Tensor) -> str:
-    positions = rows.nonzero().flatten().tolist()
-    names = getattr(batch, 'sample_id', None)
-    return ', '.join(str(position if names is None else names[position]) for position in positions)
-
-
 def _select(batch, rows: torch.Tensor):
     """Return the batch with some of its utterances; whatever else it carries stays."""
 
     def select(value):
-        if isinstance(value, torch.Tensor) and value.dim() and len(value) == len(rows):
+        if isinstance(value, torch.Tensor) and value.shape[:1] == rows.shape:
             return value[rows.to(value.device)]
         if isinstance(value, list) and len(value) == len(rows):
             return [item for item, kept in zip(value, rows.tolist()) if kept]
@@ -199,8 +181,7 @@ def _select(batch, rows: torch.Tensor):
     if dataclasses.is_dataclass(batch):
         found = copy.copy(batch)
         found.__dict__.update(selected)
-        return found
-    found = type(batch)(selected.values())
-    if hasattr(batch, '__dict__'):
-        found.__dict__.update(batch.__dict__)
+    else:
+        found = type(batch)(selected.values())
+        getattr(found, '__dict__', {}).update(getattr(batch, '__dict__', {}))
     return found

@@ -2,7 +2,6 @@
 """Check a pre-training config before any work is done, so that a mistake ends in one clear error. New in this project."""
 
 import inspect
-from dataclasses import fields
 
 import lightning.pytorch as pl
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -11,7 +10,7 @@ from nemo.collections.asr.data.data_checks import check_data
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.policy import SAMPLER, ContextSampler
 from nemo.collections.asr.parts.objectives.combination import check_objective
-from nemo.collections.asr.parts.utils.config_keys import SECTIONS, Data, Model, check_known, check_spelling
+from nemo.collections.asr.parts.utils.config_keys import SECTIONS, Data, Model, check_known
 from nemo.utils.exp_manager import CallbackParams, ExpManagerConfig
 from nemo.utils.model_utils import import_class_by_path
 
@@ -30,6 +29,11 @@ TOP_LEVEL_KEYS = (
     *('name', 'seed', 'model', 'trainer', 'exp_manager', 'curriculum'),
     *('init_from_nemo_model', 'init_from_pretrained_model', 'init_from_ptl_ckpt'),
 )
+TAKEN_BY = {
+    'trainer': pl.Trainer,
+    'exp_manager': ExpManagerConfig,
+    'exp_manager.checkpoint_callback_params': CallbackParams,
+}
 
 
 def check_pretraining_config(cfg: DictConfig) -> None:
@@ -43,9 +47,7 @@ def check_pretraining_config(cfg: DictConfig) -> None:
         raise ValueError(f"the config gives no value for {', '.join(sorted(missing))}")
     if not isinstance(cfg.get('model'), DictConfig):
         raise ValueError("the config has no section model")
-    check_spelling('', cfg, TOP_LEVEL_KEYS, likeness=0.85)
-    check_known_keys(cfg.model)
-    check_own_sections(cfg)
+    check_known_keys(cfg)
     for section in MODEL_SECTIONS:
         if not isinstance(cfg.model.get(section), DictConfig):
             raise ValueError(f"the config has no section model.{section}")
@@ -68,34 +70,27 @@ def check_averaging(cfg: DictConfig) -> None:
         raise ValueError(f"exp_manager.ema.enable is true with trainer.strategy {strategy}; set one of them")
 
 
-def check_known_keys(model_cfg: DictConfig) -> None:
-    """Check that every part with a ``_target_`` has only keys that its class takes, and no own key is misspelt.
+def check_known_keys(cfg: DictConfig) -> None:
+    """Check that no key of this project is misspelt, and sections that take certain keys only have no others.
+
+    These are those of this project, of each part with a ``_target_``, of the trainer and of NeMo's experiment manager.
 
     Raises:
         ValueError: naming the unknown key and the nearest known one.
     """
-    check_spelling('model', model_cfg, MODEL_KEYS, likeness=0.85)
+    check_known('', cfg, TOP_LEVEL_KEYS, likeness=0.85)
+    check_known('model', cfg.model, MODEL_KEYS, likeness=0.85)
     for name in DATA_SECTIONS:
-        if isinstance(model_cfg.get(name), DictConfig):  # NeMo has many more keys here, some of them much alike
-            check_spelling(f'model.{name}', model_cfg[name], DATA_KEYS, likeness=0.9)
-    _check_parts('model', model_cfg)
-
-
-def check_own_sections(cfg: DictConfig) -> None:
-    """Check that the sections that only this project has, and those of the trainer, have only keys that are known.
-
-    Raises:
-        ValueError: naming the unknown key and the nearest known one.
-    """
-    own = {section.name: section.keys() for section in SECTIONS if section.closed}
-    own |= {name.replace('train_ds', data): keys for name, keys in own.items() for data in DATA_SECTIONS}
-    own['trainer'] = _constructor_arguments(pl.Trainer)
-    for name, cls in (('', ExpManagerConfig), ('.checkpoint_callback_params', CallbackParams)):
-        own[f'exp_manager{name}'] = [field.name for field in fields(cls)]
-    for name, known in own.items():
+        if isinstance(cfg.model.get(name), DictConfig):  # NeMo has many more keys here, some of them much alike
+            check_known(f'model.{name}', cfg.model[name], DATA_KEYS, likeness=0.9)
+    _check_parts('model', cfg.model)
+    taken = {section.name: section.keys() for section in SECTIONS if section.closed}
+    taken |= {name.replace('train_ds', data): keys for name, keys in taken.items() for data in DATA_SECTIONS}
+    taken |= {name: _constructor_arguments(target) for name, target in TAKEN_BY.items()}
+    for name, keys in taken.items():
         section = OmegaConf.select(cfg, name)
         if isinstance(section, DictConfig):
-            check_known(name, section, known)
+            check_known(name, section, keys)
 
 
 def _check_parts(name: str, section: DictConfig) -> None:
@@ -113,17 +108,14 @@ def _check_parts(name: str, section: DictConfig) -> None:
 
 
 def _constructor_arguments(target) -> set[str] | None:
-    """Names that a class's constructor takes, through its parents where it passes ``**kwargs`` on; None for any."""
-    names = set()
-    for cls in inspect.getmro(target) if inspect.isclass(target) else [target]:
-        own = cls.__dict__.get('__init__') if inspect.isclass(cls) else cls
-        if own is None:
-            continue
-        parameters = inspect.signature(own).parameters
-        kinds = {name: parameter.kind for name, parameter in parameters.items()}
-        names |= {name for name, kind in kinds.items() if kind not in (kind.VAR_KEYWORD, kind.VAR_POSITIONAL)}
-        if inspect.Parameter.VAR_KEYWORD not in kinds.values():
-            return names - {'self'}
+    """Return what a class's constructor takes, through its parents where it passes ``**kwargs`` on; None for anything."""
+    names: set[str] = set()
+    for cls in getattr(target, '__mro__', ()):
+        if '__init__' in vars(cls):
+            parameters = inspect.signature(cls.__init__).parameters.values()
+            names |= {each.name for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)}
+            if all(each.kind != each.VAR_KEYWORD for each in parameters):
+                return names - {'self'}
     return None
 
 
@@ -131,11 +123,11 @@ def check_contexts(encoder_cfg: DictConfig) -> None:
     """Check the attention contexts and their probabilities, and what draws them.
 
     Raises:
-        ValueError: naming the entry and its value.
+        ValueError: naming the key, its value and what is allowed.
     """
     sampler, sizes = encoder_cfg.get('att_context_sampler'), encoder_cfg.get('att_context_size')
     probabilities, style = encoder_cfg.get('att_context_probs'), encoder_cfg.get('att_context_style', 'regular')
-    probs = f'model.encoder.att_context_probs is {probabilities and list(probabilities)}'
+    probs = f'model.encoder.att_context_probs is {probabilities}'
     if sampler is not None:
         ContextSampler.parse(sampler, style)
         if probabilities is not None:
@@ -152,13 +144,14 @@ def check_contexts(encoder_cfg: DictConfig) -> None:
         AttContext.parse(entry, field=field)
         if not isinstance(entry, ListConfig):
             raise ValueError(f"{field} is {entry!r}; NeMo's encoder takes a pair [left, right], or several pairs")
-    if probabilities is None:
-        return
-    if len(probabilities) != len(entries):
-        raise ValueError(f"{probs}; it needs one probability for each of the {len(entries)} contexts")
-    numbers = all(isinstance(probability, (int, float)) for probability in probabilities)
-    if not numbers or min(probabilities) < 0 or abs(sum(probabilities) - 1) > 1e-6:
-        raise ValueError(f"{probs}; probabilities are 0 or more and sum to 1")
+    if probabilities is not None and not (
+        len(probabilities) == len(entries)
+        and all(isinstance(each, (int, float)) and each >= 0 for each in probabilities)
+        and abs(sum(probabilities) - 1) <= 1e-6
+    ):
+        raise ValueError(
+            f"{probs}; it must be {len(entries)} numbers of 0 or more, one for each context, with the sum 1"
+        )
 
 
 def check_mask_position(model_cfg: DictConfig) -> None:
@@ -169,8 +162,8 @@ def check_mask_position(model_cfg: DictConfig) -> None:
     """
     if model_cfg.get('mask_position', 'pre_conv') != 'post_conv':
         return
-    for key, needed, default in (('quantizer.combine_time_steps', 1, 1), ('loss.decoder_offset', 0, 0)):
-        value = OmegaConf.select(model_cfg, key, default=default)
+    for key, needed in (('quantizer.combine_time_steps', 1), ('loss.decoder_offset', 0)):
+        value = OmegaConf.select(model_cfg, key, default=needed)
         if value != needed:
             raise ValueError(
                 f"model.{key} is {value} with mask_position post_conv; it must be {needed}, for a target is then made "

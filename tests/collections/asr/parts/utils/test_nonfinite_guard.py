@@ -12,6 +12,7 @@ from ranks import run_on_two_ranks
 from tiny_nest import batches, fit, noise_batch, tiny_model
 from torch.utils.data import DataLoader
 
+from nemo.collections.asr.data import training_data_mixin
 from nemo.collections.asr.data.ssl_dataset import silent_batch
 from nemo.collections.asr.models.ssl_models import EncDecMaskedTokenPredModel
 from nemo.collections.asr.parts.att_context.synced_collate import SyncedBatch
@@ -80,7 +81,7 @@ def test_what_the_data_loader_left_out_is_counted_and_where_it_left_nothing_the_
     gradients = run.logger.column('gradient_norm')
     assert gradients[1] == 0 < min(gradients[0], gradients[2]) and is_finite(model)
     assert run.logger.column('skipped_utterances') == [1, 3, 3]
-    monkeypatch.setattr(nonfinite_guard, 'MAX_SKIPPED_IN_A_ROW', 2)
+    monkeypatch.setattr(training_data_mixin, 'MAX_SKIPPED_IN_A_ROW', 2)
     with pytest.raises(ValueError, match='the last 2 batches'):
         fit(model, loader(silent_batch(1), silent_batch(1), noise_batch()), max_steps=3)
 
