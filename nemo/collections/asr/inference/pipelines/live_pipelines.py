@@ -5,16 +5,18 @@ A ``StreamingSession`` turns samples into encoder frames; end of utterance, word
 belongs to its stream: a request that cannot be used gets a :class:`FailedStep`, a stream that lost a piece is closed.
 """
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
-from nemo.collections.asr.inference.pipelines.base_pipeline import TranscribeStepOutput
+from nemo.collections.asr.inference.pipelines.base_pipeline import BasePipeline, TranscribeStepOutput
 from nemo.collections.asr.inference.pipelines.cache_aware_ctc_pipeline import CacheAwareCTCPipeline
 from nemo.collections.asr.inference.pipelines.cache_aware_rnnt_pipeline import CacheAwareRNNTPipeline
 from nemo.collections.asr.inference.streaming.framing.request import Frame
 from nemo.collections.asr.parts.streaming.session import StreamingSession
-from nemo.collections.asr.parts.streaming.text import GreedyRNNT
+from nemo.collections.asr.parts.streaming.text import GreedyRNNT, Token
 from nemo.utils import logging
 
 
@@ -25,14 +27,12 @@ class FailedStep(TranscribeStepOutput):
     error: str = ''
 
 
-class LiveStreams:
+class LiveStreams(BasePipeline):
     """Slots of a session, in the precision of the weights, in the place of feature buffers and caches.
 
     Raises:
         ValueError: if the model cannot stream, with the reason; if ``streaming.request_type`` is not ``frame``.
     """
-
-    return_log_probs = False
 
     def __init__(self, cfg, asr_model, itn_model=None, nmt_model=None):
         super().__init__(cfg, asr_model, itn_model, nmt_model)
@@ -41,9 +41,12 @@ class LiveStreams:
         if getattr(self, 'prompt_enabled', False):
             raise ValueError("streaming.live is true; models with prompts need NeMo's own pipeline: false")
         model, context = asr_model.asr_model, cfg.streaming.att_context_size
-        self.session = StreamingSession(model, self.num_slots, context, return_log_probs=self.return_log_probs)
-        self._lost: dict = {}  # streams whose output is not finite, with the reason
-        self._free_slots()
+        is_ctc = isinstance(self, CacheAwareCTCPipeline)
+        self.session = StreamingSession(model, self.num_slots, context, return_log_probs=is_ctc)
+        self._lost: dict[int, str] = {}  # streams whose output is not finite, with the reason
+        self._slot_of: dict[int, int] = {}
+        self._free = [*range(self.num_slots)]
+        self._frames = [0] * self.num_slots  # that each slot's stream has given out
 
     def init_context_manager(self) -> None:
         """Leave NeMo's caches out: the session has its own."""
@@ -51,16 +54,10 @@ class LiveStreams:
     def init_bufferer_for_cache_aware_streaming(self) -> None:
         """Leave NeMo's feature buffers out: the session has its own."""
 
-    def _free_slots(self) -> None:
-        self._slot_of, self._free = {}, list(range(self.num_slots))[::-1]
-        self._frames = [0] * self.num_slots  # that each slot's stream has given out
-
     def reset_session(self) -> None:
         """Forget all streams."""
+        self.delete_states([*self._slot_of])
         super().reset_session()
-        if self._slot_of:
-            self.session.reset()
-        self._free_slots()
 
     def delete_state(self, stream_id: int) -> None:
         """Forget a stream and free its slot."""
@@ -73,33 +70,33 @@ class LiveStreams:
 
     def transcribe_step(self, requests) -> list[TranscribeStepOutput]:
         """Take a piece of some streams; returns one output for each, a :class:`FailedStep` where it cannot be used."""
-        outputs, usable, seen = [None] * len(requests), [], set()
+        usable: dict[int, Frame] = {}  # by stream
+        failed: dict[int, FailedStep] = {}  # by place
+        self._lost = {}
         for index, request in enumerate(requests):
             try:
-                self._admit(request, seen)
-                usable.append(index)
+                self._admit(request, usable)
+                usable[request.stream_id] = request
             except Exception as error:  # whatever a client sends, the others continue
-                outputs[index] = _failed(request, error)
+                failed[index] = _failed(request, error)
         try:
-            made = super().transcribe_step([requests[index] for index in usable]) if usable else []
+            outputs = super().transcribe_step([*usable.values()]) if usable else []
         except BaseException:
-            self.delete_states([requests[index].stream_id for index in usable])  # none is whole
+            self.delete_states(usable)  # none is whole
             raise
-        for index, output in zip(usable, made):
-            name, outputs[index] = output.stream_id, output
-            if name in self._lost:
-                outputs[index] = _failed(requests[index], f"stream {name}: {self._lost[name]}")
-                self.delete_state(name)
-        return outputs
+        made = {output.stream_id: output for output in outputs}
+        for name, reason in self._lost.items():
+            made[name] = _failed(usable[name], f"stream {name}: {reason}")
+            self.delete_state(name)
+        return [failed.get(index) or made[request.stream_id] for index, request in enumerate(requests)]
 
-    def _admit(self, request, seen: set) -> None:
+    def _admit(self, request, taken: Collection[int]) -> None:
         """Check a request and open its stream; raise the reason if it cannot be used, and close a stream that loses a piece."""
         if not isinstance(request, Frame):
             raise ValueError(f"a request is a {type(request).__name__}; live pipelines take a Frame of samples")
         name, is_open = request.stream_id, request.stream_id in self._slot_of
-        if name in seen:
+        if name in taken:
             raise ValueError(f"stream {name} has another piece in this step")
-        seen.add(name)
         if request.is_first == is_open:
             now = 'open' if is_open else 'not open'
             raise ValueError(f"is_first is {request.is_first}, but stream {name} is {now}")
@@ -114,7 +111,7 @@ class LiveStreams:
             self.delete_state(name)
             raise
 
-    def transcribe_step_for_frames(self, frames) -> None:
+    def transcribe_step_for_frames(self, frames: list[Frame]) -> None:
         """Run the session on the samples of some streams, without their padding, and update their states and texts."""
         slots = [self._slot_of[frame.stream_id] for frame in frames]
         samples = torch.zeros(self.num_slots, max(frame.valid_size for frame in frames))
@@ -123,16 +120,22 @@ class LiveStreams:
             samples[slot, : frame.valid_size] = frame.samples[: frame.valid_size]
             lengths[slot], ended[slot] = frame.valid_size, frame.is_last
         output = self.session.step(samples, lengths, ended)
-        failed, counts = output.failed, output.lengths.tolist()
-        self._lost = {frame.stream_id: failed[slot] for slot, frame in zip(slots, frames) if slot in failed}
-        frames = [frame for frame in frames if frame.stream_id not in self._lost]
-        slots = [slot for slot in slots if slot not in failed]
-        ready = self._take(frames, slots, [counts[slot] for slot in slots], output)
-        for slot in slots:
+        self._lost = {
+            frame.stream_id: output.failed[slot] for slot, frame in zip(slots, frames) if slot in output.failed
+        }
+        counts, ready = output.lengths.tolist(), []
+        whole = [(frame, slot) for frame, slot in zip(frames, slots) if slot not in output.failed]
+        new = [(frame, slot) for frame, slot in whole if counts[slot] or frame.is_last]
+        for (frame, slot), decoded in zip(new, self._decode(new, counts, output)):
             self._frames[slot] += counts[slot]
+            state = self.get_state(frame.stream_id)
+            if self.run_greedy_decoder(state, frame, decoded):
+                self.bpe_decoder.decode_bpe_tokens(state)
+                state.cleanup_after_eou()
+                ready.append(state)
         if ready:
             self.text_processor.process(ready)
-        self.update_partial_transcript(frames, self.tokenizer, self.leading_regex_pattern)
+        self.update_partial_transcript([frame for frame, _ in whole], self.tokenizer, self.leading_regex_pattern)
 
 
 def _check_samples(frame: Frame) -> None:
@@ -155,58 +158,53 @@ def _failed(request, error: Exception | str) -> FailedStep:
 class LiveCTCPipeline(LiveStreams, CacheAwareCTCPipeline):
     """NeMo's pipeline of CTC models, and of hybrid ones, over live streams."""
 
-    return_log_probs = True
+    def _decode(self, new: list[tuple[Frame, int]], counts: list[int], output) -> list[torch.Tensor]:
+        return [output.log_probs[slot, : counts[slot]] for _, slot in new]
 
-    def _take(self, frames, slots: list[int], counts: list[int], output) -> list:
-        """Decode the new frames of some streams; returns the states whose utterance has ended."""
-        ready = set()
-        for frame, slot, count in zip(frames, slots, counts):
-            if count or frame.is_last:
-                self.decode_log_probs([frame], output.log_probs[slot : slot + 1, :count], None, ready)
-                # NeMo counts on as many frames in each step
-                self.get_state(frame.stream_id).increment_global_offset(count - self.tokens_per_frame)
-        return self.get_states(ready)
+    def run_greedy_decoder(self, state, request: Frame, log_probs: torch.Tensor) -> bool:
+        """Decode new frames; returns whether the utterance has ended."""
+        ended = super().run_greedy_decoder(state, request, log_probs)
+        state.increment_global_offset(len(log_probs) - self.tokens_per_frame)  # NeMo counts on as many in each step
+        return ended
 
 
 class LiveRNNTPipeline(LiveStreams, CacheAwareRNNTPipeline):
     """NeMo's pipeline of RNNT models, and of hybrid ones, over live streams."""
 
-    def __init__(self, cfg, asr_model, itn_model=None, nmt_model=None):
-        super().__init__(cfg, asr_model, itn_model, nmt_model)
-        decoding = asr_model.asr_model.decoding
-        self._greedy = GreedyRNNT(decoding, decoding.preserve_frame_confidence)
+    def init_greedy_rnnt_decoder(self) -> None:
+        """Decode as live streams do."""
+        decoding = self.asr_model.asr_model.decoding
+        self.greedy_rnnt_decoder = GreedyRNNT(decoding, decoding.preserve_frame_confidence)
 
-    def _take(self, frames, slots: list[int], counts: list[int], output) -> list:
-        """Decode the new frames of some streams; returns the states whose utterance has ended."""
-        states, ready = self.get_states(frame.stream_id for frame in frames), []
-        tokens: list = [()] * len(frames)
-        if rows := [row for row, count in enumerate(counts) if count]:
-            some = [slots[row] for row in rows]
+    def _decode(self, new: list[tuple[Frame, int]], counts: list[int], output) -> list[tuple[list[Token], list[int]]]:
+        """Return the tokens of new frames, and the label of each frame."""
+        decoded: dict[int, tuple[list[Token], list[int]]] = {}
+        slots = [slot for _, slot in new if counts[slot]]
+        if slots:
+            states = self.get_states(frame.stream_id for frame, slot in new if counts[slot])
             memory, first = (
-                [states[row].get_previous_hypothesis() for row in rows],
-                [self._frames[slot] for slot in some],
+                [state.get_previous_hypothesis() for state in states],
+                [self._frames[slot] for slot in slots],
             )
-            new = self._greedy.decode(output.encoded[some], [counts[row] for row in rows], memory, first)
-            for row, found, hypothesis in zip(rows, *new):
-                tokens[row] = found
-                states[row].set_previous_hypothesis(hypothesis)
-        for frame, slot, *each in zip(frames, slots, states, tokens, counts):
-            if self._add(frame, *each, self._frames[slot]):
-                self.bpe_decoder.decode_bpe_tokens(each[0])
-                each[0].cleanup_after_eou()
-                ready.append(each[0])
-        return ready
+            lengths = [counts[slot] for slot in slots]
+            found = self.greedy_rnnt_decoder.decode(output.encoded[slots], lengths, memory, first)
+            for slot, state, tokens, hypothesis in zip(slots, states, *found):
+                state.set_previous_hypothesis(hypothesis)
+                labels = [self.blank_id] * counts[slot]
+                for token in tokens:
+                    labels[token.frame - self._frames[slot]] = token.token
+                decoded[slot] = tokens, labels
+        return [decoded.get(slot, ([], [])) for _, slot in new]
 
-    def _add(self, frame: Frame, state, tokens, count: int, first: int) -> bool:
-        """Add the tokens of ``count`` new frames from frame ``first`` on; returns whether the utterance has ended."""
-        ended, labels = frame.is_last, [self.blank_id] * count
-        for each in tokens:
-            labels[each.frame - first] = each.token
+    def run_greedy_decoder(self, state, request: Frame, decoded: tuple[list[Token], list[int]]) -> bool:
+        """Add the tokens of new frames; returns whether the utterance has ended."""
+        tokens, labels = decoded
         state.update_label_buffer(labels)
-        if count and not ended:
-            emitted, limit = state.get_label_buffer(), state.options.stop_history_eou
+        ended, emitted = request.is_last, state.get_label_buffer()
+        if not ended:
+            limit = state.options.stop_history_eou
             ended, _ = self.endpointer.detect_eou_near_pivot(emitted, len(emitted) - 1, stop_history_eou=limit)
-        confidences = [0.0 if each.confidence != each.confidence else each.confidence for each in tokens]
+        confidences = [0.0 if math.isnan(each.confidence) else each.confidence for each in tokens]
         new = {'tokens': [each.token for each in tokens], 'timesteps': [each.frame for each in tokens]}
         state.update_state({**new, 'confidences': confidences}, eou_detected=ended)
         return ended

@@ -20,7 +20,8 @@ class DataWait:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self.clock = clock
-        self.started, self.ended = 0.0, None  # of the last step
+        self.started = 0.0  # of the last step
+        self.ended: float | None = None
         self.recent: deque[tuple[float, float]] = deque(maxlen=STEPS_TO_JUDGE)  # waits, and times from step to step
         self.warned = False
 

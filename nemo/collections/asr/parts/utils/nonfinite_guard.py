@@ -89,7 +89,7 @@ class NonFiniteGuard:
 
     def on_before_optimizer_step(self, optimizer) -> None:
         """Refuse or skip a step whose gradients are not all finite, and log their norm."""
-        super().on_before_optimizer_step(optimizer)
+        super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
         self._gradient_norm = gradient_norm(_parameters(optimizer))
         if math.isfinite(self._gradient_norm):
             self._skipped_in_a_row = 0
@@ -117,7 +117,8 @@ class NonFiniteGuard:
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clip by the norm that is known already, or as Lightning does by value."""
         if not gradient_clip_val or gradient_clip_algorithm == 'value':
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            clip = super().configure_gradient_clipping  # type: ignore[misc]
+            clip(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif self._gradient_norm > gradient_clip_val:
             gradients = [weight.grad for weight in _parameters(optimizer) if weight.grad is not None]
             torch._foreach_mul_(gradients, gradient_clip_val / (self._gradient_norm + 1e-6))  # as clip_grad_norm_
@@ -178,10 +179,8 @@ def _select(batch, rows: torch.Tensor):
         return value
 
     selected = {name: select(value) for name, value in _fields(batch).items()}
-    if dataclasses.is_dataclass(batch):
-        found = copy.copy(batch)
-        found.__dict__.update(selected)
-    else:
-        found = type(batch)(selected.values())
-        getattr(found, '__dict__', {}).update(getattr(batch, '__dict__', {}))
+    is_dataclass = dataclasses.is_dataclass(batch)
+    found: Any = copy.copy(batch) if is_dataclass else type(batch)(selected.values())
+    if hasattr(found, '__dict__'):
+        found.__dict__.update(selected if is_dataclass else batch.__dict__)
     return found

@@ -2,6 +2,7 @@
 """Check a pre-training config before any work is done, so that a mistake ends in one clear error. New in this project."""
 
 import inspect
+from typing import Any
 
 import lightning.pytorch as pl
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -84,7 +85,7 @@ def check_known_keys(cfg: DictConfig) -> None:
         if isinstance(cfg.model.get(name), DictConfig):  # NeMo has many more keys here, some of them much alike
             check_known(f'model.{name}', cfg.model[name], DATA_KEYS, likeness=0.9)
     _check_parts('model', cfg.model)
-    taken = {section.name: section.keys() for section in SECTIONS if section.closed}
+    taken: dict[str, Any] = {section.name: section.keys() for section in SECTIONS if section.closed}
     taken |= {name.replace('train_ds', data): keys for name, keys in taken.items() for data in DATA_SECTIONS}
     taken |= {name: _constructor_arguments(target) for name, target in TAKEN_BY.items()}
     for name, keys in taken.items():
@@ -101,10 +102,10 @@ def _check_parts(name: str, section: DictConfig) -> None:
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"{name}._target_ is {section._target_!r}, which cannot be imported: {error}") from error
         if taken is not None:
-            check_known(name, [key for key in section if not key.startswith('_')], taken)
-    for key, value in section.items():
-        if isinstance(value, DictConfig):
-            _check_parts(f'{name}.{key}', value)
+            check_known(name, [key for key in map(str, section) if not key.startswith('_')], taken)
+    for key in map(str, section):
+        if isinstance(section.get(key), DictConfig):
+            _check_parts(f'{name}.{key}', section[key])
 
 
 def _constructor_arguments(target) -> set[str] | None:
