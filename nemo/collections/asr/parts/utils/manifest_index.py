@@ -102,12 +102,13 @@ class ManifestIndex:
         starts, durations, position = array('q'), array('d'), 0
         with open(self.path, 'rb') as lines:
             for number, text in enumerate(lines, 1):
-                entry = {} if text.isspace() else parsed(text, self.path, number)
-                if entry and Line(self.path, number, entry).audio:
-                    duration = entry.get('duration')
-                    starts.append(position)
-                    durations.append(math.nan if duration is None else duration)
-                position += len(text)
+                start, position = position, position + len(text)
+                if text.isspace():
+                    continue
+                entry = parsed(text, self.path, number)
+                if Line(self.path, number, entry).audio:
+                    starts.append(start)
+                    durations.append(math.nan if entry.get('duration') is None else entry['duration'])
         return np.frombuffer(starts, np.int64), np.frombuffer(durations, np.float64)
 
     def _read_once_on_this_machine(self) -> tuple[np.ndarray, np.ndarray]:
