@@ -112,7 +112,7 @@ class Model(Section, name='model', page='reports#validation-in-every-context', c
         None, 'FLOP/s of one device, 9.9e14 say; logs `model_flops_share`.', ABOVE_0, page='scale#logged-numbers'
     )
     validate_contexts: object = key(
-        None, 'Contexts of each validation: `all` of the config, the `first`, or a list; `null`: one, as in NeMo.'
+        None, 'Contexts to validate in: `all` of the config, the `first`, or a list; `null`: one, as in NeMo.'
     )
     audit_every_n_batches: int | None = key(
         None, 'Batches from one audit of the masks to the next.', whole_number(1), page='reports#audit-of-the-masking'
@@ -137,15 +137,15 @@ class Preprocessor(Section, name='model.preprocessor', page='pretraining', close
 
 
 class ValidationMasks(Section, name='model.validation_masks', page='reports#validation-in-every-context'):
-    seed: int = key(0, 'Seed of the masks of validation, which are the same each time.', whole_number(0))
+    seed: int = key(0, 'Seed of the masks of validation; they are the same each time.', whole_number(0))
     left_context: int | None = key(
         None, 'Left context in frames that they are for; `null`: the tightest validated.', whole_number(-1)
     )
 
 
 class Probe(Section, name='model.probe', page='reports#frozen-probe'):
-    train_manifest: str = key(MISSING, 'Manifest of some minutes of transcribed speech, which the probe is fitted to.')
-    test_manifest: str = key(MISSING, 'Manifest of other utterances, in which the errors of the probe are counted.')
+    train_manifest: str = key(MISSING, 'Manifest of some minutes of transcribed speech to train the probe on.')
+    test_manifest: str = key(MISSING, 'Manifest of other utterances to test the probe on.')
     every_n_validations: int = key(1, 'How many validations lie between two probes.', whole_number(1))
     steps: int = key(300, 'Steps of fitting a probe.', whole_number(1))
     labels: str = key(
@@ -163,8 +163,8 @@ class SyncedContexts(
     Section, name='model.train_ds.synced_contexts', page='contexts#contexts-that-come-with-the-batches'
 ):
     context_options: list = key(MISSING, 'Contexts; the loader draws one for each batch, the same on all ranks.')
-    context_probs: list | None = key(None, 'Their probabilities, with the sum 1; `null`: all alike.')
-    seed: int = key(0, 'Seed of that draw, a function of which, the epoch and the batch it is.')
+    context_probs: list | None = key(None, 'Their probabilities; the sum is 1. `null`: all equal.')
+    seed: int = key(0, 'Seed of the draw.')
 
 
 class Resumable(Section, name='model.train_ds.resumable', page='faults#exact-resume'):
@@ -172,14 +172,14 @@ class Resumable(Section, name='model.train_ds.resumable', page='faults#exact-res
 
 
 class Masking(Section, name='model.masking', page='contexts#what-is-masked-in-each-context', closed=False):
-    causal: bool = key(False, 'Whether masks keep a past frame visible where the left context is unlimited, too.')
+    causal: bool = key(False, 'Whether masks keep a frame at the start visible if the left context is unlimited.')
     left_context_size: int = key(
-        -1, 'Left context in attention frames that masks keep a frame visible in, at most; -1: that of the attention.'
+        -1, 'Upper limit in attention frames on the left context that masks use; -1: no limit.'
     )
     follow_context: bool = key(
         True, "Whether masks follow the context; `false`: stock's masks, `causal` and `left_context_size` are ignored."
     )
-    subsampling_factor: int = key(1, 'Mask frames in one attention frame; the model sets that of its encoder.')
+    subsampling_factor: int = key(1, 'Mask frames in one attention frame; the model sets it.')
 
 
 class Quantizer(Section, name='model.quantizer', page='objectives#refined-codebooks', closed=False):
@@ -191,7 +191,7 @@ class Refine(Section, name='model.quantizer.refine', page=Quantizer.page):
     every_n_steps: int = key(
         MISSING, 'Training steps from one refinement of the codebooks to the next.', whole_number(1)
     )
-    until_step: int = key(MISSING, 'The last step at which they are refined.', whole_number(1))
+    until_step: int = key(MISSING, 'Last step at which the codebooks are refined.', whole_number(1))
     decay: float = key(
         0.0,
         'Factor on the weight of earlier frames at each refinement; 0 forgets them.',
@@ -200,7 +200,7 @@ class Refine(Section, name='model.quantizer.refine', page=Quantizer.page):
 
 
 class Encoder(Section, name='model.encoder', page='contexts', closed=False):
-    att_context_seed: int = key(0, 'Seed of the draw of a context for each batch, a function of it and the step.')
+    att_context_seed: int = key(0, 'Seed of the draw of the context; the draw depends on it and the step only.')
     att_context_shared: bool = key(True, 'Whether all ranks draw the same context in a step.', FLAG)
     layer_att_context_size: object = key(
         None,
@@ -218,29 +218,33 @@ class Encoder(Section, name='model.encoder', page='contexts', closed=False):
 
 
 class ContextSampler(Section, name='model.encoder.att_context_sampler', page='contexts#dynamic-chunks'):
-    full_prob: float = key(MISSING, 'Probability that a batch sees the whole utterance.', PROBABILITY)
+    full_prob: float = key(MISSING, 'Probability that a batch has the context `[-1, -1]`.', PROBABILITY)
     chunk_size: list = key(MISSING, 'The smallest and the largest chunk that is drawn.', bounds(1, 'attention frames'))
     left_chunks: list | None = key(
         None, 'How many chunks of a limited past are seen; with `left_limited_prob`.', bounds(0, 'chunks')
     )
-    left_limited_prob: float = key(0.0, 'Probability that the past of a batch with chunks is limited.', PROBABILITY)
+    left_limited_prob: float = key(
+        0.0, 'Probability that the left context of a batch with chunks is limited.', PROBABILITY
+    )
 
 
 class LayerContexts(Section, name='model.encoder.layer_att_context_size', page='contexts#contexts-by-layer'):
     anchors: list = key(MISSING, 'In the mapping: `[[first layer, [left, right]], ...]`.')
-    interpolate: str = key('step', 'In the mapping: how layers between anchors get theirs, `step` or `linear`.')
+    interpolate: str = key('step', 'In the mapping: contexts between anchors, `step` or `linear`.')
 
 
 class Loss(Section, name='model.loss', page='patches#where-results-differ-from-stocks-on-purpose', closed=False):
-    decoder_offset: int = key(0, 'From how many decoder frames later a token is predicted; 1 with causal subsampling.')
+    decoder_offset: int = key(
+        0, 'Token i is predicted from decoder frame i + `decoder_offset`; set 1 with causal subsampling.'
+    )
 
 
 class Curriculum(Section, name='curriculum', page='contexts#curriculum'):
     milestones: list | None = key(None, 'A ceiling on contexts that rises: `[[step, [left, right]], ...]`.')
-    interpolate: str = key('step', 'Between milestones: `step` or `linear`.')
-    start: list | None = key(None, 'The first ceiling, instead of `milestones`: one straight path.')
-    end: list | None = key(None, 'The last ceiling of the path.')
-    warmup_steps: int | None = key(None, 'Steps from the first to the last ceiling of the path.')
+    interpolate: str = key('step', 'Ceilings between milestones: `step` or `linear`.')
+    start: list | None = key(None, 'First ceiling of a linear increase, in place of `milestones`.')
+    end: list | None = key(None, 'Last ceiling of the linear increase.')
+    warmup_steps: int | None = key(None, 'Steps from `start` to `end`.')
 
 
 class Streaming(Section, name='streaming', page='nemo_pipelines', closed=False):
