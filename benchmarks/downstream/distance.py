@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from nemo.collections.asr.parts.objectives.record import BatchInputs
+from nemo.collections.asr.parts.objectives.base import BatchInputs
 
 FARTHEST = 10  # attention frames; what lies farther counts as this far
 NONE = 0  # as a distance: there is no visible frame on this side

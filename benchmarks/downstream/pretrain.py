@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from phones import PHONES
 
 from nemo.collections.asr.models.ssl_models import EncDecMaskedTokenPredModel
-from nemo.collections.asr.parts.objectives.record import BatchInputs
+from nemo.collections.asr.parts.objectives.base import BatchInputs
 from nemo.utils.atomic_files import replacing
 
 EXAMPLES = Path(__file__).resolve().parents[2] / 'examples/asr'

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from nemo.collections.asr.parts.objectives.record import BatchInputs
+from nemo.collections.asr.parts.objectives.base import BatchInputs
 
 
 @pytest.fixture(scope='module')

@@ -20,11 +20,11 @@ from nemo.collections.asr.parts.att_context.windows import STYLES, tightest_wind
 from nemo.collections.asr.parts.mixins.att_context_mixin import AttContextMixin
 from nemo.collections.asr.parts.mixins.sharded_training_mixin import ShardedTrainingMixin
 from nemo.collections.asr.parts.mixins.training_numbers_mixin import TrainingNumbersMixin
+from nemo.collections.asr.parts.objectives.base import BatchInputs, BatchRecord
 from nemo.collections.asr.parts.objectives.combination import Objectives
 from nemo.collections.asr.parts.objectives.masked_tokens import has_forward_of
 from nemo.collections.asr.parts.objectives.next_tokens import check_same_heads, with_heads_of
-from nemo.collections.asr.parts.objectives.record import BatchInputs, BatchRecord
-from nemo.collections.asr.parts.objectives.targets import Targets, kept_in_full_precision
+from nemo.collections.asr.parts.objectives.targets import Targets, keeping_full_precision
 from nemo.collections.asr.parts.ssl_reports.model_reports import ModelReports, ReportsMixin
 from nemo.collections.asr.parts.utils.logged_numbers import cpu_scalars
 from nemo.collections.asr.parts.utils.nonfinite_guard import NonFiniteGuard
@@ -144,8 +144,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
 
     def _apply(self, fn, recurse=True):
         """Move and convert the model; the targets' modules stay float32 where it is converted to half precision."""
-        with kept_in_full_precision(self.preprocessor, self.quantizer):
-            return super()._apply(fn, recurse)
+        return super()._apply(keeping_full_precision(fn, self.preprocessor, self.quantizer), recurse)
 
     def setup(self, stage=None) -> None:
         """Keep the trainer from rounding the audio, which the targets are made of, to half precision."""

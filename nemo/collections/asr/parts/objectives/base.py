@@ -1,23 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
 """An objective: the loss of a forward pass, the scores of its predictions, and checks before training.
 
-Shapes: B batch, F frames, N loss positions, D the encoder's width, C classes, H codebooks, K horizons.
+Shapes: B batch, D features, T feature frames, A attention frames, M mask frames (T or A, by mask position), S target
+frames, N loss positions, C classes, H codebooks, K horizons.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET
-from nemo.collections.asr.parts.objectives.record import BatchRecord
+from nemo.collections.asr.parts.att_context.visible_frames import masked_share_per_frame
 
+Frames = tuple[torch.Tensor, torch.Tensor]
 Logs = dict[str, float | torch.Tensor]
+
+
+@dataclass
+class BatchInputs:
+    """The features of a batch, and their targets as soon as one pass has made them, for passes in several contexts."""
+
+    clean: Frames  # features [B, D, T] and lengths [B] that the targets come from
+    seen: Frames  # those that are masked and encoded; the same object where there is no noise
+    targets: Frames | None = None  # tokens [B, S] or [B, S, H] and their lengths [B]
+
+
+class BatchRecord(NamedTuple):
+    """One forward pass of a model, for losses and reports; lengths are [B]."""
+
+    encoded: torch.Tensor | None  # [B, d_model, A]; None in a record that is kept, for it would keep the graph alive
+    encoded_lengths: torch.Tensor
+    masks: torch.Tensor  # [B, D, M], 1 where masked
+    mask_lengths: torch.Tensor
+    tokens: torch.Tensor  # the targets, [B, S] or [B, S, H]
+    token_lengths: torch.Tensor
+    features: torch.Tensor  # the clean ones, [B, D, T]
+    feature_lengths: torch.Tensor
+    factor: int  # mask frames per attention frame
+    threshold: float  # share of an attention frame's mask frames above which it counts as masked
+    decoder_offset: int  # leading decoder frames that the loss of masked tokens drops
+
+    def masked_share(self) -> torch.Tensor:
+        """Return the masked share of each attention frame, [B, M // factor] float32."""
+        return masked_share_per_frame(self.masks, self.factor)
 
 
 class LossPositions(NamedTuple):
     """The frames of a batch that a loss is computed of; where there is none, one frame with targets of -100."""
 
-    outputs: torch.Tensor  # encoder frames [N, D], or log-probabilities [N, C] or [N, C, H]
+    outputs: torch.Tensor  # encoder frames [N, d_model], or log-probabilities [N, C] or [N, C, H]
     targets: torch.Tensor  # [N] or [N, H] int64; of several horizons [N, K] or [N, K, H]
     utterances: torch.Tensor  # [N] int64: index of each frame's utterance in the batch, rising
 
@@ -40,7 +72,7 @@ class FrameScores(NamedTuple):
     targets: torch.Tensor  # [N] or [N, H] int64
 
     @classmethod
-    def of(cls, predictions: LossPositions, loss) -> 'FrameScores':
+    def of(cls, predictions: LossPositions, loss: Any) -> 'FrameScores':
         """Score log-probabilities by the loss of their model; N is 0 where there is no target."""
         if len(predictions.targets) == 1:
             predictions = predictions.having_targets()
@@ -59,13 +91,13 @@ class Objective:
     frame_losses: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     """Of the last loss, without gradient: each position's loss [N], its predicted tokens [N], and its utterance [N]."""
 
-    def __init__(self, model):
+    def __init__(self, model: Any) -> None:
         self.model = model
 
     @property
     def decoder(self) -> torch.nn.Module:
         """The decoder that ``model.forward`` runs."""
-        raise NotImplementedError
+        return self.model.decoder
 
     def loss(self, record: BatchRecord) -> tuple[torch.Tensor, Logs]:
         """Return the loss of a pass, a scalar, and the loss of each part, without gradient."""
@@ -76,20 +108,7 @@ class Objective:
         raise NotImplementedError
 
     def check(self) -> None:
-        """Check a model before training.
-
-        Raises:
-            ValueError: naming the config key, its value and what is allowed.
-        """
-
-    def audit(self, record: BatchRecord) -> Logs:
-        """Return what an audit of a batch logs besides its masks."""
-        return {}
-
-    @property
-    def loss_over_ranks(self) -> bool:
-        """Whether the loss is a mean over the tokens of all ranks (``model.loss_over: global``)."""
-        return self.model.cfg.get('loss_over', 'rank') == 'global'
+        """Raise ValueError before training, naming the config key, its value and what is allowed."""
 
     def mean_over_tokens(
         self, losses: torch.Tensor, predicted: torch.Tensor, utterances: torch.Tensor
@@ -100,8 +119,8 @@ class Objective:
         """
         self.frame_losses = losses.detach(), predicted, utterances
         count, ranks = predicted.sum(), torch.distributed
-        loss = losses.sum() / count.clamp(min=1)
-        if not (self.loss_over_ranks and self.model.training and ranks.is_available() and ranks.is_initialized()):
+        loss, of_all_ranks = losses.sum() / count.clamp(min=1), self.model.cfg.get('loss_over') == 'global'
+        if not (of_all_ranks and self.model.training and ranks.is_available() and ranks.is_initialized()):
             return loss
         total = count.float()  # a copy
         ranks.all_reduce(total)
@@ -109,15 +128,10 @@ class Objective:
 
 
 def gather_loss_positions(frames: torch.Tensor, targets: torch.Tensor, loss_mask: torch.Tensor) -> LossPositions:
-    """Return the loss positions of a batch. Synchronises host and device: their number is a size.
+    """Return the loss positions, where a mask [B, A] is True, of frames and targets [B, A, ...].
 
-    Args:
-        frames, targets: [B, F, ...].
-        loss_mask: [B, F] bool, True at the loss positions.
-
-    Returns:
-        the positions; where there is none, the first frame with targets of -100: kernels and their backward passes
-        need one.
+    Synchronises host and device: their number is a size. Kernels and their backward passes need one, so where there is
+    none it is the first frame, with targets of -100.
     """
     index = loss_mask.flatten().nonzero().squeeze(1)
     if index.shape[0] == 0:
@@ -130,6 +144,6 @@ def gather_loss_positions(frames: torch.Tensor, targets: torch.Tensor, loss_mask
 
 
 def decode(decoder: torch.nn.Module, frames: torch.Tensor) -> torch.Tensor:
-    """Return the log-probabilities [N, C] or [N, C, H] of frames [N, D]; N may be 0."""
+    """Return the log-probabilities [N, C] or [N, C, H] of frames [N, d_model]; N may be 0."""
     one = frames if len(frames) else frames.new_zeros(1, frames.shape[1])  # a convolution takes no empty input
     return decoder(encoder_output=one.t().unsqueeze(0)).squeeze(0)[: len(frames)]

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The objectives of a model, with their weights."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 
-from nemo.collections.asr.parts.objectives.base import FrameScores, Logs, Objective
+from nemo.collections.asr.parts.objectives.base import BatchRecord, FrameScores, Logs, Objective
 from nemo.collections.asr.parts.objectives.masked_tokens import MaskedTokens
 from nemo.collections.asr.parts.objectives.next_tokens import NextTokens
-from nemo.collections.asr.parts.objectives.record import BatchRecord
 from nemo.collections.asr.parts.utils.config_keys import Model, NextToken
 from nemo.utils import logging
 
@@ -17,33 +16,23 @@ NORMS_OF_WHOLE_UTTERANCES = ('per_feature', 'all_features')
 
 
 class StepLosses(NamedTuple):
-    """The loss of a batch."""
+    """The loss of a batch, the scalar to minimise, and its parts."""
 
-    loss: torch.Tensor  # the scalar to minimise
+    loss: torch.Tensor
     parts: Logs  # nats per frame, without gradient: next_0 and so on, masked and next where there are both
 
 
-class Objectives:
-    """One objective or several, whose losses are added by their weights."""
-
-    def __init__(self, weights: dict[Objective, float]):
-        self.weights = weights
+class Objectives(dict[Objective, float]):
+    """One objective or several, with their weights: their losses are added by these."""
 
     @classmethod
-    def of(cls, model) -> 'Objectives':
-        """Make the objectives of a model's config, and the decoders that they need.
-
-        Raises:
-            ValueError: naming the config key, its value and what is allowed.
-        """
+    def of(cls, model: Any) -> 'Objectives':
+        """Make the objectives of a model's config, and the decoders that they need; see :func:`check_objective`."""
         objective, options = check_objective(model.cfg)
         weights: dict[Objective, float] = {} if objective == 'next_token' else {MaskedTokens(model): 1.0}
         if objective != 'masked':
             weights[NextTokens(model, options)] = options.weight
         return cls(weights)
-
-    def __iter__(self) -> Iterator[Objective]:
-        return iter(self.weights)
 
     @property
     def masks(self) -> bool:
@@ -57,15 +46,16 @@ class Objectives:
 
     def name_of(self, objective: Objective) -> str | None:
         """Return what the figures of one of several objectives are filed under; None for the only one."""
-        return objective.name if len(self.weights) > 1 else None
+        return objective.name if len(self) > 1 else None
 
     def weighted(self, losses: dict[Objective, torch.Tensor]) -> torch.Tensor:
         """Return the weighted sum of losses."""
-        return sum(weight * losses[objective] for objective, weight in self.weights.items())
+        return sum(weight * losses[objective] for objective, weight in self.items())
 
     def loss(self, record: BatchRecord) -> StepLosses:
         """Return the loss of a forward pass, within its context."""
-        losses, parts = {}, {}
+        losses: dict[Objective, torch.Tensor] = {}
+        parts: Logs = {}
         for objective in self:
             losses[objective], of_parts = objective.loss(record)
             if name := self.name_of(objective):
@@ -77,26 +67,21 @@ class Objectives:
         """Score a forward pass by every objective and part, within its context; synchronises host and device."""
         return {objective: objective.scores(record) for objective in self}
 
-    def find(self, kind: type[Objective]) -> Objective | None:
+    def find(self, kind: type[Objective]) -> Any:
         """Return the objective of a class, for what it alone can do; None: there is none."""
         return next((objective for objective in self if isinstance(objective, kind)), None)
 
     def offset(self) -> int | None:
-        """Return how many tokens after its own a frame predicts in the present context; None: its own alone.
-
-        Raises:
-            ValueError: if next tokens cannot be predicted in this context.
-        """
+        """Return how many tokens after its own a frame predicts first, see ``next_token_offset``; None: its own."""
         following = self.find(NextTokens)
         return None if following is None else following.offset()
 
 
-def check_objective(model_cfg) -> tuple[str, NextToken]:
+def check_objective(model_cfg: Mapping[str, Any]) -> tuple[str, NextToken]:
     """Return the objective of a model's config, and the options of next tokens.
 
     Raises:
-        ValueError: naming the key, its value and what is allowed; also if the features that the encoder sees are
-            normalised by what is to be predicted.
+        ValueError: naming the key, its value and what is allowed.
     """
     objective, options = Model.parse(model_cfg).objective, NextToken.parse(model_cfg.get('next_token'))
     if objective == 'masked':

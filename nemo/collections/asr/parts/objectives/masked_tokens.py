@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prediction of masked tokens (NEST, https://arxiv.org/abs/2408.13106).
-
-Shapes: N loss positions, H codebooks.
-"""
+"""Prediction of masked tokens (NEST, https://arxiv.org/abs/2408.13106)."""
 
 import inspect
 
@@ -11,8 +8,7 @@ import torch
 from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET, MLMLoss, MultiMLMLoss
 from nemo.collections.asr.modules.ssl_modules.multi_softmax_decoder import MultiSoftmaxDecoder
 from nemo.collections.asr.parts.objectives import base
-from nemo.collections.asr.parts.objectives.base import FrameScores, Logs, LossPositions
-from nemo.collections.asr.parts.objectives.record import BatchRecord
+from nemo.collections.asr.parts.objectives.base import BatchRecord, FrameScores, Logs, LossPositions
 from nemo.utils import logging
 
 
@@ -24,11 +20,6 @@ class MaskedTokens(base.Objective):
 
     name, masks = 'masked', True
     _warned = False
-
-    @property
-    def decoder(self) -> torch.nn.Module:
-        """The model's ``decoder``."""
-        return self.model.decoder
 
     def loss(self, record: BatchRecord) -> tuple[torch.Tensor, Logs]:
         """Return the loss of a pass; see :class:`Objective`."""
@@ -58,13 +49,9 @@ class MaskedTokens(base.Objective):
         return {self.name: FrameScores.of(self.predictions(record), self.model.loss)}
 
     def check(self) -> None:
-        """Check the loss's ``decoder_offset``, and that masked frames can be predicted in every context.
-
-        Raises:
-            ValueError: if targets made after the subsampling are predicted from another frame than their own.
-        """
+        """Check the loss's ``decoder_offset``, and that masked frames can be predicted in every context."""
         model = self.model
-        if self.loss_over_ranks and (reason := why_all_frames(model.decoder, model.loss)):
+        if model.cfg.get('loss_over') == 'global' and (reason := why_all_frames(model.decoder, model.loss)):
             raise ValueError(f"model.loss_over is global; it must be rank: {reason}")
         offset = getattr(model.loss, 'decoder_offset', None)
         if model.pre_encoder is not None:
@@ -82,11 +69,7 @@ class MaskedTokens(base.Objective):
 
 
 def why_all_frames(decoder: torch.nn.Module, loss: torch.nn.Module) -> str | None:
-    """Return why this decoder and this loss need all frames; None: they treat each frame by itself.
-
-    Those known to do so are ``MultiSoftmaxDecoder`` of one 1 x 1 convolution, with ``MLMLoss`` or ``MultiMLMLoss``;
-    subclasses, too, that inherit their forward.
-    """
+    """Return why this decoder and this loss may need all frames; None: they treat each frame by itself."""
     if not has_forward_of(decoder, MultiSoftmaxDecoder):
         return f"the decoder {type(decoder).__name__} may look at neighbouring frames"
     if any(getattr(layer, 'kernel_size', None) != (1,) for layer in decoder.decoder_layers):

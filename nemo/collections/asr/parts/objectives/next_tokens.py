@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prediction of next tokens (NEST-RQ, https://arxiv.org/abs/2409.08680), one horizon after the other.
+"""Prediction of next tokens (NEST-RQ, https://arxiv.org/abs/2409.08680), one horizon after the other; K of them."""
 
-Shapes: N loss positions, K horizons.
-"""
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET
 from nemo.collections.asr.losses.ssl_losses.next_token import NextTokenLoss
 from nemo.collections.asr.parts.att_context.receptive_field import chunk_end_look_ahead, next_token_offset
 from nemo.collections.asr.parts.objectives import base
-from nemo.collections.asr.parts.objectives.base import FrameScores, Logs, LossPositions
+from nemo.collections.asr.parts.objectives.base import BatchRecord, FrameScores, Logs, LossPositions
 from nemo.collections.asr.parts.objectives.masked_tokens import why_all_frames
-from nemo.collections.asr.parts.objectives.record import BatchRecord
 from nemo.collections.asr.parts.utils.config_keys import NextToken
 from nemo.utils import logging
 
@@ -29,7 +26,7 @@ class NextTokens(base.Objective):
 
     name = 'next'
 
-    def __init__(self, model, options: NextToken):
+    def __init__(self, model: Any, options: NextToken) -> None:
         super().__init__(model)
         reason = why_all_frames(model.decoder, model.loss)
         if model.forward_is_overridden:
@@ -50,13 +47,10 @@ class NextTokens(base.Objective):
 
     def loss_positions(self, record: BatchRecord) -> LossPositions:
         """Return the frames of a pass with a next token, and their tokens at each horizon, -100 where there is none."""
-        return base.gather_loss_positions(*self._align(record))
-
-    def _align(self, record: BatchRecord):
-        """Pair the frames of utterances with their tokens; see ``NextTokenLoss.align``."""
         lengths = record.encoded_lengths, record.token_lengths
         encoded = record.encoded.transpose(1, 2)  # type: ignore[union-attr]
-        return self.token_loss.align(encoded, record.tokens, self.offset(), *lengths, self.chunk())
+        aligned = self.token_loss.align(encoded, record.tokens, self.offset(), *lengths, self.chunk())
+        return base.gather_loss_positions(*aligned)
 
     def loss(self, record: BatchRecord) -> tuple[torch.Tensor, Logs]:
         """Return the mean over all pairs of a frame and a horizon, and that of each horizon; see :class:`Objective`.
@@ -66,7 +60,7 @@ class NextTokens(base.Objective):
         """
         positions = self.loss_positions(record)
 
-        def of_horizon(outputs, targets, decoder):
+        def of_horizon(outputs: torch.Tensor, targets: torch.Tensor, decoder: torch.nn.Module) -> Any:
             return self.token_loss.of_horizon(base.decode(decoder, outputs), targets)
 
         # Nothing in here is random: the state of the generators need not be kept (on a GPU, that would synchronise).
@@ -88,12 +82,8 @@ class NextTokens(base.Objective):
             scores[part] = FrameScores.of(of_horizon.decoded(decoder), self.token_loss.frame_loss)
         return scores
 
-    def offset(self, att_context_size=None) -> int:
-        """Return how many tokens after its own a frame predicts first in a context; None takes the present one.
-
-        Raises:
-            ValueError: if nothing can be predicted in this context.
-        """
+    def offset(self, att_context_size: Any = None) -> int:
+        """Return how many tokens after its own a frame predicts first; see ``next_token_offset``."""
         after_subsampling = self.model.pre_encoder is not None
         return next_token_offset(self.model.encoder, after_subsampling, att_context_size, self.at_chunk_end)
 
@@ -102,11 +92,7 @@ class NextTokens(base.Objective):
         return chunk_end_look_ahead(self.model.encoder)[0] if self.at_chunk_end else 1
 
     def check(self) -> None:
-        """Check that in every context that a batch can have there are tokens beyond the receptive field.
-
-        Raises:
-            ValueError: naming the context, or the config key, and the reason.
-        """
+        """Check that in every context that a batch can have there are tokens beyond the receptive field."""
         model, encoder = self.model, self.model.encoder
         combined, factor = model.targets.combine_time_steps, model.mask_frames_per_attention_frame
         if combined != factor:
@@ -122,45 +108,36 @@ class NextTokens(base.Objective):
                 f"model.encoder.att_context_sampler.full_prob is {sampler.full_prob}; with model.objective "
                 f"{model.objective} it must be 0: where the receptive field is the utterance there is no next token"
             )
-        validation = model.reports.validation
         synced = (model.cfg.get('train_ds') or {}).get('synced_contexts') or {}
         trained = [*encoder.att_context_size_all, *(synced.get('context_options') or ())]
-        contexts = trained if override is None else [override]
-        for context in [*contexts, *(validation.contexts if validation else ())]:
+        validation = model.reports.validation
+        for context in [*(trained if override is None else [override]), *(validation.contexts if validation else ())]:
             with encoder.using_att_context_size(context):
                 self.offset()
 
-    def audit(self, record: BatchRecord) -> Logs:
-        """Return the share of a batch's frames that predict a token, by horizon; near the end there is none."""
-        _, targets, _ = self._align(record)
-        predicted = (targets != IGNORED_TARGET).view(*targets.shape[:3], -1).any(dim=3).sum(dim=(0, 1))  # [K]
-        shares = predicted / record.encoded_lengths.sum().clamp(min=1)
-        return {f'audit/counted_share/{part}': share for part, share in zip(self.parts, shares, strict=True)}
+
+def _heads(state_dict: dict[str, Any]) -> set[str]:
+    return {name for name in state_dict if name.startswith(HEADS)}
 
 
-def with_heads_of(model, state_dict: dict) -> dict:
+def with_heads_of(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return weights for a model: heads that they lack stay as they are, others are left out."""
-    own = {name: value for name, value in model.state_dict().items() if name.startswith(HEADS)}
-    given = {name for name in state_dict if name.startswith(HEADS)}
-    if own.keys() == given:
+    state = model.state_dict()
+    own, given = _heads(state), _heads(state_dict)
+    if own == given:
         return state_dict
-    lacking, further = len(own.keys() - given), len(given - own.keys())
     logging.info(
-        f"The weights are of another objective: {lacking} tensors of next_token_decoders keep their initial values, "
-        f"{further} are left out."
+        f"The weights are of another objective: {len(own - given)} tensors of next_token_decoders keep their initial "
+        f"values, {len(given - own)} are left out."
     )
-    return {**own, **{name: value for name, value in state_dict.items() if name not in given - own.keys()}}
+    fitting = {name: value for name, value in state_dict.items() if name not in given - own}
+    return {**{name: state[name] for name in own}, **fitting}
 
 
-def check_same_heads(model, checkpoint: dict) -> None:
-    """Check that a training run continues one of the same objective.
-
-    Raises:
-        ValueError: naming the key, and what to do instead.
-    """
-    states = checkpoint.get('state_dict', {}), model.state_dict()
-    given, own = ({name for name in state if name.startswith(HEADS)} for state in states)
-    if checkpoint.get('optimizer_states') and given != own:
+def check_same_heads(model: Any, checkpoint: dict[str, Any]) -> None:
+    """Raise ValueError if a training run would continue one of another objective."""
+    different = _heads(checkpoint.get('state_dict', {})) != _heads(model.state_dict())
+    if checkpoint.get('optimizer_states') and different:
         raise ValueError(
             f"model.objective is {model.objective} with {len(model.next_token_decoders or [])} horizons; the "
             "checkpoint to continue is of a run with another objective or number of horizons. Begin a run of "

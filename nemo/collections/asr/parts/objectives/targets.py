@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokens that a model predicts, from clean features.
+"""The tokens that a model predicts, from clean features. Shapes as in ``base.py``."""
 
-Shapes: B batch, D features, M mask frames, S target frames, H codebooks.
-"""
-
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -14,27 +12,22 @@ from nemo.collections.asr.parts.objectives.base import Logs
 from nemo.collections.asr.parts.preprocessing.features import standardize_per_feature
 from nemo.collections.asr.parts.utils.config_keys import Model
 
+Convert = Callable[[torch.Tensor], torch.Tensor]
+
 
 class Targets:
     """Makes the tokens of an ``EncDecMaskedTokenPredModel`` by its quantizer, and refines its codebooks.
 
     Features, normalisation and projection are float32 in any precision of the model, so the tokens are the same.
-
-    Raises:
-        ValueError: naming the config key, its value and what is allowed.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: Any) -> None:
         self.model, self.normalize, self._observing = model, Model.parse(model.cfg).target_normalize, False
         self.combine_time_steps: int = getattr(model.quantizer, 'combine_time_steps', 1)
         """Mask frames of one token."""
 
     def check(self) -> None:
-        """Check before training that the quantizer fits the features that it gets.
-
-        Raises:
-            ValueError: naming the config key, its value and what is allowed.
-        """
+        """Raise ValueError before training, as in :class:`Objective`, if the quantizer does not fit its features."""
         model, quantizer = self.model, self.model.quantizer
         if model.pre_encoder is not None and self.combine_time_steps != 1:
             raise ValueError(
@@ -81,10 +74,7 @@ class Targets:
 
     @contextmanager
     def refining(self, step: int) -> Iterator[Logs]:
-        """Refine the codebooks if that is due before a training step, and let the quantizer observe its targets.
-
-        On every rank; yields what to log of the refinement.
-        """
+        """Refine the codebooks if that is due before a step, and let the quantizer observe its targets; yields logs."""
         if getattr(self.model.quantizer, 'refinement', None) is None:
             yield {}
             return
@@ -98,18 +88,13 @@ class Targets:
             self._observing = False
 
 
-@contextmanager
-def kept_in_full_precision(*modules: torch.nn.Module) -> Iterator[None]:
-    """Undo, afterwards, what a block converts of modules to half precision; they move to devices all the same."""
-    stores = [
-        store for each in modules for module in each.modules() for store in (module._parameters, module._buffers)
-    ]
-    before = [(store, name, tensor.data) for store in stores for name, tensor in store.items() if tensor is not None]
-    yield
-    for store, name, tensor in before:
-        if store[name].dtype in (torch.float16, torch.bfloat16):
-            kept = tensor.to(store[name].device)
-            if store[name].requires_grad:  # an optimizer may hold the parameter
-                store[name].data = kept
-            else:
-                store[name] = torch.nn.Parameter(kept, False) if isinstance(store[name], torch.nn.Parameter) else kept
+def keeping_full_precision(convert: Convert, *modules: torch.nn.Module) -> Convert:
+    """Change a conversion of tensors, as of ``torch.nn.Module._apply``: it converts those of some modules to no half precision."""
+    kept = {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
+
+    def convert_others(tensor: torch.Tensor) -> torch.Tensor:
+        converted = convert(tensor)
+        to_half = id(tensor) in kept and converted.dtype in (torch.float16, torch.bfloat16)
+        return tensor.to(converted.device) if to_half else converted
+
+    return convert_others

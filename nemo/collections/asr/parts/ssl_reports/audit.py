@@ -20,7 +20,7 @@ from nemo.collections.asr.parts.att_context.visible_frames import (
     window_of_masking,
 )
 from nemo.collections.asr.parts.att_context.windows import Window, tightest_window
-from nemo.collections.asr.parts.objectives.record import BatchRecord
+from nemo.collections.asr.parts.objectives.base import BatchRecord
 
 LAYERS, STACK = 'layers', 'stack'  # names of windows: of all layers alike, and of the whole encoder
 

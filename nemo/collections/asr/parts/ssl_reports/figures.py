@@ -19,7 +19,7 @@ from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.receptive_field import look_ahead_ms, look_ahead_text, seen_through_layers
 from nemo.collections.asr.parts.att_context.visible_frames import masked_share_per_frame, no_visible_frame
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tightest_window_of
-from nemo.collections.asr.parts.objectives.record import BatchRecord
+from nemo.collections.asr.parts.objectives.base import BatchRecord
 from nemo.utils.atomic_files import replacing
 
 # One line for each context, the same in every picture: told apart without colour.

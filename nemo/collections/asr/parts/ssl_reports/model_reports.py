@@ -5,7 +5,7 @@ import torch
 
 from nemo.collections.asr.parts.att_context.visible_frames import no_visible_frame_shares
 from nemo.collections.asr.parts.att_context.windows import tightest_window_of
-from nemo.collections.asr.parts.objectives.record import BatchRecord
+from nemo.collections.asr.parts.objectives.base import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.audit import TrainingAudit
 from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse
 from nemo.collections.asr.parts.ssl_reports.figures import ContextFigures, attention_frame_ms, require_matplotlib
@@ -56,11 +56,8 @@ class ModelReports:
             if self.codebook_use.block_is_complete:
                 self._warn_if_targets_collapsed()
             logs.update(self.codebook_use.logs())
-        if self.audit is not None:
-            if model.objectives.masks:
-                logs.update(self.audit.step(record, model.encoder, attention_frame_ms(model)))
-            for objective in model.objectives:
-                logs.update(objective.audit(record))
+        if self.audit is not None and model.objectives.masks:
+            logs.update(self.audit.step(record, model.encoder, attention_frame_ms(model)))
         return logs
 
     def of_pass(self, model, record: BatchRecord | None, prefix: str = '') -> Logs:

@@ -7,8 +7,7 @@ import torch
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, context_label
 from nemo.collections.asr.parts.att_context.windows import Window, tightest_window, tightest_window_of
-from nemo.collections.asr.parts.objectives.base import FrameScores
-from nemo.collections.asr.parts.objectives.record import BatchRecord
+from nemo.collections.asr.parts.objectives.base import BatchRecord, FrameScores
 from nemo.collections.asr.parts.ssl_reports.audit import STACK, audit_masks, windows_of
 from nemo.collections.asr.parts.ssl_reports.fixed_masks import FixedMasks, utterance_seeds
 from nemo.collections.asr.parts.utils.config_keys import ValidationMasks

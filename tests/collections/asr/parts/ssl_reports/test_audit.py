@@ -8,7 +8,7 @@ from tiny_encoder import tiny_encoder
 
 from nemo.collections.asr.modules import RandomBlockMasking
 from nemo.collections.asr.parts.att_context.context import AttContext
-from nemo.collections.asr.parts.objectives.record import BatchRecord
+from nemo.collections.asr.parts.objectives.base import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.audit import (
     STACK,
     TrainingAudit,
