@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader
 def end_workers_with_their_parent(loader) -> None:
     """Let the workers of a torch data loader end when the process that iterates over it has ended, in whatever way.
 
-    torch's workers look for that process only while they wait for the beginning of a message. Cuts with the audio of shards are
-    larger than a pipe. A worker whose process is killed within such a message would wait forever, and keep open what the job
-    writes to.
+    torch's workers look for that process only between messages. Cuts with the audio of shards are larger than a pipe: a worker
+    whose process is killed within such a message would wait forever.
     """
     if isinstance(loader, DataLoader):
         loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lazy manifests: utterances are parsed on access. Takes the place of ``ASRAudioText``.
 
-NeMo makes a Python object of each entry before the first step, and looks for its audio file on the disk: a million take 45 s
-and more, and each worker's copy of them grows as it counts references.
+NeMo makes a Python object of each entry, and looks for its file: a million take 45 s, and a copy in each worker.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +19,9 @@ collections.AudioTextEntity = collections.AudioText.OUTPUT_TYPE  # pickle looks 
 
 
 class ManifestEntries(Sequence):
-    """What NeMo's collections give, without text: an utterance's item is that of ``ASRAudioText``.
+    """What NeMo's collections give, without text: arguments and items are those of ``ASRAudioText``.
 
-    Arguments are those of ``ASRAudioText``; those about texts are not used. Utterances without a duration, in seconds, stay.
+    Utterances without a duration, in seconds, stay.
 
     Raises:
         ValueError: naming file and line, if a line is no JSON object or has a duration that is not a number.

@@ -40,11 +40,6 @@ REFUSED_TARRED = {  # beside use_lhotse: true
 READERS = LazySharIterator, LazyNeMoTarredIterator, LazyNeMoIterator, LazyManifestIterator
 
 
-def reads_cuts(config) -> bool:
-    """Whether lhotse can read the data of a section: it sets ``use_lhotse``, or has tarred manifests."""
-    return bool(config is not None and (config.get('use_lhotse', False) or config.get('is_tarred', False)))
-
-
 def resumable_config(config, options, ranks: int):
     """Return a copy of a data section, of which NeMo makes a loader that :func:`make_resumable_cuts` takes.
 
@@ -148,7 +143,7 @@ class CutStream:
 class ResumableCuts(IterableDataset):
     """Batches of the cuts of a reader, each with its place: the reader, the segment's positions, and the next batch in it.
 
-    The sources in NeMo's sampler are replaced by streams. ``readers`` are those of all ranks; a segment is so many cuts.
+    Streams take the place of the sources in NeMo's sampler. ``readers`` are those of all ranks; a segment is so many cuts.
     """
 
     def __init__(self, dataset, sampler, *, seed: int, rank: int, readers: int, segment: int, finite: bool):
@@ -157,10 +152,8 @@ class ResumableCuts(IterableDataset):
         streams: dict[int, CutStream] = {}
 
         def stream_of(source) -> CutStream:
-            if id(source) not in streams:
-                seed_of_source = derive_seed(seed, 'shards', len(streams))
-                streams[id(source)] = CutStream(*_shards_of(source), seed_of_source, readers, finite)
-            return streams[id(source)]
+            own_seed = derive_seed(seed, 'shards', len(streams))
+            return streams.setdefault(id(source), CutStream(*_shards_of(source), own_seed, readers, finite))
 
         _replace_sources(sampler, stream_of)
         self.streams = list(streams.values())
@@ -179,17 +172,16 @@ class ResumableCuts(IterableDataset):
             stream.go_to(self.rank * workers + reader, position)
         while True:
             size = self.segment if positions != start else -(-self.segment * (reader + 1) // workers)  # staggered
-            empty = True
-            for number, cuts in self._batches_of_segment(reader, positions, size):
-                empty = False
+            number = None
+            for number, cuts in enumerate(self._batches_of_segment(reader, positions, size)):
                 if number >= used:
                     seed_generators(self.seed, 'data', self.rank, reader, positions, number)
                     yield (reader, (positions, number + 1)), self.dataset[cuts]
-            if empty:
+            if number is None:
                 return
             positions, used = tuple(stream.position for stream in self.streams), 0
 
-    def _batches_of_segment(self, reader: int, positions: tuple, size: int) -> Iterator[tuple]:
+    def _batches_of_segment(self, reader: int, positions: tuple, size: int) -> Iterator[CutSet]:
         sampler = copy.deepcopy(self.sampler)
         place = self.seed, 'cuts', self.rank, reader, positions
         _seed_draws(sampler, *place)
@@ -198,11 +190,10 @@ class ResumableCuts(IterableDataset):
         iter(sampler)
         for number in itertools.count():
             seed_generators(*place, number)
-            try:
-                cuts = next(sampler)
-            except StopIteration:
+            cuts = next(sampler, None)
+            if cuts is None:
                 return
-            yield number, cuts
+            yield cuts
 
 
 class ResumableCutLoader(ResumableLoader):

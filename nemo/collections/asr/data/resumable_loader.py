@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A data loader that resumes in the middle of an epoch, exactly. New in this project.
 
-The order of the utterances, and all that is drawn for a batch (noise, masks, dropout), is a pure function of (seed, epoch,
-batch), with any number of workers. On another number of ranks the order stays, and each rank continues where all ranks
-together were. ``resumable_cuts.py`` has the same for data that lhotse reads.
+The order of the utterances, and all that is drawn for a batch (noise, masks, dropout), is a pure function of (seed, epoch, batch),
+with any number of workers and ranks. ``resumable_cuts.py`` has the same for data that lhotse reads.
 """
 
 import hashlib

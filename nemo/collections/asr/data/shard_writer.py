@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -65,10 +66,10 @@ class Plan:
         return lines
 
 
-def cut_of(line: Line, number: int) -> MonoCut:
-    """Return the cut of a manifest's entry, named after file and number; of the audio, the header is read."""
+def cut_of(line: Line, number: int, sample_rate: int | None) -> MonoCut:
+    """Return the cut of a manifest's entry, named after file and number; raise BadAudioError for what a shard must not have."""
     entry = line.entry
-    path = get_full_path(line.audio or '', manifest_file=line.manifest)
+    path = get_full_path(line.audio, manifest_file=line.manifest)
     name = f'{Path(path).stem}-{number}'
     recording = Recording.from_file(path, recording_id=name)
     offset, duration = entry.get('offset') or 0.0, entry.get('duration')
@@ -80,7 +81,10 @@ def cut_of(line: Line, number: int) -> MonoCut:
     cut = recording.to_cut()
     if offset or (duration or left) < left:
         cut = cut.truncate(offset=offset, duration=min(duration or left, left))
-    cut = cut.with_id(name)
+    cut = cut.resample(sample_rate or cut.sampling_rate).with_id(name)
+    samples = torch.from_numpy(cut.load_audio())
+    if not samples.numel() or not samples_are_valid(samples):
+        raise BadAudioError("it has samples that are NaN or infinite" if samples.numel() else "it is empty")
     said = {'text': entry.get('text'), 'speaker': entry.get('speaker'), 'language': entry.get('lang')}
     cut.supervisions = [SupervisionSegment(name, name, start=0.0, duration=cut.duration, **said)]
     cut.custom = {key: value for key, value in entry.items() if key not in TAKEN} or None
@@ -110,40 +114,31 @@ class ShardMaker(torch.utils.data.Dataset):
 
     def _write(self, number: int) -> dict:
         """Write a shard, read it back, and return its report."""
-        fields, first = {'recording': self.plan.format}, number * self.plan.shard_size
         durations: dict[str, float] = {}
         bad: list[dict] = []
+        fields = {'recording': self.plan.format}
         with SharWriter(self.shards, fields, shard_size=None, shard_suffix=f'.{number:06d}') as writer:
-            for place, line in enumerate(self.lines[first : first + self.plan.shard_size], start=first):
-                cut = self._valid_cut(line, place, bad)
-                if cut is not None:
-                    writer.write(cut)
-                    durations[cut.id] = cut.duration
+            for cut in self._valid_cuts(number * self.plan.shard_size, bad):
+                writer.write(cut)
+                durations[cut.id] = cut.duration
         files = sorted(self.shards.glob(f'*.{number:06d}.*'))
         if durations:
             check_written(self.shards, number, durations)
-            sums = {path.name: digest_of(path) for path in files}
         else:
-            sums = {}
-            for path in files:
-                path.unlink()
+            while files:
+                files.pop().unlink()
+        sums = {path.name: digest_of(path) for path in files}
         return {'utterances': len(durations), 'seconds': sum(durations.values()), 'bad': bad, 'files': sums}
 
-    def _valid_cut(self, line: Line, number: int, bad: list[dict]) -> MonoCut | None:
-        try:
-            cut = cut_of(line, number)
-            if self.plan.sample_rate:
-                cut = cut.resample(self.plan.sample_rate)
-            samples = torch.from_numpy(cut.load_audio())
-            if not samples.numel() or not samples_are_valid(samples):
-                raise BadAudioError("it has samples that are NaN or infinite" if samples.numel() else "it is empty")
-            return cut
-        except Exception as error:  # soundfile, lhotse and its backends each have their own
-            reason, file = ' '.join(f'{type(error).__name__}: {error}'.split())[:300], line.audio or ''
-            if self.stop:
-                raise BadAudioError(f"{line.manifest}, line {line.number}: {file}: {reason}") from None
-            bad.append({'manifest': line.manifest, 'line': line.number, 'reason': reason, 'file': file})
-        return None
+    def _valid_cuts(self, first: int, bad: list[dict]) -> Iterator[MonoCut]:
+        for place, line in enumerate(self.lines[first : first + self.plan.shard_size], start=first):
+            try:
+                yield cut_of(line, place, self.plan.sample_rate)
+            except Exception as error:  # soundfile, lhotse and its backends each have their own
+                reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+                if self.stop:
+                    raise BadAudioError(f"{line.manifest}, line {line.number}: {line.audio}: {reason}") from None
+                bad.append({'manifest': line.manifest, 'line': line.number, 'reason': reason, 'file': line.audio})
 
 
 def check_written(folder: Path, number: int, durations: dict[str, float]) -> None:

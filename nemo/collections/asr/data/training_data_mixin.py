@@ -14,7 +14,7 @@ from omegaconf import OmegaConf, open_dict
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from nemo.collections.asr.data.loader_workers import end_workers_with_their_parent
-from nemo.collections.asr.data.resumable_cuts import make_resumable_cuts, reads_cuts, resumable_config
+from nemo.collections.asr.data.resumable_cuts import make_resumable_cuts, resumable_config
 from nemo.collections.asr.data.resumable_loader import ResumableDataLoader, ResumableLoader, make_resumable
 from nemo.collections.asr.data.ssl_dataset import parts_of, set_skip_bad_audio
 from nemo.collections.asr.parts.att_context.synced_collate import create_synced_context_collate
@@ -118,9 +118,9 @@ class TrainingDataMixin:
     def _setup_dataloader_from_config(self, config):
         if config is None:
             return super()._setup_dataloader_from_config(config)
-        selector = config.get('channel_selector')
+        reads_cuts, selector = config.get('use_lhotse') or config.get('is_tarred'), config.get('channel_selector')
         config, own = take_own_options(config)
-        options = own.pop('resumable', None) if reads_cuts(config) else None
+        options = own.pop('resumable', None) if reads_cuts else None
         if options is not None:
             config = resumable_config(config, options, self.world_size)
         loader = super()._setup_dataloader_from_config(config)

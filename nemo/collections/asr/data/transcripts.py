@@ -29,10 +29,7 @@ def characters_of(section) -> list[str]:
 
 
 def report_unknown_characters(key: str, section, knows: Callable[[str], bool]) -> Counter:
-    """Log which characters of a section's texts a recogniser cannot write, and how often each occurs.
-
-    NeMo leaves such characters out of the references, and error rates are then those of other words.
-    """
+    """Log which characters of a section's texts a recogniser cannot write, and how often each occurs."""
     texts, affected, knows = 0, 0, lru_cache(None)(knows)
     unknown: Counter[str] = Counter()
     for text in texts_of(section):
