@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What limited contexts cost block by block, against stock NeMo: time and peak memory, forward and backward.
+"""Compare time and peak memory of block-wise attention with stock NeMo, forward and backward.
 
     python benchmarks/attention.py --part encoder                   # 17 layers of 512, 15 s to 10 minutes: takes hours
     python benchmarks/attention.py --part encoder --minutes 0.5 1 4 --contexts 40
@@ -7,11 +7,11 @@
     python benchmarks/attention.py --part rule                      # where `auto` begins to attend block by block
     python benchmarks/attention.py --part blocks                    # which length of a block is the fastest
 
-The two run in turn, stock NeMo in a process with the overlay off. Peak memory is what a first run adds to weights
-and input, in a process whose allocator returns what is freed. Lengths over ``--stock_minutes`` are measured block by
-block only: the scores of all pairs of frames would not fit in memory. With contexts per layer stock has the largest
-of them in all layers. A table is printed; ``--output`` gets JSON and the plot, after each length anew, and with
-``--resume`` what the JSON already has is kept and only the rest is measured.
+The two run in turn, stock NeMo in a process with the patches off. Peak memory is what a first run adds to weights and
+input, in a process whose allocator returns freed memory. Audio longer than ``--stock_minutes`` is measured block by block
+only, because the scores of all pairs of frames would not fit in memory. With layer contexts stock uses the largest one
+in all layers. The script prints a table and writes JSON and a plot to ``--output`` after each length. With ``--resume``
+it keeps the figures of the JSON and measures the others.
 """
 
 import argparse
@@ -49,7 +49,9 @@ def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('--part', choices=('encoder', 'attention', 'rule', 'blocks'), default='encoder')
-    parser.add_argument('--minutes', type=float, nargs='+', default=[0.25, 0.5, 1, 2, 4, 6, 10], help='of audio')
+    parser.add_argument(
+        '--minutes', type=float, nargs='+', default=[0.25, 0.5, 1, 2, 4, 6, 10], help='minutes of audio'
+    )
     parser.add_argument('--contexts', nargs='+', default=['40', '10', '160', HIERARCHICAL], help='left contexts')
     parser.add_argument('--stock_minutes', type=float, default=4.0, help="the longest audio for stock NeMo")
     parser.add_argument('--turns', type=int, default=5, help='timed runs of each')
@@ -57,13 +59,15 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument('--d_model', type=int, default=512)
     parser.add_argument('--heads', type=int, default=8)
     parser.add_argument('--batch_size', type=int, default=1)
-    parser.add_argument('--dropout', type=float, default=0.0, help='the shipped configs have 0.1')
+    parser.add_argument('--dropout', type=float, default=0.0, help='dropout; the shipped configs have 0.1')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
     parser.add_argument('--sdpa', action='store_true', help="PyTorch's scaled_dot_product_attention")
-    parser.add_argument('--forward_only', action='store_true', help='as in inference')
+    parser.add_argument('--forward_only', action='store_true', help='forward pass only, as in inference')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--output', type=Path, help='a folder for the JSON and the plot')
-    parser.add_argument('--resume', action='store_true', help='measure only what the JSON in --output lacks')
+    parser.add_argument(
+        '--resume', action='store_true', help='measure only figures that are not in the JSON of --output'
+    )
     parser.add_argument(
         '--quick', action=Quick, small=dict(minutes=[0.05], contexts=['10'], turns=1, layers=3, d_model=32, heads=2)
     )

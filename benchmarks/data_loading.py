@@ -3,9 +3,9 @@
 
     python benchmarks/data_loading.py [--turns 7] [--output benchmarks/results]
 
-CPU time of one process without workers, by the shipped config's augmentation (half of the utterances, one segment) and by
-harder ones. Noise of two minutes lies in one file, of which a part is read for each utterance. Stock NeMo runs in a
-process of its own with the overlay off; both take turns, in changing order.
+The figures are CPU times of one process without workers, with the augmentation of the shipped config (half of the
+utterances, one segment) and with more of it. A part of a noise file of two minutes is read for each utterance. Stock NeMo
+runs in a process of its own with the patches off; both take turns in changing order.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads, mixes and collates utterances by NeMo's dataset of noisy audio, stock or patched; run by data_loading.py."""
+"""Read, mix and collate utterances with stock or patched NeMo; run by data_loading.py."""
 
 import tempfile
 from collections.abc import Callable

@@ -3,9 +3,9 @@
 
     python benchmarks/data_loading_ranks.py [--quick]
 
-*Cuts read per cut trained on* is over whole segments of each of so many simulated ranks, of lhotse Shar with a shard for
-each rank or more, and of one manifest. *Resume* is the CPU time from the making of the loader to its first batch, behind 100,000
-utterances of 0.1 s that one rank has trained on, with half of a segment of 10,000 to skip.
+*Cuts read per cut trained on* is measured over whole segments of each simulated rank, for lhotse Shar with at least one shard
+per rank, and for one manifest. *Resume* is the CPU time from the creation of the loader to its first batch, after one rank
+has trained on 100,000 utterances of 0.1 s, with half of a segment of 10,000 to skip.
 """
 
 import argparse
@@ -75,8 +75,10 @@ def main(argv=None) -> int:
     """Measure and print a table; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--ranks', type=int, nargs='+', default=[1, 8, 64], help='numbers of ranks to simulate')
-    parser.add_argument('--behind', type=int, default=100_000, help='utterances behind which a rank resumes')
-    parser.add_argument('--utterances', type=int, default=1000, help='in a shard')
+    parser.add_argument(
+        '--behind', type=int, default=100_000, help='utterances that a rank has trained on before it resumes'
+    )
+    parser.add_argument('--utterances', type=int, default=1000, help='utterances in a shard')
     parser.add_argument('--segment', type=int, default=10_000, help='utterances in a segment of the resume')
     small = dict(ranks=[1, 2], behind=200, utterances=100, segment=100)
     parser.add_argument('--quick', action=Quick, small=small)

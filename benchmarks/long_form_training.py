@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pre-train on cuts of ten minutes from an hour-long recording: peak memory, seconds and loss of each step.
+"""Pre-train on cuts of ten minutes of a long recording: memory, time and loss of each step.
 
     python benchmarks/long_form_training.py --manifest speech.json                # batch 1, 17 layers of 256
     python benchmarks/long_form_training.py --manifest speech.json --steps 4 -- model.encoder.blockwise_attention=off
 
-The recording is the manifest's utterances one after the other, again and again until it is long enough. The training
-script is that of the examples, with the hierarchical config; further Hydra overrides come after ``--``.
+The recording is made of the manifest's utterances, repeated until it is long enough. The training script is that of the
+examples with the hierarchical config; put further Hydra overrides after ``--``.
 """
 
 import argparse
@@ -32,15 +32,15 @@ def arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('--manifest', type=Path, required=True, help='a NeMo manifest of speech, 16 kHz')
     parser.add_argument('--output', type=Path, default=ROOT / 'outputs/long_form_training')
-    parser.add_argument('--minutes', type=float, default=60.0, help='of the recording')
+    parser.add_argument('--minutes', type=float, default=60.0, help='length of the recording')
     parser.add_argument('--cut_minutes', type=float, default=10.0)
     parser.add_argument('--steps', type=int, default=12)
-    parser.add_argument('--layers', type=int, default=17, help='13 or more, as the schedule of contexts has it')
+    parser.add_argument('--layers', type=int, default=17, help='13 or more, as the layer contexts need')
     parser.add_argument('--d_model', type=int, default=256)
     parser.add_argument(
         '--quick', action=Quick, small=dict(minutes=0.2, cut_minutes=0.1, steps=2, layers=13, d_model=32)
     )
-    parser.add_argument('overrides', nargs='*', help='of the config')
+    parser.add_argument('overrides', nargs='*', help='Hydra overrides of the config')
     return parser.parse_args(argv)
 
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stream an hour of audio with text: time per chunk and memory as it goes, beside NeMo's own streaming.
+"""Stream an hour of audio with text: time per chunk and memory, compared with NeMo's streaming.
 
     python benchmarks/long_stream.py --minutes 60 --nemo-minutes 10
     python benchmarks/long_stream.py --quick
 
-The session starts from samples and decodes text; NeMo's ``cache_aware_stream_step`` gets its features for nothing, as its
-API takes them, and decodes nothing. For ``--nemo-minutes`` the two take turns chunk by chunk, so that whatever else the
-machine does affects both; then a new session streams ``--minutes`` alone. Weights are random: they do not change the
-time. The decoder writes at the rate of speech, whatever it gets. ``--quick`` measures text alone.
+The session computes features and decodes text; NeMo's ``cache_aware_stream_step`` gets computed features and decodes no text.
+For ``--nemo-minutes`` the two take turns chunk by chunk, so that other load of the machine affects both. Then a new
+session streams ``--minutes`` alone. Weights are random, which does not change the time; a test decoder outputs text at the
+rate of speech. ``--quick`` measures text only.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument('--nemo-minutes', type=float, default=10, help='of audio in turns with NeMo')
     parser.add_argument('--config', default='nest_fast-conformer_streaming_tiny', help='in examples/asr/conf/ssl/nest')
     parser.add_argument('--context', type=int, nargs=2, default=[40, 0], metavar=('LEFT', 'RIGHT'))
-    parser.add_argument('--quick', action='store_true', help='text alone')
+    parser.add_argument('--quick', action='store_true', help='measure text only')
     parser.add_argument('--output', type=Path, help='a JSON file for the figures')
     return parser.parse_args(argv)
 

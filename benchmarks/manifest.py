@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a long manifest costs before the first step: seconds and resident memory, for each part of the start.
+"""Measure seconds and memory that a long manifest costs before the first step, by part of the start.
 
     python benchmarks/manifest.py [--lines 1000000] [--workers 2] [--json manifest.json]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw which masked frames have a visible frame in their window, under stock masks and masks that follow the context.
+"""Draw masked frames without a visible frame in their window, for stock's masks and this project's.
 
     python benchmarks/mask_windows.py [--output docs/pictures/mask_windows.png] [--left 5] [--seconds 8] [--seed 28]
 
@@ -123,7 +123,7 @@ def main(argv=None) -> None:
     root = Path(__file__).resolve().parents[1]
     parser.add_argument('--quick', action=Quick, small=dict(seconds=4.0))
     parser.add_argument('--output', type=Path, default=root / 'docs/pictures/mask_windows.png')
-    parser.add_argument('--left', type=int, default=5, help='attention frames of the past that a frame sees')
+    parser.add_argument('--left', type=int, default=5, help='left context in attention frames')
     parser.add_argument('--seconds', type=float, default=8.0)
     parser.add_argument('--seed', type=int, default=28)
     options = parser.parse_args(argv)

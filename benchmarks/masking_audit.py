@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the masking of the shipped configs hides, in each of their contexts, offline and in live streams.
+"""Audit the masks of the shipped configs in each of their contexts, offline and in live streams.
 
     python benchmarks/masking_audit.py [--utterances 480] [--seconds 16] [--json shares.json]
 
-Prints the table of docs/contexts.md: the share of the frames that is masked, offline and in a stream that comes in
-steps of one chunk (80 ms without one), and how many masked frames have no visible frame in a layer's window.
+Prints the share of masked frames, offline and in a stream with steps of one chunk (80 ms without chunks), and the share of
+masked frames without a visible frame in a layer's window.
 """
 
 import argparse
@@ -93,11 +93,11 @@ def table(rows: list[dict]) -> str:
 def arguments(args=None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--utterances', type=int, default=480, help='of each config and context')
-    parser.add_argument('--seconds', type=float, default=16.0, help='length of each')
-    parser.add_argument('--seed', type=int, default=0, help='of the draws')
+    parser.add_argument('--utterances', type=int, default=480, help='utterances for each config and context')
+    parser.add_argument('--seconds', type=float, default=16.0, help='length of an utterance')
+    parser.add_argument('--seed', type=int, default=0, help='seed of the masks')
     parser.add_argument('--configs', nargs='*', help='names of configs (all that are shipped)')
-    parser.add_argument('--json', type=Path, help='file for the rows')
+    parser.add_argument('--json', type=Path, help='JSON file for the figures')
     parser.add_argument(
         '--quick', action=Quick, small=dict(utterances=4, seconds=4.0, configs=['nest_fast-conformer_streaming_tiny'])
     )

@@ -38,7 +38,7 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument('--model', type=Path, required=True, help='a recogniser of word pieces')
     parser.add_argument('--manifest', type=Path, required=True, help='a NeMo manifest with texts')
     parser.add_argument('--decoding', choices=['CTC', 'RNNT'], default='CTC')
-    parser.add_argument('--context', type=json.loads, help="[left, right]; the model's first if left out")
+    parser.add_argument('--context', type=json.loads, help="[left, right] (the model's first)")
     return parser.parse_args(argv)
 
 

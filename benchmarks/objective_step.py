@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory of a training step by objective: masked tokens, the next ones, and both; in turns.
+"""Measure time and memory of a training step with each objective, in turns.
 
     python benchmarks/objective_step.py                  # 16 layers of 176, and 17 of 512
     python benchmarks/objective_step.py --quick          # one small case, to see that it runs

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pre-train with each objective and each kind of targets, and say what each has learned beside the unigram entropy.
+"""Pre-train with each objective and kind of targets; compare losses with the unigram entropy.
 
     python benchmarks/objectives.py --train train.json more.json --validation validation.json --output objectives
 
-Each arm is a run of pretrain.py in a folder of its own under --output; started again after an
-interruption it goes on where it was, and arms that are done are left alone. Writes OUTPUT/objectives.json and a plot;
-docs/objectives.md has the table.
+Each arm is a run of pretrain.py in a folder of its own under --output. If you interrupt the script, run it again: it
+continues, and skips complete arms. It writes OUTPUT/objectives.json and a plot; docs/objectives.md has the table.
 """
 
 import argparse

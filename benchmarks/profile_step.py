@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of a training step goes: by part of the model, and by operator.
+"""Profile a training step by part of the model and by operator.
 
     python benchmarks/profile_step.py                         # 4 x 16 s, d_model 176, 16 layers
     NEMO_STREAMING_SSL=0 python benchmarks/profile_step.py    # the same step of stock NeMo
@@ -30,11 +30,11 @@ def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('--batch', type=int, default=4)
-    parser.add_argument('--seconds', type=float, default=16.0, help='of audio in each utterance')
+    parser.add_argument('--seconds', type=float, default=16.0, help='seconds of audio in each utterance')
     parser.add_argument('--d-model', type=int, default=176)
     parser.add_argument('--layers', type=int, default=16)
     parser.add_argument('--steps', type=int, default=5, help='timed steps, after one to warm up')
-    parser.add_argument('--operators', type=int, default=12, help='how many to list')
+    parser.add_argument('--operators', type=int, default=12, help='operators to list')
     parser.add_argument('--quick', action=Quick, small=dict(batch=1, seconds=2.0, d_model=32, layers=2, steps=1))
     return parser.parse_args(argv)
 

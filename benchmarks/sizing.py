@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training step takes by encoder size, audio length, context and precision: memory, operations, and how it scales.
+"""Estimate memory, operations and scaling of a training step by encoder, audio and precision.
 
     python benchmarks/sizing.py [--batch 120] [--markdown sizing.md]
     python benchmarks/sizing.py --only measured          # the predictions against steps on this CPU
@@ -193,8 +193,8 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', choices=('sizes', 'scaling', 'measured'), nargs='+')
     parser.add_argument('--batch', type=float, default=120.0, help='seconds of audio in a step of one device')
-    parser.add_argument('--operations', type=float, default=120e12, help='a second that a device reaches')
-    parser.add_argument('--link', type=float, default=20e9, help='bytes a second that each rank sends')
+    parser.add_argument('--operations', type=float, default=120e12, help='operations per second of a device')
+    parser.add_argument('--link', type=float, default=20e9, help='bytes per second that each rank sends')
     parser.add_argument('--markdown', type=Path, help='also write the tables to this file')
     parser.add_argument('--quick', action=Quick, small=dict(only=['scaling']))
     options = parser.parse_args(argv)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Live streams beside NeMo's own loop, in turns: speed-up, the cost of phases and idle slots, and streams per core.
+"""Compare live streams with NeMo's own loop: speed-up, mixed phases, idle slots, streams per core.
 
     OMP_NUM_THREADS=1 python benchmarks/streaming.py --json streams.json --plot docs/pictures/streaming.png
     python benchmarks/streaming.py --quick                       # two small cases, to see that it runs
     python benchmarks/streaming.py --only "17 x 512" --profile   # and where the time goes
 
-Chunks are of 80 ms, weights random: they do not change the time. Sessions start from samples; NeMo's
-``cache_aware_stream_step`` gets its features for nothing, as its API takes them, and all of its streams are in step. Times
-are CPU times of all threads; ratios are medians over the turns, with their quartiles. How many streams a core runs in real
-time is 80 ms over the time of a step, times the streams. What bounds a step is the greater of two times: to read all weights
-once, and to compute all products, at the rates that this machine shows.
+Chunks have 80 ms; weights are random, which does not change the time. Sessions compute features; NeMo's
+``cache_aware_stream_step`` gets computed features, and all of its streams end their chunks at the same time. Times are CPU
+times of all threads; ratios are medians over the turns with their quartiles. Real-time streams per core are the streams
+times 80 ms divided by the time of a step. The bound of a step is the larger of two times on this machine: reading all
+weights once, and computing all products.
 """
 
 import argparse
@@ -63,10 +63,10 @@ QUICK = [Case('tiny', 1, 10), Case('tiny', 4, 10)]
 def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--turns', type=int, default=11, help='timed steps of each')
+    parser.add_argument('--turns', type=int, default=11, help='timed steps of each case')
     parser.add_argument('--only', choices=list(SIZES), help='one size of model')
     parser.add_argument('--quick', action='store_true', help='two small cases, to see that it runs')
-    parser.add_argument('--profile', action='store_true', help='say where the time of the session goes')
+    parser.add_argument('--profile', action='store_true', help='print the share of each part of a session')
     parser.add_argument('--json', type=Path, help='write the figures to this file')
     parser.add_argument('--plot', type=Path, help='draw the streams per core to this file')
     options = parser.parse_args(argv)

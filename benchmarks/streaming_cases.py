@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks of live streams run: models with random weights, NeMo's own streaming, and sessions in any phase."""
+"""Models with random weights, NeMo's streaming, and sessions in any phase, for the benchmarks."""
 
 from pathlib import Path
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Live streams with smaller weights: how fast, how large, and how often they say the same.
+"""Measure live streams with smaller weights: speed, size, and the share of equal tokens.
 
     OMP_NUM_THREADS=1 python benchmarks/streaming_weights.py
     python benchmarks/streaming_weights.py --model recogniser.nemo --manifest validation.json   # agreement, too
 
-Speed is CPU time of a step in turns, with random weights. Agreement is measured on a CTC recogniser that has learned something:
-the share of frames with the token that float32 gives, and the character error rates. ``make pretrain`` leaves one in
-``outputs/pretrain-.../recogniser-110-steps/pretrained.nemo`` and its manifest in ``validation_manifest.json`` beside it.
+Speed is CPU time of a step in turns, with random weights. Agreement is measured with a trained CTC recogniser: the
+share of frames with the same token as in float32, and the character error rates. ``make pretrain`` writes a recogniser,
+``outputs/pretrain-.../recogniser-1000-pre-trained.nemo``, and a manifest,
+``outputs/speech_corpus/test_manifest.json``.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument('--turns', type=int, default=7, help='timed steps of each')
     parser.add_argument('--quick', action=Quick, small=dict(turns=2))
     parser.add_argument('--model', type=Path, help='a CTC recogniser')
-    parser.add_argument('--manifest', type=Path, help='what it recognises, with texts')
+    parser.add_argument('--manifest', type=Path, help='a NeMo manifest with texts')
     options = parser.parse_args(argv)
     if options.turns < 2:
         parser.error('--turns must be 2 or more: a ratio needs its spread')

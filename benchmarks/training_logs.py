@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the reports of a training step cost: its logs and the audit of its masks, against the step itself.
+"""Measure the cost of the logs and audits of a training step, as a share of the step.
 
     python benchmarks/training_logs.py                    # 4 x 16 s, 16 layers of 176, 8192 classes
     python benchmarks/training_logs.py --layers 4 --d-model 96 --steps 5
@@ -37,7 +37,7 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument('--layers', type=int, default=16)
     parser.add_argument('--d-model', type=int, default=176)
     parser.add_argument('--batch-size', type=int, default=4)
-    parser.add_argument('--seconds', type=float, default=16.0, help='of audio in each utterance')
+    parser.add_argument('--seconds', type=float, default=16.0, help='seconds of audio in each utterance')
     parser.add_argument('--steps', type=int, default=20, help='timed steps')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--quick', action=Quick, small=dict(layers=4, d_model=32, batch_size=1, seconds=2.0, steps=2))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and memory of a training step and its parts: patched NeMo against stock, in the same run.
 
-    python benchmarks/training_step.py                               # all of it: `make bench`, some 20 minutes
+    python benchmarks/training_step.py                               # all of it: `make bench`, some 30 minutes
     python benchmarks/training_step.py --only masking quantizer      # parts of it
     python benchmarks/training_step.py --stock .venv/nemo-2.5.3/bin/python   # against another NeMo, too
 

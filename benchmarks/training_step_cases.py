@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a training step that ``training_step.py`` times, built alike from stock and from patched NeMo.
+"""The parts of a training step for ``training_step.py``, from stock and from patched NeMo.
 
 ``training_step.py`` runs it in processes of its own, one for each case and each NeMo, with the overlay off for stock.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much more audio two processes of one thread train on than one: a whole step, gradients exchanged by gloo.
+"""Compare the throughput of two processes of one thread with that of one; gradients go through gloo.
 
     python benchmarks/two_processes.py [--turns 7]
 

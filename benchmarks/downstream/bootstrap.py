@@ -3,9 +3,8 @@
 
 Shapes: S seeds, U utterances, N resamples.
 
-Seeds and utterances are drawn anew independently of each other, for each is a sample of its own: of runs that could
-have been, and of speech that could have been said. Two arms that are compared keep the same draws, so what is hard in
-an utterance, or lucky in a seed that they share, falls out of their difference.
+Seeds and utterances are resampled independently of each other. Two arms that are compared use the same draws, so the
+difference does not contain the difficulty of an utterance or the luck of a shared seed.
 """
 
 import functools

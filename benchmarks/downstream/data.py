@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The speech of the comparison: mel features of manifests, joined for pre-training, chosen for the probe.
+"""The speech of the comparison: mel features, joined for pre-training, chosen for the probe.
 
 Shapes: D features, T feature frames of 10 ms.
 """

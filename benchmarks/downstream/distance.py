@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loss by distance: how much of a token is predictable so far from the nearest visible frame, or from the last one.
+"""Loss by distance from the nearest visible frame; of next tokens, from the last frame seen.
 
 Shapes: B batch, A attention frames, S target frames.
 """

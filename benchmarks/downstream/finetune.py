@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tune an encoder by CTC until the held-out error rate has not improved for a fifth of the steps."""
+"""Fine-tune an encoder by CTC until the held-out error rate stops improving."""
 
 import copy
 import random

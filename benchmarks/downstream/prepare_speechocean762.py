@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make NeMo manifests of speechocean762, the public corpus of OpenSLR 101, with a phone string for each utterance.
+"""Make NeMo manifests with phones of speechocean762, the public corpus of OpenSLR 101.
 
     python benchmarks/downstream/prepare_speechocean762.py --corpus speechocean762 --output manifests \
         [--test-speakers-of benchmarks/downstream/results/probe.csv]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pre-train the encoder of one arm, kind of contexts and seed, on cached features; an interrupted run goes on.
+"""Pre-train the encoder of one arm, kind of contexts and seed on cached features; resumable.
 
 Shapes: B batch, D features, T feature frames, A attention frames.
 """

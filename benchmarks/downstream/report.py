@@ -4,7 +4,7 @@
     python benchmarks/downstream/report.py             # writes the page and the pictures
     python benchmarks/downstream/report.py --check     # exit status 1 if the page has other figures
 
-In docs/evidence.md it replaces what stands between its two marks. Protocol.md defines what is measured and what decides.
+It replaces the part of docs/evidence.md between two marks. protocol.md defines what is measured and what decides.
 """
 
 import argparse

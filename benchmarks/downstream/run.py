@@ -5,8 +5,8 @@
     ... --arm following-40 --kind causal --seed 0                  # some of it
     ... --quick                                                    # all code in seconds, on sizes that show nothing
 
-The folder holds the manifests ``train``, ``validation``, ``speechocean762_train`` and ``speechocean762_test``. The same
-command goes on after an interruption, and can run several times at a time: each process takes what no other works on.
+The folder has the manifests ``train``, ``validation``, ``speechocean762_train`` and ``speechocean762_test``. If you interrupt
+the command, run it again. You can start it several times at once: each process takes runs that no other works on.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def arguments(argv=None) -> argparse.Namespace:
     )
     parser.add_argument('--work', type=Path, default=HERE.parent / 'results/downstream', help='for encoders')
     parser.add_argument('--results', type=Path, default=HERE / 'results', help='for the CSV files, to be committed')
-    parser.add_argument('--quick', action='store_true', help='tiny sizes, which show that the code works and no more')
+    parser.add_argument('--quick', action='store_true', help='tiny sizes that only test the code')
     return parser.parse_args(argv)
 
 

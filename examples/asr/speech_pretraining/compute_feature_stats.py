@@ -3,16 +3,16 @@
 
     python compute_feature_stats.py --manifest train_manifest.json --output stats.yaml [--config model_config.yaml]
 
-Streaming models cannot normalise by the statistics of a whole utterance, and un-normalised features make the targets of
-BEST-RQ collapse into a few codes. Fixed statistics of the training corpus stream. ``stats.yaml`` holds the two lists
-``fixed_mean`` and ``fixed_std``, one number per feature: what NeMo's ``model.preprocessor.normalize`` takes.
-pretrain.py reads it with ``model.preprocessor.normalize=stats.yaml``; for another NeMo script, put the two
-lists into its config, or give Hydra ``'model.preprocessor.normalize={fixed_mean: [...], fixed_std: [...]}'``.
+A streaming model cannot normalise by the statistics of the whole utterance, but by those of the training corpus. Without
+any normalisation almost all targets are the same few codes. ``stats.yaml`` has two lists, ``fixed_mean`` and
+``fixed_std``, with one number per feature. Pass it to pretrain.py with ``model.preprocessor.normalize=stats.yaml``. For
+another NeMo script put the two lists into its config, or pass to Hydra
+``'model.preprocessor.normalize={fixed_mean: [...], fixed_std: [...]}'``.
 
-With ``--pca pca.npz`` the same pass finds the principal components of what BEST-RQ's quantizer sees: runs of
-``--combine_time_steps`` feature frames side by side, normalised per utterance (``--target_normalize per_feature``) or
-by the statistics of the corpus (``NA``). They can take the place of its random projection, see
-https://arxiv.org/abs/2606.30671: ``model.quantizer.projection=pca model.quantizer.projection_file=pca.npz``.
+``--pca pca.npz`` also computes the principal components of the quantizer's input: ``--combine_time_steps`` adjacent
+feature frames, normalised per utterance (``--target_normalize per_feature``) or by the statistics of the corpus (``NA``).
+To use them in place of the random projection (https://arxiv.org/abs/2606.30671), set
+``model.quantizer.projection=pca model.quantizer.projection_file=pca.npz``.
 """
 
 from script_tools import check_folders, report_error, require_patches
@@ -86,7 +86,7 @@ def arguments(argv):
     parser.add_argument("--manifest", nargs="+", required=True, help="one or more NeMo manifests")
     parser.add_argument("--output", type=Path, required=True, help="the yaml file to write")
     parser.add_argument("--config", help="NeMo config whose model.preprocessor to use (default: that of NEST)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read audio (default: this one does)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read audio (default: 0, this one)")
     _add_pca_arguments(parser)
     options = parser.parse_args(argv)
     if options.workers < 0:
@@ -106,7 +106,9 @@ def _add_pca_arguments(parser):
         "--pca", type=Path, help="the .npz file to write with the principal components of the quantizer's input"
     )
     parser.add_argument("--combine_time_steps", type=int, help="frames in a target (default: that of --config, or 8)")
-    parser.add_argument("--components", type=int, help=f"how many to write (default: {DEFAULT_COMPONENTS})")
+    parser.add_argument(
+        "--components", type=int, help=f"number of components to write (default: {DEFAULT_COMPONENTS})"
+    )
     parser.add_argument(
         "--target_normalize",
         choices=TARGET_NORMALIZATIONS,

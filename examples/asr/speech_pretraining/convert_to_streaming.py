@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Turn an offline NEST model into a streaming one, to be trained on.
+r"""Convert an offline NEST model to a streaming one, for further training.
 
     python convert_to_streaming.py --model offline.nemo --output streaming.nemo --stats stats.yaml \
         [--contexts "[[80,0],[160,0],[320,0],[-1,0]]"] [--style regular] [--overwrite]
     ... --contexts "[[70,13],[70,6],[70,1],[70,0]]" --style chunked_limited    # with look-ahead, in chunks
 
-What makes a model stream is put into its config: causal convolutions and subsampling, layer_norm, features normalised
-by the corpus statistics that compute_feature_stats.py writes (or not at all), limited attention contexts, targets
-normalised per utterance (which is how the offline model had them), and ``decoder_offset: 1``. Every weight that fits
-is carried over, quantizer included, so the tokens stay what they were; the rest is listed. The result streams at once,
-equal to its own offline forward (which is checked), but has not learned to: train it, with
-pretrain.py and ``+init_from_nemo_model=streaming.nemo``, or fine-tune it.
+The new config has causal convolutions and subsampling, layer_norm, features normalised by the statistics of
+compute_feature_stats.py (or not at all), limited attention contexts, targets normalised per utterance, as those of the
+offline model, and ``decoder_offset: 1``. Every weight that fits is kept, including the quantizer, so the tokens do not
+change; the script lists the others. It checks that the new model streams equal to its own offline forward. The weights
+were trained for another encoder, so train the model with pretrain.py and ``+init_from_nemo_model=streaming.nemo``, or
+fine-tune it.
 """
 
 from script_tools import report_error, require_patches
@@ -98,8 +98,8 @@ def arguments(argv=None) -> argparse.Namespace:
         '--stats', help='yaml file of compute_feature_stats.py; without it features are not normalised'
     )
     parser.add_argument('--contexts', default=CONTEXTS, help=f'[left, right] in attention frames; default {CONTEXTS}')
-    parser.add_argument('--style', default='regular', choices=('regular', 'chunked_limited'), help='of the attention')
-    parser.add_argument('--overwrite', action='store_true', help='replace the output if it is there')
+    parser.add_argument('--style', default='regular', choices=('regular', 'chunked_limited'), help='attention style')
+    parser.add_argument('--overwrite', action='store_true', help='replace an existing output file')
     return parser.parse_args(argv)
 
 

@@ -15,8 +15,8 @@ are bootstrapped over utterances. Models are compared with the first, utterance 
 where both predict the same tokens of the same frames.
 
 The look-ahead is the audio that an output of the encoder waits for at most. Loss is in nats per frame. "majority class"
-is the accuracy of the most frequent token. The unigram entropy is the loss of a predictor that uses the frequency of
-tokens alone.
+is the accuracy of a model that always predicts the most frequent token, and the unigram entropy the loss of one that
+predicts each token by its frequency.
 
 Exit status: 0; 2 if a model, a context or the manifest cannot be used.
 """
@@ -42,13 +42,13 @@ def arguments(argv=None) -> argparse.Namespace:
         '--contexts',
         type=context_option,
         default='all',
-        help='such as "[[10,0],[40,0]]"; all or the first of each model',
+        help='"[[10,0],[40,0]]" for instance, or all, or first, of each model',
     )
-    parser.add_argument('--mask-context', type=int, help='left context that masks are drawn for (the tightest)')
-    parser.add_argument('--draws', type=int, default=1, help='how often each utterance is masked (1)')
-    parser.add_argument('--seed', type=int, default=0, help='of masks and bootstrap (0)')
-    parser.add_argument('--resamples', type=int, default=1000, help='of the bootstrap (1000)')
-    parser.add_argument('--confidence', type=float, default=0.95, help='of the intervals (0.95)')
+    parser.add_argument('--mask-context', type=int, help='left context that masks are drawn for (the smallest of all)')
+    parser.add_argument('--draws', type=int, default=1, help='masks drawn for each utterance (1)')
+    parser.add_argument('--seed', type=int, default=0, help='seed of masks and bootstrap (0)')
+    parser.add_argument('--resamples', type=int, default=1000, help='resamples of the bootstrap (1000)')
+    parser.add_argument('--confidence', type=float, default=0.95, help='confidence of the intervals (0.95)')
     parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--num-workers', type=int, default=0, help='processes that read audio (0: this one)')
     parser.add_argument('--device', default='cpu', help='cpu or cuda (cpu)')

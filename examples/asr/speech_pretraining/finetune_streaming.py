@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Fine-tune a pre-trained streaming encoder to recognise speech, by CTC, RNNT or both, over characters or word pieces.
+r"""Fine-tune a streaming encoder to recognise speech: CTC, RNNT or both, characters or word pieces.
 
     python finetune_streaming.py --config-name=streaming_ctc \
         init_from_nemo_model.pretrained.path=NEST.nemo \
@@ -7,12 +7,12 @@ r"""Fine-tune a pre-trained streaming encoder to recognise speech, by CTC, RNNT 
         model.validation_ds.manifest_filepath=validation.json \
         exp_manager.exp_dir=experiments
 
-``--config-name=streaming_rnnt`` makes a transducer, ``streaming_hybrid`` one with a CTC decoder beside it. Characters are
-recognised, or with ``model.tokenizer='{dir: TOKENIZER, type: bpe}'`` the word pieces of a tokenizer that NeMo's
-``process_asr_text_tokenizer.py`` made. The preprocessor and the encoder are built as those of the pre-trained model, so
-features and contexts, those of the layers included, are what the weights have learned; ``model.preprocessor`` and
-``model.encoder`` replace single settings. The .nemo that results is streamed by
-``StreamingSession`` and ``streaming_inference_example.py``. An interrupted run continues.
+``--config-name=streaming_rnnt`` trains a transducer, ``streaming_hybrid`` a transducer and a CTC decoder. The output is
+characters or, with ``model.tokenizer='{dir: TOKENIZER, type: bpe}'``, the word pieces of a tokenizer that NeMo's
+``process_asr_text_tokenizer.py`` has made. Preprocessor and encoder have the settings of the pre-trained model, with its
+contexts and layer contexts; ``model.preprocessor`` and ``model.encoder`` change single settings. To stream with the
+.nemo, use ``StreamingSession`` or ``streaming_inference_example.py``. If you run the command of an interrupted run
+again, it continues.
 """
 
 from script_tools import fit_or_exit, require_patches, show_help

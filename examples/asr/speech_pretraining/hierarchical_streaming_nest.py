@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pre-train as ``pretrain.py`` does, with contexts by layer and a curriculum: the config ``nest_hierarchical_streaming``.
+"""Run ``pretrain.py`` with ``nest_hierarchical_streaming``: layer contexts and a curriculum.
 
 python hierarchical_streaming_nest.py model.train_ds.manifest_filepath=train.json ...
 """

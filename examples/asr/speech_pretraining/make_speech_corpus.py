@@ -3,12 +3,12 @@
 
     python make_speech_corpus.py --output DIR [--minutes 30] [--seed 0]
 
-The eSpeak NG synthesiser of the PyPI package ``espeakng-loader`` reads sentences of a small English grammar (numbers,
-dates, commands: ``corpus_sentences.py``) with four voices, so that coming words are predictable. DIR
-gets 16 kHz mono wav files and NeMo manifests with relative paths: ``train_manifest.json``,
-``validation_manifest.json`` and ``test_manifest.json`` (each a tenth of the length, with sentences of its own, a fifth of
-them by a voice that is in no other split), and ``noise_manifest.json``. The same settings give the same bytes, whatever the number of processes. A corpus that is
-complete is used again; one that was interrupted, or made with other settings, is replaced.
+The eSpeak NG synthesiser of the PyPI package ``espeakng-loader`` reads sentences of a small English grammar with four
+voices (numbers, dates, commands: ``corpus_sentences.py``). DIR gets 16 kHz mono wav files and four NeMo manifests with
+relative paths. ``train_manifest.json`` has ``--minutes`` of speech. ``validation_manifest.json`` and
+``test_manifest.json`` have a tenth of that each, with sentences that are in no other split, a fifth of them in a voice
+that train does not have. ``noise_manifest.json`` has noise. The same settings give the same bytes. A complete corpus is
+used again; an interrupted one, or one of other settings, is replaced.
 """
 
 import argparse
@@ -342,8 +342,10 @@ def main(argv=None):
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="folder of the corpus")
-    parser.add_argument("--minutes", type=float, default=30.0, help="about how much train speech (default: 30)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives another corpus (default: 0)")
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, help="approximate length of the train speech (default: 30)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of sentences and voices (default: 0)")
     parser.add_argument("--workers", type=int, help="processes (default: one per CPU core)")
     options = parser.parse_args(argv)
     if options.seed < 0 or (options.workers is not None and options.workers < 1):

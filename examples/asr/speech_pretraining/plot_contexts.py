@@ -12,8 +12,8 @@ With a model or a config and an audio file:
   predicts masked tokens
 - attention_windows: what one frame attends to in each layer, and what its output depends on through all layers
 
-and on the terminal an audit of the masking over --draws draws: the masked share, the length of its runs, and the share
-without a visible frame. The weights of a config are random; no picture depends on them.
+It also prints an audit of the masking over --draws draws: the masked share, the length of masked runs, and the share
+without a visible frame. With a config the weights are random; no picture depends on them.
 
 With the logs of a training run (a folder with TensorBoard's event files or a metrics.csv):
 
@@ -35,17 +35,21 @@ def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', type=Path, help='a .nemo file')
-    parser.add_argument('--config', type=Path, help='or a training config (yaml); what it inherits lies beside it')
+    parser.add_argument(
+        '--config', type=Path, help='or a training config (yaml), in the folder of the configs that it inherits'
+    )
     parser.add_argument('--audio', type=Path, help='an audio file')
     parser.add_argument('--logs', type=Path, help='folder of a training run')
-    parser.add_argument('--output', type=Path, required=True, help='folder for the pictures; made if need be')
+    parser.add_argument('--output', type=Path, required=True, help='folder for the pictures')
     parser.add_argument(
         '--context', type=context_option, help='such as "[40,0]", 40 or low (the default of the model)'
     )
-    parser.add_argument('--frame', type=int, help='attention frame to draw the windows of (at three quarters)')
-    parser.add_argument('--frames', type=int, help='attention frames to draw the windows in (those of the audio)')
-    parser.add_argument('--seed', type=int, default=0, help='of the masks (0)')
-    parser.add_argument('--draws', type=int, default=100, help='of the audit (100)')
+    parser.add_argument(
+        '--frame', type=int, help='attention frame whose windows to draw (at three quarters of the audio)'
+    )
+    parser.add_argument('--frames', type=int, help='length of the axis in attention frames (that of the audio)')
+    parser.add_argument('--seed', type=int, default=0, help='seed of the masks (0)')
+    parser.add_argument('--draws', type=int, default=100, help='draws of the audit (100)')
     options = parser.parse_args(argv)
     models = [given for given in (options.model, options.config) if given is not None]
     if len(models) > 1 or bool(models) != (options.audio is not None):

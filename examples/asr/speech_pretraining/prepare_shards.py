@@ -6,16 +6,14 @@ r"""Pack the speech of NeMo manifests into shards (lhotse Shar), which disks and
     python pretrain.py --config-name=nest_fast-conformer_streaming_lhotse \\
         model.train_ds.shar_path=shards/train/shar model.train_ds.noise_manifest=shards/noise/shar ...
 
-A shard is a tar file of recordings and a manifest of as many cuts. ``OUTPUT/shar`` appears when all shards are whole, and
-has nothing but them; beside it are ``SHA256SUMS`` (``sha256sum -c SHA256SUMS`` in OUTPUT checks it) and ``report.json``,
-with the utterances, seconds, and every bad file with the reason. Bad are files that cannot be read, have no samples or
-samples that are NaN or infinite, or less than half of the duration in the manifest. They are left out, named and
-counted; with ``--bad_audio stop`` the first one ends it.
+A shard is a tar file of recordings and a manifest of their cuts. When all shards are complete, OUTPUT contains ``shar``, the
+folder of the shards, ``SHA256SUMS`` (run ``sha256sum -c SHA256SUMS`` in OUTPUT to check them) and ``report.json``, with
+the numbers of utterances and seconds, and every bad file with the reason. A file is bad if it cannot be read, has no
+samples, NaN or infinite samples, or less than half of the duration in the manifest. Bad files are left out; with
+``--bad_audio stop`` the first one ends the command.
 
-The command can be interrupted and started again: shards that are whole stay. Each is read back when it is written, and
-its utterances and durations are compared with what went in.
-
-What the entries of the manifests have besides (text, speaker, language) comes along.
+If you interrupt the command, run it again: complete shards are kept. Each shard is read back when it is written, and its
+utterances and durations are compared with the manifest. Other fields of the manifest (text, speaker, language) are kept.
 """
 
 from script_tools import report_error, require_patches
@@ -39,12 +37,19 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument('--manifest', nargs='+', required=True, help='one or more NeMo manifests, or patterns of them')
     parser.add_argument('--output', type=Path, required=True, help='the folder to make')
     parser.add_argument('--shard_size', type=int, default=1000, help='utterances in a shard (default: 1000)')
-    parser.add_argument('--format', choices=FORMATS, default='flac', help='of the recordings (default: flac)')
-    parser.add_argument('--sample_rate', type=int, help='resample to so many Hz (default: as they are)')
-    parser.add_argument('--min_duration', type=float, default=0.0, help='leave out what is shorter, in seconds')
-    parser.add_argument('--max_duration', type=float, default=float('inf'), help='leave out what is longer')
-    parser.add_argument('--shuffle', type=int, metavar='SEED', help='lay the utterances out in a random order')
-    parser.add_argument('--bad_audio', choices=('skip', 'stop'), default='skip', help='(default: skip)')
+    parser.add_argument('--format', choices=FORMATS, default='flac', help='format of the recordings (default: flac)')
+    parser.add_argument('--sample_rate', type=int, help='rate in Hz to resample to (default: no resampling)')
+    parser.add_argument('--min_duration', type=float, default=0.0, help='leave out shorter utterances, in seconds')
+    parser.add_argument(
+        '--max_duration', type=float, default=float('inf'), help='leave out longer utterances, in seconds'
+    )
+    parser.add_argument('--shuffle', type=int, metavar='SEED', help='shuffle the utterances with this seed')
+    parser.add_argument(
+        '--bad_audio',
+        choices=('skip', 'stop'),
+        default='skip',
+        help='leave bad files out, or end at the first (default: skip)',
+    )
     parser.add_argument('--workers', type=int, default=1, help='processes (default: 1)')
     return parser.parse_args(argv)
 

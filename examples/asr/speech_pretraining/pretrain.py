@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Pre-train a streaming encoder on one attention context per batch: by next tokens, by masked ones (NEST), or by both.
+r"""Pre-train a streaming encoder to predict next tokens, masked tokens (NEST), or both.
 
     python pretrain.py \
         model.train_ds.manifest_filepath=train.json \
@@ -8,10 +8,9 @@ r"""Pre-train a streaming encoder on one attention context per batch: by next to
         model.preprocessor.normalize=stats.yaml \
         exp_manager.exp_dir=experiments
 
-The config is ``nest_next_token_streaming``; ``--config-name`` takes another one of ``../conf/ssl/nest``.
-``model.preprocessor.normalize`` takes the file that ``compute_feature_stats.py`` writes. An interrupted run continues if it is
-started again with the same ``exp_manager`` settings (``exp_manager.version=...`` or
-``exp_manager.use_datetime_version=false``).
+The default config is ``nest_next_token_streaming``; set ``--config-name`` to use another one of ``../conf/ssl/nest``.
+``stats.yaml`` is a file of ``compute_feature_stats.py``. To continue an interrupted run, run the command again with the same
+``exp_manager`` settings (``exp_manager.version=...`` or ``exp_manager.use_datetime_version=false``).
 """
 
 from script_tools import fit_or_exit, require_patches, show_help

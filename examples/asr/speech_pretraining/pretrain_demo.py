@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pre-train a tiny streaming encoder, fine-tune a recogniser from it and from scratch, and stream a sentence.
+"""Pre-train a tiny encoder, fine-tune recognisers from it and from scratch, and stream a sentence.
 
     python pretrain_demo.py [--manifest train.json --validation-manifest validation.json] [--output outputs]
 
-``make pretrain`` runs it. Without manifests it makes a synthetic corpus with transcripts. Where the manifests have no
-``text``, it stops after pre-training. Each choice of data and settings has a folder of its own under ``--output``, with
-a log file for each stage; a run that was interrupted continues there.
+``make pretrain`` runs it. Without manifests it makes a synthetic corpus with transcripts. If an entry of a manifest has no
+``text``, it stops after pre-training. Each choice of data and settings has its own folder under ``--output``, with a log
+file for each stage. If you interrupt it, run the command again: it continues.
 """
 
 import argparse
@@ -39,11 +39,13 @@ progress = Progress(*COLUMNS, console=console, disable=not console.is_terminal)
 def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--manifest', type=Path, help='train manifest; without it a synthetic corpus is made')
-    parser.add_argument('--validation-manifest', type=Path, help='needed with --manifest')
+    parser.add_argument('--manifest', type=Path, help='train manifest (default: make a synthetic corpus)')
+    parser.add_argument('--validation-manifest', type=Path, help='validation manifest, required with --manifest')
     parser.add_argument('--output', default='outputs', type=Path, help='folder for all results')
     parser.add_argument('--config', default=CONFIG, help='name of a config in examples/asr/conf/ssl/nest')
-    parser.add_argument('--recogniser-steps', type=int, default=RECOGNISER_STEPS, help='of each fine-tuning; 0: none')
+    parser.add_argument(
+        '--recogniser-steps', type=int, default=RECOGNISER_STEPS, help='steps of each fine-tuning; 0: pre-train only'
+    )
     parser.add_argument('overrides', nargs='*', help='Hydra overrides of pre-training, such as trainer.max_steps=2000')
     options = parser.parse_args(argv)
     if bool(options.manifest) != bool(options.validation_manifest):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scripts of this folder share: the check of the patches, errors, files, audio, models and training.
+"""Functions that several scripts use: checks, errors, files, audio, models and training.
 
 No script imports another script. What two of them need is here or in the package.
 This module imports NeMo inside its functions only, because a script imports it before it checks the patches.
@@ -88,7 +88,7 @@ def stream_parser(description: str, output: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', type=Path, required=True, help='a .nemo file')
     parser.add_argument('audio', type=Path, nargs='*', help='audio files')
-    parser.add_argument('--manifest', type=Path, help='or a NeMo manifest')
+    parser.add_argument('--manifest', type=Path, help='a NeMo manifest, in place of audio files')
     parser.add_argument('--output', type=Path, help=output)
     parser.add_argument('--step-seconds', type=float, default=0.08, help='audio in each step (0.08)')
     parser.add_argument('--device', default='cpu', help='cpu or cuda (cpu)')

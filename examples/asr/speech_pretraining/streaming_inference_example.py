@@ -6,8 +6,8 @@ r"""Transcribe audio files or a microphone as a live stream, word by word.
     arecord -f S16_LE -r 16000 -c 1 -t raw | python streaming_inference_example.py --model recogniser.nemo -
 
 The model is a CTC, RNNT or hybrid model with a causal Conformer encoder, such as finetune_streaming.py makes. A word
-appears when it is final, a new line when an utterance ends. "-" is signed 16-bit mono PCM from a pipe, until it ends or
-Ctrl-C. evaluate_streaming.py measures latency, error rates and the difference to offline.
+is printed when it is final, and a new line when an utterance ends. "-" reads signed 16-bit mono PCM from a pipe, until the pipe
+ends or Ctrl-C. evaluate_streaming.py measures latency, error rates and the difference to offline.
 
 Exit status: 0; 2 if the model or some of the audio cannot be used, with an error line for each.
 """
@@ -37,8 +37,10 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument(
         '--att-context-size', type=context_option, help='such as "[40,0]" or low (the first of the model)'
     )
-    parser.add_argument('--sample-rate', type=int, help='of the pipe (that of the model)')
-    parser.add_argument('--end-silence', type=float, default=1.2, help='seconds that end an utterance (1.2)')
+    parser.add_argument('--sample-rate', type=int, help='sampling rate of the pipe (that of the model)')
+    parser.add_argument(
+        '--end-silence', type=float, default=1.2, help='seconds of silence that end an utterance (1.2)'
+    )
     parser.add_argument('--confidence', action='store_true', help='add the confidence of each word to --output')
     options = parse_stream_options(parser, argv)
     if options.sample_rate is not None and options.sample_rate < 1:
