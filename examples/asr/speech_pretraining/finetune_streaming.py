@@ -30,7 +30,7 @@ import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo.collections.asr.data.data_checks import check_data
-from nemo.collections.asr.data.ssl_dataset import set_skip_bad_audio
+from nemo.collections.asr.data.ssl_dataset import file_id, files_in, set_skip_bad_audio
 from nemo.collections.asr.data.training_data_mixin import LogLeftOut
 from nemo.collections.asr.data.transcripts import characters_known_by, characters_of, report_unknown_characters
 from nemo.collections.asr.models import (
@@ -43,12 +43,15 @@ from nemo.collections.asr.models import (
 )
 from nemo.collections.asr.parts.ssl_reports.figures import look_ahead_title
 from nemo.collections.asr.parts.streaming.session import StreamingSession
+from nemo.collections.asr.parts.utils.manifest_index import expanded, is_remote, paths_in, read_entries
 from nemo.collections.asr.parts.utils.pretraining_checks import check_contexts, check_known_keys
+from nemo.collections.common.data.lhotse.nemo_adapters import NO_MEMBER
 from nemo.core.classes.modelPT import ModelPT
 from nemo.core.config import hydra_runner
 from nemo.core.connectors.initial_weights import PLACES, sources_of
 from nemo.utils import logging
 from nemo.utils.exp_manager import exp_manager
+from nemo.utils.left_out import LEFT_OUT, OUTSIDE_LIMITS
 from nemo.utils.trainer_utils import resolve_trainer_cfg
 
 DATA_SECTIONS = ('train_ds', 'validation_ds', 'test_ds')
@@ -62,7 +65,8 @@ def prepare(cfg: DictConfig) -> DictConfig:
         ValueError: naming the key, its value and what is allowed.
     """
     if cfg.get('init_from_ptl_ckpt') or cfg.get('init_from_pretrained_model'):
-        cfg.init_from_nemo_model = None
+        if 'init_from_nemo_model.pretrained.path' in OmegaConf.missing_keys(cfg):
+            cfg.init_from_nemo_model = None
     for kind, place in PLACES.items():
         if isinstance(cfg.get(kind), str):  # a recogniser has a decoder of its own
             with open_dict(cfg):
@@ -135,16 +139,43 @@ def build(cfg: DictConfig):
     """
     trainer = pl.Trainer(**resolve_trainer_cfg(cfg.trainer), callbacks=[LogLeftOut()])
     exp_manager(trainer, cfg.get('exp_manager', None))
-    model = model_class(cfg.model)(cfg=cfg.model, trainer=trainer)
+    try:
+        model = model_class(cfg.model)(cfg=cfg.model, trainer=trainer)
+    except TypeError as error:
+        if 'no len()' not in str(error):
+            raise
+        raise ValueError(
+            f"trainer.limit_train_batches is {trainer.limit_train_batches}, and the data of model.train_ds have no length; set "
+            "it to the number of batches of an epoch"
+        ) from error
     model.maybe_init_from_pretrained_checkpoint(cfg)
     skip_bad_audio(model)
     for section in DATA_SECTIONS:
         if cfg.model.get(section):
+            count_left_out(cfg.model[section])
             report_unknown_characters(f'model.{section}', cfg.model[section], characters_known_by(model))
     check_can_stream(model)
     contexts = (look_ahead_title(model, context) for context in model.encoder.att_context_size_all)
     logging.info(f"Attention contexts: {'; '.join(contexts)}")
     return trainer, model
+
+
+def count_left_out(section) -> None:
+    """Count what NeMo's own readers of manifests leave out: for its duration, or as no tar file has it."""
+    if section.get('use_lhotse'):
+        return  # which counts while it reads
+    least, most = section.get('min_duration') or 0.0, section.get('max_duration') or float('inf')
+    paths, tars = (
+        [file for path in paths_in(section.get(key)) for file in expanded(path)]
+        for key in ('manifest_filepath', 'tarred_audio_filepaths')
+    )
+    found = set().union(*map(files_in, tars)) if tars and not any(map(is_remote, tars)) else None
+    for line in (line for path in paths if not is_remote(path) for line in read_entries(path)):
+        where = f"{line.manifest}, line {line.number}"
+        if not least <= (line.entry.get('duration') or least) <= most:
+            LEFT_OUT.add(OUTSIDE_LIMITS, f"{where}: {line.entry['duration']} s")
+        elif found is not None and file_id(line.audio).partition('-sub')[0] not in found:
+            LEFT_OUT.add(NO_MEMBER, f"{where}: {line.audio}")
 
 
 def skip_bad_audio(model) -> None:

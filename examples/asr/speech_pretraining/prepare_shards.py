@@ -27,6 +27,7 @@ from pathlib import Path
 
 from nemo.collections.asr.data.shard_writer import Plan, digest_of, pack
 from nemo.collections.asr.parts.utils.manifest_index import expanded
+from nemo.utils.left_out import LEFT_OUT
 
 FORMATS = ('flac', 'wav', 'opus', 'original')
 
@@ -75,6 +76,8 @@ def main(argv=None) -> int:
     found = json.loads((options.output / 'report.json').read_text())
     for bad in found['bad']:
         print(f"bad audio: {bad['manifest']}, line {bad['line']}: {bad['file']}: {bad['reason']}")
+    if LEFT_OUT.total():
+        print(LEFT_OUT.summary())
     print(
         f"{found['utterances']} utterances, {found['hours']:.2f} h, in {found['shards']} shards; {len(found['bad'])} bad "
         f"ones left out. Train with use_lhotse=true and shar_path={options.output / 'shar'}"

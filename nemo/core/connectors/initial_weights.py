@@ -76,7 +76,10 @@ class Source:
 
 def sources_of(cfg) -> list[Source]:
     """Return the sources that a config's ``init_from_*`` names; ValueError refuses two keys, unknown options, no file."""
-    kinds = [kind for kind in PLACES if cfg.get(kind) is not None]
+    kinds = [kind for kind in cfg if str(kind).startswith('init_from_') and cfg.get(kind) is not None]
+    for kind in kinds:
+        if kind not in PLACES:
+            raise ValueError(f"{kind} is not known;{_hint(kind, PLACES)} weights are named by {', '.join(PLACES)}")
     if len(kinds) > 1:
         raise ValueError(f"{' and '.join(kinds)} are both set; set one")
     if not kinds:
@@ -84,7 +87,7 @@ def sources_of(cfg) -> list[Source]:
     kind, value = kinds[0], cfg[kinds[0]]
     if isinstance(value, str):
         return [Source(kind, kind, value)]
-    if not isinstance(value, (dict, DictConfig)):
+    if not isinstance(value, (dict, DictConfig)) or not value:
         raise ValueError(f"{kind} is {value!r}; it must be a file or name, or a mapping of sources")
     return [_source(kind, f'{kind}.{name}', options) for name, options in value.items()]  # type: ignore[str-bytes-safe]
 

@@ -102,6 +102,8 @@ def test_what_would_load_less_than_is_meant_is_an_error(files, options, message)
     [
         ({'init_from_ptl_ckpt': 'a.ckpt', 'init_from_nemo_model': 'a.nemo'}, 'both set'),
         ({'init_from_ptl_ckpt': 3}, 'init_from_ptl_ckpt is 3'),
+        ({'init_from_ptl_ckpt': {}}, 'init_from_ptl_ckpt is {}'),
+        ({'init_from_nemo': 'a.nemo'}, 'init_from_nemo is not known; did you mean init_from_nemo_model'),
         ({'init_from_ptl_ckpt': {'mine': 'a.ckpt'}}, 'init_from_ptl_ckpt.mine is'),
         ({'init_from_ptl_ckpt': 'NEMO'}, 'a file for init_from_nemo_model'),
     ],

@@ -58,13 +58,11 @@ def audio_entries(files: list[Path], manifest: Path | str | None, must_exist: bo
     if manifest is None:
         return [{'audio_filepath': str(path)} for path in files]
     entries = []
-    for name, number, entry in read_entries(manifest):
-        audio = entry.get('audio_filepath')
-        if not isinstance(audio, str):
-            raise ValueError(f'{name}, line {number}: audio_filepath is {audio!r}; it must be the path of a file')
-        entries.append({**entry, 'audio_filepath': get_full_path(audio, manifest_file=name)})
-        if must_exist and not Path(entries[-1]['audio_filepath']).is_file():
-            raise ValueError(f'{name}, line {number}: there is no audio file {audio}')
+    for line in read_entries(manifest):
+        path = get_full_path(line.audio, manifest_file=line.manifest)
+        entries.append({**line.entry, 'audio_filepath': path})
+        if must_exist and not (isinstance(path, str) and Path(path).is_file()):
+            raise ValueError(f'{line.manifest}, line {line.number}: there is no audio file {line.audio}')
     return entries
 
 

@@ -2,6 +2,7 @@
 """Pack utterances of manifests into shards with lhotse's writer, shard by shard, in several processes. New in this project."""
 
 import hashlib
+import itertools
 import json
 import random
 import shutil
@@ -20,6 +21,7 @@ from nemo.collections.asr.parts.utils.manifest_index import Line, read_entries
 from nemo.collections.asr.parts.utils.nonfinite_guard import samples_are_valid
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
 from nemo.utils.atomic_files import write_text
+from nemo.utils.left_out import LEFT_OUT, OUTSIDE_LIMITS
 
 TOLERANCE = 0.02  # seconds that a duration may differ by when it is read back; codecs pad
 TAKEN = ('audio_filepath', 'audio_filename', 'duration', 'offset', 'text', 'speaker', 'lang')  # have places in a cut
@@ -53,12 +55,13 @@ class Plan:
 
     def lines(self) -> list[Line]:
         """Return the entries of the manifests within the limits, in order or shuffled; raise ValueError if none is left."""
-        lines = [
-            line
-            for manifest in self.manifests
-            for line in read_entries(manifest)
-            if self.min_duration <= (line.entry.get('duration') or self.min_duration) <= self.max_duration
-        ]
+        lines = []
+        for line in itertools.chain.from_iterable(map(read_entries, self.manifests)):
+            seconds = line.entry.get('duration') or self.min_duration
+            if self.min_duration <= seconds <= self.max_duration:
+                lines.append(line)
+            else:
+                LEFT_OUT.add(OUTSIDE_LIMITS, f'{line.manifest}, line {line.number}: {seconds} s')
         if not lines:
             raise ValueError(f"--manifest: nothing is left of {', '.join(self.manifests)}")
         if self.shuffle is not None:

@@ -156,14 +156,14 @@ class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
         if duration is not None and not (shortest or 0) <= duration <= (np.inf if longest is None else longest):
             LEFT_OUT.add(OUTSIDE_LIMITS, f'{line.manifest}, line {line.number}: {duration} s')
         else:
-            self._files_of_shards[line.entry.get('shard_id')].add(_file_id(line.audio).partition('-sub')[0])
+            self._files_of_shards[line.entry.get('shard_id')].add(file_id(line.audio).partition('-sub')[0])
 
     def _expect_strays(self, tars: list[str]) -> None:
         """Expect the files of entries without the number of a tar file, which no tar file has, in the first."""
         unknown = self._files_of_shards.keys() - set(map(_shard_id, tars))
         strays = set().union(*map(self._files_of_shards.pop, unknown))
         if strays and not any(map(is_remote, tars)):
-            self._files_of_shards[_shard_id(tars[0])] |= strays.difference(*map(_files_in, tars))
+            self._files_of_shards[_shard_id(tars[0])] |= strays.difference(*map(files_in, tars))
 
     def _members(self, shards) -> Iterator[dict]:
         """Yield the members of tar files, and leave out what a manifest has and a tar file lacks; one that is cut off ends."""
@@ -172,7 +172,7 @@ class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
             errors: list[Exception] = []
             for member in webdataset.tarfile_to_samples(handler=errors.append)([shard]):  # None ends the file
                 last = member['__key__']
-                seen.add(_file_id(last))
+                seen.add(file_id(last))
                 yield member
             missing = self._files_of_shards[_shard_id(self.tar)] - seen
             bad = BadAudioError(f"{self.tar} has no member {min(missing, default='')}", NO_MEMBER)
@@ -184,15 +184,15 @@ class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
     def _build_sample(self, tup):
         _, name, offset_id = tup
         collection = self.manifest_processor.collection
-        entry, load = collection[collection.mapping[_file_id(name)][offset_id]], super()._build_sample
+        entry, load = collection[collection.mapping[file_id(name)][offset_id]], super()._build_sample
         return self._item_or_skipped(lambda: load(tup), entry, f'{self.tar}: {entry.audio_file}')
 
 
-def _files_in(tar: str) -> set[str]:
+def files_in(tar: str) -> set[str]:
     """Return the files of a tar file, up to its end or where it is cut off."""
     files: set[str] = set()
     with suppress(tarfile.ReadError, EOFError), tarfile.open(tar) as members:
-        files.update(_file_id(member.name) for member in members)
+        files.update(file_id(member.name) for member in members)
     return files
 
 
@@ -201,7 +201,8 @@ def _shard_id(tar: str) -> int | None:
     return number and int(number[1])
 
 
-def _file_id(name: str) -> str:
+def file_id(name: str) -> str:
+    """Return the name of a file as NeMo's tarred datasets compare it, without folder and ending."""
     return os.path.splitext(os.path.basename(name))[0]
 
 
@@ -341,8 +342,10 @@ def load_noise_audio(sample, sample_rate, max_audio_len=None, **kwargs):
             read |= {'offset': np.random.uniform(0, sample['duration'] - longest), 'duration': longest}
     try:
         noise, length = _load_noise_audio(read, sample_rate, max_audio_len, **kwargs)
-        if not samples_are_valid(noise):
-            raise BadAudioError(f"{sample['audio_filepath']}: {NOT_FINITE}")
+        if not length or not samples_are_valid(noise):
+            raise BadAudioError(
+                f"{sample['audio_filepath']}: {NOT_FINITE if length else 'there are no samples in it'}"
+            )
     except Exception as error:
         bad = _bad_file(sample['audio_filepath'], error)
         LEFT_OUT.add('bad noise, replaced by other noise', str(bad))

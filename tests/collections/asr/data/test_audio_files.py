@@ -65,5 +65,5 @@ def test_entries_are_those_of_audio_files_or_of_a_manifest(audio_folder, tmp_pat
     assert entry == {'audio_filepath': str(audio_folder / 'mono.wav'), 'duration': 0.5, 'text': 'a'}
     assert read_entry(entry, RATE).shape == (RATE // 2,)
     manifest.write_text('{"text": "a"}')
-    with pytest.raises(ValueError, match='entries.json, line 1: audio_filepath is None'):
+    with pytest.raises(ValueError, match='entries.json, line 1 has no audio_filepath'):
         audio_entries([], manifest)

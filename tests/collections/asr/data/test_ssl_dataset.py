@@ -102,10 +102,11 @@ def test_audio_that_was_cut_off_is_a_warning_where_nothing_is_skipped(audio, war
 
 
 def test_bad_noise_is_not_mixed_in(audio, warnings):
-    loader = data_loader(manifest(audio, 'a.wav', 'b.wav'), noise_manifest=manifest(audio, 'nan.wav'))
-    [batch] = loader
-    assert torch.equal(batch.audio, batch.noisy_audio)
-    assert any('nan.wav: samples that are NaN' in message for message in warnings)
+    soundfile.write(audio / 'none.wav', np.zeros(0), 16000)
+    for name, why in (('nan.wav', 'samples that are NaN'), ('none.wav', 'there are no samples in it')):
+        [batch] = data_loader(manifest(audio, 'a.wav', 'b.wav'), noise_manifest=manifest(audio, name))
+        assert torch.equal(batch.audio, batch.noisy_audio)
+        assert any(f'{name}: {why}' in message for message in warnings)
 
 
 def tar(folder, audio, *names):

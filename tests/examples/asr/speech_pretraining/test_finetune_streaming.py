@@ -2,6 +2,7 @@
 """From a pre-trained .nemo to a model that recognises speech, streamed."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,6 +11,7 @@ import soundfile
 import torch
 from fresh_process import run_python
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from tiny_nest import POST_CONV, SMALL, tiny_model, trainer
 from tiny_recogniser import MODELS, OF_PIECES
 from word_pieces import make_tokenizer
@@ -18,6 +20,8 @@ from nemo.collections.asr.models import EncDecCTCModel
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 from nemo.collections.asr.parts.att_context import AttContextCurriculum
 from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
+from nemo.collections.common.data.lhotse.nemo_adapters import NO_MEMBER
+from nemo.utils.left_out import LEFT_OUT, OUTSIDE_LIMITS
 
 EXAMPLES = Path(__file__).resolve().parents[4] / 'examples/asr'
 LAYERS = ['model.encoder.n_layers=2', 'model.encoder.layer_att_context_size=[[0,[10,0]],[1,[20,0]]]']
@@ -245,3 +249,31 @@ def by_command(folder, script, *arguments):
     done = run_python(*words, cwd=folder.parent)
     assert done.returncode == 0, done.stderr[-3000:]
     return next((folder / 'checkpoints').glob('*.nemo'))
+
+
+@pytest.mark.parametrize('tarred', [False, True])
+def test_what_nemos_own_readers_leave_out_is_counted(script, tmp_path, monkeypatch, tarred):
+    monkeypatch.setattr(LEFT_OUT, 'path', str(tmp_path / 'left_out'))
+    rows = [('here', 1.0), ('gone', 1.0), ('long', 9.0), ('unknown', None)]
+    lines = (json.dumps({'audio_filepath': f'{name}.wav', 'duration': seconds}) for name, seconds in rows)
+    (tmp_path / 'm.json').write_text('\n'.join(lines))
+    section = {'manifest_filepath': str(tmp_path / 'm.json'), 'max_duration': 5.0}
+    if tarred:
+        with tarfile.open(tmp_path / 'audio_0.tar', 'w') as archive:
+            for name in ('here', 'unknown'):
+                archive.addfile(tarfile.TarInfo(f'{name}.wav'))
+        section['tarred_audio_filepaths'] = str(tmp_path / 'audio_0.tar')
+    script.count_left_out(section)
+    assert {reason: found.count for reason, found in LEFT_OUT.reasons().items()} == {
+        OUTSIDE_LIMITS: 1,
+        **({NO_MEMBER: 1} if tarred else {}),
+    }
+
+
+def test_data_without_length_need_a_limit(script, monkeypatch):
+    def model(**options):
+        raise TypeError("object of type 'IterableDatasetWrapper' has no len()")
+
+    monkeypatch.setattr(script, 'model_class', lambda cfg: model)
+    with pytest.raises(ValueError, match='trainer.limit_train_batches is 1.0'):
+        script.build(OmegaConf.create({'trainer': {'accelerator': 'cpu', 'logger': False}, 'model': {}}))

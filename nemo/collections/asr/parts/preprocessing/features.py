@@ -123,7 +123,11 @@ class WaveformFeaturizer(_up.WaveformFeaturizer):
     def process(self, file_path, *args, channel_selector=None, **kwargs):
         """Return the samples [N] of a file; ValueError names one that lacks the channel or has non-finite samples."""
         selector = self.channel_selector if channel_selector is None else channel_selector
-        samples = super().process(file_path, *args, channel_selector=selector, **kwargs)
+        try:
+            samples = super().process(file_path, *args, channel_selector=selector, **kwargs)
+        except Exception as error:  # of any decoder, which may not name the file
+            error.add_note(f'audio file: {file_path}')
+            raise
         if samples.dim() > 1:
             raise ValueError(
                 f"{file_path}: channel_selector {selector} gives {samples.shape[1]} channels; set one or 'average'"

@@ -2,16 +2,14 @@
 """``model.probe``: fit a frozen probe after validations and log its error rate per context. New in this project."""
 
 import time
-from pathlib import Path
 
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from nemo.collections.asr.data.audio_files import audio_entries, read_entry
 from nemo.collections.asr.parts.att_context.context import context_label
-from nemo.collections.asr.parts.preprocessing.features import WaveformFeaturizer
 from nemo.collections.asr.parts.ssl_reports.probe import ProbeSettings, layer_outputs, probe_errors
 from nemo.collections.asr.parts.utils.config_keys import Probe
-from nemo.collections.asr.parts.utils.manifest_index import read_entries
 
 BATCH = 16  # utterances that are encoded at a time
 
@@ -33,7 +31,7 @@ class ValidationProbe(Callback):
         parts = {part: _read(f'model.probe.{part}_manifest', path, options.labels) for part, path in paths.items()}
         names = sorted({name for _, said in parts['train'] for name in said})
         index = {name: label for label, name in enumerate(names)}
-        self.classes, self.audio = len(names), {part: [path for path, _ in rows] for part, rows in parts.items()}
+        self.classes, self.audio = len(names), {part: [entry for entry, _ in rows] for part, rows in parts.items()}
         unknown = len(names) + 1  # a label that is not in the training part: no probe recognises it
         self.labels = {
             part: [[index.get(name, unknown) for name in said] for _, said in rows] for part, rows in parts.items()
@@ -56,11 +54,11 @@ class ValidationProbe(Callback):
 
     def _batches(self, model, part: str):
         """Yield the features [B, D, T] and lengths [B] of a part's utterances, as the encoder gets them."""
-        featurizer = WaveformFeaturizer(model.cfg.preprocessor.sample_rate)
+        rate = model.cfg.preprocessor.sample_rate
         for start in range(0, len(self.audio[part]), BATCH):
-            signals = [featurizer.process(path) for path in self.audio[part][start : start + BATCH]]
+            signals = [torch.from_numpy(read_entry(entry, rate)) for entry in self.audio[part][start : start + BATCH]]
             lengths = torch.tensor([len(signal) for signal in signals], device=model.device)
-            padded = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True).float().to(model.device)
+            padded = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True).to(model.device)
             with torch.no_grad():
                 yield model.preprocessor(input_signal=padded, length=lengths)
 
@@ -73,18 +71,17 @@ class ValidationProbe(Callback):
         self.validations = state_dict['validations']
 
 
-def _read(key: str, path, labels: str) -> list[tuple[str, list[str]]]:
-    """Return audio file and transcript of each utterance of a manifest.
+def _read(key: str, path, labels: str) -> list[tuple[dict, list[str]]]:
+    """Return the entry, with the path of its audio, and the transcript of each utterance of a manifest.
 
     Raises:
-        ValueError: naming the key, if the manifest cannot be read, is empty, or an utterance has no transcript.
+        ValueError: naming the key, if the manifest cannot be read, is empty, or an utterance has no audio or no transcript.
     """
     try:
-        entries = [line.entry for line in read_entries(path)]
+        entries = audio_entries([], path, must_exist=True)
     except ValueError as error:
         raise ValueError(f"{key} is {path}: {error}") from error
-    said = [entry.get(labels, '').split() if labels == 'phones' else list(entry.get(labels, '')) for entry in entries]
-    if not all(said):
+    said = [entry.get(labels) or '' for entry in entries]
+    if not all(isinstance(text, str) and text.strip() for text in said):
         raise ValueError(f"{key} is {path}; each of its utterances must have {labels}")
-    folder = Path(path).resolve().parent
-    return [(str(folder / entry['audio_filepath']), names) for entry, names in zip(entries, said)]
+    return list(zip(entries, (text.split() if labels == 'phones' else list(text) for text in said)))

@@ -63,3 +63,27 @@ def test_training_is_the_same_with_and_without_a_probe(manifests):
 def test_characters_of_the_test_alone_count_as_errors(manifests):
     probe = ValidationProbe(manifests)
     assert probe.classes == 3 and probe.labels == {'train': [[1, 2], [2, 0, 1]], 'test': [[1, 2, 4]]}
+
+
+def test_segments_of_a_file_and_a_tilde(manifests, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    segments = [
+        {'audio_filepath': 'train0.wav', 'offset': start, 'duration': 0.25, 'text': 'a'} for start in (0.0, 0.5)
+    ]
+    (tmp_path / 'train.json').write_text('\n'.join(map(json.dumps, segments)))
+    probe = ValidationProbe({name: f'~/{name.partition("_")[0]}.json' for name in manifests})
+    [(features, lengths)] = probe._batches(tiny_model(), 'train')
+    assert lengths.tolist() == [25, 25] and not torch.equal(features[0], features[1])
+
+
+@pytest.mark.parametrize(
+    'entry, message',
+    [
+        ({'text': 'a'}, 'line 1 has no audio_filepath'),
+        ({'audio_filepath': 'gone.wav', 'text': 'a'}, 'no audio file gone.wav'),
+    ],
+)
+def test_an_utterance_without_audio_is_named_before_training(manifests, tmp_path, entry, message):
+    (tmp_path / 'test.json').write_text(json.dumps(entry))
+    with pytest.raises(ValueError, match=f'model.probe.test_manifest is .*{message}'):
+        ValidationProbe(manifests)
