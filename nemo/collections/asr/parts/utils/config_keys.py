@@ -101,15 +101,20 @@ class Section:
 
 
 class Model(Section, name='model', page='reports#validation-in-every-context', closed=False):
-    objective: str = key('masked', 'What is predicted.', one_of('masked', 'next_token', 'both'), page='objectives')
+    objective: str = key(
+        'masked', 'What the encoder predicts.', one_of('masked', 'next_token', 'both'), page='objectives'
+    )
     target_normalize: str | None = key(
-        None, "Targets' normalisation; `null`: the encoder's.", one_of('NA', 'per_feature'), page='pretraining'
+        None,
+        "Normalisation of the targets' features; `null`: the encoder's.",
+        one_of('NA', 'per_feature'),
+        page='pretraining',
     )
     loss_over: str = key(
-        'rank', 'Whose tokens the loss is a mean over.', one_of('rank', 'global'), page='scale#logged-numbers'
+        'rank', 'Mean over the tokens of each rank, or of all.', one_of('rank', 'global'), page='scale#logged-numbers'
     )
     log_peak_flops: float | None = key(
-        None, 'FLOP/s of one device, 9.9e14 say; logs `model_flops_share`.', ABOVE_0, page='scale#logged-numbers'
+        None, 'FLOP/s of a device, such as 9.9e14, for `model_flops_share`.', ABOVE_0, page='scale#logged-numbers'
     )
     validate_contexts: object = key(
         None, 'Contexts to validate in: `all` of the config, the `first`, or a list; `null`: one, as in NeMo.'
@@ -118,51 +123,51 @@ class Model(Section, name='model', page='reports#validation-in-every-context', c
         None, 'Batches from one audit of the masks to the next.', whole_number(1), page='reports#audit-of-the-masking'
     )
     log_figures: bool | None = key(
-        None, 'Each validation draws pictures for TensorBoard.', FLAG, page='reports#figures'
+        None, 'Whether validation writes pictures to TensorBoard.', FLAG, page='reports#figures'
     )
 
 
 class NextToken(Section, name='model.next_token', page='objectives#which-tokens-are-next'):
-    horizons: int = key(4, 'How many coming tokens each frame predicts.', whole_number(1))
+    horizons: int = key(4, 'Number of next tokens that each frame predicts.', whole_number(1))
     positions: str = key(
-        'all', 'Which frames predict: all, or the last `horizons` of each chunk.', one_of('all', 'chunk_end')
+        'all', 'Frames that predict: all, or the last `horizons` of each chunk.', one_of('all', 'chunk_end')
     )
-    weight: float = key(1.0, 'Weight of the next tokens beside the masked ones; with `both`.', ABOVE_0)
+    weight: float = key(1.0, 'Weight of the next-token loss, with `both`.', ABOVE_0)
 
 
 class Preprocessor(Section, name='model.preprocessor', page='pretraining', closed=False):
     normalize: object = key(
-        'per_feature', "NeMo's values, or a file of `compute_feature_stats.py`, whose statistics stream."
+        'per_feature', "A value of NeMo, or a file of `compute_feature_stats.py`, which a stream needs."
     )
 
 
 class ValidationMasks(Section, name='model.validation_masks', page='reports#validation-in-every-context'):
     seed: int = key(0, 'Seed of the masks of validation; they are the same each time.', whole_number(0))
     left_context: int | None = key(
-        None, 'Left context in frames that they are for; `null`: the tightest validated.', whole_number(-1)
+        None, 'Left context of these masks, in frames; `null`: the smallest validated.', whole_number(-1)
     )
 
 
 class Probe(Section, name='model.probe', page='reports#frozen-probe'):
     train_manifest: str = key(MISSING, 'Manifest of some minutes of transcribed speech to train the probe on.')
     test_manifest: str = key(MISSING, 'Manifest of other utterances to test the probe on.')
-    every_n_validations: int = key(1, 'How many validations lie between two probes.', whole_number(1))
-    steps: int = key(300, 'Steps of fitting a probe.', whole_number(1))
+    every_n_validations: int = key(1, 'Validations from one probe to the next.', whole_number(1))
+    steps: int = key(300, 'Training steps of a probe.', whole_number(1))
     labels: str = key(
-        'text', 'What it recognises: characters of `text`, or words of `phones`.', one_of('text', 'phones')
+        'text', 'What it recognises: characters of `text`, or the phones in `phones`.', one_of('text', 'phones')
     )
 
 
 class Data(Section, name='model.train_ds', page='faults', closed=False):
     skip_bad_audio: bool = key(
-        False, 'Whether bad audio is left out and counted, or ends the run. In `validation_ds`, `test_ds`, too.'
+        False, 'Whether to leave bad audio out, or to end the run. Also in `validation_ds` and `test_ds`.'
     )
 
 
 class SyncedContexts(
     Section, name='model.train_ds.synced_contexts', page='contexts#contexts-that-come-with-the-batches'
 ):
-    context_options: list = key(MISSING, 'Contexts; the loader draws one for each batch, the same on all ranks.')
+    context_options: list = key(MISSING, 'Contexts to draw one from for each batch, the same on all ranks.')
     context_probs: list | None = key(None, 'Their probabilities; the sum is 1. `null`: all equal.')
     seed: int = key(0, 'Seed of the draw.')
 
@@ -177,14 +182,14 @@ class Masking(Section, name='model.masking', page='contexts#what-is-masked-in-ea
         -1, 'Upper limit in attention frames on the left context that masks use; -1: no limit.'
     )
     follow_context: bool = key(
-        True, "Whether masks follow the context; `false`: stock's masks, `causal` and `left_context_size` are ignored."
+        True, "Whether masks use the context; `false`: stock's masks, `causal` and `left_context_size` are ignored."
     )
     subsampling_factor: int = key(1, 'Mask frames in one attention frame; the model sets it.')
 
 
 class Quantizer(Section, name='model.quantizer', page='objectives#refined-codebooks', closed=False):
-    projection: str = key('random', 'How frames are projected; `pca`: by `projection_file`.', one_of('random', 'pca'))
-    projection_file: str | None = key(None, 'From `compute_feature_stats.py --pca`, until it is in the checkpoint.')
+    projection: str = key('random', 'Projection of the features; `pca` needs a file.', one_of('random', 'pca'))
+    projection_file: str | None = key(None, 'File of `compute_feature_stats.py --pca`, for training.')
 
 
 class Refine(Section, name='model.quantizer.refine', page=Quantizer.page):
@@ -204,24 +209,24 @@ class Encoder(Section, name='model.encoder', page='contexts', closed=False):
     att_context_shared: bool = key(True, 'Whether all ranks draw the same context in a step.', FLAG)
     layer_att_context_size: object = key(
         None,
-        'Contexts by first layer, `[[0, [40, 0]], [6, [80, 0]]]`, or one for each layer, or a mapping.',
+        '`[[first layer, [left, right]], ...]`, a list with one for each layer, or a mapping.',
         page='contexts#contexts-by-layer',
     )
     activation_checkpointing: str = key(
         'none',
-        'Layers computed again in the backward pass: `none`, `layers`, `every_2`',
+        'Layers to recompute in the backward pass: `none`, `layers` (all), `every_2`.',
         page='scale#what-a-step-takes',
     )
     blockwise_attention: str = key(
-        'auto', 'Whether limited contexts attend block by block: `auto`, `on`, `off`.', page='blockwise'
+        'auto', 'Whether attention runs block by block: `auto`, `on`, `off`.', page='blockwise'
     )
 
 
 class ContextSampler(Section, name='model.encoder.att_context_sampler', page='contexts#dynamic-chunks'):
     full_prob: float = key(MISSING, 'Probability that a batch has the context `[-1, -1]`.', PROBABILITY)
-    chunk_size: list = key(MISSING, 'The smallest and the largest chunk that is drawn.', bounds(1, 'attention frames'))
+    chunk_size: list = key(MISSING, 'Smallest and largest chunk.', bounds(1, 'attention frames'))
     left_chunks: list | None = key(
-        None, 'How many chunks of a limited past are seen; with `left_limited_prob`.', bounds(0, 'chunks')
+        None, 'Smallest and largest limited left context; needs `left_limited_prob`.', bounds(0, 'chunks')
     )
     left_limited_prob: float = key(
         0.0, 'Probability that the left context of a batch with chunks is limited.', PROBABILITY
@@ -240,7 +245,7 @@ class Loss(Section, name='model.loss', page='patches#where-results-differ-from-s
 
 
 class Curriculum(Section, name='curriculum', page='contexts#curriculum'):
-    milestones: list | None = key(None, 'A ceiling on contexts that rises: `[[step, [left, right]], ...]`.')
+    milestones: list | None = key(None, 'Widest context from each step on: `[[step, [left, right]], ...]`.')
     interpolate: str = key('step', 'Ceilings between milestones: `step` or `linear`.')
     start: list | None = key(None, 'First ceiling of a linear increase, in place of `milestones`.')
     end: list | None = key(None, 'Last ceiling of the linear increase.')
@@ -248,7 +253,7 @@ class Curriculum(Section, name='curriculum', page='contexts#curriculum'):
 
 
 class Streaming(Section, name='streaming', page='nemo_pipelines', closed=False):
-    live: object = key('auto', 'Whether streams of the NeMo 3 pipelines equal offline: `auto`, `true`, `false`.')
+    live: object = key('auto', 'Whether a session computes the encoder, equal to offline: `auto`, `true`, `false`.')
 
 
 SECTIONS = [dataclass(frozen=True, kw_only=True)(section) for section in Section.__subclasses__()]
