@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``exportable.py``: ONNX export with any torch.
 
-NeMo 2.5.3 leaves the exporter to torch, which since 2.9 takes one that cannot do with NeMo's dynamic axes. Later NeMo
-takes the tracing exporter; so does this, for all versions.
+NeMo 2.5.3 leaves the exporter to torch, whose default cannot do with NeMo's dynamic axes since 2.9. Later NeMo traces; so does this.
 """
 
 import functools

@@ -100,10 +100,7 @@ class TargetSettings(NamedTuple):
     combine_time_steps: int
 
     def targets_of(self, features: np.ndarray) -> np.ndarray:
-        """Return the targets [S, V] float32 of an utterance's features [D, T] float32; for ``NA`` not yet normalised.
-
-        Frames come one after the other, all features of the first one first. A remainder of frames makes no target.
-        """
+        """Return the targets [S, V] float32 of an utterance's features [D, T] float32; for ``NA`` not yet normalised."""
         count = features.shape[1] // self.combine_time_steps
         if self.target_normalize == "per_feature" and count:
             features = torch.from_numpy(features)[None]
@@ -146,13 +143,9 @@ class GroupStatistics(torch.utils.data.Dataset):
 
 
 def corpus_statistics(utterances: list[dict], preprocessor, settings=None, workers=0) -> tuple[Moments, Moments]:
-    """Return the moments of all valid frames of all utterances, and those of the targets.
+    """Return the moments of all valid frames of utterances (entries with absolute paths), and those of the targets.
 
-    Args:
-        utterances: entries of manifests, with absolute paths.
-        preprocessor: ``model.preprocessor`` of a NeMo config.
-        settings: of the targets; None: they have no moments.
-        workers: processes that read audio; 0: this one does.
+    Without ``settings`` the targets have no moments. With 0 workers this process reads the audio.
 
     Raises:
         ValueError: naming the audio that cannot be read; for ``NA`` if the statistics cannot normalise.

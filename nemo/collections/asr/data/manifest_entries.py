@@ -43,7 +43,6 @@ class ManifestEntries(Sequence):
         keep = np.concatenate([index.lasting(min_duration, max_duration) for index in self.indices])
         self.kept = np.flatnonzero(keep)[: max_number or None]
         self.first_of = np.cumsum([0, *map(len, self.indices)])  # number of the first entry of each manifest
-        self._latest: tuple = (None, None)
         hours = np.nansum(durations[self.kept]) / 3600
         logging.info("Dataset loaded with %d files totalling %.2f hours", len(self), hours)
         if not keep.all():
@@ -55,19 +54,13 @@ class ManifestEntries(Sequence):
         return len(self.kept)
 
     def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        if self._latest[0] != index:  # a dataset asks twice for the same
-            self._latest = index, self._item(int(self.kept[index]))
-        return self._latest[1]
+        number = int(self.kept[index])
+        manifest, place = self._place_of(number)
+        item = self.parse(self.indices[manifest].line(place), self.manifests[manifest])
+        tokens, text = item.pop('token_labels', None), item.pop('text')
+        return collections.AudioText.OUTPUT_TYPE(id=number, text_tokens=tokens or [], text_raw=text, **item)
 
     def _place_of(self, number: int) -> tuple[int, int]:
         """Return the manifest of an entry, and the number of the entry in it."""
         manifest = int(np.searchsorted(self.first_of, number, side='right')) - 1
         return manifest, number - int(self.first_of[manifest])
-
-    def _item(self, number: int):
-        manifest, place = self._place_of(number)
-        item = self.parse(self.indices[manifest].line(place), self.manifests[manifest])
-        tokens, text = item.pop('token_labels', None), item.pop('text')
-        return collections.AudioText.OUTPUT_TYPE(id=number, text_tokens=tokens or [], text_raw=text, **item)

@@ -320,9 +320,7 @@ def _replace_sources(node, stream_of: Callable) -> None:
             stream = stream_of(list(value.values()) if isinstance(value, dict) else value)
             node.__setitem__(key, stream) if isinstance(node, list) else setattr(node, key, stream)
         elif isinstance(node, CutSet) and not type(value).__module__.startswith('lhotse'):
-            raise ValueError(
-                f"train_ds.resumable cannot divide {type(value).__name__} into shards: set resumable: null"
-            )
+            raise ValueError(f"train_ds.resumable cannot divide {type(value).__name__} into shards; set it to null")
         elif key != 'mix_in_cuts':
             _replace_sources(value, stream_of)
 

@@ -160,9 +160,8 @@ def make_resumable(loader: DataLoader, options) -> ResumableDataLoader:
             "(train_ds.use_lhotse: true); concatenated and DALI data have none"
         )
     dataset = SeededItems(loader.dataset, seed)
-    kept = {
-        name: getattr(loader, name) for name in ('batch_size', 'collate_fn', 'drop_last', 'num_workers', 'pin_memory')
-    }
+    names = 'batch_size', 'collate_fn', 'drop_last', 'num_workers', 'pin_memory'
+    kept = {name: getattr(loader, name) for name in names}
     shuffled = isinstance(loader.sampler, RandomSampler)
     return ResumableDataLoader(dataset, seed=seed, shuffled=shuffled, sampler=EpochSampler(dataset), **kept)
 

@@ -133,11 +133,7 @@ class TrainingDataMixin:
         return loader
 
     def setup_training_data(self, train_data_config) -> None:
-        """Make the training loader, as NeMo does.
-
-        Raises:
-            ValueError: if the number of batches is not known and ``trainer.limit_train_batches`` does not give it.
-        """
+        """Make the training loader; ValueError if neither it nor ``trainer.limit_train_batches`` has a number of batches."""
         try:
             super().setup_training_data(train_data_config)
         except TypeError as error:
