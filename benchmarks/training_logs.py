@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-from nemo.collections.asr.parts.ssl_reports.audit import TrainingAudit
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'examples/asr/conf/ssl/nest'
 INTERVAL = 100  # batches from one audit to the next, as in the streaming configs
@@ -55,7 +54,7 @@ def make_model(options: argparse.Namespace) -> EncDecDenoiseMaskedTokenPredModel
     OmegaConf.resolve(cfg)
     torch.manual_seed(0)
     model = EncDecDenoiseMaskedTokenPredModel(cfg.model).to(options.device).train()
-    model.reports.audit = TrainingAudit(2)
+    model.reports.audit_every_n_batches = 2
     return model
 
 

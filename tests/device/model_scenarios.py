@@ -38,7 +38,8 @@ def model_at(place: Place, *overrides: str):
     torch.manual_seed(0)
     model = place.put(EncDecDenoiseMaskedTokenPredModel(copy.deepcopy(config_of(*PLAIN, *overrides).model)))
     plugin = SimpleNamespace(scaler=None)
-    model._trainer = SimpleNamespace(global_step=0, precision_plugin=plugin, loggers=[], state=None)
+    trainer = dict(global_step=0, loggers=[], sanity_checking=False, testing=False)
+    model._trainer = SimpleNamespace(**trainer, precision_plugin=plugin, state=None)
     model.logged = {}
     model.log = model.logged.__setitem__
     model.log_dict = lambda values, **kwargs: model.logged.update(values)
@@ -73,10 +74,9 @@ def validation(place: Place, *overrides: str) -> list:
     """A validation batch in every context, and the summary."""
     model = model_at(place, *overrides).eval()
     with torch.no_grad():
-        model.reports.validation.start(model, 1)
         with place.autocast():
             model.inference_pass(batch_at(place), 0, 0, mode='val', apply_mask=True)
-        model.reports.validation.finish('val')
+        model.reports.validation.finish(model, 'val')
     return list(model.reports.validation.summary('val', 0)['log'].values())
 
 

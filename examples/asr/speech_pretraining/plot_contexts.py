@@ -116,9 +116,9 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
         masking = FixedMasks(model.mask_processor, seeds, model.encoder.tightest_window())
         record = model.encode_batch(batch, masking if model.objectives.masks else None)
         frames = options.frames or max(int(record.feature_lengths[0]) // model.encoder.subsampling_factor, 1)
-        seconds = figures.attention_frame_ms(model) / 1000  # type: ignore[operator]
+        frame_ms = figures.attention_frame_ms(model)
         title = f'attention in context {figures.look_ahead_title(model, context)}'
-        windows = figures.attention_windows(model.encoder, options.frame, frames, seconds, title=title)
+        windows = figures.attention_windows(model.encoder, options.frame, frames, frame_ms, title=title)
         if not model.objectives.masks:
             return {'attention_windows': windows}
         print(audit_text(model, record, context, options))
@@ -155,8 +155,8 @@ def audit_text(model, record, context, options: argparse.Namespace) -> str:
         f'audit of {options.draws} draws in context {look_ahead_title(model, context)}:',
         f'  masked: {audit.masked_share():.1%} of the mask frames, {audit.frames_masked} of {audit.frames} attention '
         'frames',
-        f'  runs of masked attention frames: mean {audit.mean_run():.1f}, 90 % up to {audit.run_quantile(0.9)}, '
-        f'longest {audit.longest_run()}',
+        f'  runs of masked attention frames: mean {audit.mean_run():.1f}, 90 % up to {audit.run_quantile(0.9):g}, '
+        f'longest {audit.run_quantile(1.0):g}',
     ]
     for share, group in groupby(audit.no_visible_frame_share().items(), key=lambda item: f'{item[1]:.1%}'):
         names = [name for name, _ in group]
@@ -169,11 +169,10 @@ def main(argv=None) -> int:
     """Draw and write; return the exit status."""
     options = arguments(argv)
     require_patches(__file__)
-    from nemo.collections.asr.parts.ssl_reports.figures import learning_curves, require_matplotlib, save_figure
+    from nemo.collections.asr.parts.ssl_reports.figures import learning_curves, save_figure
     from nemo.collections.asr.parts.ssl_reports.training_logs import read_curves
 
     try:
-        require_matplotlib('plot_contexts')
         pictures = {}
         if options.logs is not None:
             pictures['learning_curves'] = learning_curves(read_curves(options.logs))

@@ -154,7 +154,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
 
     def on_fit_start(self) -> None:
         """Refuse, before any work is lost, what cannot be trained."""
-        for part in (self.targets, *self.objectives, self.reports):
+        for part in (self.targets, *self.objectives):
             part.check()
         super().on_fit_start()
 
@@ -277,7 +277,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
     def inference_pass(self, batch, batch_idx=0, dataloader_idx=0, mode='val', apply_mask=False):
         """Run a validation or test batch, in ``model.validate_contexts`` or in the default context."""
         if self.reports.validation is not None and apply_mask:
-            validated = self.reports.validation.step(self, batch, dataloader_idx, self.reports.keep_for_figures)
+            validated = self.reports.validation.step(self, batch, batch_idx, dataloader_idx)
             return {f'{mode}_loss': validated}
         with self._one_context():
             if self.forward_is_overridden:

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED
-from nemo.collections.asr.parts.att_context.receptive_field import stack_window
-from nemo.collections.asr.parts.att_context.windows import Window, tightest_window_of
+from nemo.collections.asr.parts.att_context.windows import Window
 
 MASK_THRESHOLD = 0.8  # an attention frame counts as masked above this share, as in NeMo's MLMLoss
 
@@ -47,22 +46,6 @@ def no_visible_frame(
     before = torch.nn.functional.pad(visible.cumsum(dim=1), (1, 0))  # [B, A + 1]: in frames 0 ... a - 1
     seen = before[:, (last + 1).clamp(max=frames)] > before[:, first.clamp(min=0)]
     return (share > threshold) & ~seen
-
-
-def no_visible_frame_shares(
-    encoder: Any, share: torch.Tensor, threshold: float = MASK_THRESHOLD, lengths: torch.Tensor | None = None
-) -> dict[str, torch.Tensor]:
-    """Return the shares of masked frames without a visible frame in the tightest layer's window, and in the stack.
-
-    Scalars, each where the window is known. Arguments as in :func:`no_visible_frame`.
-    """
-    windows = {'window': tightest_window_of(encoder), 'stack': stack_window(encoder)}
-    masked = (share > threshold).sum().clamp(min=1)
-    return {
-        f'no_visible_frame_in_{name}': no_visible_frame(share, window, threshold, lengths).sum() / masked
-        for name, window in windows.items()
-        if window is not None
-    }
 
 
 def kept_visible_frames(window: Window, index: torch.Tensor, ends: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:

@@ -3,20 +3,19 @@
 
 from contextlib import AbstractContextManager, nullcontext
 
+from lightning.pytorch import LightningModule
+
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.synced_collate import attach_context
 from nemo.collections.asr.parts.att_context.visible_frames import follows_context, takes, window_of_masking
 from nemo.collections.asr.parts.att_context.windows import tightest_window_of
 
 
-class AttContextMixin:
+class AttContextMixin(LightningModule):
     """Mixin for a model with an ``encoder`` and, where it masks, a ``mask_processor``."""
 
     def set_att_context_size(self, context) -> None:
-        """Override the encoder's context policy, for attention and masking; None clears it.
-
-        Args:
-            context: see ``AttContext.parse``; in attention frames.
+        """Override the encoder's context policy, for attention and masking; None clears it. See ``AttContext.parse``.
 
         Raises:
             ValueError: if it is no context, or the encoder cannot follow it.
@@ -38,8 +37,7 @@ class AttContextMixin:
         """Return the keyword arguments of a call of the masking; no window for one that asks the encoder by itself.
 
         Raises:
-            ValueError: if ``current_frame`` is given and the masking does not take it; in training also for a context
-                [0, 0], as :meth:`check_frames_see_others` raises it.
+            ValueError: if the masking does not take a given ``current_frame``; in training also for a context [0, 0].
         """
         masking, arguments = self.mask_processor, {}
         if getattr(masking, 'attention_window', None) is None:
@@ -53,11 +51,7 @@ class AttContextMixin:
         return {**arguments, 'current_frame': current_frame}
 
     def check_frames_see_others(self) -> None:
-        """Check that in every context of the policy some layer sees another frame than the masked one.
-
-        Raises:
-            ValueError: naming the context in which none does. Nothing would be masked there, and the loss be 0.
-        """
+        """Raise ValueError naming a context of the policy in which no layer sees another frame than the masked one."""
         if self._encoder_has_context():
             override = self.att_context_override
             for context in self.encoder.att_context_size_all if override is None else [override]:
@@ -70,7 +64,7 @@ class AttContextMixin:
         if not follows or window is None or window.context.right != 0:
             return
         context = list(self.encoder.att_context_size)
-        if not window.sees_other_frames:
+        if window.context.left == 0:
             raise ValueError(
                 f"model.encoder.att_context_size {context}: no layer sees any frame beside the one that is masked, so "
                 "nothing could be predicted; give it a left context of 1 or more, or a look-ahead"
@@ -82,7 +76,7 @@ class AttContextMixin:
             )
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx):
-        """Move a batch; under a trainer the draw of the context that comes with it is repeated by the global step."""
+        """Move a batch; under a trainer its context is drawn again, by the global step."""
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
         draw = getattr(batch, 'context_draw', None)
         if draw is None:
@@ -91,11 +85,7 @@ class AttContextMixin:
         return attach_context(moved, context, draw)
 
     def _context_of_step(self, batch) -> AbstractContextManager[AttContext | None]:
-        """Make the context of a training step the active one.
-
-        Draws are a pure function of the step, so ranks agree without communication, and the batches of one gradient
-        accumulation share a context.
-        """
+        """Make the context of a training step, a pure function of the global step, the active one."""
         if not self._encoder_has_context():
             return nullcontext()
         with_batch, step = getattr(batch, 'att_context', None), self.trainer.global_step

@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 
 import torch
+from lightning.pytorch import LightningModule
 from omegaconf import OmegaConf
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -13,11 +14,10 @@ from torch.distributed.tensor import DTensor
 from nemo.collections.asr.parts.utils import fully_shard_strategy  # noqa: F401  (registers the strategy)
 
 
-class ShardedTrainingMixin:
+class ShardedTrainingMixin(LightningModule):
     """Lets an SSL model train under ``trainer.strategy: fully_shard``, by torch's ``fully_shard`` (its second FSDP).
 
-    Each layer of the encoder, what is left of it, and each decoder are gathered when they compute, in the precision that
-    they compute in. ``.nemo`` files have whole weights.
+    Layers and decoders are gathered when they compute, in the precision that they compute in.
     """
 
     def configure_model(self) -> None:
@@ -26,7 +26,7 @@ class ShardedTrainingMixin:
         Raises:
             ValueError: if layers are to be divided among ranks, too (``tensor_parallel_size``).
         """
-        super().configure_model()  # type: ignore[misc]
+        super().configure_model()
         mesh = self.device_mesh
         if mesh is None or self._is_sharded():
             return
@@ -53,7 +53,7 @@ class ShardedTrainingMixin:
 
     def on_save_checkpoint(self, checkpoint) -> None:
         """Write the config as plain containers to a folder of shards, which Lightning reads as plain data alone."""
-        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+        super().on_save_checkpoint(checkpoint)
         if getattr(self.trainer.strategy, '_save_distributed_checkpoint', False):
             checkpoint.pop('hparams_type', None)
             if OmegaConf.is_config(checkpoint.get('hyper_parameters')):
@@ -65,6 +65,6 @@ class ShardedTrainingMixin:
             whole = get_model_state_dict(self, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
             self.state_dict = lambda *args, **kwargs: whole  # on the CPU of the first rank
         try:
-            super().save_to(save_path)  # type: ignore[misc]
+            super().save_to(save_path)
         finally:
             self.__dict__.pop('state_dict', None)

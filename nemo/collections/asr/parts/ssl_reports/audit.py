@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 
-from nemo.collections.asr.parts.att_context.context import UNLIMITED
 from nemo.collections.asr.parts.att_context.receptive_field import stack_window
 from nemo.collections.asr.parts.att_context.visible_frames import (
     MASK_THRESHOLD,
@@ -19,10 +19,11 @@ from nemo.collections.asr.parts.att_context.visible_frames import (
     no_visible_frame,
     window_of_masking,
 )
-from nemo.collections.asr.parts.att_context.windows import Window, tightest_window
+from nemo.collections.asr.parts.att_context.windows import Window, tightest_window, tightest_window_of
 from nemo.collections.asr.parts.objectives.base import BatchRecord
 
-LAYERS, STACK = 'layers', 'stack'  # names of windows: of all layers alike, and of the whole encoder
+# Names of windows: of the tightest layer, of all layers alike, and of the whole encoder.
+WINDOW, LAYERS, STACK = 'window', 'layers', 'stack'
 
 
 @dataclass
@@ -56,34 +57,30 @@ class MaskAudit:
     def run_quantile(self, share: float) -> torch.Tensor:
         """Return the shortest length that this share of the runs does not exceed, in attention frames; a scalar."""
         up_to = self.runs.cumsum(0)
-        return (up_to < share * up_to[-1]).sum()
-
-    def longest_run(self) -> torch.Tensor:
-        """Length of the longest run, in attention frames; a scalar."""
-        return self.run_quantile(1.0)
-
-    def logs(self, prefix: str = 'audit/') -> dict[str, torch.Tensor]:
-        """Return the scalars to log, on the device of the counts."""
-        found = {'masked_share': self.masked_share()}
-        found.update({f'no_visible_frame/{name}': share for name, share in self.no_visible_frame_share().items()})
-        runs = {'mean': self.mean_run(), 'p90': self.run_quantile(0.9), 'longest': self.longest_run()}
-        found.update({f'run_frames/{name}': value.float() for name, value in runs.items()})
-        return {f'{prefix}{name}': value for name, value in found.items()}
+        return (up_to < share * up_to[-1]).sum().float()
 
 
-def windows_of(encoder, att_context_size=None) -> dict[str, Window]:
-    """Return what each layer of an encoder attends to, and what the whole of it depends on.
+def windows_of(encoder) -> dict[str, Window]:
+    """Return what each layer of an encoder attends to in its present context, and what the whole of it depends on.
 
-    In a batch's context, or the present one: ``layers`` where all attend alike, else ``layer_00`` and so on; and
-    ``stack``, the receptive field of all layers, under ``chunked_limited`` that of the frame that sees most. None at
-    all for an encoder without attention contexts, or of a style without windows.
+    ``layers`` where all attend alike, else ``layer_00`` and so on; and ``stack``, the receptive field of all layers,
+    under ``chunked_limited`` that of the frame that sees most. None at all where the windows are not known.
     """
-    stack = stack_window(encoder, att_context_size)
+    stack = stack_window(encoder)
     if stack is None:
         return {}
-    windows = encoder.effective_windows(att_context_size)
+    windows = encoder.effective_windows()
     names = [LAYERS] if len(set(windows)) == 1 else [f'layer_{index:02}' for index in range(len(windows))]
     return {**dict(zip(names, windows)), STACK: stack}
+
+
+def audit_pass(record: BatchRecord, encoder, layers: bool = False) -> MaskAudit:
+    """Audit a forward pass within its context: in ``window`` and ``stack``, with ``layers`` in all of :func:`windows_of`."""
+    known = {WINDOW: tightest_window_of(encoder), STACK: stack_window(encoder)}
+    windows = {name: window for name, window in known.items() if window is not None}
+    if layers:
+        windows.update(windows_of(encoder))
+    return audit_masks(record.masks, record.mask_lengths, record.factor, windows, record.threshold)
 
 
 def audit_masks(
@@ -99,7 +96,6 @@ def audit_masks(
         masks: [B, D, M] or [B, M], 1 or True where masked, or the share of the features that is.
         lengths: valid mask frames of each utterance [B].
         factor: mask frames per attention frame.
-        windows: by name.
         threshold: share of an attention frame's mask frames above which it counts as masked.
     """
     masks = masks.mean(dim=1, dtype=torch.float32) if masks.dim() == 3 else masks
@@ -143,57 +139,21 @@ def audit_masking(
     windows: Mapping[str, Window] | None = None,
     draws: int = 100,
     seed: int = 0,
-    threshold: float = MASK_THRESHOLD,
 ) -> MaskAudit:
-    """Count what a masking module would hide in utterances of these lengths; torch's generators are left as they were.
+    """Count what a masking module would hide in utterances of these lengths and D features.
 
     A module that takes a context gets the tightest of the windows, as in a training step; others mask regardless.
 
     Args:
         masking: called with ``input_feats`` [B, D, M] and ``input_lengths`` [B], it returns features and masks [B, D, M].
         lengths: mask frames of each utterance [B], on the device to run on.
-        features: D.
-        factor, windows, threshold: as in :func:`audit_masks`.
-        draws: how often the batch is masked.
-        seed: of the draws.
-
-    Raises:
-        ValueError: if ``draws`` is below 1.
+        factor, windows: as in :func:`audit_masks`.
+        draws: how often the batch is masked, 1 or more; ``seed`` is theirs.
     """
-    if draws < 1:
-        raise ValueError(f"draws is {draws}; it must be 1 or more")
     layers = [window for name, window in (windows or {}).items() if name != STACK]
     arguments = window_of_masking(masking, tightest_window(layers) if layers else None)
     feats = torch.zeros(lengths.shape[0], features, int(lengths.max()), device=lengths.device)
-    with torch.random.fork_rng(devices=[lengths.device] if lengths.is_cuda else []), torch.no_grad():
+    with isolate_rng(), torch.no_grad():
         torch.manual_seed(seed)
         drawn = [masking(input_feats=feats, input_lengths=lengths, **arguments)[1].mean(dim=1) for _ in range(draws)]
-    return audit_masks(torch.cat(drawn), lengths.repeat(draws), factor, windows, threshold)
-
-
-class TrainingAudit:
-    """Audits the training batches of a rank at an interval, the first included, and counts all along the empty ones."""
-
-    def __init__(self, every_n_batches: int):
-        self.every_n_batches = every_n_batches
-        self._batches = 0
-        self._empty: torch.Tensor | int = 0
-        self._latest: dict[str, torch.Tensor] = {}
-
-    def step(self, record: BatchRecord, encoder, frame_ms: float | None = None) -> dict[str, torch.Tensor]:
-        """Take a training batch in, within its pinned context; return scalars to log.
-
-        They are those of the last audited batch, for a logger that logs some steps only, with ``audit/look_ahead_ms`` of
-        the whole encoder (-1: all), where the milliseconds of an attention frame are known; and ``audit/empty_batches``,
-        the batches without any masked frame since training began in this process.
-        """
-        if self._batches % self.every_n_batches == 0:
-            windows = windows_of(encoder)
-            audit = audit_masks(record.masks, record.mask_lengths, record.factor, windows, record.threshold)
-            self._latest = audit.logs()
-            if frame_ms is not None and STACK in windows:
-                right = windows[STACK].context.right
-                self._latest['audit/look_ahead_ms'] = -1.0 if right == UNLIMITED else right * frame_ms
-        self._batches += 1
-        self._empty = self._empty + ~(record.masked_share() > record.threshold).any()
-        return {**self._latest, 'audit/empty_batches': self._empty.float()}
+    return audit_masks(torch.cat(drawn), lengths.repeat(draws), factor, windows)

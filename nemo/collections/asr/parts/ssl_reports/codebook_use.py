@@ -24,15 +24,11 @@ class CodebookStatistics(NamedTuple):
 
 
 class CodebookUse:
-    """Counts tokens over the latest batches of a rank, without host-device synchronisation.
+    """Counts the tokens of the latest blocks of batches of a rank, without host-device synchronisation."""
 
-    Not a module: it adds nothing to checkpoints. The batches are covered in blocks, of which the oldest is forgotten.
-    """
-
-    def __init__(self, num_classes: int, num_books: int = 1, batches_covered: int = 1000, blocks: int = 10):
+    def __init__(self, num_classes: int, num_books: int = 1, batches_per_block: int = 100, blocks: int = 10):
         self.num_classes, self.num_books = num_classes, num_books
-        blocks = min(blocks, batches_covered)
-        self.batches_per_block = batches_covered // blocks
+        self.batches_per_block = batches_per_block
         self._blocks: deque[torch.Tensor] = deque(maxlen=blocks)  # counts [H, C] each, the oldest first
         self.batches = 0
 
@@ -61,25 +57,12 @@ class CodebookUse:
         """The counts of the batches covered, [H, C]; None before the first batch."""
         return torch.stack(tuple(self._blocks)).sum(dim=0) if self._blocks else None
 
-    def statistics(self, counts: torch.Tensor | None = None) -> CodebookStatistics:
-        """Return the statistics of the batches covered, or of counts [H, C]; all zero before the first batch."""
-        counts = self.counts if counts is None else counts
-        if counts is None:
-            return CodebookStatistics(*torch.zeros(4))
-        frames = counts.sum(dim=1, keepdim=True)
-        shares = counts.float() / frames.clamp(min=1)
-        perplexity = torch.special.entr(shares).sum(dim=1).exp()
-        return CodebookStatistics((counts > 0).sum(dim=1).min(), perplexity.min(), shares.max(), frames.min())
-
-    def logs(self, counts: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Return the scalars to log, on the tokens' device; of the batches covered, or of counts [H, C]."""
-        used, perplexity, top_share, _ = self.statistics(counts)
-        found = {'codes_used': used.float(), 'perplexity': perplexity, 'top_share': top_share}
-        return {f'codebook/{name}': value for name, value in found.items()}
-
     def collapse(self) -> str | None:
         """Return how the targets have collapsed, or None. Synchronises host and device: not for every step."""
-        used, perplexity, top_share, frames = torch.stack([value.double() for value in self.statistics()]).tolist()
+        if self.counts is None:
+            return None
+        statistics = torch.stack([value.double() for value in statistics_of(self.counts)])
+        used, perplexity, top_share, frames = statistics.tolist()
         found = f'{used:.0f} of {self.num_classes} codes, perplexity {perplexity:.1f}, in {frames:.0f} frames'
         if frames and top_share > COLLAPSED_TOP_SHARE:
             return f'one code stands for {top_share:.0%} of the frames ({found})'
@@ -87,6 +70,14 @@ class CodebookUse:
         if frames >= 10 * least and perplexity < least:  # a handful of frames cannot have more, whatever they are
             return f'their perplexity is under {COLLAPSED_PERPLEXITY:.0%} of the classes ({found})'
         return None
+
+
+def statistics_of(counts: torch.Tensor) -> CodebookStatistics:
+    """Return the statistics of the counts of tokens [H, C]."""
+    frames = counts.sum(dim=1, keepdim=True)
+    shares = counts.float() / frames.clamp(min=1)
+    perplexity = torch.special.entr(shares).sum(dim=1).exp()
+    return CodebookStatistics((counts > 0).sum(dim=1).min(), perplexity.min(), shares.max(), frames.min())
 
 
 def token_counts(tokens: torch.Tensor, books: int, classes: int, valid: torch.Tensor | None = None) -> torch.Tensor:

@@ -4,8 +4,10 @@
 Shapes: U utterances, N loss positions, C classes, H codebooks.
 """
 
+import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,58 +18,47 @@ from nemo.collections.asr.parts.att_context.context import AttContext, context_l
 from nemo.collections.asr.parts.att_context.receptive_field import look_ahead_ms
 from nemo.collections.asr.parts.att_context.windows import Window, tightest_window
 from nemo.collections.asr.parts.objectives.base import FrameScores
-from nemo.collections.asr.parts.objectives.masked_tokens import MaskedTokens
-from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse, token_counts
+from nemo.collections.asr.parts.ssl_reports.codebook_use import statistics_of, token_counts
 from nemo.collections.asr.parts.ssl_reports.figures import attention_frame_ms
 from nemo.collections.asr.parts.ssl_reports.validation import parse_contexts, passes_in_contexts, tightest_of
 
-MASKED = MaskedTokens.name
 NUMBERS_AT_ONCE = 10**7  # of resampled utterances held in memory
+Interval = tuple[float, float, float]  # a value and its bounds
 
 
 class UtteranceScores:
     """Sums over the loss positions of each utterance, in one part of an objective and one context."""
 
     def __init__(self, classes: int, books: int = 1):
-        self._sums, self._digests = [np.zeros((0, 3))], [np.zeros(0, dtype=np.int64)]
-        self._counts = torch.zeros(books, classes, dtype=torch.int64)  # of the targets
+        self._sums = [np.zeros((0, 3))]
+        self.target_counts = torch.zeros(books, classes, dtype=torch.int64)
+        self.digest = 0  # stands for all targets and the utterances that they are of
 
     def add(self, draws: Sequence[FrameScores], utterances: int) -> None:
         """Add a batch of so many utterances, predicted in several draws of masks or at several horizons."""
         likelihood, correct, index, targets = (torch.cat(part) for part in zip(*draws))
-        targets = targets.reshape(-1, self._counts.shape[0])
+        targets = targets.reshape(-1, len(self.target_counts))
         columns = torch.stack((likelihood, correct, torch.ones_like(correct)), dim=1).double()
         self._sums.append(columns.new_zeros(utterances, 3).index_add_(0, index, columns).cpu().numpy())
-        self._digests.append(_digests(targets, index, utterances))
-        self._counts += token_counts(targets, *self._counts.shape).cpu()
+        self.target_counts += token_counts(targets, *self.target_counts.shape).cpu()
+        self.digest = _digest(self.digest, index, targets)
 
     def columns(self) -> np.ndarray:
         """Return negative log-likelihood, correct predictions and loss positions, [3, U] float64."""
         return np.concatenate(self._sums).T
 
-    def digests(self) -> np.ndarray:
-        """Return a number for each utterance that stands for its targets and their place in the batch, [U] int64."""
-        return np.concatenate(self._digests)
-
-    @property
-    def majority_class(self) -> float:
-        """The accuracy of the majority-class baseline; the mean over codebooks."""
-        return self._shares().amax(dim=1).mean().item()
-
-    @property
-    def unigram_entropy(self) -> float:
-        """The loss, in nats, of knowing how common each target is and nothing else; the mean over codebooks."""
-        return torch.special.entr(self._shares()).sum(dim=1).mean().item()
-
-    def _shares(self) -> torch.Tensor:
-        return self._counts.double() / self._counts.sum(dim=1, keepdim=True).clamp(min=1)
+    def baselines(self) -> dict[str, float]:
+        """Return accuracy of the majority class and loss, in nats, of the unigrams; means over codebooks."""
+        shares = self.target_counts.double() / self.target_counts.sum(dim=1, keepdim=True).clamp(min=1)
+        entropy = torch.special.entr(shares).sum(dim=1).mean().item()
+        return {'majority_class': shares.amax(dim=1).mean().item(), 'unigram_entropy': entropy}
 
 
-def _digests(targets: torch.Tensor, utterances: torch.Tensor, count: int) -> np.ndarray:
-    """Return a number for each utterance that stands for its targets [N, H] in their order in the batch."""
-    weights = 2 * torch.arange(targets.numel(), device=targets.device).view_as(targets) + 1  # odd: none is lost
-    sums = (weights * (targets + 1)).sum(dim=1)
-    return sums.new_zeros(count).index_add_(0, utterances, sums).cpu().numpy()
+def _digest(before: int, *tensors: torch.Tensor) -> int:
+    """Return a number that stands for the values of tensors, and for those that gave the number before."""
+    for tensor in tensors:
+        before = zlib.crc32(tensor.cpu().numpy().tobytes(), before)
+    return before
 
 
 class ModelScores(NamedTuple):
@@ -75,7 +66,7 @@ class ModelScores(NamedTuple):
 
     parts: dict[str, dict[str, UtteranceScores]]  # by part of the objective and context label; ``next``: all horizons
     codebook: dict[str, float]  # the codebook's use by all targets, whether predicted or not
-    tokens: np.ndarray  # a number for each utterance that stands for all its targets, [U] int64
+    tokens: int  # stands for all targets
 
 
 def evaluate(
@@ -92,85 +83,67 @@ def evaluate(
     """
     model.eval()
     classes, books = model.quantizer.num_classes, model.quantizer.num_books
-    use, labels = CodebookUse(classes, books, batches_covered=2**62, blocks=1), [*map(context_label, contexts)]
     parts = [part for objective in model.objectives for part in (*objective.parts, objective.name)]
+    labels = [context_label(context) for context in contexts]
     scores = {part: {label: UtteranceScores(classes, books) for label in labels} for part in parts}
-    tokens = []
+    counts, digest = torch.zeros(books, classes, dtype=torch.int64), 0
     with torch.inference_mode():
         for batch in batches:
             batch = model.transfer_batch_to_device(batch, model.device, 0)
-            inputs, found = model.inputs_of(batch), {}
+            inputs, found = model.inputs_of(batch), defaultdict(list)
             for objective in model.objectives:
                 for drawn in range(seed, seed + draws) if objective.masks else (seed,):
                     passes = passes_in_contexts(model, batch, contexts, drawn, window, objective.masks, inputs)
                     for context, record in passes:
-                        label = context_label(context)
                         for part, scored in objective.scores(record).items():
                             for name in {part, objective.name}:
-                                found.setdefault((name, label), []).append(scored)
+                                found[name, context_label(context)].append(scored)
             targets, lengths = inputs.targets
-            for (part, label), scored in found.items():
-                scores[part][label].add(scored, len(lengths))
-            use.update(targets, lengths)
+            for (part, label), of_draws in found.items():
+                scores[part][label].add(of_draws, len(lengths))
             valid = torch.arange(targets.shape[1], device=targets.device) < lengths.to(targets.device).unsqueeze(1)
-            tokens.append(_digests(targets[valid].view(-1, books), valid.nonzero()[:, 0], len(lengths)))
-    codebook = {name: value.item() for name, value in use.statistics()._asdict().items()}
-    return ModelScores(scores, {**codebook, 'classes': classes}, np.concatenate(tokens))
+            tokens = targets[valid].view(-1, books)
+            counts += token_counts(tokens, books, classes).cpu()
+            digest = _digest(digest, lengths, tokens)
+    codebook = {name: value.item() for name, value in statistics_of(counts)._asdict().items()}
+    return ModelScores(scores, {**codebook, 'classes': classes}, digest)
 
 
 def ratio_of_sums(
     numerator: np.ndarray, denominator: np.ndarray, resamples: int, confidence: float, seed: int
-) -> tuple[float, float, float]:
+) -> Interval:
     """Return a mean per frame, from a sum and a number of frames of each utterance [U], and the bounds of its interval.
 
     The interval is a percentile bootstrap over utterances, each with all its frames: frames of an utterance are alike,
     so an interval over frames would be too narrow. NaN for fewer than two utterances.
     """
+    ratio = lambda above, below, axis=-1: above.sum(axis=axis) / below.sum(axis=axis)
+    settings = dict(paired=True, method='percentile', n_resamples=resamples, confidence_level=confidence)
+    at_once, generator = max(NUMBERS_AT_ONCE // max(len(numerator), 1), 1), np.random.default_rng(seed)
     with np.errstate(invalid='ignore', divide='ignore'):
-        value = float(np.divide(numerator.sum(), denominator.sum()))
+        value = float(ratio(numerator, denominator))
         if len(numerator) < 2:
             return value, float('nan'), float('nan')
-        interval = stats.bootstrap(
-            (numerator, denominator),
-            lambda above, below, axis=-1: above.sum(axis=axis) / below.sum(axis=axis),
-            paired=True,
-            vectorized=True,
-            n_resamples=resamples,
-            batch=max(NUMBERS_AT_ONCE // len(numerator), 1),
-            confidence_level=confidence,
-            method='percentile',
-            random_state=np.random.default_rng(seed),
-        ).confidence_interval
-    return value, float(interval.low), float(interval.high)
+        found = stats.bootstrap((numerator, denominator), ratio, batch=at_once, random_state=generator, **settings)
+    return value, float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def why_not_compared(scores: ModelScores, reference: ModelScores, part: str, label: str) -> str | None:
-    """Return why the losses of two models cannot be compared in a part and a context, in words; None: they can.
+def why_not_compared(scores: ModelScores, first: ModelScores, part: str, label: str) -> str | None:
+    """Return why the losses of a model cannot be compared with the first's in a part and a context, in words.
 
-    They can where both predict the same tokens, in the same frames of the same utterances. The words call the models "it"
-    and "the first".
+    None: both predict the same tokens, in the same frames of the same utterances.
     """
-    for who, model in (('it', scores), ('the first', reference)):
-        if part not in model.parts:
-            return f'{who} has no such part'
-    if label not in reference.parts[part]:
-        return 'the first was not run in this context'
-    if not np.array_equal(scores.tokens, reference.tokens):
+    if label not in first.parts.get(part, {}):
+        return 'the first has no such part, or was not run in this context'
+    if scores.tokens != first.tokens:
         return "its targets are other tokens than the first's: they come from another quantizer or other features"
-    one, other = scores.parts[part][label], reference.parts[part][label]
-    if np.array_equal(one.columns()[2], other.columns()[2]) and np.array_equal(one.digests(), other.digests()):
-        return None
-    if part == MASKED:
-        return 'other frames are masked for it: its masking has other settings'
-    return "its horizons are others, or begin at another token, for its look-ahead is another"
+    if scores.parts[part][label].digest != first.parts[part][label].digest:
+        return "other frames or tokens are predicted: its masking, horizons or look-ahead are others than the first's"
+    return None
 
 
 def contexts_of(model, wanted, name: str) -> list:
-    """Return the contexts to evaluate a model in.
-
-    Raises:
-        ValueError: naming the model and the context, if it predicts no tokens, or cannot be evaluated in the context.
-    """
+    """Return the contexts to evaluate a model in; ValueError, naming model and context, where it cannot be."""
     if not hasattr(model, 'objectives'):
         raise ValueError(f'{name}: {type(model).__name__} predicts neither masked nor next tokens')
     try:
@@ -191,8 +164,8 @@ def loader_of(model, manifest: str, batch_size: int, num_workers: int = 0):
 
 
 def compare_models(
-    models: Mapping,
-    contexts: Mapping,
+    models: Mapping[str, Any],
+    contexts: Mapping[str, Sequence],
     batches: Mapping[str, Iterable],
     mask_context: int | None = None,
     draws: int = 1,
@@ -200,48 +173,38 @@ def compare_models(
     resamples: int = 1000,
     confidence: float = 0.95,
 ) -> list[dict]:
-    """Evaluate models side by side.
+    """Evaluate models by name side by side, each in its contexts on batches of the same utterances.
 
     Args:
-        models: by name, in order; the others are compared with the first.
-        contexts: of each model.
-        batches: the same utterances as batches of each model's loader.
         mask_context: left context that masks are drawn for; None: the tightest of all models and contexts.
         draws: how often each utterance is masked.
         seed: of masks and bootstrap.
-        resamples: of the bootstrap.
-        confidence: of the intervals.
+        resamples, confidence: of the bootstrap.
 
     Returns:
         for each model ``model``, ``objective``, ``mask_context`` (None: it masks nothing), ``codebook`` and ``contexts``,
         a row for each context and part of the objective, with the bounds of intervals under ``NAME_interval``.
-        ``below_unigram`` is how many nats the loss is below the unigram entropy, ``loss_difference`` how many it is above
-        the first model's; None for the first model, or with the reason in ``not_compared``.
+        ``loss_difference`` is in nats above the first model's loss; None with the reason in ``not_compared``.
     """
-    window = masking_window(models, contexts, mask_context)
-    results, first, sampling = [], None, (resamples, confidence, seed)
+    masking = [name for name, model in models.items() if model.objectives.masks]
+    window, results, first = None, [], None
+    if masking:
+        tightest = tightest_window(tightest_of(models[name].encoder, contexts[name]) for name in masking)
+        window = tightest if mask_context is None else Window(AttContext(mask_context, 0))
     for name, model in models.items():
         scores = evaluate(model, batches[name], contexts[name], seed, window, draws)
-        first = scores if first is None else first
-        rows, frame_ms = [], attention_frame_ms(model)
+        first, rows, frame_ms = first or scores, [], attention_frame_ms(model)
         for context in contexts[name]:
             look_ahead = {'look_ahead_ms': look_ahead_ms(model.encoder, context, frame_ms)}
-            rows += [_row(scores, first, context, part, sampling) | look_ahead for part in scores.parts]
-        masked_for = window.context.left if model.objectives.masks else None
+            for part in scores.parts:
+                rows.append(_row(scores, first, context, part, resamples, confidence, seed) | look_ahead)
+        masked_for = window.context.left if window and model.objectives.masks else None
         result = dict(model=name, objective=model.objective, mask_context=masked_for, codebook=scores.codebook)
         results.append({**result, 'contexts': rows})
     return results
 
 
-def masking_window(models: Mapping, contexts: Mapping, left: int | None) -> Window | None:
-    """Return the window that masks are drawn for: of a left context, or of all layers, models and contexts that mask."""
-    masking = [name for name, model in models.items() if model.objectives.masks]
-    if left is not None and masking:
-        return Window(AttContext(left, 0))
-    return tightest_window(tightest_of(models[name].encoder, contexts[name]) for name in masking) if masking else None
-
-
-def _row(scores: ModelScores, first: ModelScores, context: Sequence, part: str, sampling: tuple) -> dict:
+def _row(scores: ModelScores, first: ModelScores, context: Sequence, part: str, *sampling) -> dict:
     label = context_label(context)
     sums = scores.parts[part][label]
     lost, correct, frames = sums.columns()
@@ -251,18 +214,22 @@ def _row(scores: ModelScores, first: ModelScores, context: Sequence, part: str, 
     if scores is not first and reason is None:
         difference = lost - first.parts[part][label].columns()[0]
         estimates['loss_difference'] = ratio_of_sums(difference, frames, *sampling)
-    row = {'context': list(context), 'part': part, 'loss_difference': None, 'loss_difference_interval': None}
+    row: dict[str, Any] = {
+        'context': list(context),
+        'part': part,
+        'loss_difference': None,
+        'loss_difference_interval': None,
+    }
     for name, (value, low, high) in estimates.items():
         row.update({name: value, f'{name}_interval': [low, high]})
-    row.update(majority_class=sums.majority_class, unigram_entropy=sums.unigram_entropy)
-    row.update(below_unigram=sums.unigram_entropy - row['loss'], frames=int(frames.sum()), utterances=len(frames))
-    return {**row, 'not_compared': reason}
+    row.update(sums.baselines(), frames=int(frames.sum()), utterances=len(frames), not_compared=reason)
+    return row
 
 
 def reasons_of(result: Mapping) -> list[str]:
     """Return, as text, in which parts and contexts a model cannot be compared with the first, and why."""
-    where: dict[tuple, list] = {}
+    where = defaultdict(list)
     for row in result['contexts']:
         if row['not_compared'] is not None:
-            where.setdefault((row['part'], row['not_compared']), []).append(str(row['context']))
+            where[row['part'], row['not_compared']].append(str(row['context']))
     return [f"{part} in {', '.join(contexts)}: {reason}" for (part, reason), contexts in where.items()]

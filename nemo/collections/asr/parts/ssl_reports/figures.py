@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures of masks, attention windows and learning curves, legible in black-and-white print; in TensorBoard, too.
 
-Each is a ``matplotlib.figure.Figure``, without pyplot and its global state. Matplotlib is imported when one is drawn.
+Each is a ``matplotlib.figure.Figure``, without pyplot and its global state.
 """
 
 import itertools
@@ -9,11 +9,12 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.receptive_field import look_ahead_ms, look_ahead_text, seen_through_layers
@@ -22,29 +23,19 @@ from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tight
 from nemo.collections.asr.parts.objectives.base import BatchRecord
 from nemo.utils.atomic_files import replacing
 
-# One line for each context, the same in every picture: told apart without colour.
-STYLES_OF_LINES = ('-', '--', ':', '-.', (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)), (0, (3, 1, 1, 1)))
-GREYS = ('0.0', '0.3', '0.0', '0.45', '0.2', '0.0', '0.5', '0.3')
-MARKERS = 'osD^vxP*'
+Curve = Sequence[tuple[float, float]]
+# Lines of contexts are told apart without colour.
+LINE_STYLES, GREYS, MARKERS = ('-', '--', ':', '-.'), ('0.0', '0.3', '0.5'), 'osD^vxP*'
 HATCHED = dict(facecolor='white', edgecolor='black', linewidth=0)
+BELOW = dict(loc='outside lower center', ncols=3, fontsize=8, frameon=False)
 CURVE = re.compile('(?:val|train)_loss/ctx_([^/]+)(?:/(.+))?')  # of a context, and maybe of a part of the objective
 CEILING = 'att_context_ceiling_left'
 SMOOTHED = 40  # points of a curve of training
 
 
-def require_matplotlib(wanted_by: str) -> None:
-    """Raise a ValueError that names the config key or script that wants matplotlib, if it is not installed."""
-    if find_spec('matplotlib') is None:
-        raise ValueError(f"{wanted_by} draws with matplotlib, which is not installed: pip install matplotlib")
-
-
-def attention_frame_ms(model) -> float | None:
-    """Return the milliseconds of an attention frame; None if preprocessor or encoder lacks it."""
-    try:
-        featurizer = model.preprocessor.featurizer
-        return 1000 * featurizer.hop_length / featurizer.sample_rate * model.encoder.subsampling_factor
-    except AttributeError:
-        return None
+def attention_frame_ms(model) -> float:
+    """Return the milliseconds of an attention frame."""
+    return 1000 * model.cfg.preprocessor.get('window_stride', 0.01) * model.encoder.subsampling_factor
 
 
 def look_ahead_title(model, context) -> str:
@@ -53,7 +44,7 @@ def look_ahead_title(model, context) -> str:
     return f'{list(context)}, look-ahead {look_ahead_text(milliseconds)}'
 
 
-def masked_spectrogram(model, record: BatchRecord, title: str = '', index: int = 0):
+def masked_spectrogram(model, record: BatchRecord, title: str = '', index: int = 0) -> Figure:
     """Draw an utterance of a batch with its masked blocks, and below what that means for its attention frames.
 
     The model is in the context of the pass that the record is of.
@@ -66,7 +57,7 @@ def masked_spectrogram(model, record: BatchRecord, title: str = '', index: int =
     frame = attention_frame_ms(model) / 1000
     hop, unit = frame / model.encoder.subsampling_factor, frame / record.factor
     seconds = features.shape[1] * hop
-    figure = _figure(height=4.6)
+    figure = Figure(figsize=(8.0, 4.6), layout='constrained')
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[5, 1])
     low, high = np.percentile(features, (5, 99.5)) if features.size else (0, 1)
     looks = dict(origin='lower', aspect='auto', interpolation='nearest', cmap='gray_r', vmin=low, vmax=high)
@@ -85,13 +76,13 @@ def masked_spectrogram(model, record: BatchRecord, title: str = '', index: int =
     lower.set(yticks=[], ylim=(0, 1), xlim=(0, max(seconds, frame)))
     lower.set_ylabel(f'frames of\n{1000 * frame:g} ms', rotation=0, ha='right', va='center', fontsize=8)
     lower.set_xlabel(f'seconds (a feature frame: {1000 * hop:g} ms)')
-    lower.legend(loc='upper center', bbox_to_anchor=(0.5, -0.75), ncols=3, fontsize=8, frameon=False)
+    figure.legend(*lower.get_legend_handles_labels(), **BELOW)
     return figure
 
 
 def attention_windows(
-    encoder, frame: int | None, frames: int, frame_seconds: float, att_context_size=None, title: str = ''
-):
+    encoder, frame: int | None, frames: int, frame_ms: float, att_context_size=None, title: str = ''
+) -> Figure:
     """Draw what one attention frame attends to in each layer, and what its output depends on through all of them.
 
     The utterance has so many frames; None takes the frame at three quarters of it, and the encoder's present context.
@@ -102,11 +93,9 @@ def attention_windows(
     frame = 3 * (frames - 1) // 4 if frame is None else frame
     if not 0 <= frame < frames:
         raise ValueError(f"frame is {frame}; the utterance has attention frames 0 to {frames - 1}")
-    if encoder.att_context_style not in STYLES:
-        raise ValueError(f"att_context_style is {encoder.att_context_style}; windows are known for {STYLES}")
     fields = seen_through_layers(encoder, frame, att_context_size)
     windows = [window.bounds(frame) for window in encoder.effective_windows(att_context_size)]
-    figure = _figure(height=1.9 + 0.27 * len(windows))
+    figure = Figure(figsize=(8.0, 1.9 + 0.27 * len(windows)), layout='constrained')
     axis = figure.subplots()
     for bounds, height, grey, label in (
         (fields, 0.84, '0.85', f'what output {frame} depends on'),
@@ -118,22 +107,18 @@ def attention_windows(
     own = ['' if context is None else f'  {context.as_list()}' for context in encoder.layer_att_contexts()]
     axis.set_yticks(range(len(windows)), [f'{layer}{context}' for layer, context in enumerate(own)], fontsize=8)
     axis.set(ylabel='layer and its own context' if any(own) else 'layer', ylim=(-0.6, len(windows) - 0.4))
-    axis.set(xlabel=f'attention frame ({1000 * frame_seconds:g} ms each)', xlim=(0, frames))
-    above = axis.secondary_xaxis('top', functions=(lambda x: x * frame_seconds, lambda x: x / frame_seconds))
-    above.set_xlabel('seconds')
+    axis.set(xlabel=f'attention frame ({frame_ms:g} ms each)', xlim=(0, frames))
     figure.suptitle(title, fontsize=10)
-    figure.legend(loc='outside lower center', ncols=3, fontsize=8, frameon=False)
+    figure.legend(**BELOW)
     return figure
 
 
-def learning_curves(curves: Mapping[str, Sequence[tuple[float, float]]]):
+def learning_curves(curves: Mapping[str, Curve]) -> Figure:
     """Draw loss and accuracy for each context over training steps, and the ceiling of the curriculum if there was one.
 
-    The parts of an objective (horizons, and masked tokens beside them) have panels of their own.
-
-    Args:
-        curves: (step, value) pairs by metric name: ``val_loss/ctx_40_0``, ``val_loss/ctx_40_0/next_0``,
-            ``val_accuracy/ctx_40_0``, ``train_loss/ctx_40_0``, ``att_context_ceiling_left``; others are ignored.
+    Each part of an objective has a panel. ``curves`` are (step, value) pairs by metric name, ``val_loss/ctx_40_0`` and
+    ``val_loss/ctx_40_0/next_0``, ``val_accuracy/...``, ``train_loss/...``, ``att_context_ceiling_left``; others are
+    ignored.
 
     Raises:
         ValueError: if there is no loss of any context.
@@ -141,35 +126,31 @@ def learning_curves(curves: Mapping[str, Sequence[tuple[float, float]]]):
     found = [match for match in map(CURVE.fullmatch, curves) if match]
     if not found:
         raise ValueError("there is no val_loss/ctx_... or train_loss/ctx_... in these logs")
-    contexts = sorted({match[1] for match in found}, key=_breadth)
-    panels = defaultdict(list)  # of curves and their looks
-
-    def add(panel: str, curve, **looks) -> None:
-        if curve:
-            panels[panel].append((sorted(curve), looks))
-
-    lines = itertools.cycle(zip(STYLES_OF_LINES, GREYS, MARKERS))
+    contexts, parts = sorted({match[1] for match in found}, key=_breadth), sorted({match[2] or '' for match in found})
+    panels: dict[str, list[tuple[Curve, dict]]] = defaultdict(list)  # of curves and their looks
+    lines = zip(*map(itertools.cycle, (LINE_STYLES, GREYS, MARKERS)))
     for index, (context, (style, grey, marker)) in enumerate(zip(contexts, lines)):
-        named, line = _named(context), dict(linestyle=style, color=grey)
-        trained = _smooth(curves.get(f'train_loss/ctx_{context}', ()))
-        add('loss (nats)', trained, **line, linewidth=0.7, alpha=0.7, label=f'{named} in training, smoothed')
-        line |= dict(marker=marker, markersize=max(8 - 1.5 * index, 3), markerfacecolor='none')  # one inside the other
-        for part in sorted({match[2] or '' for match in found}):
-            for metric, label in (('val_loss', 'loss (nats)'), ('val_accuracy', 'accuracy')):
-                curve = curves.get('/'.join(filter(None, (metric, f'ctx_{context}', part))))
-                add(f'{part} {label}'.strip(), curve, **line, linewidth=1.4, label=f'{named} in validation')
+        line = dict(linestyle=style, color=grey)
+        thin = dict(line, linewidth=0.7, alpha=0.7, label=f'{_named(context)} in training, smoothed')
+        panels['loss (nats)'].append((_smooth(curves.get(f'train_loss/ctx_{context}', ())), thin))
+        line.update(linewidth=1.4, label=f'{_named(context)} in validation', markerfacecolor='none')
+        line.update(marker=marker, markersize=max(8 - 1.5 * index, 3))  # one inside the other
+        for part, (metric, label) in itertools.product(parts, (('loss', 'loss (nats)'), ('accuracy', 'accuracy'))):
+            curve = curves.get(f'val_{metric}/ctx_{context}/{part}'.rstrip('/'), ())
+            panels[f'{part} {label}'.strip()].append((curve, line))
     ceiling = [(step, math.nan if left < 0 else left) for step, left in curves.get(CEILING, ())]
-    add('ceiling on the left\ncontext (frames)', ceiling, color='black', drawstyle='steps-post')
-    figure = _figure(height=1.0 + 2.5 * len(panels))
+    panels['ceiling on the left\ncontext (frames)'] = [(ceiling, dict(color='black', drawstyle='steps-post'))]
+    panels = {label: drawn for label, drawn in panels.items() if any(curve for curve, _ in drawn)}
+    figure = Figure(figsize=(8.0, 1.0 + 2.5 * len(panels)), layout='constrained')
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (label, drawn) in zip(axes, panels.items()):
         for curve, looks in drawn:
-            axis.plot(*zip(*curve), **looks)
+            if curve:
+                axis.plot(*zip(*sorted(curve)), **looks)
         axis.set_ylabel(label, fontsize=9)
         axis.grid(alpha=0.35, linewidth=0.5)
     axes[-1].set_xlabel('optimizer steps')
-    legend = axes[0].get_legend_handles_labels()
-    figure.legend(*legend, loc='outside lower center', ncols=3, fontsize=8, frameon=False, handlelength=4)
+    figure.legend(*axes[0].get_legend_handles_labels(), handlelength=4, **BELOW)
     return figure
 
 
@@ -184,10 +165,10 @@ def _named(label: str) -> str:
     return f"chunks of {sizes.replace('_', ' ')}" if sizes else f"[{kind.replace('_', ', ')}]"
 
 
-def _smooth(curve: Sequence[tuple[float, float]]) -> list:
+def _smooth(curve: Curve) -> Curve:
     """Return the medians of a curve in equal parts; a short curve as it is."""
     parts = np.array_split(np.array(sorted(curve)), SMOOTHED) if len(curve) > SMOOTHED else []
-    return [tuple(np.median(part, axis=0)) for part in parts] or list(curve)
+    return [tuple(np.median(part, axis=0)) for part in parts] or curve
 
 
 def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
@@ -196,16 +177,8 @@ def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(edges[::2].tolist(), edges[1::2].tolist()))
 
 
-def _figure(height: float):
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(8.0, height), layout='constrained')
-
-
-def save_figure(figure, stem) -> list[Path]:
+def save_figure(figure: Figure, stem) -> list[Path]:
     """Write a picture as PNG and SVG, each whole or not at all, to a path without its ending; return the files."""
-    import matplotlib
-
     files = []
     for ending, metadata in (('png', None), ('svg', {'Date': None})):  # the same picture gives the same file
         file = Path(f'{stem}.{ending}')
@@ -215,30 +188,20 @@ def save_figure(figure, stem) -> list[Path]:
     return files
 
 
-class ContextFigures:
-    """Puts pictures of each validation's first utterance into TensorBoard, from the first rank.
+def draw_contexts(model, record: BatchRecord) -> None:
+    """Put pictures of the first utterance of a pass, within its context, into TensorBoard.
 
     They are ``contexts/masked_spectrogram``, where the objective masks, and ``contexts/attention_windows``.
     """
-
-    _drawn_at: int | None = None
-
-    def draw(self, model, record: BatchRecord) -> None:
-        """Draw, if nothing is drawn of this validation yet; to be called after each of its passes, in its context."""
-        trainer, encoder = model.trainer, model.encoder
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if not loggers or not trainer.is_global_zero or trainer.sanity_checking or trainer.testing:
-            return
-        if self._drawn_at == (step := trainer.global_step):
-            return
-        self._drawn_at, drawn = step, {}
-        if model.objectives.masks:
-            title = f'first validation utterance, step {step}'
-            drawn['masked_spectrogram'] = masked_spectrogram(model, record, title)
-        if getattr(encoder, 'att_context_style', None) in STYLES:
-            frames = max(int(record.feature_lengths[0]) // encoder.subsampling_factor, 1)
-            title = f'attention in context {look_ahead_title(model, encoder.att_context_size)}'
-            seconds = attention_frame_ms(model) / 1000
-            drawn['attention_windows'] = attention_windows(encoder, None, frames, seconds, title=title)
-        for logger, (name, figure) in itertools.product(loggers, drawn.items()):
-            logger.experiment.add_figure(f'contexts/{name}', figure, global_step=step, close=False)
+    encoder, step, drawn = model.encoder, model.trainer.global_step, {}
+    loggers = [logger for logger in model.trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    if not loggers or not model.trainer.is_global_zero:
+        return
+    if model.objectives.masks:
+        drawn['masked_spectrogram'] = masked_spectrogram(model, record, f'first validation utterance, step {step}')
+    if getattr(encoder, 'att_context_style', None) in STYLES:
+        frames = max(int(record.feature_lengths[0]) // encoder.subsampling_factor, 1)
+        title = f'attention in context {look_ahead_title(model, encoder.att_context_size)}'
+        drawn['attention_windows'] = attention_windows(encoder, None, frames, attention_frame_ms(model), title=title)
+    for logger, (name, figure) in itertools.product(loggers, drawn.items()):
+        logger.experiment.add_figure(f'contexts/{name}', figure, global_step=step, close=False)

@@ -5,6 +5,7 @@ Shapes: B batch, N samples, D features, M mask frames.
 """
 
 import random
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,26 +15,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from nemo.collections.asr.parts.att_context.visible_frames import window_of_masking
 from nemo.collections.asr.parts.att_context.windows import Window
 
-SAMPLES_HASHED = 4096  # of each utterance, evenly spread: the cost does not grow with its length
-
 
 def utterance_seeds(signal: torch.Tensor, lengths: torch.Tensor, seed: int) -> list[int]:
     """Return a seed of 32 bits for each utterance, from its own samples or features [B, ..., N] and length [B].
 
     Neither padding, nor the batch around it, nor the rank changes it. Synchronises host and device.
     """
-    signal = signal.float().unsqueeze(1) if signal.dim() == 2 else signal.float()
-    lengths = lengths.to(signal.device).long().clamp(max=signal.shape[-1])
-    hashes = lengths
-    if signal.shape[-1]:
-        spread = torch.arange(SAMPLES_HASHED, device=signal.device)
-        index = (spread * lengths.unsqueeze(1)).div(SAMPLES_HASHED, rounding_mode='floor')
-        chosen = signal.gather(2, index.unsqueeze(1).expand(-1, signal.shape[1], -1))
-        bits = chosen.contiguous().view(torch.int32).long().flatten(1)
-        weights = 2 * torch.arange(bits.shape[1], device=signal.device) + 1  # odd: no bit of a sample is lost
-        hashes = (bits * weights).sum(dim=1)  # wraps around, the same in any order
-    pairs = torch.stack([hashes, lengths], dim=1).tolist()  # the one synchronisation
-    return [random.Random(f'{seed}:{length}:{value}').getrandbits(32) for value, length in pairs]
+    rows = zip(signal.float().cpu(), lengths.tolist(), strict=True)
+    return [zlib.crc32(row[..., :length].numpy().tobytes(), seed) for row, length in rows]
 
 
 class FixedMasks:

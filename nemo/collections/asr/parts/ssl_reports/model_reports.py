@@ -2,19 +2,21 @@
 """What is reported of a model of masked token prediction, and the hooks of its validation; see docs/reports.md."""
 
 import torch
+from lightning.pytorch import LightningModule
 
-from nemo.collections.asr.parts.att_context.visible_frames import no_visible_frame_shares
+from nemo.collections.asr.parts.att_context.context import UNLIMITED
+from nemo.collections.asr.parts.att_context.receptive_field import stack_window
 from nemo.collections.asr.parts.att_context.windows import tightest_window_of
 from nemo.collections.asr.parts.objectives.base import BatchRecord
-from nemo.collections.asr.parts.ssl_reports.audit import TrainingAudit
-from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse
-from nemo.collections.asr.parts.ssl_reports.figures import ContextFigures, attention_frame_ms, require_matplotlib
+from nemo.collections.asr.parts.ssl_reports.audit import STACK, WINDOW, MaskAudit, audit_pass
+from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse, statistics_of
+from nemo.collections.asr.parts.ssl_reports.figures import attention_frame_ms, draw_contexts
 from nemo.collections.asr.parts.ssl_reports.validation import ContextValidation
 from nemo.collections.asr.parts.ssl_reports.validation_probe import ValidationProbe
 from nemo.collections.asr.parts.utils.config_keys import Model
 from nemo.utils import logging
 
-Logs = dict[str, torch.Tensor]
+Logs = dict[str, float | torch.Tensor]
 
 
 class ModelReports:
@@ -28,8 +30,9 @@ class ModelReports:
         options = Model.parse(model.cfg)
         classes = getattr(model.quantizer, 'num_classes', None)
         self.codebook_use = CodebookUse(classes, getattr(model.quantizer, 'num_books', 1)) if classes else None
-        self.audit = TrainingAudit(options.audit_every_n_batches) if options.audit_every_n_batches else None
-        self.figures = ContextFigures() if options.log_figures else None
+        self.audit_every_n_batches, self.log_figures = options.audit_every_n_batches, options.log_figures
+        self._batches, self._drawn_at = 0, -1
+        self._empty_batches: float | torch.Tensor = 0.0
         self.validation: ContextValidation | None = None
         if options.validate_contexts is not None:
             if model.forward_is_overridden:
@@ -38,11 +41,6 @@ class ModelReports:
                 )
             self.validation = ContextValidation(model, options.validate_contexts, model.cfg.get('validation_masks'))
 
-    def check(self) -> None:
-        """Raise a ValueError before training if pictures cannot be drawn."""
-        if self.figures is not None:
-            require_matplotlib('model.log_figures')
-
     def of_training_batch(self, model, record: BatchRecord | None) -> Logs:
         """Return what to log of a training batch, within its pinned context; scalars on its device.
 
@@ -50,35 +48,57 @@ class ModelReports:
         """
         if record is None:
             return {}
-        logs = self.of_pass(model, record)
         if self.codebook_use is not None:
             self.codebook_use.update(record.tokens, record.token_lengths)
             if self.codebook_use.block_is_complete:
                 self._warn_if_targets_collapsed()
-            logs.update(self.codebook_use.logs())
-        if self.audit is not None and model.objectives.masks:
-            logs.update(self.audit.step(record, model.encoder, attention_frame_ms(model)))
+        audits = self.audit_every_n_batches is not None and self._batches % self.audit_every_n_batches == 0
+        self._batches += 1
+        audit = audit_pass(record, model.encoder, layers=audits) if model.objectives.masks else None
+        logs = self._of_context(model, audit)
+        if audit is not None and self.audit_every_n_batches is not None:
+            self._empty_batches = self._empty_batches + (audit.frames_masked == 0)
+            logs['audit/empty_batches'] = self._empty_batches
+            if audits:
+                logs.update(self._of_audit(model, audit))
         return logs
 
     def of_pass(self, model, record: BatchRecord | None, prefix: str = '') -> Logs:
         """Return the present context, and the shares of frames that are masked, and have no visible frame; scalars."""
         if record is None:
             return {}
-        encoder, logs = model.encoder, {}
-        if tightest_window_of(encoder) is not None:
-            logs['att_context_left'], logs['att_context_right'] = map(float, encoder.att_context_size)
-        if (offset := model.objectives.offset()) is not None:
-            logs['next_token_offset'] = float(offset)
-        if model.objectives.masks:
-            masked_frames = record.masks[:, 0].sum(dtype=torch.float32)
-            logs['masked_share'] = masked_frames / record.mask_lengths.sum().clamp(min=1)
-            frames = record.mask_lengths // record.factor
-            shares = no_visible_frame_shares(encoder, record.masked_share(), record.threshold, frames)
-            logs.update({f'masking/{name}': value for name, value in shares.items()})
+        logs = self._of_context(model, audit_pass(record, model.encoder) if model.objectives.masks else None)
         return {f'{prefix}{name}': value for name, value in logs.items()}
 
+    def _of_context(self, model, audit: MaskAudit | None) -> Logs:
+        logs: Logs = {}
+        if tightest_window_of(model.encoder) is not None:
+            logs['att_context_left'], logs['att_context_right'] = map(float, model.encoder.att_context_size)
+        if (offset := model.objectives.offset()) is not None:
+            logs['next_token_offset'] = float(offset)
+        if audit is not None:
+            logs['masked_share'] = audit.masked_share()
+            shares = audit.no_visible_frame_share()
+            logs.update(
+                {f'masking/no_visible_frame_in_{name}': shares[name] for name in (WINDOW, STACK) if name in shares}
+            )
+        return logs
+
+    def _of_audit(self, model, audit: MaskAudit) -> Logs:
+        logs: Logs = {'masked_share': audit.masked_share(), 'run_frames/mean': audit.mean_run()}
+        logs.update(
+            {f'run_frames/{name}': audit.run_quantile(share) for name, share in (('p90', 0.9), ('longest', 1.0))}
+        )
+        shares = audit.no_visible_frame_share()
+        logs.update({f'no_visible_frame/{name}': share for name, share in shares.items() if name != WINDOW})
+        stack = stack_window(model.encoder)
+        if stack is not None:
+            right = stack.context.right
+            logs['look_ahead_ms'] = -1.0 if right == UNLIMITED else right * attention_frame_ms(model)
+        return {f'audit/{name}': value for name, value in logs.items()}
+
     def _warn_if_targets_collapsed(self) -> None:
-        reason = self.codebook_use.collapse()
+        reason = None if self.codebook_use is None else self.codebook_use.collapse()
         if reason is not None:
             logging.warning(
                 f"The targets have collapsed: {reason}. The loss will fall and nothing will be learned. Set "
@@ -93,47 +113,52 @@ class ModelReports:
 
     def end_of_training(self) -> None:
         """Look at the targets once more: a short run may never have completed a block of batches."""
-        if self.codebook_use is not None and self.codebook_use.batches and not self.codebook_use.block_is_complete:
+        if self.codebook_use is not None and not self.codebook_use.block_is_complete:
             self._warn_if_targets_collapsed()
 
     def keep_for_figures(self, model, record: BatchRecord | None) -> None:
         """Draw the first utterance of a validation, within the context of the pass."""
-        if self.figures is not None and record is not None and model._trainer is not None:
-            self.figures.draw(model, record)
+        trainer = model._trainer
+        if not self.log_figures or record is None or trainer is None or trainer.sanity_checking or trainer.testing:
+            return
+        if self._drawn_at != trainer.global_step:
+            self._drawn_at = trainer.global_step
+            draw_contexts(model, record)
 
 
-class ReportsMixin:
+class ReportsMixin(LightningModule):
     """Mixin for a model with ``reports``, before NeMo's class: reduces, logs and draws what they gathered."""
 
-    _validation_losses = ()  # of the manifests of one validation
+    _validation_losses: tuple[torch.Tensor, ...] = ()  # of the manifests of one validation
 
     def configure_callbacks(self) -> list:
         """Add the probe of ``model.probe``, if the config has one."""
         probe = self.cfg.get('probe')
         return [*super().configure_callbacks(), *([ValidationProbe(probe)] if probe else [])]
 
+    def _add_whole_interval(self, numbers) -> None:
+        super()._add_whole_interval(numbers)
+        use = self.reports.codebook_use
+        if use is not None and use.counts is not None:
+            numbers.add('codebook', use.counts)
+
+    def _derived(self, logs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        counts, derived = logs.pop('codebook', None), super()._derived(logs)
+        if counts is not None:
+            found = statistics_of(counts)._asdict()
+            names = ('codes_used', 'perplexity', 'top_share')
+            derived.update({f'codebook/{name}': found[name].float() for name in names})
+        return derived
+
     def on_train_end(self) -> None:
         """Check the use of the codebook once more."""
         super().on_train_end()
         self.reports.end_of_training()
 
-    def on_validation_epoch_start(self) -> None:
-        """Start the validation in contexts."""
-        super().on_validation_epoch_start()
-        self._start(self.trainer.num_val_batches)
-
-    def on_test_epoch_start(self) -> None:
-        """Start the test in contexts."""
-        super().on_test_epoch_start()
-        self._start(self.trainer.num_test_batches)
-
-    def _start(self, batches: list) -> None:
-        if self.reports.validation is not None:
-            self.reports.validation.start(self, len(batches))
-
     def on_validation_epoch_end(self, *args, **kwargs):
         """Reduce the results over the ranks, and log them as NeMo does."""
-        self._finish('val')
+        if self.reports.validation is not None:
+            self.reports.validation.finish(self, 'val')
         self._validation_losses = ()
         logged = super().on_validation_epoch_end(*args, **kwargs)
         if len(self._validation_losses) > 1:  # NeMo's val_loss is that of the first manifest
@@ -142,12 +167,9 @@ class ReportsMixin:
 
     def on_test_epoch_end(self, *args, **kwargs):
         """Reduce the results over the ranks, and log them as NeMo does."""
-        self._finish('test')
-        return super().on_test_epoch_end(*args, **kwargs)
-
-    def _finish(self, mode: str) -> None:
         if self.reports.validation is not None:
-            self.reports.validation.finish(mode)
+            self.reports.validation.finish(self, 'test')
+        return super().on_test_epoch_end(*args, **kwargs)
 
     def test_step(self, batch, batch_idx=0, dataloader_idx=0):
         """Compute a test batch's metrics; stock files them under validation, where no test looks for them."""
@@ -162,7 +184,7 @@ class ReportsMixin:
         """Return the results in contexts, else NeMo's ``val_loss`` and the means of the other metrics."""
         metrics = self._summary('val', super().multi_validation_epoch_end, outputs, dataloader_idx)
         if metrics:
-            self._validation_losses = [*self._validation_losses, torch.as_tensor(metrics['val_loss'])]
+            self._validation_losses += (torch.as_tensor(metrics['val_loss'], device=self.device),)
         return metrics
 
     def multi_test_epoch_end(self, outputs: list, dataloader_idx: int = 0):

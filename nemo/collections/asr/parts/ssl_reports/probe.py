@@ -9,9 +9,11 @@ Shapes: B batch, D features, T feature frames, A attention frames, L layers, W w
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.functional.text import edit_distance
@@ -32,12 +34,9 @@ class ProbeSettings:
     """Of the probe's first weights and of the order of utterances."""
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of a step."""
+        """Return the factor on the learning rate of a step."""
         warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
-
-
-DEFAULTS = ProbeSettings()
+        return warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
 class LayerProbe(nn.Module):
@@ -63,64 +62,51 @@ def layer_outputs(encoder, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     Returns the outputs of all layers of each utterance, [A, L, W] float16. The encoder's training mode is kept.
     """
     kept: list[torch.Tensor] = []
-    found, training = [], encoder.training
+    found = []
     keep = lambda _, __, made: kept.append(made[0] if isinstance(made, tuple) else made)
-    hooks = [layer.register_forward_hook(keep) for layer in encoder.layers]
-    encoder.eval()
-    try:
-        with encoder.using_att_context_size(encoder.att_context_size if context is None else context):
-            for features, lengths in batches:
-                kept.clear()
-                _, encoded_lengths = encoder(audio_signal=features, length=lengths)
-                stacked = torch.stack(kept, dim=2).half()
-                found += [row[:length].clone() for row, length in zip(stacked, encoded_lengths.tolist())]
-    finally:
-        encoder.train(training)
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as stack:
+        stack.callback(encoder.train, encoder.training)
+        stack.enter_context(encoder.using_att_context_size(encoder.att_context_size if context is None else context))
+        for layer in encoder.layers:
+            stack.enter_context(layer.register_forward_hook(keep))
+        encoder.eval()
+        for features, lengths in batches:
+            kept.clear()
+            _, encoded_lengths = encoder(audio_signal=features, length=lengths)
+            stacked = torch.stack(kept, dim=2).half()
+            found += [row[:length].clone() for row, length in zip(stacked, encoded_lengths.tolist())]
     return found
 
 
 def fit_probe(
-    outputs: Sequence[torch.Tensor],
-    labels: Sequence[Sequence[int]],
-    classes: int,
-    settings: ProbeSettings = DEFAULTS,
+    outputs: Sequence[torch.Tensor], labels: Sequence[Sequence[int]], classes: int, settings: ProbeSettings
 ) -> LayerProbe:
     """Fit a probe to the layer outputs [A, L, W] of utterances and the classes of each, in order.
 
     The random generators of the caller stay as they were.
-
-    Raises:
-        ValueError: if there are no utterances, or not as many labels.
     """
-    if not outputs or len(outputs) != len(labels):
-        raise ValueError(f"probe: {len(outputs)} utterances with {len(labels)} labels; it needs one or more, alike")
     device, (_, layers, width) = outputs[0].device, outputs[0].shape
-    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []), torch.enable_grad():
+    with isolate_rng(), torch.enable_grad():
         torch.manual_seed(settings.seed)
         probe = LayerProbe(layers, width, classes, settings.hidden).to(device)
         optimizer = torch.optim.Adam(probe.parameters(), lr=settings.learning_rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.rate)
         targets = [torch.tensor(row, dtype=torch.int64, device=device) for row in labels]
-        for step in range(settings.steps):
+        for _ in range(settings.steps):
             chosen = torch.randint(len(outputs), (settings.batch_size,)).tolist()
-            for group in optimizer.param_groups:
-                group['lr'] = settings.rate(step)
             loss = _ctc(probe, [outputs[index] for index in chosen], [targets[index] for index in chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
     return probe.eval()
 
 
 def _ctc(probe: LayerProbe, outputs: list[torch.Tensor], targets: list[torch.Tensor]) -> torch.Tensor:
     """Return the mean CTC loss of some utterances, each divided by the number of its labels."""
-    lengths = [len(rows) for rows in outputs]
-    log_probs = pad_sequence(probe(torch.cat(outputs).float()).split(lengths))  # padding only where CTC needs it
-    target_lengths = torch.tensor([len(row) for row in targets])
-    return nn.functional.ctc_loss(
-        log_probs, torch.cat(targets), torch.tensor(lengths), target_lengths, blank=probe.blank, zero_infinity=True
-    )
+    rows, labels = (torch.tensor([len(each) for each in group]) for group in (outputs, targets))
+    log_probs = pad_sequence(probe(torch.cat(outputs).float()).split(rows.tolist()))  # padding only where CTC needs it
+    return nn.functional.ctc_loss(log_probs, torch.cat(targets), rows, labels, blank=probe.blank, zero_infinity=True)
 
 
 @torch.no_grad()
@@ -132,8 +118,6 @@ def transcribe(probe: LayerProbe, outputs: Iterable[torch.Tensor]) -> list[list[
 
 def count_errors(hypotheses: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> list[int]:
     """Return the substitutions, deletions and insertions of each utterance: its edit distance."""
-    if not hypotheses:
-        return []
     texts = [[''.join(chr(256 + label) for label in row) for row in rows] for rows in (hypotheses, references)]
     return edit_distance(*texts, reduction='none').int().tolist()
 
@@ -142,7 +126,7 @@ def probe_errors(
     encode: Callable[[str], list[torch.Tensor]],
     labels: dict[str, list[list[int]]],
     classes: int,
-    settings: ProbeSettings = DEFAULTS,
+    settings: ProbeSettings,
 ) -> tuple[list[int], LayerProbe]:
     """Fit a probe on the part ``train`` and count its errors in each utterance of the part ``test``.
 

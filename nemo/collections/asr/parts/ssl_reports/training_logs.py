@@ -20,13 +20,12 @@ def read_curves(path) -> dict[str, list[tuple[float, float]]]:
     if not path.exists():
         raise ValueError(f"{path}: there is no such file or folder")
     files = [path] if path.is_file() else list(path.rglob('*'))
-    event_files = [file for file in files if file.match(EVENT_FILES)]
-    tables = [file for file in files if file.match(CSV_FILE)]
-    if not event_files and not tables:
+    events, tables = ([file for file in files if file.match(pattern)] for pattern in (EVENT_FILES, CSV_FILE))
+    if not events and not tables:
         raise ValueError(f"{path}: there are no logs in it, neither {EVENT_FILES} nor {CSV_FILE}")
     points: dict[str, dict[float, float]] = defaultdict(dict)
-    for file in sorted(event_files or tables, key=lambda file: file.stat().st_mtime):
-        for name, step, value in _events(file) if event_files else _rows(file):
+    for file in sorted(events or tables, key=lambda file: file.stat().st_mtime):
+        for name, step, value in _events(file) if events else _rows(file):
             points[name][step] = value
     return {name: sorted(values.items()) for name, values in points.items()}
 

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Validation in each attention context, on the same features, targets and masks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, context_label
 from nemo.collections.asr.parts.att_context.windows import Window, tightest_window, tightest_window_of
-from nemo.collections.asr.parts.objectives.base import BatchRecord, FrameScores
-from nemo.collections.asr.parts.ssl_reports.audit import STACK, audit_masks, windows_of
+from nemo.collections.asr.parts.objectives.base import BatchRecord, Objective
+from nemo.collections.asr.parts.objectives.combination import Objectives
+from nemo.collections.asr.parts.ssl_reports.audit import WINDOW, audit_pass
 from nemo.collections.asr.parts.ssl_reports.fixed_masks import FixedMasks, utterance_seeds
 from nemo.collections.asr.parts.utils.config_keys import ValidationMasks
 from nemo.utils import logging
@@ -29,19 +31,18 @@ def parse_contexts(value, encoder, field: str = 'model.validate_contexts') -> li
         return known if value == 'all' else known[:1]
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ValueError(f"{field} is {value!r}; it must be one of {CHOICES}, or a list of contexts")
-    contexts = [_checked(item, encoder, f'{field}[{index}]') for index, item in enumerate(value)]
+    contexts = []
+    for index, item in enumerate(value):
+        where = f'{field}[{index}]'
+        context = encoder.parse_att_context_size(item, where)
+        try:
+            encoder.check_att_context_size(context)
+        except ValueError as error:
+            raise ValueError(f"{where}: the encoder cannot follow {list(context)}: {error}") from error
+        contexts.append(list(context))
     if not contexts or any(contexts.count(context) > 1 for context in contexts):
         raise ValueError(f"{field} is {contexts}; it needs contexts, each once")
     return contexts
-
-
-def _checked(item, encoder, field: str) -> list:
-    context = encoder.parse_att_context_size(item, field)
-    try:
-        encoder.check_att_context_size(context)
-    except ValueError as error:
-        raise ValueError(f"{field}: the encoder cannot follow {list(context)}: {error}") from error
-    return list(context)
 
 
 def tightest_of(encoder, contexts: Sequence) -> Window:
@@ -83,100 +84,70 @@ class ContextValidation:
 
     def __init__(self, model, contexts='all', masks=None):
         masks = ValidationMasks.parse(masks)
-        self._wanted, self.seed = contexts, masks.seed
-        self.window = None if masks.left_context is None else Window(AttContext(masks.left_context, 0))
+        self._wanted, self._seed = contexts, masks.seed
+        self._window = None if masks.left_context is None else Window(AttContext(masks.left_context, 0))
         if not hasattr(model.loss, 'of_frames') or getattr(model.quantizer, 'num_classes', None) is None:
             raise ValueError(
                 "model.validate_contexts needs a loss with of_frames and a quantizer with num_classes; the loss is "
                 f"{type(model.loss).__name__}, the quantizer {type(model.quantizer).__name__}"
             )
         self.contexts = parse_contexts(contexts, model.encoder)  # of the next validation
-        self._sums: torch.Tensor | None = None  # [loaders, means, 2]: the values times their weights, and the weights
-        self._of_loaders: list[dict[str, torch.Tensor]] = []  # views of these sums [2] by name
-        self._results: list[dict[str, torch.Tensor]] = []
+        # By loader and name: the sum of values times their weights, and of the weights, [2].
+        self._sums: dict[tuple[int, str], torch.Tensor] = {}
+        self._results: dict[int, dict[str, torch.Tensor]] = {}
 
-    def start(self, model, loaders: int) -> None:
-        """Forget all sums; every rank makes ready for every data loader, whatever batches it will have."""
-        override, objectives = model.att_context_override, model.objectives
-        self.contexts = parse_contexts(self._wanted, model.encoder) if override is None else [list(override)]
-        self._objectives, names = objectives, ['masked_share'] if objectives.masks else []
-        for context in self.contexts:
-            label = context_label(context)
-            if objectives.masks and windows_of(model.encoder):
-                names.append(f'masking/no_visible_frame_in_window/ctx_{label}')
-            places = [place for each in objectives for place in self._places(each, label)]
-            names += [f'{name}/{place}' for place in places for name in ('loss', 'accuracy')]
-        self._sums = torch.zeros(loaders, len(names), 2, dtype=torch.float64, device=model.device)
-        self._of_loaders = [dict(zip(names, sums.unbind())) for sums in self._sums]
-        self._results = []
-
-    def _places(self, objective, label: str) -> list[str]:
-        """Return what an objective's figures in a context are filed under: the whole, and each part."""
-        name = self._objectives.name_of(objective)
-        return [
-            f'ctx_{label}/{name}' if name else f'ctx_{label}',
-            *(f'ctx_{label}/{part}' for part in objective.parts),
-        ]
-
-    def step(
-        self, model, batch, dataloader_idx: int, after_each: Callable = lambda model, record: None
-    ) -> torch.Tensor:
-        """Run a batch of a data loader in every context; return its loss, the mean over the contexts.
-
-        ``after_each`` is called with the model and the record of each forward pass, within its context.
-        """
-        if self._sums is None or dataloader_idx >= len(self._sums):  # a step outside of a trainer's loop
-            self.start(model, dataloader_idx + 1)
-        losses: list[torch.Tensor] = []
-        masks, sums = model.objectives.masks, self._of_loaders[dataloader_idx]
-        for context, record in passes_in_contexts(model, batch, self.contexts, self.seed, self.window, masks):
-            label, of_objectives = context_label(context), {}
+    def step(self, model, batch, batch_idx: int, dataloader_idx: int) -> torch.Tensor:
+        """Run a batch of a data loader in every context, and draw it; return its loss, the mean over the contexts."""
+        if batch_idx == dataloader_idx == 0:
+            self._sums, self.contexts = {}, self._contexts_of(model)
+        losses, masks = [], model.objectives.masks
+        for context, record in passes_in_contexts(model, batch, self.contexts, self._seed, self._window, masks):
+            label, of_objectives = f'ctx_{context_label(context)}', {}
             for objective, scores in model.objectives.scores(record).items():
-                of_objectives[objective] = self._add_scores(sums, objective, label, scores)
-            if masks:
-                windows = {name: each for name, each in windows_of(model.encoder).items() if name != STACK}
-                self._add_masks(sums, record, windows, label, first=not losses)
+                whole = _place(label, model.objectives, objective)
+                lost, frames = 0.0, 0
+                for part, score in scores.items():
+                    count, likelihood = len(score.utterances), score.negative_log_likelihood.sum(dtype=torch.float64)
+                    for place in (whole, f'{label}/{part}') if part in objective.parts else (whole,):
+                        self._add(dataloader_idx, f'loss/{place}', likelihood, count)
+                        self._add(dataloader_idx, f'accuracy/{place}', score.correct.sum(dtype=torch.float64), count)
+                    lost, frames = lost + likelihood, frames + count
+                of_objectives[objective] = lost.float() / max(frames, 1)
             losses.append(model.objectives.weighted(of_objectives))
-            after_each(model, record)
+            if masks:
+                audit = audit_pass(record, model.encoder)
+                self._add(dataloader_idx, 'masked_share', audit.mask_frames_masked, audit.mask_frames)
+                if WINDOW in audit.no_visible_frame:
+                    name, lost = f'masking/no_visible_frame_in_window/{label}', audit.no_visible_frame[WINDOW]
+                    self._add(dataloader_idx, name, lost, audit.frames_masked)
+            model.reports.keep_for_figures(model, record)
         return torch.stack(losses).mean()
 
-    def _add_scores(self, sums, objective, label: str, scores: dict[str, FrameScores]) -> torch.Tensor:
-        """Add the scores of an objective in a context; return its loss, 0 where there are no frames."""
-        lost, frames = 0, 0
-        whole, *_ = self._places(objective, label)
-        for part, score in scores.items():
-            count, likelihood = len(score.utterances), score.negative_log_likelihood.sum(dtype=torch.float64)
-            for place in [whole, f'ctx_{label}/{part}'] if part in objective.parts else [whole]:
-                _add(sums[f'loss/{place}'], likelihood, count)
-                _add(sums[f'accuracy/{place}'], score.correct.sum(dtype=torch.float64), count)
-            lost, frames = lost + likelihood, frames + count
-        return lost.float() / max(frames, 1)
+    def finish(self, model, mode: str) -> None:
+        """Add up over the ranks, which must all call this, whether they had batches or not, in one exchange."""
+        self.contexts = self._contexts_of(model)
+        sums = dict(zip(self._sums, torch.stack([*self._sums.values()]).cpu())) if self._sums else {}
+        of_ranks = [sums]
+        if torch.distributed.is_initialized():
+            of_ranks = [{}] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(of_ranks, sums)
+        means: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+        for loader, name in dict.fromkeys(key for each in of_ranks for key in each):
+            total, weight = sum(each[loader, name] for each in of_ranks if (loader, name) in each)
+            means[loader][name] = (total / weight).float()
+        self._sums, self._results = {}, {loader: self._result(model, found, mode) for loader, found in means.items()}
 
-    def _add_masks(self, sums, record: BatchRecord, windows: dict[str, Window], label: str, first: bool) -> None:
-        audit = audit_masks(record.masks, record.mask_lengths, record.factor, windows, record.threshold)
-        if first:  # the masks are the same in every context
-            _add(sums['masked_share'], audit.mask_frames_masked, audit.mask_frames)
-        if windows:
-            no_visible = torch.stack([*audit.no_visible_frame.values()]).max()
-            _add(sums[f'masking/no_visible_frame_in_window/ctx_{label}'], no_visible, audit.frames_masked)
-
-    def finish(self, mode: str) -> None:
-        """Add up over the ranks, which must all call this, whether they had batches or not, in one reduction."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self._sums)
-        self._results = [self._result(sums, mode) for sums in self._of_loaders]
-
-    def _result(self, sums: dict[str, torch.Tensor], mode: str) -> dict[str, torch.Tensor]:
-        found = {name: (total / weight).float() for name, (total, weight) in sums.items()}
-        places = [name.removeprefix('loss/') for name in found if name.startswith('loss/')]
-        found.update({f'perplexity/{place}': found[f'loss/{place}'].exp() for place in places})
-        labels = [context_label(context) for context in self.contexts]
+    def _result(self, model, found: dict[str, torch.Tensor], mode: str) -> dict[str, torch.Tensor]:
+        """Return the metrics of a loader, of its means over batches and ranks."""
+        losses = [name for name in found if name.startswith('loss/')]
+        found.update({name.replace('loss', 'perplexity', 1): found[name].exp() for name in losses})
+        labels = [f'ctx_{context_label(context)}' for context in self.contexts]
         for label in labels:
-            losses = {each: found[f'loss/{self._places(each, label)[0]}'] for each in self._objectives}
-            found[f'loss/ctx_{label}'] = self._objectives.weighted(losses)
-        one = f'accuracy/ctx_{labels[0]}' in found  # the sum of several losses has no accuracy or perplexity
+            of_objectives = {each: found[f'loss/{_place(label, model.objectives, each)}'] for each in model.objectives}
+            found[f'loss/{label}'] = model.objectives.weighted(of_objectives)
+        one = f'accuracy/{labels[0]}' in found  # the sum of several losses has no accuracy or perplexity
         for name in ('loss', 'accuracy') if one else ('loss',):
-            found[name] = torch.stack([found[f'{name}/ctx_{label}'] for label in labels]).mean()
+            found[name] = torch.stack([found[f'{name}/{label}'] for label in labels]).mean()
         if one:
             found['perplexity'] = found['loss'].exp()
         if found['loss'].isnan():
@@ -188,13 +159,22 @@ class ContextValidation:
 
         The plain loss and accuracy are the means over the contexts.
         """
-        if not self._results:  # not in a trainer's loop
-            self.finish(mode)
-        found = self._results[dataloader_idx]
-        return {f'{mode}_loss': found[f'{mode}_loss'], 'log': dict(found)}
+        found = self._results.get(dataloader_idx)  # none of a loader without batches
+        return {f'{mode}_loss': found[f'{mode}_loss'], 'log': dict(found)} if found else {}
+
+    def _contexts_of(self, model) -> list:
+        override = model.att_context_override
+        return parse_contexts(self._wanted, model.encoder) if override is None else [list(override)]
+
+    def _add(self, loader: int, name: str, total: torch.Tensor, weight) -> None:
+        """Add to a mean the sum of values times their weights, and of the weights: tensors or numbers."""
+        if (loader, name) not in self._sums:
+            self._sums[loader, name] = torch.zeros(2, dtype=torch.float64, device=total.device)
+        self._sums[loader, name][0] += total
+        self._sums[loader, name][1] += weight
 
 
-def _add(mean: torch.Tensor, total, weight) -> None:
-    """Add to a mean [2] the sum of values times their weights, and of the weights: tensors or numbers."""
-    mean[0] += total
-    mean[1] += weight
+def _place(label: str, objectives: Objectives, objective: Objective) -> str:
+    """Return what the figures of a whole objective in a context are filed under."""
+    name = objectives.name_of(objective)
+    return f'{label}/{name}' if name else label

@@ -97,7 +97,7 @@ class NonFiniteGuard:
             self._skip_step(optimizer)
         logs = {'gradient_norm': self._gradient_norm}
         if self._logs_skipped():
-            logs.update(skipped_steps=self._skipped_steps, skipped_utterances=self._skipped_utterances)
+            logs['skipped_steps'] = self._skipped_steps  # of all ranks alike; the utterances are summed over ranks
         for name, value in cpu_scalars(logs).items():
             self.log(name, value)
 

@@ -4,7 +4,6 @@ import torch
 from attention_windows import attended
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_encoder import tiny_encoder
 
 from nemo.collections.asr.modules.ssl_modules.masking import RandomBlockMasking
 from nemo.collections.asr.parts.att_context.context import AttContext
@@ -13,7 +12,6 @@ from nemo.collections.asr.parts.att_context.visible_frames import (
     kept_visible_frames,
     masked_share_per_frame,
     no_visible_frame,
-    no_visible_frame_shares,
     window_of_masking,
 )
 from nemo.collections.asr.parts.att_context.windows import Window
@@ -94,17 +92,6 @@ class TestKeptVisible:
         found = kept_visible_frames(window, torch.arange(1200).unsqueeze(0), torch.full((100, 1), 1200), phases)
         assert found.any(dim=0).all()
         assert found.float().mean() == pytest.approx(1 / window.frames, rel=0.02)
-
-
-@pytest.mark.parametrize('layers, stack', [(1, 4), (2, 9)])
-def test_shares_by_window_and_by_stack(layers, stack):
-    """Left context 2, convolution 3: an output of the stack sees 4 frames before it, then 5 more for each layer."""
-    encoder = tiny_encoder(n_layers=layers, att_context_size=[2, 0], conv_kernel_size=3, conv_context_size='causal')
-    share = torch.tensor([[0.0] + [1.0] * 12])
-    found = no_visible_frame_shares(encoder, share)
-    assert found['no_visible_frame_in_window'] == pytest.approx(10 / 12)
-    assert found['no_visible_frame_in_stack'] == pytest.approx((12 - 4 * layers) / 12)
-    assert no_visible_frame_shares(torch.nn.Linear(1, 1), share) == {}
 
 
 class Plain(torch.nn.Module):

@@ -92,10 +92,12 @@ def gathered() -> dict[str, str]:
 
 def find(rank, folder):
     numbers = IntervalNumbers()
-    numbers.add({'tokens': 3 + rank}, {'loss': 1.0})
-    numbers.add({}, {'loss': [2.0, 4.0][rank]})
-    values, counts = numbers.reduce(torch.tensor([[1, 0, 2], [2, 0, 3]][rank]))
-    results = dict(numbers={name: value.item() for name, value in values.items()}, counts=counts.tolist())
+    numbers.add('tokens', 3 + rank)
+    for loss in (1.0, [2.0, 4.0][rank]):
+        numbers.add('loss', loss, 1.0)
+    numbers.add('counts', torch.tensor([[1, 0, 2], [2, 0, 3]][rank]))
+    values = {name: value.tolist() for name, value in numbers.reduce(torch.device('cpu')).items()}
+    results = dict(counts=values.pop('counts'), numbers=values)
     results.update({objective: losses(objective, rank) for objective in ('masked', 'next_token', 'both')})
     return {**results, 'post_conv': post_conv(rank), 'gathered': gathered()}
 

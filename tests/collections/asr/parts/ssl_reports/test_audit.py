@@ -5,16 +5,17 @@ from attention_windows import attended
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_encoder import tiny_encoder
+from tiny_nest import tiny_model
 
 from nemo.collections.asr.modules import RandomBlockMasking
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.objectives.base import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.audit import (
     STACK,
-    TrainingAudit,
     Window,
     audit_masking,
     audit_masks,
+    audit_pass,
     windows_of,
 )
 
@@ -82,7 +83,7 @@ class TestAuditMasks:
         audit = audit_masks(masks, torch.tensor([10, 6]), 1, windows)
         assert audit.masked_share().item() == pytest.approx(9 / 16)
         assert audit.runs.tolist() == [0, 0, 3, 1, 0, 0, 0, 0, 0, 0, 0]
-        assert audit.mean_run().item() == 9 / 4 and audit.longest_run() == 3
+        assert audit.mean_run().item() == 9 / 4 and audit.run_quantile(1.0) == 3
         assert audit.run_quantile(0.75) == 2 and audit.run_quantile(0.76) == 3
         shares = {name: share.item() for name, share in audit.no_visible_frame_share().items()}
         # The first two frames see nothing; with one frame of the past so do frames 4, 5 and 9, and one more below.
@@ -92,15 +93,15 @@ class TestAuditMasks:
 class TestWindowsOf:
     def test_layers_and_stack(self):
         encoder = tiny_encoder(n_layers=3, layer_att_context_size=[[0, [4, 0]], [2, [8, 0]]])
-        windows = windows_of(encoder, [20, 0])
+        with encoder.using_att_context_size([20, 0]):
+            windows = windows_of(encoder)
         lefts = {name: window.context.left for name, window in windows.items()}
         before, _ = encoder.conv_context_size
         assert lefts == {'layer_00': 4, 'layer_01': 4, 'layer_02': 8, STACK: 16 + 3 * before}
         encoder.set_layer_att_context_size(None)
-        assert {name: tuple(window.context) for name, window in windows_of(encoder, [-1, 0]).items()} == {
-            'layers': (-1, 0),
-            STACK: (-1, 0),
-        }
+        with encoder.using_att_context_size([-1, 0]):
+            found = {name: tuple(window.context) for name, window in windows_of(encoder).items()}
+        assert found == {'layers': (-1, 0), STACK: (-1, 0)}
 
 
 class OwnMasking(torch.nn.Module):
@@ -117,7 +118,7 @@ class TestAuditMasking:
     def test_any_masking_module(self):
         windows = {'layers': Window(AttContext(2, 0)), STACK: Window(AttContext(9, 0))}
         audit = audit_masking(OwnMasking(), torch.tensor([40, 24]), features=4, factor=4, windows=windows, draws=3)
-        assert audit.frames_masked == 3 * 8 and audit.masked_share() == 0.5 and audit.longest_run() == 5
+        assert audit.frames_masked == 3 * 8 and audit.masked_share() == 0.5 and audit.run_quantile(1.0) == 5
         # of five masked frames the first two see the unmasked half; of three, two
         assert audit.no_visible_frame_share()['layers'].item() == pytest.approx(4 / 8)
         assert audit.no_visible_frame_share()[STACK] == 0
@@ -141,36 +142,41 @@ class TestAuditMasking:
         masking, lengths, before = RandomBlockMasking(feat_in=8), torch.tensor([300]), torch.get_rng_state()
         first, again = (audit_masking(masking, lengths, 8, draws=2, seed=1) for _ in range(2))
         assert torch.equal(first.runs, again.runs) and torch.equal(torch.get_rng_state(), before)
-        with pytest.raises(ValueError, match='draws is 0'):
-            audit_masking(masking, lengths, 8, draws=0)
 
 
-def record_of(masks):
-    """A batch of two utterances of 40 and 21 mask frames, 4 to an attention frame."""
-    nothing = torch.zeros(2)
-    lengths = dict(mask_lengths=torch.tensor([40, 21]), encoded_lengths=torch.tensor([11, 8]))
-    targets = dict(tokens=nothing, token_lengths=nothing, features=nothing, feature_lengths=nothing)
-    return BatchRecord(None, masks=masks, **lengths, **targets, factor=4, threshold=0.8, decoder_offset=1)
+def record_of(masks, lengths=(40, 21), factor=4):
+    """A batch of utterances of 40 and 21 mask frames, 4 to an attention frame."""
+    nothing, lengths = torch.zeros(2), torch.tensor(lengths)
+    targets = dict(tokens=nothing.long().view(2, 1), token_lengths=nothing, features=nothing, feature_lengths=nothing)
+    arguments = dict(mask_lengths=lengths, encoded_lengths=lengths // factor, factor=factor)
+    return BatchRecord(None, masks=masks, **arguments, **targets, threshold=0.8, decoder_offset=1)
 
 
-class TestTrainingAudit:
+@pytest.mark.parametrize('layers, stack', [(1, 4), (2, 9)])
+def test_a_pass_is_audited_in_the_window_and_in_the_stack(layers, stack):
+    """Left context 2, convolution 3: an output of the stack sees 4 frames before it, then 5 more for each layer."""
+    encoder = tiny_encoder(n_layers=layers, att_context_size=[2, 0], conv_kernel_size=3, conv_context_size='causal')
+    record = record_of(torch.tensor([[0.0] + [1.0] * 12]).unsqueeze(1), lengths=[13], factor=1)
+    shares = audit_pass(record, encoder).no_visible_frame_share()
+    assert shares == {'window': pytest.approx(10 / 12), STACK: pytest.approx((12 - 4 * layers) / 12)}
+    assert audit_pass(record, torch.nn.Linear(1, 1)).no_visible_frame == {}
+
+
+class TestTrainingBatches:
     @pytest.mark.parametrize('context, milliseconds', [([8, 3], 240.0), ([8, 0], 0.0), ([-1, -1], -1.0)])
     def test_the_look_ahead_of_the_audited_context_is_logged(self, context, milliseconds):
         style = 'regular' if context[1] < 0 else 'chunked_limited'
-        encoder = tiny_encoder(att_context_size=context, att_context_style=style)
-        masks = torch.zeros(2, 4, 40)
-        assert TrainingAudit(1).step(record_of(masks), encoder, frame_ms=80.0)['audit/look_ahead_ms'] == milliseconds
-        assert 'audit/look_ahead_ms' not in TrainingAudit(1).step(record_of(masks), encoder)
+        contexts = f'model.encoder.att_context_size=[{context}]'.replace(' ', '')
+        model = tiny_model(contexts, f'model.encoder.att_context_style={style}')
+        logs = model.reports.of_training_batch(model, record_of(torch.zeros(2, 4, 40)))
+        assert logs['audit/look_ahead_ms'] == milliseconds
 
     def test_counts_all_along_and_audits_at_its_interval(self):
-        audit, encoder = TrainingAudit(2), tiny_encoder(att_context_size=[3, 0])
+        model = tiny_model('model.audit_every_n_batches=2', 'model.encoder.att_context_size=[[3,0]]')
         masked, empty = torch.zeros(2, 4, 40), torch.zeros(2, 4, 40)
         masked[0, :, 8:16] = 1
-        seen = []
-        for masks in (masked, empty, empty, masked):
-            logs = audit.step(record_of(masks), encoder)
-            seen.append({name: value.item() for name, value in logs.items()})
+        seen = [model.reports.of_training_batch(model, record_of(masks)) for masks in (masked, empty, empty, masked)]
         assert [logs['audit/empty_batches'] for logs in seen] == [0, 1, 2, 2]
-        assert [logs['audit/run_frames/longest'] for logs in seen] == [2, 2, 0, 0]
-        assert [logs['audit/masked_share'] for logs in seen[:2]] == [pytest.approx(8 / 61)] * 2
+        assert [logs.get('audit/run_frames/longest') for logs in seen] == [2, None, 0, None]
+        assert seen[0]['audit/masked_share'] == seen[0]['masked_share'] == pytest.approx(8 / 61)
         assert {'audit/no_visible_frame/layers', 'audit/no_visible_frame/stack'} <= set(seen[0])

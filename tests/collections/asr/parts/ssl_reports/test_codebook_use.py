@@ -4,11 +4,11 @@ import math
 import pytest
 import torch
 
-from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse
+from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse, statistics_of
 
 
 def statistics(use):
-    return [value.item() for value in use.statistics()]
+    return [0] * 4 if use.counts is None else [value.item() for value in statistics_of(use.counts)]
 
 
 def counted(*batches, num_classes=8, **arguments):
@@ -63,20 +63,21 @@ class TestStatistics:
 class TestWindow:
     def test_slides_by_blocks(self):
         """Four batches in two blocks of two: the fifth batch pushes out the first two."""
-        use = counted([0], [1], [2], [3], batches_covered=4, blocks=2)
+        use = counted([0], [1], [2], [3], batches_per_block=2, blocks=2)
         assert statistics(use)[3] == 4 and use.block_is_complete
         use.update(torch.tensor([[4]]), torch.tensor([1]))
         assert statistics(use)[0] == statistics(use)[3] == 3 and not use.block_is_complete  # 2, 3, 4
 
-    @pytest.mark.parametrize('window, blocks', [(1000, 10), (20, 10), (3, 10), (1, 10)])
-    def test_never_covers_more_than_asked_and_nearly_all(self, window, blocks):
-        use = CodebookUse(2, batches_covered=window, blocks=blocks)
-        for batch in range(1, 2 * window + 3):
+    @pytest.mark.parametrize('per_block, blocks', [(100, 10), (2, 10), (1, 3), (1, 1)])
+    def test_never_covers_more_than_its_blocks_and_all_but_one_of_them(self, per_block, blocks):
+        use = CodebookUse(2, batches_per_block=per_block, blocks=blocks)
+        for batch in range(1, 2 * per_block * blocks + 3):
             use.update(torch.tensor([[1]]), torch.tensor([1]))
-            assert min(batch, window - use.batches_per_block + 1) <= statistics(use)[3] <= window
+            covered = statistics(use)[3]
+            assert min(batch, per_block * (blocks - 1) + 1) <= covered <= per_block * blocks
 
     def test_after_forgetting_nothing_is_left_and_a_new_block_begins(self):
-        use = counted([0, 0], [1, 1], [1, 1], num_classes=4, batches_covered=4, blocks=2)
+        use = counted([0, 0], [1, 1], [1, 1], num_classes=4, batches_per_block=2, blocks=2)
         use.forget()
         assert statistics(use) == [0, 0, 0, 0] and use.collapse() is None and not use.block_is_complete
         for batch in ([2, 3], [2, 3]):

@@ -51,7 +51,7 @@ class TestMaskedSpectrogram:
 class TestAttentionWindows:
     def test_bars_of_the_receptive_field_and_of_each_layer(self):
         encoder = tiny_model(*HIERARCHY).encoder
-        axis = attention_windows(encoder, frame=30, frames=40, frame_seconds=0.08, att_context_size=[6, 0]).axes[0]
+        axis = attention_windows(encoder, frame=30, frames=40, frame_ms=80.0, att_context_size=[6, 0]).axes[0]
         bars = [(patch.get_x(), patch.get_width(), patch.get_height()) for patch in axis.patches]
         assert [bar[:2] for bar in bars if bar[2] < 0.5] == [(26, 5), (26, 5), (24, 7)]
         assert all(start + width == 31 for start, width, _ in bars) and bars[0][0] < 24
