@@ -14,7 +14,6 @@ from omegaconf import DictConfig, open_dict
 from nemo.collections.asr.data.audio_to_text_dali import DALIOutputs
 from nemo.collections.asr.data.training_data_mixin import TrainingDataMixin
 from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
-from nemo.collections.asr.parts.att_context.context import context_label
 from nemo.collections.asr.parts.att_context.visible_frames import MASK_THRESHOLD, follows_context
 from nemo.collections.asr.parts.att_context.windows import STYLES, tightest_window_of
 from nemo.collections.asr.parts.mixins.att_context_mixin import AttContextMixin
@@ -46,9 +45,7 @@ class SpeechEncDecSelfSupervisedModel(
 ):
     """NeMo's base class of SSL models, with a context that can be overridden or come with a batch.
 
-    Takes NeMo's config, and ``train_ds.synced_contexts`` (see ``create_synced_context_collate``),
-    ``train_ds.skip_bad_audio`` (see ``ssl_dataset``), ``train_ds.resumable`` (see ``make_resumable``) and
-    ``skip_nan_grad`` (see ``NonFiniteGuard``).
+    Besides NeMo's config it takes ``train_ds.synced_contexts``, ``train_ds.skip_bad_audio`` and ``train_ds.resumable``.
     """
 
     def training_step(self, batch, batch_idx=0):
@@ -56,8 +53,7 @@ class SpeechEncDecSelfSupervisedModel(
         with self._context_of_step(batch) as context:
             output = self._training_step(batch, batch_idx)
             if context is not None:
-                policy = getattr(self.encoder, 'att_context_policy', None)
-                label = context_label(context) if policy is None else policy.label(context)
+                label = self.encoder.att_context_policy.label(context)
                 output['log'][f'train_loss/ctx_{label}'] = output['loss'].detach()
         output['loss'] = self.loss_of_valid(output['loss'])
         if 'log' in output:
@@ -88,17 +84,12 @@ class SpeechEncDecSelfSupervisedModel(
 class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, _up.EncDecMaskedTokenPredModel):
     """NeMo's masked token prediction, with attention, masking and loss on one context per batch.
 
-    Takes NeMo's config, and:
-
-    - ``target_normalize``: ``per_feature`` makes the targets from clean features with zero mean and unit variance per
-      utterance; absent or ``NA`` takes them as the preprocessor gives them, as stock does.
-    - ``objective``: ``masked`` (default), ``next_token`` or ``both``; ``next_token`` with ``horizons`` and ``weight``.
-      Each horizon has a decoder, made from ``cfg.decoder``. With ``next_token`` nothing is masked, and the decoder of
-      masked tokens stays in the model, without being trained.
+    Takes NeMo's config and the keys of ``config_keys.Model``. With the objective ``next_token`` nothing is masked, and the
+    decoder of masked tokens stays in the model, without being trained.
     """
 
     last_batch: BatchRecord | None = None
-    """The record of the last call of ``forward``, which cannot return one: NeMo's own step calls it."""
+    """The record of the last call of ``forward``, for NeMo's own step."""
 
     def __init__(self, cfg: DictConfig, trainer=None):
         _undo_earlier_post_conv_adjustment(cfg)
@@ -143,7 +134,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
         return not has_forward_of(self, EncDecMaskedTokenPredModel, EncDecDenoiseMaskedTokenPredModel)
 
     def _apply(self, fn, recurse=True):
-        """Move and convert the model; the targets' modules stay float32 where it is converted to half precision."""
+        """Move and convert the model; what makes the targets stays float32."""
         return super()._apply(keeping_full_precision(fn, self.preprocessor, self.quantizer), recurse)
 
     def setup(self, stage=None) -> None:
@@ -173,12 +164,9 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
         apply_mask=False,
         current_frame=None,
     ):
-        """Predict the tokens of a batch, within the pinned context or, without one, one that the encoder draws.
+        """Predict the tokens of samples [B, N] or features [B, D, T], in the active context or one that the encoder draws.
 
-        Args:
-            input_signal: samples [B, N]; with ``input_signal_length`` [B].
-            processed_signal: instead of samples, features [B, D, T]; with ``processed_signal_length`` [B].
-            current_frame: mask frames received so far, an int or a tensor [B]; see ``RandomBlockMasking``.
+        For ``current_frame`` see ``RandomBlockMasking``.
 
         Returns:
             log-probabilities [B, A, C] or [B, A, C, H] (of the first next token, if that alone is the objective),
@@ -221,19 +209,20 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
         return BatchInputs(features, features)
 
     def encode(self, inputs: BatchInputs, masking: Callable | None) -> BatchRecord:
-        """Mask and encode features within the present context, and make their targets, once for all contexts.
+        """Mask and encode features within the present context, and give them their targets, once for all contexts.
 
-        Args:
-            inputs: they get their targets.
-            masking: called with ``input_feats`` and ``input_lengths``; returns masked features and masks, [B, D, M]
-                each. None masks nothing.
+        ``masking`` is called with ``input_feats`` and ``input_lengths``, and returns masked features and masks, [B, D, M]
+        each. None masks nothing.
         """
         seen, lengths = inputs.seen
         seen = seen.to(next(self.encoder.parameters()).dtype)
         if self.pre_encoder is None:
+            if masking is None:
+                masks = torch.zeros_like(seen)
+            else:
+                seen, masks = masking(input_feats=seen, input_lengths=lengths)
             mask_lengths = lengths
-            masked, masks = (masking or no_masking)(input_feats=seen, input_lengths=lengths)
-            encoded, encoded_lengths = self.encoder(audio_signal=masked, length=lengths)
+            encoded, encoded_lengths = self.encoder(audio_signal=seen, length=lengths)
         else:
             self.pre_encoder.set_masking_enabled(apply_mask=masking is not None, masking=masking)
             encoded, encoded_lengths = self.encoder(audio_signal=seen, length=lengths)
@@ -241,17 +230,12 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
         if inputs.targets is None:
             features = inputs.clean if self.pre_encoder is None else self.targets.subsampled(*inputs.clean)
             inputs.targets = self.targets.of(*features)
-        return BatchRecord(  # type: ignore[call-arg, misc]
-            encoded,
-            encoded_lengths,
-            masks,
-            mask_lengths,
-            *inputs.targets,
-            *inputs.clean,
-            factor=self.mask_frames_per_attention_frame,
-            threshold=getattr(self.loss, 'mask_threshold', MASK_THRESHOLD),
-            decoder_offset=getattr(self.loss, 'decoder_offset', 0),
+        threshold, offset = (
+            getattr(self.loss, 'mask_threshold', MASK_THRESHOLD),
+            getattr(self.loss, 'decoder_offset', 0),
         )
+        made = encoded, encoded_lengths, masks, mask_lengths, *inputs.targets, *inputs.clean
+        return BatchRecord(*made, self.mask_frames_per_attention_frame, threshold, offset)  # type: ignore[call-arg]
 
     def masking_in_context(self, current_frame=None) -> Callable | None:
         """Return the masking module, bound to the present context; None if no objective masks."""
@@ -304,10 +288,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
 
 
 class EncDecDenoiseMaskedTokenPredModel(EncDecMaskedTokenPredModel, _up.EncDecDenoiseMaskedTokenPredModel):
-    """NeMo's denoising masked token prediction (NEST, https://arxiv.org/abs/2408.13106) on one context per batch.
-
-    The encoder sees masked noisy features; the targets come from the clean ones.
-    """
+    """NeMo's denoising masked token prediction (NEST, https://arxiv.org/abs/2408.13106) on one context per batch."""
 
     @property
     def input_types(self):
@@ -340,10 +321,7 @@ class EncDecDenoiseMaskedTokenPredModel(EncDecMaskedTokenPredModel, _up.EncDecDe
         apply_mask=False,
         current_frame=None,
     ):
-        """Predict the tokens of the clean signal from the noisy one; see the parent class.
-
-        Where nothing is masked and no noisy signal is given, the clean one is encoded.
-        """
+        """Predict the tokens of the clean signal from the noisy one or, where nothing is masked, without it."""
         clean = self._features('', input_signal, input_signal_length, processed_signal, processed_signal_length)
         noisy_signal = noisy_input_signal, noisy_input_signal_length
         noisy_features = processed_noisy_input_signal, processed_noisy_input_signal_length
@@ -359,11 +337,9 @@ class EncDecDenoiseMaskedTokenPredModel(EncDecMaskedTokenPredModel, _up.EncDecDe
 
 
 def _undo_earlier_post_conv_adjustment(cfg: DictConfig) -> None:
-    """Give a restored post-conv config its block size in feature frames back.
+    """Give a restored post-conv config its block size in feature frames back, which NeMo divides on each restore.
 
-    NeMo divides ``masking.block_size`` by the subsampling factor in the config itself, which it then saves, and
-    divides again on each restore, until nothing is masked. A config that it has adjusted has the two ``feat_in`` set
-    to ``d_model`` and ``loss.combine_time_steps`` to 1.
+    A config that it has adjusted has the two ``feat_in`` set to ``d_model`` and ``loss.combine_time_steps`` to 1.
     """
     if cfg.get('mask_position', 'pre_conv') != 'post_conv':
         return
@@ -371,8 +347,3 @@ def _undo_earlier_post_conv_adjustment(cfg: DictConfig) -> None:
     if adjusted and cfg.loss.get('combine_time_steps', None) == 1:
         with open_dict(cfg):
             cfg.masking.block_size = cfg.masking.block_size * cfg.encoder.subsampling_factor
-
-
-def no_masking(input_feats: torch.Tensor, input_lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mask nothing; arguments and results are those of a masking module."""
-    return input_feats, torch.zeros_like(input_feats)

@@ -11,14 +11,16 @@ from nemo.collections.asr.models import ssl_models
 from nemo.collections.asr.parts.streaming.evaluation import encode_offline, streamable_contexts
 from nemo.collections.asr.parts.streaming.session import StreamingSession
 
-MODELS = ('EncDecDenoiseMaskedTokenPredModel', 'EncDecMaskedTokenPredModel')
-CONVERTIBLE = (  # keys, and their values or null
-    ('encoder.self_attention_model', 'rel_pos'),
-    ('encoder.subsampling', 'dw_striding', 'striding'),
-    ('encoder.reduction', None),
-    ('encoder.global_tokens', 0),
-    ('mask_position', 'pre_conv'),  # else the targets are made of what causal convolutions change
-)
+CONVERTIBLE = {  # keys, and what may be their values, or their last parts; null always
+    'target': ('EncDecDenoiseMaskedTokenPredModel', 'EncDecMaskedTokenPredModel'),
+    'preprocessor._target_': ('AudioToMelSpectrogramPreprocessor',),
+    'encoder._target_': ('ConformerEncoder',),
+    'encoder.self_attention_model': ('rel_pos',),
+    'encoder.subsampling': ('dw_striding', 'striding'),
+    'encoder.reduction': ('null',),
+    'encoder.global_tokens': ('0',),
+    'mask_position': ('pre_conv',),  # else the targets are made of what causal convolutions change
+}
 DATA_SECTIONS = ('train_ds', 'validation_ds', 'test_ds')
 SUBSAMPLED = 'encoder.pre_encode.out.weight'
 LARGEST_DIFFERENCE = 1e-4  # of streamed and offline outputs
@@ -41,40 +43,21 @@ class Carried:
 
 
 def check_convertible(cfg: DictConfig) -> None:
-    """Refuse the config of a ``.nemo`` file that cannot become a streaming model.
-
-    Raises:
-        ValueError: naming the key, its value and what is allowed.
-    """
-    kind = str(cfg.get('target', '')).rpartition('.')[2]
-    if kind not in MODELS:
-        raise ValueError(f"it is a {kind or 'model of no known class'}; only {' and '.join(MODELS)} can be converted")
-    if str(cfg.encoder.get('_target_')).rpartition('.')[2] != 'ConformerEncoder':
-        raise ValueError(f"model.encoder._target_ is {cfg.encoder.get('_target_')}; it must be ConformerEncoder")
-    if str(cfg.preprocessor.get('_target_')).rpartition('.')[2] != 'AudioToMelSpectrogramPreprocessor':
-        raise ValueError(f"model.preprocessor._target_ is {cfg.preprocessor.get('_target_')}; it must be mel features")
-    if is_streaming(cfg):
-        raise ValueError("it streams already; set its contexts in the config or with set_att_context_size")
-    for key, *allowed in CONVERTIBLE:
+    """Raise ValueError for the config of a ``.nemo`` file that cannot become a streaming model."""
+    for key, allowed in CONVERTIBLE.items():
         value = OmegaConf.select(cfg, key)
-        if value not in (None, *allowed):
-            raise ValueError(f"model.{key} is {value!r}; only {' and '.join(map(str, allowed))} can be converted")
-
-
-def is_streaming(cfg: DictConfig) -> bool:
-    """Whether a config's encoder is causal throughout."""
-    encoder = cfg.encoder
-    causal = encoder.get('conv_context_size') == 'causal' and encoder.get('causal_downsampling', False)
-    return bool(causal and encoder.get('conv_norm_type') == 'layer_norm')
+        if value is not None and str(value).rpartition('.')[2] not in allowed:
+            raise ValueError(f"model.{key} is {value!r}; to be converted, it must be {' or '.join(allowed)}")
+    causal = cfg.encoder.get('conv_context_size') == 'causal' and cfg.encoder.get('causal_downsampling', False)
+    if causal and cfg.encoder.get('conv_norm_type') == 'layer_norm':
+        raise ValueError("it streams already; set its contexts in the config or with set_att_context_size")
 
 
 def streaming_config(cfg: DictConfig, contexts, style: str, statistics) -> DictConfig:
     """Return the config of the streaming model, from that of the offline one.
 
-    Args:
-        contexts: a pair [left, right] in attention frames, or several.
-        style: of the attention, ``regular`` or ``chunked_limited``.
-        statistics: ``fixed_mean`` and ``fixed_std``, or None for un-normalised features.
+    ``contexts`` are a pair [left, right] in attention frames, or several; ``statistics`` the ``fixed_mean`` and
+    ``fixed_std`` of the features, or None.
     """
     cfg = copy.deepcopy(cfg)
     OmegaConf.set_struct(cfg, False)
@@ -89,11 +72,7 @@ def streaming_config(cfg: DictConfig, contexts, style: str, statistics) -> DictC
 
 
 def build(cfg: DictConfig):
-    """Build the streaming model without its data, which need not be on this machine.
-
-    Raises:
-        ValueError: if the encoder refuses its contexts.
-    """
+    """Build the streaming model without its data; raises ValueError if the encoder refuses its contexts."""
     without_data = copy.deepcopy(cfg)
     data = {section: without_data.pop(section) for section in DATA_SECTIONS if section in cfg}
     model = getattr(ssl_models, str(cfg.target).rpartition('.')[2])(without_data)
@@ -131,12 +110,8 @@ def carry_over(offline, streaming) -> Carried:
 def shifted_by_a_bin(weight: torch.Tensor, shape: torch.Size, model):
     """Fit the projection after subsampling to causal subsampling, None if that is not what widened it.
 
-    Causal subsampling pads before the first feature and by one more in all, which adds a frequency bin. Over the
-    layers its bin i sees what bin i - 1 saw, within a feature (7/8 of a bin at factor 8): the weights move up by one.
-
-    Args:
-        weight: of the offline model, [d_model, channels * bins].
-        shape: of the new weight, [d_model, channels * (bins + 1)].
+    Causal subsampling pads before the first feature and by one more in all, which adds a frequency bin. Over the layers
+    its bin i sees what bin i - 1 saw, within a feature: the weights [d_model, channels * bins] move up by one.
     """
     channels = model.encoder.pre_encode._conv_channels
     if shape[0] != weight.shape[0] or shape[1] != weight.shape[1] + channels:
@@ -148,8 +123,6 @@ def shifted_by_a_bin(weight: torch.Tensor, shape: torch.Size, model):
 @torch.no_grad()
 def check_streams(model, seconds: float = 2.0) -> float:
     """Stream noise through the model in each of its contexts, and return the largest difference from offline.
-
-    A context that sees the whole utterance, beside others, is left out.
 
     Raises:
         ValueError: if it does not stream, or differs.

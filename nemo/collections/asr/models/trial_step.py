@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train one step of the tiny streaming config on two seconds of noise, to show that an installation works. New in this project.
+"""Train one step of the tiny streaming config on two seconds of noise, to show that an installation works. New in this project."""
 
-python -m nemo.collections.asr.models.trial_step
-"""
-
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -21,38 +17,25 @@ from nemo.utils import logging
 from nemo_streaming_ssl import patch_tree
 
 CONFIGS = Path(patch_tree()).resolve() / 'examples/asr/conf/ssl/nest'
-SAMPLES = 32000  # two seconds
 
 
-def model_without_data() -> EncDecDenoiseMaskedTokenPredModel:
-    """Build the model of the tiny streaming config, with random weights."""
+def main() -> int:
+    """Train the step; returns the exit status."""
+    logging.setLevel(logging.ERROR)
+    torch.manual_seed(0)
     with initialize_config_dir(str(CONFIGS), version_base=None):
         cfg = compose('nest_fast-conformer_streaming_tiny', ['model.train_ds=null', 'model.validation_ds=null'])
     OmegaConf.resolve(cfg.model)
-    return EncDecDenoiseMaskedTokenPredModel(cfg.model)
-
-
-def noise_batch() -> AudioNoiseBatch:
-    """Return a batch of one utterance of noise."""
-    audio, length = torch.randn(1, SAMPLES) * 0.1, torch.tensor([SAMPLES])
-    return AudioNoiseBatch(['noise'], audio, length, audio, length, audio, length)
-
-
-def main(argv=None) -> int:
-    """Train the step; returns the exit status."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
-    logging.setLevel(logging.ERROR)
-    torch.manual_seed(0)
-    model = model_without_data()
+    audio, length = torch.randn(1, 32000) * 0.1, torch.tensor([32000])
+    batch = AudioNoiseBatch(['noise'], audio, length, audio, length, audio, length)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer = pl.Trainer(max_steps=1, devices=1, **quiet)
     began = time.perf_counter()
-    trainer.fit(model, DataLoader([noise_batch()], batch_size=None))
-    loss = float(trainer.callback_metrics['train_loss'])
+    trainer.fit(EncDecDenoiseMaskedTokenPredModel(cfg.model), DataLoader([batch], batch_size=None))
+    seconds, loss = time.perf_counter() - began, float(trainer.callback_metrics['train_loss'])
     if not loss > 0.0:
         print(f'trial_step: error: the loss is {loss}', file=sys.stderr)
         return 1
-    seconds = time.perf_counter() - began
     print(f'one step on {trainer.strategy.root_device} in {seconds:.1f} s, loss {loss:.2f}')
     return 0
 
