@@ -13,7 +13,6 @@ from omegaconf import open_dict
 from nemo.collections.asr.parts.att_context.blockwise import (
     BlockwiseMask,
     LayerAttentionMasks,
-    can_cut,
     parse_choice,
     wins_by_blocks,
 )
@@ -222,7 +221,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         choice = parse_choice(self.blockwise_attention)
         if choice == 'off' or not frames or self.self_attention_model not in ('rel_pos', 'abs_pos'):
             return False
-        if self.att_context_style not in STYLES or not can_cut(context):
+        if self.att_context_style not in STYLES or UNLIMITED in (context.left, context.right):
             return False
         if torch.jit.is_tracing() or torch.compiler.is_exporting():  # what they make must serve any length
             return False

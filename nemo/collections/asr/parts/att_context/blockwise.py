@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
+from nemo.collections.asr.parts.att_context.context import UNLIMITED
 from nemo.collections.asr.parts.att_context.windows import Window
 
 HIDDEN = -10000.0  # NeMo's score of a hidden key; the softmax of any dtype gives it a weight of exactly 0
@@ -31,8 +31,7 @@ LEAST_RELATIVE, LEAST_PLAIN, LEAST_SDPA = (2, 128), (4, 192), (6, 256)  # (windo
 class AttentionBlocks:
     """How T frames are cut into blocks, and which keys the window of a block holds.
 
-    Key j of block n's window is frame ``n * queries - before + j``. Frames before the first and after the last exist
-    in windows as zeros, and are hidden.
+    Key j of block n's window is frame ``n * queries - before + j``; there are zeros, hidden, where no such frame exists.
     """
 
     frames: int  # T
@@ -47,7 +46,7 @@ class AttentionBlocks:
     def cut(cls, window: Window, frames: int) -> 'AttentionBlocks':
         """Return the blocks of T frames for a window that is limited on both sides."""
         context = window.context
-        assert can_cut(context), context
+        assert UNLIMITED not in context, context
         if not window.has_chunks:
             past, future = min(context.left, frames - 1), min(context.right, frames - 1)
             return cls(frames, _block_frames(past + future + 1), past, future, past, future, window)
@@ -69,10 +68,7 @@ class AttentionBlocks:
 
     @property
     def are_many(self) -> bool:
-        """Whether to compute what each block needs again for the backward pass, instead of keeping it.
-
-        Windows and weights take twice the memory of queries, keys and values, and making them a fifth of the time.
-        """
+        """Whether to compute what each block needs again for the backward pass, instead of keeping it: much memory."""
         return self.frames >= MANY_WINDOWS * self.keys
 
     def queries_of(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -92,10 +88,7 @@ class AttentionBlocks:
         return torch.cat(shifted, dim=2).permute(0, 3, 1, 2, 4)
 
     def place(self, scores: torch.Tensor) -> torch.Tensor:
-        """Move each query's scores of distances to the keys at these distances; 0 at keys beyond them.
-
-        From [B, H, N * C, P], P = past + future + 1, from the farthest past to the farthest future, to [B, H, N, C, W].
-        """
+        """Move each query's scores of distances, [B, H, N * C, P] from the farthest past on, to its keys, [B, H, N, C, W]."""
         C = self.queries
         width = C - 1 + self.past + self.future + 1  # of a window that reaches all distances of all queries
         rows = F.pad(scores.unflatten(2, (self.count, C)), (0, C))
@@ -104,10 +97,7 @@ class AttentionBlocks:
         return shifted[..., self.past - self.before :][..., : self.keys]
 
     def hidden(self, padding: torch.Tensor) -> torch.Tensor:
-        """Return which keys of its window a query must not see, [B, N, C, W] bool, True = hidden.
-
-        ``padding`` is [B, T] bool, True = padding.
-        """
+        """Return which keys of its window a query must not see, [B, N, C, W] bool; True = hidden, and in ``padding`` [B, T]."""
         device = padding.device
         first = torch.arange(self.count, device=device).unsqueeze(1) * self.queries
         query = first + torch.arange(self.queries, device=device)  # [N, C], frames
@@ -152,11 +142,6 @@ def parse_choice(value: Any) -> str:
     if choice not in CHOICES:
         raise ValueError(f"model.encoder.blockwise_attention is {value!r}; it must be one of {', '.join(CHOICES)}")
     return choice
-
-
-def can_cut(context: AttContext) -> bool:
-    """Return whether the context is limited on both sides, so that blocks have a window."""
-    return UNLIMITED not in (context.left, context.right)
 
 
 def wins_by_blocks(window: Window, frames: int, positions: bool, sdpa: bool) -> bool:

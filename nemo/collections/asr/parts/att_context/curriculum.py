@@ -22,10 +22,7 @@ class AttContextCurriculum(pl.Callback):
 
     Args:
         milestones: pairs of a global step and a ceiling [left, right] in attention frames.
-        interpolate: ``step``, or ``linear`` for a straight path between milestones. Left contexts are rounded down to
-            what the attention style allows.
-        start: the ceiling at step 0.
-        end: the ceiling from ``warmup_steps`` on.
+        interpolate: ``step``, or ``linear`` for a straight path between milestones, rounded down to whole chunks.
 
     Raises:
         ValueError: naming the argument, the item and what is allowed.

@@ -23,10 +23,8 @@ class EncoderContext:
     encoder's attention cannot follow.
     """
 
-    att_context_policy: ContextPolicy = None  # type: ignore[assignment]
-    """Which context a training batch gets, and the default; a curriculum replaces its ceiling."""
-    att_context_override: AttContext | None = None
-    """The context that :meth:`set_att_context_size` has set; None: the policy holds."""
+    att_context_policy: ContextPolicy = None  # type: ignore[assignment]  # of training, and the default
+    att_context_override: AttContext | None = None  # what set_att_context_size has set; None: the policy holds
     _active: AttContext | None = None
     _draws = 0  # steps counted by the encoder, where the caller passes none
     _passes: dict[tuple[int, torch.Size], AttContext] = {}  # the contexts of the last forward passes in training

@@ -22,14 +22,14 @@ class ContextSampler:
     and icefall do. The full context among the draws keeps it good offline, too.
     """
 
-    full_prob: float
-    """Probability that a batch has the full context, [-1, -1]: each frame sees the whole utterance."""
-    chunk_size: tuple[int, int]
-    """The smallest and the largest chunk, in attention frames. A chunk of c frames is a right context of c - 1."""
-    left_chunks: tuple[int, int] | None = None
-    """The fewest and the most chunks before its own that a frame sees, where the left context is limited."""
-    left_limited_prob: float = 0.0
-    """Probability that the left context of a batch with chunks is limited."""
+    full_prob: float  # probability that a batch has the full context, [-1, -1]: each frame sees the whole utterance
+    chunk_size: tuple[
+        int, int
+    ]  # the smallest and the largest, in attention frames; c frames are a right context of c - 1
+    left_chunks: tuple[int, int] | None = (
+        None  # the fewest and the most that a frame sees before its own, where limited
+    )
+    left_limited_prob: float = 0.0  # probability that the left context of a batch with chunks is limited
 
     @classmethod
     def parse(cls, value: Mapping[str, Any], style: str = 'chunked_limited') -> 'ContextSampler':
@@ -114,21 +114,14 @@ class ContextPolicy:
     What narrows a context raises ValueError, beginning with ``where``, if the style cannot show what both show.
     """
 
-    default: AttContext
-    """The context of validation and inference."""
-    options: tuple[AttContext, ...] = ()
-    """The contexts to draw from; with fewer than two, ``default`` is taken."""
-    probabilities: tuple[float, ...] = ()
-    """One for each option; they sum to 1."""
-    sampler: ContextSampler | None = None
-    """Draws the contexts instead of ``options``."""
+    default: AttContext  # of validation and inference
+    options: tuple[AttContext, ...] = ()  # the contexts to draw from; with fewer than two, the default is taken
+    probabilities: tuple[float, ...] = ()  # one for each option; they sum to 1
+    sampler: ContextSampler | None = None  # draws the contexts instead of the options
     seed: int = 0
-    shared: bool = True
-    """Whether all ranks draw the same context in a step."""
-    ceiling: AttContext | None = None
-    """Narrows every context of training; a curriculum replaces it."""
-    style: str = 'regular'
-    """The attention style."""
+    shared: bool = True  # whether all ranks draw the same context in a step
+    ceiling: AttContext | None = None  # narrows every context of training; a curriculum replaces it
+    style: str = 'regular'  # of the attention
 
     @property
     def draws(self) -> bool:
@@ -154,10 +147,7 @@ class ContextPolicy:
         return self.narrowed(context)
 
     def contexts(self) -> list[AttContext]:
-        """Return every context that a batch can have, each once; of a sampler's, the widest for each chunk size.
-
-        What an encoder can follow in the widest it can follow in all.
-        """
+        """Return every context that a batch can have, each once; of a sampler's, the widest for each chunk size."""
         drawn = [] if self.sampler is None else self.sampler.widest_contexts()
         return list(dict.fromkeys([*self.options, self.default, *drawn]))
 
@@ -175,11 +165,7 @@ class ContextPolicy:
         return Window(context, self.style).intersect(ceiling, where).context
 
     def within(self, batch: AttContext, own: AttContext, where: str) -> Window:
-        """Return the window of a layer with a context of its own, of which -1 narrows nothing on its side.
-
-        Its chunks are the batch's or, where its own right side makes smaller ones, those. In a sampler's batch its left
-        side is rounded down to whole chunks.
-        """
+        """Return the window of a layer with a context of its own; in a sampler's batch it is rounded down to whole chunks."""
         window = Window(batch, self.style)
         if self.sampler is None:
             return window.intersect(own, where)

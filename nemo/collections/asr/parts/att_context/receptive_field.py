@@ -53,36 +53,28 @@ def _field_of(windows: tuple[Window, ...], before: int, after: int) -> Receptive
 
 
 def chunk_end_look_ahead(encoder: Any, att_context_size: Any = None) -> tuple[int, int]:
-    """Return the frames of a chunk of the stack, and the look-ahead of a chunk's last frame: 0 if convolutions have none.
-
-    A chunk of the stack holds whole chunks of every layer; in ``regular`` style it is one frame. The right context must
-    be limited.
-    """
+    """Return the frames of a chunk of the stack, with whole chunks of every layer, and its last frame's look-ahead."""
     windows = encoder.effective_windows(att_context_size)
     chunk = math.lcm(*(window.chunk for window in windows))
     return chunk, int(_seen(chunk - 1, windows, *encoder.conv_context_size)[1]) - (chunk - 1)
 
 
 def look_ahead_ms(encoder: Any, att_context_size: Any, frame_ms: float) -> float | None:
-    """Return the latency of attention and convolutions: how many milliseconds of audio after it an output waits for.
+    """Return how many milliseconds of audio after it an output waits for, by attention and convolutions, at most.
 
-    Under ``chunked_limited`` it is that of the first frame of a chunk; the mean is half of it. None: it waits for the
-    end of the utterance, or the style's windows are not known. ``frame_ms`` are those of an attention frame.
+    None: it waits for the end of the utterance, or windows are not known. ``frame_ms`` are those of an attention frame.
     """
     window = stack_window(encoder, att_context_size)
     return None if window is None or window.context.right == UNLIMITED else window.context.right * frame_ms
 
 
 def look_ahead_text(milliseconds: float | None) -> str:
-    """Return what :func:`look_ahead_ms` found, for people: ``1040 ms``, or ``all`` that follows."""
+    """Return what :func:`look_ahead_ms` found as text: ``1040 ms``, or ``all``."""
     return 'all' if milliseconds is None else f'{milliseconds:g} ms'
 
 
 def seen_through_layers(encoder: Any, frame: int, att_context_size: Any = None) -> list[tuple[float, float]]:
-    """Return, for each layer, the first and the last of its input frames that one output of the stack depends on.
-
-    They are not cut to an utterance (they may lie before 0), and infinite where nothing limits them.
-    """
+    """Return, for each layer, the first and the last input frame, infinite without a limit, that an output depends on."""
     windows = encoder.effective_windows(att_context_size)
     return [_seen(frame, windows[layer:], *encoder.conv_context_size) for layer in range(len(windows))]
 
@@ -163,10 +155,7 @@ def _features_ahead(encoder: Any) -> int | None:
 
 
 def context_table(encoder: Any, frame_ms: float) -> str:
-    """Return a table, as text, of what each layer attends to in each of the encoder's contexts, and of the whole.
-
-    ``frame_ms`` are the milliseconds of an attention frame: hop of the features times the subsampling factor.
-    """
+    """Return a table of what each layer attends to in each context, with attention frames of ``frame_ms`` milliseconds."""
     if encoder.att_context_style not in STYLES:
         return f'Attention contexts: {encoder.att_context_size_all}, att_context_style {encoder.att_context_style}'
 

@@ -12,11 +12,8 @@ from nemo.utils import logging
 INTERPOLATIONS = ('step', 'linear')
 ANCHORS = 'anchors [layer, [left, right]], such as [0, [40, 0]]'  # as errors name them
 
-LayerContexts = tuple[AttContext | None, ...]
-"""For each layer its own context; None for a layer without."""
-
-Check = Callable[[AttContext, str], object]
-"""Raises ValueError, beginning with the given place, if the context cannot be followed."""
+LayerContexts = tuple[AttContext | None, ...]  # None for a layer without a context of its own
+Check = Callable[[AttContext, str], object]  # raises ValueError, beginning with the place, if it cannot be followed
 
 
 @dataclass(frozen=True)
@@ -31,10 +28,8 @@ class LayerContext:
 class ContextSchedule:
     """Contexts at some positions (layers, or steps), and what holds in between."""
 
-    anchors: tuple[tuple[int, AttContext], ...]
-    """(position, context), in rising order of positions."""
-    linear: bool = False
-    """Whether contexts between two anchors are interpolated; otherwise the last anchor holds."""
+    anchors: tuple[tuple[int, AttContext], ...]  # (position, context), in rising order of positions
+    linear: bool = False  # whether contexts between two anchors are interpolated; otherwise the last anchor holds
 
     @classmethod
     def parse(

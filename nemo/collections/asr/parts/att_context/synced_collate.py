@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches that carry their attention context from the data loader to the training step.
 
-A worker process can set nothing on the model, so the context travels in the batch: ``batch.att_context``, and beside
-it ``batch.context_draw``, the policy that drew it. A collate function numbers batches by counting; only the trainer has
-the number that all ranks share and that a resumed run continues, its global step. So the model repeats the draw when a
-trainer gives it a batch.
+A worker process can set nothing on the model, so the context travels in the batch, and beside it the policy that drew
+it. A collate function counts batches; only the trainer has the number that all ranks share and that a resumed run
+continues, its global step. So the model repeats the draw when a trainer gives it a batch.
 """
 
 import dataclasses
@@ -110,15 +109,14 @@ def create_synced_context_collate(
     Call it as ``create_synced_context_collate(base_collate_fn, context_options, context_probs=None, seed=0)``, or with
     a model before ``context_options``, which is not needed and not kept.
 
-    The SSL models' training step attends and masks within ``batch.att_context``. Under a trainer the draw is a pure
-    function of (seed, global step): the same on all ranks, in all batches of one gradient accumulation, and after a
-    resume. It takes the place of the encoder's own draw.
+    The SSL models' training step attends and masks within ``batch.att_context``, in place of the encoder's own draw.
+    Under a trainer it is a pure function of (seed, global step): the same on all ranks, and after a resume.
 
     Args:
         base_collate_fn: makes a dataclass such as ``AudioNoiseBatch``, a tuple or a list. For a lhotse data loader it is
             the loader's own ``collate_fn``.
         context_options: contexts, each a pair [left, right] in attention frames, or the name of a preset.
-        context_probs: a probability for each option; None draws all with the same.
+        context_probs: a probability for each option; None: all alike.
 
     Raises:
         ValueError: naming the argument, the item and its value.

@@ -18,10 +18,7 @@ MASK_THRESHOLD = 0.8  # an attention frame counts as masked above this share, as
 
 
 def masked_share_per_frame(masks: torch.Tensor, factor: int) -> torch.Tensor:
-    """Return the share of each whole attention frame, of ``factor`` mask frames, that is masked, [B, A] float32.
-
-    ``masks`` are [B, D, T] or [B, T], 1 or True where masked.
-    """
+    """Return the masked share of each whole attention frame, [B, A] float32, of masks [B, D, T] or [B, T], 1 or True."""
     masks = masks.unsqueeze(1) if masks.dim() == 2 else masks
     frames = masks.shape[-1] // factor
     masks = masks[..., : frames * factor].unflatten(-1, (frames, factor))

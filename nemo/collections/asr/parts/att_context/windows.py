@@ -98,11 +98,7 @@ def tightest_window(windows: Iterable[Window]) -> Window:
 
 
 def tightest_window_of(encoder: Any) -> Window | None:
-    """Return what the tightest layer of an encoder sees at present; None if that is not known.
-
-    An encoder without ``tightest_window`` is read by NeMo's attributes: ``att_context_size``, one pair of numbers, and
-    ``att_context_style``, ``regular`` where there is none.
-    """
+    """Return what the tightest layer of an encoder, of any class with NeMo's attributes, sees; None if it is not known."""
     style = getattr(encoder, 'att_context_style', 'regular')
     if style not in STYLES:
         return None
