@@ -39,11 +39,8 @@ class ContrastiveLoss(_up.ContrastiveLoss):
     ) -> torch.Tensor:
         """Compute the loss, a scalar: ``multiplier`` / B times the reduced cross entropy.
 
-        Args:
-            spectrograms: features [B, D, T].
-            spec_masks: 1 where masked [B, D, T].
-            decoder_outputs: predictions [B, A, C].
-            decoder_lengths: attention frames that are real [B]; None: all.
+        Takes features and masks (1 where masked) [B, D, T], predictions [B, A, C], and how many of these are real [B];
+        None: all.
         """
         if not self.sample_from_same_utterance_only and (self.group_loss or self.sample_from_codebook):
             # Negatives are codes, not frames.

@@ -46,10 +46,10 @@ class MultiHeadAttention(_up.MultiHeadAttention):
         if self.layer_context is None:
             self._built_for = value
             return
-        encoder, contexts = self.layer_context.encoder, list(self.layer_context.encoder.layer_att_contexts())
+        contexts = list(self.layer_context.encoder.layer_att_contexts())
         own = None if value is None else parse_own_context(value, 'self_attention.att_context_size')
         contexts[self.layer_context.index] = own
-        encoder.set_layer_att_context_size([None if each is None else each.as_list() for each in contexts])
+        self.layer_context.encoder.set_layer_att_context_size(contexts)
 
     def forward(self, query, key, value, mask, pos_emb=None, cache=None):
         """Attend; arguments and results are NeMo's. The mask may be a :class:`BlockwiseMask`, then without a cache.
