@@ -3,7 +3,6 @@
 
 import glob
 import json
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,14 +15,14 @@ PARTIAL_SUFFIX = '.partial'
 def replacing(path: str | Path) -> Iterator[Path]:
     """Give a path beside the target to write to; once the data are on the disk, put the file in place.
 
-    Whatever goes wrong, a file that was at the target stays there whole. A process that is killed leaves its
-    ``.NAME.PID.partial`` behind, which is removed when the same file is next written.
+    Else a file that was there stays whole. A process that is killed leaves its ``.NAME.PID.partial`` behind, which is
+    removed when the same file is next written.
 
     Raises:
         OSError: naming the target and the cause, if it cannot be written (such as a full disk).
     """
     target = Path(path)
-    remove_partial_files(target.parent, target.name)
+    remove_partial_files(target.parent, glob.escape(target.name))
     partial = target.with_name(f'.{target.name}.{os.getpid()}{PARTIAL_SUFFIX}')
     try:
         yield partial
@@ -36,9 +35,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     _flush_to_disk(target.parent)
 
 
-def remove_partial_files(folder: str | Path, name: str | None = None) -> list[Path]:
-    """Remove what killed processes left in a folder, of one file or of all, and return it; running ones keep their own."""
-    pattern = '*' if name is None else glob.escape(name)
+def remove_partial_files(folder: str | Path, pattern: str = '*') -> list[Path]:
+    """Remove what killed processes left of files in a folder, and return it; running ones keep their own."""
     left = [path for path in Path(folder).glob(f'.{pattern}.*{PARTIAL_SUFFIX}') if not _is_in_use(path)]
     for path in left:
         path.unlink(missing_ok=True)
@@ -46,11 +44,10 @@ def remove_partial_files(folder: str | Path, name: str | None = None) -> list[Pa
 
 
 def _is_in_use(partial: Path) -> bool:
-    process = partial.name.removesuffix(PARTIAL_SUFFIX).rpartition('.')[2]
-    if not process.isdigit() or os.name != 'posix':  # not made here; or Windows, where signal 0 ends a process
-        return True
+    process = partial.stem.rpartition('.')[2]
     try:
-        os.kill(int(process), 0)  # signal 0 only asks
+        if process.isdigit() and os.name == 'posix':  # made here; on Windows signal 0 ends a process
+            os.kill(int(process), 0)
     except OSError as error:
         return not isinstance(error, ProcessLookupError)
     return True
@@ -74,12 +71,5 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, contents) -> None:
     """Write JSON, whole or not at all; NaN and infinite numbers become null. Errors are those of :func:`replacing`."""
-    write_text(Path(path).resolve(), json.dumps(_finite(contents), indent=2, allow_nan=False) + '\n')
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    finite = json.loads(json.dumps(contents), parse_constant=lambda name: None)
+    write_text(Path(path).resolve(), json.dumps(finite, indent=2) + '\n')

@@ -7,16 +7,8 @@ import os
 import tempfile
 import uuid
 from pathlib import Path
-from typing import NamedTuple
 
 OUTSIDE_LIMITS = 'outside of min_duration and max_duration'
-
-
-class Reason(NamedTuple):
-    """How many utterances were left out for a reason, and the first of them."""
-
-    count: int  # type: ignore[assignment]
-    first: str
 
 
 class LeftOut:
@@ -36,26 +28,23 @@ class LeftOut:
             with open(self.path, 'a', encoding='utf-8') as file:
                 file.write(json.dumps([reason, str(first), count]) + '\n')
 
-    def reasons(self) -> dict[str, Reason]:
-        """Return what was counted so far."""
-        found: dict[str, Reason] = {}
-        if os.path.exists(self.path):
-            with open(self.path, encoding='utf-8') as lines:
-                for reason, first, count in map(json.loads, lines):
-                    before = found.get(reason, Reason(0, first))
-                    found[reason] = Reason(before.count + count, before.first)
+    def reasons(self) -> dict[str, tuple[int, str]]:
+        """Return for each reason how many utterances were left out so far, and the first of them."""
+        found: dict[str, tuple[int, str]] = {}
+        lines = Path(self.path).read_text(encoding='utf-8').splitlines() if os.path.exists(self.path) else []
+        for reason, first, count in map(json.loads, lines):
+            before, first = found.get(reason, (0, first))
+            found[reason] = before + count, first
         return found
 
     def total(self) -> int:
         """Return how many utterances were left out."""
-        return sum(reason.count for reason in self.reasons().values())
+        return sum(count for count, _ in self.reasons().values())
 
     def summary(self) -> str:
         """Return a line for the log."""
-        reasons = self.reasons()
-        parts = [f'{found.count} {reason} (first: {found.first})' for reason, found in reasons.items()]
-        total = sum(found.count for found in reasons.values())
-        return f"{total} utterances were left out: {'; '.join(parts)}" if parts else 'no utterance was left out'
+        parts = [f'{count} {reason} (first: {first})' for reason, (count, first) in self.reasons().items()]
+        return f"{self.total()} utterances were left out: {'; '.join(parts)}" if parts else 'no utterance was left out'
 
     def clear(self) -> None:
         """Clear the counts."""

@@ -3,7 +3,6 @@
 
 import builtins
 import collections
-import io
 import typing
 from pathlib import Path
 
@@ -24,20 +23,14 @@ _torch_load = torch.load
 class _Ignored:
     """Stands for an object of a class that is not read."""
 
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
+    __init__ = __setstate__ = lambda self, *args, **kwargs: None
 
 
 def load(path: str | Path, map_location='cpu'):
-    """Load a checkpoint, a file or a folder of sharded weights; tensors, plain values and configs are read.
+    """Load a checkpoint, a file or a folder of sharded weights; ValueError naming it if it cannot be read.
 
-    Nothing in a file is run: what has another class is replaced by a placeholder. A folder's index is torch's own pickle.
-
-    Raises:
-        ValueError: naming the file, if it cannot be read.
+    Nothing in a file is run: tensors, plain values and configs are read, and objects of other classes are replaced by
+    placeholders. A folder's index is torch's own pickle.
     """
     try:
         if Path(path).is_dir():
@@ -58,29 +51,11 @@ def _load_folder(folder: Path) -> dict:
 
 
 def save(content, path: str | Path) -> None:
-    """Save as ``torch.save`` does.
-
-    Raises:
-        OSError: naming the file and the cause (such as a full disk), which torch's own error leaves out.
-    """
+    """Save as ``torch.save`` does; OSError with the cause, such as a full disk, which torch's own error hides."""
     try:
-        with _File(io.FileIO(path, 'wb')) as file:
-            try:
-                torch.save(content, file)
-            except RuntimeError as error:
-                raise file.error or error from error
-    except OSError as error:
-        raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error
-
-
-class _File(io.BufferedWriter):
-    """Keeps the error that torch hides behind its own."""
-
-    error: OSError | None = None
-
-    def write(self, data):
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.error = error
-            raise
+        with open(path, 'wb') as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``nemo_model_checkpoint.py``: a save that is cut short costs no checkpoint and no resume."""
 
-import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -21,11 +20,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, written beside their target; Lightning copies from the temporary folder, not atomically."""
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
-        """Save a checkpoint.
-
-        Raises:
-            OSError: naming the file and the cause; an earlier file of that name is left whole.
-        """
+        """Save a checkpoint; errors of a local file are those of ``replacing``."""
         if storage_options is not None or '://' in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -52,20 +47,25 @@ class NeMoModelCheckpoint(_up.NeMoModelCheckpoint):
     @staticmethod
     def is_checkpoint_unfinished(checkpoint_path) -> bool:
         """Whether a checkpoint is not to be resumed from: unfinished, or a last one that a newer one supersedes."""
-        path = Path(checkpoint_path)
-        marked = _up.NeMoModelCheckpoint.is_checkpoint_unfinished(checkpoint_path)
+        marked, path = _up.NeMoModelCheckpoint.is_checkpoint_unfinished(checkpoint_path), Path(checkpoint_path)
         if not path.is_file():
             return marked
-        return (marked and not zipfile.is_zipfile(path)) or _newest_last_checkpoint(path) not in (None, path)
+        return (marked and not zipfile.is_zipfile(path)) or _newer_last_checkpoint(path) is not None
 
     @staticmethod
     def _remove_unfinished_checkpoints(checkpoint_dir) -> None:
-        folder = Path(checkpoint_dir)
-        if folder.is_dir():
-            for path in remove_partial_files(folder):
-                logging.warning(f'Removed {path}, left by a run that was killed while it wrote')
-            for path in list(folder.glob('*.ckpt')):
-                _settle(path)
+        for path in remove_partial_files(checkpoint_dir):
+            logging.warning(f'Removed {path}, left by a run that was killed while it wrote')
+        for path in list(Path(checkpoint_dir).glob('*.ckpt')):
+            marker = NeMoModelCheckpoint.format_checkpoint_unfinished_marker_path(path)
+            if newer := _newer_last_checkpoint(path):
+                logging.warning(f'Removing {path}: {newer.name} is newer')
+                path.unlink()
+            elif marker.is_file() and path.is_dir():  # NeMo 2.5.3 takes it for a file
+                logging.warning(f'Removing {path}: it is unfinished')
+                shutil.rmtree(path)
+            elif zipfile.is_zipfile(path):
+                marker.unlink(missing_ok=True)
         _up.NeMoModelCheckpoint._remove_unfinished_checkpoints(checkpoint_dir)
 
     def _backup_existing_nemo_ckpt(self, trainer):
@@ -74,26 +74,12 @@ class NeMoModelCheckpoint(_up.NeMoModelCheckpoint):
             return super()._backup_existing_nemo_ckpt(trainer)
 
 
-def _settle(path: Path) -> None:
-    """Take the mark off a whole checkpoint; remove a last one that a newer one supersedes, and an unfinished folder."""
-    newest = _newest_last_checkpoint(path)
-    if newest not in (None, path):
-        logging.warning(f'Removing {path}: {newest.name} is newer')
-        path.unlink()
-    marker = NeMoModelCheckpoint.format_checkpoint_unfinished_marker_path(path)
-    if marker.is_file() and path.is_dir():  # NeMo 2.5.3 takes it for a file
-        logging.warning(f'Removing {path}: it is unfinished')
-        shutil.rmtree(path)
-    if marker.is_file() and (not path.exists() or zipfile.is_zipfile(path)):
-        marker.unlink()
-
-
-def _newest_last_checkpoint(path: Path):
-    """Return the newest whole last checkpoint in the folder of one; None if ``path`` is no last checkpoint.
+def _newer_last_checkpoint(path: Path) -> Path | None:
+    """Return the newest whole last checkpoint beside a last one, if it is another.
 
     torch's files are zip archives, whose table of contents comes last: one that has it is whole.
     """
-    if not path.name.endswith('last.ckpt'):
-        return None
-    whole = [other for other in path.parent.glob('*last.ckpt') if other.is_file() and zipfile.is_zipfile(other)]
-    return max(whole, key=lambda other: (os.stat(other).st_mtime_ns, other.name), default=None)
+    others = path.parent.glob('*last.ckpt') if path.name.endswith('last.ckpt') else ()
+    whole = [other for other in others if other.is_file() and zipfile.is_zipfile(other)]
+    newest = max(whole, key=lambda other: (other.stat().st_mtime_ns, other.name), default=path)
+    return None if newest == path else newest

@@ -104,7 +104,7 @@ def test_segments_of_a_member_are_told_apart_though_nemo_gives_them_one_id(tmp_p
     )
     assert len(found.audio) == 2 and found.skipped == counter.total() == 2
     shorter = DurationFilter(0.0, 0.3)
-    assert not any(map(shorter, cuts)) and counter.reasons()[OUTSIDE_LIMITS].count == 4
+    assert not any(map(shorter, cuts)) and counter.reasons()[OUTSIDE_LIMITS][0] == 4
 
 
 @pytest.mark.parametrize('offset', [0.0, 0.25])
