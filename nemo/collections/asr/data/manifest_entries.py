@@ -9,7 +9,7 @@ from os.path import expanduser
 
 import numpy as np
 
-from nemo.collections.asr.parts.utils.manifest_index import index_of
+from nemo.collections.asr.parts.utils.manifest_index import index_of, paths_in
 from nemo.collections.common.parts.preprocessing import collections
 from nemo.utils import logging
 from nemo.utils.data_utils import DataStoreObject
@@ -36,8 +36,7 @@ class ManifestEntries(Sequence):
         max_number: int | None = None,
         **unused,
     ):
-        paths = [manifests_files] if isinstance(manifests_files, str) else manifests_files
-        self.parse, self.manifests = parse_func, [expanduser(path) for path in paths]
+        self.parse, self.manifests = parse_func, [expanduser(path) for path in paths_in(manifests_files)]
         self.indices = [index_of(DataStoreObject(manifest).get()) for manifest in self.manifests]
         durations = np.concatenate([index.durations for index in self.indices])
         keep = np.concatenate([index.lasting(min_duration, max_duration) for index in self.indices])

@@ -37,6 +37,9 @@ def manifests(tmp_path):
 def test_entries_are_nemos_in_another_process_too(manifests, limits):
     ours = ManifestEntries(manifests, PARSE, **limits)
     nemo = collections.ASRAudioText(manifests, parser=None, parse_func=PARSE, **limits)
+    assert list(ManifestEntries([[path] for path in manifests], PARSE, **limits)) == list(
+        ours
+    )  # NeMo's form of buckets
     assert len(ours) == len(nemo) and list(ours) == list(nemo) == list(pickle.loads(pickle.dumps(ours)))
     assert ours[-1] == nemo[-1] and [ours[1], ours[2]] == nemo.data[1:3]
     with pytest.raises(IndexError):

@@ -132,6 +132,8 @@ class LazyNeMoTarredIterator(_up.LazyNeMoTarredIterator):
                 yield data, audio, member
         except (tarfile.ReadError, EOFError) as error:
             reason, why = CUT_OFF, f'{tar_path} is cut off: {error}'
+        except RuntimeError as error:  # NeMo's, for a member without an entry
+            raise ValueError(f"{error}; skip_missing_manifest_entries: true ignores such members") from error
         missing = [name for name in shard_manifest if name not in names]
         if not missing or getattr(self, 'slice_length', None) is not None:
             return

@@ -138,6 +138,16 @@ def test_a_member_that_the_tar_file_lacks_is_counted(tmp_path, counter):
     assert batch(reader, skip=True).skipped == 1 and list(counter.reasons()) == [NO_MEMBER]
 
 
+def test_a_member_that_the_manifest_lacks_is_an_error_that_names_the_key(tmp_path):
+    tarred(tmp_path, [wav(ramp(1))] * 3)
+    first = (tmp_path / 'manifest_0.json').read_text().partition('\n')[0]
+    (tmp_path / 'manifest_0.json').write_text(first)
+    paths = str(tmp_path / 'manifest_0.json'), str(tmp_path / 'audio_0.tar')
+    with pytest.raises(ValueError, match="'u1.wav'; skip_missing_manifest_entries: true"):
+        list(LazyNeMoTarredIterator(*paths))
+    assert len(list(LazyNeMoTarredIterator(*paths, skip_missing_manifest_entries=True))) == 1
+
+
 @pytest.mark.parametrize('share', [0.7, 0.0])
 def test_a_shard_that_is_cut_off_is_counted_or_named(tmp_path, counter, share):
     for number in range(5):
