@@ -174,7 +174,7 @@ def count_left_out(section) -> None:
         where = f"{line.manifest}, line {line.number}"
         if not least <= (line.entry.get('duration') or least) <= most:
             LEFT_OUT.add(OUTSIDE_LIMITS, f"{where}: {line.entry['duration']} s")
-        elif found is not None and file_id(line.audio).partition('-sub')[0] not in found:
+        elif found is not None and file_id(str(line.audio)).partition('-sub')[0] not in found:
             LEFT_OUT.add(NO_MEMBER, f"{where}: {line.audio}")
 
 
