@@ -74,17 +74,12 @@ class BatchRunner:
             **{name: getattr(self.mel.featurizer, name) for name in FEATURES},
         }
 
-    def reset(self, rows: list[int], counts: bool = True) -> None:
-        """Restart streams; without ``counts`` their values become 0 and the batch continues."""
-        for stage in self.stages:
-            stage.reset(rows, counts)
-
     def received(self, encoder_frames: bool, ended: np.ndarray) -> torch.Tensor:
         """Return how many feature frames, or encoder frames, each stream has received, [B] int64."""
-        counts = self.features.count
-        if encoder_frames:
-            counts = np.where(ended, self._total(), self.subsampling.count)
-        return torch.from_numpy(counts.copy()).to(self.device, non_blocking=True)
+        counts = (
+            np.where(ended, self._total(), self.subsampling.count) if encoder_frames else self.features.count.copy()
+        )
+        return torch.from_numpy(counts).to(self.device, non_blocking=True)
 
     def step(self, samples: torch.Tensor, lengths: np.ndarray, ends: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
         """Take samples [B, N] float32, of which ``lengths`` [B] belong to the streams; ``ends`` [B] end with these.
@@ -171,15 +166,16 @@ class BatchRunner:
         """Return the frames that enter the first layer, [R, Q, D]."""
         start, width = self.factor * (first - 1) + 1, self.factor * count  # the features of each
         found = self.features.read(rows, start, width)
-        begins = self._tensor(start < 0) if start.min() < 0 else None
-        step, caches = self.weights.subsampling.step, self.subsampling.caches
-        if begins is None and ends is None:
-            return step(caches, found, rows)
-        total: Any = NEVER if ends is None else rows.counts(ends[0])[:, None]
-        place = start[:, None] + np.arange(width)
-        found = found.masked_fill(self._tensor((place < 0) | (place >= total)).unsqueeze(2), 0.0)
-        left = None if ends is None else self._tensor(np.clip(total[:, 0] - start, 0, width))
-        return step(caches, found, rows, begins, left)
+        begins, left = self._tensor(start < 0) if start.min() < 0 else None, None
+        if begins is not None or ends is not None:
+            place = start[:, None] + np.arange(width)
+            exists = place >= 0
+            if ends is not None:
+                total = rows.counts(ends[0])
+                exists &= place < total[:, None]
+                left = self._tensor(np.clip(total - start, 0, width))
+            found = found.masked_fill(self._tensor(~exists).unsqueeze(2), 0.0)
+        return self.weights.subsampling.step(self.subsampling.caches, found, rows, begins, left)
 
     def _joined(self, found: list[tuple[torch.Tensor, Rows, np.ndarray]]) -> tuple[torch.Tensor, np.ndarray]:
         """Join frames [R, Q, D] of which ``valid`` [R, Q] are a stream's own: [B, A, D], and how many each has [B]."""

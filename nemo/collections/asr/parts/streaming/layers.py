@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nemo.collections.asr.modules.ssl_modules.quantizers import without_autocast
 from nemo.collections.asr.parts.streaming.linear import LINEARS
@@ -37,8 +38,8 @@ _LOCK = threading.Lock()
 class PositionTable:
     """What a layer's queries score of relative positions, from the farthest ahead to the farthest behind."""
 
-    keys: torch.Tensor  # [H, K, P]
-    shared: torch.Tensor  # scores that all queries share, [H, 1, P]
+    keys: Tensor  # [H, K, P]
+    shared: Tensor  # scores that all queries share, [H, 1, P]
 
 
 class LayerStage(Stage):
@@ -110,10 +111,10 @@ class PreparedLayer:
         self.norm_convolution, self.norm_second = _norm(layer.norm_conv), _norm(layer.norm_feed_forward2)
         self.norm_out, self.convolution_norm = _norm(layer.norm_out), _convolution_norm(convolution)
 
-        def linear(module: torch.nn.Module, scale: float = 1.0) -> Callable[..., torch.Tensor]:
+        def linear(module: torch.nn.Module, scale: float = 1.0) -> Callable[..., Tensor]:
             return LINEARS[precision](module.weight, module.bias, scale)
 
-        def feed_forward(half: torch.nn.Module) -> Callable[..., torch.Tensor]:
+        def feed_forward(half: torch.nn.Module) -> Callable[..., Tensor]:
             inner, outer = linear(half.linear1), linear(half.linear2, layer.fc_factor)
             return lambda frames: outer(F.silu(inner(frames), inplace=True))
 
@@ -147,7 +148,7 @@ class PreparedLayer:
                 found = self._tables[future, past] = PositionTable(keys, torch.bmm(self.bias_v, keys))
             return found
 
-    def step(self, stage: LayerStage, frames: torch.Tensor, rows: Rows, visible: Visible) -> torch.Tensor:
+    def step(self, stage: LayerStage, frames: Tensor, rows: Rows, visible: Visible) -> Tensor:
         """Take frames [R, Q, D] of some rows that arrive, and return as many that are emitted; the stage moves on."""
         shape = frames.shape
         frames = frames.reshape(-1, self.width)
@@ -161,7 +162,7 @@ class PreparedLayer:
                 _exchange(waiting, each.reshape(shape), rows)[:, : shape[1]].reshape(-1, self.width)
                 for waiting, each in ((stage.waiting, frames), (stage.queries, query))
             )
-        frames = self._attend(query, keys_values, shape[1], visible, stage.table).add_(frames)
+        frames = self._attend(query, keys_values, visible, stage.table).add_(frames)
         frames = self._convolve(stage.convolution, frames, shape, rows, visible.began).add_(frames)
         frames = self.second(self.norm_second(frames)).add_(frames)
         frames = self.norm_out(frames).view(shape)
@@ -169,11 +170,10 @@ class PreparedLayer:
             frames = frames + adapter(frames)
         return frames
 
-    def _attend(
-        self, query: torch.Tensor, keys_values: torch.Tensor, count: int, visible: Visible, positions: PositionTable
-    ) -> torch.Tensor:
+    def _attend(self, query: Tensor, keys_values: Tensor, visible: Visible, positions: PositionTable) -> Tensor:
         """Return the attention's output of scaled queries, both [R * Q, D]."""
         rows, ages = keys_values.shape[0], visible.ages
+        count = len(query) // rows
         by_heads = query.view(rows * count, self.heads, self.head_width).transpose(0, 1)
         by_position = torch.baddbmm(positions.shared, by_heads, positions.keys).view(self.heads, rows, count, -1)
         if ages.shape[:-1] == (1,):
@@ -191,9 +191,7 @@ class PreparedLayer:
         attended = torch.matmul(torch.softmax(scores, -1), values)
         return self.out(attended.transpose(1, 2).reshape(-1, self.width))
 
-    def _convolve(
-        self, kept: torch.Tensor, frames: torch.Tensor, shape: Any, rows: Rows, began: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _convolve(self, kept: Tensor, frames: Tensor, shape: Any, rows: Rows, began: Tensor | None) -> Tensor:
         """Return the convolution module's output, [R * Q, D] like its input; ``kept`` [B, ...] moves on."""
         inner = F.glu(self.pointwise1(self.norm_convolution(frames)), -1).view(shape)
         if began is not None:
@@ -215,12 +213,12 @@ def enabled_adapters(layer: torch.nn.Module) -> list[torch.nn.Module]:
     return [layer.adapter_layer[name] for name in layer.get_enabled_adapters()] if layer.is_adapter_available() else []
 
 
-def _norm(norm: torch.nn.LayerNorm) -> Callable[..., torch.Tensor]:
+def _norm(norm: torch.nn.LayerNorm) -> Callable[..., Tensor]:
     weight, bias = norm.weight.detach().clone(), norm.bias.detach().clone()
     return partial(torch.layer_norm, normalized_shape=norm.normalized_shape, weight=weight, bias=bias, eps=norm.eps)
 
 
-def _convolution_norm(convolution: torch.nn.Module) -> Callable[..., torch.Tensor]:
+def _convolution_norm(convolution: torch.nn.Module) -> Callable[..., Tensor]:
     """Return the norm behind the convolution as a function of [N, D]."""
     norm = convolution.batch_norm
     if convolution.norm_type == 'layer_norm':
@@ -233,7 +231,7 @@ def _convolution_norm(convolution: torch.nn.Module) -> Callable[..., torch.Tenso
     return lambda frames: torch.addcmul(shift, frames, scale)
 
 
-def _store(kept: torch.Tensor, new: torch.Tensor, rows: Rows, slots: torch.Tensor) -> torch.Tensor:
+def _store(kept: Tensor, new: Tensor, rows: Rows, slots: Tensor) -> Tensor:
     """Write keys and values [R, Q, 2, H, K] to their slots of ``kept`` in one go; return those of the rows, [R, 2, H, S, K]."""
     if rows.is_whole and slots.dim() == 1:
         return kept.index_copy_(3, slots, new.permute(0, 2, 3, 1, 4))
@@ -244,7 +242,7 @@ def _store(kept: torch.Tensor, new: torch.Tensor, rows: Rows, slots: torch.Tenso
     return rows.select(kept)
 
 
-def _exchange(waiting: torch.Tensor, new: torch.Tensor, rows: Rows) -> torch.Tensor:
+def _exchange(waiting: Tensor, new: Tensor, rows: Rows) -> Tensor:
     """Return what waits with new frames [R, Q, D] behind it; as many as are new no longer wait."""
     joined = torch.cat((rows.select(waiting), new), 1)
     rows.store(waiting, joined[:, new.shape[1] :])

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear layers of copied weights, which lie in memory as the kernel for so much work reads them fastest.
 
-Measured on x86 CPUs, float32: oneDNN's products with packed weights take half the time of ``F.linear``, but some ten
-microseconds to begin. Else a product with the transposed weights is never slower than ``F.linear``, and up to twice as fast
-for one row. On other devices and in other dtypes it is ``F.linear``.
+On x86 CPUs, float32, oneDNN's products with packed weights take half the time of ``F.linear``, but some ten microseconds to
+begin. Else a product with the transposed weights is never slower, and up to twice as fast for one row.
 
 Shapes: N rows, I inputs, O outputs.
 """
@@ -49,7 +48,6 @@ class PreparedLinear:
         return outputs.relu_() if self.relu else outputs
 
     def _pack(self) -> torch.Tensor:
-        """Pack the weights when they are first needed so; two threads that do it at once make the same."""
         with torch.inference_mode(False), torch.no_grad():
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), PACKED_FOR)
         return self._packed
@@ -108,8 +106,8 @@ def check_precision(precision: str, weight: torch.Tensor) -> None:
     """Raise ValueError, with the reason, if weights like this one cannot be held in a precision."""
     if precision not in PRECISIONS:
         raise ValueError(f"weights is {precision!r}; it must be one of {PRECISIONS}")
-    if precision != 'float32' and (weight.device.type != 'cpu' or weight.dtype != torch.float32):
-        found = f'{weight.dtype} on {weight.device}'
+    found = weight.device.type, weight.dtype
+    if precision != 'float32' and found != ('cpu', torch.float32):
         raise ValueError(f"weights is {precision!r}, which is for float32 models on a CPU; this one is {found}")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nemo.collections.asr.parts.preprocessing.features import FilterbankFeatures, check_fixed_statistics
 from nemo.collections.asr.parts.streaming.ring_buffers import RingBuffer, Rows
@@ -48,12 +49,10 @@ class StreamingMel:
         whole = np.where(received == 0, 0, np.maximum((received - self.featurizer.n_fft % 2) // self.hop, 0))
         return np.where(ended, whole, np.clip(full, 0, whole))
 
-    def frames(self, ring: RingBuffer, rows: Rows, first: np.ndarray, count: int) -> torch.Tensor:
+    def frames(self, ring: RingBuffer, rows: Rows, first: np.ndarray, count: int) -> Tensor:
         """Return ``count`` frames of some rows from ``first`` [R] on, [R, T, F]; samples outside of a stream are zeros."""
-        start, received = (
-            first * self.hop - self._before - 1,
-            rows.counts(ring.count),
-        )  # preemphasis takes one sample more
+        start = first * self.hop - self._before - 1  # preemphasis takes one sample more
+        received = rows.counts(ring.count)
         span = (count - 1) * self.hop + self.featurizer.win_length + 1
         samples, inside = ring.read(rows, start, span), None
         if start.min() < 0 or (start + span > received).any():
@@ -69,7 +68,7 @@ class StreamingMel:
                 emphasised.masked_fill_(~inside[:, 1:], 0.0)
         return self._features_of(self._spectrum(emphasised)).to(self.dtype)
 
-    def _spectrum(self, samples: torch.Tensor) -> torch.Tensor:
+    def _spectrum(self, samples: Tensor) -> Tensor:
         """Return the magnitudes of the windows, to the power of ``mag_power``, [R, T, n_fft // 2 + 1] float32."""
         featurizer, length = self.featurizer, self.featurizer.win_length
         windows = samples.unfold(1, length, self.hop) * self._window
@@ -78,7 +77,7 @@ class StreamingMel:
         power = real.square().addcmul_(imaginary, imaginary)
         return power if featurizer.mag_power == 2.0 else power.pow_(featurizer.mag_power / 2)
 
-    def _features_of(self, spectrum: torch.Tensor) -> torch.Tensor:
+    def _features_of(self, spectrum: Tensor) -> Tensor:
         """Return the features [R, T, F] float32."""
         featurizer, features = self.featurizer, F.linear(spectrum, self._filters)
         if featurizer.log:

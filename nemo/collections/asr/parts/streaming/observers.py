@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nemo.collections.asr.modules.ssl_modules.masked_time_line import MaskedTimeLine
 from nemo.collections.asr.parts.att_context.context import AttContext
@@ -27,34 +28,20 @@ SMALLEST_STD = 1e-5  # as in NeMo's per_feature normalisation
 
 
 @dataclass
-class MaskedStream:
-    """The state of one stream that is masked; frames, targets and predictions wait until they have a loss."""
-
-    time_line: MaskedTimeLine  # what was drawn so far
-    masks: torch.Tensor  # [1, M]
-    tokens: torch.Tensor | None = None  # [S] or [S, H]
-    log_probs: torch.Tensor | None = None  # after ``decoder_offset``, which the loss drops, [A, C] or [A, C, H]
-
-
-@dataclass
-class SurprisedStream:
-    """The state of one stream whose tokens are compared with their predictions; either waits for the other."""
-
-    start: int  # index of the token whose surprise is the next to be known
-    unpredicted: int  # tokens still to come that no frame predicts
-    tokens: torch.Tensor | None = None  # [S] or [S, H]
-    log_probs: torch.Tensor | None = None  # at the first horizon, [A, C] or [A, C, H]
-
-
-@dataclass
 class ObservedStream:
-    """The state of one stream."""
+    """The state of one stream. Targets and predictions wait for each other, those of masking and of surprise apart."""
 
-    waiting: torch.Tensor  # mask frames that do not make a whole target yet, [F, M]
-    sums: torch.Tensor  # of the frames received, and of their squares, [2, F, 1] float64
+    waiting: Tensor  # mask frames that do not make a whole target yet, [F, M]
+    sums: Tensor  # of the frames received, and of their squares, [2, F, 1] float64
     count: int = 0  # mask frames received
-    masked: Any = None  # a MaskedStream
-    surprised: Any = None  # a SurprisedStream
+    time_line: MaskedTimeLine | None = None  # what masking drew so far
+    masks: Tensor | None = None  # [1, M]
+    tokens: Tensor | None = None  # [S] or [S, H]
+    log_probs: Tensor | None = None  # after ``decoder_offset``, which the loss drops, [A, C] or [A, C, H]
+    start: int = 0  # index of the token whose surprise is the next to be known
+    unpredicted: int = 0  # tokens still to come that no frame predicts
+    next_tokens: Tensor | None = None  # [S] or [S, H]
+    next_log_probs: Tensor | None = None  # at the first horizon, [A, C] or [A, C, H]
 
 
 class LiveMasking:
@@ -70,15 +57,16 @@ class LiveMasking:
             raise ValueError(f"apply_mask: {type(self.masking).__name__} has no new_stream, so it cannot mask streams")
         self._arguments = window_of_masking(self.masking, tightest_window(model.encoder.effective_windows(context)))
 
-    def mask(self, stream: MaskedStream, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take new mask frames [F, M]; return them as the encoder is to see them, and their masks [1, M]."""
+    def mask(self, stream: Any, frames: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Take new mask frames [F, M], and tokens; return the frames as the encoder is to see them, and their masks [1, M]."""
+        stream.tokens = _joined(stream.tokens, tokens)
         lengths, time_line = torch.tensor([frames.shape[1]], device=frames.device), stream.time_line
         new = dict(input_feats=frames[None], input_lengths=lengths, current_frame=time_line.received[:, 0] + lengths)
         masked, masks = self.masking(**new, stream=time_line, **self._arguments)
         stream.masks = torch.cat((stream.masks, masks[0, :1].to(stream.masks.dtype)), dim=1)
         return masked[0], masks[0, :1]
 
-    def score(self, stream: MaskedStream, log_probs: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def score(self, stream: Any, log_probs: Tensor) -> tuple[Tensor, int]:
         """Take new predictions [A, C] or [A, C, H]; return the loss, summed, and the number of masked frames that get one."""
         stream.log_probs = log_probs = _joined(stream.log_probs, log_probs)
         if stream.tokens is None or not len(log_probs):
@@ -99,23 +87,21 @@ class LiveSurprise:
         objectives = getattr(model, 'objectives', None)
         objective = None if objectives is None else objectives.find(NextTokens)
         if objective is None:
-            raise ValueError(
-                "return_surprise is True; it needs a model that predicts next tokens, with model.objective next_token or "
-                f"both, and this {type(model).__name__} has {getattr(model, 'objective', 'no objective')}"
-            )
+            found = f"{type(model).__name__} has {getattr(model, 'objective', 'no objective')}"
+            raise ValueError(f"return_surprise needs model.objective next_token or both, and this {found}")
         if objective.at_chunk_end:
             raise ValueError("return_surprise: model.next_token.positions is chunk_end; it must be all")
         combined, needed = getattr(model.quantizer, 'combine_time_steps', 1), model.mask_frames_per_attention_frame
         if combined != needed:
-            key, what = 'model.quantizer.combine_time_steps', 'the feature frames of an encoder frame'
-            raise ValueError(f"return_surprise: {key} is {combined}; it must be {needed}, {what}")
+            key = 'model.quantizer.combine_time_steps'
+            raise ValueError(f"return_surprise: {key} is {combined}; it must be {needed}, as of the encoder")
         try:
             self.offset = objective.offset(context)
         except ValueError as error:
             raise ValueError(f"return_surprise: {error}") from error
         self.decoders, self.loss = model.next_token_decoders, objective.token_loss
 
-    def predict(self, encoded: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def predict(self, encoded: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Return the likeliest next tokens [B, A, K] or [B, A, K, H] of new frames [B, D, A], 0 where not ``valid`` [B, A].
 
         Besides, the log-probabilities of the first horizon, [B, A, C] or [B, A, C, H].
@@ -124,20 +110,20 @@ class LiveSurprise:
         tokens = torch.stack([log_probs.argmax(dim=2) for log_probs in predictions], dim=2)
         return tokens * valid.view(*valid.shape, *[1] * (tokens.dim() - 2)), predictions[0]
 
-    def take_tokens(self, stream: SurprisedStream, tokens: torch.Tensor) -> None:
+    def take_tokens(self, stream: Any, tokens: Tensor) -> None:
         """Take new tokens [S] or [S, H]."""
         skipped = min(stream.unpredicted, len(tokens))
         stream.unpredicted -= skipped
-        stream.tokens = _joined(stream.tokens, tokens[skipped:])
+        stream.next_tokens = _joined(stream.next_tokens, tokens[skipped:])
 
-    def score(self, stream: SurprisedStream, log_probs: torch.Tensor) -> torch.Tensor:
+    def score(self, stream: Any, log_probs: Tensor) -> Tensor:
         """Take new predictions [A, C] or [A, C, H]; return nats of all tokens that have now come and were predicted, [S]."""
-        log_probs, tokens = _joined(stream.log_probs, log_probs), stream.tokens
+        log_probs, tokens = _joined(stream.next_log_probs, log_probs), stream.next_tokens
         ready = 0 if tokens is None else min(len(log_probs), len(tokens))
-        stream.log_probs = log_probs[ready:].clone()
-        if tokens is None or not ready:
+        stream.next_log_probs = log_probs[ready:].clone()
+        if not ready:
             return log_probs.new_zeros(0)
-        stream.tokens = tokens[ready:].clone()
+        stream.next_tokens = tokens[ready:].clone()
         stream.start += ready
         return self.loss.of_horizon(log_probs[:ready], tokens[:ready])[0]
 
@@ -154,20 +140,19 @@ class Observers(StreamStates):
         self._combined = getattr(model.quantizer, 'combine_time_steps', 1)
         self.pre_conv = model.pre_encoder is None  # whether mask frames are features
         self._width = features if self.pre_conv else model.encoder.d_model
-        self._masks: list[list[torch.Tensor]] = [[] for _ in range(batch)]  # of this step
-        super().__init__(batch, next(model.encoder.parameters()).device)
+        self._masks: list[list[Tensor]] = [[] for _ in range(batch)]  # of this step
+        super().__init__(batch, next(model.encoder.parameters()).device, self._new_stream)
 
-    def new_stream(self) -> ObservedStream:
-        """Return the state before the first frame."""
+    def _new_stream(self) -> ObservedStream:
         empty = torch.zeros(self._width, 0, device=self.device)
         stream = ObservedStream(empty, empty.new_zeros(2, self._width, 1, dtype=torch.float64))
         if self.masking is not None:
-            stream.masked = MaskedStream(self.masking.masking.new_stream(1, self.device), empty[:1])
+            stream.time_line, stream.masks = self.masking.masking.new_stream(1, self.device), empty[:1]
         if self.surprise is not None:
-            stream.surprised = SurprisedStream(self.surprise.offset, self.surprise.offset)
+            stream.start = stream.unpredicted = self.surprise.offset
         return stream
 
-    def take(self, frames: torch.Tensor, numbers: np.ndarray, valid: np.ndarray) -> torch.Tensor:
+    def take(self, frames: Tensor, numbers: np.ndarray, valid: np.ndarray) -> Tensor:
         """Take new mask frames [R, M, F], of which ``valid`` are their stream's own; return them as the encoder sees them."""
         seen = frames if self.masking is None else frames.clone()
         for index, (row, count) in enumerate(zip(numbers.tolist(), valid.sum(axis=1).tolist(), strict=True)):
@@ -176,15 +161,14 @@ class Observers(StreamStates):
             stream, own = self.streams[row], frames[index, :count].T
             tokens = self.tokens(stream, own)
             if self.surprise is not None and tokens is not None:
-                self.surprise.take_tokens(stream.surprised, tokens)
+                self.surprise.take_tokens(stream, tokens)
             if self.masking is not None:
-                stream.masked.tokens = _joined(stream.masked.tokens, tokens)
-                masked, mask = self.masking.mask(stream.masked, own)
+                masked, mask = self.masking.mask(stream, own, tokens)
                 self._masks[row].append(mask[0])
                 seen[index, :count] = masked.T
         return seen
 
-    def tokens(self, stream: ObservedStream, frames: torch.Tensor) -> torch.Tensor | None:
+    def tokens(self, stream: ObservedStream, frames: Tensor) -> Tensor | None:
         """Return the targets [S] or [S, H] that new mask frames [F, M] complete; None if there is none."""
         first = self._combined - 1 - stream.waiting.shape[1]  # the new frame that completes the first token
         mean, std = _running_statistics(stream, frames, first, self._combined)
@@ -200,7 +184,7 @@ class Observers(StreamStates):
         frames = frames if projection is None else frames.to(projection.weight.dtype)
         return self._quantizer(input_signal=frames.unsqueeze(0))[1][0]
 
-    def finish(self, output: Any, valid: torch.Tensor, failed: list[int]) -> None:
+    def finish(self, output: Any, valid: Tensor, failed: list[int]) -> None:
         """Fill in what a step's frames, of which ``valid`` [B, A] exist, complete; ``failed`` streams complete nothing."""
         self.reset(failed)
         for row in failed:
@@ -211,19 +195,19 @@ class Observers(StreamStates):
             output.masks, output.mask_lengths = _pad([torch.cat(masks or [nothing]) for masks in self._masks])
             self._masks = [[] for _ in lengths]
             rows = zip(self.streams, output.log_probs, lengths, strict=True)
-            losses = [self.masking.score(stream.masked, log_probs[:length]) for stream, log_probs, length in rows]
+            losses = [self.masking.score(stream, log_probs[:length]) for stream, log_probs, length in rows]
             output.masked_frames = sum(frames for _, frames in losses)
             output.loss = sum(total for total, _ in losses) / max(output.masked_frames, 1)
         if self.surprise is not None:
             output.next_tokens, predicted = self.surprise.predict(output.encoded, valid)
-            starts = [stream.surprised.start for stream in self.streams]
+            starts = [stream.start for stream in self.streams]
             output.surprise_start = torch.tensor(starts, device=output.lengths.device)
             rows = zip(self.streams, predicted, lengths, strict=True)
-            surprise = [self.surprise.score(stream.surprised, each[:length]) for stream, each, length in rows]
+            surprise = [self.surprise.score(stream, each[:length]) for stream, each, length in rows]
             output.surprise, output.surprise_lengths = _pad(surprise)
 
 
-def _running_statistics(stream: ObservedStream, frames: torch.Tensor, first: int, stride: int) -> list[torch.Tensor]:
+def _running_statistics(stream: ObservedStream, frames: Tensor, first: int, stride: int) -> list[Tensor]:
     """Add new frames to a stream's sums; return mean and deviation after frame ``first`` and every stride-th on, [F, S]."""
     frames = frames.double()
     sums = torch.cat((stream.sums, torch.stack((frames, frames.square()))), dim=2).cumsum(dim=2)[:, :, 1:]
@@ -236,14 +220,14 @@ def _running_statistics(stream: ObservedStream, frames: torch.Tensor, first: int
     return [mean, variance.sqrt() + SMALLEST_STD]
 
 
-def _joined(earlier: torch.Tensor | None, new: torch.Tensor | None) -> Any:
+def _joined(earlier: Tensor | None, new: Tensor | None) -> Any:
     """Join what waits with what is new along the first dimension; None is nothing."""
     if earlier is None or new is None:
         return new if earlier is None else earlier
     return torch.cat((earlier, new))
 
 
-def _pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Stack tensors [A] of different A; returns [B, A] with zeros at the ends, and the A [B]."""
     stacked = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return stacked, torch.tensor([len(row) for row in rows], device=stacked.device)

@@ -52,8 +52,7 @@ def check_encoder_can_stream(encoder: Any, context: AttContext) -> None:
 
 
 def _subsampling_of(encoder: Any) -> Any:
-    """Return the subsampling, which masking after the convolutions wraps."""
-    return getattr(encoder.pre_encode, 'pre_encode', encoder.pre_encode)
+    return getattr(encoder.pre_encode, 'pre_encode', encoder.pre_encode)  # masking after the convolutions wraps it
 
 
 def _reasons(encoder: Any, context: AttContext) -> Iterator[str]:
@@ -104,17 +103,13 @@ def _computed_parts(encoder: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 class _Seen:
-    """Modules and tensors of an encoder as they are now; no tensor is read as a whole.
-
-    Another type of module, another tensor, a write that torch counts, and one that changes a sampled element differ.
-    """
+    """Modules and tensors of an encoder as they are now, with counts of writes and samples: no tensor is read as a whole."""
 
     def __init__(self, encoder: nn.Module):
         parts = _subsampling_of(encoder), encoder.layers, encoder.out_proj
         modules = [module for part in parts if part is not None for module in part.modules()]
-        owned = (owner.values() for module in modules for owner in (module._parameters, module._buffers))
-        # they are kept, so that no other tensor gets their place
-        self.tensors = [tensor for values in owned for tensor in values if tensor is not None]
+        owned = [each for module in modules for each in (*module._parameters.values(), *module._buffers.values())]
+        self.tensors = [each for each in owned if each is not None]  # kept, so that no other tensor gets their place
         self._facts = [(type(module), *_settings_of(module)) for module in modules] + [
             (None if each.is_inference() else each._version, each.data_ptr(), each.dtype) for each in self.tensors
         ]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED
 from nemo.collections.asr.parts.att_context.windows import Window
@@ -45,11 +46,11 @@ class Rows:
             return np.where(self.active, of_all, of_all[self._leader])
         return of_all[self.numbers]
 
-    def select(self, kept: torch.Tensor) -> torch.Tensor:
+    def select(self, kept: Tensor) -> Tensor:
         """Return the rows [R, ...] of a tensor [B, ...]."""
         return kept if self.index is None else kept.index_select(0, self.index)
 
-    def store(self, kept: torch.Tensor, new: torch.Tensor) -> None:
+    def store(self, kept: Tensor, new: Tensor) -> None:
         """Replace the rows of a tensor [B, ...] by new ones [R, ...]."""
         if self.is_whole:
             kept.copy_(new)
@@ -69,19 +70,19 @@ class Stage:
         """Yield all tensors and counts by name."""
         for name, value in vars(self).items():
             for index, each in enumerate(value if isinstance(value, list) else [value]):
-                if isinstance(each, (torch.Tensor, np.ndarray)):
+                if isinstance(each, (Tensor, np.ndarray)):
                     yield f'{name}.{index}' if isinstance(value, list) else name, each
 
     def reset(self, rows: list[int], counts: bool = True) -> None:
         """Set all that some rows hold to 0; without ``counts`` their counts stay."""
         for _, value in self.kept():
-            if counts or isinstance(value, torch.Tensor):
+            if counts or isinstance(value, Tensor):
                 value[rows] = 0
 
     def export(self, row: int) -> dict[str, Any]:
         """Return a copy of a row: tensors, and counts as integers."""
         pairs = ((name, value[row]) for name, value in self.kept())
-        return {name: each.clone() if isinstance(each, torch.Tensor) else int(each) for name, each in pairs}
+        return {name: each.clone() if isinstance(each, Tensor) else int(each) for name, each in pairs}
 
     def like(self, state: Any) -> dict[str, Any]:
         """Return what a state must be like to be loaded."""
@@ -95,11 +96,11 @@ class Stage:
         """Replace a row by an exported state, which has been checked."""
         for name, value in self.kept():
             given = state[name]
-            value[row] = given.to(value.device) if isinstance(given, torch.Tensor) else given
+            value[row] = given.to(value.device) if isinstance(given, Tensor) else given
 
     def bytes(self) -> int:
         """Return how many bytes its tensors take."""
-        return sum(value.nbytes for _, value in self.kept() if isinstance(value, torch.Tensor))
+        return sum(value.nbytes for _, value in self.kept() if isinstance(value, Tensor))
 
 
 class RingBuffer(Stage):
@@ -109,7 +110,7 @@ class RingBuffer(Stage):
         self.values = torch.zeros(batch, slots, *shape, **like)
         self.count: np.ndarray = np.zeros(batch, np.int64)
 
-    def write(self, rows: Rows, new: torch.Tensor, counts: np.ndarray) -> None:
+    def write(self, rows: Rows, new: Tensor, counts: np.ndarray) -> None:
         """Append positions [R, N, ...] to streams, of which each row gets ``counts`` [R]; 0 where it does not move on."""
         count, slots = new.shape[1], self.values.shape[1]
         first = self.count[rows.numbers] % slots
@@ -128,7 +129,7 @@ class RingBuffer(Stage):
             self.values.flatten(0, 1).index_copy_(0, self._places(rows, first, count), new.flatten(0, 1))
         self.count[rows.numbers] += counts
 
-    def read(self, rows: Rows, first: np.ndarray, count: int) -> torch.Tensor:
+    def read(self, rows: Rows, first: np.ndarray, count: int) -> Tensor:
         """Return ``count`` positions of each row from ``first`` [R] on, [R, count, ...]."""
         slots = self.values.shape[1]
         first = first % slots
@@ -140,7 +141,7 @@ class RingBuffer(Stage):
             return rows.select(own[:, start : start + count])
         return rows.select(torch.cat((own[:, start:], own[:, : start + count - slots]), dim=1))
 
-    def _places(self, rows: Rows, first: np.ndarray, count: int) -> torch.Tensor:
+    def _places(self, rows: Rows, first: np.ndarray, count: int) -> Tensor:
         """Return the places [R * count] of positions in the flattened ring."""
         slots, device = self.values.shape[1], self.values.device
         starts = torch.from_numpy(np.stack((first, rows.numbers * slots))).to(device, non_blocking=True)
@@ -150,17 +151,17 @@ class RingBuffer(Stage):
 
 
 @lru_cache(maxsize=64)
-def _remainders(slots: int, count: int, device: torch.device) -> torch.Tensor:
+def _remainders(slots: int, count: int, device: torch.device) -> Tensor:
     return torch.arange(slots + count, device=device).remainder_(slots)
 
 
 class Visible(NamedTuple):
     """What the queries of a push see of a ring; the first dimension, R, is 1 or left out where all rows are alike."""
 
-    slots: torch.Tensor  # where the frames that arrive are written, [R, Q]
-    ages: torch.Tensor  # row of the table of positions for each query and slot, [R, Q, S] int64
-    hidden: torch.Tensor | None  # slots that are not seen, True is hidden, [R, 1, Q, S]; None: all are seen
-    began: torch.Tensor | None  # whether a query is a frame of its stream, [R, Q, 1] bool; None: all are
+    slots: Tensor  # where the frames that arrive are written, [R, Q]
+    ages: Tensor  # row of the table of positions for each query and slot, [R, Q, S] int64
+    hidden: Tensor | None  # slots that are not seen, True is hidden, [R, 1, Q, S]; None: all are seen
+    began: Tensor | None  # whether a query is a frame of its stream, [R, Q, 1] bool; None: all are
 
 
 @dataclass(eq=False)
@@ -230,7 +231,7 @@ class RingWindow:
         of_hidden = self._tensor(hidden).unsqueeze(1) if hidden.any() else None
         return Visible(slots, ages, of_hidden, None if began.all() else self._tensor(began))
 
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+    def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.device, non_blocking=True)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.streaming.batch_runner import BatchRunner
@@ -56,20 +57,20 @@ class StreamingOutput:
       since this step, of which each stream has ``surprise_lengths`` [B] int64, from index ``surprise_start`` [B] int64 on.
     """
 
-    encoded: torch.Tensor
-    lengths: torch.Tensor
-    current_frame: torch.Tensor
+    encoded: Tensor
+    lengths: Tensor
+    current_frame: Tensor
     failed: dict[int, str] = field(default_factory=dict)
-    log_probs: torch.Tensor | None = None
-    tokens: torch.Tensor | None = None
-    masks: torch.Tensor | None = None
-    mask_lengths: torch.Tensor | None = None
-    loss: torch.Tensor | None = None
+    log_probs: Tensor | None = None
+    tokens: Tensor | None = None
+    masks: Tensor | None = None
+    mask_lengths: Tensor | None = None
+    loss: Tensor | None = None
     masked_frames: int = 0
-    next_tokens: torch.Tensor | None = None
-    surprise: torch.Tensor | None = None
-    surprise_lengths: torch.Tensor | None = None
-    surprise_start: torch.Tensor | None = None
+    next_tokens: Tensor | None = None
+    surprise: Tensor | None = None
+    surprise_lengths: Tensor | None = None
+    surprise_start: Tensor | None = None
     text: list[TextUpdate] | None = None
 
     @classmethod
@@ -175,9 +176,7 @@ class StreamingSession:
         self._ended: np.ndarray = np.zeros(self.batch_size, bool)
         self._broken = self._ended.copy()
         self._failed: dict[int, str] = {}
-        self._flags: list[
-            tuple[Any, torch.Tensor]
-        ] = []  # of earlier steps: events on a GPU, and which rows are finite
+        self._flags: list[tuple[Any, Tensor]] = []  # of earlier steps: a GPU's event, and which rows are finite
 
     @property
     def why_not_fast(self) -> str | None:
@@ -190,7 +189,7 @@ class StreamingSession:
         return sum(stage.bytes() for stage in self._stages()) // self.batch_size
 
     @property
-    def current_frame(self) -> torch.Tensor:
+    def current_frame(self) -> Tensor:
         """Mask frames received so far by each stream, [B] int64; see ``StreamingOutput.current_frame``."""
         return self._runner.received(getattr(self._model, 'pre_encoder', None) is not None, self._ended)
 
@@ -217,7 +216,7 @@ class StreamingSession:
             self._failed.pop(row, None)
         self._ended[rows] = self._broken[rows] = False
 
-    def step(self, samples: torch.Tensor, lengths: Any = None, ended: Any = None) -> StreamingOutput:
+    def step(self, samples: Tensor, lengths: Any = None, ended: Any = None) -> StreamingOutput:
         """Take samples and give out all frames that they complete.
 
         Args:
@@ -244,7 +243,7 @@ class StreamingSession:
             output = self._output(encoded, counts)
         # tensors made in inference mode could not be used in training
         for name, value in vars(output).items():
-            if isinstance(value, torch.Tensor) and value.is_inference():
+            if isinstance(value, Tensor) and value.is_inference():
                 setattr(output, name, value.clone())
         self._broken[moved] = False
         return output
@@ -332,15 +331,12 @@ class StreamingSession:
 
     def _check_whole(self, rows: np.ndarray, what: str) -> None:
         for row in np.flatnonzero(rows & self._broken):
-            raise ValueError(
-                f"{what}: stream {row} is broken by an error in an earlier step; reset({row}) restarts it"
-            )
+            found = f"stream {row} is broken by an error in an earlier step"
+            raise ValueError(f"{what}: {found}; reset({row}) restarts it")
 
-    def _checked_arguments(
-        self, samples: torch.Tensor, lengths: Any, ended: Any
-    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    def _checked_arguments(self, samples: Any, lengths: Any, ended: Any) -> tuple[Tensor, np.ndarray, np.ndarray]:
         """Return the arguments of a step as float32, int64 and bool."""
-        shape = [*samples.shape] if isinstance(samples, torch.Tensor) else type(samples).__name__
+        shape = [*samples.shape] if isinstance(samples, Tensor) else type(samples).__name__
         if shape[:1] != [self.batch_size] or len(shape) != 2:
             raise ValueError(f"samples are {shape}; they must be a tensor [{self.batch_size}, n]")
         if not samples.is_floating_point():
@@ -366,7 +362,7 @@ class StreamingSession:
             raise ValueError(f"{name} are {values.tolist()}; they must be {self.batch_size}, one for each stream")
         return values
 
-    def _check_finite(self, samples: torch.Tensor, lengths: np.ndarray) -> None:
+    def _check_finite(self, samples: Tensor, lengths: np.ndarray) -> None:
         """Look at the samples where they came from: those of a microphone make no device wait."""
         taken = samples[:, : int(lengths.max())]
         if not taken.numel() or _peak(taken) <= LOUD:
@@ -379,7 +375,7 @@ class StreamingSession:
                 logging.warning(f"Samples reach {peak:.3g}; full scale is 1, as of soundfile's float32.")
                 self._warned = True
 
-    def _output(self, encoded: torch.Tensor, counts: np.ndarray) -> StreamingOutput:
+    def _output(self, encoded: Tensor, counts: np.ndarray) -> StreamingOutput:
         """Return what a step gives out, of frames [B, A, D] and how many each stream has [B]."""
         self._find_failed(encoded)
         failed = list(self._failed)
@@ -401,7 +397,7 @@ class StreamingSession:
             output.log_probs = None
         return output
 
-    def _find_failed(self, encoded: torch.Tensor) -> None:
+    def _find_failed(self, encoded: Tensor) -> None:
         """Find the rows whose frames [B, A, D] are not finite; on a GPU the flags are copied, and read in a later step.
 
         With text, which is read anyway, and at the end of all streams they are read at once.
@@ -421,10 +417,11 @@ class StreamingSession:
             new = [row for row in np.flatnonzero(~flags.numpy()).tolist() if row not in self._failed]
             if new:
                 self._failed.update(dict.fromkeys(new, 'its output holds NaN or infinite values'))
-                self._runner.reset(new, counts=False)
+                for stage in self._runner.stages:
+                    stage.reset(new, counts=False)  # their values; the batch continues
 
 
-def _peak(samples: torch.Tensor) -> float:
+def _peak(samples: Tensor) -> float:
     """Return the largest absolute value, NaN if there is any."""
     if samples.device.type != 'cpu':
         return float(samples.abs().amax())
@@ -445,7 +442,7 @@ def _check_eval_mode(*modules: torch.nn.Module) -> None:
         raise ValueError("the model is in training mode; call model.eval() before streaming")
 
 
-def _join(tensors: list[torch.Tensor], lengths: list[torch.Tensor], dim: int) -> torch.Tensor:
+def _join(tensors: list[Tensor], lengths: list[Tensor], dim: int) -> Tensor:
     """Join tensors of consecutive steps along ``dim``, leaving out the padding of each stream."""
     rows = []
     for row in range(tensors[0].shape[0]):

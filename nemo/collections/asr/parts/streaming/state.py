@@ -2,6 +2,7 @@
 """States of live streams: plain containers and tensors that are checked as a whole before they are loaded."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,15 +11,11 @@ VERSION = 7  # of what StreamingSession.export and state_dict return
 
 
 class StreamStates:
-    """What a stage keeps of streams, in a dataclass for each; a subclass makes that of a new stream."""
+    """What a stage keeps of streams, in a dataclass for each; ``new_stream`` makes that of a stream before its first frame."""
 
-    def __init__(self, batch: int, device: torch.device):
-        self.device = device
-        self.streams: list[Any] = [self.new_stream() for _ in range(batch)]
-
-    def new_stream(self) -> Any:
-        """Return the state before the first frame."""
-        raise NotImplementedError
+    def __init__(self, batch: int, device: torch.device, new_stream: Callable[[], Any]):
+        self.device, self.new_stream = device, new_stream
+        self.streams = [new_stream() for _ in range(batch)]
 
     def reset(self, rows: list[int]) -> None:
         """Restart streams."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from nemo.collections.asr.parts.streaming.linear import PreparedLinear
 from nemo.collections.asr.parts.streaming.ring_buffers import Rows, Stage
@@ -38,7 +38,7 @@ class _Convolution:
         sums = weight.device.type == 'cpu' and weight.dtype == torch.float32
         self._taps = weight.permute(2, 3, 0, 1).reshape(KERNEL, KERNEL, 1, 1, -1) if sums else None
 
-    def __call__(self, frames: torch.Tensor) -> torch.Tensor:
+    def __call__(self, frames: Tensor) -> Tensor:
         """Return [R, T, F', C'] for frames [R, 2 * T + 1, F, C] of which the first is cached."""
         if self._weight is None:
             inputs = _patches(frames).permute(0, 1, 2, 4, 5, 3).flatten(3)
@@ -79,7 +79,7 @@ class IncrementalSubsampling:
             width, channels = width // STRIDE + 1, stage.channels
         return Stage(caches=caches, count=np.zeros(batch, np.int64))
 
-    def step(self, caches: list[Any], features: Any, rows: Rows, begins: Any = None, left: Any = None) -> torch.Tensor:
+    def step(self, caches: list[Any], features: Any, rows: Rows, begins: Any = None, left: Any = None) -> Tensor:
         """Return the next encoder frames of some rows, [R, Q, D], for their features [R, factor * Q, F].
 
         ``caches`` of :meth:`new_stage` change in place. ``begins`` [R] bool: the first frame is its stream's first; what is
@@ -99,9 +99,7 @@ class IncrementalSubsampling:
             rows.store(cache, new[0] if len(new) == 1 else torch.cat(new))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _step(
-        self, caches: list[Any], features: Any, begins: Any, left: Any
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _step(self, caches: list[Any], features: Any, begins: Any, left: Any) -> tuple[Tensor, list[Tensor]]:
         frames, ahead, last = features.unsqueeze(-1), self.factor, []
         for stage, cache in zip(self.stages, caches, strict=True):
             frames = torch.cat((cache, frames), dim=1)
@@ -117,7 +115,7 @@ class IncrementalSubsampling:
         return self.out(frames.flatten(2).flatten(0, 1)).view(len(frames), frames.shape[1], -1), last
 
 
-def _patches(frames: torch.Tensor) -> torch.Tensor:
+def _patches(frames: Tensor) -> Tensor:
     """Return what each output of a convolution sees, [R, T, F', C, 3, 3], of frames [R, 2 * T + 1, F, C]."""
     padded = torch.constant_pad_nd(frames, (0, 0, KERNEL - 1, STRIDE - 1))
     return padded.unfold(1, KERNEL, STRIDE).unfold(2, KERNEL, STRIDE)

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nemo.collections.asr.parts.streaming.state import StreamStates
 from nemo.collections.asr.parts.submodules.transducer_decoding.label_looping_base import LabelLoopingStateItem
 from nemo.collections.asr.parts.utils.rnnt_utils import Hypothesis
 
 NO_CONFIDENCE = float('nan')
-WORD_START = '▁'  # SentencePiece's mark
-CONTINUES = '##'  # the mark of word pieces
+SPACE, WORD_START, CONTINUES = ' ', '▁', '##'  # the marks of characters, of SentencePiece, and of word pieces
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def decoder_of(model: Any) -> torch.nn.Module:
     return decoder
 
 
-def decode_frames(decoder: torch.nn.Module, encoded: torch.Tensor) -> torch.Tensor:
+def decode_frames(decoder: torch.nn.Module, encoded: Tensor) -> Tensor:
     """Return the log-probabilities [B, A, C] or [B, A, C, H] of frames [B, D, A], of which there may be none."""
     if encoded.shape[2]:
         return decoder(encoder_output=encoded)
@@ -222,8 +222,8 @@ class Spelling:
     def __init__(self, decoding: Any, frame_seconds: float):
         self.decoding, self.frame_seconds = decoding, frame_seconds
         tokenizer = getattr(decoding, 'tokenizer', None)
-        self._pieces = tokenizer is not None
-        self._marks_starts = any(str(piece).startswith(WORD_START) for piece in getattr(tokenizer, 'vocab', ()))
+        marks_starts = any(str(piece).startswith(WORD_START) for piece in getattr(tokenizer, 'vocab', ()))
+        self._mark = SPACE if tokenizer is None else WORD_START if marks_starts else CONTINUES
         self._piece = cache(lambda token: decoding.decode_ids_to_tokens([token])[0])
         self.aggregate = decoding.confidence_aggregation_bank[decoding.word_confidence_aggregation]
 
@@ -233,15 +233,12 @@ class Spelling:
 
     def begins_word(self, token: int) -> bool:
         """Return whether a token begins a word; a space belongs to the word after it."""
-        piece = self._piece(token)
-        if not self._pieces:
-            return piece == ' '
-        return piece.startswith(WORD_START) if self._marks_starts else not piece.startswith(CONTINUES)
+        return self._piece(token).startswith(self._mark) != (self._mark == CONTINUES)
 
     def word(self, tokens: list[int], frames: Sequence[int], confidences: Sequence[float]) -> Word:
         """Return the word of tokens, without text if they are blank; confidences may be NaN."""
         first = 0
-        while not self._pieces and first < len(tokens) and self._piece(tokens[first]) == ' ':
+        while self._mark == SPACE and first < len(tokens) and self._piece(tokens[first]) == SPACE:
             first += 1
         text = self.text(tokens[first:]).strip()
         if not text:
@@ -254,9 +251,7 @@ class Spelling:
 class LiveText(StreamStates):
     """Turns encoder frames into text as they come; ValueError if the model cannot, with the reason."""
 
-    def __init__(
-        self, model: Any, batch: int, frame_seconds: float, options: TextOptions, device: torch.device | str = 'cpu'
-    ):
+    def __init__(self, model: Any, batch: int, frame_seconds: float, options: TextOptions, device: Any = 'cpu'):
         self.options, self.frame_seconds = options, frame_seconds
         self._decoding = greedy_decoding(model, options.confidence)
         self._spelling = Spelling(self._decoding.decoding, frame_seconds)
@@ -266,15 +261,9 @@ class LiveText(StreamStates):
         )
         shapes = [list(parameter.shape) for parameter in model.decoder.parameters()]
         self.kind = f'{type(self._decoding).__name__}, blank {self._decoding.decoding.blank_id}, decoder {shapes}'
-        super().__init__(batch, device)
+        super().__init__(batch, device, lambda: _Stream(self._decoding.start))
 
-    def new_stream(self) -> _Stream:
-        """Return the state before the first frame."""
-        return _Stream(self._decoding.start)
-
-    def take(
-        self, encoded: torch.Tensor, lengths: list[int], ended: list[bool], log_probs: torch.Tensor | None = None
-    ) -> list[TextUpdate]:
+    def take(self, encoded: Tensor, lengths: list[int], ended: list[bool], log_probs: Any = None) -> list[TextUpdate]:
         """Take new frames [B, D, A], ``lengths`` of each stream, and return what they add to the text of each.
 
         ``log_probs`` are those of the CTC decoder, [B, A, C], where it has run already.
@@ -323,8 +312,7 @@ class LiveText(StreamStates):
             limit = self._after_speech if stream.has_speech else self._after_nothing
             if limit is None or stream.silent_from + limit > until:
                 return
-            self._close_word(stream, update)
-            self._end_utterance(stream, stream.silent_from + limit, update)
+            self._close_word(stream, update, stream.silent_from + limit)
 
     def _add(self, stream: _Stream, token: Token, update: TextUpdate) -> None:
         if token.repeats:  # NeMo aggregates the confidence of a token over its frames
@@ -337,26 +325,25 @@ class LiveText(StreamStates):
         else:
             grown = len(stream.tokens) - stream.open
             if grown and (grown >= self.options.longest_word or self._spelling.begins_word(token.token)):
-                self._close_word(stream, update)
-                if self._longest is not None and token.frame - stream.start >= self._longest:
-                    self._end_utterance(stream, token.frame, update)
+                too_long = self._longest is not None and token.frame - stream.start >= self._longest
+                self._close_word(stream, update, token.frame if too_long else None)
             stream.tokens.append(token.token)
             stream.frames.append(token.frame)
             stream.confidences.append(token.confidence)
             stream.repeated = 1
         stream.has_speech, stream.silent_from = True, token.frame + 1
 
-    def _close_word(self, stream: _Stream, update: TextUpdate) -> None:
+    def _close_word(self, stream: _Stream, update: TextUpdate, utterance_end: int | None = None) -> None:
+        """Make the partial word final, and end the utterance at a frame."""
         if len(stream.tokens) > stream.open:
             word = self._word(stream, stream.open, len(stream.tokens))
             update.final_words += [word] if word.text else []
             stream.words.append(stream.open)
             stream.open = len(stream.tokens)
         stream.partial = NO_WORD
-
-    def _end_utterance(self, stream: _Stream, frame: int, update: TextUpdate) -> None:
-        update.utterance_ends.append(frame * self.frame_seconds)
-        stream.start, stream.silent_from, stream.has_speech = frame, frame, False
+        if utterance_end is not None:
+            update.utterance_ends.append(utterance_end * self.frame_seconds)
+            stream.start, stream.silent_from, stream.has_speech = utterance_end, utterance_end, False
 
     def _word(self, stream: _Stream, first: int, end: int) -> Word:
         part = slice(first, end)

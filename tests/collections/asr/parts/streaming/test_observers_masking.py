@@ -73,4 +73,4 @@ def test_a_masked_stream_is_saved_restored_and_reset():
     assert torch.equal(outputs[0].masks, outputs[1].masks) and torch.equal(outputs[0].loss, outputs[1].loss)
     session.reset([0])
     observed = session._observers.streams[0]
-    assert observed.count == 0 and not observed.masked.masks.numel()
+    assert observed.count == 0 and not observed.masks.numel()

@@ -138,7 +138,7 @@ def test_what_waits_is_bounded():
     def bytes_after(seconds):
         session = StreamingSession(model_of('chunked'), 1, [8, 3], return_surprise=True)
         session.step(noise(1, seconds * 16000))
-        assert len(session._observers.streams[0].surprised.log_probs) <= 4
+        assert len(session._observers.streams[0].next_log_probs) <= 4
         return session.cache_bytes_per_stream
 
     assert bytes_after(4) == bytes_after(12)
