@@ -19,6 +19,7 @@ from nemo.collections.asr.parts.streaming.linear import check_precision
 from nemo.collections.asr.parts.streaming.mel import StreamingMel
 from nemo.collections.asr.parts.streaming.observers import Observers
 from nemo.collections.asr.parts.streaming.prepared_weights import why_not
+from nemo.collections.asr.parts.streaming.ring_buffers import Stage
 from nemo.collections.asr.parts.streaming.state import VERSION, check_like
 from nemo.collections.asr.parts.streaming.text import (
     LiveText,
@@ -173,9 +174,8 @@ class StreamingSession:
         self.next_token_offset = observers.surprise.offset if observers and observers.surprise else None
         self._modules, self._decoder = modules, decoder
         self._mel, self._runner, self._observers, self._text = mel, runner, observers, text
-        self._ended: np.ndarray = np.zeros(self.batch_size, bool)
-        self._broken = self._ended.copy()
-        self._failed: dict[int, str] = {}
+        self._streams = Stage(ended=np.zeros(self.batch_size, bool), failed=np.zeros(self.batch_size, bool))
+        self._broken: np.ndarray = np.zeros(self.batch_size, bool)
         self._flags: list[tuple[Any, Tensor]] = []  # of earlier steps: a GPU's event, and which rows are finite
 
     @property
@@ -191,12 +191,12 @@ class StreamingSession:
     @property
     def current_frame(self) -> Tensor:
         """Mask frames received so far by each stream, [B] int64; see ``StreamingOutput.current_frame``."""
-        return self._runner.received(getattr(self._model, 'pre_encoder', None) is not None, self._ended)
+        return self._runner.received(getattr(self._model, 'pre_encoder', None) is not None, self._streams.ended)
 
     @property
     def ended(self) -> tuple[bool, ...]:
         """For each stream, whether it has ended."""
-        return tuple(self._ended.tolist())
+        return tuple(self._streams.ended.tolist())
 
     def reset(self, streams: int | Sequence[int] | None = None) -> None:
         """Restart all streams with the present weights, or those with these indices while the others continue.
@@ -212,9 +212,7 @@ class StreamingSession:
             self._read_flags(wait=True)
             for part in self._stages():
                 part.reset(rows)
-        for row in rows:
-            self._failed.pop(row, None)
-        self._ended[rows] = self._broken[rows] = False
+        self._broken[rows] = False
 
     def step(self, samples: Tensor, lengths: Any = None, ended: Any = None) -> StreamingOutput:
         """Take samples and give out all frames that they complete.
@@ -235,11 +233,11 @@ class StreamingSession:
         self._broken[moved] = True  # until the step is over
         with torch.inference_mode():
             self._read_flags()
-            if self._failed:
+            if self._streams.failed.any():
                 samples = samples.clone()
-                samples[list(self._failed)] = 0.0
+                samples[np.flatnonzero(self._streams.failed).tolist()] = 0.0
             encoded, counts = self._runner.step(samples, lengths, ends)
-            self._ended |= ends
+            self._streams.ended |= ends
             output = self._output(encoded, counts)
         # tensors made in inference mode could not be used in training
         for name, value in vars(output).items():
@@ -263,9 +261,7 @@ class StreamingSession:
         row = self._checked_row(row, 'export')
         self._read_flags(wait=True)
         self._check_whole(np.arange(self.batch_size) == row, 'export')
-        stages = [part.export(row) for part in self._stages()]
-        stream = {'ended': bool(self._ended[row]), 'failed': self._failed.get(row), 'stages': stages}
-        return {'version': VERSION, 'of': self._settings(), 'stream': stream}
+        return {'version': VERSION, 'of': self._settings(), 'stages': [part.export(row) for part in self._stages()]}
 
     def load(self, row: int, state: dict[str, Any]) -> None:
         """Continue an exported stream in the place of another one; sessions may have any number of streams.
@@ -274,7 +270,7 @@ class StreamingSession:
         """
         row = self._checked_row(row, 'load')
         self._check_state(state)
-        self._load(row, state['stream'])
+        self._load(row, state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the exported states of all streams."""
@@ -290,10 +286,11 @@ class StreamingSession:
             self._check_state(stream)
         self._broken[:] = True
         for row, stream in enumerate(streams):
-            self._load(row, stream['stream'])
+            self._load(row, stream)
 
     def _stages(self) -> list[Any]:
-        return [*self._runner.stages, *(part for part in (self._observers, self._text) if part is not None)]
+        parts = self._streams, *self._runner.stages, self._observers, self._text
+        return [part for part in parts if part is not None]
 
     def _settings(self) -> dict[str, Any]:
         text = None if self._text is None else self._text.kind
@@ -307,21 +304,18 @@ class StreamingSession:
         pairs = {name: (state['of'].get(name), here) for name, here in self._settings().items()}
         if other := [f'{name} ({given}, here {here})' for name, (given, here) in pairs.items() if given != here]:
             raise ValueError(f"load: the state is of a session with another {', '.join(other)}")
-        parts, stream = self._stages(), state.get('stream')
-        check_like(stream, {'ended': False, 'failed': None, 'stages': [None] * len(parts)}, 'stream')
-        for part, of_part in zip(parts, state['stream']['stages'], strict=True):
+        parts = self._stages()
+        check_like(state.get('stages'), [None] * len(parts), 'stages')
+        for part, of_part in zip(parts, state['stages'], strict=True):
             part.check(of_part)
 
-    def _load(self, row: int, stream: dict[str, Any]) -> None:
+    def _load(self, row: int, state: dict[str, Any]) -> None:
         self._read_flags(wait=True)
         self._broken[row] = True
         with torch.inference_mode():
-            for part, state in zip(self._stages(), stream['stages'], strict=True):
-                part.load(row, state)
-        self._failed.pop(row, None)
-        if stream['failed'] is not None:
-            self._failed[row] = stream['failed']
-        self._ended[row], self._broken[row] = stream['ended'], False
+            for part, of_part in zip(self._stages(), state['stages'], strict=True):
+                part.load(row, of_part)
+        self._broken[row] = False
 
     def _checked_row(self, row: Any, what: str) -> int:
         whole = isinstance(row, (int, np.integer)) and not isinstance(row, bool)
@@ -341,7 +335,7 @@ class StreamingSession:
             raise ValueError(f"samples are {shape}; they must be a tensor [{self.batch_size}, n]")
         if not samples.is_floating_point():
             raise ValueError(f"samples are {samples.dtype}; they must be floating point, with full scale at 1")
-        available, over = samples.shape[1], self._ended
+        available, over = samples.shape[1], self._streams.ended
         if lengths is None:
             if over.all():
                 raise ValueError("step: every stream has ended; reset() restarts them")
@@ -367,7 +361,7 @@ class StreamingSession:
         taken = samples[:, : int(lengths.max())]
         if not taken.numel() or _peak(taken) <= LOUD:
             return
-        for row in sorted(set(np.flatnonzero(lengths).tolist()) - self._failed.keys()):
+        for row in np.flatnonzero((lengths > 0) & ~self._streams.failed):
             peak = _peak(samples[row, : lengths[row]])
             if not math.isfinite(peak):
                 raise ValueError(f"samples of stream {row} hold NaN or infinite values")
@@ -378,11 +372,12 @@ class StreamingSession:
     def _output(self, encoded: Tensor, counts: np.ndarray) -> StreamingOutput:
         """Return what a step gives out, of frames [B, A, D] and how many each stream has [B]."""
         self._find_failed(encoded)
-        failed = list(self._failed)
+        failed = np.flatnonzero(self._streams.failed).tolist()
         if failed:
             encoded[failed], counts[failed] = 0.0, 0
         lengths = torch.from_numpy(counts).to(encoded.device, non_blocking=True)
-        output = StreamingOutput(encoded.transpose(1, 2), lengths, self.current_frame, dict(self._failed))
+        reasons = dict.fromkeys(failed, 'its output holds NaN or infinite values')
+        output = StreamingOutput(encoded.transpose(1, 2), lengths, self.current_frame, reasons)
         if self._decoder is not None or self._observers is not None:
             valid = torch.arange(encoded.shape[1], device=encoded.device) < lengths[:, None]
         if self._decoder is not None:  # it takes each frame by itself
@@ -392,7 +387,9 @@ class StreamingSession:
         if self._observers is not None:
             self._observers.finish(output, valid, failed)
         if self._text is not None:
-            output.text = self._text.take(output.encoded, counts.tolist(), self._ended.tolist(), output.log_probs)
+            output.text = self._text.take(
+                output.encoded, counts.tolist(), self._streams.ended.tolist(), output.log_probs
+            )
         if not self.return_log_probs:
             output.log_probs = None
         return output
@@ -407,18 +404,17 @@ class StreamingSession:
             return
         flags = encoded.isfinite().flatten(1).all(dim=1).to('cpu', non_blocking=True)
         self._flags.append((torch.cuda.current_stream().record_event() if encoded.is_cuda else None, flags))
-        self._read_flags(wait=on_cpu or self._text is not None or bool(self._ended.all()))
+        self._read_flags(wait=on_cpu or self._text is not None or bool(self._streams.ended.all()))
 
     def _read_flags(self, wait: bool = False) -> None:
         while self._flags and (wait or self._flags[0][0] is None or self._flags[0][0].query()):
             event, flags = self._flags.pop(0)
             if event is not None:
                 event.synchronize()
-            new = [row for row in np.flatnonzero(~flags.numpy()).tolist() if row not in self._failed]
-            if new:
-                self._failed.update(dict.fromkeys(new, 'its output holds NaN or infinite values'))
-                for stage in self._runner.stages:
-                    stage.reset(new, counts=False)  # their values; the batch continues
+            new = np.flatnonzero(~flags.numpy() & ~self._streams.failed).tolist()
+            self._streams.failed[new] = True
+            for stage in self._runner.stages if new else ():
+                stage.reset(new, counts=False)  # their values; the batch continues
 
 
 def _peak(samples: Tensor) -> float:

@@ -191,8 +191,8 @@ def test_a_stream_moves_between_sessions_of_other_sizes(case, context, tmp_path)
         state = before.export(row)
         torch.save(state, tmp_path / 'stream.pt')
         session.load(place, torch.load(tmp_path / 'stream.pt', weights_only=True))
-        moved = session.export(place)['stream']
-        assert all(same(*pair) for pair in zip(moved['stages'], state['stream']['stages'], strict=True))
+        moved = session.export(place)
+        assert all(same(*pair) for pair in zip(moved['stages'], state['stages'], strict=True))
         piece = samples[1:2, position : position + 4000].repeat(session.batch_size, 1)
         lengths = [4000 if other == place else 0 for other in range(session.batch_size)]
         frames += frames_of([session.step(piece, lengths)], place)
@@ -247,10 +247,10 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
     outputs = [session.step(samples[:, :4000])]
     state = session.export(0)
     damaged = copy.deepcopy(state)
-    damaged['stream']['stages'][-1]['keys_values'] = torch.zeros(2, 2, 3, 8)
+    damaged['stages'][-1]['keys_values'] = torch.zeros(2, 2, 3, 8)
     short, other = copy.deepcopy(state), copy.deepcopy(state)
-    del short['stream']['stages'][3]
-    del other['stream']['stages'][-1]['convolution']
+    del short['stages'][3]
+    del other['stages'][-1]['convolution']
     cases = [
         (StreamingSession(model, 1, [8, 0]).export(0), r'att_context_size \(\[8, 0\], here \[4, 0\]\)'),
         (
@@ -262,7 +262,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
         (StreamingSession(model, 1, [4, 0], apply_mask=True).export(0), r'apply_mask \(True, here False\)'),
         (session.state_dict(), 'no state of a StreamingSession'),
         (damaged, 'LayerStage.keys_values is torch.float32'),
-        (short, 'stream.stages is'),
+        (short, 'stages is'),
         (other, 'LayerStage is .*must be like .*convolution'),
         ({}, 'no state of a StreamingSession'),
     ]
