@@ -36,7 +36,7 @@ class BatchRunner:
     """
 
     def __init__(
-        self, mel: StreamingMel, encoder: Any, context: AttContext, batch: int, precision: str, observers: Any = None
+        self, mel: StreamingMel, encoder: Any, context: AttContext, batch: int, precision: str, observers: Any
     ):
         check_encoder_can_stream(encoder, context)
         self.mel, self.context, self.observers = mel, context, observers
@@ -76,9 +76,8 @@ class BatchRunner:
 
     def received(self, encoder_frames: bool, ended: np.ndarray) -> torch.Tensor:
         """Return how many feature frames, or encoder frames, each stream has received, [B] int64."""
-        counts = (
-            np.where(ended, self._total(), self.subsampling.count) if encoder_frames else self.features.count.copy()
-        )
+        of_encoder = np.where(ended, self._total(), self.subsampling.count)
+        counts = of_encoder if encoder_frames else self.features.count.copy()
         return torch.from_numpy(counts).to(self.device, non_blocking=True)
 
     def step(self, samples: torch.Tensor, lengths: np.ndarray, ends: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:

@@ -131,11 +131,9 @@ class LiveSurprise:
 class Observers(StreamStates):
     """Masks streams, predicts their next tokens and compares these with what comes; ValueError if the model cannot."""
 
-    def __init__(
-        self, model: Any, context: AttContext, batch: int, features: int, apply_mask: bool, return_surprise: bool
-    ):
-        self.masking = LiveMasking(model, context) if apply_mask else None
-        self.surprise = LiveSurprise(model, context) if return_surprise else None
+    def __init__(self, model: Any, context: AttContext, batch: int, features: int, masks: bool, predicts: bool):
+        self.masking = LiveMasking(model, context) if masks else None
+        self.surprise = LiveSurprise(model, context) if predicts else None
         self._normalises, self._quantizer = model.target_normalize == 'per_feature', model.quantizer
         self._combined = getattr(model.quantizer, 'combine_time_steps', 1)
         self.pre_conv = model.pre_encoder is None  # whether mask frames are features
