@@ -80,7 +80,7 @@ def cut_of(line: Line, number: int, sample_rate: int | None) -> MonoCut:
     if left <= 0:
         raise BadAudioError(f"it lasts {recording.duration:.2f} s, and the utterance begins at {offset}")
     if left < LEAST_SHARE_OF_DURATION * (duration or 0.0):
-        raise BadAudioError(f"it lasts {left:.2f} s, the manifest says {duration:.2f}")
+        raise BadAudioError(f"it lasts {left:.2f} s, in the manifest {duration:.2f}")
     cut = recording.to_cut()
     if offset or (duration or left) < left:
         cut = cut.truncate(offset=offset, duration=min(duration or left, left))

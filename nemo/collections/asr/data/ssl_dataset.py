@@ -37,7 +37,7 @@ from nemo_streaming_ssl import upstream
 _up = upstream(globals())
 
 SILENCE = 16000  # samples
-SHORTER = 'shorter than the manifest says'
+SHORTER = 'shorter than in the manifest'
 UNREADABLE = 'unreadable'
 MISSING = 'the file has no such member, or ends before it'
 SKIPPED = 'an utterance that is left out'  # stands for it until the batch is collated
@@ -113,7 +113,7 @@ class _LeavesOut:
         found = item.audio.samples_read / self.featurizer.sample_rate
         expected = 0.0 if self.trim or entry.duration is None else entry.duration
         if found < LEAST_SHARE_OF_DURATION * expected:
-            message = f"{file} lasts {found:.2f} s, the manifest says {expected:.2f}"
+            message = f"{file} lasts {found:.2f} s, in the manifest {expected:.2f}"
             if self.skip_bad_audio:
                 raise BadAudioError(message, SHORTER)
             logging.warning(f"Audio may be cut off: {message}")

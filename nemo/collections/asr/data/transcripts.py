@@ -28,12 +28,12 @@ def characters_of(section) -> list[str]:
     return sorted(found)
 
 
-def report_unknown_characters(key: str, section, knows: Callable[[str], bool]) -> Counter:
+def report_unknown_characters(key: str, section, is_known: Callable[[str], bool]) -> Counter:
     """Log which characters of a section's texts a recogniser cannot write, and how often each occurs."""
-    texts, affected, knows = 0, 0, lru_cache(None)(knows)
+    texts, affected, is_known = 0, 0, lru_cache(None)(is_known)
     unknown: Counter[str] = Counter()
     for text in texts_of(section):
-        found = [character for character in text if not knows(character)]
+        found = [character for character in text if not is_known(character)]
         texts, affected = texts + 1, affected + bool(found)
         unknown.update(found)
     if unknown:

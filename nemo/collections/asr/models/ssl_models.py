@@ -111,7 +111,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
         """Give the masking module the encoder's window and the unit of its frames; warn where it cannot follow them."""
         name, encoder = type(self.mask_processor).__name__, self.encoder
         if not follows_context(self.mask_processor):
-            logging.warning(f"{name} takes no attention context; it masks regardless.")
+            logging.warning(f"{name} takes no attention context; its masks ignore it.")
         elif tightest_window_of(encoder) is None:
             context, style = (getattr(encoder, f'att_context_{key}', 'missing') for key in ('size', 'style'))
             logging.warning(

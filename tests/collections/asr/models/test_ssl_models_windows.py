@@ -39,7 +39,7 @@ def test_training_masks_and_learns_within_them(contexts, style):
 
 @pytest.mark.parametrize('contexts, style', [([[0, 0]], 'regular'), ([[10, 0], [0, 0]], 'chunked_limited')])
 def test_a_context_in_which_nothing_could_be_predicted_is_refused_before_training(contexts, style):
-    with pytest.raises(ValueError, match=r'model.encoder.att_context_size \[0, 0\]: no layer sees any frame beside'):
+    with pytest.raises(ValueError, match=r'model.encoder.att_context_size \[0, 0\]: no layer sees another frame'):
         fit(model_of(contexts, style), batches(1), max_steps=1)
     with pytest.raises(ValueError, match='model.masking.left_context_size is 0 and'):
         fit(model_of([[10, 0]], 'regular', '+model.masking.left_context_size=0'), batches(1), max_steps=1)

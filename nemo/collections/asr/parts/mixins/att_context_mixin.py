@@ -66,8 +66,8 @@ class AttContextMixin(LightningModule):
         context = list(self.encoder.att_context_size)
         if window.context.left == 0:
             raise ValueError(
-                f"model.encoder.att_context_size {context}: no layer sees any frame beside the one that is masked, so "
-                "nothing could be predicted; give it a left context of 1 or more, or a look-ahead"
+                f"model.encoder.att_context_size {context}: no layer sees another frame, so "
+                "masked frames cannot be predicted; set a left context of 1 or more, or a look-ahead"
             )
         if getattr(masking, 'left_context_size', UNLIMITED) == 0:
             raise ValueError(

@@ -97,12 +97,12 @@ def _check_features_can_stream(preprocessor: torch.nn.Module, featurizer: Any) -
         kind = type(preprocessor).__name__
         raise ValueError(f"{kind} cannot be streamed; use AudioToMelSpectrogramPreprocessor (without use_torchaudio)")
     if any(module._forward_hooks or module._forward_pre_hooks for module in preprocessor.modules()):
-        raise ValueError("the preprocessor has forward hooks, which a stream cannot follow; remove them")
+        raise ValueError("the preprocessor has forward hooks, which streams do not support; remove them")
     if featurizer.normalize in ('per_feature', 'all_features'):
         found = f"preprocessor.normalize is {featurizer.normalize}, which needs the whole utterance"
         raise ValueError(f"{found}; use NA or fixed_mean and fixed_std, see compute_feature_stats.py")
     for name in ('exact_pad', 'use_grads'):
         if getattr(featurizer, name):
-            raise ValueError(f"preprocessor.{name} is true, which a stream cannot follow; set it false")
+            raise ValueError(f"preprocessor.{name} is true, which streams do not support; set it to false")
     if featurizer.window is None:
-        raise ValueError("preprocessor.window is none, which a stream cannot follow; set hann")
+        raise ValueError("preprocessor.window is none, which streams do not support; set it to hann")

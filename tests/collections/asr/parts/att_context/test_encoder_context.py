@@ -79,7 +79,7 @@ def test_a_block_around_a_training_step_decides_its_context(owner):
 
 def test_a_block_in_which_no_frame_sees_another_is_refused_in_training():
     model = tiny_model()
-    with pytest.raises(ValueError, match=r'att_context_size \[0, 0\]: no layer sees any frame beside the one'):
+    with pytest.raises(ValueError, match=r'att_context_size \[0, 0\]: no layer sees another frame'):
         with model.using_att_context_size([0, 0]):
             fit(model, batches(1), max_steps=1)
     with torch.no_grad(), model.eval().using_att_context_size([0, 0]):
