@@ -45,7 +45,6 @@ def arguments(argv=None) -> argparse.Namespace:
         help='"[[10,0],[40,0]]" for instance, or all, or first, of each model',
     )
     parser.add_argument('--mask-context', type=int, help='left context that masks are drawn for (the smallest of all)')
-    parser.add_argument('--draws', type=int, default=1, help='masks drawn for each utterance (1)')
     parser.add_argument('--seed', type=int, default=0, help='seed of masks and bootstrap (0)')
     parser.add_argument('--resamples', type=int, default=1000, help='resamples of the bootstrap (1000)')
     parser.add_argument('--confidence', type=float, default=0.95, help='confidence of the intervals (0.95)')
@@ -59,7 +58,7 @@ def arguments(argv=None) -> argparse.Namespace:
 
 def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with the parser's error if an option has a value that cannot be used."""
-    lowest = {'mask_context': -1, 'draws': 1, 'seed': 0, 'resamples': 1, 'batch_size': 1, 'num_workers': 0}
+    lowest = {'mask_context': -1, 'seed': 0, 'resamples': 1, 'batch_size': 1, 'num_workers': 0}
     for name, least in lowest.items():
         value = getattr(options, name)
         if value is not None and value < least:
@@ -148,7 +147,7 @@ def compare(options: argparse.Namespace) -> list[dict]:
     size = options.batch_size, options.num_workers
     loaders = {name: evaluation.loader_of(model, ','.join(manifests), *size) for name, model in models.items()}
     batches = {name: tqdm(loader, desc=name, unit='batch') for name, loader in loaders.items()}
-    settings = (options.mask_context, options.draws, options.seed, options.resamples, options.confidence)
+    settings = (options.mask_context, options.seed, options.resamples, options.confidence)
     return evaluation.compare_models(models, contexts, batches, *settings)
 
 
@@ -158,7 +157,6 @@ def main(argv=None) -> int:
     require_patches(__file__)
     from rich.console import Console
 
-    from nemo.collections.asr.parts.ssl_reports.evaluation import reasons_of
     from nemo.utils.atomic_files import write_json
 
     try:
@@ -167,9 +165,10 @@ def main(argv=None) -> int:
         return report_error(__file__, error, status=2)
     Console(width=None if sys.stdout.isatty() else 190).print(table(results, options.confidence))
     for result in results[1:]:
-        for reason in reasons_of(result):
-            print(f"{result['model']} is not compared with {results[0]['model']}: {reason}")
-    settings = {name: getattr(options, name) for name in ('draws', 'seed', 'resamples', 'confidence', 'device')}
+        reasons = {row['part']: row['not_compared'] for row in result['contexts'] if row['not_compared']}
+        for part, reason in reasons.items():
+            print(f"{result['model']} is not compared with {results[0]['model']}, {part}: {reason}")
+    settings = {name: getattr(options, name) for name in ('seed', 'resamples', 'confidence', 'device')}
     settings.update(manifest=options.manifest, nemo=version('nemo_toolkit'), torch=torch.__version__)
     for path in options.output:
         if path.suffix == '.csv':

@@ -30,8 +30,7 @@ WINDOW, LAYERS, STACK = 'window', 'layers', 'stack'
 class MaskAudit:
     """Counts of one batch, on its device.
 
-    A frame is an attention frame that lies whole within its utterance; it is masked if more than the threshold of its
-    mask frames is.
+    A frame is an attention frame that lies whole within its utterance; above the threshold it counts as masked.
     """
 
     mask_frames: torch.Tensor
@@ -42,20 +41,20 @@ class MaskAudit:
     runs: torch.Tensor  # [R]: how many runs of so many masked frames there are
 
     def masked_share(self) -> torch.Tensor:
-        """Share of the mask frames that is masked; a scalar."""
+        """Share of the mask frames that is masked."""
         return self.mask_frames_masked / self.mask_frames.clamp(min=1)
 
     def no_visible_frame_share(self) -> dict[str, torch.Tensor]:
-        """For each window, the share of the masked frames that have no visible frame in it; scalars."""
+        """For each window, the share of the masked frames that have no visible frame in it."""
         masked = self.frames_masked.clamp(min=1)
         return {name: count / masked for name, count in self.no_visible_frame.items()}
 
     def mean_run(self) -> torch.Tensor:
-        """Mean length of a run of masked frames, in attention frames; a scalar."""
+        """Mean length of a run of masked frames, in attention frames."""
         return self.frames_masked / self.runs.sum().clamp(min=1)
 
     def run_quantile(self, share: float) -> torch.Tensor:
-        """Return the shortest length that this share of the runs does not exceed, in attention frames; a scalar."""
+        """Return the shortest length that this share of the runs does not exceed, in attention frames."""
         up_to = self.runs.cumsum(0)
         return (up_to < share * up_to[-1]).sum().float()
 
@@ -140,15 +139,11 @@ def audit_masking(
     draws: int = 100,
     seed: int = 0,
 ) -> MaskAudit:
-    """Count what a masking module would hide in utterances of these lengths and D features.
+    """Count what a masking module would hide in utterances of these lengths [B], in mask frames, and D features.
 
-    A module that takes a context gets the tightest of the windows, as in a training step; others mask regardless.
-
-    Args:
-        masking: called with ``input_feats`` [B, D, M] and ``input_lengths`` [B], it returns features and masks [B, D, M].
-        lengths: mask frames of each utterance [B], on the device to run on.
-        factor, windows: as in :func:`audit_masks`.
-        draws: how often the batch is masked, 1 or more; ``seed`` is theirs.
+    A module that takes a context gets the tightest of the windows, as in a training step; others mask regardless. It is
+    called ``draws`` times with ``input_feats`` [B, D, M] and ``input_lengths`` [B], on the device of the lengths, and
+    returns features and masks [B, D, M]. Random generators are left as they were.
     """
     layers = [window for name, window in (windows or {}).items() if name != STACK]
     arguments = window_of_masking(masking, tightest_window(layers) if layers else None)

@@ -5,22 +5,11 @@ Shapes: B batch, S target frames, N tokens, H codebooks, C classes.
 """
 
 from collections import deque
-from typing import NamedTuple
 
 import torch
 
 COLLAPSED_PERPLEXITY = 0.01  # of the classes
 COLLAPSED_TOP_SHARE = 0.5  # of the frames
-
-
-class CodebookStatistics(NamedTuple):
-    """Scalars on the tokens' device; over several codebooks the worst one's."""
-
-    codes_used: torch.Tensor
-    perplexity: torch.Tensor
-    """exp of the entropy of the tokens' distribution: C at best, 1 if one code serves for all."""
-    top_share: torch.Tensor
-    frames: torch.Tensor
 
 
 class CodebookUse:
@@ -61,7 +50,7 @@ class CodebookUse:
         """Return how the targets have collapsed, or None. Synchronises host and device: not for every step."""
         if self.counts is None:
             return None
-        statistics = torch.stack([value.double() for value in statistics_of(self.counts)])
+        statistics = torch.stack([value.double() for value in statistics_of(self.counts).values()])
         used, perplexity, top_share, frames = statistics.tolist()
         found = f'{used:.0f} of {self.num_classes} codes, perplexity {perplexity:.1f}, in {frames:.0f} frames'
         if frames and top_share > COLLAPSED_TOP_SHARE:
@@ -72,12 +61,16 @@ class CodebookUse:
         return None
 
 
-def statistics_of(counts: torch.Tensor) -> CodebookStatistics:
-    """Return the statistics of the counts of tokens [H, C]."""
+def statistics_of(counts: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return statistics of the counts of tokens [H, C], scalars; over several codebooks the worst one's.
+
+    ``perplexity`` is exp of the entropy of the tokens' distribution: C at best, 1 if one code serves for all.
+    """
     frames = counts.sum(dim=1, keepdim=True)
     shares = counts.float() / frames.clamp(min=1)
-    perplexity = torch.special.entr(shares).sum(dim=1).exp()
-    return CodebookStatistics((counts > 0).sum(dim=1).min(), perplexity.min(), shares.max(), frames.min())
+    perplexity = torch.special.entr(shares).sum(dim=1).exp().min()
+    used = (counts > 0).sum(dim=1).min()
+    return {'codes_used': used, 'perplexity': perplexity, 'top_share': shares.max(), 'frames': frames.min()}
 
 
 def token_counts(tokens: torch.Tensor, books: int, classes: int, valid: torch.Tensor | None = None) -> torch.Tensor:

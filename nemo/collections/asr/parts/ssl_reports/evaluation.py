@@ -34,9 +34,9 @@ class UtteranceScores:
         self.target_counts = torch.zeros(books, classes, dtype=torch.int64)
         self.digest = 0  # stands for all targets and the utterances that they are of
 
-    def add(self, draws: Sequence[FrameScores], utterances: int) -> None:
-        """Add a batch of so many utterances, predicted in several draws of masks or at several horizons."""
-        likelihood, correct, index, targets = (torch.cat(part) for part in zip(*draws))
+    def add(self, scores: Sequence[FrameScores], utterances: int) -> None:
+        """Add a batch of so many utterances, predicted at one horizon or several."""
+        likelihood, correct, index, targets = (torch.cat(part) for part in zip(*scores))
         targets = targets.reshape(-1, len(self.target_counts))
         columns = torch.stack((likelihood, correct, torch.ones_like(correct)), dim=1).double()
         self._sums.append(columns.new_zeros(utterances, 3).index_add_(0, index, columns).cpu().numpy())
@@ -69,14 +69,12 @@ class ModelScores(NamedTuple):
     tokens: int  # stands for all targets
 
 
-def evaluate(
-    model, batches: Iterable, contexts: Sequence, seed: int = 0, window: Window | None = None, draws: int = 1
-) -> ModelScores:
+def evaluate(model, batches: Iterable, contexts: Sequence, seed: int = 0, window: Window | None = None) -> ModelScores:
     """Predict the tokens of utterances in each context, by every part of the model's objective.
 
-    The model is put into eval mode. Masked tokens are predicted on the same masks in each context, in several draws with
-    the seeds from ``seed`` on; next tokens from unmasked input, so that a model of both objectives is comparable with one
-    of next tokens alone. The masks are drawn for a window; see ``passes_in_contexts``.
+    The model is put into eval mode. Masked tokens are predicted on the same masks in each context, see
+    ``passes_in_contexts``; next tokens from unmasked input, so that a model of both objectives is comparable with one of
+    next tokens alone.
 
     Raises:
         ValueError: with the reason, if in a context the receptive field leaves no next token.
@@ -92,20 +90,19 @@ def evaluate(
             batch = model.transfer_batch_to_device(batch, model.device, 0)
             inputs, found = model.inputs_of(batch), defaultdict(list)
             for objective in model.objectives:
-                for drawn in range(seed, seed + draws) if objective.masks else (seed,):
-                    passes = passes_in_contexts(model, batch, contexts, drawn, window, objective.masks, inputs)
-                    for context, record in passes:
-                        for part, scored in objective.scores(record).items():
-                            for name in {part, objective.name}:
-                                found[name, context_label(context)].append(scored)
+                passes = passes_in_contexts(model, batch, contexts, seed, window, objective.masks, inputs)
+                for context, record in passes:
+                    for part, scored in objective.scores(record).items():
+                        for name in {part, objective.name}:
+                            found[name, context_label(context)].append(scored)
             targets, lengths = inputs.targets
-            for (part, label), of_draws in found.items():
-                scores[part][label].add(of_draws, len(lengths))
+            for (part, label), scored in found.items():
+                scores[part][label].add(scored, len(lengths))
             valid = torch.arange(targets.shape[1], device=targets.device) < lengths.to(targets.device).unsqueeze(1)
             tokens = targets[valid].view(-1, books)
             counts += token_counts(tokens, books, classes).cpu()
             digest = _digest(digest, lengths, tokens)
-    codebook = {name: value.item() for name, value in statistics_of(counts)._asdict().items()}
+    codebook = {name: value.item() for name, value in statistics_of(counts).items()}
     return ModelScores(scores, {**codebook, 'classes': classes}, digest)
 
 
@@ -168,7 +165,6 @@ def compare_models(
     contexts: Mapping[str, Sequence],
     batches: Mapping[str, Iterable],
     mask_context: int | None = None,
-    draws: int = 1,
     seed: int = 0,
     resamples: int = 1000,
     confidence: float = 0.95,
@@ -177,9 +173,7 @@ def compare_models(
 
     Args:
         mask_context: left context that masks are drawn for; None: the tightest of all models and contexts.
-        draws: how often each utterance is masked.
-        seed: of masks and bootstrap.
-        resamples, confidence: of the bootstrap.
+        seed: of masks and bootstrap; ``resamples`` and ``confidence`` are the bootstrap's.
 
     Returns:
         for each model ``model``, ``objective``, ``mask_context`` (None: it masks nothing), ``codebook`` and ``contexts``,
@@ -192,7 +186,7 @@ def compare_models(
         tightest = tightest_window(tightest_of(models[name].encoder, contexts[name]) for name in masking)
         window = tightest if mask_context is None else Window(AttContext(mask_context, 0))
     for name, model in models.items():
-        scores = evaluate(model, batches[name], contexts[name], seed, window, draws)
+        scores = evaluate(model, batches[name], contexts[name], seed, window)
         first, rows, frame_ms = first or scores, [], attention_frame_ms(model)
         for context in contexts[name]:
             look_ahead = {'look_ahead_ms': look_ahead_ms(model.encoder, context, frame_ms)}
@@ -224,12 +218,3 @@ def _row(scores: ModelScores, first: ModelScores, context: Sequence, part: str, 
         row.update({name: value, f'{name}_interval': [low, high]})
     row.update(sums.baselines(), frames=int(frames.sum()), utterances=len(frames), not_compared=reason)
     return row
-
-
-def reasons_of(result: Mapping) -> list[str]:
-    """Return, as text, in which parts and contexts a model cannot be compared with the first, and why."""
-    where = defaultdict(list)
-    for row in result['contexts']:
-        if row['not_compared'] is not None:
-            where[row['part'], row['not_compared']].append(str(row['context']))
-    return [f"{part} in {', '.join(contexts)}: {reason}" for (part, reason), contexts in where.items()]

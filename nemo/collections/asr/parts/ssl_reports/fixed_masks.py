@@ -28,9 +28,9 @@ def utterance_seeds(signal: torch.Tensor, lengths: torch.Tensor, seed: int) -> l
 class FixedMasks:
     """A masking that hides the same in every call, to be passed where a masking module is called.
 
-    The first call masks each utterance by itself, cut to its length, right after seeding all of Python's, NumPy's and
-    torch's generators, which are afterwards as they were. Later calls return the same again: they must be for the same
-    features. A masking that takes a context gets the window, within which each masked frame then has a visible one.
+    The first call masks each utterance by itself, cut to its length, after seeding Python's, NumPy's and torch's
+    generators, which are afterwards as they were. Later calls, for the same features, return the same again. A masking
+    that takes a context gets the window.
     """
 
     def __init__(self, masking: torch.nn.Module, seeds: Sequence[int], window: Window):

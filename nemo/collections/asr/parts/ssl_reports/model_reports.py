@@ -79,16 +79,14 @@ class ModelReports:
         if audit is not None:
             logs['masked_share'] = audit.masked_share()
             shares = audit.no_visible_frame_share()
-            logs.update(
-                {f'masking/no_visible_frame_in_{name}': shares[name] for name in (WINDOW, STACK) if name in shares}
-            )
+            for name in shares.keys() & {WINDOW, STACK}:
+                logs[f'masking/no_visible_frame_in_{name}'] = shares[name]
         return logs
 
     def _of_audit(self, model, audit: MaskAudit) -> Logs:
-        logs: Logs = {'masked_share': audit.masked_share(), 'run_frames/mean': audit.mean_run()}
-        logs.update(
-            {f'run_frames/{name}': audit.run_quantile(share) for name, share in (('p90', 0.9), ('longest', 1.0))}
-        )
+        runs = {'mean': audit.mean_run(), 'p90': audit.run_quantile(0.9), 'longest': audit.run_quantile(1.0)}
+        logs: Logs = {'masked_share': audit.masked_share()}
+        logs.update({f'run_frames/{name}': frames for name, frames in runs.items()})
         shares = audit.no_visible_frame_share()
         logs.update({f'no_visible_frame/{name}': share for name, share in shares.items() if name != WINDOW})
         stack = stack_window(model.encoder)
@@ -119,9 +117,8 @@ class ModelReports:
     def keep_for_figures(self, model, record: BatchRecord | None) -> None:
         """Draw the first utterance of a validation, within the context of the pass."""
         trainer = model._trainer
-        if not self.log_figures or record is None or trainer is None or trainer.sanity_checking or trainer.testing:
-            return
-        if self._drawn_at != trainer.global_step:
+        wanted = self.log_figures and record is not None and trainer is not None
+        if wanted and not (trainer.sanity_checking or trainer.testing or trainer.global_step == self._drawn_at):
             self._drawn_at = trainer.global_step
             draw_contexts(model, record)
 
@@ -145,9 +142,8 @@ class ReportsMixin(LightningModule):
     def _derived(self, logs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         counts, derived = logs.pop('codebook', None), super()._derived(logs)
         if counts is not None:
-            found = statistics_of(counts)._asdict()
-            names = ('codes_used', 'perplexity', 'top_share')
-            derived.update({f'codebook/{name}': found[name].float() for name in names})
+            found = statistics_of(counts).items()
+            derived.update({f'codebook/{name}': value.float() for name, value in found if name != 'frames'})
         return derived
 
     def on_train_end(self) -> None:

@@ -24,14 +24,11 @@ class ProbeSettings:
     """How a probe is fitted: Adam, a linear warm-up, then a cosine to 0."""
 
     steps: int = 3000
-    batch_size: int = 24
-    """Utterances of a step."""
-    hidden: int = 256
-    """Width of the hidden layer."""
+    batch_size: int = 24  # utterances of a step
+    hidden: int = 256  # width of the hidden layer
     learning_rate: float = 2e-3
     warmup_steps: int = 50
-    seed: int = 0
-    """Of the probe's first weights and of the order of utterances."""
+    seed: int = 0  # of the probe's first weights and of the order of utterances
 
     def rate(self, step: int) -> float:
         """Return the factor on the learning rate of a step."""
@@ -128,9 +125,6 @@ def probe_errors(
     classes: int,
     settings: ProbeSettings,
 ) -> tuple[list[int], LayerProbe]:
-    """Fit a probe on the part ``train`` and count its errors in each utterance of the part ``test``.
-
-    ``encode`` returns the layer outputs of a part's utterances; ``labels`` has those of the two parts.
-    """
+    """Fit a probe on the part ``train``, and count its errors in each utterance of ``test``; ``encode`` takes a part."""
     probe = fit_probe(encode('train'), labels['train'], classes, settings)
     return count_errors(transcribe(probe, encode('test')), labels['test']), probe

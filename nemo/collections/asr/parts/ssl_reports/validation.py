@@ -60,7 +60,7 @@ def passes_in_contexts(
     """Encode a batch in each context, on the same features, targets and masks; the caller is within the context.
 
     The masks are a function of the seed, each utterance's audio, the masking's configuration and the window: that of all
-    layers in all contexts, unless one is given. ``inputs`` are the features of the batch, where they are there already.
+    layers in all contexts, unless one is given. ``inputs`` are the features of the batch, if they are known.
     """
     masking = None
     if masked:
@@ -155,10 +155,7 @@ class ContextValidation:
         return {f'{mode}_{name}': value for name, value in found.items()}
 
     def summary(self, mode: str, dataloader_idx: int = 0) -> dict:
-        """Return what NeMo's ``multi_validation_epoch_end`` returns: the loss to monitor, and all that is logged.
-
-        The plain loss and accuracy are the means over the contexts.
-        """
+        """Return what NeMo's ``multi_validation_epoch_end`` returns; loss and accuracy are means over the contexts."""
         found = self._results.get(dataloader_idx)  # none of a loader without batches
         return {f'{mode}_loss': found[f'{mode}_loss'], 'log': dict(found)} if found else {}
 

@@ -72,11 +72,7 @@ class ValidationProbe(Callback):
 
 
 def _read(key: str, path, labels: str) -> list[tuple[dict, list[str]]]:
-    """Return the entry, with the path of its audio, and the transcript of each utterance of a manifest.
-
-    Raises:
-        ValueError: naming the key, if the manifest cannot be read, is empty, or an utterance has no audio or no transcript.
-    """
+    """Return the entry, with the path of its audio, and the transcript of each utterance; ValueError naming the key."""
     try:
         entries = audio_entries([], path, must_exist=True)
     except ValueError as error:

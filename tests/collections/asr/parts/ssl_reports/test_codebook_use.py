@@ -8,7 +8,7 @@ from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse, sta
 
 
 def statistics(use):
-    return [0] * 4 if use.counts is None else [value.item() for value in statistics_of(use.counts)]
+    return [0] * 4 if use.counts is None else [value.item() for value in statistics_of(use.counts).values()]
 
 
 def counted(*batches, num_classes=8, **arguments):
