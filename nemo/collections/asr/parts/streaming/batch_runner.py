@@ -76,8 +76,9 @@ class BatchRunner:
 
     def received(self, encoder_frames: bool, ended: np.ndarray) -> torch.Tensor:
         """Return how many feature frames, or encoder frames, each stream has received, [B] int64."""
-        of_encoder = np.where(ended, self._total(), self.subsampling.count)
-        counts = of_encoder if encoder_frames else self.features.count.copy()
+        counts = self.features.count.copy()
+        if encoder_frames:
+            counts = np.where(ended, self._total(), self.subsampling.count)
         return torch.from_numpy(counts).to(self.device, non_blocking=True)
 
     def step(self, samples: torch.Tensor, lengths: np.ndarray, ends: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:

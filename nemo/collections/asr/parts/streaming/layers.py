@@ -173,7 +173,7 @@ class PreparedLayer:
     def _attend(self, query: Tensor, keys_values: Tensor, visible: Visible, positions: PositionTable) -> Tensor:
         """Return the attention's output of scaled queries, both [R * Q, D]."""
         rows, ages = keys_values.shape[0], visible.ages
-        count = len(query) // rows
+        count = query.shape[0] // rows
         by_heads = query.view(rows * count, self.heads, self.head_width).transpose(0, 1)
         by_position = torch.baddbmm(positions.shared, by_heads, positions.keys).view(self.heads, rows, count, -1)
         if ages.shape[:-1] == (1,):
