@@ -88,8 +88,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
     decoder of masked tokens stays in the model, without being trained.
     """
 
-    last_batch: BatchRecord | None = None
-    """The record of the last call of ``forward``, for NeMo's own step."""
+    last_batch: BatchRecord | None = None  # of the last call of ``forward``, for NeMo's own step
 
     def __init__(self, cfg: DictConfig, trainer=None):
         _undo_earlier_post_conv_adjustment(cfg)

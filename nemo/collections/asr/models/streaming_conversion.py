@@ -122,11 +122,7 @@ def shifted_by_a_bin(weight: torch.Tensor, shape: torch.Size, model):
 
 @torch.no_grad()
 def check_streams(model, seconds: float = 2.0) -> float:
-    """Stream noise through the model in each of its contexts, and return the largest difference from offline.
-
-    Raises:
-        ValueError: if it does not stream, or differs.
-    """
+    """Stream noise in each context; return the largest difference from offline, ValueError if it differs or cannot."""
     length = int(seconds * model.preprocessor.featurizer.sample_rate)
     samples, largest = torch.randn(1, length, generator=torch.Generator().manual_seed(0)), 0.0
     # Where none streams, the session raises with the reason.

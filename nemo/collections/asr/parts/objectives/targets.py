@@ -23,8 +23,7 @@ class Targets:
 
     def __init__(self, model: Any) -> None:
         self.model, self.normalize, self._observing = model, Model.parse(model.cfg).target_normalize, False
-        self.combine_time_steps: int = getattr(model.quantizer, 'combine_time_steps', 1)
-        """Mask frames of one token."""
+        self.combine_time_steps: int = getattr(model.quantizer, 'combine_time_steps', 1)  # mask frames of one token
 
     def check(self) -> None:
         """Raise ValueError before training, as in :class:`Objective`, if the quantizer does not fit its features."""

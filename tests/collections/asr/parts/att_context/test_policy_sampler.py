@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.policy import FULL, ContextPolicy, ContextSampler
-from nemo.collections.asr.parts.att_context.windows import Window
+from nemo.collections.asr.parts.att_context.windows import Window, tightest_window
 
 SECTION = {'full_prob': 0.4, 'chunk_size': [1, 25], 'left_chunks': [5, 70], 'left_limited_prob': 0.75}
 KEY = 'model.encoder.att_context_sampler'
@@ -159,6 +159,16 @@ class TestLayers:
             return
         whole = Window(batch, 'chunked_limited')
         assert all(seen(found, frame) <= seen(whole, frame) for frame in FRAMES)
+
+    def test_layers_that_differ_leave_something_to_mask_in_every_batch(self):
+        """In chunks of 14 the first sees its own chunk alone, and the second the past alone."""
+        layers = AttContext(10, -1), AttContext(40, 0)
+        for step in range(200):
+            batch = policy().at(step)
+            if batch.right == 0:
+                continue
+            found = tightest_window(policy().within(batch, own, 'here') for own in layers)
+            assert found.sees_other_frames, batch
 
     def test_chunks_across_those_of_the_batch_are_refused(self):
         with pytest.raises(ValueError, match='here: the right context is 3.*those of att_context_sampler'):
