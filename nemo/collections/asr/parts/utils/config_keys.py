@@ -79,10 +79,9 @@ class Section:
 
     @classmethod
     def parse(cls, section: Mapping | None, name: str | None = None):
-        """Read a section of a config; None takes the defaults. ``name`` is for errors, where it is not the section's.
+        """Read a section of a config; None takes the defaults. ValueError names key, value and what is allowed.
 
-        Raises:
-            ValueError: naming the key, its value and what is allowed.
+        ``name`` is for errors, where it is not the section's.
         """
         name, section, given = name or cls.name, {} if section is None else section, {}
         if not isinstance(section, Mapping):
@@ -265,13 +264,9 @@ CONFIG_KEYS: dict[str, dict[str, Any]] = {
 
 
 def check_known(section: str, keys: Iterable[str], known: Collection[str], likeness: float | None = None) -> None:
-    """Check that a section of a config (its full name) has only known keys.
+    """Check that a section (its full name) has only known keys; ValueError naming an unknown one and the nearest, or all.
 
-    Args:
-        likeness: of a section that may have other keys: none is more like a known one than this, from 0 to 1.
-
-    Raises:
-        ValueError: naming the first unknown key, and the nearest known one or, if none is near, all of them.
+    With ``likeness``, from 0 to 1, it may have others, but none that is more like a known one.
     """
     prefix = f'{section}.' if section else ''
     for each in [each for each in keys if each not in known]:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the entries of a manifest stand, and how long they last: what is kept of it in memory. New in this project.
 
-A million entries as Python objects take most of a gigabyte in each process. Here a manifest is read once, which finds mistakes
-too, and 16 bytes of each entry are kept. The index of a large manifest is left in the temporary folder for the other ranks of
-the machine and the next start.
+A million entries as Python objects take most of a gigabyte in each process. Here 16 bytes of each are kept. The index of a
+large manifest is left in the temporary folder for the other ranks of the machine and the next start.
 
 Shapes: E entries.
 """
@@ -64,8 +63,7 @@ def paths_in(value) -> list[str]:
 def read_entries(pattern: str | Path, needed: tuple[str, ...] = ()) -> Iterator[Line]:
     """Read a manifest, or several that a pattern names, as lhotse does, compressed or not; entries need some keys.
 
-    Raises:
-        ValueError: naming manifest and line, if a manifest cannot be read, has no entries, or a line is no entry.
+    ValueError names manifest and line, if a manifest cannot be read, has no entries, or a line is no entry.
     """
     for path in expanded(os.path.expanduser(pattern)):
         line, lines = None, JsonLines(path)
@@ -81,15 +79,9 @@ def read_entries(pattern: str | Path, needed: tuple[str, ...] = ()) -> Iterator[
 
 
 class ManifestIndex:
-    """The entries of a NeMo manifest, one JSON object a line; blank lines count as nothing.
+    """Where the entries of a NeMo manifest begin, int64 [E] in bytes, and their durations, float64 [E] in s; NaN: none given.
 
-    Attributes:
-        starts: int64 [E], where each entry begins, in bytes.
-        durations: float64 [E], in seconds; NaN where the manifest has none.
-
-    Raises:
-        ValueError: naming file and line, if a line is no JSON object or has a duration that is not a number.
-        OSError: if the file cannot be read.
+    Blank lines count as nothing. ValueError names file and line, if a line is no entry.
     """
 
     def __init__(self, path: str):
@@ -140,11 +132,7 @@ class ManifestIndex:
         return ~too_short & ~(self.durations > (np.inf if max_duration is None else max_duration))
 
     def line(self, index: int) -> str:
-        """Return the text of an entry.
-
-        Raises:
-            ValueError: if the file was changed since it was read.
-        """
+        """Return the text of an entry; ValueError if the file was changed since it was read."""
         with open(self.path, 'rb') as file:  # processes would share the place in a file that stays open
             if _stamp(os.fstat(file.fileno())) != self._stamp:
                 raise ValueError(

@@ -43,12 +43,11 @@ class NonFiniteGuard:
 
     ``model.skip_nan_grad`` (the key that NeMo's ASR models have): absent or false, the first such batch or gradient is
     an error; true, invalid utterances are dropped from their batch, steps whose gradients are not all finite are
-    skipped (no weight, moment or decay changes), and both are counted as ``skipped_utterances`` and ``skipped_steps``.
-    Where a rank's batch has no valid utterance, the step is skipped on all ranks. What ``train_ds.skip_bad_audio`` left
-    out counts as ``skipped_utterances``, too.
+    skipped (no weight, moment or decay changes), and both are counted. Where a rank's batch has no valid utterance, the
+    step is skipped on all ranks. What ``train_ds.skip_bad_audio`` left out is counted, too.
 
-    The norm of the gradients before clipping is computed once in each step, which synchronises host and device: it is
-    checked, logged as ``gradient_norm``, and used to clip. A gradient scaler (16-mixed) skips such steps itself.
+    The norm of the gradients is computed once in each step, which synchronises host and device: it is checked, logged
+    as ``gradient_norm``, and used to clip. A gradient scaler (16-mixed) skips such steps itself.
     """
 
     _skipped_utterances = 0
@@ -141,11 +140,7 @@ def gradient_norm(parameters) -> float:
 
 
 def invalid_utterances(batch) -> torch.Tensor | None:
-    """Return which utterances [B] of a batch have invalid samples, None if none has; tensors on a device are ignored.
-
-    Raises:
-        ValueError: if the batch is empty.
-    """
+    """Return which utterances [B] have invalid samples, None if none has; ValueError for an empty batch. No device is read."""
     invalid = None
     for name, samples in _signals(batch).items():
         if samples.numel() == 0:

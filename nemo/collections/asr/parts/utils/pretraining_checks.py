@@ -38,11 +38,7 @@ TAKEN_BY = {
 
 
 def check_pretraining_config(cfg: DictConfig) -> None:
-    """Check a whole config with a ``model`` section: missing values, unknown keys, contexts, manifests.
-
-    Raises:
-        ValueError: naming the key, its value and what is allowed.
-    """
+    """Check a whole config with a ``model`` section; ValueError naming the key, its value and what is allowed."""
     missing = OmegaConf.missing_keys(cfg)
     if missing:
         raise ValueError(f"the config gives no value for {', '.join(sorted(missing))}")
@@ -72,12 +68,9 @@ def check_averaging(cfg: DictConfig) -> None:
 
 
 def check_known_keys(cfg: DictConfig) -> None:
-    """Check that no key of this project is misspelt, and sections that take certain keys only have no others.
+    """Check that no key is misspelt; ValueError naming the unknown key and the nearest known one.
 
-    These are those of this project, of each part with a ``_target_``, of the trainer and of NeMo's experiment manager.
-
-    Raises:
-        ValueError: naming the unknown key and the nearest known one.
+    Sections of this project, of the trainer, of NeMo's experiment manager and of parts with a ``_target_`` have no others.
     """
     check_known('', cfg, TOP_LEVEL_KEYS, likeness=0.85)
     check_known('model', cfg.model, MODEL_KEYS, likeness=0.85)
@@ -121,11 +114,7 @@ def _constructor_arguments(target) -> set[str] | None:
 
 
 def check_contexts(encoder_cfg: DictConfig) -> None:
-    """Check the attention contexts and their probabilities, and what draws them.
-
-    Raises:
-        ValueError: naming the key, its value and what is allowed.
-    """
+    """Check attention contexts, their probabilities and what draws them; ValueError with key, value and what is allowed."""
     sampler, sizes = encoder_cfg.get('att_context_sampler'), encoder_cfg.get('att_context_size')
     probabilities, style = encoder_cfg.get('att_context_probs'), encoder_cfg.get('att_context_style', 'regular')
     probs = f'model.encoder.att_context_probs is {probabilities}'
@@ -156,11 +145,7 @@ def check_contexts(encoder_cfg: DictConfig) -> None:
 
 
 def check_mask_position(model_cfg: DictConfig) -> None:
-    """Check that targets made after the subsampling are not combined, nor predicted from another frame than their own.
-
-    Raises:
-        ValueError: naming the key, its value and what it must be.
-    """
+    """Refuse targets made after the subsampling that are combined or predicted from another frame than their own."""
     if model_cfg.get('mask_position', 'pre_conv') != 'post_conv':
         return
     for key, needed in (('quantizer.combine_time_steps', 1), ('loss.decoder_offset', 0)):
