@@ -18,6 +18,7 @@ from nemo.collections.asr.parts.utils.manifest_index import Line, expanded, inde
 from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
 from nemo.collections.common.data.lhotse.dataloader import make_structured_with_schema_warnings
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
+from nemo.utils.left_out import LEFT_OUT
 
 FIRST = 100  # entries of a plain manifest whose audio is looked for
 SOURCES = ('manifest_filepath', 'shar_path', 'cuts_path', 'input_cfg')
@@ -56,6 +57,7 @@ def check_data(name: str, data_cfg: DictConfig) -> None:
         kept = lambda: (cut for cut in read() if least <= getattr(cut, 'duration', least) <= most)
         with _naming(name):
             _check_first('the data', kept, f', from min_duration = {least} to max_duration = {most} seconds,')
+    LEFT_OUT.clear()  # what the check came upon is counted when it is read
 
 
 def sources_in(data_cfg) -> Iterator[tuple[str, dict]]:

@@ -264,7 +264,7 @@ def test_what_nemos_own_readers_leave_out_is_counted(script, tmp_path, monkeypat
                 archive.addfile(tarfile.TarInfo(f'{name}.wav'))
         section['tarred_audio_filepaths'] = str(tmp_path / 'audio_0.tar')
     script.count_left_out(section)
-    assert {reason: found.count for reason, found in LEFT_OUT.reasons().items()} == {
+    assert {reason: found[0] for reason, found in LEFT_OUT.reasons().items()} == {
         OUTSIDE_LIMITS: 1,
         **({NO_MEMBER: 1} if tarred else {}),
     }

@@ -68,12 +68,9 @@ def read_entries(pattern: str | Path, needed: tuple[str, ...] = ()) -> Iterator[
     for path in expanded(os.path.expanduser(pattern)):
         line, lines = None, JsonLines(path)
         lines.needed = needed
-        try:
-            for number, entry in lines.numbered():
-                line = Line(path, number, entry)
-                yield line
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise ValueError(f"manifest {path} cannot be read: {error}") from error
+        for number, entry in lines.numbered():
+            line = Line(path, number, entry)
+            yield line
         if line is None:
             raise ValueError(f"manifest {path} has no entries")
 

@@ -12,6 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
+import lhotse.lazy
 import lhotse.shar
 import lhotse.shar.readers.lazy as lazy_shar
 import numpy as np
@@ -49,11 +50,14 @@ class JsonLines(_up.LazyJsonlIterator):
         return (entry for _, entry in self.numbered())
 
     def numbered(self) -> Iterator[tuple[int, dict]]:
-        """Yield the number of each line and its entry."""
-        with open_best(self.path, 'r') as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.isspace():
-                    yield number, parsed(line, self.path, number, self.needed)
+        """Yield the number of each line and its entry; raise ValueError naming a manifest that cannot be read."""
+        try:
+            with open_best(self.path, 'r') as lines:
+                for number, line in enumerate(lines, 1):
+                    if not line.isspace():
+                        yield number, parsed(line, self.path, number, self.needed)
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise ValueError(f"manifest {self.path} cannot be read: {error}") from error
 
 
 def parsed(line: bytes | str, path: str, number: int, needed: tuple[str, ...] = ()) -> dict:
@@ -206,5 +210,5 @@ make_cut_with_subset_inmemory_recording.__wrapped__ = _make_cut
 _up.LazyNeMoIterator, _up.LazyNeMoTarredIterator = LazyNeMoIterator, LazyNeMoTarredIterator
 _up.make_cut_with_subset_inmemory_recording = make_cut_with_subset_inmemory_recording
 _up.LibsndfileBackend, _up.soundfile = _NonFiniteBackend, SimpleNamespace(info=_header)
-_up.LazyJsonlIterator = JsonLines
+_up.LazyJsonlIterator = lhotse.lazy.LazyJsonlIterator = JsonLines
 lazy_shar.TarIterator, lhotse.shar.LazySharIterator = WholeTarIterator, SharIterator

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Damaged, missing and cut-off audio reaches the dataset, in every reader of lhotse; segments and channels are right."""
 
+import gzip
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import pytest
 import soundfile
 import torch
 from lhotse import CutSet, Recording
+from lhotse.lazy import LazyManifestIterator
 
 from nemo.collections.asr.data.ssl_dataset import BadAudioError, LhotseAudioNoiseDataset
 from nemo.collections.common.data.lhotse.nemo_adapters import NO_MEMBER, LazyNeMoIterator, LazyNeMoTarredIterator
@@ -164,6 +166,17 @@ def test_a_shard_that_is_cut_off_is_counted_or_named(tmp_path, counter, share):
         assert counter.total() == 5 - len(read) + 1
     with pytest.raises(BadAudioError, match='bad audio: '):
         batch(read, skip=False)
+
+
+@pytest.mark.parametrize(
+    'damage, message', [(lambda data: data[:-20], 'cannot be read'), (lambda data: gzip.compress(b'{"i'), 'line 1')]
+)
+def test_a_damaged_list_of_cuts_is_named(tmp_path, damage, message):
+    soundfile.write(tmp_path / '0.wav', ramp(1), RATE)
+    CutSet.from_cuts([Recording.from_file(tmp_path / '0.wav').to_cut()]).to_file(tmp_path / 'cuts.jsonl.gz')
+    (tmp_path / 'cuts.jsonl.gz').write_bytes(damage((tmp_path / 'cuts.jsonl.gz').read_bytes()))
+    with pytest.raises(ValueError, match=f'cuts.jsonl.gz.*{message}'):
+        next(iter(LazyManifestIterator(tmp_path / 'cuts.jsonl.gz')))
 
 
 def manifest(folder, *rows):
