@@ -117,8 +117,9 @@ class ModelReports:
     def keep_for_figures(self, model, record: BatchRecord | None) -> None:
         """Draw the first utterance of a validation, within the context of the pass."""
         trainer = model._trainer
-        wanted = self.log_figures and record is not None and trainer is not None
-        if wanted and not (trainer.sanity_checking or trainer.testing or trainer.global_step == self._drawn_at):
+        if not self.log_figures or record is None or trainer is None or trainer.sanity_checking or trainer.testing:
+            return
+        if self._drawn_at != trainer.global_step:
             self._drawn_at = trainer.global_step
             draw_contexts(model, record)
 
