@@ -223,8 +223,7 @@ def _step(model, name, kind, seed, step, speech, recipe, optimizer, parameters) 
         if ARMS[name].objective == 'ctc':
             loss = supervised_loss(model, speech, seed, step)
         else:
-            with model.targets.refining(step):
-                loss = loss_of(model, *speech.crops(seed, step, recipe.crops, recipe.crop_frames))
+            loss = loss_of(model, *speech.crops(seed, step, recipe.crops, recipe.crop_frames))
         loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from arms import ARMS, COMPARED, FEATURES, KINDS, SEEDS
+from arms import ARMS, COMPARED, FEATURES, KINDS, RUNNABLE, SEEDS
 from bootstrap import CONFIDENCE, Estimate, estimate
 from tables import label_of, rows_of
 
@@ -185,8 +185,8 @@ def noise(results: Results) -> list[str]:
 
 def missing(results: Results) -> str:
     """Return which encoders have no result."""
-    total = sum(1 if name == FEATURES else 2 * len(SEEDS) for name in ARMS)
-    done = sum(len(results.seeds(kind, name)) for kind, name in results.judged())
+    total = sum(1 if name == FEATURES else 2 * len(SEEDS) for name in RUNNABLE)
+    done = sum(len(results.seeds(kind, name)) for kind, name in results.judged() if name in RUNNABLE)
     return f'{done} of {total} encoders have run.'
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from arms import ARMS, FEATURES, KINDS, SEEDS
+from arms import ARMS, FEATURES, KINDS, RUNNABLE, SEEDS
 from data import Speech
 from distance import loss_by_distance
 from finetune import fine_tune
@@ -67,7 +67,7 @@ class Cell(NamedTuple):
 
 def order() -> list[Cell]:
     """Return all cells, those that decide most first; see protocol.md."""
-    rest = [name for name in ARMS if name not in (FEATURES, *FIRST, *SECOND)]
+    rest = [name for name in RUNNABLE if name not in (FEATURES, *FIRST, *SECOND)]
     cells = []
     for seed in SEEDS:
         cells += [Cell(kind, name, seed) for kind in KINDS for name in FIRST]
@@ -84,7 +84,7 @@ def arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--speech', type=Path, required=True, help='folder of the manifests')
-    parser.add_argument('--arm', nargs='+', choices=list(ARMS), default=list(ARMS))
+    parser.add_argument('--arm', nargs='+', choices=RUNNABLE, default=RUNNABLE)
     parser.add_argument('--kind', nargs='+', choices=list(KINDS), default=list(KINDS))
     parser.add_argument('--seed', type=int, nargs='+', default=list(SEEDS))
     parser.add_argument(

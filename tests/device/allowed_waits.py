@@ -44,8 +44,6 @@ PLACES = 'the places of the ring buffers that a step writes and sees, CPU scalar
 POSITIONS = 'parts/objectives/base.py', 'gather_loss_positions'
 GUARD = 'parts/utils/nonfinite_guard.py', 'gradient_norm'
 FIXED_MASKS = 'parts/ssl_reports/fixed_masks.py'
-COLLAPSE = 'parts/ssl_reports/codebook_use.py', 'collapse'
-REFINEMENT = 'modules/ssl_modules/codebook_refinement.py', 'is_due'
 BATCH = 'nemo/collections/common/data/utils.py', 'move_data_to_device'
 MASKING, SESSION = 'modules/ssl_modules/masking.py', 'parts/streaming/session.py'
 STREAMING = 'parts/streaming/*', '*'
@@ -58,8 +56,6 @@ ALLOWED = (
     Allowed('run of the trainer*', WAIT, *POSITIONS, 6, COUNT),
     Allowed('run of the trainer*', WAIT, *GUARD, 3, GRADIENTS),
     Allowed('run of the trainer*', TO_DEVICE, *BATCH, 18, 'the batches themselves, six tensors each'),
-    Allowed('training*refined', TO_HOST, *COLLAPSE, 1, 'once before each refinement, after which counts restart'),
-    Allowed('training*refined', WAIT, *REFINEMENT, 2, 'once before each refinement, whose step may come again'),
     Allowed('decoder, masked*', WAIT, *POSITIONS, 1, COUNT),
     Allowed('validation*', WAIT, *POSITIONS, 4, COUNT),
     Allowed('validation*both', WAIT, 'parts/objectives/base.py', 'having_targets', 4, f'{COUNT}; at each horizon'),

@@ -102,12 +102,10 @@ SAMPLED = (
     'model.encoder.att_context_size=[[8,3]]',
     '+model.encoder.att_context_sampler={full_prob: 0.1, chunk_size: [1, 4], left_chunks: [2, 8], left_limited_prob: 0.9}',
 )
-REFINED = '+model.quantizer.refine={every_n_steps: 1, until_step: 10, decay: 0.9}'
 MODELS = {
     **{f'training, {name}': _with(training, *overrides) for name, overrides in OBJECTIVES.items()},
     'training, masked, post_conv': _with(training, *POST_CONV),
     'training, masked, block by block': _with(training, 'model.encoder.blockwise_attention=on'),
-    'training, masked, codebook refined': _with(training, REFINED),
     'training, masked, contexts by a sampler': _with(training, *SAMPLED),
     'validation in contexts': validation,
     'validation in contexts, post_conv': _with(validation, *POST_CONV),

@@ -32,7 +32,7 @@ def manifests(tmp_path_factory):
 def test_the_grid_is_whole_and_begins_with_what_decides_most(run):
     cells = run.order()
     plain = [cell for cell in cells if not cell.noise]
-    assert len(set(plain)) == len(plain) == 2 * 3 * (len(run.ARMS) - 1) + 1
+    assert len(set(plain)) == len(plain) == 2 * 3 * (len(run.RUNNABLE) - 1) + 1
     assert {cell.seed for cell in cells[:10]} == {0} and {cell.kind for cell in cells[:5]} == {'causal'}
 
 

@@ -243,18 +243,17 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
         return partial(self.mask_processor, **self.masking_arguments(current_frame))
 
     def _training_step(self, batch, batch_idx):
-        with self.targets.refining(self.trainer.global_step) as refined:
-            if self.forward_is_overridden:
-                self.last_batch = None
-                output, record = super()._training_step(batch, batch_idx), self.last_batch
-            else:
-                record = self.encode_batch(batch, self.masking_in_context())
-                loss, parts = self.objectives.loss(record)
-                self.add_batch(batch, record)
-                logs = {'learning_rate': self._optimizer.param_groups[0]['lr'], 'train_loss': loss}
-                logs.update({f'train_loss/{name}': part for name, part in parts.items()})
-                output = {'loss': loss, 'log': {'global_step': self.trainer.global_step, **logs}}
-        output['log'].update({**self.reports.of_training_batch(self, record), **refined})
+        if self.forward_is_overridden:
+            self.last_batch = None
+            output, record = super()._training_step(batch, batch_idx), self.last_batch
+        else:
+            record = self.encode_batch(batch, self.masking_in_context())
+            loss, parts = self.objectives.loss(record)
+            self.add_batch(batch, record)
+            logs = {'learning_rate': self._optimizer.param_groups[0]['lr'], 'train_loss': loss}
+            logs.update({f'train_loss/{name}': part for name, part in parts.items()})
+            output = {'loss': loss, 'log': {'global_step': self.trainer.global_step, **logs}}
+        output['log'].update(self.reports.of_training_batch(self, record))
         return output
 
     def inference_pass(self, batch, batch_idx=0, dataloader_idx=0, mode='val', apply_mask=False):

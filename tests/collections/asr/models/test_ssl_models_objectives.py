@@ -2,7 +2,6 @@
 """Next-token prediction in the models: nothing leaks, and everything around the loss goes on as with masked tokens."""
 
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -266,31 +265,3 @@ def test_two_ranks_train_one_model_and_every_weight_gets_a_gradient(tmp_path):
     """DistributedDataParallel fails on a weight without one."""
     first, second = run_on_two_ranks(Path(__file__).with_name('objectives_run.py'), tmp_path)
     assert first == second and first['next_token']['losses'] and first['both']['losses']
-
-
-REFINED = '+model.quantizer.refine={every_n_steps: 2, until_step: 4, decay: 0.5}'
-
-
-@pytest.mark.parametrize('objective', ['+model.objective=masked', NEXT], ids=['masked', 'next_token'])
-@pytest.mark.parametrize('accumulated', [1, 2])
-def test_codebooks_are_refined_as_often_as_asked(objective, accumulated):
-    model = tiny_model(objective, REFINED)
-    before = model.quantizer.codebooks.clone()
-    settings = dict(max_epochs=-1, accumulate_grad_batches=accumulated)
-    with mock.patch.object(model.quantizer.refinement, 'refine', wraps=model.quantizer.refinement.refine) as refine:
-        run = fit(model, batches(2, (2.0, 1.5)), 7, **settings)
-    assert [call.args[1] for call in refine.call_args_list] == [2, 4]
-    assert run.logger.column('codebook/replaced_codes')
-    assert not torch.equal(model.quantizer.codebooks, before)
-    norms = model.quantizer.codebooks.norm(dim=-1)
-    torch.testing.assert_close(norms, torch.ones_like(norms))
-    assert 0 <= run.logger.column('codebook/changed_share')[0] <= 1
-
-
-def test_validation_observes_no_targets():
-    model = tiny_model(REFINED)
-    run = trainer(1)
-    model.set_trainer(run)
-    run.validate(model, dataloaders=batches(1), verbose=False)
-    model.train()(**signals(noise_batch()), apply_mask=True)
-    assert not model.quantizer.refinement.observed.any()

@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``quantizers.py``: the same tokens and codes by matrix products, in bounded memory.
 
-Beside NeMo's random projection there is one of principal components, and codebooks can be refined in training.
+Beside NeMo's random projection there is one of principal components.
 
 Shapes: B batch, D features, T frames, S target frames (T // combine_time_steps), K code dimensions, C classes,
 H codebooks, N frames of the whole batch (B * S).
 """
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nemo.collections.asr.modules.ssl_modules.codebook_refinement import CodebookRefinement
 from nemo.collections.asr.parts.utils.config_keys import Quantizer
 from nemo.core.classes import typecheck
 from nemo.utils import AppState
@@ -38,20 +36,12 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
         projection: ``random``, or ``pca``: codebook h sees the principal components h * K ... h * K + K - 1 of the
             combined frames, at unit variance. The weights travel with the checkpoint: a restored model reads no file.
         projection_file: what ``compute_feature_stats.py --pca`` wrote; for ``pca`` only.
-        refine: moves the codebooks to where the frames are while training begins; see ``CodebookRefinement``.
 
     Raises:
         ValueError: naming the key of ``model.quantizer``, its value and what is allowed.
     """
 
-    def __init__(
-        self,
-        *args,
-        projection: str = 'random',
-        projection_file: str | None = None,
-        refine: Mapping | None = None,
-        **kwargs,
-    ):
+    def __init__(self, *args, projection: str = 'random', projection_file: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.projection = projection
         self.projection_normalization: str | None = None
@@ -65,11 +55,6 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
             weights, self.projection_normalization = _read_projection(projection_file, *shape)
             with torch.no_grad():
                 self.proj.weight.copy_(torch.from_numpy(weights))
-        if refine is not None and self.codebooks.requires_grad:
-            raise ValueError(f"{Quantizer.name}.freeze is false; with {Quantizer.name}.refine it must be true")
-        sizes = self.num_books, self.num_classes, self.code_dim
-        # Registered if None, too: what a checkpoint has of a refinement is then left out, and no error.
-        self.register_module('refinement', None if refine is None else CodebookRefinement(*sizes, refine))
 
     @typecheck()
     def forward(self, input_signal):
@@ -94,35 +79,6 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
         if self.num_books == 1 and self.squeeze_single:
             return codes.squeeze(-1), tokens.squeeze(-1)
         return codes, tokens
-
-    @torch.no_grad()
-    def observe(self, input_signal, lengths: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Let the refinement, if there is one, observe a training step's input, its target frames [B], and its tokens."""
-        if self.refinement is None or not self.refinement.observing:
-            return
-        frames = self._unit_vectors(input_signal)
-        valid = torch.arange(frames.shape[1], device=frames.device) < lengths.to(frames.device).unsqueeze(1)
-        self.refinement.observe(frames.flatten(0, 1), tokens.reshape(-1, self.num_books), valid.flatten())
-
-    @torch.no_grad()
-    def refine_if_due(self, step: int) -> dict[str, torch.Tensor]:
-        """Refine the codebooks if a refinement belongs before training step ``step``, and has not been done.
-
-        Returns:
-            scalars to log, empty where nothing was refined: ``codebook/replaced_codes``, and ``codebook/changed_share``
-            of the tokens of this rank's last batch, if it has one.
-        """
-        if self.refinement is None or not self.refinement.is_due(step):
-            return {}
-        codes, replaced = self.refinement.refine(self.codebooks, step)
-        self.codebooks.copy_(codes)
-        logs = {'codebook/replaced_codes': replaced.float()}
-        if self.refinement.last_batch is not None:
-            frames, before, valid = self.refinement.last_batch
-            self.refinement.last_batch = None
-            changed = (self._tokens(frames.unsqueeze(0)).squeeze(0) != before) & valid.unsqueeze(-1)
-            logs['codebook/changed_share'] = changed.sum() / (valid.sum() * self.num_books).clamp(min=1)
-        return logs
 
     def _unit_vectors(self, input_signal: torch.Tensor) -> torch.Tensor:
         """Return what the codes are compared with, [B, S, H, K], at least float32, of a signal as :meth:`forward` takes."""

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokens that a model predicts, from clean features. Shapes as in ``base.py``."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from nemo.collections.asr.modules.ssl_modules.quantizers import without_autocast
-from nemo.collections.asr.parts.objectives.base import Logs
 from nemo.collections.asr.parts.preprocessing.features import standardize_per_feature
 from nemo.collections.asr.parts.utils.config_keys import Model
 
@@ -16,13 +14,13 @@ Convert = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Targets:
-    """Makes the tokens of an ``EncDecMaskedTokenPredModel`` by its quantizer, and refines its codebooks.
+    """Makes the tokens of an ``EncDecMaskedTokenPredModel`` by its quantizer.
 
     Features, normalisation and projection are float32 in any precision of the model, so the tokens are the same.
     """
 
     def __init__(self, model: Any) -> None:
-        self.model, self.normalize, self._observing = model, Model.parse(model.cfg).target_normalize, False
+        self.model, self.normalize = model, Model.parse(model.cfg).target_normalize
         self.combine_time_steps: int = getattr(model.quantizer, 'combine_time_steps', 1)  # mask frames of one token
 
     def check(self) -> None:
@@ -57,10 +55,7 @@ class Targets:
         whole = features.shape[-1] // self.combine_time_steps * self.combine_time_steps  # as stock's quantizer needs
         features = features[..., :whole]
         _, tokens = quantizer(input_signal=features)
-        lengths = torch.div(lengths, self.combine_time_steps, rounding_mode='floor')
-        if self._observing:
-            quantizer.observe(features, lengths, tokens)
-        return tokens, lengths
+        return tokens, torch.div(lengths, self.combine_time_steps, rounding_mode='floor')
 
     @torch.no_grad()
     def subsampled(self, features: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,21 +65,6 @@ class Targets:
             weight = next(subsampling.parameters())
             features, lengths = subsampling(x=features.transpose(1, 2).to(weight.dtype), lengths=lengths)
         return features.transpose(1, 2), lengths
-
-    @contextmanager
-    def refining(self, step: int) -> Iterator[Logs]:
-        """Refine the codebooks if that is due before a step, and let the quantizer observe its targets; yields logs."""
-        if getattr(self.model.quantizer, 'refinement', None) is None:
-            yield {}
-            return
-        logs = self.model.quantizer.refine_if_due(step)
-        if logs:
-            self.model.reports.targets_were_refined()
-        self._observing = True
-        try:
-            yield logs
-        finally:
-            self._observing = False
 
 
 def keeping_full_precision(convert: Convert, *modules: torch.nn.Module) -> Convert:

@@ -21,11 +21,6 @@ class CodebookUse:
         self._blocks: deque[torch.Tensor] = deque(maxlen=blocks)  # counts [H, C] each, the oldest first
         self.batches = 0
 
-    def forget(self) -> None:
-        """Drop all counts: for when the codes change. Ask :meth:`collapse` before, or a collapse is missed."""
-        self.batches = 0
-        self._blocks.clear()
-
     def update(self, tokens: torch.Tensor, lengths: torch.Tensor) -> None:
         """Count the tokens [B, S] or [B, S, H] int64 of a batch, of so many valid frames [B] each."""
         valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths.to(tokens.device).unsqueeze(1)

@@ -103,12 +103,6 @@ class ModelReports:
                 "model.target_normalize: per_feature, or normalise the features (model.preprocessor.normalize)."
             )
 
-    def targets_were_refined(self) -> None:
-        """Check the counts of the targets once more and clear them: the codes have changed."""
-        self.end_of_training()
-        if self.codebook_use is not None:
-            self.codebook_use.forget()
-
     def end_of_training(self) -> None:
         """Look at the targets once more: a short run may never have completed a block of batches."""
         if self.codebook_use is not None and not self.codebook_use.block_is_complete:

@@ -186,21 +186,9 @@ class Masking(Section, name='model.masking', page='contexts#what-is-masked-in-ea
     subsampling_factor: int = key(1, 'Mask frames in one attention frame; the model sets it.')
 
 
-class Quantizer(Section, name='model.quantizer', page='objectives#refined-codebooks', closed=False):
+class Quantizer(Section, name='model.quantizer', page='objectives#targets-from-principal-components', closed=False):
     projection: str = key('random', 'Projection of the features; `pca` needs a file.', one_of('random', 'pca'))
     projection_file: str | None = key(None, 'File of `compute_feature_stats.py --pca`, for training.')
-
-
-class Refine(Section, name='model.quantizer.refine', page=Quantizer.page):
-    every_n_steps: int = key(
-        MISSING, 'Training steps from one refinement of the codebooks to the next.', whole_number(1)
-    )
-    until_step: int = key(MISSING, 'Last step at which the codebooks are refined.', whole_number(1))
-    decay: float = key(
-        0.0,
-        'Factor on the weight of earlier frames at each refinement; 0 forgets them.',
-        number('0 or more and below 1', lambda value: 0 <= value < 1),
-    )
 
 
 class Encoder(Section, name='model.encoder', page='contexts', closed=False):

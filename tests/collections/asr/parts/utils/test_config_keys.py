@@ -19,7 +19,7 @@ from nemo.collections.asr.parts.utils.config_keys import (
     SECTIONS,
     Model,
     NextToken,
-    Refine,
+    Probe,
     where_to_read,
 )
 
@@ -65,7 +65,7 @@ def test_a_section_takes_its_defaults():
         (NextToken, {'horizon': 4}, 'model.next_token.horizon is not known; did you mean model.next_token.horizons'),
         (NextToken, {'positions': 'end'}, "model.next_token.positions is 'end'; it must be one of .*chunk_end"),
         (NextToken, {'weight': float('nan')}, 'model.next_token.weight is nan; .* above 0'),
-        (Refine, {'every_n_steps': 3}, 'model.quantizer.refine is .*; it must have until_step'),
+        (Probe, {'every_n_validations': 3}, 'model.probe is .*; it must have train_manifest'),
         (Model, {'audit_every_n_batches': True}, 'audit_every_n_batches is True; it must be null or .* 1 or more'),
     ],
 )

@@ -122,7 +122,6 @@ class TestKeys:
             ('objective', 'next', ("model.objective is 'next'", 'next_token')),
             ('next_token', {'horizon': 3}, ('model.next_token.horizon', 'model.next_token.horizons')),
             ('preprocessor.normalize', 'per_feature', ('model.preprocessor.normalize is per_feature', 'fixed')),
-            ('quantizer.refine', {'every': 3}, ('model.quantizer.refine.every', 'every_n_steps')),
         ],
     )
     def test_what_an_objective_cannot_be_asked_for(self, cfg, key, value, words):
