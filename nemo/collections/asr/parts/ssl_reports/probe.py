@@ -116,7 +116,7 @@ def transcribe(probe: LayerProbe, outputs: Iterable[torch.Tensor]) -> list[list[
 def count_errors(hypotheses: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> list[int]:
     """Return the substitutions, deletions and insertions of each utterance: its edit distance."""
     texts = [[''.join(chr(256 + label) for label in row) for row in rows] for rows in (hypotheses, references)]
-    return edit_distance(*texts, reduction='none').int().tolist()
+    return edit_distance(*texts, reduction='none').int().reshape(-1).tolist()  # a scalar of one utterance
 
 
 def probe_errors(
