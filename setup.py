@@ -30,7 +30,7 @@ class BuildPatchSet(Command):
         self.set_undefined_options("build_py", ("build_lib", "build_lib"))
 
     def run(self):
-        # An editable wheel ignores build_lib; what lies in install_lib (the unpacked wheel) is packed as it is.
+        # An editable wheel ignores build_lib; what is in install_lib (the unpacked wheel) is packed as it is.
         target = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
         self.mkpath(target)
         for name, text in START_UP.items():

@@ -31,6 +31,6 @@ def copy_examples(target: str | os.PathLike[str]) -> int:
 
 
 def _all_but_scripts_and_configs(folder: str, names: list[str]) -> set[str]:
-    """Return what ``copytree`` is to leave out: caches, and whatever else lies in a checkout."""
+    """Return what ``copytree`` is to leave out: caches, and whatever else is in a checkout."""
     kept = (name for name in names if name.endswith(COPIED) or os.path.isdir(os.path.join(folder, name)))
     return set(names) - set(kept) | {"__pycache__"}

@@ -195,7 +195,7 @@ def skip_bad_audio(model) -> None:
 
 
 def model_class(cfg: DictConfig) -> type:
-    """Return the class that the sections of a model's config ask for: RNNT with a joint network, CTC, or both."""
+    """Return the class for the sections of a model's config: RNNT with a joint network, CTC, or both."""
     pieces = cfg.get('tokenizer') is not None
     if cfg.get('joint') is None:
         return EncDecCTCModelBPE if pieces else EncDecCTCModel

@@ -138,7 +138,7 @@ def batch_of(model, samples: torch.Tensor, lengths: torch.Tensor):
 
 
 def audit_text(model, record, context, options: argparse.Namespace) -> str:
-    """Return what the masking asks of the attention in an utterance of the record's length, as text."""
+    """Return an audit of the masking in an utterance of the record's length, as text."""
     from nemo.collections.asr.parts.ssl_reports.audit import audit_masking, windows_of
     from nemo.collections.asr.parts.ssl_reports.figures import look_ahead_title
 

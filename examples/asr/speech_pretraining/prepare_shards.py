@@ -56,7 +56,7 @@ def arguments(argv=None) -> argparse.Namespace:
 
 
 def main(argv=None) -> int:
-    """Pack as the command line asks; returns the exit status."""
+    """Pack by the command line; return the exit status."""
     options = arguments(argv)
     try:
         for name in ('shard_size', 'workers'):

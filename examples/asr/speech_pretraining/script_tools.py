@@ -137,7 +137,7 @@ def context_option(text: str):
 
 
 def sample_rate_of(model) -> int:
-    """Return how many samples per second a model hears."""
+    """Return the sampling rate of a model's audio, in Hz."""
     return model.preprocessor.featurizer.sample_rate
 
 

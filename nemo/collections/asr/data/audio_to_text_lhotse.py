@@ -23,7 +23,7 @@ class LhotseSpeechToTextBpeDataset(ChecksCuts, _up.LhotseSpeechToTextBpeDataset)
         try:
             return super().__getitem__(cuts)
         except NothingLeftError:
-            if self.return_cuts:  # whoever wants them cannot use silence
+            if self.return_cuts:  # silence has no cut to return
                 raise
             tokens = torch.zeros(1, 1, dtype=torch.long)
             return SilentBatch([torch.zeros(1, SILENCE), torch.tensor([SILENCE]), tokens, torch.tensor([1])])

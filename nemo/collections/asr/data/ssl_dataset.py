@@ -398,7 +398,7 @@ def _sum(values):
 
 
 _load_noise_audio, _load_noise_manifest, _pad_audio = _up.load_noise_audio, _up.load_noise_manifest, _up.pad_audio
-# NeMo's functions find these in their own module's globals. The last one takes a built-in's place: NeMo asks whether noise is
+# NeMo's functions find these in their own module's globals. The last one replaces a built-in: NeMo tests whether noise is
 # silent with Python's sum over a NumPy array, 15 ms for 16 s of audio, and takes other noise until the sum is above 0.
 _up.AudioNoiseBatch, _up.AudioNoiseDataset = AudioNoiseBatch, AudioNoiseDataset
 _up.TarredAudioNoiseDataset, _up.load_noise_audio = TarredAudioNoiseDataset, load_noise_audio

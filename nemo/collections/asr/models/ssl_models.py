@@ -107,14 +107,14 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
         self.reports = ModelReports(self)
 
     def _setup_masking(self) -> None:
-        """Give the masking module the encoder's window and the unit of its frames; warn where it cannot follow them."""
+        """Give the masking module the encoder's window and the unit of its frames; warn if it cannot use them."""
         name, encoder = type(self.mask_processor).__name__, self.encoder
         if not follows_context(self.mask_processor):
             logging.warning(f"{name} takes no attention context; its masks ignore it.")
         elif tightest_window_of(encoder) is None:
             context, style = (getattr(encoder, f'att_context_{key}', 'missing') for key in ('size', 'style'))
             logging.warning(
-                f"{name} cannot follow {type(encoder).__name__}: its att_context_size is {context}, its "
+                f"{name} ignores the context of {type(encoder).__name__}: its att_context_size is {context}, its "
                 f"att_context_style {style}; they must be the present [left, right] and one of {STYLES}."
             )
         if hasattr(self.mask_processor, 'attention_window'):

@@ -47,7 +47,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
             ``none``, ``layers`` or ``every_n`` with a number for n (``every_2``: each second layer).
 
     Raises:
-        ValueError: if an argument has a value that is not allowed, or the encoder's attention cannot follow a context.
+        ValueError: if an argument has a value that is not allowed, or the encoder's attention does not support a context.
     """
 
     _layer_contexts: LayerContexts = ()
@@ -126,7 +126,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
                 ``[[0, [40, 0]], [6, [120, 0]]]``; None restores the batch's context in every layer. -1 narrows nothing.
 
         Raises:
-            ValueError: naming the item and its value, if it is no context, or the attention cannot follow it.
+            ValueError: naming the item and its value, if it is no context, or the attention does not support it.
         """
         before, self._layer_contexts = self._layer_contexts, self._parse_layer_contexts(contexts)
         if self._layer_contexts != before:
@@ -179,11 +179,11 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         """Exchange the attention modules; arguments are NeMo's. The layers keep their contexts.
 
         Raises:
-            ValueError: if the new attention cannot follow the layers' contexts.
+            ValueError: if the new attention does not support the layers' contexts.
         """
         if self._has_layer_contexts() and self_attention_model == 'rel_pos_local_attn':
             raise ValueError(
-                "change_attention_model: rel_pos_local_attn cannot follow the layers' own contexts, "
+                "change_attention_model: rel_pos_local_attn does not support contexts by layer, "
                 f"{self._plain_layer_contexts()}; drop them first with set_layer_att_context_size(None)"
             )
         with self._assigning_default():

@@ -73,7 +73,7 @@ def test_the_look_ahead_of_each_context_is_reported(evaluate, tmp_path):
     [
         ('chunks', ['--contexts', '[[10,0],[20]]'], '--contexts[1]: [20]'),
         ('chunks', ['--contexts', '3'], '--contexts is 3'),
-        ('chunks', ['--contexts', '[[10,3]]'], 'chunks.nemo: --contexts[0]: the encoder cannot follow [10, 3]'),
+        ('chunks', ['--contexts', '[[10,3]]'], 'chunks.nemo: --contexts[0]: the encoder does not support [10, 3]'),
         ('none', [], 'none.nemo'),
         ('chunks', ['--manifest', '{folder}/empty.json'], 'empty.json'),
         ('chunks', ['--manifest', '{folder}/nowhere_{{0..1}}.json'], 'nowhere_0.json'),

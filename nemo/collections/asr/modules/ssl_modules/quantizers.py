@@ -23,7 +23,7 @@ _up = upstream(globals())
 # Scores held at a time: 8 MB of float64 stay in a CPU's cache; a GPU needs fewer and larger kernels.
 SCORES_AT_A_TIME_ON_CPU = 2**20
 SCORES_AT_A_TIME = 2**24
-_SMALLEST_VARIANCE = 1e-10  # of the first component's, for a component to be told from rounding
+_SMALLEST_VARIANCE = 1e-10  # of the first component's, below which a component is rounding
 
 
 class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):

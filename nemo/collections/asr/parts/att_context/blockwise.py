@@ -39,7 +39,7 @@ class AttentionBlocks:
     before: int  # keys of the window before the block's first query
     after: int  # keys of the window after the block's last query
     past: int  # the largest distance from a query back to a key it may see
-    future: int  # the largest distance from a query ahead to a key it may see
+    future: int  # the largest distance from a query forward to a key it may see
     window: Window  # which frames a frame sees
 
     @classmethod
@@ -52,7 +52,7 @@ class AttentionBlocks:
             return cls(frames, _block_frames(past + future + 1), past, future, past, future, window)
         chunk = min(window.chunk, frames)
         before = min(context.left // window.chunk, (frames - 1) // chunk) * chunk
-        queries = -(-_block_frames(before + chunk) // chunk) * chunk  # no chunk lies in two blocks
+        queries = -(-_block_frames(before + chunk) // chunk) * chunk  # no chunk is in two blocks
         past = min(before + chunk - 1, frames - 1)
         return cls(frames, queries, before, 0, past, chunk - 1, window)
 

@@ -82,7 +82,7 @@ class AttContext:
         yield self.right
 
     def __len__(self) -> int:
-        return 2  # torch.compile asks before it unpacks
+        return 2  # torch.compile reads it before it unpacks
 
     def as_list(self) -> list[int]:
         """NeMo's form, ``[left, right]``."""

@@ -54,7 +54,7 @@ class AttContextCurriculum(pl.Callback):
         return self.schedule.at(step, encoder.att_context_policy.left_multiple)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check, before training, that the encoder can follow every ceiling."""
+        """Check, before training, that the encoder supports every ceiling."""
         encoder: Any = getattr(pl_module, 'encoder', None)
         if not hasattr(encoder, 'att_context_policy'):
             raise ValueError(

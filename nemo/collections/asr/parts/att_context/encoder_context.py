@@ -20,7 +20,7 @@ class EncoderContext:
 
     NeMo's methods that assign ``att_context_size`` run within :meth:`_assigning_default`; other assignments set the
     override. Methods take what ``AttContext.parse`` reads, and raise ValueError for what is no context, or one that the
-    encoder's attention cannot follow.
+    encoder's attention does not support.
     """
 
     att_context_policy: ContextPolicy = None  # type: ignore[assignment]  # of training, and the default
@@ -122,7 +122,7 @@ class EncoderContext:
         return policy.narrowed(context) if self.training else context
 
     def draw_att_context_size(self, step: int | None = None) -> AttContext:
-        """Return the context of a batch that brings none; see :meth:`att_context_of_batch`."""
+        """Return the context of a batch without its own; see :meth:`att_context_of_batch`."""
         return self.att_context_of_batch(step=step)
 
     @torch.compiler.disable  # it would be recompiled for each step
@@ -139,13 +139,13 @@ class EncoderContext:
         return AttContext.parse(att_context_size, field=field)
 
     def check_att_context_size(self, att_context_size: Any) -> None:
-        """Raise ValueError if the encoder's attention, or a layer's, cannot follow this context of a batch."""
+        """Raise ValueError if the encoder's attention, or a layer's, does not support this context of a batch."""
         context = self.parse_att_context_size(att_context_size)
         self._check_can_attend_within(context)
         self.effective_att_contexts(context)
 
     def check_att_context_ceiling(self, ceiling: AttContext, where: str) -> None:
-        """Raise ValueError, beginning with ``where``, if the encoder's attention cannot follow this ceiling."""
+        """Raise ValueError, beginning with ``where``, if the encoder's attention does not support this ceiling."""
         self._check_can_narrow(where)
         self.att_context_policy.check_ceiling(ceiling, self.layer_att_contexts(), where)
 

@@ -43,7 +43,7 @@ def stack_window(encoder: Any, att_context_size: Any = None) -> Window | None:
     return Window(receptive_field(encoder, att_context_size))
 
 
-@lru_cache(maxsize=1024)  # asked in each training step
+@lru_cache(maxsize=1024)  # used in each training step
 def _field_of(windows: tuple[Window, ...], before: int, after: int) -> ReceptiveField:
     left = right = 0.0
     for frame in range(math.lcm(*(window.chunk for window in windows))):  # beyond it everything repeats

@@ -13,7 +13,7 @@ INTERPOLATIONS = ('step', 'linear')
 ANCHORS = 'anchors [layer, [left, right]], such as [0, [40, 0]]'  # as errors name them
 
 LayerContexts = tuple[AttContext | None, ...]  # None for a layer without a context of its own
-Check = Callable[[AttContext, str], object]  # raises ValueError, beginning with the place, if it cannot be followed
+Check = Callable[[AttContext, str], object]  # raises ValueError, beginning with the place, if it is not supported
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class SyncedBatch(tuple[Any, ...]):
     context_draw: ContextPolicy | None = None
 
     def pin_memory(self) -> 'SyncedBatch':
-        """Return the batch in pinned memory; the data loader's own way would lose the context."""
+        """Return the batch in pinned memory; the data loader's own method would lose the context."""
         pinned = SyncedBatch(pin_memory(item) for item in self)
         pinned.__dict__.update(self.__dict__)
         return pinned
@@ -89,7 +89,7 @@ class SyncedContextCollate:
         self.start_at(0)
 
     def start_at(self, number: int) -> None:
-        """Set which batch comes first, for loops without a Lightning trainer; workers that persist count on."""
+        """Set which batch comes first, for loops without a Lightning trainer; persistent workers continue to count."""
         self._first, self._collated = number, 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

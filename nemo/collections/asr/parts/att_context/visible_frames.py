@@ -54,7 +54,7 @@ def kept_visible_frames(window: Window, index: torch.Tensor, ends: torch.Tensor,
     Args:
         index: the frames' positions in the utterances, [1, A] or [B, A].
         ends: attention frames of each utterance, [B, 1].
-        phase: from 0 to 1, exclusive, [B, 1] float: where the first kept frame lies.
+        phase: from 0 to 1, exclusive, [B, 1] float: where the first kept frame is.
     """
     ends = ends.clamp(min=1)
     if window.has_chunks:

@@ -81,7 +81,7 @@ class Window:
 
 
 def tightest_window(windows: Iterable[Window]) -> Window:
-    """Return a window that lies within each of several, the widest such in most cases.
+    """Return a window within each of several, the widest such in most cases.
 
     Windows that show a frame nothing but itself are left out, unless all are such; so is the look-ahead of mixed styles.
     Where the others have no further frame in common, it is the smallest of them.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model whose encoder owns the attention context: passes on what is set, and asks it for the context of a batch."""
+"""A model whose encoder holds the attention context: sets it there, and reads that of a batch."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -18,7 +18,7 @@ class AttContextMixin(LightningModule):
         """Override the encoder's context policy, for attention and masking; None clears it. See ``AttContext.parse``.
 
         Raises:
-            ValueError: if it is no context, or the encoder cannot follow it.
+            ValueError: if it is no context, or the encoder does not support it.
         """
         self._check_has_context()
         self.encoder.set_att_context_size(context)
@@ -34,7 +34,7 @@ class AttContextMixin(LightningModule):
         return getattr(self.encoder, 'att_context_override', None)
 
     def masking_arguments(self, current_frame=None) -> dict:
-        """Return the keyword arguments of a call of the masking; no window for one that asks the encoder by itself.
+        """Return the keyword arguments of a call of the masking; no window if it reads the encoder's.
 
         Raises:
             ValueError: if the masking does not take a given ``current_frame``; in training also for a context [0, 0].

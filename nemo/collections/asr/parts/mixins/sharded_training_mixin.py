@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training with weights, gradients and optimizer states divided among ranks. New in this project."""
+"""Training with sharded weights, gradients and optimizer states (FSDP2). New in this project."""
 
 from collections.abc import Iterator
 
@@ -24,7 +24,7 @@ class ShardedTrainingMixin(LightningModule):
         """Shard the weights, if the strategy does, before optimizers are made.
 
         Raises:
-            ValueError: if layers are to be divided among ranks, too (``tensor_parallel_size``).
+            ValueError: if layers are to be sharded, too (``tensor_parallel_size``).
         """
         super().configure_model()
         mesh = self.device_mesh

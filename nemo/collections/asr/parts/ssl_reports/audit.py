@@ -30,7 +30,7 @@ WINDOW, LAYERS, STACK = 'window', 'layers', 'stack'
 class MaskAudit:
     """Counts of one batch, on its device.
 
-    A frame is an attention frame that lies whole within its utterance; above the threshold it counts as masked.
+    A frame is an attention frame that is whole within its utterance; above the threshold it counts as masked.
     """
 
     mask_frames: torch.Tensor

@@ -24,7 +24,7 @@ from nemo.collections.asr.parts.objectives.base import BatchRecord
 from nemo.utils.atomic_files import replacing
 
 Curve = Sequence[tuple[float, float]]
-# Lines of contexts are told apart without colour.
+# Lines of contexts differ without colour.
 LINE_STYLES, GREYS, MARKERS = ('-', '--', ':', '-.'), ('0.0', '0.3', '0.5'), 'osD^vxP*'
 HATCHED = dict(facecolor='white', edgecolor='black', linewidth=0)
 BELOW = dict(loc='outside lower center', ncols=3, fontsize=8, frameon=False)

@@ -22,7 +22,7 @@ def parse_contexts(value, encoder, field: str = 'model.validate_contexts') -> li
     """Return the contexts to run: ``all`` of an encoder's config, the ``first`` of them, or those of a list.
 
     Raises:
-        ValueError: naming the field and the item, if it is no context, comes twice, or the encoder cannot follow it.
+        ValueError: naming the field and the item, if it is no context, comes twice, or the encoder does not support it.
     """
     if not hasattr(encoder, 'using_att_context_size'):
         raise ValueError(f"{field} is {value!r}, but {type(encoder).__name__} has no attention contexts")
@@ -38,7 +38,7 @@ def parse_contexts(value, encoder, field: str = 'model.validate_contexts') -> li
         try:
             encoder.check_att_context_size(context)
         except ValueError as error:
-            raise ValueError(f"{where}: the encoder cannot follow {list(context)}: {error}") from error
+            raise ValueError(f"{where}: the encoder does not support {list(context)}: {error}") from error
         contexts.append(list(context))
     if not contexts or any(contexts.count(context) > 1 for context in contexts):
         raise ValueError(f"{field} is {contexts}; it needs contexts, each once")
@@ -46,7 +46,7 @@ def parse_contexts(value, encoder, field: str = 'model.validate_contexts') -> li
 
 
 def tightest_of(encoder, contexts: Sequence) -> Window:
-    """Return a window that lies within what every layer sees in each of several batches' contexts."""
+    """Return a window within what every layer sees in each of several batches' contexts."""
     windows = []
     for context in contexts:
         with encoder.using_att_context_size(context):

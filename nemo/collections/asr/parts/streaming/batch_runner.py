@@ -32,7 +32,7 @@ class BatchRunner:
 
     Layers with a right context in ``regular`` style wait for frames, so look-aheads add up. Observers get feature frames
     [R, T, F], or the frames [R, Q, D] that enter the first layer, with the numbers of their streams [R], and which frames
-    are a stream's own [R, T or Q] bool; they return what to go on with.
+    are a stream's own [R, T or Q] bool; they return what replaces them.
     """
 
     def __init__(

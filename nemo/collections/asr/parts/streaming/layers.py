@@ -2,7 +2,7 @@
 """Conformer layers for many live streams at once, with cached keys, values and projected positions.
 
 NeMo's layer projects keys, values and positions of its whole cache in each step. Here they are projected once: the key of
-frame j lies at slot j % S of a ring. Frames *arrive* (first feed-forward, query, key and value), wait for the layer's look-ahead
+frame j is in slot j % S of a ring buffer. Frames *arrive* (first feed-forward, query, key and value), wait for the layer's look-ahead
 of r frames, and are *emitted* (attention, convolution, second feed-forward). Positions before a stream's first go through all
 layers like others, but no query sees them and they leave nothing in the convolution.
 
@@ -36,7 +36,7 @@ _LOCK = threading.Lock()
 
 @dataclass(eq=False)
 class PositionTable:
-    """What a layer's queries score of relative positions, from the farthest ahead to the farthest behind."""
+    """Scores of a layer's queries for relative positions, from the farthest future to the farthest past."""
 
     keys: Tensor  # [H, K, P]
     shared: Tensor  # scores that all queries share, [H, 1, P]
@@ -135,14 +135,14 @@ class PreparedLayer:
         self.adapters = [copy.deepcopy(adapter.module) for adapter in enabled_adapters(layer)]
 
     def positions(self, future: int, past: int) -> PositionTable:
-        """Return the table of so many frames ahead and behind; it is shared, and lives as long as a session holds it."""
+        """Return the table of so many frames after and before; shared, and kept while a session uses it."""
         weight = self.position_weight
         with _LOCK, torch.inference_mode(False), torch.no_grad(), without_autocast(weight.device):
             found = self._tables.get((future, past))
             if found is None:
                 encoding = RelPositionalEncoding(self.width, 0.0)
                 encoding.extend_pe(max(future, past) + 1, weight.device, weight.dtype)
-                centre = encoding.pe.shape[1] // 2  # the embedding of distance 0; greater distances lie before it
+                centre = encoding.pe.shape[1] // 2  # the embedding of distance 0; greater distances are before it
                 keys = F.linear(encoding.pe[0, centre - past : centre + future + 1].flip(0), weight)
                 keys = keys.view(-1, self.heads, self.head_width).permute(1, 2, 0).contiguous()
                 found = self._tables[future, past] = PositionTable(keys, torch.bmm(self.bias_v, keys))
@@ -219,7 +219,7 @@ def _norm(norm: torch.nn.LayerNorm) -> Callable[..., Tensor]:
 
 
 def _convolution_norm(convolution: torch.nn.Module) -> Callable[..., Tensor]:
-    """Return the norm behind the convolution as a function of [N, D]."""
+    """Return the norm after the convolution as a function of [N, D]."""
     norm = convolution.batch_norm
     if convolution.norm_type == 'layer_norm':
         return _norm(norm)
@@ -243,7 +243,7 @@ def _store(kept: Tensor, new: Tensor, rows: Rows, slots: Tensor) -> Tensor:
 
 
 def _exchange(waiting: Tensor, new: Tensor, rows: Rows) -> Tensor:
-    """Return what waits with new frames [R, Q, D] behind it; as many as are new no longer wait."""
+    """Return what waits with new frames [R, Q, D] after it; as many as are new no longer wait."""
     joined = torch.cat((rows.select(waiting), new), 1)
     rows.store(waiting, joined[:, new.shape[1] :])
     return joined

@@ -64,7 +64,7 @@ class StreamingMel:
             emphasised = samples[:, 1:]
         else:
             emphasised = samples[:, 1:] - self.featurizer.preemph * samples[:, :-1]
-            if inside is not None:  # behind a stream's last sample there is nothing to emphasise
+            if inside is not None:  # after a stream's last sample there is nothing to emphasise
                 emphasised.masked_fill_(~inside[:, 1:], 0.0)
         return self._features_of(self._spectrum(emphasised)).to(self.dtype)
 

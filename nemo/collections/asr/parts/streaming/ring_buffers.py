@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What live streams keep: tensors with a row for each stream, ring buffers, and which slots of a ring a query sees.
 
-Position p of a stream lies at slot p % slots of a ring. Counts on the CPU define which exist: a write behind has no effect.
+Position p of a stream is in slot p % slots of a ring. Counts on the CPU define which exist: a later write has no effect.
 
 Shapes: B streams, R rows of them, N positions, S slots, Q queries.
 """

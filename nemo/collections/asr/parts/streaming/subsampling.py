@@ -83,7 +83,7 @@ class IncrementalSubsampling:
         """Return the next encoder frames of some rows, [R, Q, D], for their features [R, factor * Q, F].
 
         ``caches`` of :meth:`new_stage` change in place. ``begins`` [R] bool: the first frame is its stream's first; what is
-        before it counts as zeros. ``left`` [R] int64, where streams end: how many of the features exist; those behind count as
+        before it counts as zeros. ``left`` [R] int64, where streams end: how many of the features exist; later ones count as
         zeros. A stream without any begins, and has factor - 1 left: those before it.
         """
         own = [rows.select(cache) for cache in caches]

@@ -211,7 +211,7 @@ class _Stream:
     open: int = 0  # index of the first token of the word that can still grow
     repeated: int = 1  # frames of the last token, of a CTC path
     start: int = 0  # where the utterance begins
-    silent_from: int = 0  # where the silence behind its last token begins
+    silent_from: int = 0  # where the silence after its last token begins
     has_speech: bool = False
     partial: Word = NO_WORD
 

@@ -21,7 +21,7 @@ _up = upstream(globals())
 
 
 class MultiHeadAttention(_up.MultiHeadAttention):
-    """NeMo's multi-head attention with a context of its own, which the Conformer encoder it belongs to follows.
+    """NeMo's multi-head attention with a context of its own, which its Conformer encoder uses.
 
     Given a :class:`BlockwiseMask` it computes block by block what NeMo computes from the mask [B, T, T].
     """
@@ -34,7 +34,7 @@ class MultiHeadAttention(_up.MultiHeadAttention):
     def att_context_size(self) -> list[int] | None:
         """The layer's own context ``[left, right]`` in attention frames, or None; that of local attention is built in.
 
-        Setting raises ValueError for what is no context, or one that the encoder's attention cannot follow.
+        Setting raises ValueError for what is no context, or one that the encoder's attention does not support.
         """
         if self.layer_context is None or self._built_for is not None:
             return self._built_for

@@ -15,7 +15,7 @@ STEPS_TO_JUDGE = 50
 class DataWait:
     """Measures, by a clock in seconds of this process, from the end of a step to the start of the next.
 
-    On a GPU the process runs ahead of the device, so the share is an upper bound.
+    A GPU computes while the process waits, so there the share is an upper bound.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``trainer.strategy: fully_shard``, whose checkpoints can be written while training goes on. New in this project."""
+"""``trainer.strategy: fully_shard``; training continues while its checkpoints are written. New here."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +26,7 @@ class PendingSaves(AsyncFinalizableCheckpointIO):
         self.thread = ThreadPoolExecutor(1)
 
     def connect(self) -> None:
-        """Make groups of their own: one for the writing threads, one to ask whether all have written."""
+        """Make groups of their own: one for the writing threads, one to find out whether all have written."""
         self.writers, self.askers = (distributed.new_group(backend='gloo') for _ in range(2))
 
     def begin(self, state: dict, folder: Path, finalize: Callable[[], None]) -> None:
@@ -59,7 +59,7 @@ class PendingSaves(AsyncFinalizableCheckpointIO):
 
 
 class FullyShardStrategy(ModelParallelStrategy):
-    """Lightning's ``ModelParallelStrategy`` with the weights divided among all ranks.
+    """Lightning's ``ModelParallelStrategy`` with the weights sharded over all ranks.
 
     Checkpoints are folders, to which each rank writes its shard. With
     ``exp_manager.checkpoint_callback_params.async_save: true`` training waits only until the shards are copied to

@@ -117,7 +117,7 @@ def _expanded(path):
 
 
 def _holds(recording: Recording, offset: float, duration: float | None) -> bool:
-    """Whether a recording has what an entry says, of which the end may be missing."""
+    """Whether a recording has the segment of an entry, of which the end may be missing."""
     left = recording.duration - offset
     return left > 0 and left >= LEAST_SHARE_OF_DURATION * (duration or 0.0)
 
