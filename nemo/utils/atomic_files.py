@@ -70,6 +70,6 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, contents) -> None:
-    """Write JSON, whole or not at all; NaN and infinite numbers become null. Errors are those of :func:`replacing`."""
+    """Write JSON, atomically, with null for non-finite numbers; errors are those of :func:`replacing`."""
     finite = json.loads(json.dumps(contents), parse_constant=lambda name: None)
     write_text(Path(path).resolve(), json.dumps(finite, indent=2) + '\n')

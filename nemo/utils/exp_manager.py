@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch of NeMo's ``exp_manager.py``: a run that is resumed at the end of an epoch trains no batch too many."""
+"""Patch of NeMo's ``exp_manager.py``: a resume at the end of an epoch trains no extra batch."""
 
 from nemo_streaming_ssl import upstream
 

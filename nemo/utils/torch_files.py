@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``torch.save`` with the reason of a failure, and ``torch.load`` without running code. New in this project."""
+"""``torch.save`` with reasons for failures, ``torch.load`` without running code. New in this project."""
 
 import builtins
 import collections
@@ -51,7 +51,7 @@ def _load_folder(folder: Path) -> dict:
 
 
 def save(content, path: str | Path) -> None:
-    """Save as ``torch.save`` does; OSError with the cause, such as a full disk, which torch's own error hides."""
+    """Save as ``torch.save`` does; OSError with the cause, such as a full disk, which torch hides."""
     try:
         with open(path, 'wb') as file:
             torch.save(content, file)

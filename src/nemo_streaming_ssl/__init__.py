@@ -21,7 +21,7 @@ _COPIED_DUNDERS = ("__all__", "__getattr__", "__dir__")  # the others belong to 
 
 
 def patch_tree() -> str:
-    """Return the directory that holds the patch set's ``nemo/``: in the wheel, or the checkout if editable."""
+    """Return the directory of the patch set's ``nemo/``: in the wheel, or in an editable checkout."""
     if PatchFinder.tree is None:
         import os
 

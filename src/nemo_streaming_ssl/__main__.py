@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m nemo_streaming_ssl``: which NeMo, active or not and why, which modules. Exits with 1 if inactive.
+"""``python -m nemo_streaming_ssl``: print whether the patches are active, and why. Status 1 if not.
 
 ``python -m nemo_streaming_ssl examples TARGET`` copies the example scripts and their configs to TARGET;
 ``python -m nemo_streaming_ssl doctor`` checks all that pre-training needs, and prints what to do about each problem;

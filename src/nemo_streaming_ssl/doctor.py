@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m nemo_streaming_ssl doctor``: check all that pre-training needs; the trial step runs in its own process."""
+"""``python -m nemo_streaming_ssl doctor``: check what pre-training needs, with a trial step."""
 
 import io
 import os

@@ -18,7 +18,7 @@ def pages() -> dict[str, str]:
 
 
 def read_page(name: str) -> str:
-    """Return the text of a page, Markdown; ``contexts`` and ``docs/contexts.md#precedence`` name the same page.
+    """Return a page in Markdown, by ``contexts`` or ``docs/contexts.md#precedence`` alike.
 
     Raises:
         ValueError: if there is no such page, with the nearest one or all that there are.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Report whether the patched modules are the ones in use. Imports nothing of NeMo: it only looks at files."""
+"""Report whether the patched modules are in use, by looking at files, without importing NeMo."""
 
 import os
 import re
@@ -30,7 +30,7 @@ class PatchedModule(NamedTuple):
 
 
 def patched_modules() -> list[PatchedModule]:
-    """Return every module of the patch set, patched or added, as a list of ``PatchedModule`` sorted by name."""
+    """Return every module of the patch set, patched or added, as ``PatchedModule``, sorted by name."""
     tree, nemo = patch_tree(), _nemo_folder()
     found = []
     for folder, _, files in os.walk(os.path.join(tree, "nemo")):
@@ -41,7 +41,7 @@ def patched_modules() -> list[PatchedModule]:
 
 
 def report_lines() -> list[str]:
-    """Return the report as lines: NeMo's version, active or not and why, each module of the patch set and its file."""
+    """Return the report as lines: NeMo's version, active or why not, modules and their files."""
     problem = _why_inactive()
     lines = [
         f"{DISTRIBUTION} {_own_version()}, patch set in {os.path.join(patch_tree(), 'nemo')}",

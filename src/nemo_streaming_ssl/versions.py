@@ -27,7 +27,7 @@ def nemo_version() -> str | None:
 
 
 def supported_range() -> tuple[str, str]:
-    """Return the first NeMo release in the range and the first beyond it, as this project's metadata require.
+    """Return the first NeMo release in the required range, and the first beyond it, by the metadata.
 
     Raises:
         importlib.metadata.PackageNotFoundError: if this project is on the path, but not installed.

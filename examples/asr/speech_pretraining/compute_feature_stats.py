@@ -42,7 +42,7 @@ TARGET_NORMALIZATIONS = ("per_feature", "NA")
 
 
 def read_preprocessor(path):
-    """Return ``model.preprocessor`` of a NeMo config as a dict; without a path that of NeMo's NEST configs.
+    """Return a NeMo config's ``model.preprocessor`` as a dict; without a path that of the NEST configs.
 
     Raises:
         ValueError: naming the file, if it cannot be read or has no preprocessor.
@@ -61,7 +61,7 @@ def read_preprocessor(path):
 
 
 def read_target_settings(path, target_normalize=None, combine_time_steps=None):
-    """Return the ``TargetSettings`` of a command line, else of a NeMo config, else those of the NEST configs.
+    """Return the ``TargetSettings`` of the command line, else of a config, else of the NEST configs.
 
     Raises:
         ValueError: naming the key, its value and what is allowed.

@@ -34,7 +34,7 @@ GRAMMAR = {
 
 
 def make_sentence(rng, split):
-    """Return a sentence of the split; its checksum decides which split a sentence belongs to (8 in 10: train)."""
+    """Return a sentence of the split, which is chosen by the sentence's checksum (8 in 10: train)."""
     while True:
         sentence = expand(rng, "{sentence}")
         if {0: "validation", 1: "test"}.get(zlib.crc32(sentence.encode()) % 10, "train") == split:

@@ -110,7 +110,7 @@ def _interval(row: dict, name: str, form: str) -> str:
 
 
 def write_csv(path: Path, results: list[dict]) -> None:
-    """Write a row for each model, context and part, whole or not at all; a column for each bound of an interval."""
+    """Write a row for each model, context and part, atomically; interval bounds have columns."""
     from nemo.utils.atomic_files import replacing
 
     rows = []

@@ -104,7 +104,7 @@ def plan_corpus(minutes, seed):
 
 
 class Synthesiser:
-    """eSpeak NG by ctypes: text in, float64 samples at 16 kHz out. One per process: the library is not thread-safe."""
+    """eSpeak NG by ctypes: text in, float64 samples at 16 kHz out. One per process: not thread-safe."""
 
     _RETRIEVAL_SYNCHRONOUS, _DO_NOT_EXIT, _UTF8, _CHARACTERS = 2, 0x8000, 1, 1
     _RATE, _PITCH, _RANGE = 1, 3, 4  # espeak_PARAMETER

@@ -113,7 +113,7 @@ def run_folder(options: argparse.Namespace, data: dict[str, Path]) -> Path:
 
 
 def train(title: str, folder: Path, script: str, config: str, overrides: list[str], **environment: str) -> Path:
-    """Train with one of the training scripts, or continue an interrupted run; returns ``folder.nemo`` when complete."""
+    """Train with a training script, or continue an interrupted run; return the complete ``folder.nemo``."""
     model_file = folder.with_suffix('.nemo')
     if model_file.exists():
         console.print(f'== {title:<44} complete already: {model_file}')

@@ -36,7 +36,7 @@ def require_patches(script: str, *modules: str) -> list[str]:
 
 
 def show_help(text: str) -> None:
-    """Print the help of a script that takes its options from a config, and end it, if the command line has --help.
+    """Print the help of a script with a config, and end it, if the command line has --help.
 
     Hydra's own help is the whole config. A script calls this before it imports NeMo, which takes longest.
 
@@ -57,7 +57,7 @@ def name_of(script: str) -> str:
 
 
 def report_error(script: str, error: Exception, status: int = 2) -> int:
-    """Print what stopped the script, beginning with its name, and the page about it; return the exit status."""
+    """Print why the script stopped, with its name, and the page about it; return the exit status."""
     print(f'{name_of(script)}: error: {explained(error)}', file=sys.stderr)
     return status
 
@@ -84,7 +84,7 @@ def check_folders(parser: argparse.ArgumentParser, options: argparse.Namespace, 
 
 
 def stream_parser(description: str, output: str) -> argparse.ArgumentParser:
-    """Return a parser with the options of the scripts that stream audio; ``output`` is the help of --output."""
+    """Return a parser with the options of scripts that stream audio; ``output`` is --output's help."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', type=Path, required=True, help='a .nemo file')
     parser.add_argument('audio', type=Path, nargs='*', help='audio files')
@@ -96,7 +96,7 @@ def stream_parser(description: str, output: str) -> argparse.ArgumentParser:
 
 
 def parse_stream_options(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line of :func:`stream_parser`; end with the parser's error if an option cannot be used."""
+    """Parse the command line of :func:`stream_parser`; an unusable option is the parser's error."""
     options = parser.parse_args(argv)
     if bool(options.audio) == (options.manifest is not None):
         parser.error('give audio files or --manifest')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read the weights that ``init_from_*`` names, load them into a model, and report what was loaded. New in this project."""
+"""Read the weights of ``init_from_*``, load them, and log what was loaded. New in this project."""
 
 import difflib
 import os
@@ -35,7 +35,7 @@ class Source:
     exclude: list[str] | None = None
 
     def read(self, model, map_location='cpu', strict: bool = True) -> tuple:
-        """Return the config or None, and the state dict, by a ModelPT or its class; ValueError names a file that is broken."""
+        """Return config or None, and state dict, by a ModelPT or its class; ValueError for a broken file."""
         if self.kind == 'init_from_ptl_ckpt':
             return self._checkpoint(map_location)
         restored = self._restored(model, map_location=map_location, strict=strict)
@@ -75,7 +75,7 @@ class Source:
 
 
 def sources_of(cfg) -> list[Source]:
-    """Return the sources that a config's ``init_from_*`` names; ValueError refuses two keys, unknown options, no file."""
+    """Return the sources of ``init_from_*``; ValueError for two keys, unknown options or a missing file."""
     kinds = [kind for kind in cfg if str(kind).startswith('init_from_') and cfg.get(kind) is not None]
     for kind in kinds:
         if kind not in PLACES:
@@ -114,7 +114,7 @@ def _patterns(key: str, value) -> list[str] | None:
 
 
 def load_weights(model, source: Source, config, weights: dict) -> set[str]:
-    """Load weights into a model and log a table of what was loaded; return the names of the tensors that were.
+    """Load weights into a model and log a table; return the names of the tensors that were loaded.
 
     Raises:
         ValueError: if a pattern matches no tensor, or a tensor has another shape in the model.
@@ -145,7 +145,7 @@ def load_weights(model, source: Source, config, weights: dict) -> set[str]:
 
 
 def check_encoder_was_loaded(model, sources: list[Source], loaded: set[str]) -> None:
-    """Raise ValueError if the model has an encoder and none of its tensors was loaded; ``include: []`` allows that."""
+    """Raise ValueError if no tensor of the encoder was loaded; ``include: []`` allows that."""
     wanted = [source.key for source in sources if source.include != []]
     encoder = [name for name in model.state_dict() if _part(name) == 'encoder']
     if wanted and encoder and not loaded.intersection(encoder):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch of NeMo's ``save_restore_connector.py``: ``.nemo`` files are complete or absent, and errors name broken ones."""
+"""Patch of NeMo's ``save_restore_connector.py``: atomic ``.nemo`` files; errors name broken ones."""
 
 import gzip
 import os
@@ -74,7 +74,7 @@ class SaveRestoreConnector(_up.SaveRestoreConnector):
             raise
 
     def extract_state_dict_from(self, restore_path, save_dir, split_by_module=False):
-        """Write the weights in a ``.nemo`` file to a folder; see ``load_config_and_state_dict`` for the errors."""
+        """Write the weights of a ``.nemo`` file to a folder; errors as in ``load_config_and_state_dict``."""
         with self._naming(restore_path):
             return super().extract_state_dict_from(restore_path, save_dir, split_by_module)
 

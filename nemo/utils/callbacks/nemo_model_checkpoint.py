@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch of NeMo's ``nemo_model_checkpoint.py``: a save that is cut short costs no checkpoint and no resume."""
+"""Patch of NeMo's ``nemo_model_checkpoint.py``: an interrupted save loses no checkpoint."""
 
 import shutil
 import zipfile
@@ -17,7 +17,7 @@ _up = upstream(globals())
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written beside their target; Lightning copies from the temporary folder, not atomically."""
+    """Lightning's checkpoint files, written beside their target, since Lightning copies non-atomically."""
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
         """Save a checkpoint; errors of a local file are those of ``replacing``."""
@@ -46,7 +46,7 @@ class NeMoModelCheckpoint(_up.NeMoModelCheckpoint):
 
     @staticmethod
     def is_checkpoint_unfinished(checkpoint_path) -> bool:
-        """Whether a checkpoint is not to be resumed from: unfinished, or a last one that a newer one supersedes."""
+        """Whether not to resume from a checkpoint: it is unfinished, or there is a newer last one."""
         marked, path = _up.NeMoModelCheckpoint.is_checkpoint_unfinished(checkpoint_path), Path(checkpoint_path)
         if not path.is_file():
             return marked

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read audio files as mono samples, with an error that names what is wrong with a file. New in this project."""
+"""Read audio files as mono samples; errors name the file and the fault. New in this project."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ UNKNOWN_LENGTH = 0x7FFFF000  # bytes: headers of piped wav files claim this much
 
 
 def read_audio(path: Path, rate: int, offset: float = 0.0, duration: float | None = None) -> np.ndarray:
-    """Read a file, or ``duration`` seconds of it from ``offset`` on, as mono samples at ``rate``: float32 [N], full scale 1.
+    """Read a file, or ``duration`` s from ``offset`` on, at ``rate``: mono float32 [N], full scale 1.
 
     Raises:
         ValueError: naming the file, if it is missing, empty, truncated, no audio, or has non-finite samples.
@@ -43,14 +43,14 @@ def read_audio(path: Path, rate: int, offset: float = 0.0, duration: float | Non
 
 
 def _check_complete(audio: soundfile.SoundFile) -> None:
-    """Raise ValueError if the header promises more than the file holds; libsndfile only notes it in its log."""
+    """Raise ValueError if the file has less audio than its header declares; libsndfile only logs it."""
     for claimed, there in re.findall(r'^\s*data\s*:\s*(\d+)\s*\(should be (\d+)\)', audio.extra_info, re.MULTILINE):
         if int(there) < int(claimed) < UNKNOWN_LENGTH:
             raise ValueError(f'the file is truncated: {there} of {claimed} bytes of samples are there')
 
 
 def audio_entries(files: list[Path], manifest: Path | str | None, must_exist: bool = False) -> list[dict]:
-    """Return an entry for each audio file, or those of the manifests that a pattern names, with absolute paths.
+    """Return an entry for each audio file, or those of manifests, with absolute paths.
 
     Raises:
         ValueError: naming manifest and line, if it is no manifest, or an audio file that must exist does not.

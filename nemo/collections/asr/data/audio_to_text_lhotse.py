@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch of NeMo's ``audio_to_text_lhotse.py``: channels are mixed down, and what lhotse skips is counted."""
+"""Patch of NeMo's ``audio_to_text_lhotse.py``: mixes channels down, counts what lhotse skips."""
 
 import torch
 
@@ -10,7 +10,7 @@ _up = upstream(globals())
 
 
 class SilentBatch(list):
-    """Takes the place of a batch whose utterances are all left out; ``LogLeftOut`` lets it add no gradient."""
+    """Replaces a batch whose utterances are all left out; ``LogLeftOut`` lets it add no gradient."""
 
     is_silence = True
 

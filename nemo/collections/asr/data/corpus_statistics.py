@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mean, standard deviation and principal components of the features of a corpus, in one pass. New in this project.
+"""Mean, deviation and principal components of a corpus' features, in one pass. New in this project.
 
 The moments of utterances are merged pairwise, in float64 and in the order of the manifest (Chan, Golub and LeVeque, 1979), so
 the number of workers changes no digit.
@@ -69,7 +69,7 @@ class Moments:
         return Moments(count, self.mean + delta * (other.count / count), squares, *audio)
 
     def statistics(self) -> dict[str, list[float]]:
-        """Return ``fixed_mean`` and ``fixed_std``; raise ValueError where a feature cannot be normalised by them."""
+        """Return ``fixed_mean`` and ``fixed_std``; ValueError if a feature cannot be normalised by them."""
         if self.count < 2:
             raise ValueError(f"the audio has {self.count} feature frames; statistics need at least 2")
         std = np.sqrt(self.squares / (self.count - 1))
@@ -78,7 +78,7 @@ class Moments:
         return statistics
 
     def components(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the principal components: eigenvectors [C, V], and eigenvalues and their shares of the variance [C].
+        """Return the principal components [C, V], their eigenvalues and shares of the variance [C].
 
         The largest number of an eigenvector is positive, for its sign means nothing. Too few values or targets are a ValueError.
         """
@@ -100,7 +100,7 @@ class TargetSettings(NamedTuple):
     combine_time_steps: int
 
     def targets_of(self, features: np.ndarray) -> np.ndarray:
-        """Return the targets [S, V] float32 of an utterance's features [D, T] float32; for ``NA`` not yet normalised."""
+        """Return an utterance's targets [S, V] from features [D, T], both float32; ``NA``: not yet normalised."""
         count = features.shape[1] // self.combine_time_steps
         if self.target_normalize == "per_feature" and count:
             features = torch.from_numpy(features)[None]
@@ -110,7 +110,7 @@ class TargetSettings(NamedTuple):
 
 
 class GroupStatistics(torch.utils.data.Dataset):
-    """Moments of the features of a group of utterances, and of their targets; or what went wrong, as a message."""
+    """Moments of the features and targets of a group of utterances, or an error message."""
 
     def __init__(self, utterances: list[dict], preprocessor, settings: TargetSettings | None = None):
         self.utterances, self.settings = utterances, settings
@@ -143,7 +143,7 @@ class GroupStatistics(torch.utils.data.Dataset):
 
 
 def corpus_statistics(utterances: list[dict], preprocessor, settings=None, workers=0) -> tuple[Moments, Moments]:
-    """Return the moments of all valid frames of utterances (entries with absolute paths), and those of the targets.
+    """Return the moments of all valid frames of entries with absolute paths, and of the targets.
 
     Without ``settings`` the targets have no moments. With 0 workers this process reads the audio.
 
@@ -161,7 +161,7 @@ def corpus_statistics(utterances: list[dict], preprocessor, settings=None, worke
 
 
 def write_projection(path, targets: Moments, settings: TargetSettings, number: int) -> float:
-    """Write so many principal components to an .npz file whole or not at all; return their share of the variance."""
+    """Write principal components to an .npz file, atomically; return their share of the variance."""
     components, eigenvalues, shares = targets.components(number)
     arrays = {
         "components": components,

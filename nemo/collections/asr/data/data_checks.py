@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check before training that the data can be read, with the code that will read it. New in this project."""
+"""Check before training that the data can be read, with the code that reads it. New in this project."""
 
 import itertools
 import tarfile
@@ -61,7 +61,7 @@ def check_data(name: str, data_cfg: DictConfig) -> None:
 
 
 def sources_in(data_cfg) -> Iterator[tuple[str, dict]]:
-    """Yield the sections that name data, those within ``input_cfg`` included, each after what leads to its keys."""
+    """Yield the sections that name data, those in ``input_cfg`` included, each after the path to its keys."""
     groups = data_cfg.get('input_cfg')
     if groups is None:
         yield '', data_cfg
@@ -73,7 +73,7 @@ def sources_in(data_cfg) -> Iterator[tuple[str, dict]]:
 
 
 def check_manifest(path: str, key: str, min_duration: float | None = None, max_duration: float | None = None) -> int:
-    """Check that a plain manifest can be read and leaves something to train on within the limits, in seconds.
+    """Check that a plain manifest can be read and has utterances within the limits, in seconds.
 
     Returns:
         The number of utterances that are kept; 0 for a manifest in a data store, which is left to its reader.

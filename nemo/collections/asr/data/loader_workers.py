@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 
 def end_workers_with_their_parent(loader) -> None:
-    """Let the workers of a torch data loader end when the process that iterates over it has ended, in whatever way.
+    """Let the workers of a torch data loader end when the process that iterates over it has ended.
 
     torch's workers look for that process only between messages. Cuts with the audio of shards are larger than a pipe: a worker
     whose process is killed within such a message would wait forever.
@@ -23,7 +23,7 @@ def end_workers_with_their_parent(loader) -> None:
 
 
 def _init_worker(own: Callable[[int], None] | None, worker: int) -> None:
-    """Start the watch, then do what the loader's own function would, or Lightning's, whose place this takes."""
+    """Start the watch, then run the loader's own function, or Lightning's, which this replaces."""
     threading.Thread(target=_end_with_parent, name='end_with_parent', daemon=True).start()
     if own is not None:
         own(worker)
@@ -37,7 +37,7 @@ def _end_with_parent() -> None:
 
 
 def in_order(dataset, workers: int = 0) -> Iterator:
-    """Yield the items of a dataset, which processes make; raise ValueError for one that is a message (a string)."""
+    """Yield the items of a dataset, made by processes; ValueError for an item that is a message."""
     loader = DataLoader(dataset, batch_size=1, num_workers=workers, collate_fn=list)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the workers: another summation order would change the last digits

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resumable batches of data that lhotse reads: manifests, tarred manifests, lhotse Shar, mixtures, buckets. New here.
+"""Resumable batches of lhotse data: manifests, tarred manifests, Shar, mixtures, buckets. New here.
 
 The shards of each source are divided among readers, the workers of all ranks. A reader reads segments: as many cuts as the
 sampler's buffer holds, which NeMo's sampler makes batches of, until nothing is left. All draws of a segment are seeded with its
@@ -41,7 +41,7 @@ READERS = LazySharIterator, LazyNeMoTarredIterator, LazyNeMoIterator, LazyManife
 
 
 def resumable_config(config, options, ranks: int):
-    """Return a copy of a data section, of which NeMo makes a loader that :func:`make_resumable_cuts` takes.
+    """Return a copy of a data section for a loader that :func:`make_resumable_cuts` takes.
 
     Raises:
         ValueError: naming the setting that cannot be resumed, the reason, and what to set.
@@ -71,7 +71,7 @@ def resumable_config(config, options, ranks: int):
 
 
 def make_resumable_cuts(loader: DataLoader, config, options, rank: int, ranks: int) -> 'ResumableCutLoader':
-    """Return a resumable loader of the data of one that NeMo made of ``config``, which :func:`resumable_config` returned."""
+    """Return a resumable loader of the data of NeMo's loader for a ``config`` of :func:`resumable_config`."""
     buffer = config.get('bucket_buffer_size' if config.get('use_bucketing', False) else 'shuffle_buffer_size')
     data = ResumableCuts(
         loader.dataset.dataset,
@@ -104,7 +104,7 @@ class CutStream:
         self.parts = -(-self.readers // max(1, len(self.open_shard)))
 
     def go_to(self, reader: int, position: tuple[int, int, int, int]) -> None:
-        """Set the reader, and its position: pass, first shard of the pass, shards read by the reader, cuts read of the next."""
+        """Set the reader and its position: pass, its first shard, shards read by the reader, cuts of the next."""
         self.reader, self.position = reader, tuple(position)
         self._cuts = self._read()
 
@@ -141,7 +141,7 @@ class CutStream:
 
 
 class ResumableCuts(IterableDataset):
-    """Batches of the cuts of a reader, each with its place: the reader, the segment's positions, and the next batch in it.
+    """Batches of a reader's cuts, each with its place: reader, the segment's positions, next batch in it.
 
     Streams take the place of the sources in NeMo's sampler. ``readers`` are those of all ranks; a segment is so many cuts.
     """
@@ -220,7 +220,7 @@ class ResumableCutLoader(ResumableLoader):
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue where a loader with this state was; with other numbers of ranks or workers, with the next shards."""
+        """Continue from a loader's state; with other numbers of ranks or workers, from the next shards."""
         data = self.dataset
         if (state['readers'], state['workers']) == (data.readers, max(1, self.num_workers)):
             data.begin, data.first_reader = state['begin'], state['first_reader']
@@ -270,7 +270,7 @@ def _next_shard(state: dict, index: int, parts: int) -> tuple[int, int]:
 
 
 def _shards_of(source) -> tuple[list[Callable], bool]:
-    """Return functions of a pass and a window that open the shards of a source, and whether their order is shuffled."""
+    """Return functions of a pass and a window that open a source's shards, and whether they are shuffled."""
     shuffled = bool(getattr(source, 'shuffle_shards', False))
     if isinstance(source, LazySharIterator):
         pairs = [{'shards': [files], 'cut_map_fns': [call]} for files, call in zip(source.shards, source.cut_map_fns)]
@@ -311,7 +311,7 @@ def _children(node) -> list[tuple]:
 
 
 def _replace_sources(node, stream_of: Callable) -> None:
-    """Replace what reads cuts, below a sampler, by streams; noise that lhotse mixes in stays whole in each reader."""
+    """Replace the readers of cuts below a sampler by streams; each reader has all mixed-in noise."""
     if isinstance(node, LazyInfiniteApproximateMultiplexer):
         raise ValueError(f"train_ds.max_open_streams is set; {REFUSED['max_open_streams']}")
     for key, value in _children(node):

@@ -20,7 +20,7 @@ from nemo.utils import logging
 
 
 class ResumableLoader(DataLoader):
-    """A ``DataLoader`` whose state Lightning saves and restores; the seed is of the order and of all draws.
+    """A ``DataLoader`` whose state Lightning saves and restores; the seed is for the order and all draws.
 
     A batch is used when a training step starts on it or, where nothing calls :meth:`start_step`, when it is given.
     """
@@ -128,7 +128,7 @@ class ResumableDataLoader(ResumableLoader):
 
 
 class SeededItems(Dataset):
-    """A dataset of which each batch is loaded with generators seeded for it; a loader's workers fetch whole batches."""
+    """A dataset that seeds the generators for each batch; a loader's workers fetch whole batches."""
 
     def __init__(self, dataset, seed: int):
         self.dataset, self.seed, self.epoch = dataset, seed, 0
@@ -152,7 +152,7 @@ class EpochSampler(SequentialSampler):
 
 
 def make_resumable(loader: DataLoader, options) -> ResumableDataLoader:
-    """Return a resumable loader of the data of a plain one; ValueError refuses unknown options and data without positions."""
+    """Return a resumable loader of a plain one's data; ValueError for unknown options or unsupported data."""
     seed = Resumable.parse(options, 'train_ds.resumable').seed
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
         raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pack utterances of manifests into shards with lhotse's writer, shard by shard, in several processes. New in this project."""
+"""Pack utterances into shards with lhotse's writer, in several processes. New in this project."""
 
 import hashlib
 import itertools
@@ -54,7 +54,7 @@ class Plan:
                 )
 
     def lines(self) -> list[Line]:
-        """Return the entries of the manifests within the limits, in order or shuffled; raise ValueError if none is left."""
+        """Return the manifests' entries within the limits, in order or shuffled; ValueError if none is left."""
         lines = []
         for line in itertools.chain.from_iterable(map(read_entries, self.manifests)):
             seconds = line.entry.get('duration') or self.min_duration
@@ -70,7 +70,7 @@ class Plan:
 
 
 def cut_of(line: Line, number: int, sample_rate: int | None) -> MonoCut:
-    """Return the cut of a manifest's entry, named after file and number; raise BadAudioError for what a shard must not have."""
+    """Return an entry's cut, named by file and number; BadAudioError for what a shard must not have."""
     entry = line.entry
     path = get_full_path(line.audio, manifest_file=line.manifest)
     name = f'{Path(path).stem}-{number}'
@@ -88,14 +88,14 @@ def cut_of(line: Line, number: int, sample_rate: int | None) -> MonoCut:
     samples = torch.from_numpy(cut.load_audio())
     if not samples.numel() or not samples_are_valid(samples):
         raise BadAudioError("it has samples that are NaN or infinite" if samples.numel() else "it is empty")
-    said = {'text': entry.get('text'), 'speaker': entry.get('speaker'), 'language': entry.get('lang')}
-    cut.supervisions = [SupervisionSegment(name, name, start=0.0, duration=cut.duration, **said)]
+    fields = {'text': entry.get('text'), 'speaker': entry.get('speaker'), 'language': entry.get('lang')}
+    cut.supervisions = [SupervisionSegment(name, name, start=0.0, duration=cut.duration, **fields)]
     cut.custom = {key: value for key, value in entry.items() if key not in TAKEN} or None
     return cut
 
 
 class ShardMaker(torch.utils.data.Dataset):
-    """Item n writes shard n and then its report, if that is not there; it is the report, or a message of what is wrong."""
+    """Item n writes shard n and its report, if missing; it is the report, or an error message."""
 
     def __init__(self, output: Path, plan: Plan, stop: bool):
         self.shards, self.reports = output / '.shar', output / '.reports'
@@ -161,7 +161,7 @@ def digest_of(path: Path) -> str:
 
 
 def pack(plan: Plan, output: Path, stop: bool = False, workers: int = 1) -> None:
-    """Pack the utterances of a plan into ``output/shar``, in some processes; continues where an interrupted call ended.
+    """Pack the utterances of a plan into ``output/shar`` in processes, or continue an interrupted call.
 
     Raises:
         ValueError: if the folder is one of another plan, all audio is bad, or bad audio is an error (``stop``).

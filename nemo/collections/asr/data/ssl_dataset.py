@@ -120,20 +120,20 @@ class _LeavesOut:
 
 
 class AudioNoiseDataset(_LeavesOut, _up.AudioNoiseDataset):
-    """NeMo's dataset of noisy audio, with errors that name the file, and entries that are parsed on access."""
+    """NeMo's dataset of noisy audio; errors name the file, and entries are parsed on access."""
 
     def __init__(self, *args, **kwargs):
         with mock.patch.object(collections, 'ASRAudioText', ManifestEntries):  # NeMo's reads all entries
             super().__init__(*args, **kwargs)
 
     def __getitem__(self, index):
-        """Return an utterance with its noise, or ``SKIPPED``; raise BadAudioError if it is bad and not to be skipped."""
+        """Return an utterance with its noise, or ``SKIPPED``; BadAudioError if it is bad and skipping is off."""
         entry, load = self.manifest_processor.collection[index], super().__getitem__
         return self._item_or_skipped(lambda: load(index), entry, entry.audio_file)
 
 
 class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
-    """NeMo's tarred dataset of noisy audio, with errors that name tar and member; entries without a member are counted."""
+    """NeMo's tarred dataset of noisy audio; errors name tar and member, entries without one are counted."""
 
     tar = None
 
@@ -166,7 +166,7 @@ class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
             self._files_of_shards[_shard_id(tars[0])] |= strays.difference(*map(files_in, tars))
 
     def _members(self, shards) -> Iterator[dict]:
-        """Yield the members of tar files, and leave out what a manifest has and a tar file lacks; one that is cut off ends."""
+        """Yield the members of tar files; count entries without one. A truncated file ends."""
         for shard in shards:
             self.tar, last, seen = shard['url'], None, set()
             errors: list[Exception] = []
@@ -207,7 +207,7 @@ def file_id(name: str) -> str:
 
 
 class ChecksCuts:
-    """Mixin for NeMo's lhotse datasets, before NeMo's class: bad audio is counted or refused, and channels mixed down."""
+    """Mixin for NeMo's lhotse datasets, before NeMo's class: counts or refuses bad audio, mixes down."""
 
     skip_bad_audio: bool | None = None  # None, as in NeMo: leaves out what cannot be read, not what is NaN or infinite
     skipped = 0  # utterances, of the latest batch
@@ -219,7 +219,7 @@ class ChecksCuts:
         self.counter = LEFT_OUT  # spawned workers take it along
 
     def _load_checked_audio(self, cuts):
-        """Return the audio, lengths and cuts that can be read and are finite; raise NothingLeftError if none are."""
+        """Return the audio, lengths and cuts that are readable and finite; NothingLeftError if none are."""
         self.skipped = 0
         found = self._readable(cuts)
         left, read = list(cuts), []  # lhotse pads what it returns, and segments of a file may share its id
@@ -259,7 +259,7 @@ class LhotseAudioNoiseDataset(ChecksCuts, _up.LhotseAudioNoiseDataset):
     """NeMo's lhotse dataset of noisy audio."""
 
     def __getitem__(self, cuts):
-        """Return a batch; NeMo's way stacks noises that are as long as their cuts, which fails where these differ."""
+        """Return a batch; NeMo's method stacks noises, which fails if they differ in length from their cuts."""
         try:
             audios, lengths, read = self.load_audio(cuts)
         except NothingLeftError:
@@ -276,7 +276,7 @@ class LhotseAudioNoiseDataset(ChecksCuts, _up.LhotseAudioNoiseDataset):
 
 
 def _why_unreadable(cut) -> tuple[str, str] | None:
-    """Return why the audio of a cut cannot be loaded, which lhotse has logged only, and the reason; None if it can be."""
+    """Return why a cut's audio cannot be loaded, which lhotse only logs, and the reason; None if it can."""
     source = cut.recording.sources[0] if cut.has_recording and cut.recording.sources else None
     if source is None or source.type == 'shar' or cut.has_custom(STANDS_FOR):
         return MISSING, _stands_for(cut)[0]
@@ -301,7 +301,7 @@ def _name_of_cut(cut) -> str:
 
 
 def load_noise_manifest(noise_manifest) -> list[dict]:
-    """Read noise manifests, compressed or not, and folders of shards, which are held in memory: noise is drawn at random.
+    """Read noise manifests, compressed or not, and folders of shards, which are kept in memory.
 
     Raises:
         ValueError: naming a folder without shards, or a manifest that is none.
@@ -380,7 +380,7 @@ def parts_of(dataset) -> Iterator:
 
 
 def _bad_file(file, error: Exception) -> BadAudioError:
-    """Name a file and why it cannot be read; NeMo 2.5.3 tries a second decoder, whose error lacks the cause."""
+    """Name a file and why it cannot be read; NeMo 2.5.3's second decoder hides the cause."""
     if isinstance(error, BadAudioError):
         return error
     if NOT_FINITE in str(error):  # NeMo's tarred dataset adds the entry

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model does about its training data: own options, the place in the epoch, and the wait. New in this project."""
+"""A model's training data: own options, the place in the epoch, the wait. New in this project."""
 
 # mypy: disable-error-code="misc"
 
@@ -42,7 +42,7 @@ def take_own_options(config) -> tuple[Any, dict]:
 
 
 def with_own_options(loader, synced_contexts=None, skip_bad_audio=None, resumable=None, channel_selector=None):
-    """Apply the options of a data section to its loader; raise ValueError naming one that the loader cannot do."""
+    """Apply a data section's options to its loader; ValueError naming one that it does not support."""
     if skip_bad_audio is not None:
         set_skip_bad_audio(loader.dataset, skip_bad_audio)
     for part in parts_of(getattr(loader, 'dataset', None)):
@@ -133,7 +133,7 @@ class TrainingDataMixin:
         return loader
 
     def setup_training_data(self, train_data_config) -> None:
-        """Make the training loader; ValueError if neither it nor ``trainer.limit_train_batches`` has a number of batches."""
+        """Make the training loader; ValueError if the number of batches is not limited."""
         try:
             super().setup_training_data(train_data_config)
         except TypeError as error:

@@ -11,7 +11,7 @@ from nemo.utils import logging
 
 
 def texts_of(section) -> Iterator[str]:
-    """Yield the texts of a data section, of every local manifest that it names; ValueError names a line without text."""
+    """Yield the texts of a data section's local manifests; ValueError names a line without text."""
     for _, source in sources_in(section):
         for path in paths_in(source.get('manifest_filepath')):
             for line in () if is_remote(path) else read_entries(path):

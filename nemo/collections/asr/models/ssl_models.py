@@ -67,7 +67,7 @@ class SpeechEncDecSelfSupervisedModel(
         return super().training_step(batch, batch_idx)
 
     def decoder_loss_step(self, spectrograms, spec_masks, encoded, encoded_len, targets=None, target_lengths=None):
-        """Decode and compute the loss as NeMo does, which passes the lengths to losses of a ``loss_list`` alone."""
+        """Decode and compute the loss as NeMo does, which passes lengths to losses of a ``loss_list`` only."""
         takes_lengths = self.decoder_losses is None and 'decoder_lengths' in (self.loss.input_types or {})
         if not takes_lengths or self.loss.needs_labels:
             return super().decoder_loss_step(spectrograms, spec_masks, encoded, encoded_len, targets, target_lengths)
@@ -124,7 +124,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
 
     @property
     def mask_frames_per_attention_frame(self) -> int:
-        """Frames of the tensor that is masked in one attention frame: 1 where masking comes after the subsampling."""
+        """Mask frames in one attention frame: 1 if masking comes after the subsampling."""
         return getattr(self.encoder, 'subsampling_factor', 1) if self.pre_encoder is None else 1
 
     @property
@@ -163,7 +163,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
         apply_mask=False,
         current_frame=None,
     ):
-        """Predict the tokens of samples [B, N] or features [B, D, T], in the active context or one that the encoder draws.
+        """Predict tokens of samples [B, N] or features [B, D, T], in the active context or a drawn one.
 
         For ``current_frame`` see ``RandomBlockMasking``.
 
@@ -208,7 +208,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
         return BatchInputs(features, features)
 
     def encode(self, inputs: BatchInputs, masking: Callable | None) -> BatchRecord:
-        """Mask and encode features within the present context, and give them their targets, once for all contexts.
+        """Mask and encode features within the present context; their targets are made once for all contexts.
 
         ``masking`` is called with ``input_feats`` and ``input_lengths``, and returns masked features and masks, [B, D, M]
         each. None masks nothing.
@@ -275,7 +275,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
         return metrics
 
     def load_state_dict(self, state_dict, strict: bool = True, **kwargs):
-        """Load weights, those of another objective, too; arguments and results are those of ``torch.nn.Module``."""
+        """Load weights, also those of another objective; arguments and results as in ``torch.nn.Module``."""
         return super().load_state_dict(with_heads_of(self, state_dict), strict=strict, **kwargs)
 
     def on_load_checkpoint(self, checkpoint) -> None:
@@ -286,7 +286,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
 
 
 class EncDecDenoiseMaskedTokenPredModel(EncDecMaskedTokenPredModel, _up.EncDecDenoiseMaskedTokenPredModel):
-    """NeMo's denoising masked token prediction (NEST, https://arxiv.org/abs/2408.13106) on one context per batch."""
+    """NeMo's denoising masked token prediction (NEST, arXiv 2408.13106) on one context per batch."""
 
     @property
     def input_types(self):
@@ -335,7 +335,7 @@ class EncDecDenoiseMaskedTokenPredModel(EncDecMaskedTokenPredModel, _up.EncDecDe
 
 
 def _undo_earlier_post_conv_adjustment(cfg: DictConfig) -> None:
-    """Give a restored post-conv config its block size in feature frames back, which NeMo divides on each restore.
+    """Restore the block size in feature frames of a post-conv config; NeMo divides it on each restore.
 
     A config that it has adjusted has the two ``feat_in`` set to ``d_model`` and ``loss.combine_time_steps`` to 1.
     """

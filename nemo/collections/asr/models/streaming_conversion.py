@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn an offline NEST model into a streaming one: its config, its weights, and a check that it streams. New in this project."""
+"""Turn an offline NEST model into a streaming one: config, weights, and a check. New in this project."""
 
 import copy
 from dataclasses import dataclass, field
@@ -83,7 +83,7 @@ def build(cfg: DictConfig):
 
 @torch.no_grad()
 def carry_over(offline, streaming) -> Carried:
-    """Copy every weight of the offline model that fits into the streaming one, of :func:`streaming_config`.
+    """Copy every weight of the offline model that fits into the one of :func:`streaming_config`.
 
     The affine part of batch_norm becomes that of layer_norm: both scale and shift a channel that has been
     standardised. The projection after subsampling gets a column of zeros, see :func:`shifted_by_a_bin`.
@@ -122,7 +122,7 @@ def shifted_by_a_bin(weight: torch.Tensor, shape: torch.Size, model):
 
 @torch.no_grad()
 def check_streams(model, seconds: float = 2.0) -> float:
-    """Stream noise in each context; return the largest difference from offline, ValueError if it differs or cannot."""
+    """Stream noise in each context; return the largest difference from offline; ValueError if it fails."""
     length = int(seconds * model.preprocessor.featurizer.sample_rate)
     samples, largest = torch.randn(1, length, generator=torch.Generator().manual_seed(0)), 0.0
     # Where none streams, the session raises with the reason.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train one step of the tiny streaming config on two seconds of noise, to show that an installation works. New in this project."""
+"""Train one step on two seconds of noise, to check an installation. New in this project."""
 
 import sys
 import time

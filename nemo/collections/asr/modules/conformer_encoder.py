@@ -96,7 +96,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         return self._layer_contexts
 
     def effective_att_contexts(self, att_context_size=None) -> tuple[AttContext, ...]:
-        """What each layer attends to in a batch's context (None: the present one): the intersection with its own.
+        """What each layer attends to in a batch's context (None: the present one), within its own context.
 
         Raises:
             ValueError: if no context of the encoder's style is that intersection.
@@ -111,12 +111,12 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         )
 
     def effective_windows(self, att_context_size=None) -> tuple[Window, ...]:
-        """The windows of :meth:`effective_att_contexts`; raises ValueError if those of the style are not known."""
+        """The windows of :meth:`effective_att_contexts`; ValueError if the style's are not known."""
         contexts = self.effective_att_contexts(att_context_size)
         return tuple(Window(context, self.att_context_style) for context in contexts)
 
     def set_layer_att_context_size(self, contexts) -> None:
-        """Give the layers contexts of their own; each attends within the intersection of the batch's and its own.
+        """Give the layers contexts of their own; each attends within the intersection with the batch's.
 
         ``encoder.layers[i].self_attention.att_context_size = [40, 0]`` does it for one layer. The contexts are written
         to the encoder's config.
@@ -137,7 +137,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
     def setup_streaming_params(
         self, chunk_size=None, shift_size=None, left_chunks=None, att_context_size=None, max_context: int = 10000
     ):
-        """Set ``streaming_cfg``; arguments are NeMo's. It follows the layers' own contexts, later changes included.
+        """Set ``streaming_cfg``; arguments are NeMo's. Later changes of layer contexts update it.
 
         The cache is as long as the largest left context that any layer can use. With ``regular`` style the look-ahead
         of a chunk is the sum of the layers' right contexts. :meth:`get_initial_cache_state` refuses what cannot be streamed.
@@ -169,7 +169,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         return super().get_initial_cache_state(*args, **kwargs)
 
     def streaming_post_process(self, rets, keep_all_outputs=True):
-        """Trim outputs and caches; arguments and results are NeMo's, which leaves a cache of no frames growing."""
+        """Trim outputs and caches; arguments and results are NeMo's, which lets a cache of no frames grow."""
         rets = super().streaming_post_process(rets, keep_all_outputs)
         if rets[2] is not None and self.streaming_cfg.last_channel_cache_size == 0:
             return (*rets[:2], rets[2][:, :, :0], *rets[3:])
@@ -211,7 +211,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         return pad_mask, LayerAttentionMasks([masks[each] for each in effective]) if len(masks) > 1 else masks[context]
 
     def _create_mask(self, context, padding_length, max_audio_length, offset, device):
-        """Return the padding [B, T] and what layers attending to this context take for their mask, True = hidden."""
+        """Return the padding [B, T], and the mask of layers that attend to this context, True = hidden."""
         if offset is None and self._attends_in_blocks(context, max_audio_length):
             padding = torch.arange(max_audio_length, device=device) >= padding_length.unsqueeze(-1)
             return padding, BlockwiseMask(Window(context, self.att_context_style), padding)

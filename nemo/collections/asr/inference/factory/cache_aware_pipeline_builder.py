@@ -11,7 +11,7 @@ _up = upstream(globals())
 
 
 class CacheAwarePipelineBuilder(_up.CacheAwarePipelineBuilder):
-    """NeMo's builder of cache-aware pipelines, with the key ``streaming.live: auto | true | false`` (``auto``).
+    """NeMo's builder of cache-aware pipelines, with ``streaming.live: auto | true | false`` (``auto``).
 
     It is whether streams equal offline. ``auto`` is true for models that normalise by fixed statistics, which NeMo's own
     pipelines leave out.

@@ -69,7 +69,7 @@ class LiveStreams(BasePipeline):
             self._free.append(slot)
 
     def transcribe_step(self, requests) -> list[TranscribeStepOutput]:
-        """Take a piece of some streams; returns one output for each, a :class:`FailedStep` where it cannot be used."""
+        """Take a piece of some streams; return an output, or a :class:`FailedStep`, for each."""
         usable: dict[int, Frame] = {}  # by stream
         failed: dict[int, FailedStep] = {}  # by place
         self._lost = {}
@@ -91,7 +91,7 @@ class LiveStreams(BasePipeline):
         return [failed.get(index) or made[request.stream_id] for index, request in enumerate(requests)]
 
     def _admit(self, request, taken: Collection[int]) -> None:
-        """Check a request and open its stream; raise the reason if it cannot be used, and close a stream that loses a piece."""
+        """Check a request and open its stream; raise the reason, and close a stream that loses a piece."""
         if not isinstance(request, Frame):
             raise ValueError(f"a request is a {type(request).__name__}; live pipelines take a Frame of samples")
         name, is_open = request.stream_id, request.stream_id in self._slot_of
@@ -112,7 +112,7 @@ class LiveStreams(BasePipeline):
             raise
 
     def transcribe_step_for_frames(self, frames: list[Frame]) -> None:
-        """Run the session on the samples of some streams, without their padding, and update their states and texts."""
+        """Run the session on unpadded samples of some streams, and update their states and texts."""
         slots = [self._slot_of[frame.stream_id] for frame in frames]
         samples = torch.zeros(self.num_slots, max(frame.valid_size for frame in frames))
         lengths, ended = [0] * self.num_slots, [False] * self.num_slots

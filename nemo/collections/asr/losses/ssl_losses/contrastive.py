@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch of NeMo's ``contrastive.py``: negatives are real frames, whatever the utterances' lengths and masks.
+"""Patch of NeMo's ``contrastive.py``: negatives are real frames, whatever lengths and masks are.
 
 Shapes: B batch, D features, T feature frames, A attention frames, C channels, F features of a target frame, M masked
 frames of the batch, N negatives.
@@ -64,7 +64,7 @@ class ContrastiveLoss(_up.ContrastiveLoss):
         return loss * self.multiplier / spectrograms.shape[0]
 
     def _project(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return target vectors [B, A, C] of features [B, A, F], and the quantizer's own loss, None without one."""
+        """Return target vectors [B, A, C] of features [B, A, F], and the quantizer's own loss or None."""
         if not self.quantized_targets:
             return self.target_proj(targets), None
         targets, perplexity_loss, _, self.target_ids = self.quantizer(targets, return_ids=True)
@@ -97,7 +97,7 @@ class ContrastiveLoss(_up.ContrastiveLoss):
 
 
 def _combine(features: torch.Tensor, combined: int, frames: int) -> torch.Tensor:
-    """Join so many feature frames [B, D, T] to each of A target frames: [B, A, F]; zeros stand for what is missing."""
+    """Join feature frames [B, D, T] to A target frames, [B, A, F]; missing ones are zeros."""
     wanted = frames * combined
     features = F.pad(features, (0, max(wanted - features.shape[2], 0)))[..., :wanted]
     return features.transpose(1, 2).reshape(features.shape[0], frames, -1)

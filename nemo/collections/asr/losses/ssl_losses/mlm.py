@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch of NeMo's ``mlm.py``: masked prediction loss for encoders whose lengths differ from the targets'.
+"""Patch of NeMo's ``mlm.py``: masked loss for encoders whose lengths differ from the targets'.
 
 Shapes: B batch, T decoder frames, S target frames, M mask frames (M // combine_time_steps attention frames),
 F frames in common, C classes, H codebooks.
@@ -20,7 +20,7 @@ IGNORED_TARGET = -100  # as torch.nn.NLLLoss, which stock uses
 
 
 class _LossOfFrames(Loss):
-    """What the losses of one codebook and of several have in common; takes NeMo's arguments and ``decoder_offset``."""
+    """Common part of the losses of one and of several codebooks; NeMo's arguments and ``decoder_offset``."""
 
     combine_time_steps: int
     mask_threshold: float
@@ -88,7 +88,7 @@ class _LossOfFrames(Loss):
         masks: torch.Tensor | None = None,
         decoder_lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Cut outputs (or the frames that they are computed of, [B, T, ...]) and targets to their common frames.
+        """Cut outputs (or the frames that they are computed from, [B, T, ...]) and targets to common frames.
 
         Returns:
             outputs [B, F, ...] and targets [B, F] or [B, F, H], both views, and the loss mask [B, F] bool.

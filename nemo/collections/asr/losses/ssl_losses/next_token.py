@@ -10,7 +10,7 @@ from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET, MLMLoss, 
 
 
 class NextTokenLoss(torch.nn.Module):
-    """Pairs frames with their next tokens, and computes the loss of one horizon at a time; synchronises nothing.
+    """Pairs frames with their next tokens, and computes the loss by horizon; no synchronisation.
 
     Args:
         horizons: K.
@@ -25,7 +25,7 @@ class NextTokenLoss(torch.nn.Module):
         self.frame_loss = MLMLoss() if squeezed else MultiMLMLoss(num_decoders=num_decoders)
 
     def of_horizon(self, log_probs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss of each frame at one horizon, see :meth:`MLMLoss.of_frames`, and which have a target [...]."""
+        """Return each frame's loss at a horizon (:meth:`MLMLoss.of_frames`), and which have a target [...]."""
         has_target = targets != IGNORED_TARGET
         has_target = has_target.any(dim=-1) if self.frame_loss.several_books else has_target
         return self.frame_loss.of_frames(log_probs, targets, reduction='none'), has_target
@@ -39,7 +39,7 @@ class NextTokenLoss(torch.nn.Module):
         target_lengths: torch.Tensor,
         chunk: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pair the frames of ``encoded`` [B, T, ...] with the ``tokens`` [B, S] or [B, S, H] that they predict.
+        """Pair frames of ``encoded`` [B, T, ...] with the ``tokens`` [B, S] or [B, S, H] that they predict.
 
         Args:
             encoded, tokens: of these two, ``decoder_lengths`` and ``target_lengths`` [B] are valid.
@@ -61,7 +61,7 @@ class NextTokenLoss(torch.nn.Module):
 def next_token_indices(
     frames: int, horizons: int, offset: int, chunk: int = 1, device: torch.device | None = None
 ) -> torch.Tensor:
-    """Return the token that each of F frames predicts at each of K horizons, [F, K] int64; -1 where it predicts none.
+    """Return the token that each of F frames predicts at each of K horizons, [F, K] int64; -1: none.
 
     Frame j predicts tokens e + offset ... e + offset + K - 1, where e is the last frame of its chunk. In a chunk the
     last K frames predict; a chunk of one frame leaves every frame to predict its own next tokens.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch of NeMo's ``augmentation.py``: noise is divided into segments by one draw, not by one for each sample.
+"""Patch of NeMo's ``augmentation.py``: one draw divides noise into segments, not one per sample.
 
 NeMo draws a segment for each sample, in Python, and counts them: 8 of the 10 ms that an utterance of 16 s takes to mix.
 The counts are multinomial, and stand in the order in which the segments were first drawn; both are drawn at once here.
@@ -32,7 +32,7 @@ class SegmentDraws(NamedTuple):
 
 
 class _Random:
-    """Python's ``random`` module, but for the draws that NeMo counts: the only ones that it makes by ``choices``."""
+    """Python's ``random`` module, except for the draws that NeMo counts, all made by ``choices``."""
 
     def __getattr__(self, name: str):
         return getattr(random, name)

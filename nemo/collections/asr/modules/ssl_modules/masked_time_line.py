@@ -67,7 +67,7 @@ class MaskedTimeLine:
         return cls(torch.rand_like(offset, dtype=torch.float32), offset * 0, offset, offset * 0)
 
     def draw(self, new: int, chances: BlockChances, factor: int) -> torch.Tensor:
-        """Draw the masks of so many new frames of each stream, [B, N] bool; ``factor`` is mask frames per attention frame."""
+        """Draw masks of new frames of streams, [B, N] bool; ``factor`` mask frames per attention frame."""
         place = self.received + torch.arange(new, device=self.received.device)
         allowed = self._may_be_masked(place.div(factor, rounding_mode='floor'), chances.kept)
         rank = self.free + allowed.cumsum(dim=1)  # from 1 on

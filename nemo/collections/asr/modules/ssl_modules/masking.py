@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch of NeMo's ``masking.py``: block masking that keeps a visible frame in the attention window of every frame.
+"""Patch of NeMo's ``masking.py``: keeps a visible frame in the attention window of every frame.
 
 Blocks are drawn as stock draws them, on the whole time line. Where the window is limited, some attention frames are
 kept visible, one in every window (``visible_frames.py``): they are cleared, and more blocks make up for the share.
@@ -103,7 +103,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         self._left_context_size = left
 
     def within(self, window: Window | None) -> Window:
-        """Narrow an attention window (None: not known) to the configured left context, if masks follow the context."""
+        """Narrow a window (None: not known) to the configured left context, if masks follow the context."""
         if window is None or not self.follow_context:
             window = Window(AttContext(UNLIMITED, 0))
         left = tightest(window.context.left, self._left_context_size) if self.follow_context else UNLIMITED
@@ -118,7 +118,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         effective_window: Window | None = None,
         stream: MaskedTimeLine | None = None,
     ):
-        """Mask a batch of features. Draws from torch's generator of the features' device, without synchronisation.
+        """Mask a batch of features by torch's generator of their device, without synchronisation.
 
         Args:
             input_feats: [B, D, T], any floating dtype, any device. NaN and infinity come out as NaN, masked or not.
@@ -200,7 +200,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         return masked if region.keeps else self._leave_a_frame(masked, region)
 
     def _fill(self, feats: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put ``mask_embedding`` into the frames [B, T] bool of features [B, D, T]; returns what :meth:`forward` does."""
+        """Put ``mask_embedding`` into frames [B, T] bool of features [B, D, T]; return as :meth:`forward`."""
         masks = masked.unsqueeze(1).to(feats.dtype)
         # With weights of 0 and 1 exactly the one or the other, in half the time that torch.where takes on a CPU.
         masked_feats = torch.lerp(feats, self.mask_embedding.to(feats).view(1, -1, 1), masks)
@@ -211,13 +211,13 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         return MaskedTimeLine.new(streams, self.block_size, device)
 
     def draw_on(self, stream: MaskedTimeLine, frames: int, window: Window) -> torch.Tensor:
-        """Draw so many new frames of streams within what each frame sees, see :meth:`MaskedTimeLine.draw`; [B, N] bool."""
+        """Draw the masks of new frames of streams, [B, N] bool; see :meth:`MaskedTimeLine.draw`."""
         kept = kept_window(window, self.causal and self.follow_context)
         blocks = BlockChances.of(self.mask_prob, self.block_size, self.allow_overlap, self.max_mask_ratio, kept)
         return stream.draw(frames, blocks, self.subsampling_factor)
 
     def _region(self, lengths: torch.Tensor, frames: int, received, left: int, kept: Window | None) -> _Region:
-        """Return what may be masked of lengths [B], and of the frames received (None: all) within a left context."""
+        """Return what may be masked of lengths [B], or of the frames received, within a left context."""
         factor, device = self.subsampling_factor, lengths.device
         index = torch.arange(frames, dtype=torch.int32, device=device).unsqueeze(0)
         end = lengths.to(torch.int32).clamp(max=frames).view(-1, 1)
@@ -250,7 +250,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         return region.index < torch.where(is_start, region.index + block, 0).cummax(dim=1).values
 
     def _start_probability(self, region: _Region, starts: torch.Tensor):
-        """Return the probability of a start, [B, 1], that masks as many frames as stock in spite of those kept visible.
+        """Return the start probability [B, 1] that masks as many frames as stock despite kept-visible ones.
 
         A frame that k starts reach is masked with probability 1 - (1 - p)^k; k rises to the smaller of ``starts`` and the
         block, stays, and falls. In its place stands the one k that masks as many frames of the whole utterance.
@@ -265,7 +265,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         return -torch.expm1(torch.log1p(-(share * region.makes_up).clamp(max=1)) / reach)
 
     def _separate_blocks(self, region: _Region) -> torch.Tensor:
-        """Fill random slots of a grid of blocks with a random offset; returns the frames of blocks, [B, T] bool."""
+        """Fill random slots of a grid of blocks at a random offset; return the frames of blocks, [B, T] bool."""
         frames, device, shape = region.allowed.shape[1], region.end.device, region.end.shape
         blocks, block = self._number_and_size(region.available)
         slots = region.available // block
@@ -294,7 +294,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         return torch.minimum(blocks, (available // block - 1).clamp(min=0)), block
 
     def _one_short_block(self, region: _Region) -> torch.Tensor:
-        """Return one block of 8 frames, as stock 2.5.3 masks in a short utterance, on a whole attention frame; [B, T]."""
+        """Return a block of 8 frames on one attention frame, stock 2.5.3's for a short utterance; [B, T]."""
         factor = self.subsampling_factor
         length = region.limit.clamp(max=max(SHORT_BLOCK, factor))
         in_frame = _per_attention_frame(region.allowed, factor)
@@ -316,7 +316,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
 
 
 class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
-    """Mask after the encoder's subsampling, where a mask frame is an attention frame; the spelling is stock's.
+    """Mask after the encoder's subsampling, where mask frames are attention frames; stock's spelling.
 
     As in stock, targets are made of the subsampling's output, and it gets no gradient: so it is frozen, and distributed
     training does not wait for one.
@@ -360,13 +360,13 @@ def _uniform(shape, device) -> torch.Tensor:
 
 
 def _per_attention_frame(mask: torch.Tensor, factor: int) -> torch.Tensor:
-    """Return how many mask frames of each attention frame a mask [B, T] has, [B, A] int32; the last may be cut."""
+    """Return how many mask frames of each attention frame a mask [B, T] has, [B, A] int32."""
     padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % factor))
     return padded.unflatten(1, (-1, factor)).sum(dim=2, dtype=torch.int32)
 
 
 def _thin_out(masked: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-    """Keep no more than ``limit`` [B, 1] of the masked frames [B, T], from a random one on, around the end."""
+    """Keep at most ``limit`` [B, 1] masked frames of [B, T], from a random one on, around the end."""
     count = masked.cumsum(dim=1, dtype=torch.int32)
     total = count[:, -1:]
     start = (_uniform(total.shape, total.device) * total).int()

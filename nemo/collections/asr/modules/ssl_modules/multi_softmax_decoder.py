@@ -21,7 +21,7 @@ class MultiSoftmaxDecoder(_up.MultiSoftmaxDecoder):
 
     @typecheck()
     def forward(self, encoder_output):
-        """Return log-probabilities [B, T, C, H], or [B, T, C] with ``squeeze_single`` and one codebook, at least float32.
+        """Return log-probabilities, at least float32, [B, T, C, H] or, squeezed, [B, T, C].
 
         Args:
             encoder_output: [B, D, T], any floating dtype.

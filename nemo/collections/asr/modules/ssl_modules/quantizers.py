@@ -27,7 +27,7 @@ _SMALLEST_VARIANCE = 1e-10  # of the first component's, below which a component 
 
 
 class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
-    """BEST-RQ's targets (https://arxiv.org/abs/2202.01855); by default arguments, weights and results are NeMo's.
+    """BEST-RQ's targets (arXiv 2202.01855); by default arguments, weights and results are NeMo's.
 
     NeMo compares each frame with each code by a difference [B, S, H, K, C]. The nearest code is also the one with the
     largest ``x . c - |c|^2 / 2``, a matrix product. Projection and distances are at least float32 in any precision.
@@ -81,7 +81,7 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
         return codes, tokens
 
     def _unit_vectors(self, input_signal: torch.Tensor) -> torch.Tensor:
-        """Return what the codes are compared with, [B, S, H, K], at least float32, of a signal as :meth:`forward` takes."""
+        """Return what codes are compared with, [B, S, H, K], at least float32, of a signal of :meth:`forward`."""
         signal = input_signal if self.time_ahead else input_signal.transpose(1, 2)
         batch, frames, features = signal.shape
         targets = frames // self.combine_time_steps

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention masks: one for each layer, and attention within a limited context block by block, at linear cost.
+"""Attention masks by layer, and attention within a limited context block by block, at linear cost.
 
 Queries are cut into blocks, and each block meets only the keys that one of its queries can see, its window. As in the
 Longformer (https://arxiv.org/abs/2004.05150), with the relative shifts of Transformer-XL
@@ -68,7 +68,7 @@ class AttentionBlocks:
 
     @property
     def are_many(self) -> bool:
-        """Whether to compute what each block needs again for the backward pass, instead of keeping it: much memory."""
+        """Whether the backward pass computes each block's inputs again instead of keeping them."""
         return self.frames >= MANY_WINDOWS * self.keys
 
     def queries_of(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -88,7 +88,7 @@ class AttentionBlocks:
         return torch.cat(shifted, dim=2).permute(0, 3, 1, 2, 4)
 
     def place(self, scores: torch.Tensor) -> torch.Tensor:
-        """Move each query's scores of distances, [B, H, N * C, P] from the farthest past on, to its keys, [B, H, N, C, W]."""
+        """Move scores of distances [B, H, N * C, P], from the farthest past, to the keys, [B, H, N, C, W]."""
         C = self.queries
         width = C - 1 + self.past + self.future + 1  # of a window that reaches all distances of all queries
         rows = F.pad(scores.unflatten(2, (self.count, C)), (0, C))
@@ -97,7 +97,7 @@ class AttentionBlocks:
         return shifted[..., self.past - self.before :][..., : self.keys]
 
     def hidden(self, padding: torch.Tensor) -> torch.Tensor:
-        """Return which keys of its window a query must not see, [B, N, C, W] bool; True = hidden, and in ``padding`` [B, T]."""
+        """Return the hidden keys of each query's window, [B, N, C, W] bool; True = hidden, as in ``padding``."""
         device = padding.device
         first = torch.arange(self.count, device=device).unsqueeze(1) * self.queries
         query = first + torch.arange(self.queries, device=device)  # [N, C], frames
@@ -137,7 +137,7 @@ class LayerAttentionMasks:
 
 
 def parse_choice(value: Any) -> str:
-    """Read ``blockwise_attention``: auto, on or off, of which YAML makes booleans; ValueError for anything else."""
+    """Read ``blockwise_attention``: auto, on or off, booleans in YAML; ValueError for anything else."""
     choice = {True: 'on', False: 'off'}[value] if isinstance(value, bool) else value
     if choice not in CHOICES:
         raise ValueError(f"model.encoder.blockwise_attention is {value!r}; it must be one of {', '.join(CHOICES)}")
@@ -145,7 +145,7 @@ def parse_choice(value: Any) -> str:
 
 
 def wins_by_blocks(window: Window, frames: int, positions: bool, sdpa: bool) -> bool:
-    """Return whether attending block by block is faster than NeMo's way for T = ``frames``: a measured rule.
+    """Return whether blocks are faster than NeMo's attention for T = ``frames``: a measured rule.
 
     The audio must be several times as long as the window of a block, and longer than some 10 s, by the kind of attention:
     with relative ``positions``, by ``scaled_dot_product_attention``; see ``benchmarks/attention.py --part rule``.
@@ -155,7 +155,7 @@ def wins_by_blocks(window: Window, frames: int, positions: bool, sdpa: bool) -> 
 
 
 def _block_frames(window: int) -> int:
-    """Return how many queries a block should have when each sees a window of so many frames, a multiple of 8.
+    """Return the queries of a block, a multiple of 8, for a window of so many frames.
 
     Long blocks compute C scores for each query that are then hidden; short ones copy each key window / C times. The sum
     is least at C = sqrt(ratio of the two costs x window); ``benchmarks/attention.py --part blocks`` measures the ratio.

@@ -57,7 +57,7 @@ class AttContext:
 
     @classmethod
     def parse(cls, value: Any, field: str = 'att_context_size') -> 'AttContext':
-        """Read an ``AttContext``, a pair ``[left, right]``, an int (the left context, with right 0) or a preset's name.
+        """Read an ``AttContext``, a pair ``[left, right]``, an int (left, with right 0) or a preset's name.
 
         Raises:
             ValueError: beginning with ``field``, if the value is none of these.
@@ -104,12 +104,12 @@ def context_label(context: Iterable[int]) -> str:
 
 
 def tightest(*sides: int) -> int:
-    """Return the smallest limited one of several one-sided contexts in attention frames; -1 if none limits."""
+    """Return the smallest limited one of one-sided contexts in attention frames; -1 if none limits."""
     limited = [side for side in sides if side != UNLIMITED]
     return min(limited) if limited else UNLIMITED
 
 
 def draw_index(seed: int, step: int | str, probabilities: Sequence[float]) -> int:
-    """Draw an index with the given probabilities, as a pure function of (seed, step); no global generator is touched."""
+    """Draw an index by probabilities, as a pure function of (seed, step) without a global generator."""
     generator = random.Random(f'{seed}:{step}')  # a text seed is hashed alike on every platform and Python
     return generator.choices(range(len(probabilities)), weights=probabilities)[0]

@@ -12,7 +12,7 @@ from nemo.collections.asr.parts.att_context.schedule import ContextSchedule
 
 
 class AttContextCurriculum(pl.Callback):
-    """Narrow the context of every training batch to a ceiling, which is a function of the global step alone.
+    """Narrow the context of training batches to a ceiling, a function of the global step alone.
 
     Validation ignores the ceiling, and the end of training removes it. Either milestones, of which the last at or below
     the step holds, or a linear path from one context to another::

@@ -19,7 +19,7 @@ from nemo.collections.asr.parts.att_context.context import PRESETS, AttContext
 
 @dataclass
 class Processed:
-    """What a model makes of audio without masking; iterates over the four values of the model's ``forward``.
+    """A model's output for audio without masking; iterates over the four values of its ``forward``.
 
     A model that predicts no tokens has None for all of these but the lengths.
     """
@@ -35,7 +35,7 @@ class Processed:
 
 
 def sync_masking_to_attention(model: Any) -> int:
-    """Return the masking's left context, in attention frames, -1 = unlimited. It follows the encoder by itself."""
+    """Return the masking's left context, in attention frames, -1 = unlimited; it is the encoder's."""
     if not hasattr(getattr(model, 'encoder', None), 'tightest_left_context'):
         raise ValueError(f"{type(model).__name__} has no encoder with an attention context")
     masking: Any = getattr(model, 'mask_processor', None)
@@ -115,7 +115,7 @@ class EnhancedDynamicContextModel(DynamicContextModel):
             yield self
 
     def process(self, audio: torch.Tensor, lengths: torch.Tensor) -> Processed:
-        """Run the model on samples [B, N] without masking, dropout, dither or gradients, within the present context."""
+        """Run the model on samples [B, N] in the present context: no masking, dropout, dither or gradients."""
         modes, made = {module: module.training for module in self.model.modules()}, []
         hook = self.model.encoder.register_forward_hook(lambda encoder, given, output: made.append(output[0]))
         self.model.eval()

@@ -16,7 +16,7 @@ PASSES_KEPT = 16  # forward passes in training whose context a recomputation fin
 
 
 class EncoderContext:
-    """Mixin for an encoder with NeMo's ``att_context_size_all``, ``att_context_probs`` and ``att_context_style``.
+    """Mixin for an encoder with NeMo's arguments for contexts, ``att_context_...``.
 
     NeMo's methods that assign ``att_context_size`` run within :meth:`_assigning_default`; other assignments set the
     override. Methods take what ``AttContext.parse`` reads, and raise ValueError for what is no context, or one that the
@@ -46,7 +46,7 @@ class EncoderContext:
 
     @property
     def att_context_size(self) -> list[int]:
-        """The present context ``[left, right]``: active, else override, else default; assigning sets the override."""
+        """The present context: active, else override, else default; assigning sets the override."""
         return list(self._present_context())
 
     @att_context_size.setter
@@ -64,7 +64,7 @@ class EncoderContext:
         return self.att_context_policy.default if self.att_context_override is None else self.att_context_override
 
     def set_att_context_size(self, att_context_size: Any) -> None:
-        """Override the policy in training, validation and inference; ``encoder.att_context_size = [40, 0]`` does the same.
+        """Override the policy in training, validation and inference, as assigning ``att_context_size`` does.
 
         Streaming parameters follow it; configs and checkpoints do not contain it. None, or the list of all configured
         contexts, clears it.
@@ -94,7 +94,7 @@ class EncoderContext:
             self._active = before
 
     def _context_of_pass(self, signal: torch.Tensor) -> AttContext:
-        """Return the context of a forward pass; one that is computed again for the backward pass keeps its own."""
+        """Return the context of a forward pass; its recomputation for the backward pass has the same."""
         if torch.compiler.is_compiling():
             return self.att_context_of_batch()
         recomputes = torch._C._current_graph_task_id() != -1  # within a backward pass
@@ -133,7 +133,7 @@ class EncoderContext:
         return self.att_context_policy.at(step, torch.distributed.get_rank() if ranks else 0)
 
     def parse_att_context_size(self, att_context_size: Any, field: str = 'encoder.att_context_size') -> AttContext:
-        """Read a context, naming ``field`` in errors; the three numbers of ``chunked_limited_with_rc`` become a tuple."""
+        """Read a context, named ``field`` in errors; ``chunked_limited_with_rc``'s three numbers are a tuple."""
         if self.att_context_style == 'chunked_limited_with_rc' and not isinstance(att_context_size, AttContext):
             return tuple(att_context_size)  # type: ignore[return-value]  # NeMo 3.0 reads it
         return AttContext.parse(att_context_size, field=field)
@@ -145,7 +145,7 @@ class EncoderContext:
         self.effective_att_contexts(context)
 
     def check_att_context_ceiling(self, ceiling: AttContext, where: str) -> None:
-        """Raise ValueError, beginning with ``where``, if the encoder's attention does not support this ceiling."""
+        """Raise ValueError, beginning with ``where``, if the attention does not support this ceiling."""
         self._check_can_narrow(where)
         self.att_context_policy.check_ceiling(ceiling, self.layer_att_contexts(), where)
 

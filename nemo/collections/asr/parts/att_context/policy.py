@@ -16,7 +16,7 @@ FULL = AttContext(UNLIMITED, UNLIMITED)
 
 @dataclass(frozen=True)
 class ContextSampler:
-    """Dynamic chunk training: each batch draws how large its chunks are, and how many of them it sees of the past.
+    """Dynamic chunk training: each batch draws its chunk size, and how many chunks it sees of the past.
 
     One model then streams at any latency of the range, as those of WeNet (https://arxiv.org/abs/2012.05481), SpeechBrain
     and icefall do. The full context among the draws keeps it good offline, too.
@@ -85,14 +85,14 @@ class ContextSampler:
         return rest == 0 and self.left_chunks[0] <= chunks <= self.left_chunks[1]
 
     def widest_contexts(self) -> list[AttContext]:
-        """Return, for each size of a chunk, the context that can be drawn with the largest left side; and the full one."""
+        """Return the drawable context with the largest left side for each chunk size, and the full one."""
         most = self.left_chunks[1] if self.left_chunks and self.left_limited_prob == 1 else UNLIMITED
         chunks = range(self.chunk_size[0], self.chunk_size[1] + 1) if self.full_prob < 1 else ()
         limited = [AttContext(max(most * chunk, UNLIMITED), chunk - 1) for chunk in chunks]
         return [FULL, *limited] if self.full_prob > 0 else limited
 
     def group_label(self, context: AttContext) -> str:
-        """Return the name, in metrics, of contexts with chunks of similar size: ``chunk_8_to_15``; by powers of two."""
+        """Return the name of contexts with similar chunks in metrics, by powers of two: ``chunk_8_to_15``."""
         if context.right == UNLIMITED:
             return context_label(context)
         first = 1 << ((context.right + 1).bit_length() - 1)
@@ -130,13 +130,13 @@ class ContextPolicy:
 
     @property
     def left_multiple(self) -> int:
-        """What interpolated left contexts must be a multiple of: the chunk of every context that a batch can have."""
+        """What interpolated left contexts must be a multiple of: the chunk of each possible context."""
         if self.style != 'chunked_limited' or self.sampler is not None:  # a sampler's are rounded in each batch
             return 1
         return math.lcm(*(context.right + 1 for context in self.contexts() if context.right != UNLIMITED))
 
     def at(self, step: int, rank: int = 0) -> AttContext:
-        """Return the context of a global step, within the ceiling; the rank is ignored if the draw is ``shared``."""
+        """Return the context of a global step, within the ceiling; a ``shared`` draw ignores the rank."""
         number = step if self.shared else f'{step}:{rank}'
         if self.sampler is not None:
             context = self.sampler.draw(self.seed, number)
@@ -147,7 +147,7 @@ class ContextPolicy:
         return self.narrowed(context)
 
     def contexts(self) -> list[AttContext]:
-        """Return every context that a batch can have, each once; of a sampler's, the widest for each chunk size."""
+        """Return every context that a batch can have, once; a sampler's widest for each chunk size."""
         drawn = [] if self.sampler is None else self.sampler.widest_contexts()
         return list(dict.fromkeys([*self.options, self.default, *drawn]))
 
@@ -156,7 +156,7 @@ class ContextPolicy:
         return context in self.options or (self.sampler is not None and self.sampler.covers(context))
 
     def narrowed(self, context: AttContext, ceiling: AttContext | None = None, where: str = CEILING) -> AttContext:
-        """Return what a ceiling, by default the policy's, leaves of a context: with a sampler whole chunks, cut to it."""
+        """Return a context within a ceiling, by default the policy's; with a sampler in whole chunks."""
         ceiling = self.ceiling if ceiling is None else ceiling
         if ceiling is None:
             return context
@@ -165,7 +165,7 @@ class ContextPolicy:
         return Window(context, self.style).intersect(ceiling, where).context
 
     def within(self, batch: AttContext, own: AttContext, where: str) -> Window:
-        """Return the window of a layer with a context of its own; in a sampler's batch it is rounded down to whole chunks."""
+        """Return the window of a layer's own context; in a sampler's batch rounded down to whole chunks."""
         window = Window(batch, self.style)
         if self.sampler is None:
             return window.intersect(own, where)
@@ -176,7 +176,7 @@ class ContextPolicy:
         return Window(batch.intersect(own), self.style).in_whole_chunks()
 
     def check_layer(self, own: AttContext, where: str) -> None:
-        """Check that a layer can have this context in every batch, and its right side is not beyond every batch's."""
+        """Check that a layer can have this context in every batch, with a right side that some batch has."""
         batches = self.contexts()
         rights = [batch.right for batch in batches]
         if UNLIMITED not in rights and own.right > max(rights):

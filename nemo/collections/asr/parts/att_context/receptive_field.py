@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far an encoder of several layers sees, and a table of it. Counts attention frames, after subsampling.
+"""How far an encoder of several layers sees, in attention frames, and a table of it.
 
 ``encoder`` is a ``ConformerEncoder`` and ``att_context_size`` the batch's context; None takes the encoder's present one.
 """
@@ -37,7 +37,7 @@ def receptive_field(encoder: Any, att_context_size: Any = None) -> ReceptiveFiel
 
 
 def stack_window(encoder: Any, att_context_size: Any = None) -> Window | None:
-    """Return the receptive field of the whole encoder as a window; None if the layers' windows are not known."""
+    """Return the receptive field of the encoder as a window; None if layers' windows are not known."""
     if getattr(encoder, 'att_context_style', None) not in STYLES or not hasattr(encoder, 'effective_windows'):
         return None
     return Window(receptive_field(encoder, att_context_size))
@@ -53,14 +53,14 @@ def _field_of(windows: tuple[Window, ...], before: int, after: int) -> Receptive
 
 
 def chunk_end_look_ahead(encoder: Any, att_context_size: Any = None) -> tuple[int, int]:
-    """Return the frames of a chunk of the stack, with whole chunks of every layer, and its last frame's look-ahead."""
+    """Return the frames of a chunk of the stack, in whole chunks of layers, and its last one's look-ahead."""
     windows = encoder.effective_windows(att_context_size)
     chunk = math.lcm(*(window.chunk for window in windows))
     return chunk, int(_seen(chunk - 1, windows, *encoder.conv_context_size)[1]) - (chunk - 1)
 
 
 def look_ahead_ms(encoder: Any, att_context_size: Any, frame_ms: float) -> float | None:
-    """Return how many milliseconds of audio after it an output waits for, by attention and convolutions, at most.
+    """Return the look-ahead of an output in ms of audio, by attention and convolutions, at most.
 
     None: it waits for the end of the utterance, or windows are not known. ``frame_ms`` are those of an attention frame.
     """
@@ -74,13 +74,13 @@ def look_ahead_text(milliseconds: float | None) -> str:
 
 
 def seen_through_layers(encoder: Any, frame: int, att_context_size: Any = None) -> list[tuple[float, float]]:
-    """Return, for each layer, the first and the last input frame, infinite without a limit, that an output depends on."""
+    """Return each layer's first and last input frame, or infinity, that an output depends on."""
     windows = encoder.effective_windows(att_context_size)
     return [_seen(frame, windows[layer:], *encoder.conv_context_size) for layer in range(len(windows))]
 
 
 def _seen(frame: int, windows: Sequence[Window], before: int, after: int) -> tuple[float, float]:
-    """Go from an output down the layers, in each the convolution, then attention; infinite where nothing limits them."""
+    """Go from an output down the layers, by convolution, then attention; infinite if unlimited."""
     first = last = frame
     for window in reversed(windows):
         first, last = window.bounds(first - before)[0], window.bounds(last + after)[1]
@@ -91,7 +91,7 @@ def _seen(frame: int, windows: Sequence[Window], before: int, after: int) -> tup
 def next_token_offset(
     encoder: Any, after_subsampling: bool, att_context_size: Any = None, at_chunk_end: bool = False
 ) -> int:
-    """Return how many tokens after its own an encoder frame predicts first: the first beyond its receptive field.
+    """Return how many tokens after its own a frame predicts first: the first after its receptive field.
 
     The receptive field of output frame j ends at feature ``8 * (j + look-ahead) + ahead`` at factor 8; ``ahead`` is that
     of the subsampling, 0 if it is causal. Token i is made of the features ``8 * i`` to ``8 * i + 7``, or, ``after_subsampling``
@@ -137,7 +137,7 @@ def why_no_next_token(encoder: Any, att_context_size: Any = None) -> str | None:
 
 
 def _features_ahead(encoder: Any) -> int | None:
-    """Return the last feature in the receptive field of the subsampling's frame 0; None if that is not known."""
+    """Return the last feature in the receptive field of subsampled frame 0; None if not known."""
     module = getattr(encoder.pre_encode, 'pre_encode', encoder.pre_encode)  # without the wrapper of post-conv masking
     if isinstance(module, nn.Linear):
         return 0
@@ -155,7 +155,7 @@ def _features_ahead(encoder: Any) -> int | None:
 
 
 def context_table(encoder: Any, frame_ms: float) -> str:
-    """Return a table of what each layer attends to in each context, with attention frames of ``frame_ms`` milliseconds."""
+    """Return a table of what each layer attends to in each context; ``frame_ms`` per attention frame."""
     if encoder.att_context_style not in STYLES:
         return f'Attention contexts: {encoder.att_context_size_all}, att_context_style {encoder.att_context_style}'
 

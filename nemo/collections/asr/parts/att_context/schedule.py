@@ -18,7 +18,7 @@ Check = Callable[[AttContext, str], object]  # raises ValueError, beginning with
 
 @dataclass(frozen=True)
 class LayerContext:
-    """The place of a layer's context: the encoder has ``layer_att_contexts`` and ``set_layer_att_context_size``."""
+    """A layer's context; the encoder has ``layer_att_contexts`` and ``set_layer_att_context_size``."""
 
     encoder: Any
     index: int  # of the layer
@@ -41,7 +41,7 @@ class ContextSchedule:
         interpolate: str = 'step',
         check: Check | None = None,
     ) -> 'ContextSchedule':
-        """Read a schedule such as ``[[0, [40, 0]], [6, [120, 0]]]``: pairs of a position, below ``end``, and a context.
+        """Read a schedule such as ``[[0, [40, 0]], [6, [120, 0]]]``: positions below ``end``, and contexts.
 
         Raises:
             ValueError: naming ``field``, the item's index, its value and what is allowed.

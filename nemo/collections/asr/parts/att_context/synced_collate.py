@@ -66,7 +66,7 @@ class SyncedBatch(tuple[Any, ...]):
 
 
 def attach_context(batch: Any, context: AttContext, policy: ContextPolicy) -> Any:
-    """Return the batch with its context, ``att_context``, and the policy that repeats the draw, ``context_draw``."""
+    """Return the batch with its context ``att_context`` and the policy that drew it, ``context_draw``."""
     if type(batch) in (tuple, list):
         batch = SyncedBatch(batch)
     can_carry = isinstance(batch, SyncedBatch) or dataclasses.is_dataclass(batch)
@@ -89,7 +89,7 @@ class SyncedContextCollate:
         self.start_at(0)
 
     def start_at(self, number: int) -> None:
-        """Set which batch comes first, for loops without a Lightning trainer; persistent workers continue to count."""
+        """Set the number of the first batch, without a Lightning trainer; persistent workers count from it."""
         self._first, self._collated = number, 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +104,7 @@ class SyncedContextCollate:
 def create_synced_context_collate(
     base_collate_fn: Callable[..., Any], *arguments: Any, model: Any = None, **by_name: Any
 ) -> SyncedContextCollate:
-    """Return a :class:`SyncedContextCollate`, which draws an attention context for each batch and sends it along.
+    """Return a :class:`SyncedContextCollate`, which draws an attention context for each batch.
 
     Call it as ``create_synced_context_collate(base_collate_fn, context_options, context_probs=None, seed=0)``, or with
     a model before ``context_options``, which is not needed and not kept.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which frames masking keeps visible, and which masked frames have no visible frame, in a layer's window or in the stack.
+"""Which frames masking keeps visible, and which masked frames have none, in a window or the stack.
 
 A frame is visible if none of its mask frames is masked.
 
@@ -18,7 +18,7 @@ MASK_THRESHOLD = 0.8  # an attention frame counts as masked above this share, as
 
 
 def masked_share_per_frame(masks: torch.Tensor, factor: int) -> torch.Tensor:
-    """Return the masked share of each whole attention frame, [B, A] float32, of masks [B, D, T] or [B, T], 1 or True."""
+    """Return the masked share of whole attention frames, [B, A] float32, of masks [B, D, T] or [B, T]."""
     masks = masks.unsqueeze(1) if masks.dim() == 2 else masks
     frames = masks.shape[-1] // factor
     masks = masks[..., : frames * factor].unflatten(-1, (frames, factor))
@@ -75,7 +75,7 @@ def kept_visible_frames(window: Window, index: torch.Tensor, ends: torch.Tensor,
 def _one_in_a_window_of_chunks(
     window: Window, index: torch.Tensor, ends: torch.Tensor, phase: torch.Tensor
 ) -> torch.Tensor:
-    """One frame of the first chunk and of each (chunks of the window)-th; in a last, short chunk the last frame."""
+    """A frame of the first chunk and of every n-th, by window; in a last, short chunk the last frame."""
     chunk, left = window.chunk, window.context.left
     chunks = index.div(chunk, rounding_mode='floor')
     period = 1 if left == UNLIMITED else left // chunk + 1
@@ -103,7 +103,7 @@ def follows_context(masking: Any) -> bool:
 
 
 def window_of_masking(masking: Any, window: Window | None) -> dict[str, Any]:
-    """Return what a masking module is called with to mask within a window (None: not known): it, or its left side."""
+    """Return a masking module's arguments to mask within a window (None: not known), or its left side."""
     if hasattr(masking, 'within') and takes(masking, 'effective_window'):
         return {'effective_window': masking.within(window)}
     if window is None or not takes(masking, 'effective_left_context'):

@@ -14,7 +14,7 @@ FAR = 1 << 40  # attention frames, more than any utterance has
 
 @dataclass(frozen=True)
 class Window:
-    """What each attention frame sees, in a context and a style; ValueError for another style than these two.
+    """What each attention frame sees, in a context and one of two styles; ValueError for others.
 
     ``regular``: from ``left`` frames before to ``right`` frames after the frame. ``chunked_limited``: the frame's own
     chunk of right + 1 frames, and the left // (right + 1) chunks before it; without a limit on the right there are no
@@ -50,7 +50,7 @@ class Window:
         return self.context.left != 0 or self.context.right != 0
 
     def bounds(self, frame: Any) -> tuple[Any, Any]:
-        """Return the first and the last frame that a frame (int, or int64 tensor) sees; they may lie outside of the utterance."""
+        """Return the first and last frame that a frame (int or int64 tensor) sees, in the utterance or not."""
         left, right = self.in_whole_chunks().context
         frame = frame - frame % self.chunk
         return frame - (FAR if left == UNLIMITED else left), frame + (FAR if right == UNLIMITED else right)
@@ -98,7 +98,7 @@ def tightest_window(windows: Iterable[Window]) -> Window:
 
 
 def tightest_window_of(encoder: Any) -> Window | None:
-    """Return what the tightest layer of an encoder, of any class with NeMo's attributes, sees; None if it is not known."""
+    """Return what the tightest layer of any encoder with NeMo's attributes sees; None if not known."""
     style = getattr(encoder, 'att_context_style', 'regular')
     if style not in STYLES:
         return None

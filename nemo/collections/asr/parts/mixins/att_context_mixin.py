@@ -15,7 +15,7 @@ class AttContextMixin(LightningModule):
     """Mixin for a model with an ``encoder`` and, where it masks, a ``mask_processor``."""
 
     def set_att_context_size(self, context) -> None:
-        """Override the encoder's context policy, for attention and masking; None clears it. See ``AttContext.parse``.
+        """Override the context policy for attention and masking; None clears it. See ``AttContext.parse``.
 
         Raises:
             ValueError: if it is no context, or the encoder does not support it.
@@ -51,7 +51,7 @@ class AttContextMixin(LightningModule):
         return {**arguments, 'current_frame': current_frame}
 
     def check_frames_see_others(self) -> None:
-        """Raise ValueError naming a context of the policy in which no layer sees another frame than the masked one."""
+        """Raise ValueError naming a context of the policy in which no layer sees another frame."""
         if self._encoder_has_context():
             override = self.att_context_override
             for context in self.encoder.att_context_size_all if override is None else [override]:

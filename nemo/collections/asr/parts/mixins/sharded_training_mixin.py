@@ -15,7 +15,7 @@ from nemo.collections.asr.parts.utils import fully_shard_strategy  # noqa: F401 
 
 
 class ShardedTrainingMixin(LightningModule):
-    """Lets an SSL model train under ``trainer.strategy: fully_shard``, by torch's ``fully_shard`` (its second FSDP).
+    """Lets an SSL model train under ``trainer.strategy: fully_shard`` (torch's FSDP2).
 
     Layers and decoders are gathered when they compute, in the precision that they compute in.
     """
@@ -52,7 +52,7 @@ class ShardedTrainingMixin(LightningModule):
         return any(isinstance(weight, DTensor) for weight in self.parameters())
 
     def on_save_checkpoint(self, checkpoint) -> None:
-        """Write the config as plain containers to a folder of shards, which Lightning reads as plain data alone."""
+        """Write the config as plain containers, which Lightning reads, to a folder of shards."""
         super().on_save_checkpoint(checkpoint)
         if getattr(self.trainer.strategy, '_save_distributed_checkpoint', False):
             checkpoint.pop('hparams_type', None)

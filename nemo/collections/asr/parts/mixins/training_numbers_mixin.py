@@ -16,7 +16,7 @@ CONTEXT_LOSS = 'train_loss/ctx_'
 
 
 class IntervalNumbers:
-    """Sums over the steps of an interval, of numbers or tensors; they stay on the device until they are reduced."""
+    """Sums of numbers or tensors over the steps of an interval, kept on the device until reduced."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
@@ -197,7 +197,7 @@ def _sources_of(input_cfg) -> set[str]:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the largest number of bytes so far: of tensors on a GPU, else of this process; NaN on Windows."""
+    """Return the largest memory so far in bytes: of the GPU's tensors, or this process; NaN on Windows."""
     if device.type == 'cuda':
         return float(torch.cuda.max_memory_allocated(device))
     if os.name != 'posix':

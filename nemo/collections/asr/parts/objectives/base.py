@@ -19,7 +19,7 @@ Logs = dict[str, float | torch.Tensor]
 
 @dataclass
 class BatchInputs:
-    """The features of a batch, and their targets as soon as one pass has made them, for passes in several contexts."""
+    """A batch's features, and its targets once one pass has made them, for passes in several contexts."""
 
     clean: Frames  # features [B, D, T] and lengths [B] that the targets come from
     seen: Frames  # those that are masked and encoded; the same object where there is no noise
@@ -47,7 +47,7 @@ class BatchRecord(NamedTuple):
 
 
 class LossPositions(NamedTuple):
-    """The frames of a batch that a loss is computed of; where there is none, one frame with targets of -100."""
+    """The frames of a batch in the loss; if there is none, one frame with targets of -100."""
 
     outputs: torch.Tensor  # encoder frames [N, d_model], or log-probabilities [N, C] or [N, C, H]
     targets: torch.Tensor  # [N] or [N, H] int64; of several horizons [N, K] or [N, K, H]
@@ -113,7 +113,7 @@ class Objective:
     def mean_over_tokens(
         self, losses: torch.Tensor, predicted: torch.Tensor, utterances: torch.Tensor
     ) -> torch.Tensor:
-        """Return the loss of a pass, from what its positions lost [N], their predicted tokens [N] and utterances [N].
+        """Return the loss of a pass from its positions' losses, predicted tokens and utterances, [N] each.
 
         In training with ``model.loss_over: global`` the mean of the ranks' losses is that over all their tokens.
         """

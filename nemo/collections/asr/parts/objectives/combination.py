@@ -27,7 +27,7 @@ class Objectives(dict[Objective, float]):
 
     @classmethod
     def of(cls, model: Any) -> 'Objectives':
-        """Make the objectives of a model's config, and the decoders that they need; see :func:`check_objective`."""
+        """Make the objectives of a model's config, and their decoders; see :func:`check_objective`."""
         objective, options = check_objective(model.cfg)
         weights: dict[Objective, float] = {} if objective == 'next_token' else {MaskedTokens(model): 1.0}
         if objective != 'masked':
@@ -72,7 +72,7 @@ class Objectives(dict[Objective, float]):
         return next((objective for objective in self if isinstance(objective, kind)), None)
 
     def offset(self) -> int | None:
-        """Return how many tokens after its own a frame predicts first, see ``next_token_offset``; None: its own."""
+        """Return how many tokens after its own a frame predicts first (``next_token_offset``), or None."""
         following = self.find(NextTokens)
         return None if following is None else following.offset()
 

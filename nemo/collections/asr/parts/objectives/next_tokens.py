@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prediction of next tokens (NEST-RQ, https://arxiv.org/abs/2409.08680), one horizon after the other; K of them."""
+"""Prediction of next tokens (NEST-RQ, arXiv 2409.08680), horizon by horizon; K of them."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ HEADS = 'next_token_decoders.'  # their names in a state dict begin so
 
 
 class NextTokens(base.Objective):
-    """Predicts the tokens after the receptive field of each frame; each horizon has one of ``model.next_token_decoders``.
+    """Predicts tokens after each frame's receptive field; one ``model.next_token_decoders`` per horizon.
 
     Raises:
         ValueError: if the model's decoder or forward may need all frames.
@@ -46,14 +46,14 @@ class NextTokens(base.Objective):
         return self.model.next_token_decoders[0]
 
     def loss_positions(self, record: BatchRecord) -> LossPositions:
-        """Return the frames of a pass with a next token, and their tokens at each horizon, -100 where there is none."""
+        """Return the frames of a pass with a next token, and their tokens at each horizon, -100 for none."""
         lengths = record.encoded_lengths, record.token_lengths
         encoded = record.encoded.transpose(1, 2)  # type: ignore[union-attr]
         aligned = self.token_loss.align(encoded, record.tokens, self.offset(), *lengths, self.chunk())
         return base.gather_loss_positions(*aligned)
 
     def loss(self, record: BatchRecord) -> tuple[torch.Tensor, Logs]:
-        """Return the mean over all pairs of a frame and a horizon, and that of each horizon; see :class:`Objective`.
+        """Return the mean over all frames and horizons, and each horizon's; see :class:`Objective`.
 
         Log-probabilities of one horizon exist at a time. The backward pass recomputes them: a decoder is a small
         part of the model, its log-probabilities are a large part of a step's memory.
@@ -88,7 +88,7 @@ class NextTokens(base.Objective):
         return next_token_offset(self.model.encoder, after_subsampling, att_context_size, self.at_chunk_end)
 
     def chunk(self) -> int:
-        """Return the frames of a chunk at whose end tokens are predicted in the present context; 1: every frame."""
+        """Return the frames of a chunk at whose end tokens are predicted in this context; 1: every frame."""
         return chunk_end_look_ahead(self.model.encoder)[0] if self.at_chunk_end else 1
 
     def check(self) -> None:

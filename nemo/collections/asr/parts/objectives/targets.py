@@ -24,7 +24,7 @@ class Targets:
         self.combine_time_steps: int = getattr(model.quantizer, 'combine_time_steps', 1)  # mask frames of one token
 
     def check(self) -> None:
-        """Raise ValueError before training, as in :class:`Objective`, if the quantizer does not fit its features."""
+        """Raise ValueError before training if the quantizer does not fit its features; see :class:`Objective`."""
         model, quantizer = self.model, self.model.quantizer
         if model.pre_encoder is not None and self.combine_time_steps != 1:
             raise ValueError(
@@ -59,7 +59,7 @@ class Targets:
 
     @torch.no_grad()
     def subsampled(self, features: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return clean features [B, D, T] after the encoder's subsampling [B, d_model, A], and their lengths [B]."""
+        """Return clean features [B, D, T] after the subsampling, [B, d_model, A], and their lengths [B]."""
         subsampling = self.model.pre_encoder.pre_encode
         with without_autocast(features.device):
             weight = next(subsampling.parameters())
@@ -68,7 +68,7 @@ class Targets:
 
 
 def keeping_full_precision(convert: Convert, *modules: torch.nn.Module) -> Convert:
-    """Change a conversion of tensors, as of ``torch.nn.Module._apply``: it converts those of some modules to no half precision."""
+    """Change a conversion of tensors for ``Module._apply``: some modules do not become half precision."""
     kept = {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
 
     def convert_others(tensor: torch.Tensor) -> torch.Tensor:

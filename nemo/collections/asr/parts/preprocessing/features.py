@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feature normalisation that can stream, and normalisation for the targets of self-supervised training.
+"""Feature normalisation that can stream, and normalisation of the targets' features.
 
 Fixed corpus statistics, ``preprocessor.normalize: {fixed_mean: [...], fixed_std: [...]}``, hold from a stream's first
 frame on. The statistics of ``standardize_per_feature`` are the utterance's: for targets, which exist only in training.
@@ -44,7 +44,7 @@ def normalize_batch(x, seq_len, normalize_type):
 
 @functools.lru_cache(maxsize=32)
 def _statistics_tensors(mean, std, dtype, device):
-    """Return the two tuples as [D] tensors, made once per device: a copy for each batch would make the GPU wait."""
+    """Return the two tuples as [D] tensors, copied once per device, since a copy synchronises a GPU."""
     with torch.inference_mode(False):  # a tensor made under inference mode could not be used in training later
         return torch.tensor(mean, dtype=dtype, device=device), torch.tensor(std, dtype=dtype, device=device)
 
@@ -79,7 +79,7 @@ def _as_floats(values, name):
 
 
 def load_fixed_statistics(path):
-    """Read what ``compute_feature_stats.py`` wrote, for ``preprocessor.normalize``; ValueError names a file that does not fit."""
+    """Read a ``normalize`` file of ``compute_feature_stats.py``; ValueError if it does not fit."""
     try:
         content = dict(OmegaConf.load(path))
     except Exception as error:  # yaml, OmegaConf and decoding each have errors of their own
@@ -106,7 +106,7 @@ def standardize_per_feature(features, lengths):
 
 
 class FilterbankFeatures(_up.FilterbankFeatures):
-    """NeMo's mel features; raises ValueError when the model is made if fixed statistics do not fit the features."""
+    """NeMo's mel features; ValueError at construction if fixed statistics do not fit the features."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -115,13 +115,13 @@ class FilterbankFeatures(_up.FilterbankFeatures):
 
 
 class WaveformFeaturizer(_up.WaveformFeaturizer):
-    """NeMo's reader of audio files; channels are mixed down, and samples that are NaN or infinite are an error."""
+    """NeMo's reader of audio files; mixes channels down, and raises an error for non-finite samples."""
 
     channel_selector = 'average'
     """For calls that give none: NeMo's, which keeps all channels, makes samples that no model here takes."""
 
     def process(self, file_path, *args, channel_selector=None, **kwargs):
-        """Return the samples [N] of a file; ValueError names one that lacks the channel or has non-finite samples."""
+        """Return the samples [N] of a file; ValueError if it lacks the channel or has non-finite samples."""
         selector = self.channel_selector if channel_selector is None else channel_selector
         try:
             samples = super().process(file_path, *args, channel_selector=selector, **kwargs)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured of a model that learns without labels: masks, targets, validation, pictures. NeMo has no such package."""
+"""Measures of an SSL model: masks, targets, validation, pictures. NeMo has no such package."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks audited: how much is masked, in runs of what length, and which masked frames have no visible frame.
+"""Audit of masks: the masked share, the length of runs, and masked frames without a visible frame.
 
 Shapes: B batch, D features, M mask frames, A attention frames (M // factor), R run lengths from 0 to the longest.
 
@@ -60,7 +60,7 @@ class MaskAudit:
 
 
 def windows_of(encoder) -> dict[str, Window]:
-    """Return what each layer of an encoder attends to in its present context, and what the whole of it depends on.
+    """Return what each layer attends to in the present context, and what the encoder depends on.
 
     ``layers`` where all attend alike, else ``layer_00`` and so on; and ``stack``, the receptive field of all layers,
     under ``chunked_limited`` that of the frame that sees most. None at all where the windows are not known.
@@ -74,7 +74,7 @@ def windows_of(encoder) -> dict[str, Window]:
 
 
 def audit_pass(record: BatchRecord, encoder, layers: bool = False) -> MaskAudit:
-    """Audit a forward pass within its context: in ``window`` and ``stack``, with ``layers`` in all of :func:`windows_of`."""
+    """Audit a forward pass in its context: ``window``, ``stack``, ``layers`` of :func:`windows_of`."""
     known = {WINDOW: tightest_window_of(encoder), STACK: stack_window(encoder)}
     windows = {name: window for name, window in known.items() if window is not None}
     if layers:
@@ -89,7 +89,7 @@ def audit_masks(
     windows: Mapping[str, Window] | None = None,
     threshold: float = MASK_THRESHOLD,
 ) -> MaskAudit:
-    """Count what masks hide, and the masked frames that have no visible frame in windows; see :func:`windows_of`.
+    """Count masked frames, and those without a visible frame in windows; see :func:`windows_of`.
 
     Args:
         masks: [B, D, M] or [B, M], 1 or True where masked, or the share of the features that is.
@@ -139,7 +139,7 @@ def audit_masking(
     draws: int = 100,
     seed: int = 0,
 ) -> MaskAudit:
-    """Count what a masking module would hide in utterances of these lengths [B], in mask frames, and D features.
+    """Count what a masking module masks in utterances of D features and lengths [B], in mask frames.
 
     A module that takes a context gets the tightest of the windows, as in a training step; others mask regardless. It is
     called ``draws`` times with ``input_feats`` [B, D, M] and ``input_lengths`` [B], on the device of the lengths, and

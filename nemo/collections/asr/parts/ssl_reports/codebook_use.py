@@ -69,7 +69,7 @@ def statistics_of(counts: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def token_counts(tokens: torch.Tensor, books: int, classes: int, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """Return how often each token of each codebook comes in tokens [N, H], where ``valid`` [N] is true; [H, C]."""
+    """Return how often each token of each codebook occurs in ``valid`` [N] tokens [N, H]; [H, C]."""
     valid = torch.ones_like(tokens[:, 0], dtype=torch.bool) if valid is None else valid
     valid = valid.unsqueeze(1)
     index = torch.where(valid, tokens, 0) + classes * torch.arange(books, device=tokens.device)

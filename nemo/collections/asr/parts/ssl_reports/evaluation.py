@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models side by side: scores by utterance in each context and part of their objectives, with confidence intervals.
+"""Scores of several models by utterance, context and part of the objective, with confidence intervals.
 
 Shapes: U utterances, N loss positions, C classes, H codebooks.
 """
@@ -109,7 +109,7 @@ def evaluate(model, batches: Iterable, contexts: Sequence, seed: int = 0, window
 def ratio_of_sums(
     numerator: np.ndarray, denominator: np.ndarray, resamples: int, confidence: float, seed: int
 ) -> Interval:
-    """Return a mean per frame, from a sum and a number of frames of each utterance [U], and the bounds of its interval.
+    """Return a mean per frame, from sums and numbers of frames by utterance [U], and its interval.
 
     The interval is a percentile bootstrap over utterances, each with all its frames: frames of an utterance are alike,
     so an interval over frames would be too narrow. NaN for fewer than two utterances.
@@ -126,7 +126,7 @@ def ratio_of_sums(
 
 
 def why_not_compared(scores: ModelScores, first: ModelScores, part: str, label: str) -> str | None:
-    """Return why the losses of a model cannot be compared with the first's in a part and a context, in words.
+    """Return why a model's losses cannot be compared with the first's in a part and a context.
 
     None: both predict the same tokens, in the same frames of the same utterances.
     """
@@ -140,7 +140,7 @@ def why_not_compared(scores: ModelScores, first: ModelScores, part: str, label: 
 
 
 def contexts_of(model, wanted, name: str) -> list:
-    """Return the contexts to evaluate a model in; ValueError, naming model and context, where it cannot be."""
+    """Return the contexts to evaluate a model in; ValueError names model and context if that fails."""
     if not hasattr(model, 'objectives'):
         raise ValueError(f'{name}: {type(model).__name__} predicts neither masked nor next tokens')
     try:

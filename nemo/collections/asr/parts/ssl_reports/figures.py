@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of masks, attention windows and learning curves, legible in black-and-white print; in TensorBoard, too.
+"""Figures of masks, windows and learning curves for TensorBoard and black-and-white print.
 
 Each is a ``matplotlib.figure.Figure``, without pyplot and its global state.
 """
@@ -45,7 +45,7 @@ def look_ahead_title(model, context) -> str:
 
 
 def masked_spectrogram(model, record: BatchRecord, title: str = '', index: int = 0) -> Figure:
-    """Draw an utterance of a batch with its masked blocks, and below what that means for its attention frames.
+    """Draw an utterance of a batch with its masked blocks, and below them its attention frames.
 
     The model is in the context of the pass that the record is of.
     """
@@ -83,7 +83,7 @@ def masked_spectrogram(model, record: BatchRecord, title: str = '', index: int =
 def attention_windows(
     encoder, frame: int | None, frames: int, frame_ms: float, att_context_size=None, title: str = ''
 ) -> Figure:
-    """Draw what one attention frame attends to in each layer, and what its output depends on through all of them.
+    """Draw what one attention frame attends to in each layer, and what its output depends on.
 
     The utterance has so many frames; None takes the frame at three quarters of it, and the encoder's present context.
 
@@ -114,7 +114,7 @@ def attention_windows(
 
 
 def learning_curves(curves: Mapping[str, Curve]) -> Figure:
-    """Draw loss and accuracy for each context over training steps, and the ceiling of the curriculum if there was one.
+    """Draw loss and accuracy for each context over training steps, and the curriculum's ceiling, if any.
 
     Each part of an objective has a panel. ``curves`` are (step, value) pairs by metric name, ``val_loss/ctx_40_0`` and
     ``val_loss/ctx_40_0/next_0``, ``val_accuracy/...``, ``train_loss/...``, ``att_context_ceiling_left``; others are
@@ -155,7 +155,7 @@ def learning_curves(curves: Mapping[str, Curve]) -> Figure:
 
 
 def _breadth(label: str) -> tuple:
-    """Sort contexts from narrow to wide, and after them the groups of chunks that a sampler draws (``chunk_8_to_15``)."""
+    """Sort contexts from narrow to wide, then a sampler's groups of chunks (``chunk_8_to_15``)."""
     sides = re.findall('unlimited|[0-9]+', label)
     return label.startswith('chunk'), [math.inf if side == 'unlimited' else int(side) for side in sides]
 
@@ -178,7 +178,7 @@ def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
 
 
 def save_figure(figure: Figure, stem) -> list[Path]:
-    """Write a picture as PNG and SVG, each whole or not at all, to a path without its ending; return the files."""
+    """Write a picture as PNG and SVG, atomically, to a path without its ending; return the files."""
     files = []
     for ending, metadata in (('png', None), ('svg', {'Date': None})):  # the same picture gives the same file
         file = Path(f'{stem}.{ending}')

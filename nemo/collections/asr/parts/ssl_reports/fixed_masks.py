@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks that depend on an utterance's audio and on nothing else, so that measurements can be repeated and compared.
+"""Masks that depend on an utterance's audio only, to repeat and compare measurements.
 
 Shapes: B batch, N samples, D features, M mask frames.
 """
@@ -17,7 +17,7 @@ from nemo.collections.asr.parts.att_context.windows import Window
 
 
 def utterance_seeds(signal: torch.Tensor, lengths: torch.Tensor, seed: int) -> list[int]:
-    """Return a seed of 32 bits for each utterance, from its own samples or features [B, ..., N] and length [B].
+    """Return a 32-bit seed for each utterance from its samples or features [B, ..., N] and length [B].
 
     Neither padding, nor the batch around it, nor the rank changes it. Synchronises host and device.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is reported of a model of masked token prediction, and the hooks of its validation; see docs/reports.md."""
+"""Reports on a model of masked token prediction, and its validation hooks; see docs/reports.md."""
 
 import torch
 from lightning.pytorch import LightningModule
@@ -20,7 +20,7 @@ Logs = dict[str, float | torch.Tensor]
 
 
 class ModelReports:
-    """Audit, use of the codebook, validation in contexts, and pictures of one model, as its config enables them.
+    """A model's audit, codebook use, validation in contexts and pictures, as its config enables them.
 
     Raises:
         ValueError: naming the config key, its value and what is allowed.
@@ -64,7 +64,7 @@ class ModelReports:
         return logs
 
     def of_pass(self, model, record: BatchRecord | None, prefix: str = '') -> Logs:
-        """Return the present context, and the shares of frames that are masked, and have no visible frame; scalars."""
+        """Return the present context, the masked share, and the share without a visible frame; scalars."""
         if record is None:
             return {}
         logs = self._of_context(model, audit_pass(record, model.encoder) if model.objectives.masks else None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen probe: a small CTC recogniser on the cached layer outputs of a frozen encoder. New in this project.
+"""Frozen probe: a small CTC recogniser on layer outputs of a frozen encoder. New in this project.
 
 It measures what an encoder's layers hold, without fine-tuning the encoder: a softmax-weighted sum of layer-normalised
 layers, one hidden layer, and CTC over phones or characters.
@@ -37,7 +37,7 @@ class ProbeSettings:
 
 
 class LayerProbe(nn.Module):
-    """Log-probabilities of C CTC classes from the outputs of L layers of width W; the last class is the blank."""
+    """Log-probabilities of C CTC classes, the last one blank, from outputs of L layers of width W."""
 
     def __init__(self, layers: int, width: int, classes: int, hidden: int = 256):
         super().__init__()
@@ -54,7 +54,7 @@ class LayerProbe(nn.Module):
 
 @torch.no_grad()
 def layer_outputs(encoder, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], context=None) -> list[torch.Tensor]:
-    """Encode batches of features [B, D, T] and lengths [B] in one context (None: the encoder's present one).
+    """Encode batches of features [B, D, T] and lengths [B] in one context (None: the present one).
 
     Returns the outputs of all layers of each utterance, [A, L, W] float16. The encoder's training mode is kept.
     """
@@ -125,6 +125,6 @@ def probe_errors(
     classes: int,
     settings: ProbeSettings,
 ) -> tuple[list[int], LayerProbe]:
-    """Fit a probe on the part ``train``, and count its errors in each utterance of ``test``; ``encode`` takes a part."""
+    """Fit a probe on part ``train``, count its errors by utterance of ``test``; ``encode`` takes a part."""
     probe = fit_probe(encode('train'), labels['train'], classes, settings)
     return count_errors(transcribe(probe, encode('test')), labels['test']), probe

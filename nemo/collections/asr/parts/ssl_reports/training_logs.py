@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The curves of a training run, from what its loggers wrote: TensorBoard's event files or Lightning's metrics.csv."""
+"""Curves of a training run, from TensorBoard's event files or Lightning's metrics.csv."""
 
 import csv
 from collections import defaultdict
@@ -9,7 +9,7 @@ EVENT_FILES, CSV_FILE = '*.tfevents.*', 'metrics.csv'
 
 
 def read_curves(path) -> dict[str, list[tuple[float, float]]]:
-    """Return (step, value) pairs by metric name, by step; a later run over the same steps replaces an earlier one's.
+    """Return (step, value) pairs by metric, in order; of equal steps those of the later run.
 
     The path is an event file or a metrics.csv, or a folder with some of them somewhere in it.
 

@@ -19,7 +19,7 @@ CHOICES = ('all', 'first')
 
 
 def parse_contexts(value, encoder, field: str = 'model.validate_contexts') -> list:
-    """Return the contexts to run: ``all`` of an encoder's config, the ``first`` of them, or those of a list.
+    """Return the contexts to run: ``all`` of an encoder's config, the ``first``, or those of a list.
 
     Raises:
         ValueError: naming the field and the item, if it is no context, comes twice, or the encoder does not support it.
@@ -57,7 +57,7 @@ def tightest_of(encoder, contexts: Sequence) -> Window:
 def passes_in_contexts(
     model, batch, contexts: Sequence, seed: int, window: Window | None = None, masked=True, inputs=None
 ) -> Iterator[tuple[list, BatchRecord]]:
-    """Encode a batch in each context, on the same features, targets and masks; the caller is within the context.
+    """Encode a batch in each context, active for the caller, on the same features, targets and masks.
 
     The masks are a function of the seed, each utterance's audio, the masking's configuration and the window: that of all
     layers in all contexts, unless one is given. ``inputs`` are the features of the batch, if they are known.
@@ -97,7 +97,7 @@ class ContextValidation:
         self._results: dict[int, dict[str, torch.Tensor]] = {}
 
     def step(self, model, batch, batch_idx: int, dataloader_idx: int) -> torch.Tensor:
-        """Run a batch of a data loader in every context, and draw it; return its loss, the mean over the contexts."""
+        """Run a data loader's batch in every context, and draw it; return its mean loss over the contexts."""
         if batch_idx == dataloader_idx == 0:
             self._sums, self.contexts = {}, self._contexts_of(model)
         losses, masks = [], model.objectives.masks
@@ -155,7 +155,7 @@ class ContextValidation:
         return {f'{mode}_{name}': value for name, value in found.items()}
 
     def summary(self, mode: str, dataloader_idx: int = 0) -> dict:
-        """Return what NeMo's ``multi_validation_epoch_end`` returns; loss and accuracy are means over the contexts."""
+        """Return NeMo's ``multi_validation_epoch_end`` results; loss and accuracy are means over contexts."""
         found = self._results.get(dataloader_idx)  # none of a loader without batches
         return {f'{mode}_loss': found[f'{mode}_loss'], 'log': dict(found)} if found else {}
 

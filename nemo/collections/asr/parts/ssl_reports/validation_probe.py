@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``model.probe``: fit a frozen probe after validations and log its error rate per context. New in this project."""
+"""``model.probe``: fit a frozen probe after validations, log its error rates. New in this project."""
 
 import time
 
@@ -15,7 +15,7 @@ BATCH = 16  # utterances that are encoded at a time
 
 
 class ValidationProbe(Callback):
-    """Fit a probe every n validations; log ``probe/error_rate/ctx_...`` and the time it took, ``probe/seconds``.
+    """Fit a probe every n validations; log ``probe/error_rate/ctx_...`` and ``probe/seconds``.
 
     Takes ``model.probe`` of a config. Every rank fits the same probe, for with sharded weights all must run the encoder.
 
@@ -72,7 +72,7 @@ class ValidationProbe(Callback):
 
 
 def _read(key: str, path, labels: str) -> list[tuple[dict, list[str]]]:
-    """Return the entry, with the path of its audio, and the transcript of each utterance; ValueError naming the key."""
+    """Return entry, with its audio's path, and transcript of each utterance; ValueError names the key."""
     try:
         entries = audio_entries([], path, must_exist=True)
     except ValueError as error:

@@ -28,7 +28,7 @@ NEVER = np.iinfo(np.int64).max // 2  # where a stream ends that does not
 
 
 class BatchRunner:
-    """Runs preprocessor and encoder on a batch of streams, in a context; ``stages`` is all that it keeps of them.
+    """Runs preprocessor and encoder on a batch of streams, in a context; ``stages`` is all their state.
 
     Layers with a right context in ``regular`` style wait for frames, so look-aheads add up. Observers get feature frames
     [R, T, F], or the frames [R, Q, D] that enter the first layer, with the numbers of their streams [R], and which frames
@@ -82,7 +82,7 @@ class BatchRunner:
         return torch.from_numpy(counts).to(self.device, non_blocking=True)
 
     def step(self, samples: torch.Tensor, lengths: np.ndarray, ends: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
-        """Take samples [B, N] float32, of which ``lengths`` [B] belong to the streams; ``ends`` [B] end with these.
+        """Take samples [B, N] float32, of which ``lengths`` [B] are valid; streams of ``ends`` [B] end.
 
         Returns the frames that they complete [B, A, D], 0 behind a stream's own, and how many these are [B].
         """
@@ -119,7 +119,7 @@ class BatchRunner:
         self.features.write(rows, found.to(self.like['dtype']), counts)
 
     def _push_all(self, ends: np.ndarray) -> Iterator[tuple[torch.Tensor, Rows, np.ndarray]]:
-        """Push all frames that are due through the layers, and yield what comes out with its rows and what is valid of it."""
+        """Push all due frames through the layers; yield the output, its rows and which frames are valid."""
         due: Any = -(-self.features.count // self.factor) // self.chunk * self.chunk - self.subsampling.count
         ending = None
         if ends.any():
@@ -137,7 +137,7 @@ class BatchRunner:
             due[active] -= count
 
     def _push(self, rows: Rows, count: int, ends: list[np.ndarray] | None) -> tuple[torch.Tensor, np.ndarray]:
-        """Push some frames of some streams through all layers; ``ends`` are the features and frames of each stream, [B].
+        """Push frames of some streams through all layers; ``ends``: each stream's features and frames, [B].
 
         Returns frames [R, Q, D], and which of them are a stream's own [R, Q].
         """
@@ -178,7 +178,7 @@ class BatchRunner:
         return self.weights.subsampling.step(self.subsampling.caches, found, rows, begins, left)
 
     def _joined(self, found: list[tuple[torch.Tensor, Rows, np.ndarray]]) -> tuple[torch.Tensor, np.ndarray]:
-        """Join frames [R, Q, D] of which ``valid`` [R, Q] are a stream's own: [B, A, D], and how many each has [B]."""
+        """Join frames [R, Q, D] of which ``valid`` [R, Q] are a stream's own: [B, A, D], and their number [B]."""
         totals: np.ndarray = np.zeros((len(found) + 1, len(self.samples.count)), np.int64)  # before each part
         for index, (_, rows, valid) in enumerate(found):
             totals[index + 1, rows.numbers] = valid.sum(axis=1)
@@ -202,7 +202,7 @@ class BatchRunner:
 
 
 def _own(rows: Rows, first: np.ndarray, count: int, last: np.ndarray | None) -> np.ndarray:
-    """Return which of ``count`` frames from ``first`` [R] on are a stream's own, [R, Q]; ``last`` [R] ends the streams."""
+    """Return which of ``count`` frames from ``first`` [R] on, before ``last`` [R], are a stream's, [R, Q]."""
     places = first[:, None] + np.arange(count)
     valid = (places >= 0) & rows.valid[:, None]
     return valid if last is None else valid & (places < last[:, None])

@@ -43,7 +43,7 @@ class StreamMeasures:
 def measure_stream(
     model: Any, samples: np.ndarray, context: Any = None, step_seconds: float = 0.08, **wanted: Any
 ) -> StreamMeasures:
-    """Stream samples [N] float32 of the model's rate and full scale 1, so many seconds in each step, and measure it.
+    """Stream and measure samples [N] float32, of the model's rate and full scale 1, in steps of seconds.
 
     ``wanted`` are arguments of the session: ``weights``, ``return_text``, ``return_surprise``.
     """
@@ -84,7 +84,7 @@ def encode_offline(model: Any, samples: torch.Tensor, context: Any) -> torch.Ten
 
 @torch.no_grad()
 def compare_with_offline(model: Any, samples: np.ndarray, measures: StreamMeasures) -> None:
-    """Add the difference of the stream to the offline forward of its samples [N]; nothing for audio over 300 s."""
+    """Add the difference of the stream from offline on its samples [N], for audio up to 300 s."""
     if measures.seconds > LONGEST_OFFLINE:
         return
     device = next(model.encoder.parameters()).device
@@ -96,7 +96,7 @@ def compare_with_offline(model: Any, samples: np.ndarray, measures: StreamMeasur
 
 
 def summarize_streams(measures: Sequence[StreamMeasures], texts: Sequence[str | None]) -> dict[str, Any]:
-    """Return the figures of one audio or more, with their transcripts, streamed in one context; None where there is none."""
+    """Return the figures of audio, with transcripts if any, streamed in one context; None without audio."""
 
     def joined(name: str) -> list[float]:
         return [value for each in measures for value in getattr(each, name)]

@@ -57,7 +57,7 @@ class LayerStage(Stage):
         self.waiting, self.queries = (torch.zeros(batch, window.wait, layer.width, **like) for _ in range(2))
 
     def reserve(self, more: int = 0, least: int = 0) -> None:
-        """Give a ring without a limit as many slots as the longest stream has frames; far too many are given back."""
+        """Give an unlimited ring as many slots as the longest stream has frames; release far too many."""
         now, needed = self.window.slots, max(int(self.count.max()) - self.behind + more, least, 1)
         if not self.window.is_unlimited or now // SHRINKS_AT < needed <= now:
             return
@@ -101,7 +101,7 @@ class LayerStage(Stage):
 
 
 class PreparedLayer:
-    """A copy of the weights of one ``ConformerLayer`` with its enabled adapters, in a precision of ``LINEARS``."""
+    """A copy of the weights of a ``ConformerLayer`` with enabled adapters, in one of ``LINEARS``."""
 
     def __init__(self, layer: torch.nn.Module, precision: str = 'float32'):
         attention, convolution, depthwise = layer.self_attn, layer.conv, layer.conv.depthwise_conv
@@ -149,7 +149,7 @@ class PreparedLayer:
             return found
 
     def step(self, stage: LayerStage, frames: Tensor, rows: Rows, visible: Visible) -> Tensor:
-        """Take frames [R, Q, D] of some rows that arrive, and return as many that are emitted; the stage moves on."""
+        """Take arriving frames [R, Q, D] of some rows, return as many emitted ones; the stage advances."""
         shape = frames.shape
         frames = frames.reshape(-1, self.width)
         frames = self.first(self.norm_first(frames)).add_(frames)
@@ -232,7 +232,7 @@ def _convolution_norm(convolution: torch.nn.Module) -> Callable[..., Tensor]:
 
 
 def _store(kept: Tensor, new: Tensor, rows: Rows, slots: Tensor) -> Tensor:
-    """Write keys and values [R, Q, 2, H, K] to their slots of ``kept`` in one go; return those of the rows, [R, 2, H, S, K]."""
+    """Write keys and values [R, Q, 2, H, K] to slots of ``kept``; return the rows', [R, 2, H, S, K]."""
     if rows.is_whole and slots.dim() == 1:
         return kept.index_copy_(3, slots, new.permute(0, 2, 3, 1, 4))
     if rows.computes_idle:

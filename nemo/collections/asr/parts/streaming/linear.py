@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers of copied weights, which lie in memory as the kernel for so much work reads them fastest.
+"""Linear layers with copied weights, in the memory layout that is fastest for the number of rows.
 
 On x86 CPUs, float32, oneDNN's products with packed weights take half the time of ``F.linear``, but some ten microseconds to
 begin. Else a product with the transposed weights is never slower, and up to twice as fast for one row.
@@ -20,7 +20,7 @@ PACKED_FOR = 16  # rows that oneDNN packs for; it takes any number
 
 
 class PreparedLinear:
-    """A linear layer, or pointwise convolution, with weights [O, I, ...] and bias [O] times ``scale``, in their precision."""
+    """A linear layer or pointwise convolution: weights [O, I, ...], bias [O] times ``scale``."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1.0, relu: bool = False):
         self.weight, self.bias = _scaled(weight, bias, scale)
@@ -54,7 +54,7 @@ class PreparedLinear:
 
 
 class BFloat16Linear(PreparedLinear):
-    """The same with weights and inputs rounded to bfloat16, packed where torch can; float32 weights on a CPU."""
+    """The same in bfloat16, packed if torch supports it; float32 weights on a CPU."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1.0):
         super().__init__((weight * scale).bfloat16(), None if bias is None else (bias * scale).bfloat16())
@@ -68,7 +68,7 @@ class BFloat16Linear(PreparedLinear):
 
 
 class Int8Linear:
-    """The same with int8 weights, scaled by output, and int8 inputs, by torch's own operators; float32 weights on a CPU.
+    """The same in int8 by torch's operators, with weights scaled by output; float32 weights on a CPU.
 
     They take one range for all rows. So each row is mapped to [-1, 1] by its own, and a row of 1 and -1 fixes the common one.
     """

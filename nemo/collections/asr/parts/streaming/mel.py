@@ -20,7 +20,7 @@ from nemo.collections.asr.parts.streaming.ring_buffers import RingBuffer, Rows
 
 
 class StreamingMel:
-    """The mel front end of an ``AudioToMelSpectrogramPreprocessor``; ValueError, with the reason, if it cannot stream."""
+    """The mel front end of NeMo's preprocessor; ValueError, with the reason, if it cannot stream."""
 
     def __init__(self, preprocessor: torch.nn.Module):
         featurizer: Any = getattr(preprocessor, 'featurizer', None)
@@ -50,7 +50,7 @@ class StreamingMel:
         return np.where(ended, whole, np.clip(full, 0, whole))
 
     def frames(self, ring: RingBuffer, rows: Rows, first: np.ndarray, count: int) -> Tensor:
-        """Return ``count`` frames of some rows from ``first`` [R] on, [R, T, F]; samples outside of a stream are zeros."""
+        """Return ``count`` frames of rows from ``first`` [R] on, [R, T, F]; samples outside are zeros."""
         start = first * self.hop - self._before - 1  # preemphasis takes one sample more
         received = rows.counts(ring.count)
         span = (count - 1) * self.hop + self.featurizer.win_length + 1

@@ -29,7 +29,7 @@ SMALLEST_STD = 1e-5  # as in NeMo's per_feature normalisation
 
 @dataclass
 class ObservedStream:
-    """The state of one stream. Targets and predictions wait for each other, those of masking and of surprise apart."""
+    """The state of one stream. Targets and predictions wait for each other; masking and surprise do not."""
 
     waiting: Tensor  # mask frames that do not make a whole target yet, [F, M]
     sums: Tensor  # of the frames received, and of their squares, [2, F, 1] float64
@@ -45,7 +45,7 @@ class ObservedStream:
 
 
 class LiveMasking:
-    """Masks streams for a model of masked token prediction, and computes their loss; ValueError if the model cannot."""
+    """Masks streams of a model of masked tokens, and computes their loss; ValueError if unsupported."""
 
     def __init__(self, model: Any, context: AttContext):
         if not all(hasattr(model, name) for name in ('mask_processor', 'quantizer', 'loss')):
@@ -58,7 +58,7 @@ class LiveMasking:
         self._arguments = window_of_masking(self.masking, tightest_window(model.encoder.effective_windows(context)))
 
     def mask(self, stream: Any, frames: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Take new mask frames [F, M], and tokens; return the frames as the encoder is to see them, and their masks [1, M]."""
+        """Take new mask frames [F, M] and tokens; return the encoder's frames, and their masks [1, M]."""
         stream.tokens = _joined(stream.tokens, tokens)
         lengths, time_line = torch.tensor([frames.shape[1]], device=frames.device), stream.time_line
         new = dict(input_feats=frames[None], input_lengths=lengths, current_frame=time_line.received[:, 0] + lengths)
@@ -67,7 +67,7 @@ class LiveMasking:
         return masked[0], masks[0, :1]
 
     def score(self, stream: Any, log_probs: Tensor) -> tuple[Tensor, int]:
-        """Take new predictions [A, C] or [A, C, H]; return the loss, summed, and the number of masked frames that get one."""
+        """Take new predictions [A, C] or [A, C, H]; return the summed loss and its number of masked frames."""
         stream.log_probs = log_probs = _joined(stream.log_probs, log_probs)
         if stream.tokens is None or not len(log_probs):
             return log_probs.new_zeros(()), 0
@@ -81,7 +81,7 @@ class LiveMasking:
 
 
 class LiveSurprise:
-    """Predicts the next tokens of streams, and compares them with what came; ValueError if the model cannot."""
+    """Predicts the next tokens of streams, and scores them; ValueError if the model does not."""
 
     def __init__(self, model: Any, context: AttContext):
         objectives = getattr(model, 'objectives', None)
@@ -102,7 +102,7 @@ class LiveSurprise:
         self.decoders, self.loss = model.next_token_decoders, objective.token_loss
 
     def predict(self, encoded: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the likeliest next tokens [B, A, K] or [B, A, K, H] of new frames [B, D, A], 0 where not ``valid`` [B, A].
+        """Return the likeliest next tokens [B, A, K] or [B, A, K, H] of frames [B, D, A], 0 if not ``valid``.
 
         Besides, the log-probabilities of the first horizon, [B, A, C] or [B, A, C, H].
         """
@@ -117,7 +117,7 @@ class LiveSurprise:
         stream.next_tokens = _joined(stream.next_tokens, tokens[skipped:])
 
     def score(self, stream: Any, log_probs: Tensor) -> Tensor:
-        """Take new predictions [A, C] or [A, C, H]; return nats of all tokens that have now come and were predicted, [S]."""
+        """Take new predictions [A, C] or [A, C, H]; return nats of all predicted tokens that have come, [S]."""
         log_probs, tokens = _joined(stream.next_log_probs, log_probs), stream.next_tokens
         ready = 0 if tokens is None else min(len(log_probs), len(tokens))
         stream.next_log_probs = log_probs[ready:].clone()
@@ -129,7 +129,7 @@ class LiveSurprise:
 
 
 class Observers(StreamStates):
-    """Masks streams, predicts their next tokens and compares these with what comes; ValueError if the model cannot."""
+    """Masks streams, predicts and scores their next tokens; ValueError if the model does not."""
 
     def __init__(self, model: Any, context: AttContext, batch: int, features: int, masks: bool, predicts: bool):
         self.masking = LiveMasking(model, context) if masks else None
@@ -151,7 +151,7 @@ class Observers(StreamStates):
         return stream
 
     def take(self, frames: Tensor, numbers: np.ndarray, valid: np.ndarray) -> Tensor:
-        """Take new mask frames [R, M, F], of which ``valid`` are their stream's own; return them as the encoder sees them."""
+        """Take mask frames [R, M, F], ``valid`` where they are their stream's; return the encoder's frames."""
         seen = frames if self.masking is None else frames.clone()
         for index, (row, count) in enumerate(zip(numbers.tolist(), valid.sum(axis=1).tolist(), strict=True)):
             if not count:
@@ -183,7 +183,7 @@ class Observers(StreamStates):
         return self._quantizer(input_signal=frames.unsqueeze(0))[1][0]
 
     def finish(self, output: Any, valid: Tensor, failed: list[int]) -> None:
-        """Fill in what a step's frames, of which ``valid`` [B, A] exist, complete; ``failed`` streams complete nothing."""
+        """Fill in what a step's ``valid`` [B, A] frames complete; ``failed`` streams complete nothing."""
         self.reset(failed)
         for row in failed:
             self._masks[row].clear()
@@ -206,7 +206,7 @@ class Observers(StreamStates):
 
 
 def _running_statistics(stream: ObservedStream, frames: Tensor, first: int, stride: int) -> list[Tensor]:
-    """Add new frames to a stream's sums; return mean and deviation after frame ``first`` and every stride-th on, [F, S]."""
+    """Add frames to a stream's sums; return mean and deviation from ``first`` on by stride, [F, S]."""
     frames = frames.double()
     sums = torch.cat((stream.sums, torch.stack((frames, frames.square()))), dim=2).cumsum(dim=2)[:, :, 1:]
     stream.sums = sums[:, :, -1:].clone()

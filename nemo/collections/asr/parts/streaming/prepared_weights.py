@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which encoders can stream; and their weights, copied and arranged for streams: once for all sessions that start with them."""
+"""Which encoders can stream, and a copy of their weights that sessions with the same weights share."""
 
 import hashlib
 import threading
@@ -103,7 +103,7 @@ def _computed_parts(encoder: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 class _Seen:
-    """Modules and tensors of an encoder as they are now, with counts of writes and samples: no tensor is read as a whole."""
+    """An encoder's present modules and tensors, by counts of writes and samples of each tensor."""
 
     def __init__(self, encoder: nn.Module):
         parts = _subsampling_of(encoder), encoder.layers, encoder.out_proj
@@ -141,7 +141,7 @@ class PreparedEncoder:
 
     @classmethod
     def of(cls, encoder: Any, precision: str = 'float32') -> 'PreparedEncoder':
-        """Return the present weights of an encoder that can stream, which are prepared if they are others than before."""
+        """Return the present weights of an encoder that can stream, prepared again if they changed."""
         with _LOCK:
             prepared, seen = _PREPARED.setdefault(encoder, {}), _Seen(encoder)
             if precision not in prepared or not prepared[precision]._seen.equals(seen):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What live streams keep: tensors with a row for each stream, ring buffers, and which slots of a ring a query sees.
+"""State of live streams: tensors with a row for each, ring buffers, and which slots a query sees.
 
 Position p of a stream is in slot p % slots of a ring. Counts on the CPU define which exist: a later write has no effect.
 
@@ -111,7 +111,7 @@ class RingBuffer(Stage):
         self.count: np.ndarray = np.zeros(batch, np.int64)
 
     def write(self, rows: Rows, new: Tensor, counts: np.ndarray) -> None:
-        """Append positions [R, N, ...] to streams, of which each row gets ``counts`` [R]; 0 where it does not move on."""
+        """Append positions [R, N, ...] to streams, of which each row gets ``counts`` [R]; 0 if it is idle."""
         count, slots = new.shape[1], self.values.shape[1]
         first = self.count[rows.numbers] % slots
         if are_alike(first[rows.valid]):
@@ -156,7 +156,7 @@ def _remainders(slots: int, count: int, device: torch.device) -> Tensor:
 
 
 class Visible(NamedTuple):
-    """What the queries of a push see of a ring; the first dimension, R, is 1 or left out where all rows are alike."""
+    """What the queries of a push see of a ring; dimension R is 1 or left out if all rows are alike."""
 
     slots: Tensor  # where the frames that arrive are written, [R, Q]
     ages: Tensor  # row of the table of positions for each query and slot, [R, Q, S] int64

@@ -97,7 +97,7 @@ class StreamingOutput:
 
 
 class StreamingSession:
-    """A batch of live streams through a model in eval mode, in one attention context. All state is here, none in the model.
+    """A batch of live streams through a model in eval mode, in one context. All state is here.
 
     Fed in any pieces, the joined output equals the offline forward of the same samples. Sessions of one model may run in
     several threads at once. Weights are taken when the session is made and when :meth:`reset` restarts all streams.
@@ -180,12 +180,12 @@ class StreamingSession:
 
     @property
     def why_not_fast(self) -> str | None:
-        """The first part of the model, as it is now, that live streams do not compute; None: they compute all of it."""
+        """The first part of the present model that live streams do not compute; None: they compute all."""
         return why_not(_parts(self._model)[1], self.att_context)
 
     @property
     def cache_bytes_per_stream(self) -> int:
-        """Bytes of state and of tables of positions now, per stream; they grow only with an unlimited left context."""
+        """Present bytes of state and tables per stream; they grow with an unlimited left context only."""
         return sum(stage.bytes() for stage in self._stages()) // self.batch_size
 
     @property
@@ -247,7 +247,7 @@ class StreamingSession:
         return output
 
     def finish(self) -> StreamingOutput:
-        """End all streams and give out what is left of them, as the offline forward would see it; errors as of :meth:`step`."""
+        """End all streams and return their remaining frames, as offline; errors as of :meth:`step`."""
         return self.step(torch.zeros(self.batch_size, 0), None, [True] * self.batch_size)
 
     def transcript(self, row: int = 0) -> Transcript:
@@ -257,7 +257,7 @@ class StreamingSession:
         return self._text.transcript(self._checked_row(row, 'transcript'))
 
     def export(self, row: int) -> dict[str, Any]:
-        """Return a copy of the state of a stream that is not broken: plain containers and tensors, for torch.save."""
+        """Return a copy of the state of an unbroken stream: plain containers and tensors, for torch.save."""
         row = self._checked_row(row, 'export')
         self._read_flags(wait=True)
         self._check_whole(np.arange(self.batch_size) == row, 'export')
@@ -395,7 +395,7 @@ class StreamingSession:
         return output
 
     def _find_failed(self, encoded: Tensor) -> None:
-        """Find the rows whose frames [B, A, D] are not finite; on a GPU the flags are copied, and read in a later step.
+        """Find rows whose frames [B, A, D] are not finite; on a GPU the flags are read in a later step.
 
         With text, which is read anyway, and at the end of all streams they are read at once.
         """

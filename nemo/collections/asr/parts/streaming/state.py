@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States of live streams: plain containers and tensors that are checked as a whole before they are loaded."""
+"""States of live streams: plain containers and tensors, checked as a whole before loading."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +11,7 @@ VERSION = 7  # of what StreamingSession.export and state_dict return
 
 
 class StreamStates:
-    """What a stage keeps of streams, in a dataclass for each; ``new_stream`` makes that of a stream before its first frame."""
+    """What a stage keeps of streams, a dataclass for each; ``new_stream`` makes a new stream's."""
 
     def __init__(self, batch: int, device: torch.device, new_stream: Callable[[], Any]):
         self.device, self.new_stream = device, new_stream

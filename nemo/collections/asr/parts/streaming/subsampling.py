@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Causal subsampling of many live streams at once; each convolution keeps the row that its next output needs.
+"""Causal subsampling of many live streams; each convolution keeps the row that its next output needs.
 
 A convolution of 3 frames in steps of 2 sees, for its frame i, the frames 2 * i - 2 ... 2 * i: two of them are new to each
 output, one is the last of the step before. So encoder frame i takes the feature frames factor * (i - 1) + 1 ... factor * i.
@@ -24,7 +24,7 @@ SMALL = 1 << 15  # inputs of a convolution for which its set-up takes longer tha
 
 
 class _Convolution:
-    """One convolution of 3 x 3 in steps of 2, over all channels, or over each by itself and a pointwise one; and activation."""
+    """A 3 x 3 convolution in steps of 2, over all channels or separable, and its activation."""
 
     def __init__(self, convolution: nn.Conv2d, pointwise: nn.Conv2d | None, activation: nn.Module):
         self.channels, relu = convolution.out_channels, isinstance(activation, nn.ReLU)
@@ -55,7 +55,7 @@ class _Convolution:
 
 
 class IncrementalSubsampling:
-    """A causal ``ConvSubsampling`` (``dw_striding`` or ``striding``), frame by frame, with a copy of its weights."""
+    """A causal ``ConvSubsampling`` (``dw_striding``, ``striding``) by frame, with a copy of its weights."""
 
     def __init__(self, subsampling: nn.Module):
         self.stages, pending = list[_Convolution](), list[nn.Module]()
@@ -72,7 +72,7 @@ class IncrementalSubsampling:
         self.dtype, self.device = weight.dtype, weight.device
 
     def new_stage(self, batch: int) -> Stage:
-        """Return what streams keep: the last row before each convolution, [B, 1, F, C], and the frames so far, [B]."""
+        """Return the state of streams: the last row before each convolution, [B, 1, F, C], and frames [B]."""
         width, channels, caches = self.features, 1, []
         for stage in self.stages:
             caches.append(torch.zeros(batch, 1, width, channels, dtype=self.dtype, device=self.device))

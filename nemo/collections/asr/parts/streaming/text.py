@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of live streams: greedy decoding, which takes no token back, the words of tokens, and where utterances end.
+"""The text of live streams: greedy decoding that is never revised, words, and ends of utterances.
 
 Shapes: B streams, R rows of them, D the encoder's width, A attention frames, C classes, H codebooks.
 """
@@ -67,7 +67,7 @@ class Transcript:
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How text is made. The end of an utterance makes its last word final; it does not change ``Transcript.text``."""
+    """How text is made. An utterance's end makes its last word final, and does not change the transcript."""
 
     silence_after_nothing: float | None = 2.4
     """Seconds without a token that end an utterance that has none; None: never."""
@@ -89,7 +89,7 @@ class TextOptions:
 
 
 def decoder_of(model: Any) -> torch.nn.Module:
-    """Return the decoder of a model's forward that takes encoder frames alone, of a hybrid model that of CTC; or ValueError."""
+    """Return the decoder that takes encoder frames alone, a hybrid model's CTC one; or ValueError."""
     predictor = getattr(model, 'objectives', model)
     decoder = getattr(predictor, 'ctc_decoder', None) or getattr(predictor, 'decoder', None)
     if 'encoder_output' not in (getattr(decoder, 'input_types', None) or {}):
@@ -99,7 +99,7 @@ def decoder_of(model: Any) -> torch.nn.Module:
 
 
 def decode_frames(decoder: torch.nn.Module, encoded: Tensor) -> Tensor:
-    """Return the log-probabilities [B, A, C] or [B, A, C, H] of frames [B, D, A], of which there may be none."""
+    """Return the log-probabilities [B, A, C] or [B, A, C, H] of frames [B, D, A]; A may be 0."""
     if encoded.shape[2]:
         return decoder(encoder_output=encoded)
     # a convolution takes no empty input; the classes are the same for any frame
@@ -127,7 +127,7 @@ class GreedyCTC:
         self._confidence = decoding.decoding._get_confidence_tensor if confidence else None
 
     def decode(self, encoded: Any, counts: Any, memory: list[Any], first: list[int], log_probs: Any = None) -> Decoded:
-        """Decode new frames [R, D, A], of which each row has ``counts`` and the first is frame ``first`` of its stream.
+        """Decode frames [R, D, A], of which each row has ``counts``, from frame ``first`` of its stream.
 
         Memory is ``start`` at the start of a stream; ``log_probs`` [R, A, C] are there where the decoder has run already.
         """
@@ -146,7 +146,7 @@ class GreedyCTC:
 
 
 class GreedyRNNT:
-    """Greedy RNNT and TDT decoding by NeMo; the memory of a stream is a hypothesis with the prediction network's state."""
+    """Greedy RNNT and TDT decoding by NeMo; a stream's memory is a hypothesis with the predictor's state."""
 
     start = Hypothesis(0.0, [], timestamp=[])
 
@@ -186,7 +186,7 @@ def _continued(memory: Hypothesis) -> Hypothesis:
 
 
 def greedy_decoding(model: Any, confidence: bool) -> GreedyCTC | GreedyRNNT:
-    """Return what decodes a model's frames; ValueError if it is no recogniser or its decoding is not greedy."""
+    """Return a decoder of a model's frames; ValueError if it is no recogniser or not greedy."""
     transducer = getattr(model, 'joint', None) is not None and getattr(model, 'cur_decoder', 'rnnt') == 'rnnt'
     decoding = None if transducer else getattr(model, 'ctc_decoding', None)
     decoding = decoding or getattr(model, 'decoding', None)

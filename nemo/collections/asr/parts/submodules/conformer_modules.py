@@ -11,7 +11,7 @@ _up = upstream(globals())
 
 
 class ConformerLayer(_up.ConformerLayer):
-    """NeMo's Conformer layer; its attention, and attention adapters, see what the layer's own context leaves."""
+    """NeMo's Conformer layer; its attention and attention adapters see its own context only."""
 
     recomputes = False
     """Whether the backward pass computes the activations again instead of keeping them; the encoder sets it."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch of NeMo's ``multi_head_attention.py``: a context for each layer, and limited ones at linear cost.
+"""Patch of NeMo's ``multi_head_attention.py``: contexts by layer, limited ones at linear cost.
 
 Shapes: B batch, H heads, T attention frames, D features of a head, N blocks, C queries of a block, W keys of its
 window.
@@ -32,7 +32,7 @@ class MultiHeadAttention(_up.MultiHeadAttention):
 
     @property
     def att_context_size(self) -> list[int] | None:
-        """The layer's own context ``[left, right]`` in attention frames, or None; that of local attention is built in.
+        """The layer's own context ``[left, right]`` in attention frames, or None, as for local attention.
 
         Setting raises ValueError for what is no context, or one that the encoder's attention does not support.
         """
@@ -52,7 +52,7 @@ class MultiHeadAttention(_up.MultiHeadAttention):
         self.layer_context.encoder.set_layer_att_context_size(contexts)
 
     def forward(self, query, key, value, mask, pos_emb=None, cache=None):
-        """Attend; arguments and results are NeMo's. The mask may be a :class:`BlockwiseMask`, then without a cache.
+        """Attend; arguments and results are NeMo's. The mask may be a :class:`BlockwiseMask`, without a cache.
 
         ``pos_emb`` is [1, 2 * T - 1, d_model] with relative positions, from the farthest past to the farthest future.
         """

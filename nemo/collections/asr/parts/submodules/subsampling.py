@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch of NeMo's ``subsampling.py``: the padding is masked once for each convolution, where it stands.
+"""Patch of NeMo's ``subsampling.py``: masks the padding once for each convolution, in place.
 
 Shapes: B batch, C channels, T frames, D features.
 """
@@ -22,7 +22,7 @@ class MaskedConvSequential(_up.MaskedConvSequential):
     """
 
     def forward(self, x, lengths):
-        """From features [B, T, D] and lengths [B] to [B, C, T', D'] with zeros in the padding, and lengths [B] int64."""
+        """From features [B, T, D], lengths [B] to [B, C, T', D'], zeros in the padding, lengths [B] int64."""
         layers = list(self)
         if not all(isinstance(layer, (nn.Conv2d, *KEEP_ZERO)) for layer in layers):
             return super().forward(x, lengths)

@@ -51,7 +51,7 @@ ABOVE_0 = number('a number above 0', lambda value: value > 0)
 
 
 def key(default, meaning: str, allowed: Allowed = ANYTHING, **page: str) -> Any:
-    """Declare a key: default (``MISSING``: it is required; None: null is allowed), meaning (Markdown), and allowed values.
+    """Declare a key: default (``MISSING``: required; None: null), meaning (Markdown), allowed values.
 
     ``page`` of ``docs/``, with the heading where there is one, stands where it is not the section's.
     """
@@ -79,7 +79,7 @@ class Section:
 
     @classmethod
     def parse(cls, section: Mapping | None, name: str | None = None):
-        """Read a section of a config; None takes the defaults. ValueError names key, value and what is allowed.
+        """Read a section; None takes the defaults. ValueError names key, value and what is allowed.
 
         ``name`` is for errors, where it is not the section's.
         """
@@ -252,7 +252,7 @@ CONFIG_KEYS: dict[str, dict[str, Any]] = {
 
 
 def check_known(section: str, keys: Iterable[str], known: Collection[str], likeness: float | None = None) -> None:
-    """Check that a section (its full name) has only known keys; ValueError naming an unknown one and the nearest, or all.
+    """Check that a section (full name) has known keys only; ValueError names the nearest key, or all.
 
     With ``likeness``, from 0 to 1, it may have others, but none that is more like a known one.
     """

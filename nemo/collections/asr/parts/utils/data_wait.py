@@ -26,7 +26,7 @@ class DataWait:
         self.warned = False
 
     def step_starts(self) -> float | None:
-        """Return which share of the time since the last step began was a wait; None if no step came just before."""
+        """Return the share of the last step's time that was a wait; None if no step came just before."""
         now, started, ended = self.clock(), self.started, self.ended
         self.started, self.ended = now, None
         if ended is None:

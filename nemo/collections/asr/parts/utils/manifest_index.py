@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the entries of a manifest stand, and how long they last: what is kept of it in memory. New in this project.
+"""Places and durations of a manifest's entries, as kept in memory. New in this project.
 
 A million entries as Python objects take most of a gigabyte in each process. Here 16 bytes of each are kept. The index of a
 large manifest is left in the temporary folder for the other ranks of the machine and the next start.
@@ -52,7 +52,7 @@ def is_remote(path: str) -> bool:
 
 
 def paths_in(value) -> list[str]:
-    """Return the paths in a value: a string with commas, a list, a list of lists, or pairs of path and weight."""
+    """Return the paths in a value: a string with commas, a list, a list of lists, pairs with weights."""
     if value is None:
         return []
     if isinstance(value, (str, Path)):
@@ -61,7 +61,7 @@ def paths_in(value) -> list[str]:
 
 
 def read_entries(pattern: str | Path, needed: tuple[str, ...] = ()) -> Iterator[Line]:
-    """Read a manifest, or several that a pattern names, as lhotse does, compressed or not; entries need some keys.
+    """Read manifests matching a pattern, as lhotse does, compressed or not; entries need some keys.
 
     ValueError names manifest and line, if a manifest cannot be read, has no entries, or a line is no entry.
     """
@@ -76,7 +76,7 @@ def read_entries(pattern: str | Path, needed: tuple[str, ...] = ()) -> Iterator[
 
 
 class ManifestIndex:
-    """Where the entries of a NeMo manifest begin, int64 [E] in bytes, and their durations, float64 [E] in s; NaN: none given.
+    """Where the entries of a manifest begin, int64 [E] bytes, and their durations, float64 [E] s or NaN.
 
     Blank lines count as nothing. ValueError names file and line, if a line is no entry.
     """
@@ -101,7 +101,7 @@ class ManifestIndex:
         return np.frombuffer(starts, np.int64), np.frombuffer(durations, np.float64)
 
     def _read_once_on_this_machine(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return what ``_read`` does, from a file that another process has left, or leave it there; mapped into memory."""
+        """Return what ``_read`` does, memory-mapped from the file of another process, or write that file."""
         name = hashlib.sha256(os.path.realpath(self.path).encode()).hexdigest()[:16]
         folder = Path(tempfile.gettempdir()) / f'nemo-manifest-index-{getpass.getuser()}'
         kept = folder / f"{name}-{'-'.join(map(str, self._stamp))}.npy"

@@ -22,7 +22,7 @@ NOT_FINITE = 'samples that are NaN or infinite'
 
 
 def on_this_rank() -> str:
-    """Return `` on rank 1`` or the like, to stand in a message, in data workers too; '' where there is one process only."""
+    """Return `` on rank 1`` or the like, for messages, in data workers too; '' for a single process."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     else:  # in a worker: what torchrun and Lightning leave in the environment
@@ -31,7 +31,7 @@ def on_this_rank() -> str:
 
 
 def samples_are_valid(samples: torch.Tensor) -> bool:
-    """Return whether features can be computed of all samples; one pass, and a synchronisation if on a device."""
+    """Return whether features can be computed of all samples; one pass; synchronises a device."""
     if samples.numel() == 0:
         return True
     lowest, highest = torch.aminmax(samples)
@@ -83,7 +83,7 @@ class NonFiniteGuard:
         return batch
 
     def loss_of_valid(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return the loss of a training step: without a valid utterance NaN, and with it the gradients of all ranks."""
+        """Return a training step's loss: without a valid utterance NaN, and so all ranks' gradients."""
         return loss * float('nan') if self._batch_is_invalid else loss
 
     def on_before_optimizer_step(self, optimizer) -> None:
@@ -134,13 +134,13 @@ def _parameters(optimizer) -> list[torch.nn.Parameter]:
 
 
 def gradient_norm(parameters) -> float:
-    """Return the norm of all gradients, the same on every rank, with one synchronisation of host and device."""
+    """Return the norm of all gradients, the same on every rank, with one host-device synchronisation."""
     norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
     return float(norm.full_tensor() if hasattr(norm, 'full_tensor') else norm)
 
 
 def invalid_utterances(batch) -> torch.Tensor | None:
-    """Return which utterances [B] have invalid samples, None if none has; ValueError for an empty batch. No device is read."""
+    """Return the invalid utterances [B], or None; ValueError for an empty batch. No synchronisation."""
     invalid = None
     for name, samples in _signals(batch).items():
         if samples.numel() == 0:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check a pre-training config before any work is done, so that a mistake ends in one clear error. New in this project."""
+"""Check a config before training, so that a mistake ends in one clear error. New in this project."""
 
 import inspect
 from typing import Any
@@ -38,7 +38,7 @@ TAKEN_BY = {
 
 
 def check_pretraining_config(cfg: DictConfig) -> None:
-    """Check a whole config with a ``model`` section; ValueError naming the key, its value and what is allowed."""
+    """Check a config with a ``model`` section; ValueError names key, value and what is allowed."""
     missing = OmegaConf.missing_keys(cfg)
     if missing:
         raise ValueError(f"the config gives no value for {', '.join(sorted(missing))}")
@@ -102,7 +102,7 @@ def _check_parts(name: str, section: DictConfig) -> None:
 
 
 def _constructor_arguments(target) -> set[str] | None:
-    """Return what a class's constructor takes, through its parents where it passes ``**kwargs`` on; None for anything."""
+    """Return what a class's constructor takes, parents of ``**kwargs`` included; None for anything."""
     names: set[str] = set()
     for cls in getattr(target, '__mro__', ()):
         if '__init__' in vars(cls):
@@ -114,7 +114,7 @@ def _constructor_arguments(target) -> set[str] | None:
 
 
 def check_contexts(encoder_cfg: DictConfig) -> None:
-    """Check attention contexts, their probabilities and what draws them; ValueError with key, value and what is allowed."""
+    """Check contexts, probabilities and samplers; ValueError with key, value and what is allowed."""
     sampler, sizes = encoder_cfg.get('att_context_sampler'), encoder_cfg.get('att_context_size')
     probabilities, style = encoder_cfg.get('att_context_probs'), encoder_cfg.get('att_context_style', 'regular')
     probs = f'model.encoder.att_context_probs is {probabilities}'
@@ -145,7 +145,7 @@ def check_contexts(encoder_cfg: DictConfig) -> None:
 
 
 def check_mask_position(model_cfg: DictConfig) -> None:
-    """Refuse targets made after the subsampling that are combined or predicted from another frame than their own."""
+    """Refuse targets after the subsampling that are combined, or predicted from another frame."""
     if model_cfg.get('mask_position', 'pre_conv') != 'post_conv':
         return
     for key, needed in (('quantizer.combine_time_steps', 1), ('loss.decoder_offset', 0)):

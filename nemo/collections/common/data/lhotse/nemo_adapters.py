@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch of NeMo's ``nemo_adapters.py``: audio that lhotse cannot read reaches the dataset, which counts or refuses it.
+"""Patch of NeMo's ``nemo_adapters.py``: unreadable audio reaches the dataset, which handles it.
 
 NeMo's readers drop damaged members of tar files and what follows the end of a truncated one. Here such an utterance is a cut
 whose audio cannot be loaded. Headers of files are read, so segments and channels are right.
@@ -61,7 +61,7 @@ class JsonLines(_up.LazyJsonlIterator):
 
 
 def parsed(line: bytes | str, path: str, number: int, needed: tuple[str, ...] = ()) -> dict:
-    """Return the entry of a line; raise ValueError naming path and line if it is no JSON object, lacks a key, or has no such times."""
+    """Return the entry of a line; ValueError names path and line if the line, a key or a time is invalid."""
     where = f"{path}, line {number}"
     try:
         entry = decode_json_line(line if isinstance(line, str) else line.decode())
@@ -148,7 +148,7 @@ class LazyNeMoTarredIterator(_up.LazyNeMoTarredIterator):
 
 
 def make_cut_with_subset_inmemory_recording(recording: Recording, offset: float = 0.0, duration: float | None = None):
-    """Return NeMo's cut; audio that cannot be decoded, or lacks the segment, makes one that cannot be loaded."""
+    """Return NeMo's cut; with undecodable or too short audio, a cut that cannot be loaded."""
     offset = offset or 0.0
     if _holds(recording, offset, duration):
         left = recording.duration - offset
@@ -181,7 +181,7 @@ def _header(file: BytesIO):
 
 
 class WholeTarIterator(TarIterator):
-    """lhotse's reader of a shard's recordings, which are as many as its cuts; the first that is missing has no data."""
+    """lhotse's reader of a shard's recordings, one per cut; the first that is missing has no data."""
 
     def __iter__(self):
         read, reason = 0, 'it ends before its cuts'
