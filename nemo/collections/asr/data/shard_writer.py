@@ -156,8 +156,11 @@ def check_written(folder: Path, number: int, durations: dict[str, float]) -> Non
 
 def digest_of(path: Path) -> str:
     """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
     with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
+        for block in iter(lambda: file.read(1 << 20), b''):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def pack(plan: Plan, output: Path, stop: bool = False, workers: int = 1) -> None:

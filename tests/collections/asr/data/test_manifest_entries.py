@@ -68,6 +68,7 @@ def test_a_file_that_changes_while_it_is_used_is_an_error(manifests):
     [
         ('{"audio', 'first.json, line 9 is no JSON'),
         ('[1]', 'first.json, line 9 is no JSON object'),
+        ('{"audio_filepath": "", "duration": 1.0}', 'first.json, line 9 has no audio_filepath'),
         ('{"duration": "x"}', "first.json, line 9: duration is 'x'; it must be a number"),
     ],
 )

@@ -185,7 +185,7 @@ def test_audio_that_nemo_would_repeat_or_fill_up_is_counted(audio, tmp_path, rea
     assert batch.skipped == LEFT_OUT.total() == 2 and 'there are no samples in it' in LEFT_OUT.summary()
 
 
-@pytest.mark.parametrize('selector, level', [(None, -0.25), ('average', -0.25), (1, -0.75)])
+@pytest.mark.parametrize('selector, level', [(None, -0.25), ('average', -0.25), (1, -0.75), ([1], -0.75)])
 @pytest.mark.parametrize('reader', ['plain', 'tarred'])
 def test_channels_are_mixed_down_or_selected(tmp_path, selector, level, reader):
     samples = np.full((24000, 2), 0.25, dtype=np.float32)

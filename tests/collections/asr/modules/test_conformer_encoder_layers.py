@@ -276,6 +276,8 @@ class TestStreaming:
         chunked.setup_streaming_params(chunk_size=6, shift_size=6)
         with pytest.raises(ValueError, match='must be a multiple of 4'):
             chunked.get_initial_cache_state()
+        with pytest.raises(ValueError, match='self_attention_model is abs_pos'):
+            tiny_encoder(self_attention_model='abs_pos', att_context_size=[8, 0]).get_initial_cache_state()
         chunked.set_default_att_context_size([-1, -1])
         with pytest.raises(ValueError, match=r'att_context_size \[-1, -1\] cannot be streamed'):
             chunked.get_initial_cache_state()

@@ -89,6 +89,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         _check('max_mask_ratio', max_mask_ratio, 0 <= max_mask_ratio <= 1, 'a share from 0 to 1')
         _check('left_context_size', left_context_size, left_context_size >= -1, '-1 (unlimited) or more')
         _check('subsampling_factor', subsampling_factor, subsampling_factor >= 1, '1 or more')
+        _check('follow_context', follow_context, isinstance(follow_context, bool), 'true or false')
         self.causal, self.follow_context = causal, follow_context
         self.left_context_size = left_context_size
         self.subsampling_factor = subsampling_factor

@@ -46,7 +46,7 @@ class IntervalNumbers:
         parts = [*(self._sums[name] for name in names), *(self._weights[name] for name in of_means)]
         self._sums, self._weights = {}, {}
         vector = torch.cat([_to(part.flatten(), device) for part in parts])
-        if torch.distributed.is_initialized():
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(vector)
         pieces = vector.split([part.numel() for part in parts])
         reduced = [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
@@ -106,7 +106,7 @@ class TrainingNumbersMixin(LightningModule):
         Six for each weight and frame, twelve for each pair of a frame and a key in its window, dimension and layer.
         """
         encoder, (batch, _, frames) = self.encoder, record.encoded.shape
-        left, right = encoder.att_context_size
+        left, right = encoder.att_context_size[0], encoder.att_context_size[-1]  # of rc, the 3 numbers' ends
         keys = frames if left < 0 else min(frames, left + 1 + max(right, 0))
         of_encoder, of_decoder = (
             sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
@@ -157,19 +157,11 @@ class TrainingNumbersMixin(LightningModule):
         policy = getattr(self.encoder, 'att_context_policy', None)
         if policy is not None and not policy.shared:  # the ranks have had different contexts
             numbers.limit(CONTEXT_LOSS, {CONTEXT_LOSS + policy.label(each) for each in policy.contexts()})
-        use = self._codebook_use()
-        if use is not None and use.counts is not None:
-            numbers.add('codebook', use.counts)
-
-    def _codebook_use(self):
-        return getattr(getattr(self, 'reports', None), 'codebook_use', None)
 
     def _derived(self, logs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Replace the sums in what was reduced by what is computed of them."""
         world, seconds = self.trainer.world_size, logs.pop('seconds')  # of all ranks together
         logs['peak_memory_gb'] = logs.pop('peaks').max() / 1e9
-        if 'codebook' in logs:
-            logs.update(self._codebook_use().logs(logs.pop('codebook')))
         if 'weights' in logs:
             logs['update_to_weight_ratio'] = (logs.pop('updates') / logs.pop('weights').clamp(min=1e-30)).sqrt()
         if 'samples' in logs:

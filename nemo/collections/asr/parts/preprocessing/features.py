@@ -16,13 +16,15 @@ import torch
 from omegaconf import OmegaConf
 
 from nemo.collections.asr.parts.utils.nonfinite_guard import NOT_FINITE, samples_are_valid
+from nemo.utils import logging
 from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
 
 _STATISTICS = ("fixed_mean", "fixed_std")
 _SMALLEST_STD = 1e-5  # added to every standard deviation, as NeMo does, so that constant features stay finite
-_stock_normalize_batch = _up.normalize_batch
+# A reload, as of notebooks, finds this project's function there.
+_stock_normalize_batch = getattr(_up.normalize_batch, '__wrapped__', _up.normalize_batch)
 
 
 def normalize_batch(x, seq_len, normalize_type):
@@ -40,6 +42,9 @@ def normalize_batch(x, seq_len, normalize_type):
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean, std = _statistics_tensors(*statistics.values(), dtype=dtype, device=x.device)
     return ((x.to(dtype) - mean[:, None]) / std[:, None]).to(x.dtype), mean, std
+
+
+normalize_batch.__wrapped__ = _stock_normalize_batch
 
 
 @functools.lru_cache(maxsize=32)
@@ -126,7 +131,8 @@ class WaveformFeaturizer(_up.WaveformFeaturizer):
         try:
             samples = super().process(file_path, *args, channel_selector=selector, **kwargs)
         except Exception as error:  # of any decoder, which may not name the file
-            error.add_note(f'audio file: {file_path}')
+            note = getattr(error, 'add_note', logging.error)  # Python 3.10 has no notes
+            note(f'audio file: {file_path}')
             raise
         if samples.dim() > 1:
             raise ValueError(

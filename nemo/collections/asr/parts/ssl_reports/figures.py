@@ -35,7 +35,9 @@ SMOOTHED = 40  # points of a curve of training
 
 def attention_frame_ms(model) -> float:
     """Return the milliseconds of an attention frame."""
-    return 1000 * model.cfg.preprocessor.get('window_stride', 0.01) * model.encoder.subsampling_factor
+    settings = model.cfg.preprocessor
+    stride = settings.get('window_stride', 0.01) or settings.n_window_stride / settings.get('sample_rate', 16000)
+    return 1000 * stride * model.encoder.subsampling_factor
 
 
 def look_ahead_title(model, context) -> str:

@@ -116,7 +116,8 @@ def transcribe(probe: LayerProbe, outputs: Iterable[torch.Tensor]) -> list[list[
 def count_errors(hypotheses: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> list[int]:
     """Return the substitutions, deletions and insertions of each utterance: its edit distance."""
     texts = [[''.join(chr(256 + label) for label in row) for row in rows] for rows in (hypotheses, references)]
-    return edit_distance(*texts, reduction='none').int().reshape(-1).tolist()  # a scalar of one utterance
+    errors = edit_distance(*texts, reduction='none')  # a scalar of one utterance or none
+    return errors.int().reshape(-1)[: len(hypotheses)].tolist()
 
 
 def probe_errors(

@@ -128,7 +128,7 @@ class ContextValidation:
         self.contexts = self._contexts_of(model)
         sums = dict(zip(self._sums, torch.stack([*self._sums.values()]).cpu())) if self._sums else {}
         of_ranks = [sums]
-        if torch.distributed.is_initialized():
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             of_ranks = [{}] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(of_ranks, sums)
         means: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)

@@ -41,7 +41,7 @@ class Line(NamedTuple):
     def audio(self) -> str | list[str]:
         """The audio of the entry, under either of NeMo's names; ValueError if it has neither."""
         audio = self.entry.get('audio_filepath', self.entry.get('audio_filename'))
-        if not isinstance(audio, (str, list)):
+        if not isinstance(audio, (str, list)) or not audio:
             raise ValueError(f"{self.manifest}, line {self.number} has no audio_filepath")
         return audio
 

@@ -309,6 +309,8 @@ class TestStock:
             masks.append(time_mask(module, [300] * 8))
         assert torch.equal(masks[2], masks[0]) and not torch.equal(masks[1], masks[0])
         assert ignores.left_context_size == -1
+        with pytest.raises(ValueError, match="follow_context is 'no'; it must be true or false"):
+            RandomBlockMasking(*arguments, follow_context='no')
 
     def test_subclass_of_stock_style(self):
         class First(RandomBlockMasking):

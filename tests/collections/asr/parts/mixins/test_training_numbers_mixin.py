@@ -106,6 +106,8 @@ def test_flops_are_those_of_a_hand_computation():
     record = SimpleNamespace(encoded=torch.zeros(3, 96, 20))
     with model.encoder.using_att_context_size([5, 0]):
         found = model.flops_of_step(record, torch.tensor(10))
+    model.encoder._active = 5, 1, 0  # as NeMo's chunked_limited_with_rc has
+    assert model.flops_of_step(record, torch.tensor(10)) == found
     encoder = sum(weight.numel() for weight in model.encoder.parameters() if weight.dim() > 1)
     decoder = sum(weight.numel() for weight in model.decoder.parameters() if weight.dim() > 1)
     d_model = model.cfg.encoder.d_model

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -93,6 +95,16 @@ def test_refuses_statistics(statistics, message):
     for kind in (statistics, OmegaConf.create(statistics)):
         with pytest.raises(ValueError, match=message):
             normalize_batch(features(2, 2, 3), torch.tensor([3, 3]), kind)
+
+
+def test_a_reload_finds_stocks_function():
+    before, stocks = dict(vars(patched)), dict(vars(patched._up))
+    try:
+        importlib.reload(patched)  # as notebooks do
+        assert patched.normalize_batch(features(1, 4, 20), torch.tensor([20]), "per_feature")[0].shape == (1, 4, 20)
+    finally:
+        vars(patched).update(before)
+        vars(patched._up).update(stocks)
 
 
 @pytest.mark.parametrize("kind", ["per_feature", "all_features", "NA"])

@@ -7,6 +7,7 @@ import torch
 from tiny_nest import HIERARCHY, POSITIONS, noise_batch, tiny_model
 
 from nemo.collections.asr.parts.ssl_reports.figures import (
+    attention_frame_ms,
     attention_windows,
     learning_curves,
     masked_spectrogram,
@@ -46,6 +47,11 @@ class TestMaskedSpectrogram:
         assert np.array(blocks).flatten() == pytest.approx(ends) and upper.get_title() == 'a title'
         assert spans(lower, 'masked')[-1] == (0.24, 0.4)
         assert spans(lower, 'no visible frame')[-1] == (0.32, 0.4)  # its window holds masked frames alone
+
+
+def test_a_frame_lasts_as_long_as_its_windows_are_apart():
+    in_samples = 'model.preprocessor.window_stride=null', '+model.preprocessor.n_window_stride=160'
+    assert [attention_frame_ms(tiny_model(*settings)) for settings in ((), in_samples)] == [80.0, 80.0]
 
 
 class TestAttentionWindows:

@@ -62,6 +62,7 @@ def test_transcripts_merge_repetitions_and_drop_blanks():
 )
 def test_errors_are_edit_distances(heard, said, errors):
     assert count_errors([heard], [said]) == [errors]
+    assert count_errors([], []) == []
 
 
 def test_a_probe_learns_what_the_outputs_hold_and_leaves_the_random_generator_alone():
