@@ -111,7 +111,7 @@ def _add_original_folders(spec: "ModuleSpec", parent_path: "Iterable[str]") -> N
 
 
 def _outside_patch_set(folders: "Iterable[str]") -> list[str]:
-    own = f"{patch_tree()}/{_ROOT}/"  # and no more: an environment, and NeMo in it, may lie inside the checkout
+    own = f"{patch_tree()}/{_ROOT}/"  # and no more: an environment, and NeMo in it, may be inside the checkout
     return [folder for folder in folders if not folder.startswith(own)]
 
 

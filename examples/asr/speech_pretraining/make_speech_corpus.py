@@ -279,7 +279,7 @@ def synthesise_all(utterances, folder, workers, progress=True):
         bar = tqdm(utterances, unit=" utterances", disable=not progress)
         try:
             return [jobs.next(PATIENCE) for _ in bar]
-        except multiprocessing.TimeoutError:  # a pool waits for ever for a process that crashed
+        except multiprocessing.TimeoutError:  # a pool never stops waiting for a process that crashed
             raise ValueError(f"eSpeak NG has not finished an utterance within {PATIENCE} seconds") from None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch of NeMo's ``conformer_encoder.py``: who attends to whom, per batch and per layer.
+"""Patch of NeMo's ``conformer_encoder.py``: attention contexts by batch and by layer.
 
 One attention context per batch, known before the encoder runs; each layer attends within it and a context of its own.
 """
@@ -42,7 +42,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         layer_att_context_size: contexts of the layers' own, see :meth:`set_layer_att_context_size`.
         blockwise_attention: whether layers with a limited context attend block by block, at linear cost: ``auto`` (where
             it is faster), ``on`` or ``off`` (NeMo bit for bit); it can be set at any time. Cached streaming steps and
-            exports keep NeMo's way.
+            exports use NeMo's attention.
         activation_checkpointing: layers whose activations the backward pass computes again instead of keeping them:
             ``none``, ``layers`` or ``every_n`` with a number for n (``every_2``: each second layer).
 
@@ -205,7 +205,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
             return super().forward_internal(audio_signal, length, cache_last_channel, *args, **kwargs)
 
     def _create_masks(self, att_context_size, *args, **kwargs):
-        # Stock's forward draws a context into a local variable and uses it for nothing but this call.
+        # Stock's forward draws a context into a local variable and uses it for this call only.
         att_context_size = self.att_context_size if self._active is not None else att_context_size
         effective, masks = self.effective_att_contexts(att_context_size), {}
         for context in set(effective):

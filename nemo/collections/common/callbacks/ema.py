@@ -19,7 +19,7 @@ class EMA(_up.EMA):
     """NeMo's exponential moving average of the weights."""
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint) -> None:
-        """Load the averages, which lie beside the checkpoint."""
+        """Load the averages, which are beside the checkpoint."""
         with mock.patch.object(
             torch, 'load', lambda path, map_location='cpu', **_: torch_files.load(path, map_location)
         ):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block masking of endless streams: the state of what was drawn. New in this project.
 
-The frames that are kept visible lie on one grid from the beginning of a stream. Blocks begin and continue as in
+The frames that are kept visible are on one grid from the beginning of a stream. Blocks begin and continue as in
 ``RandomBlockMasking``, on the frames between.
 
 Shapes: B streams, N new mask frames, A attention frames.
@@ -53,9 +53,9 @@ class BlockChances(NamedTuple):
 
 @dataclass
 class MaskedTimeLine:
-    """What masking remembers of streams, one row for each; moved on by :meth:`draw`."""
+    """The state of masking for streams, one row for each; :meth:`draw` changes it."""
 
-    phase: torch.Tensor  # where the kept frames lie, from 0 to 1; [B, 1] float32
+    phase: torch.Tensor  # where the kept frames are, from 0 to 1; [B, 1] float32
     received: torch.Tensor  # mask frames, [B, 1] int64
     free: torch.Tensor  # those not kept visible, from a random number on: the offset of the grid; [B, 1] int64
     masked_up_to: torch.Tensor  # count of free frames that the last block goes up to, [B, 1] int64

@@ -208,7 +208,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         return masked_feats, masks.expand_as(feats)
 
     def new_stream(self, streams: int = 1, device=None) -> MaskedTimeLine:
-        """Return what masking remembers of so many streams before their first frame."""
+        """Return the state of masking for so many streams before their first frame."""
         return MaskedTimeLine.new(streams, self.block_size, device)
 
     def draw_on(self, stream: MaskedTimeLine, frames: int, window: Window) -> torch.Tensor:

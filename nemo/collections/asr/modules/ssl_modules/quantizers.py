@@ -34,7 +34,7 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
 
     Args:
         projection: ``random``, or ``pca``: codebook h sees the principal components h * K ... h * K + K - 1 of the
-            combined frames, at unit variance. The weights travel with the checkpoint: a restored model reads no file.
+            combined frames, at unit variance. The checkpoint contains the weights: a restored model reads no file.
         projection_file: what ``compute_feature_stats.py --pca`` wrote; for ``pca`` only.
 
     Raises:

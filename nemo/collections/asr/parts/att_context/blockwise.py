@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention masks by layer, and attention within a limited context block by block, at linear cost.
 
-Queries are cut into blocks, and each block meets only the keys that one of its queries can see, its window. As in the
+Queries are cut into blocks, and each block uses only the keys that one of its queries can see, its window. As in the
 Longformer (https://arxiv.org/abs/2004.05150), with the relative shifts of Transformer-XL
 (https://arxiv.org/abs/1901.02860); exact for NeMo's attention styles.
 

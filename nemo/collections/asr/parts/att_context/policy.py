@@ -19,7 +19,7 @@ class ContextSampler:
     """Dynamic chunk training: each batch draws its chunk size, and how many chunks it sees of the past.
 
     One model then streams at any latency of the range, as those of WeNet (https://arxiv.org/abs/2012.05481), SpeechBrain
-    and icefall do. The full context among the draws keeps it good offline, too.
+    and icefall do. Draws of the full context keep its offline quality.
     """
 
     full_prob: float  # probability that a batch has the full context, [-1, -1]: each frame sees the whole utterance

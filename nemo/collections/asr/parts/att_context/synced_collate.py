@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches that carry their attention context from the data loader to the training step.
+"""Batches with their attention context, from the data loader to the training step.
 
-A worker process can set nothing on the model, so the context travels in the batch, and beside it the policy that drew
+A worker process can set nothing on the model, so the batch contains the context, and the policy that drew
 it. A collate function counts batches; only the trainer has the number that all ranks share and that a resumed run
 continues, its global step. So the model repeats the draw when a trainer gives it a batch.
 """

@@ -72,7 +72,7 @@ class Window:
 
         Raises:
             ValueError: beginning with ``where``, if no window of this style shows exactly what both show: under
-                ``chunked_limited`` the left context must be whole chunks, and smaller chunks must lie within larger.
+                ``chunked_limited`` the left context must be whole chunks, and smaller chunks must be within larger.
         """
         both = self.context.intersect(own)
         if self.style == 'chunked_limited' and own != AttContext(UNLIMITED, UNLIMITED):

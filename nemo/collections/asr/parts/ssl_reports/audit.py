@@ -114,7 +114,7 @@ def audit_masks(
 
 
 def _before(lengths: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return which places of a tensor [B, N] lie before the lengths [B]; bool."""
+    """Return which places of a tensor [B, N] are before the lengths [B]; bool."""
     return torch.arange(like.shape[1], device=like.device) < lengths.unsqueeze(1)
 
 

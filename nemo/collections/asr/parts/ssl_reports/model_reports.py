@@ -44,7 +44,7 @@ class ModelReports:
     def of_training_batch(self, model, record: BatchRecord | None) -> Logs:
         """Return what to log of a training batch, within its pinned context; scalars on its device.
 
-        The record is None where a forward of somebody's own leaves none.
+        The record is None if a custom forward makes none.
         """
         if record is None:
             return {}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many live streams as one batch: from samples to encoder frames, whatever the phase of each.
 
-Counts on the CPU give which features are complete, which frames are due, where in the rings they lie, and what is seen of
+Counts on the CPU give which features are complete, which frames are due, where in the rings they are, and what is seen of
 them. So there is no Python loop over streams, and nothing is read back from the device. A layer that waits for r frames gives
 out what arrived r frames before. A stream that ends is pushed on with frames that no query sees until its last one is out.
 

@@ -2,7 +2,7 @@
 """What watches live streams beside the encoder: masking and its loss, next tokens and their surprise.
 
 Each stream is observed by itself, on the CPU's time: this is for diagnosis. Masks and targets do not depend on how a stream is
-cut: masking remembers what it drew, and with ``target_normalize: per_feature`` a token gets the statistics of all frames up to
+cut: masking keeps what it drew, and with ``target_normalize: per_feature`` a token gets the statistics of all frames up to
 its own last one. Frame j predicts, at the first horizon, token j + offset.
 
 Shapes: B streams, R of them, F features (D, the width, after convolutions), M mask frames, S target frames, A attention

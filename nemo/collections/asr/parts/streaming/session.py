@@ -41,7 +41,7 @@ COUNTED = {  # what there is for each frame, by what counts them
 
 @dataclass
 class StreamingOutput:
-    """What one step gave out. Frames at or beyond a stream's length are 0.
+    """The output of a step. Frames at or beyond a stream's length are 0.
 
     - ``encoded`` [B, D, A], of which each stream has ``lengths`` [B] int64.
     - ``current_frame`` [B] int64: mask frames that each stream has received: feature frames, or attention frames with masking
@@ -99,11 +99,11 @@ class StreamingOutput:
 class StreamingSession:
     """A batch of live streams through a model in eval mode, in one context. All state is here.
 
-    Fed in any pieces, the joined output equals the offline forward of the same samples. Sessions of one model may run in
+    In steps of any size, the joined output equals the offline forward of the same samples. Sessions of one model may run in
     several threads at once. Weights are taken when the session is made and when :meth:`reset` restarts all streams.
 
     A stream whose output is not finite fails alone: ``output.failed`` has the reason, and it gives no frames until it is reset.
-    A step that an error interrupts breaks the streams that it was to move on until they are reset or loaded.
+    If an error interrupts a step, the streams that it was to advance are broken until they are reset or loaded.
 
     Args:
         model: with ``preprocessor`` and ``encoder`` (an SSL model, a CTC model), or the two as a pair.
@@ -215,7 +215,7 @@ class StreamingSession:
         self._broken[rows] = False
 
     def step(self, samples: Tensor, lengths: Any = None, ended: Any = None) -> StreamingOutput:
-        """Take samples and give out all frames that they complete.
+        """Take samples and return all frames that they complete.
 
         Args:
             samples: [B, N] floating point, any N; full scale is 1. Rows of streams that have ended are not read.
@@ -370,7 +370,7 @@ class StreamingSession:
                 self._warned = True
 
     def _output(self, encoded: Tensor, counts: np.ndarray) -> StreamingOutput:
-        """Return what a step gives out, of frames [B, A, D] and how many each stream has [B]."""
+        """Return the output of a step, from frames [B, A, D] and how many each stream has [B]."""
         self._find_failed(encoded)
         failed = np.flatnonzero(self._streams.failed).tolist()
         if failed:
