@@ -99,7 +99,7 @@ format: $(PROJECT_STAMP) ## format the sources
 	$(PYTHON) -m ruff check --fix $(SOURCES)
 	$(PYTHON) -m ruff format $(SOURCES)
 
-audit: ## check the pinned packages for known vulnerabilities (says so where the service cannot be reached)
+audit: ## check the pinned packages for known vulnerabilities (prints a note if the service cannot be reached)
 	@echo "== Checking $(CONSTRAINTS) for known vulnerabilities"
 	@test -x $(AUDIT_VENV)/bin/pip-audit || { $(PYTHON_BOOTSTRAP) -m venv $(AUDIT_VENV) && \
 		$(AUDIT_VENV)/bin/python -m pip install --quiet -r requirements/audit.txt; } || \

@@ -4,8 +4,8 @@
     python .ci/audit.py requirements/constraints-3.0.0.txt [--allowed requirements/allowed_vulnerabilities.json]
 
 Fails on a known vulnerability that is not allowed, with a reason, in the list of allowed ones, and on an allowed one
-that is no longer found. pip-audit asks a service: what it could not ask about is said, and is no failure, for nothing
-is known then. That nothing was checked is never reported as nothing found.
+that is no longer found. pip-audit queries a service. A package that it cannot query is printed, and is no failure.
+If nothing was checked, the report is never that nothing was found.
 """
 
 import argparse

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ('nemo', 'src/nemo_streaming_ssl')
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-# What a link that cannot even be asked about says; everything else is a broken link.
+# Errors of links that cannot be checked; all others are broken links.
 NO_NETWORK = ('Max retries exceeded', 'Failed to resolve', 'Connection refused', 'Network is unreachable', 'timed out')
 
 
@@ -56,7 +56,7 @@ def broken_links(output: str) -> tuple[list[str], int]:
         output: of ``output.json``, a JSON object a line.
 
     Returns:
-        each broken link, with its page and what is wrong, and how many could not be asked for want of a network.
+        each broken link, with its page and what is wrong, and how many could not be checked without a network.
     """
     links = [json.loads(line) for line in output.splitlines() if line.strip()]
     failed = [link for link in links if link['status'] in ('broken', 'timeout')]

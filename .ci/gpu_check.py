@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ('nemo_toolkit', 'torch', 'lightning')
-MOST_CHARACTERS = 3000  # of the end of what a command said, if it failed
+MOST_CHARACTERS = 3000  # of the end of a failed command's output
 TESTS = ('-m', 'pytest', '-q', '-m', 'run_only_on', 'tests')
 BENCHMARKS = {
     'Training step': ('benchmarks/training_step.py', '--device', 'cuda'),
@@ -43,7 +43,7 @@ class Section(NamedTuple):
 
 
 def why_not() -> str | None:
-    """Tell why nothing can be checked; None: there is a GPU."""
+    """Return why nothing can be checked; None: there is a GPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -53,7 +53,7 @@ def why_not() -> str | None:
 
 
 def run(command: tuple[str, ...]) -> subprocess.CompletedProcess:
-    """Run a command of this interpreter at the project's root; what it says is also shown."""
+    """Run a command of this interpreter at the project's root; its output is also shown."""
     print('==', ' '.join(command), flush=True)
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     print(done.stdout[-MOST_CHARACTERS:], flush=True)
@@ -72,7 +72,7 @@ def machine() -> Section:
 
 
 def driver() -> str:
-    """Ask the driver for its version."""
+    """Return the version of the driver."""
     query = ['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader']
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split('\n')[0]
@@ -121,7 +121,7 @@ def benchmark(title: str, command: tuple[str, ...]) -> Section:
 
 
 def failed(title: str, done: subprocess.CompletedProcess) -> Section:
-    """Return the section of a command that failed: the end of what it said."""
+    """Return the section of a command that failed: the end of its output."""
     said = (done.stdout + done.stderr)[-MOST_CHARACTERS:]
     return Section(title, f'It ended with {done.returncode}:\n\n```text\n{said}\n```', False)
 

@@ -22,7 +22,7 @@ def pins(path: Path) -> dict[str, str]:
 
 
 def licence_of(name: str) -> str:
-    """Return what an installed package's metadata says: its licence expression, else classifiers, else free text."""
+    """Return the licence of an installed package's metadata: its licence expression, else classifiers, else free text."""
     distribution = metadata.distribution(name)
     about = distribution.metadata
     classifiers = [line.split('::')[-1].strip() for line in about.get_all('Classifier') or [] if 'License ::' in line]

@@ -288,7 +288,7 @@ def heading(options: argparse.Namespace) -> dict:
 
 
 def report_file(options: argparse.Namespace) -> Path:
-    """Return where the JSON lies."""
+    """Return the path of the JSON."""
     return options.output / f'blockwise_{options.part}.json'
 
 

@@ -107,7 +107,7 @@ def in_turn(runs: dict, turns: int, what: str = 'turns') -> dict[str, list[Secon
     Args:
         runs: by name, what takes a turn and returns its :class:`Seconds`.
         turns: how many each has.
-        what: to say beside the bar.
+        what: the text beside the bar.
     """
     for run in runs.values():
         run()
@@ -144,7 +144,7 @@ def peak_memory(run: Callable[[], object]) -> float:
     """Return how many megabytes a run takes at its peak, beyond what the process (or the GPU) held before.
 
     Raises:
-        OSError: where the system does not tell (only Linux does, for CPU memory).
+        OSError: if the system does not report it (only Linux does, for CPU memory).
     """
     if gpu_is_in_use():
         torch.cuda.reset_peak_memory_stats()
@@ -180,7 +180,7 @@ class CaseProcess:
         python: the interpreter, of another environment than this one's.
 
     Raises:
-        RuntimeError: by its methods, if the process has ended; the message has the end of what it said.
+        RuntimeError: by its methods, if the process has ended; the message has the end of its output.
     """
 
     def __init__(

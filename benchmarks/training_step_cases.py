@@ -44,7 +44,7 @@ def is_patched() -> bool:
 
 
 def device_of(case: dict) -> str:
-    """Where a case runs: on the CPU, if it does not say."""
+    """Where a case runs: by default on the CPU."""
     return case.get('device', 'cpu')
 
 
@@ -141,7 +141,7 @@ def step_model(case: dict):
 
 
 def step_config(case: dict):
-    """The streaming configuration in the case's size; for stock, without the keys it does not know."""
+    """The streaming configuration in the case's size; for stock, without the keys that stock lacks."""
     from omegaconf import OmegaConf, open_dict
 
     cfg = OmegaConf.load(CONFIG)

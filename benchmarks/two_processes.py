@@ -76,7 +76,7 @@ def worker(name: str, turns: int) -> None:
     batch = batch_of(rank)
 
     def steps(module) -> float:
-        model.encoder.sync_max_audio_length = module is together  # NeMo asks all ranks for the longest utterance
+        model.encoder.sync_max_audio_length = module is together  # NeMo reduces the longest length over all ranks
         start = time.perf_counter()
         for _ in range(STEPS):
             optimizer.zero_grad()

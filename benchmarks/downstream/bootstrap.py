@@ -25,7 +25,7 @@ class Estimate(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """-1 or 1 if the interval lies on one side of 0, else 0."""
+        """-1 or 1 if the interval is on one side of 0, else 0."""
         return int(self.low > 0) - int(self.high < 0)
 
 
@@ -67,7 +67,7 @@ def estimate(
     return Estimate(error_rate(errors, phones), *map(float, np.quantile(found, [tail, 1 - tail])))
 
 
-@functools.lru_cache(maxsize=8)  # a report asks for the same ones hundreds of times
+@functools.lru_cache(maxsize=8)  # a report uses the same ones hundreds of times
 def _draws(seeds: int, utterances: int, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return how often each seed [N, S] and each utterance [N, U] is in each resample, as floats."""
     generator = np.random.default_rng(seed)

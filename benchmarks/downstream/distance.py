@@ -12,7 +12,7 @@ import torch
 
 from nemo.collections.asr.parts.objectives.base import BatchInputs
 
-FARTHEST = 10  # attention frames; what lies farther counts as this far
+FARTHEST = 10  # attention frames; greater distances count as this one
 NONE = 0  # as a distance: there is no visible frame on this side
 
 

@@ -160,13 +160,13 @@ def converted(model, kind: str):
     """Turn an offline model into a streaming one, as ``convert_to_streaming.py`` does."""
     sys.path.append(str(EXAMPLES / 'speech_pretraining'))
     from nemo.collections.asr.models.streaming_conversion import build as build_streaming
-    from nemo.collections.asr.models.streaming_conversion import carry_over, streaming_config
+    from nemo.collections.asr.models.streaming_conversion import convert_weights, streaming_config
 
     cfg = copy.deepcopy(model.cfg)
     OmegaConf.update(cfg, 'target', f'{type(model).__module__}.{type(model).__name__}', force_add=True)
     contexts = [list(context) for context in KINDS[kind].contexts]
     streaming = build_streaming(streaming_config(cfg, contexts, KINDS[kind].style, None))
-    carry_over(model, streaming)
+    convert_weights(model, streaming)
     return streaming
 
 

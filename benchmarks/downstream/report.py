@@ -139,7 +139,7 @@ def rates_table(results: Results) -> str:
 
 
 def _rates(results: Results, kind: str, name: str) -> list[str]:
-    """Return the cells of an arm in the two contexts of a kind; seeds that are missing are said."""
+    """Return the cells of an arm in the two contexts of a kind; missing seeds are named."""
     seeds = results.seeds(kind, name)
     if not seeds:
         return ['', '']

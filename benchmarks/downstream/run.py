@@ -215,7 +215,7 @@ def training_rows(cell: Cell, log: dict) -> list[tuple]:
 
 
 def main(argv=None) -> int:
-    """Run what the command line asks for; returns the exit status."""
+    """Run by the command line; return the exit status."""
     options = arguments(argv)
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
     names = {'pretraining': ('train', 'speechocean762_train'), 'validation': ('validation',)}

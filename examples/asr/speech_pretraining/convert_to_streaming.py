@@ -31,11 +31,11 @@ from pathlib import Path
 
 from nemo.collections.asr.models import ssl_models
 from nemo.collections.asr.models.streaming_conversion import (
-    Carried,
+    ConvertedWeights,
     build,
-    carry_over,
     check_convertible,
     check_streams,
+    convert_weights,
     streaming_config,
 )
 from nemo.collections.asr.parts.att_context import AttContext
@@ -45,11 +45,11 @@ from nemo.collections.asr.parts.ssl_reports.figures import look_ahead_title
 CONTEXTS = '[[80,0],[160,0],[320,0],[-1,0]]'
 
 
-def convert(options) -> Carried:
+def convert(options) -> ConvertedWeights:
     """Convert a model by the command line; write the file in one step.
 
     Raises:
-        ValueError: saying what cannot be converted, or that a file is there already.
+        ValueError: naming what cannot be converted, or a file that exists already.
         OSError: if a file cannot be read or written.
     """
     source, output = Path(options.model), Path(options.output)
@@ -67,14 +67,14 @@ def convert(options) -> Carried:
         model_class = getattr(ssl_models, str(cfg.target).rpartition('.')[2])
         offline = model_class.restore_from(str(source), map_location='cpu')
         model = build(streaming_config(cfg, contexts, options.style, statistics))
-        carried = carry_over(offline, model)
+        converted = convert_weights(offline, model)
         print(f"streamed against offline: {check_streams(model):.1e}")
         for context in model.encoder.att_context_size_all:
             print(f"context {look_ahead_title(model, context)}")
     except ValueError as error:
         raise ValueError(f"{source} cannot be converted: {error}") from error
     model.save_to(str(output))
-    return carried
+    return converted
 
 
 def _parsed_contexts(text: str) -> list:
@@ -107,13 +107,13 @@ def main(argv=None) -> int:
     """Run the command line; return the exit status."""
     options = arguments(argv)
     try:
-        carried = convert(options)
+        converted = convert(options)
     except (ValueError, OSError, pickle.UnpicklingError) as error:
         return report_error(__file__, error)
-    print(carried)
-    print(f"{options.output}: train it on, its weights are those of an offline model")
+    print(converted)
+    print(f"{options.output}: train it before you use it: its weights are those of an offline model")
     if options.stats is None:
-        print("note: without --stats it sees features on another scale than the offline model did")
+        print("note: without --stats its features have another scale than those of the offline model")
     return 0
 
 

@@ -118,7 +118,7 @@ class Synthesiser:
         if self.rate <= 0:
             raise ValueError(f"eSpeak NG cannot read its data in {data.decode()}")
         signature = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-        self._pieces, self._callback = [], signature(self._receive)  # kept: C holds no reference to it
+        self._pieces, self._callback = [], signature(self._receive)  # kept: C has no reference to it
         self.espeak.espeak_SetSynthCallback(self._callback)
 
     def _receive(self, samples, count, _events):

@@ -46,7 +46,7 @@ class Source:
         is_checkpoint = self.kind == 'init_from_ptl_ckpt'
         config = self._checkpoint()[0] if is_checkpoint else self._restored(model, return_config=True)
         if config is None:
-            raise ValueError(f"{self.key}: {self.place} holds no model config")
+            raise ValueError(f"{self.key}: {self.place} has no model config")
         return config
 
     def _restored(self, model, **options):
@@ -57,7 +57,7 @@ class Source:
     def _checkpoint(self, map_location='cpu') -> tuple[DictConfig | None, dict]:
         checkpoint = self._read_file(torch_files.load, map_location=map_location)
         if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
-            raise ValueError(f"{self.key}: {self.place} holds no state_dict; a Lightning checkpoint is needed")
+            raise ValueError(f"{self.key}: {self.place} has no state_dict; a Lightning checkpoint is needed")
         parameters = checkpoint.get('hyper_parameters') or {}
         return parameters.get('cfg', parameters) or None, checkpoint['state_dict']
 

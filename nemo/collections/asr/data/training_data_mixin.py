@@ -51,7 +51,7 @@ def with_own_options(loader, synced_contexts=None, skip_bad_audio=None, resumabl
     if synced_contexts is not None:
         SyncedContexts.parse(synced_contexts, 'synced_contexts')
         if not isinstance(loader, DataLoader):
-            raise ValueError(f"synced_contexts needs a torch data loader; {type(loader).__name__} collates nothing")
+            raise ValueError(f"synced_contexts needs a torch data loader; {type(loader).__name__} is none")
         loader.collate_fn = create_synced_context_collate(loader.collate_fn, **synced_contexts)
     return loader if resumable is None else make_resumable(loader, resumable)
 
@@ -155,7 +155,7 @@ class TrainingDataMixin:
         if isinstance(loader, ResumableDataLoader):
             progress, place = self.trainer.fit_loop.epoch_loop.batch_progress.current, loader.position
             if progress.completed not in (0, place):
-                logging.info(f"Going on with batch {place} of {len(loader)} of the epoch, on {loader.ranks} ranks.")
+                logging.info(f"Continuing with batch {place} of {len(loader)} of the epoch, on {loader.ranks} ranks.")
                 progress.ready = progress.started = progress.processed = progress.completed = place
 
     def on_train_batch_start(self, batch, batch_idx: int, unused: int = 0):

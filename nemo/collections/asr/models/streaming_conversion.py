@@ -27,8 +27,8 @@ LARGEST_DIFFERENCE = 1e-4  # of streamed and offline outputs
 
 
 @dataclass
-class Carried:
-    """What became of the weights, by name."""
+class ConvertedWeights:
+    """How each weight was converted, by name."""
 
     as_they_are: list = field(default_factory=list)
     moved: dict = field(default_factory=dict)  # those that a wider layer took, and how
@@ -36,8 +36,8 @@ class Carried:
     fresh: dict = field(default_factory=dict)  # those of the streaming model that start from random weights, and why
 
     def __str__(self) -> str:
-        lines = [f'{len(self.as_they_are)} weights carried over as they are']
-        for title, weights in (('moved', self.moved), ('dropped', self.dropped), ('begun anew', self.fresh)):
+        lines = [f'{len(self.as_they_are)} weights kept as they are']
+        for title, weights in (('moved', self.moved), ('left out', self.dropped), ('new', self.fresh)):
             lines += [f'{title}: {name}: {reason}' for name, reason in weights.items()]
         return '\n'.join(lines)
 
@@ -82,13 +82,13 @@ def build(cfg: DictConfig):
 
 
 @torch.no_grad()
-def carry_over(offline, streaming) -> Carried:
+def convert_weights(offline, streaming) -> ConvertedWeights:
     """Copy every weight of the offline model that fits into the one of :func:`streaming_config`.
 
     The affine part of batch_norm becomes that of layer_norm: both scale and shift a channel that has been
     standardised. The projection after subsampling gets a column of zeros, see :func:`shifted_by_a_bin`.
     """
-    old, new, result = offline.state_dict(), streaming.state_dict(), Carried()
+    old, new, result = offline.state_dict(), streaming.state_dict(), ConvertedWeights()
     for name, weight in old.items():
         if name not in new:
             is_statistic = '.conv.batch_norm.' in name

@@ -163,7 +163,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
             super().set_default_att_context_size(att_context_size)
 
     def get_initial_cache_state(self, *args, **kwargs):
-        """Return NeMo's empty caches; raises ValueError for absolute positions, or layers' own contexts that cannot be streamed."""
+        """Return NeMo's empty caches; ValueError for abs_pos, or layer contexts that cannot be streamed."""
         if self.self_attention_model == 'abs_pos':  # a chunk would get the positions of the start
             raise ValueError("encoder.self_attention_model is abs_pos; to be streamed with caches, it must be rel_pos")
         if self._has_layer_contexts():

@@ -54,7 +54,7 @@ def restored(path):
 
 def test_weights_that_fit_are_carried_over_and_the_rest_is_listed(script, offline):
     streaming = script.build(script.streaming_config(offline.cfg, [[10, 0]], 'regular', None))
-    result = script.carry_over(offline, streaming)
+    result = script.convert_weights(offline, streaming)
     old, new = offline.state_dict(), streaming.state_dict()
     assert all(torch.equal(old[name], new[name]) for name in result.as_they_are)
     norm = 'encoder.layers.0.conv.batch_norm'

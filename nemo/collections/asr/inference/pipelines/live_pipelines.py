@@ -147,7 +147,7 @@ def _check_samples(frame: Frame) -> None:
     if not 0 <= frame.valid_size <= frame.size:
         raise ValueError(f"length of stream {frame.stream_id} is {frame.length}; there are {frame.size} samples")
     if not bool(torch.isfinite(samples[: frame.valid_size]).all()):
-        raise ValueError(f"{name} hold NaN or infinite values")
+        raise ValueError(f"{name} have NaN or infinite values")
 
 
 def _failed(request, error: Exception | str) -> FailedStep:

@@ -117,7 +117,7 @@ def _accept(context: AttContext, where: str, check: Check | None) -> None:
     if check is not None:
         check(context, where)
     if context.left == 0:
-        logging.warning(f"{where}: with a left context of 0 a frame sees nothing of its past")
+        logging.warning(f"{where}: with a left context of 0 a frame attends to no earlier frame")
 
 
 def _is_anchor(item: Any) -> bool:

@@ -72,7 +72,7 @@ def attach_context(batch: Any, context: AttContext, policy: ContextPolicy) -> An
     can_carry = isinstance(batch, SyncedBatch) or dataclasses.is_dataclass(batch)
     if not can_carry:
         raise ValueError(
-            f"a batch of type {type(batch).__name__} cannot carry a context; collate to a dataclass such as "
+            f"a batch of type {type(batch).__name__} cannot have a context; collate to a dataclass such as "
             "AudioNoiseBatch, a tuple or a list"
         )
     batch.att_context, batch.context_draw = context, policy

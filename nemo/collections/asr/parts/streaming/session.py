@@ -364,7 +364,7 @@ class StreamingSession:
         for row in np.flatnonzero((lengths > 0) & ~self._streams.failed):
             peak = _peak(samples[row, : lengths[row]])
             if not math.isfinite(peak):
-                raise ValueError(f"samples of stream {row} hold NaN or infinite values")
+                raise ValueError(f"samples of stream {row} have NaN or infinite values")
             if peak > LOUD and not self._warned:
                 logging.warning(f"Samples reach {peak:.3g}; full scale is 1, as of soundfile's float32.")
                 self._warned = True

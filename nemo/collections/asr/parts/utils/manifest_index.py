@@ -117,7 +117,7 @@ class ManifestIndex:
                 starts, durations = np.load(kept, mmap_mode='r')
             return starts, durations.view(np.float64)
         except OSError as error:  # no such folder may be made, or the disk is full
-            logging.warning(f"Each process reads {self.path} for itself: {error}")
+            logging.warning(f"Each process reads {self.path} again: {error}")
             return self._read()
 
     def __len__(self) -> int:

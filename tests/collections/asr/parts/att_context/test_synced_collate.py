@@ -78,7 +78,7 @@ def test_a_list_becomes_a_batch_that_pickles_and_pins_with_its_context(monkeypat
 
 @pytest.mark.parametrize('batch', [{'audio': 1}, torch.zeros(2), namedtuple('Named', 'audio')(1), 'text'])
 def test_a_batch_that_cannot_carry_a_context_is_refused(batch):
-    with pytest.raises(ValueError, match=f'type {type(batch).__name__} cannot carry'):
+    with pytest.raises(ValueError, match=f'type {type(batch).__name__} cannot have'):
         create_synced_context_collate(lambda samples: batch, OPTIONS)([])
 
 
