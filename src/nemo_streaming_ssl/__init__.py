@@ -47,7 +47,7 @@ class PatchFinder:
 
         folder = "/".join([patch_tree(), *fullname.split(".")[:-1]])
         spec = PathFinder.find_spec(fullname, [folder], target)
-        if spec is None or not spec.has_location:  # a mere directory on the way to a patched module
+        if spec is None or not spec.has_location:  # only a directory above a patched module
             return None
         if spec.submodule_search_locations is not None:  # a patched package keeps NeMo's other submodules
             _add_original_folders(spec, path)

@@ -15,7 +15,7 @@ from nemo_streaming_ssl.versions import in_tested_range, nemo_version, supported
 
 TRIAL = "nemo.collections.asr.models.trial_step"
 TRIAL_SECONDS = 300  # to import NeMo on a cold disk takes a minute or two
-FREE_MEMORY, FREE_DISK = 4, 5  # GB: of the demo, with some room
+FREE_MEMORY, FREE_DISK = 4, 5  # GB: of the demo, with a margin
 
 
 class Finding(NamedTuple):

@@ -14,7 +14,7 @@ that each masked frame has a visible frame in its window everywhere. Next tokens
 are bootstrapped over utterances. Models are compared with the first, utterance by utterance, in the parts and contexts
 where both predict the same tokens of the same frames.
 
-The look-ahead is the audio that an output of the encoder waits for at most. Loss is in nats per frame. "majority class"
+The look-ahead is the later audio that an output of the encoder depends on at most. Loss is in nats per frame. "majority class"
 is the accuracy of a model that always predicts the most frequent token, and the unigram entropy the loss of one that
 predicts each token by its frequency.
 

@@ -108,7 +108,7 @@ class AttentionBlocks:
 
 
 class BlockwiseMask:
-    """Stands in for the attention mask of layers that attend block by block; nothing in it has the size T x T."""
+    """Replaces the attention mask of layers that attend block by block; nothing in it is of size T x T."""
 
     def __init__(self, window: Window, padding: torch.Tensor):
         self.padding = padding  # [B, T] bool, True = padding

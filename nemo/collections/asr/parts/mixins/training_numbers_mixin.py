@@ -205,7 +205,7 @@ def _local(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _to(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to a device without waiting for it."""
+    """Copy to a device without synchronisation."""
     if device.type != 'cuda' or value.device == device:
         return value.to(device)
     return value.pin_memory().to(device, non_blocking=True)

@@ -357,7 +357,7 @@ class StreamingSession:
         return values
 
     def _check_finite(self, samples: Tensor, lengths: np.ndarray) -> None:
-        """Look at the samples where they came from: those of a microphone make no device wait."""
+        """Check the samples where they came from: those of a microphone need no synchronisation."""
         taken = samples[:, : int(lengths.max())]
         if not taken.numel() or _peak(taken) <= LOUD:
             return
