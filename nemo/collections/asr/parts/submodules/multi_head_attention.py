@@ -46,8 +46,8 @@ class MultiHeadAttention(_up.MultiHeadAttention):
         if self.layer_context is None:
             self._built_for = value
             return
-        contexts = list(self.layer_context.encoder.layer_att_contexts())
-        own = None if value is None else parse_own_context(value, 'self_attention.att_context_size')
+        contexts = [each and each.as_list() for each in self.layer_context.encoder.layer_att_contexts()]
+        own = None if value is None else parse_own_context(value, 'self_attention.att_context_size').as_list()
         contexts[self.layer_context.index] = own
         self.layer_context.encoder.set_layer_att_context_size(contexts)
 
