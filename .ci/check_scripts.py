@@ -58,8 +58,8 @@ def run_help(script: Path) -> str | None:
                 os._exit(status)
         _, status = os.waitpid(child, 0)
         output.seek(0)
-        said = output.read()
-    return None if status == 0 and said.strip() else said[-1000:] or 'it printed nothing'
+        printed = output.read()
+    return None if status == 0 and printed.strip() else printed[-1000:] or 'it printed nothing'
 
 
 def main(*folders: str) -> int:

@@ -122,8 +122,8 @@ def benchmark(title: str, command: tuple[str, ...]) -> Section:
 
 def failed(title: str, done: subprocess.CompletedProcess) -> Section:
     """Return the section of a command that failed: the end of its output."""
-    said = (done.stdout + done.stderr)[-MOST_CHARACTERS:]
-    return Section(title, f'It ended with {done.returncode}:\n\n```text\n{said}\n```', False)
+    printed = (done.stdout + done.stderr)[-MOST_CHARACTERS:]
+    return Section(title, f'It ended with {done.returncode}:\n\n```text\n{printed}\n```', False)
 
 
 def report(sections: list[Section]) -> str:

@@ -138,5 +138,5 @@ def _trial() -> Finding:
     except subprocess.TimeoutExpired:
         return Finding(name, False, f"not done after {TRIAL_SECONDS} s", command)
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-    said = lines[-1] if lines else f"exit status {done.returncode}"
-    return Finding(name, done.returncode == 0, said, "" if done.returncode == 0 else command)
+    printed = lines[-1] if lines else f"exit status {done.returncode}"
+    return Finding(name, done.returncode == 0, printed, "" if done.returncode == 0 else command)

@@ -283,8 +283,8 @@ def _why_unreadable(cut) -> tuple[str, str] | None:
     try:
         cut.load_audio()
     except Exception as error:  # of lhotse and its decoders
-        said = str(error).partition('[extra info]')[0]  # lhotse adds the manifests of cut and recording
-        return ' '.join(f'{type(error).__name__}: {said}'.split()), UNREADABLE
+        cause = str(error).partition('[extra info]')[0]  # lhotse adds the manifests of cut and recording
+        return ' '.join(f'{type(error).__name__}: {cause}'.split()), UNREADABLE
     return None
 
 

@@ -29,12 +29,12 @@ class ValidationProbe(Callback):
         self.every, self.settings, self.validations = options.every_n_validations, ProbeSettings(options.steps), 0
         paths = {'train': options.train_manifest, 'test': options.test_manifest}
         parts = {part: _read(f'model.probe.{part}_manifest', path, options.labels) for part, path in paths.items()}
-        names = sorted({name for _, said in parts['train'] for name in said})
+        names = sorted({name for _, spoken in parts['train'] for name in spoken})
         index = {name: label for label, name in enumerate(names)}
         self.classes, self.audio = len(names), {part: [entry for entry, _ in rows] for part, rows in parts.items()}
         unknown = len(names) + 1  # a label that is not in the training part: no probe recognises it
         self.labels = {
-            part: [[index.get(name, unknown) for name in said] for _, said in rows] for part, rows in parts.items()
+            part: [[index.get(name, unknown) for name in spoken] for _, spoken in rows] for part, rows in parts.items()
         }
 
     def on_validation_epoch_end(self, trainer, model) -> None:
@@ -77,7 +77,7 @@ def _read(key: str, path, labels: str) -> list[tuple[dict, list[str]]]:
         entries = audio_entries([], path, must_exist=True)
     except ValueError as error:
         raise ValueError(f"{key} is {path}: {error}") from error
-    said = [entry.get(labels) or '' for entry in entries]
-    if not all(isinstance(text, str) and text.strip() for text in said):
+    spoken = [entry.get(labels) or '' for entry in entries]
+    if not all(isinstance(text, str) and text.strip() for text in spoken):
         raise ValueError(f"{key} is {path}; each of its utterances must have {labels}")
-    return list(zip(entries, (text.split() if labels == 'phones' else list(text) for text in said)))
+    return list(zip(entries, (text.split() if labels == 'phones' else list(text) for text in spoken)))

@@ -62,8 +62,8 @@ def measure_stream(
     cache_bytes = session.cache_bytes_per_stream
     output: Any = StreamingOutput.concatenate([*outputs, session.finish()])
     facts = session.att_context.as_list(), len(samples) / rate, 1000 * session.look_ahead_samples / rate, cache_bytes
-    said = session.transcript().text if session.return_text else None
-    measures = StreamMeasures(*facts, output, step_ms, said, latencies)
+    text = session.transcript().text if session.return_text else None
+    measures = StreamMeasures(*facts, output, step_ms, text, latencies)
     if session.return_surprise:
         normalised = getattr(model, 'target_normalize', None) == 'per_feature'
         settled = round(SETTLING_SECONDS * rate / session.frame_samples) if normalised else 0
@@ -104,7 +104,7 @@ def summarize_streams(measures: Sequence[StreamMeasures], texts: Sequence[str | 
     def known(name: str) -> list[float]:
         return [getattr(each, name) for each in measures if getattr(each, name) is not None]
 
-    pairs = [(each.text, said) for each, said in zip(measures, texts, strict=True) if each.text is not None and said]
+    pairs = [(each.text, text) for each, text in zip(measures, texts, strict=True) if each.text is not None and text]
     rates = [word_error_rate(*map(list, zip(*pairs)), use_cer=use) if pairs else None for use in (False, True)]
     seconds, times, surprise = sum(known('seconds')), joined('step_ms'), joined('surprise')
     return {
