@@ -280,7 +280,7 @@ class StreamingSession:
         """Continue where a session with as many streams was; errors as of :meth:`load`."""
         streams = state.get('streams') if isinstance(state, dict) else None
         if not isinstance(streams, list) or len(streams) != self.batch_size:
-            found = 'no state of a StreamingSession' if not isinstance(streams, list) else f'of {len(streams)} streams'
+            found = f'one of {len(streams)} streams' if isinstance(streams, list) else 'no state of a StreamingSession'
             raise ValueError(f"load: this is {found}; this session has {self.batch_size}")
         for stream in streams:
             self._check_state(stream)
