@@ -177,7 +177,7 @@ def plot(results: list[dict], path: Path) -> None:
             if points:
                 axis.plot(*zip(*points), style, marker='o', ms=4, color=f'C{number}', label=f'{size}, {way}')
     axis.set(xscale='log', yscale='log', xlabel='streams in a session', ylabel='real-time streams per core')
-    axis.legend(fontsize=7)
+    figure.legend(fontsize=7, loc='outside right upper', frameon=False)
     axis.grid(alpha=0.3)
     with replacing(path) as partial_file:
         figure.savefig(partial_file, dpi=120, format='png', metadata={'Software': None})
