@@ -76,14 +76,6 @@ class TestWindow:
             covered = statistics(use)[3]
             assert min(batch, per_block * (blocks - 1) + 1) <= covered <= per_block * blocks
 
-    def test_after_forgetting_nothing_is_left_and_a_new_block_begins(self):
-        use = counted([0, 0], [1, 1], [1, 1], num_classes=4, batches_per_block=2, blocks=2)
-        use.forget()
-        assert statistics(use) == [0, 0, 0, 0] and use.collapse() is None and not use.block_is_complete
-        for batch in ([2, 3], [2, 3]):
-            use.update(torch.tensor([batch]), torch.tensor([2]))
-        assert use.block_is_complete and statistics(use) == [2, pytest.approx(2), 0.5, 4]
-
 
 @pytest.mark.parametrize(
     'tokens, classes, reason',
