@@ -46,7 +46,7 @@ def _check_probabilities(probabilities: Any, number: int) -> None:
             f"context_probs is {shown(probabilities)}; it must have one number for each of {number} options"
         )
     for index, value in enumerate(probabilities):
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
             raise ValueError(f"context_probs: item {index} is {shown(value)}; it must be a number from 0 to 1")
     if not math.isclose(sum(probabilities), 1, rel_tol=0, abs_tol=PROBABILITY_TOLERANCE):
         raise ValueError(f"context_probs is {list(probabilities)}; it must sum to 1, not {sum(probabilities)}")
