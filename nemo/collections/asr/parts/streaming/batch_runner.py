@@ -198,7 +198,7 @@ class BatchRunner:
         return self._whole if active.all() else Rows(active, self.device)
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device)
+        return torch.from_numpy(values).to(self.device, non_blocking=True)
 
 
 def _own(rows: Rows, first: np.ndarray, count: int, last: np.ndarray | None) -> np.ndarray:

@@ -62,6 +62,8 @@ class LayerStage(Stage):
         if not self.window.is_unlimited or now // SHRINKS_AT < needed <= now:
             return
         slots = max(1 << (needed - 1).bit_length(), GROWTH)
+        if slots == now:
+            return
         keys_values = F.pad(self.keys_values, (0, 0, 0, slots - now))  # also shortens
         window = ring_window(self.window.window, slots, self.window.wait, self.window.device)
         table = self.layer.positions(window.future, window.past)

@@ -173,7 +173,7 @@ class StreamingSession:
         self.look_ahead_samples = mel.look_ahead + runner.look_ahead * frame_samples
         self.next_token_offset = observers.surprise.offset if observers and observers.surprise else None
         self._modules, self._decoder = modules, decoder
-        self._mel, self._runner, self._observers, self._text = mel, runner, observers, text
+        self._runner, self._observers, self._text = runner, observers, text
         self._streams = Stage(ended=np.zeros(self.batch_size, bool), failed=np.zeros(self.batch_size, bool))
         self._broken: np.ndarray = np.zeros(self.batch_size, bool)
         self._flags: list[tuple[Any, Tensor]] = []  # of earlier steps: a GPU's event, and which rows are finite

@@ -229,7 +229,7 @@ class Spelling:
 
     def text(self, tokens: list[int]) -> str:
         """Return the text of tokens."""
-        return self.decoding.decode_ids_to_str(list(tokens)) if tokens else ''
+        return self.decoding.decode_ids_to_str(tokens) if tokens else ''
 
     def begins_word(self, token: int) -> bool:
         """Return whether a token begins a word; a space belongs to the word after it."""

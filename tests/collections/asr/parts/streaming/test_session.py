@@ -104,6 +104,15 @@ def test_state_is_bounded_where_the_context_is_and_grows_and_shrinks_where_it_is
     assert session.cache_bytes_per_stream == sizes[0][1]
 
 
+def test_a_ring_without_a_limit_is_not_copied_while_it_has_room():
+    session = StreamingSession(model_of('regular'), 1, [-1, 0])
+    layer = session._runner.layers[0]
+    before = layer.keys_values.data_ptr()
+    for _ in range(3):
+        session.step(noise(1, RATE // 4))
+    assert layer.count[0] > 0 and layer.keys_values.data_ptr() == before
+
+
 @pytest.mark.parametrize('case', ['regular', 'look-ahead', 'chunked', 'schedule, look-ahead', 'factor 4'])
 def test_outputs_come_when_the_look_ahead_says(case):
     session = StreamingSession(model_of(case), 1, CASES[case][1][0])

@@ -111,7 +111,7 @@ def fail_in_the_decoder(monkeypatch, session, error):
 
 
 def fail_in_the_features(monkeypatch, session, error):
-    monkeypatch.setattr(session._mel, 'frames', raising(error))
+    monkeypatch.setattr(session._runner.mel, 'frames', raising(error))
 
 
 def raising(error):
