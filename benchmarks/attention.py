@@ -34,7 +34,7 @@ from nemo.collections.asr.parts.att_context.blockwise import AttentionBlocks, wi
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.windows import Window
 from nemo.collections.asr.parts.ssl_reports.figures import save_figure
-from nemo.utils.atomic_files import replacing
+from nemo.utils.atomic_files import write_text
 
 SCRIPT = Path(__file__).with_name('attention_cases.py')
 GROWTH_FROM_MINUTES = 2
@@ -298,8 +298,7 @@ def write(results: list[dict], options: argparse.Namespace) -> None:
         return
     options.output.mkdir(parents=True, exist_ok=True)
     fitted = {} if options.part in TABLES else dict(growth=growth(results))
-    with replacing(report_file(options)) as unfinished:
-        unfinished.write_text(json.dumps({**heading(options), 'results': results, **fitted}, indent=2))
+    write_text(report_file(options), json.dumps({**heading(options), 'results': results, **fitted}, indent=2))
     if options.part not in TABLES:
         plot(results, options)
 

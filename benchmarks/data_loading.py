@@ -17,7 +17,7 @@ from pathlib import Path
 
 from measure import CaseProcess, Quick, in_turn, ratio
 
-from nemo.utils.atomic_files import replacing
+from nemo.utils.atomic_files import write_text
 
 CASES = Path(__file__).with_name('data_loading_cases.py')
 SHIPPED = dict(seconds=16.0, utterances=16, batch=8, prob=0.5, segments=1, format='flac')
@@ -66,8 +66,7 @@ def main(argv=None) -> int:
         stock, patched = found['milliseconds']['stock'], found['milliseconds']['patched']
         print(f'| {name} | {stock:.2f} | {patched:.2f} | {median:.1f} ({low:.1f} to {high:.1f}) |', flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
-    with replacing(options.output / 'data_loading.json') as partial_file:
-        partial_file.write_text(json.dumps(results, indent=1) + '\n')
+    write_text(options.output / 'data_loading.json', json.dumps(results, indent=1) + '\n')
     return 0
 
 

@@ -124,10 +124,9 @@ def main(argv=None) -> None:
             results.append(json.loads(done.stdout.splitlines()[-1]))
             print(f"| {part} | {results[-1]['seconds']:.1f} | {results[-1]['megabytes']:.0f} |", flush=True)
     if options.json:
-        from nemo.utils.atomic_files import replacing
+        from nemo.utils.atomic_files import write_text
 
-        with replacing(options.json) as partial:
-            partial.write_text(json.dumps({'lines': options.lines, 'results': results}, indent=1) + '\n')
+        write_text(options.json, json.dumps({'lines': options.lines, 'results': results}, indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ from pathlib import Path
 from measure import Quick
 from tqdm import tqdm
 
-from nemo.utils.atomic_files import replacing
+from nemo.utils.atomic_files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / 'examples/asr/speech_pretraining'
@@ -175,8 +175,7 @@ def main(argv=None) -> None:
     for objective, targets in tqdm(arms, desc='arms', unit='arm'):
         model = train(options, objective, targets, files)
         results.append({'objective': objective, 'targets': targets, 'evaluated': evaluate(options, model)})
-        with replacing(options.output / 'objectives.json') as unfinished:  # after each arm: they take long
-            unfinished.write_text(json.dumps(results, indent=1))
+        write_text(options.output / 'objectives.json', json.dumps(results, indent=1))  # after each arm: they take long
         plot(results, options.output / 'objectives.png')
     print(table(results))
     print(f"Wrote {options.output / 'objectives.json'} and {options.output / 'objectives.png'}")

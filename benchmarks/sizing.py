@@ -208,10 +208,9 @@ def main(argv=None) -> int:
     text = '\n\n'.join('\n'.join(make()) for name, make in tables.items() if name in (options.only or tables)) + '\n'
     print(text)
     if options.markdown:
-        from nemo.utils.atomic_files import replacing
+        from nemo.utils.atomic_files import write_text
 
-        with replacing(options.markdown) as partial:
-            partial.write_text(text)
+        write_text(options.markdown, text)
     return 0
 
 

@@ -24,7 +24,7 @@ from measure import Ratio, in_turn, machine_rates, ratio, timed
 from streaming_cases import SIZES, NemoStream, SessionStream, model_of_size
 
 from nemo.utils import logging
-from nemo.utils.atomic_files import replacing
+from nemo.utils.atomic_files import replacing, write_text
 
 CHUNK_MS = 80
 FILLED = 8  # chunks after the caches are full before anything is timed
@@ -196,8 +196,7 @@ def main(argv=None) -> None:
         shares = ', '.join(f'{part} {share:.0%}' for part, share in found['profile'].items())
         print(f"{found['size']}, {found['streams']} streams, left {found['left']}: {shares}")
     if options.json:
-        with replacing(options.json) as partial_file:
-            partial_file.write_text(json.dumps({'rates': rates, 'cases': results}, indent=1) + '\n')
+        write_text(options.json, json.dumps({'rates': rates, 'cases': results}, indent=1) + '\n')
     if options.plot:
         plot(results, options.plot)
 

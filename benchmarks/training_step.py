@@ -23,7 +23,7 @@ import torch
 from measure import CaseProcess, Ratio, in_turn, machine_rates, ratio
 from tqdm import tqdm
 
-from nemo.utils.atomic_files import replacing
+from nemo.utils.atomic_files import write_text
 
 CASES_SCRIPT = Path(__file__).with_name('training_step_cases.py')
 PARTS = ('masking', 'quantizer', 'decoder and loss', 'step')
@@ -196,8 +196,7 @@ def main(argv=None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     suffix = '' if options.device == 'cpu' else f"-{options.device.split(':')[0]}"
     written = options.output / f"training_step-{machine['nemo']}{suffix}.json"
-    with replacing(written) as unfinished:
-        unfinished.write_text(json.dumps(dict(machine=machine, results=results), indent=1))
+    write_text(written, json.dumps(dict(machine=machine, results=results), indent=1))
     plot(results, written.with_suffix('.png'))
     print(f"Wrote {written} and {written.with_suffix('.png')}")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import soundfile
 from phones import labels_of
 
-from nemo.utils.atomic_files import replacing
+from nemo.utils.atomic_files import write_text
 
 PARTS = ('train', 'test')
 
@@ -123,8 +123,8 @@ def prepare(corpus: Path, output: Path, test_speakers=None) -> dict[str, int]:
         made['test'] = [entry for entry in made['test'] if entry['speaker'] in test_speakers]
     output.mkdir(parents=True, exist_ok=True)
     for part, found in made.items():
-        with replacing(output / f'speechocean762_{part}_manifest.json') as partial:
-            partial.write_text(''.join(json.dumps(entry) + '\n' for entry in found), encoding='utf-8')
+        text = ''.join(json.dumps(entry) + '\n' for entry in found)
+        write_text(output / f'speechocean762_{part}_manifest.json', text)
     return {part: len(found) for part, found in made.items()}
 
 

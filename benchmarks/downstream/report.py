@@ -16,7 +16,7 @@ from arms import ARMS, COMPARED, FEATURES, KINDS, RUNNABLE, SEEDS
 from bootstrap import CONFIDENCE, Estimate, estimate
 from tables import label_of, rows_of
 
-from nemo.utils.atomic_files import replacing
+from nemo.utils.atomic_files import replacing, write_text
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / 'docs/evidence.md'
@@ -328,8 +328,7 @@ def main(argv=None) -> int:
     made = with_figures(page, figures(results))
     if options.check:
         return int(made != page)
-    with replacing(options.page) as partial:
-        partial.write_text(made, encoding='utf-8')
+    write_text(options.page, made)
     if results.errors:
         draw_rates(results, options.page.parent / 'pictures/evidence_rates.png')
     if (options.results / 'distance.csv').exists():

@@ -26,7 +26,7 @@ from pretrain import FACTOR, Recipe, build, pretrain, set_masks
 from tables import append, label_of, locked, rows_of
 
 from nemo.collections.asr.parts.ssl_reports.probe import ProbeSettings, layer_outputs, probe_errors
-from nemo.utils.atomic_files import replacing
+from nemo.utils.atomic_files import write_text
 
 HERE = Path(__file__).resolve().parent
 PROBES = ('kind', 'arm', 'seed', 'step', 'context', 'probe_seed', 'errors')
@@ -162,8 +162,7 @@ def run_cell(cell: Cell, speech: Speech, recipe: Recipe, settings: ProbeSettings
         if not (folder / 'log.json').exists():
             log = pretrain(cell.arm, cell.kind, cell.seed, speech, recipe, folder)
             append(options.results / 'pretraining.csv', TRAININGS, training_rows(cell, log))
-            with replacing(folder / 'log.json') as partial:
-                partial.write_text(json.dumps(log))
+            write_text(folder / 'log.json', json.dumps(log))
         steps = sorted(int(path.stem.split('-')[1]) for path in folder.glob('encoder-*.pt'))
         encoder = build('random', cell.kind, cell.seed, recipe).encoder
         for step in reversed(steps if cell.noise else steps[-1:]):
