@@ -43,8 +43,10 @@ class LeftOut:
 
     def summary(self) -> str:
         """Return a line for the log."""
-        parts = [f'{count} {reason} (first: {first})' for reason, (count, first) in self.reasons().items()]
-        return f"{self.total()} utterances were left out: {'; '.join(parts)}" if parts else 'no utterance was left out'
+        reasons = self.reasons()
+        parts = [f'{count} {reason} (first: {first})' for reason, (count, first) in reasons.items()]
+        total = sum(count for count, _ in reasons.values())
+        return f"{total} utterances were left out: {'; '.join(parts)}" if parts else 'no utterance was left out'
 
     def clear(self) -> None:
         """Clear the counts."""

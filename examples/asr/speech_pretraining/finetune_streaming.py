@@ -64,9 +64,9 @@ def prepare(cfg: DictConfig) -> DictConfig:
     Raises:
         ValueError: naming the key, its value and what is allowed.
     """
-    if cfg.get('init_from_ptl_ckpt') or cfg.get('init_from_pretrained_model'):
-        if 'init_from_nemo_model.pretrained.path' in OmegaConf.missing_keys(cfg):
-            cfg.init_from_nemo_model = None
+    is_other_form = cfg.get('init_from_ptl_ckpt') or cfg.get('init_from_pretrained_model')
+    if is_other_form and 'init_from_nemo_model.pretrained.path' in OmegaConf.missing_keys(cfg):
+        cfg.init_from_nemo_model = None
     for kind, place in PLACES.items():
         if isinstance(cfg.get(kind), str):  # a recogniser has a decoder of its own
             with open_dict(cfg):
@@ -170,12 +170,15 @@ def count_left_out(section) -> None:
         for key in ('manifest_filepath', 'tarred_audio_filepaths')
     )
     found = set().union(*map(files_in, tars)) if tars and not any(map(is_remote, tars)) else None
+    left_out: dict[str, list[str]] = {OUTSIDE_LIMITS: [], NO_MEMBER: []}
     for line in (line for path in paths if not is_remote(path) for line in read_entries(path)):
         where = f"{line.manifest}, line {line.number}"
         if not least <= (line.entry.get('duration') or least) <= most:
-            LEFT_OUT.add(OUTSIDE_LIMITS, f"{where}: {line.entry['duration']} s")
+            left_out[OUTSIDE_LIMITS].append(f"{where}: {line.entry['duration']} s")
         elif found is not None and file_id(str(line.audio)).partition('-sub')[0] not in found:
-            LEFT_OUT.add(NO_MEMBER, f"{where}: {line.audio}")
+            left_out[NO_MEMBER].append(f"{where}: {line.audio}")
+    for reason, entries in left_out.items():
+        LEFT_OUT.add(reason, ''.join(entries[:1]), len(entries))
 
 
 def skip_bad_audio(model) -> None:
