@@ -61,21 +61,11 @@ PARTS = 'nemo.collections.asr.parts'
 PUBLIC = ('att_context', 'objectives', 'streaming')
 
 
-def _origins(folder: Path) -> dict[str, str]:
-    """Return the modules from which a package imports its names, at once or when they are first used."""
-    tree = ast.parse((folder / '__init__.py').read_text(encoding='utf-8'))
-    found = {
-        alias.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
-    }
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == '_IMPORTED_LATE':
-            found.update({name: f'{PARTS}.{module}' for name, module in ast.literal_eval(node.value).items()})
-    return found
-
-
-def _public_api(folder: Path, package: str, origins: dict[str, str]) -> list[str]:
+def _public_api(folder: Path, package: str) -> list[str]:
     """Return the table of what a package exports, Markdown: each name, and the first line of its docstring."""
     tree = ast.parse((folder / '__init__.py').read_text(encoding='utf-8'))
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    origins = {alias.name: node.module for node in imports for alias in node.names}
     exported = next(
         node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == '__all__'
     )
@@ -102,9 +92,8 @@ def _write_public_api(app):
     """Write the page of the public API, which is made of the packages' ``__all__``."""
     lines = ['# Public API', '', 'What these packages export. Other names that NeMo does not have may change.', '']
     folders = {f'{PARTS}.{name}': ROOT / f'{PARTS}.{name}'.replace('.', '/') for name in PUBLIC}
-    origins = {name: module for folder in folders.values() for name, module in _origins(folder).items()}
     for package, folder in folders.items():
-        lines += _public_api(folder, package, origins)
+        lines += _public_api(folder, package)
     (ROOT / 'docs/public_api.md').write_text('\n'.join(lines), encoding='utf-8')
 
 

@@ -52,12 +52,10 @@ def row(name, key):
 
 def tables():
     """Return the tables of all sections, Markdown."""
-    lines = []
+    keys, lines = config_keys(), []
     for section, title in TITLES.items():
         rows = [
-            row(name.removeprefix(f'{section}.'), key)
-            for name, key in config_keys().items()
-            if section_of(name) == section
+            row(name.removeprefix(f'{section}.'), key) for name, key in keys.items() if section_of(name) == section
         ]
         lines += [
             f'## {title}: `{section}`',

@@ -57,11 +57,6 @@ def test_the_code_about_contexts_runs_and_leaves_the_model_as_it_was(position):
         assert model.encoder.att_context_size == [80, 0]
 
 
-def test_the_code_about_reports_runs():
-    for snippet in snippets('docs/reports.md', 'python'):
-        exec(snippet, {})
-
-
 def test_the_modules_of_the_architecture_exist():
     names = set(re.findall(r'`(nemo(?:\.[a-z_]+)+)`', (ROOT / 'docs/architecture.md').read_text()))
     assert names and not [name for name in names if importlib.util.find_spec(name) is None]

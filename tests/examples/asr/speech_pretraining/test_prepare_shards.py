@@ -133,8 +133,7 @@ def test_shuffled_shards_have_another_order_and_a_folder_of_their_own(shards, ma
     assert 'shuffle 1, not None' in capsys.readouterr().err
 
 
-def test_what_the_limits_leave_out_is_counted(shards, manifest, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shard_writer.LEFT_OUT, 'path', str(tmp_path / 'left_out'))
+def test_what_the_limits_leave_out_is_counted(shards, manifest, capsys):
     entry = {'audio_filepath': 'long.wav', 'duration': 99.0}
     manifest.write_text(manifest.read_text().rstrip() + '\n' + json.dumps(entry) + '\n')
     assert pack(shards, manifest, '--max_duration=9') == 0
