@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from nemo.collections.asr.parts.att_context.visible_frames import masked_share_per_frame
 from nemo.collections.asr.parts.objectives.base import BatchInputs
 
 FARTHEST = 10  # attention frames; greater distances count as this one
@@ -52,7 +53,7 @@ def masked_losses(model, record) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
         record: of a forward pass, within its context.
     """
     log_probs = model.decoder(encoder_output=record.encoded)[:, record.decoder_offset :]
-    share, tokens = record.masked_share(), record.tokens
+    share, tokens = masked_share_per_frame(record.masks, record.factor), record.tokens
     log_probs, tokens = (each.flatten(3).squeeze(3) if each.dim() == 4 else each for each in (log_probs, tokens))
     tokens = tokens[..., 0] if tokens.dim() == 3 else tokens
     frames = min(log_probs.shape[1], share.shape[1], tokens.shape[1])

@@ -31,6 +31,7 @@ from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredM
 from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
 from nemo.collections.asr.parts.att_context.receptive_field import context_table
 from nemo.collections.asr.parts.preprocessing.features import load_fixed_statistics
+from nemo.collections.asr.parts.ssl_reports.figures import attention_frame_ms
 from nemo.collections.asr.parts.utils.pretraining_checks import check_pretraining_config
 from nemo.core.config import hydra_runner
 from nemo.utils import logging
@@ -63,8 +64,7 @@ def build(cfg: DictConfig) -> tuple[pl.Trainer, EncDecDenoiseMaskedTokenPredMode
     exp_manager(trainer, cfg.get("exp_manager", None))
     model = EncDecDenoiseMaskedTokenPredModel(cfg=cfg.model, trainer=trainer)
     model.maybe_init_from_pretrained_checkpoint(cfg)
-    frame = model.encoder.subsampling_factor * cfg.model.preprocessor.get('window_stride', 0.01) * 1000
-    logging.info(f"Attention contexts:\n{context_table(model.encoder, frame)}")
+    logging.info(f"Attention contexts:\n{context_table(model.encoder, attention_frame_ms(model))}")
     return trainer, model
 
 

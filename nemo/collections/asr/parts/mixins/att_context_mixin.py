@@ -64,7 +64,7 @@ class AttContextMixin(LightningModule):
         if not follows or window is None or window.context.right != 0:
             return
         context = list(self.encoder.att_context_size)
-        if window.context.left == 0:
+        if not window.sees_other_frames:
             raise ValueError(
                 f"model.encoder.att_context_size {context}: no layer sees another frame, so "
                 "masked frames cannot be predicted; set a left context of 1 or more, or a look-ahead"

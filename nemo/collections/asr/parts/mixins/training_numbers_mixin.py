@@ -4,10 +4,13 @@
 import os
 import sys
 import time
+from functools import cached_property
 
 import torch
 from lightning.pytorch import LightningModule
 from omegaconf import ListConfig
+
+from nemo.collections.asr.parts.utils.nonfinite_guard import parameters_of
 
 Logs = dict[str, float | torch.Tensor]
 OF_ONE_STEP = ('learning_rate', 'global_step', 'att_context_left', 'att_context_right', 'next_token_offset')
@@ -63,12 +66,14 @@ class TrainingNumbersMixin(LightningModule):
 
     _interval: IntervalNumbers | None = None
     _step_began = 0.0
+    _sources: tuple[str, ...] = ()  # of the training data's mixture
     _updated: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
     """Weights before the last step of an interval, and the weights themselves."""
 
     def on_train_start(self) -> None:
         """Begin the first interval."""
         super().on_train_start()
+        self._sources = tuple(sorted(_sources_of((self.cfg.get('train_ds') or {}).get('input_cfg'))))
         self._interval, self._step_began = IntervalNumbers(), time.perf_counter()
 
     def add_step(self, logs: Logs) -> None:
@@ -90,15 +95,21 @@ class TrainingNumbersMixin(LightningModule):
         numbers.add('predicted', predicted)
         if self._encoder_has_context():
             numbers.add('flops', self.flops_of_step(record, predicted))
-        names = self._sources()
+        names = self._sources
         if names and found and getattr(batch, 'sources', None):
             losses, counts, utterances = found[0]
             index = _to(torch.tensor([names.index(source) for source in batch.sources]), losses.device)[utterances]
             empty = losses.new_zeros(len(names))
             numbers.add('sources', *(empty.index_add(0, index, each.to(losses)) for each in (losses, counts)))
 
-    def _sources(self) -> list[str]:
-        return sorted(_sources_of((self.cfg.get('train_ds') or {}).get('input_cfg')))
+    @cached_property
+    def _multiplied_weights(self) -> tuple[int, int]:
+        """How many weights each encoder frame, and each predicted token, is multiplied by."""
+        of_encoder, of_decoder = (
+            sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
+            for module in (self.encoder, self.objectives.decoder)
+        )
+        return of_encoder, of_decoder
 
     def flops_of_step(self, record, predicted: torch.Tensor):
         """Return the floating point operations of forward and backward pass, without what is computed twice.
@@ -108,10 +119,7 @@ class TrainingNumbersMixin(LightningModule):
         encoder, (batch, _, frames) = self.encoder, record.encoded.shape
         left, right = encoder.att_context_size[0], encoder.att_context_size[-1]  # of rc, the 3 numbers' ends
         keys = frames if left < 0 else min(frames, left + 1 + max(right, 0))
-        of_encoder, of_decoder = (
-            sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
-            for module in (encoder, self.objectives.decoder)
-        )
+        of_encoder, of_decoder = self._multiplied_weights
         attention = 12.0 * len(encoder.layers) * encoder.d_model * batch * frames * keys
         return attention + 6.0 * (of_encoder * batch * frames + of_decoder * predicted)
 
@@ -119,8 +127,7 @@ class TrainingNumbersMixin(LightningModule):
         """Keep the weights before the last step of an interval."""
         super().on_before_optimizer_step(optimizer)
         if self._interval is not None and self._interval_ends():
-            trained = [weight for group in optimizer.param_groups for weight in group['params']]
-            weights = [_local(weight.detach()) for weight in trained if weight.grad is not None]
+            weights = [_local(weight.detach()) for weight in parameters_of(optimizer) if weight.grad is not None]
             if weights:  # a skipped step may have no gradient at all
                 self._updated = [weight.clone() for weight in weights], weights
 
@@ -171,7 +178,7 @@ class TrainingNumbersMixin(LightningModule):
             logs.update({'audio_seconds_per_second': per_rank * world, 'audio_seconds_per_second/rank': per_rank})
             logs['predicted_tokens_per_second'] = logs.pop('predicted') / seconds * world
         if 'sources' in logs:
-            logs.update(zip((f'train_loss/source/{name}' for name in self._sources()), logs.pop('sources')))
+            logs.update(zip((f'train_loss/source/{name}' for name in self._sources), logs.pop('sources')))
         if 'flops' in logs:
             per_rank = logs.pop('flops') / seconds
             logs['model_tflops_per_second'] = per_rank * world / 1e12

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 
 from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET
-from nemo.collections.asr.parts.att_context.visible_frames import masked_share_per_frame
 
 Frames = tuple[torch.Tensor, torch.Tensor]
 Logs = dict[str, float | torch.Tensor]
@@ -40,10 +39,6 @@ class BatchRecord(NamedTuple):
     factor: int  # mask frames per attention frame
     threshold: float  # share of an attention frame's mask frames above which it counts as masked
     decoder_offset: int  # leading decoder frames that the loss of masked tokens drops
-
-    def masked_share(self) -> torch.Tensor:
-        """Return the masked share of each attention frame, [B, M // factor] float32."""
-        return masked_share_per_frame(self.masks, self.factor)
 
 
 class LossPositions(NamedTuple):

@@ -8,6 +8,7 @@ Counts stay on the device of the masks, and nothing synchronises.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -38,7 +39,12 @@ class MaskAudit:
     frames: torch.Tensor
     frames_masked: torch.Tensor
     no_visible_frame: dict[str, torch.Tensor]  # for each window, the masked frames without a visible frame in it
-    runs: torch.Tensor  # [R]: how many runs of so many masked frames there are
+    masked: torch.Tensor  # [B, A] bool
+
+    @cached_property
+    def runs(self) -> torch.Tensor:
+        """How many runs of each number of masked frames there are, [R]."""
+        return _run_lengths(self.masked)
 
     def masked_share(self) -> torch.Tensor:
         """Share of the mask frames that is masked."""
@@ -109,7 +115,7 @@ def audit_masks(
         frames=frames.sum(),
         frames_masked=masked.sum(),
         no_visible_frame={name: lost[window] for name, window in windows.items()},
-        runs=_run_lengths(masked),
+        masked=masked,
     )
 
 

@@ -43,9 +43,10 @@ class CodebookUse:
 
     def collapse(self) -> str | None:
         """Return how the targets have collapsed, or None. Synchronises host and device: not for every step."""
-        if self.counts is None:
+        counts = self.counts
+        if counts is None:
             return None
-        statistics = torch.stack([value.double() for value in statistics_of(self.counts).values()])
+        statistics = torch.stack([value.double() for value in statistics_of(counts).values()])
         used, perplexity, top_share, frames = statistics.tolist()
         found = f'{used:.0f} of {self.num_classes} codes, perplexity {perplexity:.1f}, in {frames:.0f} frames'
         if frames and top_share > COLLAPSED_TOP_SHARE:

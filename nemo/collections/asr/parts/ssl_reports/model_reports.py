@@ -4,8 +4,7 @@
 import torch
 from lightning.pytorch import LightningModule
 
-from nemo.collections.asr.parts.att_context.context import UNLIMITED
-from nemo.collections.asr.parts.att_context.receptive_field import stack_window
+from nemo.collections.asr.parts.att_context.receptive_field import look_ahead_ms
 from nemo.collections.asr.parts.att_context.windows import tightest_window_of
 from nemo.collections.asr.parts.objectives.base import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.audit import STACK, WINDOW, MaskAudit, audit_pass
@@ -51,7 +50,7 @@ class ModelReports:
         if self.codebook_use is not None:
             self.codebook_use.update(record.tokens, record.token_lengths)
             if self.codebook_use.block_is_complete:
-                self._warn_if_targets_collapsed()
+                _warn_if_collapsed(self.codebook_use)
         audits = self.audit_every_n_batches is not None and self._batches % self.audit_every_n_batches == 0
         self._batches += 1
         audit = audit_pass(record, model.encoder, layers=audits) if model.objectives.masks else None
@@ -89,24 +88,15 @@ class ModelReports:
         logs.update({f'run_frames/{name}': frames for name, frames in runs.items()})
         shares = audit.no_visible_frame_share()
         logs.update({f'no_visible_frame/{name}': share for name, share in shares.items() if name != WINDOW})
-        stack = stack_window(model.encoder)
-        if stack is not None:
-            right = stack.context.right
-            logs['look_ahead_ms'] = -1.0 if right == UNLIMITED else right * attention_frame_ms(model)
+        if STACK in shares:
+            milliseconds = look_ahead_ms(model.encoder, None, attention_frame_ms(model))
+            logs['look_ahead_ms'] = -1.0 if milliseconds is None else milliseconds
         return {f'audit/{name}': value for name, value in logs.items()}
-
-    def _warn_if_targets_collapsed(self) -> None:
-        reason = None if self.codebook_use is None else self.codebook_use.collapse()
-        if reason is not None:
-            logging.warning(
-                f"The targets have collapsed: {reason}. The loss will fall and nothing will be learned. Set "
-                "model.target_normalize: per_feature, or normalise the features (model.preprocessor.normalize)."
-            )
 
     def end_of_training(self) -> None:
         """Look at the targets once more: a short run may never have completed a block of batches."""
         if self.codebook_use is not None and not self.codebook_use.block_is_complete:
-            self._warn_if_targets_collapsed()
+            _warn_if_collapsed(self.codebook_use)
 
     def keep_for_figures(self, model, record: BatchRecord | None) -> None:
         """Draw the first utterance of a validation, within the context of the pass."""
@@ -116,6 +106,15 @@ class ModelReports:
         if self._drawn_at != trainer.global_step:
             self._drawn_at = trainer.global_step
             draw_contexts(model, record)
+
+
+def _warn_if_collapsed(use: CodebookUse) -> None:
+    reason = use.collapse()
+    if reason is not None:
+        logging.warning(
+            f"The targets have collapsed: {reason}. The loss will fall and nothing will be learned. Set "
+            "model.target_normalize: per_feature, or normalise the features (model.preprocessor.normalize)."
+        )
 
 
 class ReportsMixin(LightningModule):
@@ -131,8 +130,9 @@ class ReportsMixin(LightningModule):
     def _add_whole_interval(self, numbers) -> None:
         super()._add_whole_interval(numbers)
         use = self.reports.codebook_use
-        if use is not None and use.counts is not None:
-            numbers.add('codebook', use.counts)
+        counts = None if use is None else use.counts
+        if counts is not None:
+            numbers.add('codebook', counts)
 
     def _derived(self, logs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         counts, derived = logs.pop('codebook', None), super()._derived(logs)

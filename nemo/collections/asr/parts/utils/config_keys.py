@@ -58,7 +58,7 @@ def key(default, meaning: str, allowed: Allowed = ANYTHING, **page: str) -> Any:
     if default is None and allowed is not ANYTHING:
         text, test = allowed
         allowed = Allowed(f'null or {text}', lambda value: value is None or test(value))
-    return field(default=default, metadata={'default': default, 'meaning': meaning, 'allowed': allowed, **page})
+    return field(default=default, metadata={'meaning': meaning, 'allowed': allowed, **page})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +245,7 @@ class Streaming(Section, name='streaming', page='nemo_pipelines', closed=False):
 
 SECTIONS = [dataclass(frozen=True, kw_only=True)(section) for section in Section.__subclasses__()]
 CONFIG_KEYS: dict[str, dict[str, Any]] = {
-    f'{section.name}.{each.name}': {'page': section.page, **each.metadata}
+    f'{section.name}.{each.name}': {'page': section.page, 'default': each.default, **each.metadata}
     for section in SECTIONS
     for each in fields(section)
 }

@@ -89,7 +89,7 @@ class NonFiniteGuard:
     def on_before_optimizer_step(self, optimizer) -> None:
         """Refuse or skip a step whose gradients are not all finite, and log their norm."""
         super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
-        self._gradient_norm = gradient_norm(_parameters(optimizer))
+        self._gradient_norm = gradient_norm(parameters_of(optimizer))
         if math.isfinite(self._gradient_norm):
             self._skipped_in_a_row = 0
         elif getattr(self.trainer.precision_plugin, 'scaler', None) is None:
@@ -119,7 +119,7 @@ class NonFiniteGuard:
             clip = super().configure_gradient_clipping  # type: ignore[misc]
             clip(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif self._gradient_norm > gradient_clip_val:
-            gradients = [weight.grad for weight in _parameters(optimizer) if weight.grad is not None]
+            gradients = [weight.grad for weight in parameters_of(optimizer) if weight.grad is not None]
             torch._foreach_mul_(gradients, gradient_clip_val / (self._gradient_norm + 1e-6))  # as clip_grad_norm_
 
     def _skips_nonfinite(self) -> bool:
@@ -129,7 +129,7 @@ class NonFiniteGuard:
         return self._skips_nonfinite() or bool((self.cfg.get('train_ds') or {}).get('skip_bad_audio'))
 
 
-def _parameters(optimizer) -> list[torch.nn.Parameter]:
+def parameters_of(optimizer) -> list[torch.nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group['params']]
 
 
