@@ -43,7 +43,7 @@ from nemo.collections.asr.models import (
 )
 from nemo.collections.asr.parts.ssl_reports.figures import look_ahead_title
 from nemo.collections.asr.parts.streaming.session import StreamingSession
-from nemo.collections.asr.parts.utils.manifest_index import expanded, is_remote, paths_in, read_entries
+from nemo.collections.asr.parts.utils.manifest_index import expanded, is_remote, local_entries, paths_in
 from nemo.collections.asr.parts.utils.pretraining_checks import check_contexts, check_known_keys
 from nemo.collections.common.data.lhotse.nemo_adapters import NO_MEMBER
 from nemo.core.classes.modelPT import ModelPT
@@ -165,18 +165,14 @@ def count_left_out(section) -> None:
     if section.get('use_lhotse'):
         return  # which counts while it reads
     least, most = section.get('min_duration') or 0.0, section.get('max_duration') or float('inf')
-    paths, tars = (
-        [file for path in paths_in(section.get(key)) for file in expanded(path)]
-        for key in ('manifest_filepath', 'tarred_audio_filepaths')
-    )
+    tars = [tar for path in paths_in(section.get('tarred_audio_filepaths')) for tar in expanded(path)]
     found = set().union(*map(files_in, tars)) if tars and not any(map(is_remote, tars)) else None
     left_out: dict[str, list[str]] = {OUTSIDE_LIMITS: [], NO_MEMBER: []}
-    for line in (line for path in paths if not is_remote(path) for line in read_entries(path)):
-        where = f"{line.manifest}, line {line.number}"
+    for line in local_entries(section.get('manifest_filepath')):
         if not least <= (line.entry.get('duration') or least) <= most:
-            left_out[OUTSIDE_LIMITS].append(f"{where}: {line.entry['duration']} s")
+            left_out[OUTSIDE_LIMITS].append(f"{line.place}: {line.entry['duration']} s")
         elif found is not None and file_id(str(line.audio)).partition('-sub')[0] not in found:
-            left_out[NO_MEMBER].append(f"{where}: {line.audio}")
+            left_out[NO_MEMBER].append(f"{line.place}: {line.audio}")
     for reason, entries in left_out.items():
         LEFT_OUT.add(reason, ''.join(entries[:1]), len(entries))
 

@@ -62,7 +62,7 @@ def audio_entries(files: list[Path], manifest: Path | str | None, must_exist: bo
         path = get_full_path(line.audio, manifest_file=line.manifest)
         entries.append({**line.entry, 'audio_filepath': path})
         if must_exist and not (isinstance(path, str) and Path(path).is_file()):
-            raise ValueError(f'{line.manifest}, line {line.number}: there is no audio file {line.audio}')
+            raise ValueError(f'{line.place}: there is no audio file {line.audio}')
     return entries
 
 

@@ -171,4 +171,4 @@ def _check_first(what: str, open_cuts: Callable, limits: str = '') -> None:
 def _check_audio(line: Line) -> None:
     for file in [line.audio] if isinstance(line.audio, str) else line.audio:
         if not is_remote(file) and not Path(get_full_path(file, manifest_file=line.manifest)).is_file():
-            raise ValueError(f"{line.manifest}, line {line.number}: no audio file {file}")
+            raise ValueError(f"{line.place}: no audio file {file}")

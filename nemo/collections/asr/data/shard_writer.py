@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nemo.collections.asr.data.loader_workers import in_order
 from nemo.collections.asr.data.ssl_dataset import LEAST_SHARE_OF_DURATION, BadAudioError
 from nemo.collections.asr.parts.utils.manifest_index import Line, read_entries
-from nemo.collections.asr.parts.utils.nonfinite_guard import samples_are_valid
+from nemo.collections.asr.parts.utils.nonfinite_guard import NOT_FINITE, samples_are_valid
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
 from nemo.utils.atomic_files import write_text
 from nemo.utils.left_out import LEFT_OUT, OUTSIDE_LIMITS
@@ -61,7 +61,7 @@ class Plan:
             if self.min_duration <= seconds <= self.max_duration:
                 lines.append(line)
             else:
-                LEFT_OUT.add(OUTSIDE_LIMITS, f'{line.manifest}, line {line.number}: {seconds} s')
+                LEFT_OUT.add(OUTSIDE_LIMITS, f'{line.place}: {seconds} s')
         if not lines:
             raise ValueError(f"--manifest: nothing is left of {', '.join(self.manifests)}")
         if self.shuffle is not None:
@@ -87,7 +87,7 @@ def cut_of(line: Line, number: int, sample_rate: int | None) -> MonoCut:
     cut = cut.resample(sample_rate or cut.sampling_rate).with_id(name)
     samples = torch.from_numpy(cut.load_audio())
     if not samples.numel() or not samples_are_valid(samples):
-        raise BadAudioError("it has samples that are NaN or infinite" if samples.numel() else "it is empty")
+        raise BadAudioError(f"it has {NOT_FINITE}" if samples.numel() else "it is empty")
     fields = {'text': entry.get('text'), 'speaker': entry.get('speaker'), 'language': entry.get('lang')}
     cut.supervisions = [SupervisionSegment(name, name, start=0.0, duration=cut.duration, **fields)]
     cut.custom = {key: value for key, value in entry.items() if key not in TAKEN} or None
@@ -140,7 +140,7 @@ class ShardMaker(torch.utils.data.Dataset):
             except Exception as error:  # soundfile, lhotse and its backends each have their own
                 reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
                 if self.stop:
-                    raise BadAudioError(f"{line.manifest}, line {line.number}: {line.audio}: {reason}") from None
+                    raise BadAudioError(f"{line.place}: {line.audio}: {reason}") from None
                 bad.append({'manifest': line.manifest, 'line': line.number, 'reason': reason, 'file': line.audio})
 
 

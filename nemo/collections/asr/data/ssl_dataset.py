@@ -26,8 +26,8 @@ from lhotse import CutSet
 
 from nemo.collections.asr.data.audio_files import audio_entries
 from nemo.collections.asr.data.manifest_entries import ManifestEntries
-from nemo.collections.asr.parts.utils.manifest_index import expanded, is_remote, paths_in, read_entries
-from nemo.collections.asr.parts.utils.nonfinite_guard import NOT_FINITE, on_this_rank, samples_are_valid
+from nemo.collections.asr.parts.utils.manifest_index import expanded, is_remote, local_entries, paths_in
+from nemo.collections.asr.parts.utils.nonfinite_guard import NOT_FINITE, fault_of, on_this_rank, samples_are_valid
 from nemo.collections.common.data.lhotse.nemo_adapters import CUT_OFF, LEAST_SHARE_OF_DURATION, NO_MEMBER, STANDS_FOR
 from nemo.collections.common.parts.preprocessing import collections
 from nemo.utils import logging
@@ -146,15 +146,14 @@ class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
         if not self.manifest_processor.collection:
             raise ValueError(f"{manifest_filepath}: no entry lasts from {min_duration=} to {max_duration=} seconds")
         self._files_of_shards = defaultdict(set)
-        for path in paths_in(manifest_filepath):
-            for line in () if is_remote(path) else read_entries(path):
-                self._expect(line, line.entry.get('duration'), min_duration, max_duration)
+        for line in local_entries(manifest_filepath):
+            self._expect(line, line.entry.get('duration'), min_duration, max_duration)
         self._expect_strays([tar for path in paths_in(audio_tar_filepaths) for tar in expanded(path)])
 
     def _expect(self, line, duration: float | None, shortest: float | None, longest: float | None) -> None:
         """Note the file of an entry by its ``shard_id``, or count one that NeMo leaves out for its duration."""
         if duration is not None and not (shortest or 0) <= duration <= (np.inf if longest is None else longest):
-            LEFT_OUT.add(OUTSIDE_LIMITS, f'{line.manifest}, line {line.number}: {duration} s')
+            LEFT_OUT.add(OUTSIDE_LIMITS, f'{line.place}: {duration} s')
         else:
             self._files_of_shards[line.entry.get('shard_id')].add(file_id(line.audio).partition('-sub')[0])
 
@@ -342,10 +341,8 @@ def load_noise_audio(sample, sample_rate, max_audio_len=None, **kwargs):
             read |= {'offset': np.random.uniform(0, sample['duration'] - longest), 'duration': longest}
     try:
         noise, length = _load_noise_audio(read, sample_rate, max_audio_len, **kwargs)
-        if not length or not samples_are_valid(noise):
-            raise BadAudioError(
-                f"{sample['audio_filepath']}: {NOT_FINITE if length else 'there are no samples in it'}"
-            )
+        if fault := fault_of(noise[: int(length)]):
+            raise BadAudioError(f"{sample['audio_filepath']}: {fault}")
     except Exception as error:
         bad = _bad_file(sample['audio_filepath'], error)
         LEFT_OUT.add('bad noise, replaced by other noise', str(bad))

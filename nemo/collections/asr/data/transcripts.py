@@ -6,18 +6,17 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 from nemo.collections.asr.data.data_checks import sources_in
-from nemo.collections.asr.parts.utils.manifest_index import is_remote, paths_in, read_entries
+from nemo.collections.asr.parts.utils.manifest_index import local_entries
 from nemo.utils import logging
 
 
 def texts_of(section) -> Iterator[str]:
     """Yield the texts of a data section's local manifests; ValueError names a line without text."""
     for _, source in sources_in(section):
-        for path in paths_in(source.get('manifest_filepath')):
-            for line in () if is_remote(path) else read_entries(path):
-                if not isinstance(line.entry.get('text'), str):
-                    raise ValueError(f"{line.manifest}, line {line.number} has no text")
-                yield line.entry['text']
+        for line in local_entries(source.get('manifest_filepath')):
+            if not isinstance(line.entry.get('text'), str):
+                raise ValueError(f"{line.place} has no text")
+            yield line.entry['text']
 
 
 def characters_of(section) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from nemo.collections.asr.parts.utils.nonfinite_guard import NOT_FINITE, samples_are_valid
+from nemo.collections.asr.parts.utils.nonfinite_guard import fault_of
 from nemo.utils import logging
 from nemo_streaming_ssl import upstream
 
@@ -138,8 +138,8 @@ class WaveformFeaturizer(_up.WaveformFeaturizer):
             raise ValueError(
                 f"{file_path}: channel_selector {selector} gives {samples.shape[1]} channels; set one or 'average'"
             )
-        if not len(samples) or not samples_are_valid(samples):
-            raise ValueError(f"{file_path}: {NOT_FINITE if len(samples) else 'there are no samples in it'}")
+        if fault := fault_of(samples):
+            raise ValueError(f"{file_path}: {fault}")
         return samples
 
 

@@ -38,11 +38,16 @@ class Line(NamedTuple):
     entry: dict
 
     @property
+    def place(self) -> str:
+        """Where it is, for messages."""
+        return f'{self.manifest}, line {self.number}'
+
+    @property
     def audio(self) -> str | list[str]:
         """The audio of the entry, under either of NeMo's names; ValueError if it has neither."""
         audio = self.entry.get('audio_filepath', self.entry.get('audio_filename'))
         if not isinstance(audio, (str, list)) or not audio:
-            raise ValueError(f"{self.manifest}, line {self.number} has no audio_filepath")
+            raise ValueError(f"{self.place} has no audio_filepath")
         return audio
 
 
@@ -73,6 +78,13 @@ def read_entries(pattern: str | Path, needed: tuple[str, ...] = ()) -> Iterator[
             yield line
         if line is None:
             raise ValueError(f"manifest {path} has no entries")
+
+
+def local_entries(value) -> Iterator[Line]:
+    """Read the manifests of this machine in a value, see :func:`paths_in`; others are left to their reader."""
+    for path in paths_in(value):
+        if not is_remote(path):
+            yield from read_entries(path)
 
 
 class ManifestIndex:

@@ -38,6 +38,13 @@ def samples_are_valid(samples: torch.Tensor) -> bool:
     return bool((lowest >= -LARGEST_SAMPLE) & (highest <= LARGEST_SAMPLE))  # False for NaN
 
 
+def fault_of(samples: torch.Tensor) -> str | None:
+    """Return what is wrong with the samples of a file, None: nothing; synchronises a device."""
+    if not samples.numel():
+        return 'there are no samples in it'
+    return None if samples_are_valid(samples) else NOT_FINITE
+
+
 class NonFiniteGuard:
     """Mixin for the SSL models: no step is taken on non-finite samples or gradients.
 
@@ -130,6 +137,7 @@ class NonFiniteGuard:
 
 
 def parameters_of(optimizer) -> list[torch.nn.Parameter]:
+    """Return what an optimizer trains, of all its groups."""
     return [parameter for group in optimizer.param_groups for parameter in group['params']]
 
 

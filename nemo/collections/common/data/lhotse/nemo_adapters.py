@@ -35,9 +35,6 @@ CUT_OFF = 'missing in a tar file that is cut off'
 NO_MEMBER = 'without a member in their tar file'
 STANDS_FOR = 'stands_for'
 """Key of a cut's custom values: why utterances have no audio, and how many the cut stands for."""
-UNREADABLE = SimpleNamespace(
-    samplerate=16000, channels=1, frames=1, duration=1 / 16000
-)  # a header, where there is none
 
 
 class JsonLines(_up.LazyJsonlIterator):
@@ -173,11 +170,11 @@ class _NonFiniteBackend(LibsndfileBackend):
 
 
 def _header(file: BytesIO):
-    """Return what ``soundfile.info`` does, or ``UNREADABLE``."""
+    """Return what ``soundfile.info`` does, or a header of one sample where there is none."""
     try:
         return sound_files.info(file)
     except Exception:  # of libsndfile
-        return UNREADABLE
+        return SimpleNamespace(samplerate=16000, channels=1, frames=1, duration=1 / 16000)
 
 
 class WholeTarIterator(TarIterator):
