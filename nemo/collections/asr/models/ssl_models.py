@@ -229,10 +229,8 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
         if inputs.targets is None:
             features = inputs.clean if self.pre_encoder is None else self.targets.subsampled(*inputs.clean)
             inputs.targets = self.targets.of(*features)
-        threshold, offset = (
-            getattr(self.loss, 'mask_threshold', MASK_THRESHOLD),
-            getattr(self.loss, 'decoder_offset', 0),
-        )
+        threshold = getattr(self.loss, 'mask_threshold', MASK_THRESHOLD)
+        offset = getattr(self.loss, 'decoder_offset', 0)
         made = encoded, encoded_lengths, masks, mask_lengths, *inputs.targets, *inputs.clean
         return BatchRecord(*made, self.mask_frames_per_attention_frame, threshold, offset)  # type: ignore[call-arg]
 

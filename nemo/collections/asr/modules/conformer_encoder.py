@@ -16,7 +16,7 @@ from nemo.collections.asr.parts.att_context.blockwise import (
     parse_choice,
     wins_by_blocks,
 )
-from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, sums_to_one
 from nemo.collections.asr.parts.att_context.encoder_context import EncoderContext
 from nemo.collections.asr.parts.att_context.policy import SAMPLER, ContextSampler
 from nemo.collections.asr.parts.att_context.schedule import LayerContext, LayerContexts, parse_layer_contexts
@@ -73,6 +73,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         for index, layer in enumerate(self.layers):
             layer.recomputes = _recomputes(activation_checkpointing, index)
         self._connect_layers()
+        self._layer_contexts = (None,) * len(self.layers)
         self.set_layer_att_context_size(layer_att_context_size)
 
     def tightest_left_context(self) -> int:
@@ -186,7 +187,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         if self._has_layer_contexts() and self_attention_model == 'rel_pos_local_attn':
             raise ValueError(
                 "change_attention_model: rel_pos_local_attn does not support contexts by layer, "
-                f"{self._plain_layer_contexts()}; drop them first with set_layer_att_context_size(None)"
+                f"{self.plain_layer_contexts()}; drop them first with set_layer_att_context_size(None)"
             )
         with self._assigning_default():
             super().change_attention_model(self_attention_model, *args, **kwargs)
@@ -231,7 +232,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         return choice == 'on' or wins_by_blocks(window, frames, positions, self.use_pytorch_sdpa)
 
     def _calc_context_sizes(self, att_context_size, att_context_probs, **kwargs):
-        if att_context_probs and abs(sum(att_context_probs) - 1) <= 1e-6:
+        if att_context_probs and sums_to_one(att_context_probs):
             # Stock requires a sum of exactly 1, which ten times 0.1 misses.
             att_context_probs = [*att_context_probs[:-1], 1 - sum(att_context_probs[:-1])]
         return super()._calc_context_sizes(
@@ -256,7 +257,8 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
                 f"layers; use rel_pos or abs_pos, with one of {STYLES}"
             )
 
-    def _plain_layer_contexts(self) -> list:
+    def plain_layer_contexts(self) -> list:
+        """Return each layer's own context as a list, or None, as configs have them."""
         return [None if context is None else context.as_list() for context in self._layer_contexts]
 
     def _connect_layers(self) -> None:
@@ -270,7 +272,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         with open_dict(cfg):
             cfg.pop(LAYER_CONTEXTS, None)
             if self._has_layer_contexts():
-                cfg[LAYER_CONTEXTS] = self._plain_layer_contexts()
+                cfg[LAYER_CONTEXTS] = self.plain_layer_contexts()
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         if not hasattr(self.pre_encode, 'pre_encode'):  # pre-trained with post-conv masking, which wraps it

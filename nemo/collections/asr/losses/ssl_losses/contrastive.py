@@ -54,7 +54,9 @@ class ContrastiveLoss(_up.ContrastiveLoss):
         chosen = masked.flatten().nonzero().squeeze(1)  # synchronises once; a mask would twice, and in backward passes
         outputs, positives = (x.flatten(0, 1).index_select(0, chosen) for x in (decoder_outputs, targets))
         if len(outputs):
-            scores = self._calculate_similarity(outputs, self._negatives(targets, masked, real), positives)
+            scores = self._calculate_similarity(
+                outputs, self._negatives(targets, masked, real, len(outputs)), positives
+            )
             first = torch.zeros(len(outputs), dtype=torch.long, device=outputs.device)
             loss = F.cross_entropy(scores.transpose(0, 1), first, reduction=self.reduce)  # scores [1 + N, M]
         else:
@@ -76,14 +78,14 @@ class ContrastiveLoss(_up.ContrastiveLoss):
             self.target_ids = kept[:, : int(self.target_lengths.max())]
         return targets, perplexity_loss
 
-    def _negatives(self, targets: torch.Tensor, masked: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """Draw the negatives [N, M, C] of the masked frames."""
+    def _negatives(self, targets: torch.Tensor, masked: torch.Tensor, real: torch.Tensor, number: int) -> torch.Tensor:
+        """Draw the negatives [N, M, C] of the ``number`` masked frames."""
         candidates = real if self.sample_from_non_masked else masked  # [B, A]
         if not self.sample_from_same_utterance_only:
-            return self.sample_negatives(targets[candidates], int(masked.sum()))[0]
+            return self.sample_negatives(targets[candidates], number)[0]
         wanted, available = torch.stack([masked.sum(1), candidates.sum(1)]).tolist()
         frames = zip(targets[candidates].split(available), wanted)
-        return torch.cat([self.sample_negatives(own, number)[0] for own, number in frames if number], dim=1)
+        return torch.cat([self.sample_negatives(own, masks)[0] for own, masks in frames if masks], dim=1)
 
     def sample_negatives(self, y: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw ``num_negatives`` of the candidates y [K, C], with replacement where they are fewer.

@@ -109,6 +109,11 @@ def tightest(*sides: int) -> int:
     return min(limited) if limited else UNLIMITED
 
 
+def sums_to_one(probabilities: Sequence[float]) -> bool:
+    """Whether probabilities add up to 1, but for rounding."""
+    return abs(sum(probabilities) - 1) <= 1e-6
+
+
 def draw_index(seed: int, step: int | str, probabilities: Sequence[float]) -> int:
     """Draw an index by probabilities, as a pure function of (seed, step) without a global generator."""
     generator = random.Random(f'{seed}:{step}')  # a text seed is hashed alike on every platform and Python

@@ -22,14 +22,14 @@ class ContextSampler:
     and icefall do. Draws of the full context keep its offline quality.
     """
 
-    full_prob: float  # probability that a batch has the full context, [-1, -1]: each frame sees the whole utterance
-    chunk_size: tuple[
-        int, int
-    ]  # the smallest and the largest, in attention frames; c frames are a right context of c - 1
-    left_chunks: tuple[int, int] | None = (
-        None  # the fewest and the most that a frame sees before its own, where limited
-    )
-    left_limited_prob: float = 0.0  # probability that the left context of a batch with chunks is limited
+    # Probability that a batch has the full context, [-1, -1]: each frame sees the whole utterance.
+    full_prob: float
+    # The smallest and the largest, in attention frames; c frames are a right context of c - 1.
+    chunk_size: tuple[int, int]
+    # The fewest and the most that a frame sees before its own, where limited.
+    left_chunks: tuple[int, int] | None = None
+    # Probability that the left context of a batch with chunks is limited.
+    left_limited_prob: float = 0.0
 
     @classmethod
     def parse(cls, value: Mapping[str, Any], style: str = 'chunked_limited') -> 'ContextSampler':

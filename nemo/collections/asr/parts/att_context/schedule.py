@@ -18,7 +18,7 @@ Check = Callable[[AttContext, str], object]  # raises ValueError, beginning with
 
 @dataclass(frozen=True)
 class LayerContext:
-    """A layer's context; the encoder has ``layer_att_contexts`` and ``set_layer_att_context_size``."""
+    """A layer's context; the encoder has ``layer_att_contexts``, ``plain_layer_contexts`` and ``set_layer_att_context_size``."""
 
     encoder: Any
     index: int  # of the layer

@@ -7,7 +7,6 @@ continues, its global step. So the model repeats the draw when a trainer gives i
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -15,10 +14,8 @@ from typing import Any
 from torch.utils.data import get_worker_info
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from nemo.collections.asr.parts.att_context.context import AttContext, is_sequence, shown
+from nemo.collections.asr.parts.att_context.context import AttContext, is_sequence, shown, sums_to_one
 from nemo.collections.asr.parts.att_context.policy import ContextPolicy
-
-PROBABILITY_TOLERANCE = 1e-6
 
 
 def parse_policy(context_options: Any = None, context_probs: Any = None, seed: int = 0) -> ContextPolicy:
@@ -48,7 +45,7 @@ def _check_probabilities(probabilities: Any, number: int) -> None:
     for index, value in enumerate(probabilities):
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
             raise ValueError(f"context_probs: item {index} is {shown(value)}; it must be a number from 0 to 1")
-    if not math.isclose(sum(probabilities), 1, rel_tol=0, abs_tol=PROBABILITY_TOLERANCE):
+    if not sums_to_one(probabilities):
         raise ValueError(f"context_probs is {list(probabilities)}; it must sum to 1, not {sum(probabilities)}")
 
 

@@ -94,6 +94,11 @@ class Objective:
         """The decoder that ``model.forward`` runs."""
         return self.model.decoder
 
+    @property
+    def loss_over_ranks(self) -> bool:
+        """Whether the loss is a mean over the loss positions of all ranks."""
+        return self.model.cfg.get('loss_over') == 'global'
+
     def loss(self, record: BatchRecord) -> tuple[torch.Tensor, Logs]:
         """Return the loss of a pass, a scalar, and the loss of each part, without gradient."""
         raise NotImplementedError
@@ -114,7 +119,7 @@ class Objective:
         """
         self.frame_losses = losses.detach(), predicted, utterances
         count, ranks = predicted.sum(), torch.distributed
-        loss, of_all_ranks = losses.sum() / count.clamp(min=1), self.model.cfg.get('loss_over') == 'global'
+        loss, of_all_ranks = losses.sum() / count.clamp(min=1), self.loss_over_ranks
         if not (of_all_ranks and self.model.training and ranks.is_available() and ranks.is_initialized()):
             return loss
         total = count.float()  # a copy

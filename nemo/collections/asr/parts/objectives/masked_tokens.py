@@ -51,7 +51,7 @@ class MaskedTokens(base.Objective):
     def check(self) -> None:
         """Check the loss's ``decoder_offset``, and that masked frames can be predicted in every context."""
         model = self.model
-        if model.cfg.get('loss_over') == 'global' and (reason := why_all_frames(model.decoder, model.loss)):
+        if self.loss_over_ranks and (reason := why_all_frames(model.decoder, model.loss)):
             raise ValueError(f"model.loss_over is global; it must be rank: {reason}")
         offset = getattr(model.loss, 'decoder_offset', None)
         if model.pre_encoder is not None:

@@ -46,7 +46,7 @@ class MultiHeadAttention(_up.MultiHeadAttention):
         if self.layer_context is None:
             self._built_for = value
             return
-        contexts = [each and each.as_list() for each in self.layer_context.encoder.layer_att_contexts()]
+        contexts = self.layer_context.encoder.plain_layer_contexts()
         own = None if value is None else parse_own_context(value, 'self_attention.att_context_size').as_list()
         contexts[self.layer_context.index] = own
         self.layer_context.encoder.set_layer_att_context_size(contexts)
