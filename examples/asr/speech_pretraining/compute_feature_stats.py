@@ -17,7 +17,7 @@ To use them in place of the random projection (https://arxiv.org/abs/2606.30671)
 
 from script_tools import check_folders, report_error, require_patches
 
-require_patches(__file__, "nemo.collections.asr.parts.preprocessing.features")
+require_patches(__file__)
 
 import argparse
 import json

@@ -15,13 +15,7 @@ fine-tune it.
 
 from script_tools import report_error, require_patches
 
-require_patches(
-    __file__,
-    'nemo.collections.asr.losses.ssl_losses.mlm',
-    'nemo.collections.asr.models.ssl_models',
-    'nemo.collections.asr.modules.conformer_encoder',
-    'nemo.collections.asr.modules.ssl_modules.masking',
-)
+require_patches(__file__)
 
 import argparse
 import json

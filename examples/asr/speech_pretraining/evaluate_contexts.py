@@ -38,12 +38,7 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument('--model', type=Path, nargs='+', required=True, help='one .nemo file or more')
     parser.add_argument('--manifest', required=True, help='NeMo manifest, or a pattern of several')
     parser.add_argument('--output', type=Path, nargs='+', default=[], help='files for the figures: .json, .csv')
-    parser.add_argument(
-        '--contexts',
-        type=context_option,
-        default='all',
-        help='"[[10,0],[40,0]]" for instance, or all, or first, of each model',
-    )
+    parser.add_argument('--contexts', type=context_option, default='all', help='"[[10,0],[40,0]]", first or all (all)')
     parser.add_argument('--mask-context', type=int, help='left context that masks are drawn for (the smallest of all)')
     parser.add_argument('--seed', type=int, default=0, help='seed of masks and bootstrap (0)')
     parser.add_argument('--resamples', type=int, default=1000, help='resamples of the bootstrap (1000)')
@@ -162,7 +157,7 @@ def main(argv=None) -> int:
     try:
         results = compare(options)
     except (ValueError, OSError) as error:
-        return report_error(__file__, error, status=2)
+        return report_error(__file__, error)
     Console(width=None if sys.stdout.isatty() else 190).print(table(results, options.confidence))
     for result in results[1:]:
         reasons = {row['part']: row['not_compared'] for row in result['contexts'] if row['not_compared']}

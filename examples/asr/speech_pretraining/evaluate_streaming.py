@@ -127,7 +127,7 @@ def main(argv=None) -> int:
         contexts = contexts_of(model, options)
         entries = audio_entries(options.audio, options.manifest)
     except ValueError as error:
-        return report_error(__file__, error, status=2)
+        return report_error(__file__, error)
     from rich.console import Console
     from rich.progress import track
 
@@ -139,7 +139,7 @@ def main(argv=None) -> int:
         try:
             done.append((entry, measure_entry(model, entry, contexts, options)))
         except ValueError as error:
-            report_error(__file__, error, status=2)
+            report_error(__file__, error)
             failed.append({**entry, 'error': str(error)})
     if not done:
         return 2

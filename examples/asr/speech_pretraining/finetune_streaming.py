@@ -2,46 +2,32 @@
 r"""Fine-tune a streaming encoder to recognise speech: CTC, RNNT or both, characters or word pieces.
 
     python finetune_streaming.py --config-name=streaming_ctc \
-        init_from_nemo_model.pretrained.path=NEST.nemo \
-        model.train_ds.manifest_filepath=train.json \
-        model.validation_ds.manifest_filepath=validation.json \
-        exp_manager.exp_dir=experiments
+        init_from_nemo_model.pretrained.path=NEST.nemo exp_manager.exp_dir=experiments \
+        model.train_ds.manifest_filepath=train.json model.validation_ds.manifest_filepath=validation.json
 
 ``--config-name=streaming_rnnt`` trains a transducer, ``streaming_hybrid`` a transducer and a CTC decoder. The output is
 characters or, with ``model.tokenizer='{dir: TOKENIZER, type: bpe}'``, the word pieces of a tokenizer that NeMo's
-``process_asr_text_tokenizer.py`` has made. Preprocessor and encoder have the settings of the pre-trained model, with its
-contexts and layer contexts; ``model.preprocessor`` and ``model.encoder`` change single settings. To stream with the
-.nemo, use ``StreamingSession`` or ``streaming_inference_example.py``. If you run the command of an interrupted run
-again, it continues.
+``process_asr_text_tokenizer.py`` has made. Preprocessor, encoder and contexts are those of the pre-trained model;
+``model.preprocessor`` and ``model.encoder`` change single settings. To continue an interrupted run, run it again.
 """
 
 from script_tools import fit_or_exit, require_patches, show_help
 
 show_help(__doc__)
-PATCHES_IN_USE = require_patches(
-    __file__,
-    'nemo.collections.asr.modules.conformer_encoder',
-    'nemo.collections.asr.parts.preprocessing.features',
-)
+PATCHES_IN_USE = require_patches(__file__)
 
 from pathlib import Path
 
 import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo.collections.asr import models
 from nemo.collections.asr.data.data_checks import check_data
 from nemo.collections.asr.data.ssl_dataset import file_id, files_in, set_skip_bad_audio
 from nemo.collections.asr.data.training_data_mixin import LogLeftOut
 from nemo.collections.asr.data.transcripts import characters_known_by, characters_of, report_unknown_characters
-from nemo.collections.asr.models import (
-    EncDecCTCModel,
-    EncDecCTCModelBPE,
-    EncDecHybridRNNTCTCBPEModel,
-    EncDecHybridRNNTCTCModel,
-    EncDecRNNTBPEModel,
-    EncDecRNNTModel,
-)
-from nemo.collections.asr.parts.ssl_reports.figures import look_ahead_title
+from nemo.collections.asr.parts.att_context.receptive_field import context_table
+from nemo.collections.asr.parts.ssl_reports.figures import attention_frame_ms
 from nemo.collections.asr.parts.streaming.session import StreamingSession
 from nemo.collections.asr.parts.utils.manifest_index import expanded, is_remote, local_entries, paths_in
 from nemo.collections.asr.parts.utils.pretraining_checks import check_contexts, check_known_keys
@@ -59,7 +45,7 @@ TAKEN_OVER = ('preprocessor', 'encoder')  # sections of the pre-trained model's 
 
 
 def prepare(cfg: DictConfig) -> DictConfig:
-    """Check the config, take the pre-trained model's sections over, and fill in the characters.
+    """Check the config, take over the pre-trained model's sections, and fill in the characters.
 
     Raises:
         ValueError: naming the key, its value and what is allowed.
@@ -82,21 +68,15 @@ def prepare(cfg: DictConfig) -> DictConfig:
             cfg.model[section] = OmegaConf.merge(pretrained[section], cfg.model.get(section) or {})
         name_tokens(cfg.model)
         if 'model_defaults' in cfg.model:
-            encoder = cfg.model.encoder
-            cfg.model.model_defaults.enc_hidden = (
-                encoder.d_model if encoder.get('feat_out', -1) < 1 else encoder.feat_out
-            )
+            width = cfg.model.encoder.get('feat_out', -1)
+            cfg.model.model_defaults.enc_hidden = width if width > 0 else cfg.model.encoder.d_model
     check_known_keys(cfg)
     check_contexts(cfg.model.encoder)
     return cfg
 
 
 def pretrained_config(cfg: DictConfig) -> DictConfig:
-    """Return the config of the pre-trained model; where there are several, of the first.
-
-    Raises:
-        ValueError: if there is none, or it lacks a preprocessor or an encoder.
-    """
+    """Return the config of the pre-trained model, the first of several; ValueError if it cannot be used."""
     sources = sources_of(cfg)
     if not sources:
         raise ValueError(f"one of {', '.join(PLACES)} must name the pre-trained model")
@@ -108,16 +88,12 @@ def pretrained_config(cfg: DictConfig) -> DictConfig:
 
 
 def name_tokens(model: DictConfig) -> None:
-    """Fill in what is recognised: characters, or the word pieces of a tokenizer.
-
-    Raises:
-        ValueError: as :func:`characters_of` does; if both are given; if the tokenizer's folder has no tokenizer.
-    """
+    """Fill in the characters, or prepare for a tokenizer's word pieces; ValueError if it has no folder."""
     if model.get('tokenizer') is None:
         model.pop('tokenizer', None)
         if model.labels is None:
             model.labels = characters_of(model.train_ds)
-        for section in ('train_ds', 'validation_ds'):
+        for section in DATA_SECTIONS[:2]:
             model[section].labels = model.labels
         return
     if model.labels is not None:
@@ -132,11 +108,7 @@ def name_tokens(model: DictConfig) -> None:
 
 
 def build(cfg: DictConfig):
-    """Make the trainer and the model of the config, in the experiment's folder.
-
-    Raises:
-        ValueError: from any of them, naming what cannot work.
-    """
+    """Make trainer and model, in the experiment's folder; ValueError if one cannot work, or the model cannot stream."""
     trainer = pl.Trainer(**resolve_trainer_cfg(cfg.trainer), callbacks=[LogLeftOut()])
     exp_manager(trainer, cfg.get('exp_manager', None))
     try:
@@ -144,26 +116,46 @@ def build(cfg: DictConfig):
     except TypeError as error:
         if 'no len()' not in str(error):
             raise
+        limit = f"trainer.limit_train_batches is {trainer.limit_train_batches}"
         raise ValueError(
-            f"trainer.limit_train_batches is {trainer.limit_train_batches}, and the data of model.train_ds have no length; set "
-            "it to the number of batches of an epoch"
+            f"{limit}, and model.train_ds has no length; set the number of batches of an epoch"
         ) from error
     model.maybe_init_from_pretrained_checkpoint(cfg)
-    skip_bad_audio(model)
-    for section in DATA_SECTIONS:
-        if cfg.model.get(section):
-            count_left_out(cfg.model[section])
-            report_unknown_characters(f'model.{section}', cfg.model[section], characters_known_by(model))
-    check_can_stream(model)
-    contexts = (look_ahead_title(model, context) for context in model.encoder.att_context_size_all)
-    logging.info(f"Attention contexts: {'; '.join(contexts)}")
+    for section, loaders in zip(DATA_SECTIONS, (model._train_dl, model._validation_dl, model._test_dl)):
+        if loaders is not None:
+            key, data = f'model.{section}', cfg.model[section]
+            set_skipping(key, data.get('skip_bad_audio'), loaders)
+            if not data.get('use_lhotse'):  # which counts while it reads
+                count_left_out(data)
+            report_unknown_characters(key, data, characters_known_by(model))
+    model.eval()
+    StreamingSession(model)
+    model.train()
+    logging.info(context_table(model.encoder, attention_frame_ms(model)))
     return trainer, model
 
 
-def count_left_out(section) -> None:
+def model_class(cfg: DictConfig) -> type:
+    """Return the class for the sections of a model's config: RNNT with a joint network, CTC, or both."""
+    pieces = cfg.get('tokenizer') is not None
+    if cfg.get('joint') is None:
+        return models.EncDecCTCModelBPE if pieces else models.EncDecCTCModel
+    if cfg.get('aux_ctc') is None:
+        return models.EncDecRNNTBPEModel if pieces else models.EncDecRNNTModel
+    return models.EncDecHybridRNNTCTCBPEModel if pieces else models.EncDecHybridRNNTCTCModel
+
+
+def set_skipping(key: str, skip, loaders) -> None:
+    """Set ``skip_bad_audio`` of a data section, which NeMo's models do not read; ValueError if its data cannot."""
+    for loader in [] if skip is None else loaders if isinstance(loaders, list) else [loaders]:
+        try:
+            set_skip_bad_audio(loader.dataset, skip)
+        except ValueError as error:
+            raise ValueError(f"{key}.{error}; with use_lhotse: true it can") from error
+
+
+def count_left_out(section: DictConfig) -> None:
     """Count what NeMo's own readers of manifests leave out: for its duration, or as no tar file has it."""
-    if section.get('use_lhotse'):
-        return  # which counts while it reads
     least, most = section.get('min_duration') or 0.0, section.get('max_duration') or float('inf')
     tars = [tar for path in paths_in(section.get('tarred_audio_filepaths')) for tar in expanded(path)]
     found = set().union(*map(files_in, tars)) if tars and not any(map(is_remote, tars)) else None
@@ -177,45 +169,6 @@ def count_left_out(section) -> None:
         LEFT_OUT.add(reason, ''.join(entries[:1]), len(entries))
 
 
-def skip_bad_audio(model) -> None:
-    """Set what the data sections give as ``skip_bad_audio``, which NeMo's models do not read.
-
-    Raises:
-        ValueError: naming the section, if its data cannot skip bad audio.
-    """
-    loaders = {'train_ds': model._train_dl, 'validation_ds': model._validation_dl, 'test_ds': model._test_dl}
-    for section, made in loaders.items():
-        skip = (model.cfg.get(section) or {}).get('skip_bad_audio')
-        for loader in [] if skip is None or made is None else made if isinstance(made, list) else [made]:
-            try:
-                set_skip_bad_audio(loader.dataset, skip)
-            except ValueError as error:
-                raise ValueError(f"model.{section}.{error}; with use_lhotse: true it can") from error
-
-
-def model_class(cfg: DictConfig) -> type:
-    """Return the class for the sections of a model's config: RNNT with a joint network, CTC, or both."""
-    pieces = cfg.get('tokenizer') is not None
-    if cfg.get('joint') is None:
-        return EncDecCTCModelBPE if pieces else EncDecCTCModel
-    if cfg.get('aux_ctc') is None:
-        return EncDecRNNTBPEModel if pieces else EncDecRNNTModel
-    return EncDecHybridRNNTCTCBPEModel if pieces else EncDecHybridRNNTCTCModel
-
-
-def check_can_stream(model) -> None:
-    """Raise ValueError, with the reason, if the model could not be streamed when it is done."""
-    modules = model.preprocessor, model.encoder
-    training = [module.training for module in modules]
-    try:
-        for module in modules:
-            module.eval()
-        StreamingSession(model)
-    finally:
-        for module, was in zip(modules, training):
-            module.train(was)
-
-
 @hydra_runner(config_path="../conf/ssl/finetune", config_name="streaming_ctc")
 def main(cfg: DictConfig) -> None:
     """Fine-tune by the config."""
@@ -223,4 +176,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()  # noqa: Hydra supplies the config
+    main()  # Hydra supplies the config

@@ -81,8 +81,7 @@ def model_of_config(path: Path):
         with initialize_config_dir(str(path.resolve().parent), version_base=None):
             cfg = compose(path.stem)
         with open_dict(cfg):
-            for section in ('train_ds', 'validation_ds', 'test_ds', 'optim'):
-                cfg.model.pop(section, None)
+            cfg.model.train_ds = cfg.model.validation_ds = cfg.model.test_ds = None
             normalize = cfg.model.preprocessor.get('normalize')
             if isinstance(normalize, str) and normalize.endswith(('.yaml', '.yml')):
                 cfg.model.preprocessor.normalize = 'NA'  # statistics of a corpus: the picture does without
@@ -99,6 +98,7 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
         ValueError: if the audio or the context cannot be used.
     """
     from nemo.collections.asr.data.audio_files import read_audio
+    from nemo.collections.asr.parts.objectives.base import BatchInputs
     from nemo.collections.asr.parts.ssl_reports import figures
     from nemo.collections.asr.parts.ssl_reports.fixed_masks import FixedMasks, utterance_seeds
     from nemo.collections.asr.parts.ssl_reports.validation import parse_contexts
@@ -110,11 +110,11 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
         (context,) = parse_contexts([options.context], model.encoder, '--context')
     samples = torch.from_numpy(read_audio(audio, sample_rate_of(model))).unsqueeze(0)
     lengths = torch.tensor([samples.shape[1]])
-    batch = batch_of(model, samples, lengths)
     with torch.inference_mode(), model.encoder.using_att_context_size(context):
+        features = model.preprocessor(input_signal=samples, length=lengths)
         seeds = utterance_seeds(samples, lengths, options.seed)
         masking = FixedMasks(model.mask_processor, seeds, model.encoder.tightest_window())
-        record = model.encode_batch(batch, masking if model.objectives.masks else None)
+        record = model.encode(BatchInputs(features, features), masking if model.objectives.masks else None)
         frames = options.frames or max(int(record.feature_lengths[0]) // model.encoder.subsampling_factor, 1)
         frame_ms = figures.attention_frame_ms(model)
         title = f'attention in context {figures.look_ahead_title(model, context)}'
@@ -126,36 +126,18 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
         return {'masked_spectrogram': masked, 'attention_windows': windows}
 
 
-def batch_of(model, samples: torch.Tensor, lengths: torch.Tensor):
-    """Return samples [B, N] as a batch of the model's own data loader, clean."""
-    from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch
-    from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-
-    if not isinstance(model, EncDecDenoiseMaskedTokenPredModel):
-        return samples, lengths
-    audio, noise = (samples, lengths), (torch.zeros_like(samples), lengths)
-    return AudioNoiseBatch(None, *audio, *noise, *audio)
-
-
 def audit_text(model, record, context, options: argparse.Namespace) -> str:
     """Return an audit of the masking in an utterance of the record's length, as text."""
     from nemo.collections.asr.parts.ssl_reports.audit import audit_masking, windows_of
     from nemo.collections.asr.parts.ssl_reports.figures import look_ahead_title
 
-    audit = audit_masking(
-        model.mask_processor,
-        record.mask_lengths,
-        record.masks.shape[1],
-        record.factor,
-        windows_of(model.encoder),
-        options.draws,
-        options.seed,
-    )
+    utterance = record.mask_lengths, record.masks.shape[1], record.factor
+    windows = windows_of(model.encoder)
+    audit = audit_masking(model.mask_processor, *utterance, windows, options.draws, options.seed)
     lines = [
         f'audit of {options.draws} draws in context {look_ahead_title(model, context)}:',
-        f'  masked: {audit.masked_share():.1%} of the mask frames, {audit.frames_masked} of {audit.frames} attention '
-        'frames',
-        f'  runs of masked attention frames: mean {audit.mean_run():.1f}, 90 % up to {audit.run_quantile(0.9):g}, '
+        f'  masked: {audit.masked_share():.1%} of the mask frames, {audit.frames_masked} of {audit.frames} attention frames',
+        f'  masked runs, in attention frames: mean {audit.mean_run():.1f}, 90 % up to {audit.run_quantile(0.9):g}, '
         f'longest {audit.run_quantile(1.0):g}',
     ]
     for share, group in groupby(audit.no_visible_frame_share().items(), key=lambda item: f'{item[1]:.1%}'):
@@ -184,7 +166,7 @@ def main(argv=None) -> int:
             for file in save_figure(figure, options.output / name):
                 print(file)
     except (ValueError, OSError) as error:
-        return report_error(__file__, error, status=2)
+        return report_error(__file__, error)
     return 0
 
 

@@ -18,7 +18,7 @@ utterances and durations are compared with the manifest. Other fields of the man
 
 from script_tools import report_error, require_patches
 
-require_patches(__file__, 'nemo.collections.asr.data.ssl_dataset')
+require_patches(__file__)
 
 import argparse
 import json

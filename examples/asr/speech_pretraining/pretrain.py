@@ -16,13 +16,7 @@ The default config is ``nest_next_token_streaming``; set ``--config-name`` to us
 from script_tools import fit_or_exit, require_patches, show_help
 
 show_help(__doc__)
-PATCHES_IN_USE = require_patches(
-    __file__,
-    'nemo.collections.asr.losses.ssl_losses.mlm',
-    'nemo.collections.asr.models.ssl_models',
-    'nemo.collections.asr.modules.conformer_encoder',
-    'nemo.collections.asr.modules.ssl_modules.masking',
-)
+PATCHES_IN_USE = require_patches(__file__)
 
 import lightning.pytorch as pl
 from omegaconf import DictConfig, open_dict
@@ -64,7 +58,7 @@ def build(cfg: DictConfig) -> tuple[pl.Trainer, EncDecDenoiseMaskedTokenPredMode
     exp_manager(trainer, cfg.get("exp_manager", None))
     model = EncDecDenoiseMaskedTokenPredModel(cfg=cfg.model, trainer=trainer)
     model.maybe_init_from_pretrained_checkpoint(cfg)
-    logging.info(f"Attention contexts:\n{context_table(model.encoder, attention_frame_ms(model))}")
+    logging.info(context_table(model.encoder, attention_frame_ms(model)))
     return trainer, model
 
 
@@ -75,4 +69,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()  # noqa: Hydra supplies the config
+    main()  # Hydra supplies the config

@@ -12,14 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def require_patches(script: str, *modules: str) -> list[str]:
+def require_patches(script: str) -> list[str]:
     """End the script with a clear error if the patches of this project are not in use.
 
     A script calls it before it imports NeMo: on stock NeMo an import would fail without the reason.
 
     Args:
         script: the ``__file__`` of the script.
-        modules: dotted names of patched modules that the script needs; they are imported.
 
     Returns:
         The lines of the report on the patches, for a log.
@@ -30,7 +29,7 @@ def require_patches(script: str, *modules: str) -> list[str]:
     try:
         from nemo_streaming_ssl.report import require_active
 
-        return require_active(*modules)
+        return require_active()
     except (ImportError, RuntimeError) as error:
         raise SystemExit(f'{name_of(script)} needs the patches of nemo-streaming-ssl: {error}') from error
 
@@ -56,17 +55,12 @@ def name_of(script: str) -> str:
     return Path(script).stem
 
 
-def report_error(script: str, error: Exception, status: int = 2) -> int:
-    """Print why the script stopped, with its name, and the page about it; return the exit status."""
-    print(f'{name_of(script)}: error: {explained(error)}', file=sys.stderr)
-    return status
-
-
-def explained(error: Exception) -> str:
-    """Return the message of an error, and the page that explains its config key, if it has one."""
+def report_error(script: str, error: Exception) -> int:
+    """Print the name of the script, the error, and the page about its config key; return the exit status."""
     from nemo.collections.asr.parts.utils.config_keys import where_to_read
 
-    return f'{error}{where_to_read(str(error))}'
+    print(f'{name_of(script)}: error: {error}{where_to_read(str(error))}', file=sys.stderr)
+    return 2
 
 
 def check_folders(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:

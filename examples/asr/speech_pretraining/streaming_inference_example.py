@@ -114,14 +114,14 @@ def main(argv=None) -> int:
         session = StreamingSession(model, att_context_size=options.att_context_size, return_text=text)
         entries = audio_entries(options.audio, options.manifest)
     except ValueError as error:
-        return report_error(__file__, error, status=2)
+        return report_error(__file__, error)
     for entry in entries:
         try:
             pieces = pieces_of(entry, options, session.sample_rate)
             print(f"{entry['audio_filepath']}:")
             done.append({**entry, **transcribe(session, pieces)})
         except ValueError as error:
-            status = report_error(__file__, error, status=2)
+            status = report_error(__file__, error)
     if options.output is not None:
         write_text(options.output.resolve(), ''.join(json.dumps(entry, ensure_ascii=False) + '\n' for entry in done))
     return status
