@@ -10,7 +10,7 @@ from setuptools.command.build import build
 
 FINDER = "nemo_streaming_ssl"
 # With what ``examples TARGET`` copies out and ``docs`` prints.
-PATCH_SET = ("nemo/**/*.py", "examples/**/*.py", "examples/**/*.yaml", "docs/*.md")
+PATCH_SET = ("nemo/**/*.py", "examples/**/*.py", "examples/**/*.yaml", "examples/**/*.sbatch", "docs/*.md")
 START_UP = {
     f"{FINDER}.pth": f"import {FINDER}; {FINDER}.install()\n",  # CPython up to 3.17
     f"{FINDER}.start": f"{FINDER}:install\n",  # PEP 829, CPython 3.15 and later

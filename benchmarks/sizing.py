@@ -137,7 +137,7 @@ def scaling(encoders: dict, batch_seconds: float, operations: float, link: float
     """Return the lines of the table of scaling."""
     columns = ' | '.join('1 rank' if ranks == 1 else f'{ranks} ranks' for ranks in RANKS)
     lines = [
-        f'| encoder | gradients, GB | step, ms | {columns} |',
+        f'| encoder | gradients, GB | computation, ms | {columns} |',
         f'| --- | ---: | ---: |{" ---: |" * len(RANKS)}',
     ]
     for name, size in encoders.items():

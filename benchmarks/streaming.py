@@ -138,8 +138,8 @@ def profile(run: SessionStream) -> dict[str, float]:
 
 def table(results: list[dict]) -> str:
     """Lay the figures out as Markdown."""
-    head = '| model | streams | left | frames | session, ms | against NeMo | mixed phases | idle slot | bound, ms |'
-    rows = [head + ' streams per core |', '| --- |' + ' ---: |' * 9]
+    head = '| model | streams | left context | frames | session, ms | speed-up over NeMo | mixed phases | idle slot |'
+    rows = [head + ' bound, ms | real-time streams per core |', '| --- |' + ' ---: |' * 9]
     for found in results:
         faster = {name: Ratio(**values) for name, values in found['times_faster'].items()}
         cells = [found['size'], found['streams'], found['left'], found['frames'], f"{found['ms']['session']:.2f}"]

@@ -7,7 +7,7 @@ import tempfile
 
 from nemo_streaming_ssl import patch_tree
 
-COPIED = (".py", ".yaml")
+COPIED = (".py", ".yaml", ".sbatch")
 
 
 def copy_examples(target: str | os.PathLike[str]) -> int:

@@ -8,11 +8,13 @@ from nemo_streaming_ssl.__main__ import main
 from nemo_streaming_ssl.deprecation import renamed
 from nemo_streaming_ssl.documentation import pages
 
+COPIED = ("asr/train.py", "asr/conf/tiny.yaml", "slurm/job.sbatch")
+
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     """A patch set with examples, caches, and a file that is neither script nor config."""
-    for name in ("asr/train.py", "asr/conf/tiny.yaml", "asr/__pycache__/train.pyc", "asr/notes.txt"):
+    for name in (*COPIED, "asr/__pycache__/train.pyc", "asr/notes.txt"):
         path = tmp_path / "tree/examples" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
@@ -22,7 +24,7 @@ def tree(tmp_path, monkeypatch):
 def test_scripts_and_configs_are_copied(tree, tmp_path):
     assert main(["examples", str(tmp_path / "mine")]) == 0
     files = {str(path.relative_to(tmp_path / "mine")): path.read_text() for path in (tmp_path / "mine").rglob("*.*")}
-    assert files == {name: name for name in ("asr/train.py", "asr/conf/tiny.yaml")}
+    assert files == {name: name for name in COPIED}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "tree"]  # and nothing is left beside
 
 
