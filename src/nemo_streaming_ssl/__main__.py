@@ -49,7 +49,7 @@ def report() -> int:
 
 def documentation_text(page: str | None) -> str:
     """Return the text of a page, or the names and titles of all."""
-    return read_page(page) if page else "\n".join(f"{name:<16} {title}" for name, title in pages().items())
+    return read_page(page) if page else "\n".join(f"{name:<18} {title}" for name, title in pages().items())
 
 
 def copied(target: str) -> str:

@@ -9,7 +9,7 @@ Each audio is streamed in steps of --step-seconds, in each context of the model 
 or in those of --att-context-size. The columns:
 
   difference   largest difference of the encoder's outputs to the offline forward; tokens: share of equal tokens
-  look-ahead   later audio that an output depends on; state: memory of a stream
+  look-ahead   later audio that an output depends on, to the end of its analysis window; state: memory of a stream
   step         computing time of a step, median and 95th percentile; RTF: computing time per second of audio
   WER, CER     over all entries of the manifest that have a text, of a recogniser
   latency      audio between a word's end and the step that makes it final, median and 95th percentile

@@ -11,14 +11,13 @@ characters or, with ``model.tokenizer='{dir: TOKENIZER, type: bpe}'``, the word 
 ``model.preprocessor`` and ``model.encoder`` change single settings. To continue an interrupted run, run it again.
 """
 
-from script_tools import fit_or_exit, require_patches, show_help
+from script_tools import fit_or_exit, make_trainer, require_patches, show_help
 
 show_help(__doc__)
 PATCHES_IN_USE = require_patches(__file__)
 
 from pathlib import Path
 
-import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo.collections.asr import models
@@ -36,9 +35,7 @@ from nemo.core.classes.modelPT import ModelPT
 from nemo.core.config import hydra_runner
 from nemo.core.connectors.initial_weights import PLACES, sources_of
 from nemo.utils import logging
-from nemo.utils.exp_manager import exp_manager
 from nemo.utils.left_out import LEFT_OUT, OUTSIDE_LIMITS
-from nemo.utils.trainer_utils import resolve_trainer_cfg
 
 DATA_SECTIONS = ('train_ds', 'validation_ds', 'test_ds')
 TAKEN_OVER = ('preprocessor', 'encoder')  # sections of the pre-trained model's config
@@ -109,8 +106,7 @@ def name_tokens(model: DictConfig) -> None:
 
 def build(cfg: DictConfig):
     """Make trainer and model, in the experiment's folder; ValueError if one cannot work, or the model cannot stream."""
-    trainer = pl.Trainer(**resolve_trainer_cfg(cfg.trainer), callbacks=[LogLeftOut()])
-    exp_manager(trainer, cfg.get('exp_manager', None))
+    trainer = make_trainer(cfg, LogLeftOut())
     try:
         model = model_class(cfg.model)(cfg=cfg.model, trainer=trainer)
     except TypeError as error:

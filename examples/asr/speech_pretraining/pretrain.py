@@ -9,28 +9,23 @@ r"""Pre-train a streaming encoder to predict next tokens, masked tokens (NEST), 
         exp_manager.exp_dir=experiments
 
 The default config is ``nest_next_token_streaming``; set ``--config-name`` to use another one of ``../conf/ssl/nest``.
-``stats.yaml`` is a file of ``compute_feature_stats.py``. To continue an interrupted run, run the command again with the same
-``exp_manager`` settings (``exp_manager.version=...`` or ``exp_manager.use_datetime_version=false``).
+``stats.yaml`` is a file of ``compute_feature_stats.py``. To continue an interrupted run, run the command again.
 """
 
-from script_tools import fit_or_exit, require_patches, show_help
+from script_tools import fit_or_exit, make_trainer, require_patches, show_help
 
 show_help(__doc__)
 PATCHES_IN_USE = require_patches(__file__)
 
-import lightning.pytorch as pl
 from omegaconf import DictConfig, open_dict
 
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
 from nemo.collections.asr.parts.att_context.receptive_field import context_table
 from nemo.collections.asr.parts.preprocessing.features import load_fixed_statistics
 from nemo.collections.asr.parts.ssl_reports.figures import attention_frame_ms
 from nemo.collections.asr.parts.utils.pretraining_checks import check_pretraining_config
 from nemo.core.config import hydra_runner
 from nemo.utils import logging
-from nemo.utils.exp_manager import exp_manager
-from nemo.utils.trainer_utils import resolve_trainer_cfg
 
 
 def prepare(cfg: DictConfig) -> DictConfig:
@@ -47,15 +42,13 @@ def prepare(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def build(cfg: DictConfig) -> tuple[pl.Trainer, EncDecDenoiseMaskedTokenPredModel]:
+def build(cfg: DictConfig):
     """Make the trainer and the model of the config, in the experiment's folder; log the model's contexts.
 
     Raises:
         ValueError: from any of them, naming what cannot work.
     """
-    callbacks = [AttContextCurriculum(**cfg.curriculum)] if cfg.get('curriculum') else []
-    trainer = pl.Trainer(**resolve_trainer_cfg(cfg.trainer), callbacks=callbacks)
-    exp_manager(trainer, cfg.get("exp_manager", None))
+    trainer = make_trainer(cfg)
     model = EncDecDenoiseMaskedTokenPredModel(cfg=cfg.model, trainer=trainer)
     model.maybe_init_from_pretrained_checkpoint(cfg)
     logging.info(context_table(model.encoder, attention_frame_ms(model)))

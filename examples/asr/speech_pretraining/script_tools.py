@@ -135,6 +135,20 @@ def sample_rate_of(model) -> int:
     return model.preprocessor.featurizer.sample_rate
 
 
+def make_trainer(cfg, *callbacks):
+    """Make the trainer of a config, with its curriculum if it has one, and the folder of the experiment."""
+    import lightning.pytorch as pl
+
+    from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
+    from nemo.utils.exp_manager import exp_manager
+    from nemo.utils.trainer_utils import resolve_trainer_cfg
+
+    curriculum = [AttContextCurriculum(**cfg.curriculum)] if cfg.get('curriculum') else []
+    trainer = pl.Trainer(**resolve_trainer_cfg(cfg.trainer), callbacks=[*callbacks, *curriculum])
+    exp_manager(trainer, cfg.get('exp_manager'))
+    return trainer
+
+
 def fit_or_exit(script: str, patches: list[str], cfg, prepare: Callable, build: Callable) -> None:
     """Train by the config; if it cannot work, end with one message before any training.
 

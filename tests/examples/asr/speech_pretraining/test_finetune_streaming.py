@@ -5,7 +5,6 @@ import json
 import tarfile
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import soundfile
 import torch
@@ -18,7 +17,6 @@ from word_pieces import make_tokenizer
 
 from nemo.collections.asr.models import EncDecCTCModel
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
-from nemo.collections.asr.parts.att_context import AttContextCurriculum
 from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
 from nemo.collections.common.data.lhotse.nemo_adapters import NO_MEMBER
 from nemo.utils.left_out import LEFT_OUT, OUTSIDE_LIMITS
@@ -170,11 +168,10 @@ def test_look_ahead_and_word_pieces(script, kind, pieces, pretrained_in_chunks, 
     assert session.finish().text[0].partial is None
 
 
-def contexts_of_training(script, cfg, *callbacks):
+def contexts_of_training(script, cfg):
     """Train for the config's steps; returns the context that the first layer saw in each."""
-    run = pl.Trainer(**cfg.trainer, callbacks=list(callbacks))
-    model = script.model_class(cfg.model)(cfg=cfg.model, trainer=run)
-    model.maybe_init_from_pretrained_checkpoint(cfg)
+    run, model = script.build(cfg)
+    run.limit_val_batches = 0
     seen = []
     model.encoder.layers[0].register_forward_pre_hook(
         lambda layer, *_: seen.append(list(model.encoder.att_context_size)) if layer.training else None
@@ -184,11 +181,10 @@ def contexts_of_training(script, cfg, *callbacks):
 
 
 def test_a_curriculum_and_a_sampler_set_the_contexts(script, pretrained, pretrained_in_chunks, speech_corpus):
-    cfg = prepared(script, 'ctc', pretrained, speech_corpus, '+trainer.limit_val_batches=0')
-    seen, _ = contexts_of_training(script, cfg, AttContextCurriculum(milestones=[[0, [4, 0]], [100, [10, 0]]]))
+    curriculum = '+curriculum={milestones: [[0, [4, 0]], [100, [10, 0]]]}'
+    seen, _ = contexts_of_training(script, prepared(script, 'ctc', pretrained, speech_corpus, curriculum))
     assert seen == [[4, 0]] * 3
-    cfg = prepared(script, 'ctc', pretrained_in_chunks, speech_corpus, '+trainer.limit_val_batches=0')
-    seen, policy = contexts_of_training(script, cfg)
+    seen, policy = contexts_of_training(script, prepared(script, 'ctc', pretrained_in_chunks, speech_corpus))
     assert seen == [policy.sampler.draw(0, step).as_list() for step in range(3)]
 
 
