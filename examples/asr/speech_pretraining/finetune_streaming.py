@@ -125,7 +125,7 @@ def build(cfg: DictConfig):
                 count_left_out(data)
             report_unknown_characters(key, data, characters_known_by(model))
     model.eval()
-    StreamingSession(model)
+    StreamingSession(model)  # raises, with the reason, if the model could not be streamed
     model.train()
     logging.info(context_table(model.encoder, attention_frame_ms(model)))
     return trainer, model
