@@ -43,7 +43,7 @@ FINITE = 'which streams are finite: copied while the device works, and read in t
 PLACES = 'the places of the ring buffers that a step writes and sees, CPU scalars; nothing waits'
 POSITIONS = 'parts/objectives/base.py', 'gather_loss_positions'
 GUARD = 'parts/utils/nonfinite_guard.py', 'gradient_norm'
-FIXED_MASKS = 'parts/ssl_reports/fixed_masks.py'
+CONTEXTS = 'parts/ssl_reports/validation.py'
 BATCH = 'nemo/collections/common/data/utils.py', 'move_data_to_device'
 MASKING, SESSION = 'modules/ssl_modules/masking.py', 'parts/streaming/session.py'
 STREAMING = 'parts/streaming/*', '*'
@@ -59,9 +59,9 @@ ALLOWED = (
     Allowed('decoder, masked*', WAIT, *POSITIONS, 1, COUNT),
     Allowed('validation*', WAIT, *POSITIONS, 4, COUNT),
     Allowed('validation*both', WAIT, 'parts/objectives/base.py', 'having_targets', 4, f'{COUNT}; at each horizon'),
-    Allowed('validation*', TO_HOST, FIXED_MASKS, 'utterance_seeds', 2, SEEDS),
-    Allowed('validation*', TO_HOST, FIXED_MASKS, '_mask_one_by_one', 1, f'{SEEDS}: their lengths'),
-    Allowed('validation*', TO_HOST, 'parts/ssl_reports/validation.py', 'finish', 1, 'once, after the last batch'),
+    Allowed('validation*', TO_HOST, CONTEXTS, 'utterance_seeds', 2, SEEDS),
+    Allowed('validation*', TO_HOST, CONTEXTS, '__call__', 1, f'{SEEDS}: their lengths'),
+    Allowed('validation*', TO_HOST, CONTEXTS, 'finish', 1, 'once, after the last batch'),
     Allowed('masking, module not moved', TO_DEVICE, MASKING, '_fill', 25, 'its embedding, in each call'),
     Allowed('live streams', WAIT, SESSION, '_peak', 3, 'samples that lie on the device make it wait'),
     Allowed('live streams', TO_DEVICE, *STREAMING, 28, PLACES),

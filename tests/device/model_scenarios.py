@@ -38,7 +38,7 @@ def model_at(place: Place, *overrides: str):
     torch.manual_seed(0)
     model = place.put(EncDecDenoiseMaskedTokenPredModel(copy.deepcopy(config_of(*PLAIN, *overrides).model)))
     plugin = SimpleNamespace(scaler=None)
-    trainer = dict(global_step=0, loggers=[], sanity_checking=False, testing=False)
+    trainer = dict(global_step=0, loggers=[], validating=True)
     model._trainer = SimpleNamespace(**trainer, precision_plugin=plugin, state=None)
     model.logged = {}
     model.log = model.logged.__setitem__

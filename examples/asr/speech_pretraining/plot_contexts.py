@@ -15,7 +15,7 @@ With a model or a config and an audio file:
 It also prints an audit of the masking over --draws draws: the masked share, the length of masked runs, and the share
 without a visible frame. With a config the weights are random; no picture depends on them.
 
-With the logs of a training run (a folder with TensorBoard's event files or a metrics.csv):
+With the logs of a training run (a folder with TensorBoard's event files):
 
 - learning_curves: loss and accuracy in each context and of each horizon, and the curriculum's ceiling
 
@@ -100,8 +100,7 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
     from nemo.collections.asr.data.audio_files import read_audio
     from nemo.collections.asr.parts.objectives.base import BatchInputs
     from nemo.collections.asr.parts.ssl_reports import figures
-    from nemo.collections.asr.parts.ssl_reports.fixed_masks import FixedMasks, utterance_seeds
-    from nemo.collections.asr.parts.ssl_reports.validation import parse_contexts
+    from nemo.collections.asr.parts.ssl_reports.validation import FixedMasks, parse_contexts, utterance_seeds
 
     if not hasattr(model, 'objectives'):
         raise ValueError(f'{type(model).__name__} predicts neither masked nor next tokens')
@@ -115,10 +114,7 @@ def draw_model(model, audio: Path, options: argparse.Namespace) -> dict:
         seeds = utterance_seeds(samples, lengths, options.seed)
         masking = FixedMasks(model.mask_processor, seeds, model.encoder.tightest_window())
         record = model.encode(BatchInputs(features, features), masking if model.objectives.masks else None)
-        frames = options.frames or max(int(record.feature_lengths[0]) // model.encoder.subsampling_factor, 1)
-        frame_ms = figures.attention_frame_ms(model)
-        title = f'attention in context {figures.look_ahead_title(model, context)}'
-        windows = figures.attention_windows(model.encoder, options.frame, frames, frame_ms, title=title)
+        windows = figures.attention_windows(model, options.frames or int(record.encoded_lengths[0]), options.frame)
         if not model.objectives.masks:
             return {'attention_windows': windows}
         print(audit_text(model, record, context, options))
@@ -151,8 +147,7 @@ def main(argv=None) -> int:
     """Draw and write; return the exit status."""
     options = arguments(argv)
     require_patches(__file__)
-    from nemo.collections.asr.parts.ssl_reports.figures import learning_curves, save_figure
-    from nemo.collections.asr.parts.ssl_reports.training_logs import read_curves
+    from nemo.collections.asr.parts.ssl_reports.figures import learning_curves, read_curves, save_figure
 
     try:
         pictures = {}

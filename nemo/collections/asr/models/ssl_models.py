@@ -50,7 +50,7 @@ class SpeechEncDecSelfSupervisedModel(
 
     def training_step(self, batch, batch_idx=0):
         """Run NeMo's training step within one context, and log it."""
-        with self._context_of_step(batch) as context:
+        with self._one_context(batch) as context:
             output = self._training_step(batch, batch_idx)
             if context is not None:
                 label = self.encoder.att_context_policy.label(context)
@@ -269,7 +269,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
                 loss, parts = self.objectives.loss(record)
                 metrics = {f'{mode}_loss': loss, **{f'{mode}_loss/{name}': part for name, part in parts.items()}}
             metrics.update(self.reports.of_pass(self, record, prefix=f'{mode}_'))
-            self.reports.keep_for_figures(self, record)
+            self.reports.draw(self, record)
         return metrics
 
     def load_state_dict(self, state_dict, strict: bool = True, **kwargs):

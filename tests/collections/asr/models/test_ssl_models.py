@@ -205,7 +205,7 @@ def test_targets_collapse_without_normalisation_and_streaming_ones_use_the_codeb
         model = speech_model(*overrides)
         for features, lengths in speech_features(model, speech_corpus):
             model.reports.codebook_use.update(*model.targets.of(features, lengths))
-        model.reports.end_of_training()
+        model.reports.codebook_use.check()
         assert any('targets have collapsed' in message for message in warnings) == collapses
         perplexities.append(statistics_of(model.reports.codebook_use.counts)['perplexity'].item())
     assert perplexities[0] >= perplexities[1] * (1 - 1e-3) and perplexities[0] > 100

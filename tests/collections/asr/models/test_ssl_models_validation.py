@@ -94,6 +94,6 @@ def test_pictures_go_to_tensorboard(tmp_path, contexts):
 def test_pictures_are_off_where_they_are_not_wanted(tmp_path):
     model, run = tiny_model('model.log_figures=false'), trainer(1, logger=TensorBoardLogger(tmp_path))
     model.set_trainer(run)
-    with mock.patch.object(model_reports, 'draw_contexts') as draw:
+    with mock.patch.object(model_reports, 'masked_spectrogram') as draw:
         run.fit(model, train_dataloaders=batches(1), val_dataloaders=batches(1))
     assert not draw.called and run.global_step == 1

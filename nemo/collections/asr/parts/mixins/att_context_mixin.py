@@ -20,12 +20,10 @@ class AttContextMixin(LightningModule):
         Raises:
             ValueError: if it is no context, or the encoder does not support it.
         """
-        self._check_has_context()
         self.encoder.set_att_context_size(context)
 
     def using_att_context_size(self, context) -> AbstractContextManager[AttContext]:
         """Make a context the active one inside a ``with`` block; see :meth:`set_att_context_size`."""
-        self._check_has_context()
         return self.encoder.using_att_context_size(context)
 
     @property
@@ -84,22 +82,12 @@ class AttContextMixin(LightningModule):
         context = batch.att_context if self._trainer is None else draw.at(self._trainer.global_step)
         return attach_context(moved, context, draw)
 
-    def _context_of_step(self, batch) -> AbstractContextManager[AttContext | None]:
-        """Make the context of a training step, a pure function of the global step, the active one."""
+    def _one_context(self, batch=None) -> AbstractContextManager[AttContext | None]:
+        """Make one context active, if none is: that of a training step's batch, by the global step, or the encoder's."""
         if not self._encoder_has_context():
             return nullcontext()
-        with_batch, step = getattr(batch, 'att_context', None), self.trainer.global_step
-        return self.encoder.using_att_context_size(self.encoder.att_context_of_batch(with_batch, step))
-
-    def _one_context(self) -> AbstractContextManager[AttContext | None]:
-        """Make the context of a batch the active one, if none is; it counts a step. Only training draws."""
-        if not self._encoder_has_context() or not self.encoder.training:
-            return nullcontext()
-        return self.encoder.using_att_context_size(self.encoder.att_context_of_batch())
+        of_step = () if batch is None else (getattr(batch, 'att_context', None), self.trainer.global_step)
+        return self.encoder.using_att_context_size(self.encoder.att_context_of_batch(*of_step))
 
     def _encoder_has_context(self) -> bool:
         return hasattr(self.encoder, 'att_context_of_batch')
-
-    def _check_has_context(self) -> None:
-        if not self._encoder_has_context():
-            raise ValueError(f"{type(self.encoder).__name__} has no attention context to set")

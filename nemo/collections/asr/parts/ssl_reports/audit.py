@@ -3,7 +3,8 @@
 
 Shapes: B batch, D features, M mask frames, A attention frames (M // factor), R run lengths from 0 to the longest.
 
-Counts stay on the device of the masks, and nothing synchronises.
+Counts stay on the device of the masks, and nothing synchronises. Windows have names: ``window`` is that of the tightest
+layer, ``layers`` that of all layers alike, and ``stack`` that of the whole encoder.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from functools import cached_property
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch.nn.functional import pad
 
 from nemo.collections.asr.parts.att_context.receptive_field import stack_window
 from nemo.collections.asr.parts.att_context.visible_frames import (
@@ -22,9 +24,6 @@ from nemo.collections.asr.parts.att_context.visible_frames import (
 )
 from nemo.collections.asr.parts.att_context.windows import Window, tightest_window, tightest_window_of
 from nemo.collections.asr.parts.objectives.base import BatchRecord
-
-# Names of windows: of the tightest layer, of all layers alike, and of the whole encoder.
-WINDOW, LAYERS, STACK = 'window', 'layers', 'stack'
 
 
 @dataclass
@@ -44,7 +43,11 @@ class MaskAudit:
     @cached_property
     def runs(self) -> torch.Tensor:
         """How many runs of each number of masked frames there are, [R]."""
-        return _run_lengths(self.masked)
+        masked = pad(self.masked, (1, 0))  # with an unmasked frame before the first
+        index = torch.arange(masked.shape[1], device=masked.device)
+        lengths = index - torch.where(masked, 0, index).cummax(dim=1).values  # of the run up to a frame
+        ends = masked & ~pad(masked[:, 1:], (0, 1))
+        return torch.zeros_like(index).scatter_add_(0, (lengths * ends).flatten(), ends.flatten().long())
 
     def masked_share(self) -> torch.Tensor:
         """Share of the mask frames that is masked."""
@@ -75,16 +78,15 @@ def windows_of(encoder) -> dict[str, Window]:
     if stack is None:
         return {}
     windows = encoder.effective_windows()
-    names = [LAYERS] if len(set(windows)) == 1 else [f'layer_{index:02}' for index in range(len(windows))]
-    return {**dict(zip(names, windows)), STACK: stack}
+    names = ['layers'] if len(set(windows)) == 1 else [f'layer_{index:02}' for index in range(len(windows))]
+    return {**dict(zip(names, windows)), 'stack': stack}
 
 
 def audit_pass(record: BatchRecord, encoder, layers: bool = False) -> MaskAudit:
-    """Audit a forward pass in its context: ``window``, ``stack``, ``layers`` of :func:`windows_of`."""
-    known = {WINDOW: tightest_window_of(encoder), STACK: stack_window(encoder)}
-    windows = {name: window for name, window in known.items() if window is not None}
-    if layers:
-        windows.update(windows_of(encoder))
+    """Audit a forward pass in its context: ``window`` and ``stack``; with ``layers`` all of :func:`windows_of`."""
+    known = {'window': tightest_window_of(encoder), 'stack': stack_window(encoder)}
+    windows = windows_of(encoder) if layers else {}
+    windows.update((name, window) for name, window in known.items() if window is not None)
     return audit_masks(record.masks, record.mask_lengths, record.factor, windows, record.threshold)
 
 
@@ -97,11 +99,8 @@ def audit_masks(
 ) -> MaskAudit:
     """Count masked frames, and those without a visible frame in windows; see :func:`windows_of`.
 
-    Args:
-        masks: [B, D, M] or [B, M], 1 or True where masked, or the share of the features that is.
-        lengths: valid mask frames of each utterance [B].
-        factor: mask frames per attention frame.
-        threshold: share of an attention frame's mask frames above which it counts as masked.
+    ``masks`` [B, D, M] or [B, M] are 1 or True where masked, or the share of the features that is; ``lengths`` [B] are
+    valid mask frames, of which ``factor`` make an attention frame. It counts as masked above a share of ``threshold``.
     """
     masks = masks.mean(dim=1, dtype=torch.float32) if masks.dim() == 3 else masks
     lengths = lengths.to(masks.device).clamp(max=masks.shape[-1])
@@ -124,18 +123,6 @@ def _before(lengths: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return torch.arange(like.shape[1], device=like.device) < lengths.unsqueeze(1)
 
 
-def _run_lengths(masked: torch.Tensor) -> torch.Tensor:
-    """Return how many runs of each length there are in [B, A] bool; [A + 1] int64."""
-    frames = masked.shape[1]
-    runs = torch.zeros(frames + 1, dtype=torch.int64, device=masked.device)
-    if frames == 0:
-        return runs
-    index = torch.arange(frames, device=masked.device)
-    so_far = index - torch.where(masked, -1, index).cummax(dim=1).values  # masked frames up to this one, it included
-    ends = masked & ~torch.nn.functional.pad(masked[:, 1:], (0, 1))
-    return runs.scatter_add_(0, torch.where(ends, so_far, 0).flatten(), ends.flatten().long())
-
-
 def audit_masking(
     masking: torch.nn.Module,
     lengths: torch.Tensor,
@@ -151,7 +138,7 @@ def audit_masking(
     called ``draws`` times with ``input_feats`` [B, D, M] and ``input_lengths`` [B], on the device of the lengths, and
     returns features and masks [B, D, M]. Random generators are left as they were.
     """
-    layers = [window for name, window in (windows or {}).items() if name != STACK]
+    layers = [window for name, window in (windows or {}).items() if name != 'stack']
     arguments = window_of_masking(masking, tightest_window(layers) if layers else None)
     feats = torch.zeros(lengths.shape[0], features, int(lengths.max()), device=lengths.device)
     with isolate_rng(), torch.no_grad():

@@ -8,53 +8,59 @@ from collections import deque
 
 import torch
 
+from nemo.utils import logging
+
 COLLAPSED_PERPLEXITY = 0.01  # of the classes
 COLLAPSED_TOP_SHARE = 0.5  # of the frames
 
 
 class CodebookUse:
-    """Counts the tokens of the latest blocks of batches of a rank, without host-device synchronisation."""
+    """Counts the tokens of the latest blocks of batches of a rank; a block of ``math.inf`` batches never ends.
 
-    def __init__(self, num_classes: int, num_books: int = 1, batches_per_block: int = 100, blocks: int = 10):
+    At the end of each block it warns if the targets have collapsed; nothing else synchronises host and device.
+    """
+
+    def __init__(self, num_classes: int, num_books: int = 1, batches_per_block: float = 100, blocks: int = 10):
         self.num_classes, self.num_books = num_classes, num_books
         self.batches_per_block = batches_per_block
         self._blocks: deque[torch.Tensor] = deque(maxlen=blocks)  # counts [H, C] each, the oldest first
-        self.batches = 0
+        self._batches = 0
 
     def update(self, tokens: torch.Tensor, lengths: torch.Tensor) -> None:
         """Count the tokens [B, S] or [B, S, H] int64 of a batch, of so many valid frames [B] each."""
         valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths.to(tokens.device).unsqueeze(1)
         counts = token_counts(tokens.reshape(-1, self.num_books), self.num_books, self.num_classes, valid.flatten())
-        if self.batches % self.batches_per_block == 0:
+        if self._batches % self.batches_per_block == 0:
             self._blocks.append(counts)
         else:
             self._blocks[-1] += counts
-        self.batches += 1
-
-    @property
-    def block_is_complete(self) -> bool:
-        """Whether the last batch ended a block: the time to check the statistics."""
-        return self.batches > 0 and self.batches % self.batches_per_block == 0
+        self._batches += 1
+        if self._batches % self.batches_per_block == 0:
+            self.check()
 
     @property
     def counts(self) -> torch.Tensor | None:
         """The counts of the batches covered, [H, C]; None before the first batch."""
         return torch.stack(tuple(self._blocks)).sum(dim=0) if self._blocks else None
 
-    def collapse(self) -> str | None:
-        """Return how the targets have collapsed, or None. Synchronises host and device: not for every step."""
+    def check(self) -> None:
+        """Warn if the targets have collapsed. Synchronises host and device."""
         counts = self.counts
         if counts is None:
-            return None
-        statistics = torch.stack([value.double() for value in statistics_of(counts).values()])
-        used, perplexity, top_share, frames = statistics.tolist()
-        found = f'{used:.0f} of {self.num_classes} codes, perplexity {perplexity:.1f}, in {frames:.0f} frames'
-        if frames and top_share > COLLAPSED_TOP_SHARE:
-            return f'one code stands for {top_share:.0%} of the frames ({found})'
+            return
+        used, perplexity, top_share, frames = (value.item() for value in statistics_of(counts).values())
+        found = f'{used} of {self.num_classes} codes, perplexity {perplexity:.1f}, in {frames} frames'
         least = COLLAPSED_PERPLEXITY * self.num_classes
-        if frames >= 10 * least and perplexity < least:  # a handful of frames cannot have more, whatever they are
-            return f'their perplexity is under {COLLAPSED_PERPLEXITY:.0%} of the classes ({found})'
-        return None
+        if frames and top_share > COLLAPSED_TOP_SHARE:
+            reason = f'one code stands for {top_share:.0%} of the frames'
+        elif frames >= 10 * least and perplexity < least:  # a handful of frames cannot have more, whatever they are
+            reason = f'their perplexity is under {COLLAPSED_PERPLEXITY:.0%} of the classes'
+        else:
+            return
+        logging.warning(
+            f"The targets have collapsed: {reason} ({found}). The loss will fall and nothing will be learned. Set "
+            "model.target_normalize: per_feature, or normalise the features (model.preprocessor.normalize)."
+        )
 
 
 def statistics_of(counts: torch.Tensor) -> dict[str, torch.Tensor]:

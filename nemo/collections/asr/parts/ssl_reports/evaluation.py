@@ -4,6 +4,7 @@
 Shapes: U utterances, N loss positions, C classes, H codebooks.
 """
 
+import math
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,18 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from omegaconf import OmegaConf
-from scipy import stats
 
 from nemo.collections.asr.parts.att_context.context import AttContext, context_label
 from nemo.collections.asr.parts.att_context.receptive_field import look_ahead_ms
 from nemo.collections.asr.parts.att_context.windows import Window, tightest_window
 from nemo.collections.asr.parts.objectives.base import FrameScores
-from nemo.collections.asr.parts.ssl_reports.codebook_use import statistics_of, token_counts
+from nemo.collections.asr.parts.ssl_reports.codebook_use import CodebookUse, statistics_of, token_counts
 from nemo.collections.asr.parts.ssl_reports.figures import attention_frame_ms
 from nemo.collections.asr.parts.ssl_reports.validation import parse_contexts, passes_in_contexts, tightest_of
-
-NUMBERS_AT_ONCE = 10**7  # of resampled utterances held in memory
-Interval = tuple[float, float, float]  # a value and its bounds
 
 
 class UtteranceScores:
@@ -41,7 +38,8 @@ class UtteranceScores:
         columns = torch.stack((likelihood, correct, torch.ones_like(correct)), dim=1).double()
         self._sums.append(columns.new_zeros(utterances, 3).index_add_(0, index, columns).cpu().numpy())
         self.target_counts += token_counts(targets, *self.target_counts.shape).cpu()
-        self.digest = _digest(self.digest, index, targets)
+        for tensor in (index, targets):
+            self.digest = zlib.crc32(tensor.cpu().numpy().tobytes(), self.digest)
 
     def columns(self) -> np.ndarray:
         """Return negative log-likelihood, correct predictions and loss positions, [3, U] float64."""
@@ -54,19 +52,11 @@ class UtteranceScores:
         return {'majority_class': shares.amax(dim=1).mean().item(), 'unigram_entropy': entropy}
 
 
-def _digest(before: int, *tensors: torch.Tensor) -> int:
-    """Return a number that stands for the values of tensors, and for those that gave the number before."""
-    for tensor in tensors:
-        before = zlib.crc32(tensor.cpu().numpy().tobytes(), before)
-    return before
-
-
 class ModelScores(NamedTuple):
     """What :func:`evaluate` found."""
 
     parts: dict[str, dict[str, UtteranceScores]]  # by part of the objective and context label; ``next``: all horizons
-    codebook: dict[str, float]  # the codebook's use by all targets, whether predicted or not
-    tokens: int  # stands for all targets
+    codebook: dict[str, float]  # the codebook's use by all targets, whether predicted or not; differs if they do
 
 
 def evaluate(model, batches: Iterable, contexts: Sequence, seed: int = 0, window: Window | None = None) -> ModelScores:
@@ -84,7 +74,7 @@ def evaluate(model, batches: Iterable, contexts: Sequence, seed: int = 0, window
     parts = [part for objective in model.objectives for part in (*objective.parts, objective.name)]
     labels = [context_label(context) for context in contexts]
     scores = {part: {label: UtteranceScores(classes, books) for label in labels} for part in parts}
-    counts, digest = torch.zeros(books, classes, dtype=torch.int64), 0
+    use = CodebookUse(classes, books, batches_per_block=math.inf)
     with torch.inference_mode():
         for batch in batches:
             batch = model.transfer_batch_to_device(batch, model.device, 0)
@@ -95,34 +85,30 @@ def evaluate(model, batches: Iterable, contexts: Sequence, seed: int = 0, window
                     for part, scored in objective.scores(record).items():
                         for name in {part, objective.name}:
                             found[name, context_label(context)].append(scored)
-            targets, lengths = inputs.targets
+            use.update(*inputs.targets)
             for (part, label), scored in found.items():
-                scores[part][label].add(scored, len(lengths))
-            valid = torch.arange(targets.shape[1], device=targets.device) < lengths.to(targets.device).unsqueeze(1)
-            tokens = targets[valid].view(-1, books)
-            counts += token_counts(tokens, books, classes).cpu()
-            digest = _digest(digest, lengths, tokens)
-    codebook = {name: value.item() for name, value in statistics_of(counts).items()}
-    return ModelScores(scores, {**codebook, 'classes': classes}, digest)
+                scores[part][label].add(scored, len(inputs.targets[0]))
+    codebook = {name: value.item() for name, value in statistics_of(use.counts).items()}
+    return ModelScores(scores, {**codebook, 'classes': classes})
 
 
 def ratio_of_sums(
     numerator: np.ndarray, denominator: np.ndarray, resamples: int, confidence: float, seed: int
-) -> Interval:
-    """Return a mean per frame, from sums and numbers of frames by utterance [U], and its interval.
+) -> tuple[float, float, float]:
+    """Return a mean per frame, from sums and numbers of frames by utterance [U], and its interval's bounds.
 
     The interval is a percentile bootstrap over utterances, each with all its frames: frames of an utterance are alike,
     so an interval over frames would be too narrow. NaN for fewer than two utterances.
     """
-    ratio = lambda above, below, axis=-1: above.sum(axis=axis) / below.sum(axis=axis)
-    settings = dict(paired=True, method='percentile', n_resamples=resamples, confidence_level=confidence)
-    at_once, generator = max(NUMBERS_AT_ONCE // max(len(numerator), 1), 1), np.random.default_rng(seed)
+    sums, generator = np.stack((numerator, denominator)), np.random.default_rng(seed)
+    count, tail = len(numerator), (1 - confidence) / 2
     with np.errstate(invalid='ignore', divide='ignore'):
-        value = float(ratio(numerator, denominator))
-        if len(numerator) < 2:
-            return value, float('nan'), float('nan')
-        found = stats.bootstrap((numerator, denominator), ratio, batch=at_once, random_state=generator, **settings)
-    return value, float(found.confidence_interval.low), float(found.confidence_interval.high)
+        value = np.divide(*sums.sum(axis=1))
+        if count < 2:
+            return float(value), math.nan, math.nan
+        drawn = [np.divide(*sums[:, generator.integers(count, size=count)].sum(axis=1)) for _ in range(resamples)]
+    low, high = np.quantile(drawn, (tail, 1 - tail))
+    return float(value), float(low), float(high)
 
 
 def why_not_compared(scores: ModelScores, first: ModelScores, part: str, label: str) -> str | None:
@@ -132,7 +118,7 @@ def why_not_compared(scores: ModelScores, first: ModelScores, part: str, label: 
     """
     if label not in first.parts.get(part, {}):
         return 'the first has no such part, or was not run in this context'
-    if scores.tokens != first.tokens:
+    if scores.codebook != first.codebook:
         return "its targets are other tokens than the first's: they come from another quantizer or other features"
     if scores.parts[part][label].digest != first.parts[part][label].digest:
         return "other frames or tokens are predicted: its masking, horizons or look-ahead are others than the first's"
@@ -187,34 +173,26 @@ def compare_models(
         window = tightest if mask_context is None else Window(AttContext(mask_context, 0))
     for name, model in models.items():
         scores = evaluate(model, batches[name], contexts[name], seed, window)
-        first, rows, frame_ms = first or scores, [], attention_frame_ms(model)
-        for context in contexts[name]:
-            look_ahead = {'look_ahead_ms': look_ahead_ms(model.encoder, context, frame_ms)}
-            for part in scores.parts:
-                rows.append(_row(scores, first, context, part, resamples, confidence, seed) | look_ahead)
+        first, sampling = first or scores, (resamples, confidence, seed)
+        rows = [_row(model, scores, first, each, part, *sampling) for each in contexts[name] for part in scores.parts]
         masked_for = window.context.left if window and model.objectives.masks else None
         result = dict(model=name, objective=model.objective, mask_context=masked_for, codebook=scores.codebook)
         results.append({**result, 'contexts': rows})
     return results
 
 
-def _row(scores: ModelScores, first: ModelScores, context: Sequence, part: str, *sampling) -> dict:
-    label = context_label(context)
+def _row(model, scores: ModelScores, first: ModelScores, context: Sequence, part: str, *sampling) -> dict:
+    label, frame_ms = context_label(context), attention_frame_ms(model)
     sums = scores.parts[part][label]
     lost, correct, frames = sums.columns()
-    estimates = {'loss': ratio_of_sums(lost, frames, *sampling), 'accuracy': ratio_of_sums(correct, frames, *sampling)}
-    estimates['perplexity'] = tuple(np.exp(estimates['loss']).tolist())
+    numerators = {'loss': lost, 'accuracy': correct}
     reason = None if scores is first else why_not_compared(scores, first, part, label)
     if scores is not first and reason is None:
-        difference = lost - first.parts[part][label].columns()[0]
-        estimates['loss_difference'] = ratio_of_sums(difference, frames, *sampling)
-    row: dict[str, Any] = {
-        'context': list(context),
-        'part': part,
-        'loss_difference': None,
-        'loss_difference_interval': None,
-    }
-    for name, (value, low, high) in estimates.items():
-        row.update({name: value, f'{name}_interval': [low, high]})
+        numerators['loss_difference'] = lost - first.parts[part][label].columns()[0]
+    estimates = {name: ratio_of_sums(numerator, frames, *sampling) for name, numerator in numerators.items()}
+    estimates['perplexity'] = tuple(np.exp(estimates['loss']).tolist())
+    row: dict[str, Any] = dict(context=list(context), part=part, loss_difference=None, loss_difference_interval=None)
+    for name, (value, *interval) in estimates.items():
+        row.update({name: value, f'{name}_interval': interval})
     row.update(sums.baselines(), frames=int(frames.sum()), utterances=len(frames), not_compared=reason)
-    return row
+    return {**row, 'look_ahead_ms': look_ahead_ms(model.encoder, context, frame_ms)}

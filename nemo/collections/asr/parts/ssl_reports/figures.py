@@ -13,13 +13,12 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext
 from nemo.collections.asr.parts.att_context.receptive_field import look_ahead_ms, look_ahead_text, seen_through_layers
 from nemo.collections.asr.parts.att_context.visible_frames import masked_share_per_frame, no_visible_frame
-from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tightest_window_of
+from nemo.collections.asr.parts.att_context.windows import Window, tightest_window_of
 from nemo.collections.asr.parts.objectives.base import BatchRecord
 from nemo.utils.atomic_files import replacing
 
@@ -28,7 +27,7 @@ Curve = Sequence[tuple[float, float]]
 LINE_STYLES, GREYS, MARKERS = ('-', '--', ':', '-.'), ('0.0', '0.3', '0.5'), 'osD^vxP*'
 HATCHED = dict(facecolor='white', edgecolor='black', linewidth=0)
 BELOW = dict(loc='outside lower center', ncols=3, fontsize=8, frameon=False)
-CURVE = re.compile('(?:val|train)_loss/ctx_([^/]+)(?:/(.+))?')  # of a context, and maybe of a part of the objective
+CURVE = re.compile('(val|train)_(loss|accuracy)/ctx_([^/]+)(?:/(.+))?')  # maybe of a part of the objective
 CEILING = 'att_context_ceiling_left'
 SMOOTHED = 40  # points of a curve of training
 
@@ -46,13 +45,13 @@ def look_ahead_title(model, context) -> str:
     return f'{list(context)}, look-ahead {look_ahead_text(milliseconds)}'
 
 
-def masked_spectrogram(model, record: BatchRecord, title: str = '', index: int = 0) -> Figure:
-    """Draw an utterance of a batch with its masked blocks, and below them its attention frames.
+def masked_spectrogram(model, record: BatchRecord, title: str = '') -> Figure:
+    """Draw the first utterance of a batch with its masked blocks, and below them its attention frames.
 
     The model is in the context of the pass that the record is of.
     """
-    features = record.features[index, :, : int(record.feature_lengths[index])].detach().float().cpu().numpy()
-    masks = record.masks[index, :1, : int(record.mask_lengths[index])].float().cpu()
+    features = record.features[0, :, : int(record.feature_lengths[0])].detach().float().cpu().numpy()
+    masks = record.masks[0, :1, : int(record.mask_lengths[0])].float().cpu()
     share = masked_share_per_frame(masks, record.factor)
     window = tightest_window_of(model.encoder) or Window(AttContext(UNLIMITED, UNLIMITED))
     lost, share = no_visible_frame(share, window, record.threshold)[0].numpy(), share[0].numpy()
@@ -66,8 +65,7 @@ def masked_spectrogram(model, record: BatchRecord, title: str = '', index: int =
     upper.imshow(features, extent=(0, seconds, 0, features.shape[0]), **looks)
     for start, end in _runs(masks[0].numpy() > 0):
         upper.axvspan(start * unit, end * unit, alpha=0.75, hatch='////', **HATCHED)
-    upper.set_ylabel('feature')
-    upper.set_title(title, fontsize=10)
+    upper.set(ylabel='feature', title=title)
     for label, where, style in (
         ('masked', share > record.threshold, dict(facecolor='0.15')),
         ('partly masked', (share > 0) & (share <= record.threshold), dict(facecolor='0.75')),
@@ -82,25 +80,23 @@ def masked_spectrogram(model, record: BatchRecord, title: str = '', index: int =
     return figure
 
 
-def attention_windows(
-    encoder, frame: int | None, frames: int, frame_ms: float, att_context_size=None, title: str = ''
-) -> Figure:
-    """Draw what one attention frame attends to in each layer, and what its output depends on.
+def attention_windows(model, frames: int, frame: int | None = None) -> Figure:
+    """Draw what a frame attends to in each layer in the present context, and what its output depends on.
 
-    The utterance has so many frames; None takes the frame at three quarters of it, and the encoder's present context.
+    The utterance has so many attention frames; None takes the one at three quarters of it.
 
     Raises:
         ValueError: if the frame is not in the utterance, or the encoder's attention has no windows.
     """
+    encoder = model.encoder
     frame = 3 * (frames - 1) // 4 if frame is None else frame
     if not 0 <= frame < frames:
         raise ValueError(f"frame is {frame}; the utterance has attention frames 0 to {frames - 1}")
-    fields = seen_through_layers(encoder, frame, att_context_size)
-    windows = [window.bounds(frame) for window in encoder.effective_windows(att_context_size)]
+    windows = [window.bounds(frame) for window in encoder.effective_windows()]
     figure = Figure(figsize=(8.0, 1.9 + 0.27 * len(windows)), layout='constrained')
     axis = figure.subplots()
     for bounds, height, grey, label in (
-        (fields, 0.84, '0.85', f'what output {frame} depends on'),
+        (seen_through_layers(encoder, frame), 0.84, '0.85', f'what output {frame} depends on'),
         (windows, 0.42, '0.45', f'what frame {frame} attends to in this layer'),
     ):
         first, last = np.array(bounds).clip(0, frames - 1).T
@@ -109,8 +105,8 @@ def attention_windows(
     own = ['' if context is None else f'  {context.as_list()}' for context in encoder.layer_att_contexts()]
     axis.set_yticks(range(len(windows)), [f'{layer}{context}' for layer, context in enumerate(own)], fontsize=8)
     axis.set(ylabel='layer and its own context' if any(own) else 'layer', ylim=(-0.6, len(windows) - 0.4))
-    axis.set(xlabel=f'attention frame ({frame_ms:g} ms each)', xlim=(0, frames))
-    figure.suptitle(title, fontsize=10)
+    axis.set(xlabel=f'attention frame ({attention_frame_ms(model):g} ms each)', xlim=(0, frames))
+    figure.suptitle(f'attention in context {look_ahead_title(model, encoder.att_context_size)}', fontsize=10)
     figure.legend(**BELOW)
     return figure
 
@@ -123,34 +119,30 @@ def learning_curves(curves: Mapping[str, Curve]) -> Figure:
     ignored.
 
     Raises:
-        ValueError: if there is no loss of any context.
+        ValueError: if there is none of any context.
     """
-    found = [match for match in map(CURVE.fullmatch, curves) if match]
+    found = [match.groups('') for match in map(CURVE.fullmatch, curves) if match]
     if not found:
         raise ValueError("there is no val_loss/ctx_... or train_loss/ctx_... in these logs")
-    contexts, parts = sorted({match[1] for match in found}, key=_breadth), sorted({match[2] or '' for match in found})
-    panels: dict[str, list[tuple[Curve, dict]]] = defaultdict(list)  # of curves and their looks
-    lines = zip(*map(itertools.cycle, (LINE_STYLES, GREYS, MARKERS)))
-    for index, (context, (style, grey, marker)) in enumerate(zip(contexts, lines)):
-        line = dict(linestyle=style, color=grey)
-        thin = dict(line, linewidth=0.7, alpha=0.7, label=f'{_named(context)} in training, smoothed')
-        panels['loss (nats)'].append((_smooth(curves.get(f'train_loss/ctx_{context}', ())), thin))
-        line.update(linewidth=1.4, label=f'{_named(context)} in validation', markerfacecolor='none')
-        line.update(marker=marker, markersize=max(8 - 1.5 * index, 3))  # one inside the other
-        for part, (metric, label) in itertools.product(parts, (('loss', 'loss (nats)'), ('accuracy', 'accuracy'))):
-            curve = curves.get(f'val_{metric}/ctx_{context}/{part}'.rstrip('/'), ())
-            panels[f'{part} {label}'.strip()].append((curve, line))
-    ceiling = [(step, math.nan if left < 0 else left) for step, left in curves.get(CEILING, ())]
-    panels['ceiling on the left\ncontext (frames)'] = [(ceiling, dict(color='black', drawstyle='steps-post'))]
-    panels = {label: drawn for label, drawn in panels.items() if any(curve for curve, _ in drawn)}
-    figure = Figure(figsize=(8.0, 1.0 + 2.5 * len(panels)), layout='constrained')
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (label, drawn) in zip(axes, panels.items()):
-        for curve, looks in drawn:
-            if curve:
-                axis.plot(*zip(*sorted(curve)), **looks)
-        axis.set_ylabel(label, fontsize=9)
-        axis.grid(alpha=0.35, linewidth=0.5)
+    contexts = sorted({context for _, _, context, _ in found}, key=_breadth)
+    panels = sorted({(part, metric) for _, metric, _, part in found}, key=lambda each: (each[0], each[1] != 'loss'))
+    count = len(panels) + (CEILING in curves)
+    figure = Figure(figsize=(8.0, 1.0 + 2.5 * count), layout='constrained')
+    axes = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (part, metric) in zip(axes, panels):
+        for context, style, grey, marker in zip(contexts, *map(itertools.cycle, (LINE_STYLES, GREYS, MARKERS))):
+            name, line = f'{metric}/ctx_{context}/{part}'.rstrip('/'), dict(linestyle=style, color=grey)
+            if curve := curves.get(f'train_{name}'):
+                thin = dict(line, linewidth=0.7, alpha=0.7, label=f'{_named(context)} in training, smoothed')
+                axis.plot(*_smooth(curve), **thin)
+            if curve := curves.get(f'val_{name}'):
+                line.update(linewidth=1.4, marker=marker, markerfacecolor='none')
+                axis.plot(*zip(*sorted(curve)), **line, label=f'{_named(context)} in validation')
+        axis.set_ylabel(f'{part} {metric}{" (nats)" if metric == "loss" else ""}'.strip(), fontsize=9)
+    if CEILING in curves:
+        steps, lefts = np.array(sorted(curves[CEILING])).T
+        axes[-1].plot(steps, np.where(lefts < 0, math.nan, lefts), color='black', drawstyle='steps-post')
+        axes[-1].set_ylabel('ceiling on the left\ncontext (frames)', fontsize=9)
     axes[-1].set_xlabel('optimizer steps')
     figure.legend(*axes[0].get_legend_handles_labels(), handlelength=4, **BELOW)
     return figure
@@ -167,10 +159,32 @@ def _named(label: str) -> str:
     return f"chunks of {sizes.replace('_', ' ')}" if sizes else f"[{kind.replace('_', ', ')}]"
 
 
-def _smooth(curve: Curve) -> Curve:
-    """Return the medians of a curve in equal parts; a short curve as it is."""
-    parts = np.array_split(np.array(sorted(curve)), SMOOTHED) if len(curve) > SMOOTHED else []
-    return [tuple(np.median(part, axis=0)) for part in parts] or curve
+def _smooth(curve: Curve) -> np.ndarray:
+    """Return steps and values [2, N] of a curve, a long one as the medians of equal parts."""
+    parts = np.array_split(sorted(curve), min(len(curve), SMOOTHED))
+    return np.array([np.median(part, axis=0) for part in parts]).T
+
+
+def read_curves(path) -> dict[str, Curve]:
+    """Return the curves of a training run by metric; of equal steps those of the later run.
+
+    The path is an event file of TensorBoard, or a folder with some of them somewhere in it.
+
+    Raises:
+        ValueError: naming the path, if there is none.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(path.rglob('*.tfevents.*'), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise ValueError(f"{path}: there are no event files of TensorBoard (*.tfevents.*)")
+    curves: dict[str, dict[float, float]] = defaultdict(dict)
+    for file in files:
+        events = EventAccumulator(str(file), size_guidance={'scalars': 0, 'images': 1}).Reload()  # 0: all of them
+        for name in events.Tags()['scalars']:
+            curves[name].update((event.step, event.value) for event in events.Scalars(name))
+    return {name: sorted(values.items()) for name, values in curves.items()}
 
 
 def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
@@ -188,22 +202,3 @@ def save_figure(figure: Figure, stem) -> list[Path]:
             figure.savefig(partial, format=ending, dpi=120, metadata=metadata)
         files.append(file)
     return files
-
-
-def draw_contexts(model, record: BatchRecord) -> None:
-    """Put pictures of the first utterance of a pass, within its context, into TensorBoard.
-
-    They are ``contexts/masked_spectrogram``, where the objective masks, and ``contexts/attention_windows``.
-    """
-    encoder, step, drawn = model.encoder, model.trainer.global_step, {}
-    loggers = [logger for logger in model.trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    if not loggers or not model.trainer.is_global_zero:
-        return
-    if model.objectives.masks:
-        drawn['masked_spectrogram'] = masked_spectrogram(model, record, f'first validation utterance, step {step}')
-    if getattr(encoder, 'att_context_style', None) in STYLES:
-        frames = max(int(record.feature_lengths[0]) // encoder.subsampling_factor, 1)
-        title = f'attention in context {look_ahead_title(model, encoder.att_context_size)}'
-        drawn['attention_windows'] = attention_windows(encoder, None, frames, attention_frame_ms(model), title=title)
-    for logger, (name, figure) in itertools.product(loggers, drawn.items()):
-        logger.experiment.add_figure(f'contexts/{name}', figure, global_step=step, close=False)

@@ -2,21 +2,29 @@
 """Frozen probe: a small CTC recogniser on layer outputs of a frozen encoder. New in this project.
 
 It measures what an encoder's layers hold, without fine-tuning the encoder: a softmax-weighted sum of layer-normalised
-layers, one hidden layer, and CTC over phones or characters.
+layers, one hidden layer, and CTC over phones or characters. ``model.probe`` fits one after validations.
 
 Shapes: B batch, D features, T feature frames, A attention frames, L layers, W width of a layer, C classes.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.functional.text import edit_distance
+
+from nemo.collections.asr.data.audio_files import audio_entries, read_entry
+from nemo.collections.asr.parts.att_context.context import context_label
+from nemo.collections.asr.parts.utils.config_keys import Probe
+
+BATCH = 16  # utterances that a validation encodes at a time
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,8 @@ class LayerProbe(nn.Module):
 
 
 @torch.no_grad()
-def layer_outputs(encoder, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], context=None) -> list[torch.Tensor]:
-    """Encode batches of features [B, D, T] and lengths [B] in one context (None: the present one).
+def layer_outputs(encoder, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], context) -> list[torch.Tensor]:
+    """Encode batches of features [B, D, T] and lengths [B] in one context.
 
     Returns the outputs of all layers of each utterance, [A, L, W] float16. The encoder's training mode is kept.
     """
@@ -63,7 +71,7 @@ def layer_outputs(encoder, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     keep = lambda _, __, made: kept.append(made[0] if isinstance(made, tuple) else made)
     with ExitStack() as stack:
         stack.callback(encoder.train, encoder.training)
-        stack.enter_context(encoder.using_att_context_size(encoder.att_context_size if context is None else context))
+        stack.enter_context(encoder.using_att_context_size(context))
         for layer in encoder.layers:
             stack.enter_context(layer.register_forward_hook(keep))
         encoder.eval()
@@ -129,3 +137,69 @@ def probe_errors(
     """Fit a probe on part ``train``, count its errors by utterance of ``test``; ``encode`` takes a part."""
     probe = fit_probe(encode('train'), labels['train'], classes, settings)
     return count_errors(transcribe(probe, encode('test')), labels['test']), probe
+
+
+class ValidationProbe(Callback):
+    """Fit a probe every n validations; log ``probe/error_rate/ctx_...`` and ``probe/seconds``.
+
+    Takes ``model.probe`` of a config; ValueError names the key, its value and what is allowed. Every rank fits the same
+    probe, for with sharded weights all must run the encoder.
+    """
+
+    def __init__(self, section):
+        options = Probe.parse(section)
+        self.every, self.settings, self.validations = options.every_n_validations, ProbeSettings(options.steps), 0
+        self.audio, spoken = {}, {}
+        for part, path in {'train': options.train_manifest, 'test': options.test_manifest}.items():
+            self.audio[part], spoken[part] = _read(f'model.probe.{part}_manifest', path, options.labels)
+        names = sorted(set().union(*spoken['train']))
+        index, self.classes = {name: label for label, name in enumerate(names)}, len(names)
+        unknown = len(names) + 1  # a label that is not in the training part: no probe recognises it
+        self.labels = {
+            part: [[index.get(name, unknown) for name in row] for row in rows] for part, rows in spoken.items()
+        }
+
+    def on_validation_epoch_end(self, trainer, model) -> None:
+        """Fit and log, if it is due."""
+        if trainer.sanity_checking:
+            return
+        self.validations += 1
+        if self.validations % self.every:
+            return
+        started, logs, batches = time.monotonic(), {}, {part: list(self._batches(model, part)) for part in self.audio}
+        references = sum(map(len, self.labels['test']))
+        for context in model.encoder.att_context_size_all:
+            outputs = {part: layer_outputs(model.encoder, found, context) for part, found in batches.items()}
+            errors, _ = probe_errors(outputs.__getitem__, self.labels, self.classes, self.settings)
+            logs[f'probe/error_rate/ctx_{context_label(context)}'] = sum(errors) / references
+        model.log_dict({**logs, 'probe/seconds': time.monotonic() - started})
+
+    def _batches(self, model, part: str):
+        """Yield the features [B, D, T] and lengths [B] of a part's utterances, as the encoder gets them."""
+        rate = model.cfg.preprocessor.sample_rate
+        for start in range(0, len(self.audio[part]), BATCH):
+            signals = [torch.from_numpy(read_entry(entry, rate)) for entry in self.audio[part][start : start + BATCH]]
+            lengths = torch.tensor([len(signal) for signal in signals], device=model.device)
+            with torch.no_grad():
+                padded = pad_sequence(signals, batch_first=True).to(model.device)
+                yield model.preprocessor(input_signal=padded, length=lengths)
+
+    def state_dict(self) -> dict:
+        """Return how many validations there were."""
+        return {'validations': self.validations}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore the count."""
+        self.validations = state_dict['validations']
+
+
+def _read(key: str, path, labels: str) -> tuple[list[dict], list[list[str]]]:
+    """Return the entries of a manifest, with their audio's paths, and their transcripts; ValueError names the key."""
+    try:
+        entries = audio_entries([], path, must_exist=True)
+    except ValueError as error:
+        raise ValueError(f"{key} is {path}: {error}") from error
+    spoken = [entry.get(labels) or '' for entry in entries]
+    if not all(isinstance(text, str) and text.strip() for text in spoken):
+        raise ValueError(f"{key} is {path}; each of its utterances must have {labels}")
+    return entries, [text.split() if labels == 'phones' else list(text) for text in spoken]

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Validation in each attention context, on the same features, targets and masks."""
+"""Validation in each attention context, on the same features, targets and masks.
 
+Shapes: B batch, N samples, D features, M mask frames.
+"""
+
+import random
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, context_label
+from nemo.collections.asr.parts.att_context.visible_frames import window_of_masking
 from nemo.collections.asr.parts.att_context.windows import Window, tightest_window, tightest_window_of
-from nemo.collections.asr.parts.objectives.base import BatchRecord, Objective
-from nemo.collections.asr.parts.objectives.combination import Objectives
-from nemo.collections.asr.parts.ssl_reports.audit import WINDOW, audit_pass
-from nemo.collections.asr.parts.ssl_reports.fixed_masks import FixedMasks, utterance_seeds
+from nemo.collections.asr.parts.objectives.base import BatchRecord, FrameScores
+from nemo.collections.asr.parts.ssl_reports.audit import audit_pass
 from nemo.collections.asr.parts.utils.config_keys import ValidationMasks
 from nemo.utils import logging
 
@@ -45,6 +51,44 @@ def parse_contexts(value, encoder, field: str = 'model.validate_contexts') -> li
     return contexts
 
 
+def utterance_seeds(signal: torch.Tensor, lengths: torch.Tensor, seed: int) -> list[int]:
+    """Return a 32-bit seed for each utterance from its samples or features [B, ..., N] and length [B].
+
+    Neither padding, nor the batch around it, nor the rank changes it. Synchronises host and device.
+    """
+    rows = zip(signal.float().cpu(), lengths.tolist(), strict=True)
+    return [zlib.crc32(row[..., :length].numpy().tobytes(), seed) for row, length in rows]
+
+
+class FixedMasks:
+    """A masking that hides the same in every call, to be passed where a masking module is called.
+
+    The first call masks each utterance by itself, cut to its length, after seeding Python's, NumPy's and torch's
+    generators, which are afterwards as they were. Later calls, for the same features, return the same again. A masking
+    that takes a context gets the window.
+    """
+
+    def __init__(self, masking: torch.nn.Module, seeds: Sequence[int], window: Window):
+        self._masking, self._seeds = masking, seeds
+        self._arguments = window_of_masking(masking, window)
+        self._drawn: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, input_feats: torch.Tensor, input_lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the masked features and the masks, [B, D, M] each."""
+        if self._drawn is not None:
+            return self._drawn
+        self._drawn = masked, masks = input_feats.clone(), torch.zeros_like(input_feats)
+        with isolate_rng():
+            for row, (seed, length) in enumerate(zip(self._seeds, input_lengths.tolist(), strict=True)):
+                length = min(max(int(length), 1), input_feats.shape[-1])
+                for seed_generator in (random.seed, np.random.seed, torch.manual_seed):
+                    seed_generator(seed)
+                one = input_feats[row : row + 1, :, :length], input_lengths[row : row + 1]
+                found = self._masking(input_feats=one[0], input_lengths=one[1], **self._arguments)
+                (masked[row, :, :length],), (masks[row, :, :length],) = found
+        return self._drawn
+
+
 def tightest_of(encoder, contexts: Sequence) -> Window:
     """Return a window within what every layer sees in each of several batches' contexts."""
     windows = []
@@ -74,24 +118,22 @@ def passes_in_contexts(
 
 
 class ContextValidation:
-    """Runs validation and test batches in several contexts, and sums up over batches and ranks.
+    """Runs validation and test batches in ``model.validate_contexts``, and sums up over batches and ranks."""
 
-    Takes a model, ``model.validate_contexts`` and ``model.validation_masks``.
-
-    Raises:
-        ValueError: naming the config key, its value and what is allowed.
-    """
-
-    def __init__(self, model, contexts='all', masks=None):
-        masks = ValidationMasks.parse(masks)
-        self._wanted, self._seed = contexts, masks.seed
-        self._window = None if masks.left_context is None else Window(AttContext(masks.left_context, 0))
+    def __init__(self, model):
+        masks = ValidationMasks.parse(model.cfg.get('validation_masks'))
+        self._wanted, self._seed, left = model.cfg.validate_contexts, masks.seed, masks.left_context
+        self._window = None if left is None else Window(AttContext(left, 0))
+        if model.forward_is_overridden:
+            raise ValueError(f"model.validate_contexts cannot run {type(model).__name__}, which has its own forward")
         if not hasattr(model.loss, 'of_frames') or getattr(model.quantizer, 'num_classes', None) is None:
             raise ValueError(
                 "model.validate_contexts needs a loss with of_frames and a quantizer with num_classes; the loss is "
                 f"{type(model.loss).__name__}, the quantizer {type(model.quantizer).__name__}"
             )
-        self.contexts = parse_contexts(contexts, model.encoder)  # of the next validation
+        self.contexts = parse_contexts(self._wanted, model.encoder)  # of the next validation
+        names = {each: model.objectives.name_of(each) for each in model.objectives}
+        self._suffixes = {each: f'/{name}' if name else '' for each, name in names.items()}  # in metric names
         # By loader and name: the sum of values times their weights, and of the weights, [2].
         self._sums: dict[tuple[int, str], torch.Tensor] = {}
         self._results: dict[int, dict[str, torch.Tensor]] = {}
@@ -100,27 +142,26 @@ class ContextValidation:
         """Run a data loader's batch in every context, and draw it; return its mean loss over the contexts."""
         if batch_idx == dataloader_idx == 0:
             self._sums, self.contexts = {}, self._contexts_of(model)
-        losses, masks = [], model.objectives.masks
-        for context, record in passes_in_contexts(model, batch, self.contexts, self._seed, self._window, masks):
-            label, of_objectives = f'ctx_{context_label(context)}', {}
-            for objective, scores in model.objectives.scores(record).items():
-                whole = _place(label, model.objectives, objective)
-                lost, frames = 0.0, 0
-                for part, score in scores.items():
-                    count, likelihood = len(score.utterances), score.negative_log_likelihood.sum(dtype=torch.float64)
-                    for place in (whole, f'{label}/{part}') if part in objective.parts else (whole,):
-                        self._add(dataloader_idx, f'loss/{place}', likelihood, count)
-                        self._add(dataloader_idx, f'accuracy/{place}', score.correct.sum(dtype=torch.float64), count)
-                    lost, frames = lost + likelihood, frames + count
-                of_objectives[objective] = lost.float() / max(frames, 1)
-            losses.append(model.objectives.weighted(of_objectives))
-            if masks:
+        losses, objectives = [], model.objectives
+        passes = passes_in_contexts(model, batch, self.contexts, self._seed, self._window, objectives.masks)
+        for context, record in passes:
+            label, means = f'ctx_{context_label(context)}', {}
+            for objective, scores in objectives.scores(record).items():
+                whole = FrameScores(*map(torch.cat, zip(*scores.values())))
+                places = {f'{label}{self._suffixes[objective]}': whole}
+                places.update({f'{label}/{part}': scores[part] for part in objective.parts})
+                for place, (likelihood, correct, *_) in places.items():
+                    self._add(dataloader_idx, f'loss/{place}', likelihood.sum(dtype=torch.float64), len(correct))
+                    self._add(dataloader_idx, f'accuracy/{place}', correct.sum(dtype=torch.float64), len(correct))
+                means[objective] = whole.negative_log_likelihood.sum() / max(len(whole.correct), 1)
+            losses.append(objectives.weighted(means))
+            if objectives.masks:
                 audit = audit_pass(record, model.encoder)
                 self._add(dataloader_idx, 'masked_share', audit.mask_frames_masked, audit.mask_frames)
-                if WINDOW in audit.no_visible_frame:
-                    name, lost = f'masking/no_visible_frame_in_window/{label}', audit.no_visible_frame[WINDOW]
+                if 'window' in audit.no_visible_frame:
+                    name, lost = f'masking/no_visible_frame_in_window/{label}', audit.no_visible_frame['window']
                     self._add(dataloader_idx, name, lost, audit.frames_masked)
-            model.reports.keep_for_figures(model, record)
+            model.reports.draw(model, record)
         return torch.stack(losses).mean()
 
     def finish(self, model, mode: str) -> None:
@@ -143,8 +184,8 @@ class ContextValidation:
         found.update({name.replace('loss', 'perplexity', 1): found[name].exp() for name in losses})
         labels = [f'ctx_{context_label(context)}' for context in self.contexts]
         for label in labels:
-            of_objectives = {each: found[f'loss/{_place(label, model.objectives, each)}'] for each in model.objectives}
-            found[f'loss/{label}'] = model.objectives.weighted(of_objectives)
+            means = {objective: found[f'loss/{label}{suffix}'] for objective, suffix in self._suffixes.items()}
+            found[f'loss/{label}'] = model.objectives.weighted(means)
         one = f'accuracy/{labels[0]}' in found  # the sum of several losses has no accuracy or perplexity
         for name in ('loss', 'accuracy') if one else ('loss',):
             found[name] = torch.stack([found[f'{name}/{label}'] for label in labels]).mean()
@@ -165,13 +206,6 @@ class ContextValidation:
 
     def _add(self, loader: int, name: str, total: torch.Tensor, weight) -> None:
         """Add to a mean the sum of values times their weights, and of the weights: tensors or numbers."""
-        if (loader, name) not in self._sums:
-            self._sums[loader, name] = torch.zeros(2, dtype=torch.float64, device=total.device)
-        self._sums[loader, name][0] += total
-        self._sums[loader, name][1] += weight
-
-
-def _place(label: str, objectives: Objectives, objective: Objective) -> str:
-    """Return what the figures of a whole objective in a context are filed under."""
-    name = objectives.name_of(objective)
-    return f'{label}/{name}' if name else label
+        sums = self._sums.setdefault((loader, name), torch.zeros(2, dtype=torch.float64, device=total.device))
+        sums[0] += total
+        sums[1] += weight

@@ -11,7 +11,6 @@ from nemo.collections.asr.modules import RandomBlockMasking
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.objectives.base import BatchRecord
 from nemo.collections.asr.parts.ssl_reports.audit import (
-    STACK,
     Window,
     audit_masking,
     audit_masks,
@@ -97,11 +96,11 @@ class TestWindowsOf:
             windows = windows_of(encoder)
         lefts = {name: window.context.left for name, window in windows.items()}
         before, _ = encoder.conv_context_size
-        assert lefts == {'layer_00': 4, 'layer_01': 4, 'layer_02': 8, STACK: 16 + 3 * before}
+        assert lefts == {'layer_00': 4, 'layer_01': 4, 'layer_02': 8, 'stack': 16 + 3 * before}
         encoder.set_layer_att_context_size(None)
         with encoder.using_att_context_size([-1, 0]):
             found = {name: tuple(window.context) for name, window in windows_of(encoder).items()}
-        assert found == {'layers': (-1, 0), STACK: (-1, 0)}
+        assert found == {'layers': (-1, 0), 'stack': (-1, 0)}
 
 
 class OwnMasking(torch.nn.Module):
@@ -116,12 +115,12 @@ class OwnMasking(torch.nn.Module):
 
 class TestAuditMasking:
     def test_any_masking_module(self):
-        windows = {'layers': Window(AttContext(2, 0)), STACK: Window(AttContext(9, 0))}
+        windows = {'layers': Window(AttContext(2, 0)), 'stack': Window(AttContext(9, 0))}
         audit = audit_masking(OwnMasking(), torch.tensor([40, 24]), features=4, factor=4, windows=windows, draws=3)
         assert audit.frames_masked == 3 * 8 and audit.masked_share() == 0.5 and audit.run_quantile(1.0) == 5
         # of five masked frames the first two see the unmasked half; of three, two
         assert audit.no_visible_frame_share()['layers'].item() == pytest.approx(4 / 8)
-        assert audit.no_visible_frame_share()[STACK] == 0
+        assert audit.no_visible_frame_share()['stack'] == 0
 
     def test_ours_asks_for_nothing_impossible_and_stocks_does(self):
         windows, lengths = {'layers': Window(AttContext(5, 0))}, torch.tensor([800, 640])
@@ -158,7 +157,7 @@ def test_a_pass_is_audited_in_the_window_and_in_the_stack(layers):
     encoder = tiny_encoder(n_layers=layers, att_context_size=[2, 0], conv_kernel_size=3, conv_context_size='causal')
     record = record_of(torch.tensor([[0.0] + [1.0] * 12]).unsqueeze(1), lengths=[13], factor=1)
     shares = audit_pass(record, encoder).no_visible_frame_share()
-    assert shares == {'window': pytest.approx(10 / 12), STACK: pytest.approx((12 - 4 * layers) / 12)}
+    assert shares == {'window': pytest.approx(10 / 12), 'stack': pytest.approx((12 - 4 * layers) / 12)}
     assert audit_pass(record, torch.nn.Linear(1, 1)).no_visible_frame == {}
 
 

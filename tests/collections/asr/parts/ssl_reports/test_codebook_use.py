@@ -42,13 +42,14 @@ class TestStatistics:
         use.update(torch.tensor([[[0, 1], [1, 1], [2, 1], [3, 2]]]), torch.tensor([4]))
         perplexity = math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
         assert statistics(use) == pytest.approx([2, perplexity, 0.75, 4])
-        assert '75%' in use.collapse()
 
-    def test_before_the_first_batch_and_without_frames(self):
+    def test_before_the_first_batch_and_without_frames(self, warnings):
         assert statistics(CodebookUse(8)) == [0, 0, 0, 0]
         use = CodebookUse(8)
         use.update(torch.zeros(2, 3, dtype=torch.int64), torch.tensor([0, 0]))
-        assert statistics(use)[3] == 0 and use.collapse() is None and CodebookUse(8).collapse() is None
+        use.check()
+        CodebookUse(8).check()
+        assert statistics(use)[3] == 0 and not warnings
 
     def test_where_the_default_dtype_is_half(self):
         use = counted(torch.arange(512).tolist() * 3 + [0], num_classes=512)
@@ -64,9 +65,9 @@ class TestWindow:
     def test_slides_by_blocks(self):
         """Four batches in two blocks of two: the fifth batch pushes out the first two."""
         use = counted([0], [1], [2], [3], batches_per_block=2, blocks=2)
-        assert statistics(use)[3] == 4 and use.block_is_complete
+        assert statistics(use)[3] == 4
         use.update(torch.tensor([[4]]), torch.tensor([1]))
-        assert statistics(use)[0] == statistics(use)[3] == 3 and not use.block_is_complete  # 2, 3, 4
+        assert statistics(use)[0] == statistics(use)[3] == 3  # 2, 3, 4
 
     @pytest.mark.parametrize('per_block, blocks', [(100, 10), (2, 10), (1, 3), (1, 1)])
     def test_never_covers_more_than_its_blocks_and_all_but_one_of_them(self, per_block, blocks):
@@ -87,6 +88,10 @@ class TestWindow:
         ([0, 1, 2], 512, None),  # few frames cannot fill the codebook
     ],
 )
-def test_collapse(tokens, classes, reason):
-    found = counted(tokens, num_classes=classes).collapse()
-    assert found is None if reason is None else reason in found
+@pytest.mark.parametrize('ends', ['block', 'training'])
+def test_collapse(tokens, classes, reason, ends, warnings):
+    use = counted(tokens, num_classes=classes, batches_per_block=1 if ends == 'block' else 100)
+    if ends == 'training':
+        assert not warnings
+        use.check()
+    assert [reason in warning for warning in warnings] == [True] * (reason is not None)

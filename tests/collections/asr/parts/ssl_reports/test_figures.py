@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from tiny_nest import HIERARCHY, POSITIONS, noise_batch, tiny_model
 
 from nemo.collections.asr.parts.ssl_reports.figures import (
@@ -11,6 +12,7 @@ from nemo.collections.asr.parts.ssl_reports.figures import (
     attention_windows,
     learning_curves,
     masked_spectrogram,
+    read_curves,
     save_figure,
 )
 
@@ -34,13 +36,13 @@ def spans(axis, label):
 class TestMaskedSpectrogram:
     @POSITIONS
     def test_masked_blocks_and_attention_frames(self, position):
-        model, batch = tiny_model(*position).eval(), noise_batch((3.0, 2.0))
+        model, batch = tiny_model(*position).eval(), noise_batch((2.0, 3.0))
         with torch.no_grad(), model.encoder.using_att_context_size([1, 0]):
             record = model.encode_batch(batch, None)
             unit, factor = 0.08 / record.factor, record.factor
-            record.masks[1, :, 8 // (8 // factor) : 16 // (8 // factor)] = 1
-            record.masks[1, :, 3 * factor : 5 * factor] = 1
-            figure = masked_spectrogram(model, record, 'a title', index=1)
+            record.masks[0, :, 8 // (8 // factor) : 16 // (8 // factor)] = 1
+            record.masks[0, :, 3 * factor : 5 * factor] = 1
+            figure = masked_spectrogram(model, record, 'a title')
         upper, lower = figure.axes
         blocks = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in upper.patches]
         ends = [8 // (8 // factor) * unit, 16 // (8 // factor) * unit, 0.24, 0.40]
@@ -56,8 +58,9 @@ def test_a_frame_lasts_as_long_as_its_windows_are_apart():
 
 class TestAttentionWindows:
     def test_bars_of_the_receptive_field_and_of_each_layer(self):
-        encoder = tiny_model(*HIERARCHY).encoder
-        axis = attention_windows(encoder, frame=30, frames=40, frame_ms=80.0, att_context_size=[6, 0]).axes[0]
+        model = tiny_model(*HIERARCHY)
+        with model.encoder.using_att_context_size([6, 0]):
+            axis = attention_windows(model, frames=40, frame=30).axes[0]
         bars = [(patch.get_x(), patch.get_width(), patch.get_height()) for patch in axis.patches]
         assert [bar[:2] for bar in bars if bar[2] < 0.5] == [(26, 5), (26, 5), (24, 7)]
         assert all(start + width == 31 for start, width, _ in bars) and bars[0][0] < 24
@@ -90,3 +93,25 @@ def test_a_picture_is_written_as_png_and_svg_the_same_each_time(tmp_path):
         contents.append([file.read_bytes() for file in files])
     assert contents[0] == contents[1]
     assert contents[0][0].startswith(b'\x89PNG') and b'<svg' in contents[0][1]
+
+
+class TestReadCurves:
+    @staticmethod
+    def write(folder, *steps):
+        logger = TensorBoardLogger(folder, name=None, version='')
+        for step, value in steps:
+            logger.log_metrics({'val_loss/ctx_10_0': value, 'lr': 0.5}, step=step)
+        logger.finalize('success')
+
+    def test_of_a_resumed_run(self, tmp_path):
+        self.write(tmp_path / 'run/one', (5, 3.0), (10, 2.5), (15, 9.0))
+        self.write(tmp_path / 'run/two', (15, 2.0), (20, 1.5))
+        curves = read_curves(tmp_path)
+        assert curves['val_loss/ctx_10_0'] == [(5, 3.0), (10, 2.5), (15, 2.0), (20, 1.5)]
+        (file,) = (tmp_path / 'run/two').glob('events*')
+        assert read_curves(file)['lr'] == [(15, 0.5), (20, 0.5)]
+
+    @pytest.mark.parametrize('folder', ['.', 'nowhere'])
+    def test_nothing_to_read(self, tmp_path, folder):
+        with pytest.raises(ValueError, match='there are no event files'):
+            read_curves(tmp_path / folder)
