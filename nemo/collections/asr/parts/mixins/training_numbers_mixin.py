@@ -9,12 +9,12 @@ from functools import cached_property
 import torch
 from lightning.pytorch import LightningModule
 from omegaconf import ListConfig
+from torch.distributed.tensor import DTensor
 
 from nemo.collections.asr.parts.utils.nonfinite_guard import parameters_of
 
 Logs = dict[str, float | torch.Tensor]
 OF_ONE_STEP = ('learning_rate', 'global_step', 'att_context_left', 'att_context_right', 'next_token_offset')
-SAMPLE_RATE = 16000
 CONTEXT_LOSS = 'train_loss/ctx_'
 
 
@@ -22,21 +22,19 @@ class IntervalNumbers:
     """Sums of numbers or tensors over the steps of an interval, kept on the device until reduced."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._weights: dict[str, torch.Tensor] = {}  # of the means: what their sums are divided by
+        self._sums: dict[tuple[str, bool], torch.Tensor] = {}  # True: of weights, which a mean's sum is divided by
 
     def add(self, name: str, total, weight=None) -> None:
         """Add to a sum; or, with a weight, to a mean: the sum of some values, and what it is divided by."""
-        for kept, given in ((self._sums, total), (self._weights, weight)):
+        for key, given in (((name, False), total), ((name, True), weight)):
             if given is not None:
-                value = torch.as_tensor(given, dtype=torch.float32).detach()
-                kept[name] = kept[name] + value.to(kept[name].device) if name in kept else value
+                value, kept = torch.as_tensor(given, dtype=torch.float32).detach(), self._sums.get(key)
+                self._sums[key] = value if kept is None else kept + value.to(kept.device)
 
     def limit(self, prefix: str, names: set[str]) -> None:
         """Make the means whose names have a prefix the same on all ranks: those of some names and no others."""
-        for kept in (self._sums, self._weights):
-            for name in [each for each in kept if each.startswith(prefix) and each not in names]:
-                del kept[name]
+        for key in [each for each in self._sums if each[0].startswith(prefix) and each[0] not in names]:
+            del self._sums[key]
         for name in names:
             self.add(name, 0.0, 0.0)
 
@@ -45,16 +43,14 @@ class IntervalNumbers:
 
         Every rank calls it, and has added the same names. A mean of nothing is NaN.
         """
-        names, of_means = sorted(self._sums), sorted(self._weights)
-        parts = [*(self._sums[name] for name in names), *(self._weights[name] for name in of_means)]
-        self._sums, self._weights = {}, {}
+        keys = sorted(self._sums)
+        parts = [self._sums.pop(key) for key in keys]
         vector = torch.cat([_to(part.flatten(), device) for part in parts])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(vector)
         pieces = vector.split([part.numel() for part in parts])
-        reduced = [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
-        weights = dict(zip(of_means, reduced[len(names) :], strict=True))
-        return {name: total / weights[name] if name in weights else total for name, total in zip(names, reduced)}
+        sums = {key: piece.view(part.shape) for key, piece, part in zip(keys, pieces, parts)}
+        return {name: total / sums.get((name, True), 1) for (name, is_weight), total in sums.items() if not is_weight}
 
 
 class TrainingNumbersMixin(LightningModule):
@@ -84,8 +80,7 @@ class TrainingNumbersMixin(LightningModule):
 
     def add_batch(self, batch, record) -> None:
         """Add the sizes of a batch, as the data loader gives it, and of its forward pass to the interval."""
-        numbers = self._interval
-        if numbers is None:
+        if (numbers := self._interval) is None:
             return
         found = [objective.frame_losses for objective in self.objectives if objective.frame_losses is not None]
         predicted = sum(of_objective[1].sum() for of_objective in found)
@@ -103,13 +98,10 @@ class TrainingNumbersMixin(LightningModule):
             numbers.add('sources', *(empty.index_add(0, index, each.to(losses)) for each in (losses, counts)))
 
     @cached_property
-    def _multiplied_weights(self) -> tuple[int, int]:
+    def _multiplied_weights(self) -> list[int]:
         """How many weights each encoder frame, and each predicted token, is multiplied by."""
-        of_encoder, of_decoder = (
-            sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
-            for module in (self.encoder, self.objectives.decoder)
-        )
-        return of_encoder, of_decoder
+        modules = self.encoder, self.objectives.decoder
+        return [sum(weight.numel() for weight in module.parameters() if weight.dim() > 1) for module in modules]
 
     def flops_of_step(self, record, predicted: torch.Tensor):
         """Return the floating point operations of forward and backward pass, without what is computed twice.
@@ -127,7 +119,8 @@ class TrainingNumbersMixin(LightningModule):
         """Keep the weights before the last step of an interval."""
         super().on_before_optimizer_step(optimizer)
         if self._interval is not None and self._interval_ends():
-            weights = [_local(weight.detach()) for weight in parameters_of(optimizer) if weight.grad is not None]
+            trained = [weight.detach() for weight in parameters_of(optimizer) if weight.grad is not None]
+            weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in trained]
             if weights:  # a skipped step may have no gradient at all
                 self._updated = [weight.clone() for weight in weights], weights
 
@@ -174,7 +167,7 @@ class TrainingNumbersMixin(LightningModule):
         if 'samples' in logs:
             samples = logs.pop('samples')
             logs['padding_share'] = 1 - samples / logs.pop('padded_samples')
-            per_rank = samples / self.cfg.get('sample_rate', SAMPLE_RATE) / seconds
+            per_rank = samples / self.cfg.get('sample_rate', 16000) / seconds
             logs.update({'audio_seconds_per_second': per_rank * world, 'audio_seconds_per_second/rank': per_rank})
             logs['predicted_tokens_per_second'] = logs.pop('predicted') / seconds * world
         if 'sources' in logs:
@@ -182,8 +175,8 @@ class TrainingNumbersMixin(LightningModule):
         if 'flops' in logs:
             per_rank = logs.pop('flops') / seconds
             logs['model_tflops_per_second'] = per_rank * world / 1e12
-            if self.cfg.get('log_peak_flops'):
-                logs['model_flops_share'] = per_rank / float(self.cfg.log_peak_flops)
+            if peak := self.cfg.get('log_peak_flops'):
+                logs['model_flops_share'] = per_rank / peak
         return logs
 
 
@@ -204,11 +197,6 @@ def peak_memory(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == 'darwin' else 1024.0)
-
-
-def _local(weight: torch.Tensor) -> torch.Tensor:
-    """Return this rank's shard of a sharded weight."""
-    return weight.to_local() if hasattr(weight, 'to_local') else weight
 
 
 def _to(value: torch.Tensor, device: torch.device) -> torch.Tensor:
