@@ -25,7 +25,7 @@ from pathlib import Path
 
 from nemo.collections.asr.models import ssl_models
 from nemo.collections.asr.models.streaming_conversion import (
-    ConvertedWeights,
+    KEPT,
     build,
     check_convertible,
     check_streams,
@@ -39,8 +39,8 @@ from nemo.collections.asr.parts.ssl_reports.figures import look_ahead_title
 CONTEXTS = '[[80,0],[160,0],[320,0],[-1,0]]'
 
 
-def convert(options) -> ConvertedWeights:
-    """Convert a model by the command line; write the file in one step.
+def convert(options) -> dict[str, str]:
+    """Convert a model by the command line; write the file in one step; return what became of each weight.
 
     Raises:
         ValueError: naming what cannot be converted, or a file that exists already.
@@ -104,7 +104,10 @@ def main(argv=None) -> int:
         converted = convert(options)
     except (ValueError, OSError, pickle.UnpicklingError) as error:
         return report_error(__file__, error)
-    print(converted)
+    print(f"{sum(result == KEPT for result in converted.values())} weights kept as they are")
+    for name, result in converted.items():
+        if result != KEPT:
+            print(f"{name}: {result}")
     print(f"{options.output}: train it before you use it: its weights are those of an offline model")
     if options.stats is None:
         print("note: without --stats its features have another scale than those of the offline model")

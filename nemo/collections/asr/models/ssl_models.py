@@ -23,12 +23,12 @@ from nemo.collections.asr.parts.objectives.base import BatchInputs, BatchRecord
 from nemo.collections.asr.parts.objectives.combination import Objectives
 from nemo.collections.asr.parts.objectives.masked_tokens import has_forward_of
 from nemo.collections.asr.parts.objectives.next_tokens import check_same_heads, with_heads_of
-from nemo.collections.asr.parts.objectives.targets import Targets, keeping_full_precision
+from nemo.collections.asr.parts.objectives.targets import Targets
 from nemo.collections.asr.parts.ssl_reports.model_reports import ModelReports, ReportsMixin
 from nemo.collections.asr.parts.utils.logged_numbers import cpu_scalars
 from nemo.collections.asr.parts.utils.nonfinite_guard import NonFiniteGuard
 from nemo.core.classes.common import typecheck
-from nemo.core.neural_types import LengthsType, NeuralType, SpectrogramType
+from nemo.core.neural_types import NeuralType
 from nemo.utils import logging
 from nemo_streaming_ssl import upstream
 
@@ -69,16 +69,10 @@ class SpeechEncDecSelfSupervisedModel(
     def decoder_loss_step(self, spectrograms, spec_masks, encoded, encoded_len, targets=None, target_lengths=None):
         """Decode and compute the loss as NeMo does, which passes lengths to losses of a ``loss_list`` only."""
         takes_lengths = self.decoder_losses is None and 'decoder_lengths' in (self.loss.input_types or {})
-        if not takes_lengths or self.loss.needs_labels:
+        if not takes_lengths or self.loss.needs_labels or getattr(self.decoder_ssl, 'needs_labels', False):
             return super().decoder_loss_step(spectrograms, spec_masks, encoded, encoded_len, targets, target_lengths)
-        labels = {}
-        if getattr(self.decoder_ssl, 'needs_labels', False):
-            labels = {'targets': targets, 'target_lengths': target_lengths}
-        outputs = self.decoder_ssl(encoder_output=encoded, **labels)
-        loss = self.loss(
-            spectrograms=spectrograms, spec_masks=spec_masks, decoder_outputs=outputs, decoder_lengths=encoded_len
-        )
-        return loss, {}
+        given = dict(spectrograms=spectrograms, spec_masks=spec_masks, decoder_lengths=encoded_len)
+        return self.loss(decoder_outputs=self.decoder_ssl(encoder_output=encoded), **given), {}
 
 
 class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, _up.EncDecMaskedTokenPredModel):
@@ -134,7 +128,15 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
 
     def _apply(self, fn, recurse=True):
         """Move and convert the model; what makes the targets stays float32."""
-        return super()._apply(keeping_full_precision(fn, self.preprocessor, self.quantizer), recurse)
+        modules = self.preprocessor, self.quantizer
+        kept = {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
+
+        def convert(tensor):
+            converted = fn(tensor)
+            to_half = id(tensor) in kept and converted.dtype in (torch.float16, torch.bfloat16)
+            return tensor.to(converted.device) if to_half else converted
+
+        return super()._apply(convert, recurse)
 
     def setup(self, stage=None) -> None:
         """Keep the trainer from rounding the audio, which the targets are made of, to half precision."""
@@ -288,16 +290,10 @@ class EncDecDenoiseMaskedTokenPredModel(EncDecMaskedTokenPredModel, _up.EncDecDe
 
     @property
     def input_types(self):
-        """Returns definitions of module input types; stock's lack the names that its forward takes."""
-        features = NeuralType(('B', 'D', 'T'), SpectrogramType(), optional=True)
-        lengths = NeuralType(tuple('B'), LengthsType(), optional=True)
-        return {
-            **super().input_types,
-            "processed_noise_signal": features,
-            "processed_noise_signal_length": lengths,
-            "processed_noisy_input_signal": features,
-            "processed_noisy_input_signal_length": lengths,
-        }
+        """Return the definitions of the inputs; stock's lack some of the names that its forward takes."""
+        signals = 'processed_noise_signal', 'processed_noisy_input_signal'
+        lacking = [*signals, *(f'{signal}_length' for signal in signals)]
+        return {**super().input_types, **dict.fromkeys(lacking, NeuralType(optional=True))}
 
     @typecheck()
     def forward(

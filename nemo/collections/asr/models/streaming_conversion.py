@@ -2,14 +2,13 @@
 """Turn an offline NEST model into a streaming one: config, weights, and a check. New in this project."""
 
 import copy
-from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo.collections.asr.models import ssl_models
-from nemo.collections.asr.parts.streaming.evaluation import encode_offline, streamable_contexts
-from nemo.collections.asr.parts.streaming.session import StreamingSession
+from nemo.collections.asr.parts.streaming.evaluation import compare_with_offline, measure_stream, streamable_contexts
 
 CONVERTIBLE = {  # keys, and what may be their values, or their last parts; null always
     'target': ('EncDecDenoiseMaskedTokenPredModel', 'EncDecMaskedTokenPredModel'),
@@ -24,22 +23,7 @@ CONVERTIBLE = {  # keys, and what may be their values, or their last parts; null
 DATA_SECTIONS = ('train_ds', 'validation_ds', 'test_ds')
 SUBSAMPLED = 'encoder.pre_encode.out.weight'
 LARGEST_DIFFERENCE = 1e-4  # of streamed and offline outputs
-
-
-@dataclass
-class ConvertedWeights:
-    """How each weight was converted, by name."""
-
-    as_they_are: list = field(default_factory=list)
-    moved: dict = field(default_factory=dict)  # those that a wider layer took, and how
-    dropped: dict = field(default_factory=dict)  # those that no part of the streaming model takes, and why
-    fresh: dict = field(default_factory=dict)  # those of the streaming model that start from random weights, and why
-
-    def __str__(self) -> str:
-        lines = [f'{len(self.as_they_are)} weights kept as they are']
-        for title, weights in (('moved', self.moved), ('left out', self.dropped), ('new', self.fresh)):
-            lines += [f'{title}: {name}: {reason}' for name, reason in weights.items()]
-        return '\n'.join(lines)
+KEPT = 'kept as it is'  # of weights
 
 
 def check_convertible(cfg: DictConfig) -> None:
@@ -82,29 +66,30 @@ def build(cfg: DictConfig):
 
 
 @torch.no_grad()
-def convert_weights(offline, streaming) -> ConvertedWeights:
+def convert_weights(offline, streaming) -> dict[str, str]:
     """Copy every weight of the offline model that fits into the one of :func:`streaming_config`.
 
     The affine part of batch_norm becomes that of layer_norm: both scale and shift a channel that has been
     standardised. The projection after subsampling gets a column of zeros, see :func:`shifted_by_a_bin`.
+
+    Returns:
+        what became of each weight, by name; ``KEPT`` of those that were copied unchanged.
     """
-    old, new, result = offline.state_dict(), streaming.state_dict(), ConvertedWeights()
+    old, new = offline.state_dict(), streaming.state_dict()
+    results = dict.fromkeys(new, 'new: the offline model has none')
     for name, weight in old.items():
         if name not in new:
-            is_statistic = '.conv.batch_norm.' in name
-            result.dropped[name] = 'a running statistic of batch_norm' if is_statistic else 'the new model has none'
+            results[name] = 'left out: the streaming model has none'
         elif weight.shape == new[name].shape:
             new[name].copy_(weight)
-            result.as_they_are.append(name)
+            results[name] = KEPT
         elif name == SUBSAMPLED and (moved := shifted_by_a_bin(weight, new[name].shape, offline)) is not None:
             new[name].copy_(moved)
-            result.moved[name] = 'the first of the frequency bins that causal subsampling adds begins with zeros'
+            results[name] = 'moved: the first of the frequency bins that causal subsampling adds begins with zeros'
         else:
-            result.dropped[name] = f'its shape is {list(weight.shape)}'
-            result.fresh[name] = f'its shape is {list(new[name].shape)}'
-    result.fresh.update({name: 'the offline model has none' for name in new if name not in old})
+            results[name] = f'new: its shape is {list(new[name].shape)}, not {list(weight.shape)}'
     streaming.load_state_dict(new)
-    return result
+    return results
 
 
 def shifted_by_a_bin(weight: torch.Tensor, shape: torch.Size, model):
@@ -120,17 +105,16 @@ def shifted_by_a_bin(weight: torch.Tensor, shape: torch.Size, model):
     return torch.nn.functional.pad(bins, (1, 0)).reshape(shape)
 
 
-@torch.no_grad()
 def check_streams(model, seconds: float = 2.0) -> float:
     """Stream noise in each context; return the largest difference from offline; ValueError if it fails."""
-    length = int(seconds * model.preprocessor.featurizer.sample_rate)
-    samples, largest = torch.randn(1, length, generator=torch.Generator().manual_seed(0)), 0.0
+    length, differences = int(seconds * model.preprocessor.featurizer.sample_rate), []
+    samples = np.random.default_rng(0).standard_normal(length, dtype=np.float32)
     # Where none streams, the session raises with the reason.
     for context in streamable_contexts(model) or model.encoder.att_context_size_all:
-        session = StreamingSession(model, att_context_size=context)
-        pieces = [session.step(piece).encoded for piece in samples.split(1234, dim=1)] + [session.finish().encoded]
-        difference = torch.cat(pieces, dim=2) - encode_offline(model, samples, context)
-        largest = max(largest, difference.abs().max().item())
+        measures = measure_stream(model, samples, context, step_seconds=0.077)
+        compare_with_offline(model, samples, measures)
+        differences.append(measures.largest_difference)
+    largest = float(np.max(differences))  # NaN if one is
     if not largest <= LARGEST_DIFFERENCE:
         raise ValueError(f"streamed and offline outputs differ by {largest:.1e}, more than {LARGEST_DIFFERENCE:.0e}")
     return largest

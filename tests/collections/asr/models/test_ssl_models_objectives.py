@@ -10,7 +10,8 @@ from next_token_pairs import loss_of_all_pairs
 from ranks import run_on_two_ranks
 from tiny_nest import HIERARCHY, POSITIONS, batches, fit, noise_batch, signals, tiny_model, trainer
 
-from nemo.collections.asr.losses.ssl_losses.next_token import NextTokenLoss, next_token_indices
+from nemo.collections.asr.losses.ssl_losses.mlm import MultiMLMLoss
+from nemo.collections.asr.losses.ssl_losses.next_token import next_token_indices
 from nemo.collections.asr.parts.att_context.curriculum import AttContextCurriculum
 from nemo.collections.asr.parts.objectives.base import BatchInputs
 from nemo.collections.asr.parts.objectives.next_tokens import NextTokens
@@ -104,7 +105,7 @@ def test_the_loss_of_a_step_is_that_of_all_log_probabilities(objective, position
         record = model.encode_batch(noise_batch((2.0, 1.1)), model.masking_in_context())
         losses = model.objectives.loss(record)
     log_probs = torch.stack([d(encoder_output=record.encoded) for d in model.next_token_decoders], dim=2)
-    lengths, loss = (record.encoded_lengths, record.token_lengths), NextTokenLoss(3, books, squeeze_single=False)
+    lengths, loss = (record.encoded_lengths, record.token_lengths), MultiMLMLoss(num_decoders=books)
     expected = loss_of_all_pairs(loss, log_probs, record.tokens, 1 if position else 0, *lengths)
     if objective == BOTH:
         masked = model.loss(

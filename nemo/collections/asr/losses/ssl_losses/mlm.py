@@ -19,6 +19,14 @@ _up = upstream(globals())
 IGNORED_TARGET = -100  # as torch.nn.NLLLoss, which stock uses
 
 
+def has_target(targets: torch.Tensor, dimensions: int = 1) -> torch.Tensor:
+    """Return which frames, the first dimensions of targets, have one in any further dimension; bool."""
+    present = targets != IGNORED_TARGET
+    while present.dim() > dimensions:
+        present = present.any(dim=-1)
+    return present
+
+
 class _LossOfFrames(Loss):
     """Common part of the losses of one and of several codebooks; NeMo's arguments and ``decoder_offset``."""
 
@@ -98,8 +106,7 @@ class _LossOfFrames(Loss):
         if masks is not None:
             frames = min(frames, masks.shape[-1] // self.combine_time_steps)
         decoder_outputs, targets = decoder_outputs[:, :frames], targets[:, :frames]
-        loss_mask = targets != IGNORED_TARGET
-        loss_mask = loss_mask.any(dim=2) if self.several_books else loss_mask
+        loss_mask = has_target(targets, dimensions=2)
         if masks is not None:
             loss_mask &= masked_share_per_frame(masks, self.combine_time_steps)[:, :frames] > self.mask_threshold
         if decoder_lengths is not None:
@@ -115,7 +122,6 @@ class MLMLoss(_LossOfFrames, _up.MLMLoss):
     out. Without any masked frame the loss is zero and back-propagates.
 
     Args:
-        combine_time_steps, mask_threshold: as in NeMo.
         decoder_offset: leading decoder frames to drop. With causal downsampling frame i + 1, not i, is the first that
             has seen all of target i.
 

@@ -14,7 +14,6 @@ from functools import partial
 
 import torch
 
-from nemo.collections.asr.modules.ssl_modules.masked_time_line import BlockChances, MaskedTimeLine, kept_window
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, tightest
 from nemo.collections.asr.parts.att_context.visible_frames import kept_visible_frames
 from nemo.collections.asr.parts.att_context.windows import Window
@@ -24,6 +23,14 @@ from nemo_streaming_ssl import upstream
 _up = upstream(globals())
 
 SHORT_BLOCK = 8  # mask frames that stock 2.5.3 masks in an utterance too short for a block
+STREAM_FRAMES = 200  # attention frames, 16 s: a stream is masked as utterances of this length one after the other
+
+
+@dataclass
+class MaskedTimeLine:
+    """What is drawn for streams beyond the frames that have come."""
+
+    coming: torch.Tensor  # whether the next frames will be masked, [B, N] bool
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         ``overlap`` and ``causal`` come before the module's own settings.
         """
         window = self._window(effective_left_context, effective_window)
-        kept = kept_window(window, (self.causal and self.follow_context) if causal is None else causal)
+        kept = _kept_window(window, (self.causal and self.follow_context) if causal is None else causal)
         region = self._region(lengths, frames, current_frame, window.context.left, kept)
         if self.mask_prob == 0 or frames == 0:
             return torch.zeros_like(region.allowed)
@@ -209,13 +216,19 @@ class RandomBlockMasking(_up.RandomBlockMasking):
 
     def new_stream(self, streams: int = 1, device=None) -> MaskedTimeLine:
         """Return the state of masking for so many streams before their first frame."""
-        return MaskedTimeLine.new(streams, self.block_size, device)
+        return MaskedTimeLine(torch.zeros(streams, 0, dtype=torch.bool, device=device))
 
     def draw_on(self, stream: MaskedTimeLine, frames: int, window: Window) -> torch.Tensor:
-        """Draw the masks of new frames of streams, [B, N] bool; see :meth:`MaskedTimeLine.draw`."""
-        kept = kept_window(window, self.causal and self.follow_context)
-        blocks = BlockChances.of(self.mask_prob, self.block_size, self.allow_overlap, self.max_mask_ratio, kept)
-        return stream.draw(frames, blocks, self.subsampling_factor)
+        """Return the masks of new frames of streams, [B, N] bool, and draw more where they are not drawn yet."""
+        if not window.has_chunks and window.context.left != 0:
+            window = Window(AttContext(window.context.left, 0))  # the look-ahead may be after the end of the stream
+        drawn = math.ceil(STREAM_FRAMES / window.chunk) * window.chunk * self.subsampling_factor
+        lengths = torch.full((len(stream.coming),), drawn, device=stream.coming.device)
+        while stream.coming.shape[1] < frames:
+            more = self.draw(lengths, drawn, effective_window=window)
+            stream.coming = torch.cat((stream.coming, more), dim=1)
+        masks, stream.coming = stream.coming[:, :frames], stream.coming[:, frames:]
+        return masks
 
     def _region(self, lengths: torch.Tensor, frames: int, received, left: int, kept: Window | None) -> _Region:
         """Return what may be masked of lengths [B], or of the frames received, within a left context."""
@@ -353,6 +366,17 @@ class ConvFeatureMaksingWrapper(_up.ConvFeatureMaksingWrapper):
             return feats, lengths
         masked_feats, self.curr_mask = self._mask(input_feats=feats.transpose(1, 2), input_lengths=lengths)
         return masked_feats.transpose(1, 2).detach(), lengths  # detached as in stock: targets come from this module
+
+
+def _kept_window(window: Window, causal: bool) -> Window | None:
+    """Return the window in which masking keeps a frame visible; None where every frame may be masked.
+
+    Without a limit to the past only ``causal`` keeps one: at the beginning, where the past is short.
+    """
+    left, right = window.context
+    if left == UNLIMITED and not causal:
+        return None
+    return Window(AttContext(UNLIMITED, 0)) if left == right == UNLIMITED else window
 
 
 def _uniform(shape, device) -> torch.Tensor:

@@ -126,12 +126,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 def _read_projection(path, components: int, combine_time_steps: int, features: int):
     """Read so many principal components of combined frames, those with the largest variance first.
 
-    Each is scaled to unit variance. Otherwise the first few decide where a unit vector points, and most codes are never
-    chosen.
-
     Returns:
-        float64 [components, combine_time_steps * features], features of the first frame first, and the normalisation of
-        the features, ``per_feature`` or ``NA``.
+        float64 [components, combine_time_steps * features], features of the first frame first, each component scaled to
+        unit variance, and the normalisation of the features, ``per_feature`` or ``NA``.
     """
     name = f'{Quantizer.name}.projection_file {path}'
     try:
@@ -150,4 +147,5 @@ def _read_projection(path, components: int, combine_time_steps: int, features: i
             f"{name} has {usable} components with a variance; num_books * code_dim takes {components}: make it with "
             f"--components {components} or more"
         )
+    # Unscaled, the first few would decide where a unit vector points, and most codes would never be chosen.
     return axes / np.sqrt(variances)[:, None], normalization

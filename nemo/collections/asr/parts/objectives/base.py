@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET
+from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET, has_target
 
 Frames = tuple[torch.Tensor, torch.Tensor]
 Logs = dict[str, float | torch.Tensor]
@@ -50,12 +50,12 @@ class LossPositions(NamedTuple):
 
     def having_targets(self) -> 'LossPositions':
         """Return the positions with a target; synchronises host and device."""
-        index = (self.targets != IGNORED_TARGET).view(len(self.targets), -1).any(dim=1).nonzero().squeeze(1)
+        index = has_target(self.targets).nonzero().squeeze(1)
         return LossPositions(*(part.index_select(0, index) for part in self))
 
     def decoded(self, decoder: torch.nn.Module) -> 'LossPositions':
-        """Return the log-probabilities of encoder frames."""
-        return self._replace(outputs=decode(decoder, self.outputs))
+        """Return the positions with the log-probabilities of their encoder frames."""
+        return self._replace(outputs=decoder(encoder_output=self.outputs.t().unsqueeze(0)).squeeze(0))
 
 
 class FrameScores(NamedTuple):
@@ -94,11 +94,6 @@ class Objective:
         """The decoder that ``model.forward`` runs."""
         return self.model.decoder
 
-    @property
-    def loss_over_ranks(self) -> bool:
-        """Whether the loss is a mean over the loss positions of all ranks."""
-        return self.model.cfg.get('loss_over') == 'global'
-
     def loss(self, record: BatchRecord) -> tuple[torch.Tensor, Logs]:
         """Return the loss of a pass, a scalar, and the loss of each part, without gradient."""
         raise NotImplementedError
@@ -118,9 +113,12 @@ class Objective:
         In training with ``model.loss_over: global`` the mean of the ranks' losses is that over all their tokens.
         """
         self.frame_losses = losses.detach(), predicted, utterances
-        count, ranks = predicted.sum(), torch.distributed
-        loss, of_all_ranks = losses.sum() / count.clamp(min=1), self.loss_over_ranks
-        if not (of_all_ranks and self.model.training and ranks.is_available() and ranks.is_initialized()):
+        count, ranks, model = predicted.sum(), torch.distributed, self.model
+        loss, of_all_ranks = (
+            losses.sum() / count.clamp(min=1),
+            model.training and model.cfg.get('loss_over') == 'global',
+        )
+        if not (of_all_ranks and ranks.is_available() and ranks.is_initialized()):
             return loss
         total = count.float()  # a copy
         ranks.all_reduce(total)
@@ -141,9 +139,3 @@ def gather_loss_positions(frames: torch.Tensor, targets: torch.Tensor, loss_mask
     utterances = index.div(loss_mask.shape[1], rounding_mode='floor')
     frames, targets = (part.flatten(0, 1).index_select(0, index) for part in (frames, targets))
     return LossPositions(frames, targets, utterances)
-
-
-def decode(decoder: torch.nn.Module, frames: torch.Tensor) -> torch.Tensor:
-    """Return the log-probabilities [N, C] or [N, C, H] of frames [N, d_model]; N may be 0."""
-    one = frames if len(frames) else frames.new_zeros(1, frames.shape[1])  # a convolution takes no empty input
-    return decoder(encoder_output=one.t().unsqueeze(0)).squeeze(0)[: len(frames)]

@@ -5,7 +5,7 @@ import inspect
 
 import torch
 
-from nemo.collections.asr.losses.ssl_losses.mlm import IGNORED_TARGET, MLMLoss, MultiMLMLoss
+from nemo.collections.asr.losses.ssl_losses.mlm import MLMLoss, MultiMLMLoss, has_target
 from nemo.collections.asr.modules.ssl_modules.multi_softmax_decoder import MultiSoftmaxDecoder
 from nemo.collections.asr.parts.objectives import base
 from nemo.collections.asr.parts.objectives.base import BatchRecord, FrameScores, Logs, LossPositions
@@ -19,21 +19,16 @@ class MaskedTokens(base.Objective):
     """
 
     name, masks = 'masked', True
-    _warned = False
 
     def loss(self, record: BatchRecord) -> tuple[torch.Tensor, Logs]:
         """Return the loss of a pass; see :class:`Objective`."""
-        reason = why_all_frames(self.model.decoder, self.model.loss)
-        if reason is None:
+        decoder, loss = self.model.decoder, self.model.loss
+        if why_all_frames(decoder, loss) is None:
             log_probs, targets, utterances = self.predictions(record)
-            losses = self.model.loss.of_frames(log_probs, targets, reduction='none')
-            predicted = (targets != IGNORED_TARGET).view(len(targets), -1).any(dim=1)
-            return self.mean_over_tokens(losses, predicted, utterances), {}
-        if not self._warned:
-            logging.warning(f"Each step computes logits for all frames, not only at the loss positions: {reason}.")
-            self._warned = True
+            losses = loss.of_frames(log_probs, targets, reduction='none')
+            return self.mean_over_tokens(losses, has_target(targets), utterances), {}
         arguments = dict(masks=record.masks, targets=record.tokens, decoder_lengths=record.encoded_lengths)
-        return self.model.loss(decoder_outputs=self.decoder(encoder_output=record.encoded), **arguments), {}
+        return loss(decoder_outputs=decoder(encoder_output=record.encoded), **arguments), {}
 
     def predictions(self, record: BatchRecord) -> LossPositions:
         """Return the log-probabilities at the loss positions of a pass."""
@@ -51,8 +46,10 @@ class MaskedTokens(base.Objective):
     def check(self) -> None:
         """Check the loss's ``decoder_offset``, and that masked frames can be predicted in every context."""
         model = self.model
-        if self.loss_over_ranks and (reason := why_all_frames(model.decoder, model.loss)):
-            raise ValueError(f"model.loss_over is global; it must be rank: {reason}")
+        if reason := why_all_frames(model.decoder, model.loss):
+            if model.cfg.get('loss_over') == 'global':
+                raise ValueError(f"model.loss_over is global; it must be rank: {reason}")
+            logging.warning(f"Each step computes logits for all frames, not only at the loss positions: {reason}.")
         offset = getattr(model.loss, 'decoder_offset', None)
         if model.pre_encoder is not None:
             if offset:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prediction of next tokens (NEST-RQ, arXiv 2409.08680), horizon by horizon; K of them."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from nemo.collections.asr.losses.ssl_losses.next_token import NextTokenLoss
+from nemo.collections.asr.losses.ssl_losses.mlm import MultiMLMLoss, has_target
+from nemo.collections.asr.losses.ssl_losses.next_token import align_next_tokens
 from nemo.collections.asr.parts.att_context.receptive_field import chunk_end_look_ahead, next_token_offset
 from nemo.collections.asr.parts.objectives import base
 from nemo.collections.asr.parts.objectives.base import BatchRecord, FrameScores, Logs, LossPositions
@@ -33,8 +35,8 @@ class NextTokens(base.Objective):
             reason = f"{type(model).__name__} has a forward of its own"
         if reason is not None:
             raise ValueError(f"model.objective is {model.objective}, which predicts frame by frame: {reason}")
-        books = dict(num_decoders=model.decoder.num_decoders, squeeze_single=model.decoder.squeeze_single)
-        self.token_loss = NextTokenLoss(options.horizons, **books)
+        decoder = model.decoder
+        self.token_loss = MultiMLMLoss(num_decoders=decoder.num_decoders, squeeze_single=decoder.squeeze_single)
         self.at_chunk_end = options.positions == 'chunk_end'
         self.parts = tuple(f'next_{horizon}' for horizon in range(options.horizons))
         decoders = (model.from_config_dict(model.cfg.decoder) for _ in range(options.horizons))
@@ -47,10 +49,9 @@ class NextTokens(base.Objective):
 
     def loss_positions(self, record: BatchRecord) -> LossPositions:
         """Return the frames of a pass with a next token, and their tokens at each horizon, -100 for none."""
-        lengths = record.encoded_lengths, record.token_lengths
         encoded = record.encoded.transpose(1, 2)  # type: ignore[union-attr]
-        aligned = self.token_loss.align(encoded, record.tokens, self.offset(), *lengths, self.chunk())
-        return base.gather_loss_positions(*aligned)
+        wanted = len(self.parts), self.offset(), record.encoded_lengths, record.token_lengths, self.chunk()
+        return base.gather_loss_positions(*align_next_tokens(encoded, record.tokens, *wanted))
 
     def loss(self, record: BatchRecord) -> tuple[torch.Tensor, Logs]:
         """Return the mean over all frames and horizons, and each horizon's; see :class:`Objective`.
@@ -60,27 +61,30 @@ class NextTokens(base.Objective):
         """
         positions = self.loss_positions(record)
 
-        def of_horizon(outputs: torch.Tensor, targets: torch.Tensor, decoder: torch.nn.Module) -> Any:
-            return self.token_loss.of_horizon(base.decode(decoder, outputs), targets)
+        def of_horizon(positions: LossPositions, decoder: torch.nn.Module) -> Any:
+            return self.token_loss.of_frames(*positions.decoded(decoder)[:2], reduction='none')
 
         # Nothing in here is random: the state of the generators need not be kept (on a GPU, that would synchronise).
         settings = dict(use_reentrant=False, preserve_rng_state=False)
-        pairs = [
-            checkpoint(of_horizon, positions.outputs, positions.targets[:, horizon], decoder, **settings)
-            for horizon, decoder in enumerate(self.model.next_token_decoders)
-        ]
-        losses, predicted = (torch.stack(part) for part in zip(*pairs, strict=True))  # [K, N]
-        means = losses.detach().sum(dim=1) / predicted.sum(dim=1).clamp(min=1)
-        loss = self.mean_over_tokens(losses.sum(dim=0), predicted.sum(dim=0), positions.utterances)
+        by_horizon = self.by_horizon(positions)
+        losses = torch.stack([checkpoint(of_horizon, *pair, **settings) for pair in by_horizon])  # [K, N]
+        predicted = has_target(positions.targets, dimensions=2)  # [N, K]
+        means = losses.detach().sum(dim=1) / predicted.sum(dim=0).clamp(min=1)
+        loss = self.mean_over_tokens(losses.sum(dim=0), predicted.sum(dim=1), positions.utterances)
         return loss, dict(zip(self.parts, means, strict=True))
 
     def scores(self, record: BatchRecord) -> dict[str, FrameScores]:
         """Score a pass at each horizon; see :class:`Objective`."""
-        positions, scores = self.loss_positions(record), {}
-        for horizon, (part, decoder) in enumerate(zip(self.parts, self.model.next_token_decoders, strict=True)):
-            of_horizon = positions._replace(targets=positions.targets[:, horizon]).having_targets()
-            scores[part] = FrameScores.of(of_horizon.decoded(decoder), self.token_loss.frame_loss)
+        scores = {}
+        for part, (positions, decoder) in zip(self.parts, self.by_horizon(self.loss_positions(record)), strict=True):
+            predictions = positions.decoded(decoder).having_targets()
+            scores[part] = FrameScores.of(predictions, self.token_loss)
         return scores
+
+    def by_horizon(self, positions: LossPositions) -> Iterator[tuple[LossPositions, torch.nn.Module]]:
+        """Yield the positions with their targets at each horizon, and its decoder."""
+        for horizon, decoder in enumerate(self.model.next_token_decoders):
+            yield positions._replace(targets=positions.targets[:, horizon]), decoder
 
     def offset(self, att_context_size: Any = None) -> int:
         """Return how many tokens after its own a frame predicts first; see ``next_token_offset``."""
@@ -116,30 +120,29 @@ class NextTokens(base.Objective):
                 self.offset()
 
 
-def _heads(state_dict: dict[str, Any]) -> set[str]:
-    return {name for name in state_dict if name.startswith(HEADS)}
-
-
 def with_heads_of(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return weights for a model: heads that they lack stay as they are, others are left out."""
-    state = model.state_dict()
-    own, given = _heads(state), _heads(state_dict)
-    if own == given:
+    own, given = _heads(model.state_dict()), _heads(state_dict)
+    lacking, unknown = own.keys() - given.keys(), given.keys() - own.keys()
+    if not lacking and not unknown:
         return state_dict
     logging.info(
-        f"The weights are of another objective: {len(own - given)} tensors of next_token_decoders keep their initial "
-        f"values, {len(given - own)} are left out."
+        f"The weights are of another objective: {len(lacking)} tensors of next_token_decoders keep their initial "
+        f"values, {len(unknown)} are left out."
     )
-    fitting = {name: value for name, value in state_dict.items() if name not in given - own}
-    return {**{name: state[name] for name in own}, **fitting}
+    return {**own, **{name: value for name, value in state_dict.items() if name not in unknown}}
 
 
 def check_same_heads(model: Any, checkpoint: dict[str, Any]) -> None:
     """Raise ValueError if a training run would continue one of another objective."""
-    different = _heads(checkpoint.get('state_dict', {})) != _heads(model.state_dict())
+    different = _heads(checkpoint.get('state_dict', {})).keys() != _heads(model.state_dict()).keys()
     if checkpoint.get('optimizer_states') and different:
         raise ValueError(
             f"model.objective is {model.objective} with {len(model.next_token_decoders or [])} horizons; the "
             "checkpoint to continue is of a run with another objective or number of horizons. Begin a run of "
             "its own from those weights, with init_from_ptl_ckpt or init_from_nemo_model"
         )
+
+
+def _heads(state_dict: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state_dict.items() if name.startswith(HEADS)}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo.collections.asr.modules.ssl_modules.masked_time_line import MaskedTimeLine
+from nemo.collections.asr.modules.ssl_modules.masking import MaskedTimeLine
 from nemo.collections.asr.parts.att_context.context import AttContext
 from nemo.collections.asr.parts.att_context.visible_frames import window_of_masking
 from nemo.collections.asr.parts.att_context.windows import tightest_window
@@ -34,7 +34,7 @@ class ObservedStream:
     waiting: Tensor  # mask frames that do not make a whole target yet, [F, M]
     sums: Tensor  # of the frames received, and of their squares, [2, F, 1] float64
     count: int = 0  # mask frames received
-    time_line: MaskedTimeLine | None = None  # what masking drew so far
+    time_line: MaskedTimeLine | None = None  # what masking has drawn
     masks: Tensor | None = None  # [1, M]
     tokens: Tensor | None = None  # [S] or [S, H]
     log_probs: Tensor | None = None  # after ``decoder_offset``, which the loss drops, [A, C] or [A, C, H]
@@ -60,9 +60,9 @@ class LiveMasking:
     def mask(self, stream: Any, frames: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
         """Take new mask frames [F, M] and tokens; return the encoder's frames, and their masks [1, M]."""
         stream.tokens = _joined(stream.tokens, tokens)
-        lengths, time_line = torch.tensor([frames.shape[1]], device=frames.device), stream.time_line
-        new = dict(input_feats=frames[None], input_lengths=lengths, current_frame=time_line.received[:, 0] + lengths)
-        masked, masks = self.masking(**new, stream=time_line, **self._arguments)
+        lengths, received = (torch.tensor([each], device=frames.device) for each in (frames.shape[1], stream.count))
+        new = dict(input_feats=frames[None], input_lengths=lengths, current_frame=received)
+        masked, masks = self.masking(**new, stream=stream.time_line, **self._arguments)
         stream.masks = torch.cat((stream.masks, masks[0, :1].to(stream.masks.dtype)), dim=1)
         return masked[0], masks[0, :1]
 
@@ -125,7 +125,7 @@ class LiveSurprise:
             return log_probs.new_zeros(0)
         stream.next_tokens = tokens[ready:].clone()
         stream.start += ready
-        return self.loss.of_horizon(log_probs[:ready], tokens[:ready])[0]
+        return self.loss.of_frames(log_probs[:ready], tokens[:ready], reduction='none')
 
 
 class Observers(StreamStates):

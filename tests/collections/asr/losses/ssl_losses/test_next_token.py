@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NextTokenLoss: which token each frame predicts at each horizon, and the loss of it.
+"""Which token each frame predicts at each horizon, and the loss of it.
 
 Shapes: B batch, T encoder frames, S target frames, K horizons, C classes, H codebooks.
 """
@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from next_token_pairs import loss_of_all_pairs
 
-from nemo.collections.asr.losses.ssl_losses.next_token import NextTokenLoss, next_token_indices
+from nemo.collections.asr.losses.ssl_losses.mlm import MultiMLMLoss
+from nemo.collections.asr.losses.ssl_losses.next_token import align_next_tokens, next_token_indices
 
 NONE = -100
 
@@ -40,7 +41,7 @@ def test_loss_and_gradient_equal_a_plain_loop(data):
     encoded_lengths = torch.tensor(draw(st.lists(st.integers(0, frames), min_size=batch, max_size=batch)))
     token_lengths = torch.tensor(draw(st.lists(st.integers(0, targets), min_size=batch, max_size=batch)))
     squeezed = books == 1 and draw(st.booleans())
-    loss = NextTokenLoss(horizons, books, squeeze_single=squeezed)
+    loss = MultiMLMLoss(num_decoders=books, squeeze_single=squeezed)
 
     gradients, losses = [], []
     for ours in (True, False):
@@ -63,9 +64,8 @@ def test_at_the_end_of_chunks_the_last_frames_predict_what_follows_the_chunk():
     assert next_token_indices(8, 2, offset=0, chunk=4).tolist() == [
         [-1, -1], [-1, -1], [3, 4], [3, 4], [-1, -1], [-1, -1], [7, 8], [7, 8],
     ]  # fmt: skip
-    _, wanted, counted = NextTokenLoss(horizons=2).align(
-        torch.zeros(1, 10, 1), tokens, 1, torch.tensor([10]), torch.tensor([9]), chunk=4
-    )
+    lengths = torch.tensor([10]), torch.tensor([9])
+    _, wanted, counted = align_next_tokens(torch.zeros(1, 10, 1), tokens, 2, 1, *lengths, chunk=4)
     assert wanted[0].tolist() == 2 * [[NONE, NONE]] + 2 * [[14, 15]] + 2 * [[NONE, NONE]] + 2 * [[18, NONE]]
     assert counted[0].tolist() == 2 * [False, False, True, True]
 
@@ -73,6 +73,8 @@ def test_at_the_end_of_chunks_the_last_frames_predict_what_follows_the_chunk():
 def test_without_any_next_token_the_loss_is_zero_and_back_propagates():
     logits = torch.randn(2, 3, 2, 5, requires_grad=True)
     tokens, lengths = torch.zeros(2, 3, dtype=torch.int64), torch.tensor([3, 3])
-    loss = loss_of_all_pairs(NextTokenLoss(horizons=2), logits.log_softmax(dim=-1), tokens, 9, lengths, lengths)
+    loss = loss_of_all_pairs(
+        MultiMLMLoss(squeeze_single=True), logits.log_softmax(dim=-1), tokens, 9, lengths, lengths
+    )
     loss.backward()
     assert loss == 0 and not logits.grad.any()

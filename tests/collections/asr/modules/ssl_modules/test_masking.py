@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import nemo.collections.asr.modules.ssl_modules.masking as patched
 from nemo.collections.asr.modules.ssl_modules.masking import ConvFeatureMaksingWrapper, RandomBlockMasking
 from nemo.collections.asr.parts.att_context.context import AttContext
+from nemo.collections.asr.parts.att_context.visible_frames import masked_share_per_frame, no_visible_frame
 from nemo.collections.asr.parts.att_context.windows import Window
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -336,6 +337,56 @@ class TestModule:
         masked.float().sum().backward()
         assert module.mask_embedding.grad.tolist() == masks.float().sum(dim=(0, 2)).tolist()
         assert not RandomBlockMasking(2, 0.3, 4).mask_embedding.requires_grad
+
+
+STREAM_SETTINGS = pytest.mark.parametrize(
+    'arguments', [(0.01, 40, None, True, True), (0.5, 48, None, True, False)], ids=['overlap', 'apart']
+)
+
+
+def streamed(module, context, style='regular', frames=3520, step=80, streams=16):
+    """Mask streams that come in steps of so many mask frames; [B, T] bool."""
+    torch.manual_seed(0)
+    line, window = module.new_stream(streams), Window(AttContext(*context), style)
+    steps = [min(step, frames - start) for start in range(0, frames, step)]
+    return torch.cat([module.draw_on(line, count, window) for count in steps], dim=1)
+
+
+@STREAM_SETTINGS
+class TestStreams:
+    @pytest.mark.parametrize(
+        'context, style',
+        [
+            *(((left, right), 'regular') for left, right in ((2, 0), (10, 0), (70, 0), (-1, 0), (4, 2))),
+            *(((left, 3), 'chunked_limited') for left in (0, 8, -1)),
+        ],
+    )
+    def test_masks_do_not_depend_on_the_steps_and_each_masked_frame_has_a_visible_one(self, arguments, context, style):
+        module = RandomBlockMasking(1, *arguments, causal=True, subsampling_factor=8)
+        masks = streamed(module, context, style)
+        for step in (8, 37, 3520):
+            assert torch.equal(streamed(module, context, style, step=step), masks)
+        share = masked_share_per_frame(masks.unsqueeze(1), 8)
+        assert (share > MASKED).sum() > 100
+        assert not no_visible_frame(share, Window(AttContext(*context), style)).any()
+
+    @pytest.mark.parametrize('context', [(5, 0), (10, 0), (20, 0), (70, 0), (-1, 0)])
+    def test_a_stream_is_masked_as_much_as_a_whole_utterance(self, arguments, context):
+        module = RandomBlockMasking(1, *arguments, causal=True, subsampling_factor=8)
+        offline = time_mask(module, [1600] * 480, effective_window=Window(AttContext(*context))).float().mean()
+        assert streamed(module, context, streams=240).float().mean() == pytest.approx(offline.item(), rel=0.15)
+
+    def test_nothing_is_masked_where_a_frame_sees_itself_alone(self, arguments):
+        assert not streamed(RandomBlockMasking(1, *arguments, subsampling_factor=8), (0, 0)).any()
+
+    def test_a_call_masks_the_new_frames(self, arguments):
+        module, masked, feats = RandomBlockMasking(1, *arguments), 0, features(1, 1, 40)
+        line = module.new_stream(1)
+        for _ in range(10):
+            seen, masks = module(feats, torch.tensor([40]), effective_left_context=10, stream=line)
+            assert torch.equal(seen, torch.where(masks > 0, module.mask_embedding.view(1, 1, 1), feats))
+            masked += masks.sum()
+        assert masked
 
 
 CALLS = [
