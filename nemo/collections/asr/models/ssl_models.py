@@ -229,8 +229,7 @@ class EncDecMaskedTokenPredModel(ReportsMixin, SpeechEncDecSelfSupervisedModel, 
             encoded, encoded_lengths = self.encoder(audio_signal=seen, length=lengths)
             masks, mask_lengths = self.pre_encoder.get_current_mask(), encoded_lengths
         if inputs.targets is None:
-            features = inputs.clean if self.pre_encoder is None else self.targets.subsampled(*inputs.clean)
-            inputs.targets = self.targets.of(*features)
+            inputs.targets = self.targets.of(*inputs.clean)
         threshold = getattr(self.loss, 'mask_threshold', MASK_THRESHOLD)
         offset = getattr(self.loss, 'decoder_offset', 0)
         made = encoded, encoded_lengths, masks, mask_lengths, *inputs.targets, *inputs.clean

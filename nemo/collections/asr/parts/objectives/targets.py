@@ -22,14 +22,17 @@ class Targets:
 
     def check(self) -> None:
         """Raise ValueError before training if the quantizer does not fit its features; see :class:`Objective`."""
-        model, quantizer = self.model, self.model.quantizer
+        model = self.model
         if model.pre_encoder is not None and self.combine_time_steps != 1:
             raise ValueError(
                 f"model.quantizer.combine_time_steps is {self.combine_time_steps} with mask_position post_conv; it must "
                 "be 1, for the quantizer sees features after subsampling"
             )
         normalized = 'per_feature' in (self.normalize, model.cfg.preprocessor.get('normalize'))
-        given, needed = 'per_feature' if normalized else 'NA', getattr(quantizer, 'projection_normalization', None)
+        given, needed = (
+            'per_feature' if normalized else 'NA',
+            getattr(model.quantizer, 'projection_normalization', None),
+        )
         if needed not in (None, given):
             raise ValueError(
                 f"model.target_normalize is {given!r}; model.quantizer.projection_file was computed from features "
@@ -38,7 +41,9 @@ class Targets:
 
     @torch.no_grad()
     def of(self, features: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the tokens [B, S] or [B, S, H] of features [B, D, M], and their lengths [B]."""
+        """Return the tokens [B, S] or [B, S, H] of clean features [B, D, T], and their lengths [B]."""
+        if self.model.pre_encoder is not None:
+            features, lengths = self._subsampled(features, lengths)
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         if self.normalize == 'per_feature':
             features = standardize_per_feature(features, lengths)
@@ -46,11 +51,10 @@ class Targets:
         _, tokens = self.model.quantizer(input_signal=features[..., :whole])
         return tokens, torch.div(lengths, self.combine_time_steps, rounding_mode='floor')
 
-    @torch.no_grad()
-    def subsampled(self, features: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return clean features [B, D, T] after the subsampling, [B, d_model, A], and their lengths [B]."""
+    def _subsampled(self, features: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return features [B, D, T] after the subsampling, [B, d_model, A], and their lengths [B]."""
         subsampling = self.model.pre_encoder.pre_encode
         with without_autocast(features.device):
-            weight = next(subsampling.parameters())
-            features, lengths = subsampling(x=features.transpose(1, 2).to(weight.dtype), lengths=lengths)
+            features = features.transpose(1, 2).to(next(subsampling.parameters()).dtype)
+            features, lengths = subsampling(x=features, lengths=lengths)
         return features.transpose(1, 2), lengths
