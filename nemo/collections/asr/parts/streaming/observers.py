@@ -60,7 +60,7 @@ class LiveMasking:
     def mask(self, stream: Any, frames: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
         """Take new mask frames [F, M] and tokens; return the encoder's frames, and their masks [1, M]."""
         stream.tokens = _joined(stream.tokens, tokens)
-        lengths, received = (torch.tensor([each], device=frames.device) for each in (frames.shape[1], stream.count))
+        lengths, received = torch.tensor([[frames.shape[1]], [stream.count]], device=frames.device)  # one copy
         new = dict(input_feats=frames[None], input_lengths=lengths, current_frame=received)
         masked, masks = self.masking(**new, stream=stream.time_line, **self._arguments)
         stream.masks = torch.cat((stream.masks, masks[0, :1].to(stream.masks.dtype)), dim=1)
