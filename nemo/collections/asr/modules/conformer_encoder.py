@@ -16,10 +16,10 @@ from nemo.collections.asr.parts.att_context.blockwise import (
     parse_choice,
     wins_by_blocks,
 )
-from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, sums_to_one
+from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, is_distribution
 from nemo.collections.asr.parts.att_context.encoder_context import EncoderContext
 from nemo.collections.asr.parts.att_context.policy import SAMPLER, ContextSampler
-from nemo.collections.asr.parts.att_context.schedule import LayerContext, LayerContexts, parse_layer_contexts
+from nemo.collections.asr.parts.att_context.schedule import LayerContexts, parse_layer_contexts
 from nemo.collections.asr.parts.att_context.windows import STYLES, Window, tightest_window
 from nemo.core.classes.mixins import adapter_mixins
 from nemo_streaming_ssl import upstream
@@ -105,9 +105,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         batch = self.parse_att_context_size(self.att_context_size if att_context_size is None else att_context_size)
         where = 'encoder.layers[{}].self_attention.att_context_size is {}'
         return tuple(
-            batch
-            if own is None
-            else self.att_context_policy.within(batch, own, where.format(index, list(own))).context
+            batch if own is None else self.att_context_policy.within(batch, own, where.format(index, list(own)))
             for index, own in enumerate(self._layer_contexts)
         )
 
@@ -186,8 +184,8 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         """
         if self._has_layer_contexts() and self_attention_model == 'rel_pos_local_attn':
             raise ValueError(
-                "change_attention_model: rel_pos_local_attn does not support contexts by layer, "
-                f"{self.plain_layer_contexts()}; drop them first with set_layer_att_context_size(None)"
+                "change_attention_model: rel_pos_local_attn does not support contexts by layer; drop them first with "
+                "set_layer_att_context_size(None)"
             )
         with self._assigning_default():
             super().change_attention_model(self_attention_model, *args, **kwargs)
@@ -231,13 +229,11 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         window, positions = Window(context, self.att_context_style), self.self_attention_model == 'rel_pos'
         return choice == 'on' or wins_by_blocks(window, frames, positions, self.use_pytorch_sdpa)
 
-    def _calc_context_sizes(self, att_context_size, att_context_probs, **kwargs):
-        if att_context_probs and sums_to_one(att_context_probs):
+    def _calc_context_sizes(self, *, att_context_probs, **kwargs):
+        if att_context_probs and is_distribution(att_context_probs, len(att_context_probs)):
             # Stock requires a sum of exactly 1, which ten times 0.1 misses.
             att_context_probs = [*att_context_probs[:-1], 1 - sum(att_context_probs[:-1])]
-        return super()._calc_context_sizes(
-            att_context_size=att_context_size, att_context_probs=att_context_probs, **kwargs
-        )
+        return super()._calc_context_sizes(att_context_probs=att_context_probs, **kwargs)
 
     def _has_layer_contexts(self) -> bool:
         return any(context is not None for context in self._layer_contexts)
@@ -257,13 +253,10 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
                 f"layers; use rel_pos or abs_pos, with one of {STYLES}"
             )
 
-    def plain_layer_contexts(self) -> list:
-        """Return each layer's own context as a list, or None, as configs have them."""
-        return [None if context is None else context.as_list() for context in self._layer_contexts]
-
     def _connect_layers(self) -> None:
         for index, layer in enumerate(self.layers):
-            layer.self_attn.layer_context = LayerContext(self, index)
+            layer.self_attn.index = index
+            object.__setattr__(layer.self_attn, 'encoder', self)  # not as a submodule
 
     def write_layer_contexts_to(self, cfg) -> None:
         """Write the layers' contexts to an encoder's config, if it has others."""
@@ -272,7 +265,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         with open_dict(cfg):
             cfg.pop(LAYER_CONTEXTS, None)
             if self._has_layer_contexts():
-                cfg[LAYER_CONTEXTS] = self.plain_layer_contexts()
+                cfg[LAYER_CONTEXTS] = [None if own is None else own.as_list() for own in self._layer_contexts]
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         if not hasattr(self.pre_encode, 'pre_encode'):  # pre-trained with post-conv masking, which wraps it
@@ -314,12 +307,8 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
                 f"encoder.att_context_size cannot become {list(context)}: self_attention_model rel_pos_local_attn "
                 f"builds {list(default)} into its layers; use change_attention_model"
             )
-        chunked = self.att_context_style == 'chunked_limited'
-        if chunked and Window(context, 'chunked_limited').in_whole_chunks().context != context:
-            raise ValueError(
-                f"encoder.att_context_size is {context.as_list()}: with att_context_style chunked_limited the "
-                f"left context must be a multiple of the chunk, {context.right + 1} frames (right context + 1)"
-            )
+        if self.att_context_style == 'chunked_limited':
+            Window(context, 'chunked_limited').intersect(context, 'encoder.att_context_size')
 
 
 def _recomputes(choice: str, layer: int) -> bool:

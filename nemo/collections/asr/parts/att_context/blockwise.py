@@ -118,18 +118,11 @@ class BlockwiseMask:
         self.bias = torch.zeros(hidden.shape, device=padding.device).masked_fill_(hidden, HIDDEN)
 
 
+@dataclass
 class LayerAttentionMasks:
-    """Stands in for the attention mask of a forward pass where layers differ in theirs.
+    """Stands in for the attention mask of a forward pass where layers differ in theirs."""
 
-    ``masks`` has one for each layer: [B, T or T of the chunk, T] bool, True = hidden, or a :class:`BlockwiseMask`.
-    """
-
-    def __init__(self, masks: Sequence[Any]):
-        self.masks = masks
-
-    def of(self, layer: int) -> Any:
-        """Return the mask of a layer."""
-        return self.masks[layer]
+    masks: Sequence[Any]  # each layer's: [B, T or T of the chunk, T] bool, True = hidden, or a BlockwiseMask
 
     def __getitem__(self, index: Any) -> 'LayerAttentionMasks':
         """Slice every mask, as the encoder does when it has a cache."""

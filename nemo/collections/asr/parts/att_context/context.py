@@ -2,9 +2,10 @@
 """The attention context as a value. Imports neither NeMo nor Lightning."""
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 UNLIMITED = -1
@@ -19,15 +20,8 @@ PRESETS = {
 
 
 def shown(value: object) -> str:
-    """Return a value as errors show it: in one line, a model or another large object by its type alone."""
-    if value is None or isinstance(value, (str, bool, Real)):
-        return repr(value)
-    if isinstance(value, Mapping):
-        return '{' + ', '.join(f'{shown(key)}: {shown(item)}' for key, item in value.items()) + '}'
-    if isinstance(value, Sequence):
-        left, right = '()' if isinstance(value, tuple) else '[]'
-        return left + ', '.join(shown(item) for item in value) + right
-    return f'<{type(value).__name__}>'
+    """Return a value as errors show it: in one line, cut where it is long."""
+    return textwrap.shorten(repr(value), 200, placeholder=' ...')
 
 
 def _parse_side(side: str, value: Any, field: str) -> int:
@@ -109,9 +103,10 @@ def tightest(*sides: int) -> int:
     return min(limited) if limited else UNLIMITED
 
 
-def sums_to_one(probabilities: Sequence[float]) -> bool:
-    """Whether probabilities add up to 1, but for rounding."""
-    return abs(sum(probabilities) - 1) <= 1e-6
+def is_distribution(value: Any, number: int) -> bool:
+    """Return whether it is a list of so many probabilities, with the sum 1 but for rounding."""
+    in_range = is_sequence(value) and all(isinstance(each, (int, float)) and 0 <= each <= 1 for each in value)
+    return in_range and len(value) == number and abs(sum(value) - 1) <= 1e-6
 
 
 def draw_index(seed: int, step: int | str, probabilities: Sequence[float]) -> int:

@@ -19,26 +19,22 @@ from nemo.collections.asr.parts.att_context.context import PRESETS, AttContext
 
 @dataclass
 class Processed:
-    """A model's output for audio without masking; iterates over the four values of its ``forward``.
+    """A model's output for audio without masking; iterates over the four values of its ``forward``."""
 
-    A model that predicts no tokens has None for all of these but the lengths.
-    """
-
-    log_probs: torch.Tensor | None  # [B, A, C], or [B, A, C, H] with H codebooks
+    log_probs: torch.Tensor  # [B, A, C], or [B, A, C, H] with H codebooks
     encoded_lengths: torch.Tensor  # [B], in attention frames
-    masks: torch.Tensor | None  # [B, D, M], all 0
-    tokens: torch.Tensor | None  # the targets, [B, S] or [B, S, H]
+    masks: torch.Tensor  # [B, D, M], all 0
+    tokens: torch.Tensor  # the targets, [B, S] or [B, S, H]
     encoded: torch.Tensor  # [B, d_model, A]
 
-    def __iter__(self) -> Iterator[torch.Tensor | None]:
+    def __iter__(self) -> Iterator[torch.Tensor]:
         return iter((self.log_probs, self.encoded_lengths, self.masks, self.tokens))
 
 
 def sync_masking_to_attention(model: Any) -> int:
     """Return the masking's left context, in attention frames, -1 = unlimited; it is the encoder's."""
-    if not hasattr(getattr(model, 'encoder', None), 'tightest_left_context'):
-        raise ValueError(f"{type(model).__name__} has no encoder with an attention context")
-    masking: Any = getattr(model, 'mask_processor', None)
+    _check_takes_context(model)
+    masking = model.mask_processor
     if not hasattr(masking, 'left_context_size'):
         raise ValueError(f"the masking of {type(model).__name__}, {type(masking).__name__}, takes no context")
     return masking.left_context_size
@@ -54,12 +50,16 @@ class DynamicContextModel:
     """A model whose ``att_context_size`` can be set, for attention and masking alike.
 
     All else is the model's: attributes are read from it and set on it, and calls go to it. It is no ``nn.Module``;
-    a trainer takes ``wrapper.model``.
+    a trainer takes ``wrapper.model``. ``context_presets`` are the presets, by name; ``presets`` adds to them, or changes
+    them: ``{'tiny': [40, 0]}``.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, presets: Mapping[str, Any] | None = None) -> None:
         _check_takes_context(model)
-        self.__dict__['model'] = model
+        contexts = {name: list(context) for name, context in PRESETS.items()}
+        for name, context in (presets or {}).items():
+            contexts[name] = AttContext.parse(context, f'presets[{name!r}]').as_list()
+        self.__dict__.update(model=model, context_presets=contexts)
 
     @property
     def att_context_size(self) -> list[int]:
@@ -85,24 +85,16 @@ class DynamicContextModel:
         """Call the wrapped model."""
         return self.model(*args, **kwargs)
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({type(self.model).__name__}, att_context_size={self.att_context_size})"
-
     def _resolve(self, context: Any) -> Any:
-        return context
+        if not isinstance(context, str):
+            return context
+        if context not in self.context_presets:
+            raise ValueError(f"no preset is called {context!r}; known are {', '.join(self.context_presets)}")
+        return AttContext.parse(self.context_presets[context], f'context_presets[{context!r}]')
 
 
 class EnhancedDynamicContextModel(DynamicContextModel):
-    """A :class:`DynamicContextModel` with presets, a temporary context, and inference without masking.
-
-    ``context_presets`` are the presets, by name. ``presets`` adds to them, or changes them: ``{'tiny': [40, 0]}``.
-    """
-
-    def __init__(self, model: Any, presets: Mapping[str, Any] | None = None) -> None:
-        super().__init__(model)
-        self.__dict__['context_presets'] = {name: list(context) for name, context in PRESETS.items()}
-        for name, context in (presets or {}).items():
-            self.context_presets[name] = AttContext.parse(context, f'presets[{name!r}]').as_list()
+    """A :class:`DynamicContextModel` with a temporary context, and inference without masking."""
 
     def set_context(self, mode_or_context: Any) -> None:
         """Override the context for attention and masking: the name of a preset, or a context."""
@@ -115,32 +107,20 @@ class EnhancedDynamicContextModel(DynamicContextModel):
             yield self
 
     def process(self, audio: torch.Tensor, lengths: torch.Tensor) -> Processed:
-        """Run the model on samples [B, N] in the present context: no masking, dropout, dither or gradients."""
+        """Run a model that predicts tokens on samples [B, N]: no masking, dropout, dither or gradients."""
         modes, made = {module: module.training for module in self.model.modules()}, []
         hook = self.model.encoder.register_forward_hook(lambda encoder, given, output: made.append(output[0]))
         self.model.eval()
         try:
             with torch.no_grad():  # not inference_mode: the encoder may keep tables that it makes here
-                log_probs, encoded_lengths, masks, tokens = self._predict(audio, lengths)
+                log_probs, encoded_lengths, masks, tokens = self.model(
+                    input_signal=audio, input_signal_length=lengths, apply_mask=False
+                )
         finally:
             hook.remove()
             for module, training in modes.items():
                 module.training = training
         return Processed(log_probs, encoded_lengths, masks, tokens, made[-1])
-
-    def _predict(self, audio: torch.Tensor, lengths: torch.Tensor) -> Any:
-        if 'apply_mask' in self.model.input_types:
-            return self.model(input_signal=audio, input_signal_length=lengths, apply_mask=False)
-        features, feature_lengths = self.model.preprocessor(input_signal=audio, length=lengths)
-        _, encoded_lengths = self.model.encoder(audio_signal=features, length=feature_lengths)
-        return None, encoded_lengths, None, None  # it predicts no tokens, and its forward always masks
-
-    def _resolve(self, context: Any) -> Any:
-        if not isinstance(context, str):
-            return context
-        if context not in self.context_presets:
-            raise ValueError(f"no preset is called {context!r}; known are {', '.join(self.context_presets)}")
-        return AttContext.parse(self.context_presets[context], f'context_presets[{context!r}]')
 
 
 def _check_takes_context(model: Any) -> None:

@@ -147,7 +147,10 @@ class EncoderContext:
     def check_att_context_ceiling(self, ceiling: AttContext, where: str) -> None:
         """Raise ValueError, beginning with ``where``, if the attention does not support this ceiling."""
         self._check_can_narrow(where)
-        self.att_context_policy.check_ceiling(ceiling, self.layer_att_contexts(), where)
+        for batch in self.att_context_policy.contexts():
+            narrowed = self.att_context_policy.narrowed(batch, ceiling, where)
+            for own in {*self.layer_att_contexts()} - {None}:
+                self.att_context_policy.within(narrowed, own, f'{where}: a layer has {own.as_list()}, and')
 
     @contextmanager
     def _assigning_default(self) -> Iterator[None]:

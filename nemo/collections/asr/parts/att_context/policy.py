@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo.collections.asr.parts.att_context.context import UNLIMITED, AttContext, context_label, draw_index
-from nemo.collections.asr.parts.att_context.windows import STYLES, Window
+from nemo.collections.asr.parts.att_context.windows import Window
 
 CEILING, SAMPLER = 'encoder.att_context_ceiling', 'model.encoder.att_context_sampler'  # as errors name them
 FULL = AttContext(UNLIMITED, UNLIMITED)
@@ -22,18 +22,16 @@ class ContextSampler:
     and icefall do. Draws of the full context keep its offline quality.
     """
 
-    # Probability that a batch has the full context, [-1, -1]: each frame sees the whole utterance.
-    full_prob: float
-    # The smallest and the largest, in attention frames; c frames are a right context of c - 1.
-    chunk_size: tuple[int, int]
-    # The fewest and the most that a frame sees before its own, where limited.
-    left_chunks: tuple[int, int] | None = None
-    # Probability that the left context of a batch with chunks is limited.
-    left_limited_prob: float = 0.0
+    full_prob: float  # probability of the full context, [-1, -1]
+    chunk_size: tuple[int, int]  # the smallest and the largest, in attention frames; c are a right context of c - 1
+    left_chunks: tuple[int, int] | None = (
+        None  # the fewest and the most that a frame sees before its own, where limited
+    )
+    left_limited_prob: float = 0.0  # probability that the left context of a batch with chunks is limited
 
     @classmethod
     def parse(cls, value: Mapping[str, Any], style: str = 'chunked_limited') -> 'ContextSampler':
-        """Read the section of a config, for an attention style. ``regular`` takes chunks of one frame only.
+        """Read the section of a config, for an attention style, which has to have chunks.
 
         Raises:
             ValueError: naming the key, its value and what is allowed.
@@ -42,13 +40,8 @@ class ContextSampler:
 
         section = config_keys.ContextSampler.parse(value)
         chunk_size, left_chunks = tuple(section.chunk_size), section.left_chunks
-        if style not in STYLES:
-            raise ValueError(f"{SAMPLER}: att_context_style is {style!r}; use chunked_limited")
-        if style == 'regular' and chunk_size != (1, 1):
-            raise ValueError(
-                f"{SAMPLER}.chunk_size is {list(chunk_size)}; with att_context_style regular it must be [1, 1], for "
-                "that style has no chunks: a right context adds up from layer to layer. Use chunked_limited"
-            )
+        if style != 'chunked_limited':
+            raise ValueError(f"{SAMPLER}: att_context_style is {style!r}, which has no chunks; use chunked_limited")
         if (left_chunks is None) != (section.left_limited_prob == 0):
             raise ValueError(
                 f"{SAMPLER}.left_chunks is {left_chunks} and {SAMPLER}.left_limited_prob is "
@@ -90,13 +83,6 @@ class ContextSampler:
         chunks = range(self.chunk_size[0], self.chunk_size[1] + 1) if self.full_prob < 1 else ()
         limited = [AttContext(max(most * chunk, UNLIMITED), chunk - 1) for chunk in chunks]
         return [FULL, *limited] if self.full_prob > 0 else limited
-
-    def group_label(self, context: AttContext) -> str:
-        """Return the name of contexts with similar chunks in metrics, by powers of two: ``chunk_8_to_15``."""
-        if context.right == UNLIMITED:
-            return context_label(context)
-        first = 1 << ((context.right + 1).bit_length() - 1)
-        return f'chunk_{first}_to_{2 * first - 1}' if first > 1 else 'chunk_1'
 
     def __str__(self) -> str:
         return f"att_context_sampler {asdict(self)}"
@@ -155,25 +141,20 @@ class ContextPolicy:
         """Return whether a training batch can have this context."""
         return context in self.options or (self.sampler is not None and self.sampler.covers(context))
 
-    def narrowed(self, context: AttContext, ceiling: AttContext | None = None, where: str = CEILING) -> AttContext:
-        """Return a context within a ceiling, by default the policy's; with a sampler in whole chunks."""
-        ceiling = self.ceiling if ceiling is None else ceiling
-        if ceiling is None:
+    def narrowed(self, context: AttContext, limit: AttContext | None = None, where: str = CEILING) -> AttContext:
+        """Return a context within a limit, by default the ceiling; with a sampler in whole chunks."""
+        limit = self.ceiling if limit is None else limit
+        if limit is None:
             return context
         if self.sampler is not None:
-            return Window(context.intersect(ceiling), self.style).in_whole_chunks().context
-        return Window(context, self.style).intersect(ceiling, where).context
+            return Window(context.intersect(limit), self.style).in_whole_chunks().context
+        return Window(context, self.style).intersect(limit, where).context
 
-    def within(self, batch: AttContext, own: AttContext, where: str) -> Window:
-        """Return the window of a layer's own context; in a sampler's batch rounded down to whole chunks."""
-        window = Window(batch, self.style)
-        if self.sampler is None:
-            return window.intersect(own, where)
-        try:
-            window.intersect(AttContext(UNLIMITED, own.right), where)
-        except ValueError as error:
-            raise ValueError(f"{error}; its chunks are those of {self.sampler}") from None
-        return Window(batch.intersect(own), self.style).in_whole_chunks()
+    def within(self, batch: AttContext, own: AttContext, where: str) -> AttContext:
+        """Return what a layer with a context of its own attends to in a batch; a sampler's chunks are not cut."""
+        if self.sampler is not None:
+            Window(batch, self.style).intersect(AttContext(UNLIMITED, own.right), f'{where}, with {self.sampler}')
+        return self.narrowed(batch, own, where)
 
     def check_layer(self, own: AttContext, where: str) -> None:
         """Check that a layer can have this context in every batch, with a right side that some batch has."""
@@ -187,18 +168,12 @@ class ContextPolicy:
         for batch in batches:
             self.within(batch, own, where)
 
-    def check_ceiling(self, ceiling: AttContext, layers: tuple[AttContext | None, ...], where: str) -> None:
-        """Check that a ceiling, and a layer below it, can narrow every batch."""
-        for batch in self.contexts():
-            narrowed = self.narrowed(batch, ceiling, where)
-            for own in {own for own in layers if own is not None} if self.sampler is not None else ():
-                self.within(narrowed, own, f'{where}: a layer has {own.as_list()}, and')
-
     def label(self, context: AttContext) -> str:
-        """Return the name of a batch's context in metrics; a sampler's many contexts share a few names."""
-        if self.sampler is None or context in self.options:
+        """Return the name of a batch's context in metrics; a sampler's chunks share a few: ``chunk_8_to_15``."""
+        if self.sampler is None or context in self.options or context.right == UNLIMITED:
             return context_label(context)
-        return self.sampler.group_label(context)
+        first = 1 << ((context.right + 1).bit_length() - 1)
+        return f'chunk_{first}_to_{2 * first - 1}' if first > 1 else 'chunk_1'
 
     def __str__(self) -> str:
         """What training draws from, in one line."""

@@ -6,7 +6,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -18,20 +17,10 @@ from nemo.collections.asr.parts.att_context.windows import STYLES, Window
 NORMS_OF_ONE_FRAME = ('layer_norm', 'fused_batch_norm')  # in the convolution modules; others mix frames in training
 
 
-@dataclass(frozen=True)
-class ReceptiveField(AttContext):
-    """What an output of the whole stack of layers depends on, at most; ``right`` is the look-ahead."""
-
-    @property
-    def frames(self) -> int:
-        """All frames, the present one included; -1 = unlimited."""
-        return UNLIMITED if UNLIMITED in (self.left, self.right) else self.left + 1 + self.right
-
-
-def receptive_field(encoder: Any, att_context_size: Any = None) -> ReceptiveField:
+def receptive_field(encoder: Any, att_context_size: Any = None) -> AttContext:
     """Return what the encoder's outputs depend on, by attention and convolution through all layers.
 
-    Under ``chunked_limited`` it is that of the frame that sees most.
+    The right side is the look-ahead. Under ``chunked_limited`` it is the field of the frame that sees most.
     """
     return _field_of(encoder.effective_windows(att_context_size), *encoder.conv_context_size)
 
@@ -44,12 +33,12 @@ def stack_window(encoder: Any, att_context_size: Any = None) -> Window | None:
 
 
 @lru_cache(maxsize=1024)  # used in each training step
-def _field_of(windows: tuple[Window, ...], before: int, after: int) -> ReceptiveField:
+def _field_of(windows: tuple[Window, ...], before: int, after: int) -> AttContext:
     left = right = 0.0
     for frame in range(math.lcm(*(window.chunk for window in windows))):  # beyond it everything repeats
         first, last = _seen(frame, windows, before, after)
         left, right = max(left, frame - first), max(right, last - frame)
-    return ReceptiveField(*(UNLIMITED if side == math.inf else int(side) for side in (left, right)))
+    return AttContext(*(UNLIMITED if side == math.inf else int(side) for side in (left, right)))
 
 
 def chunk_end_look_ahead(encoder: Any, att_context_size: Any = None) -> tuple[int, int]:
@@ -163,8 +152,8 @@ def context_table(encoder: Any, frame_ms: float) -> str:
         milliseconds = ', '.join(f'{max(side * frame_ms, UNLIMITED):g}' for side in context)
         return f'{context.as_list()} ([{milliseconds}] ms)'
 
-    def length(frames: int) -> str:
-        return 'unlimited' if frames == UNLIMITED else f'{frames} frames ({frames * frame_ms:g} ms)'
+    def length(*sides: int) -> str:
+        return 'unlimited' if UNLIMITED in sides else f'{sum(sides)} frames ({sum(sides) * frame_ms:g} ms)'
 
     batches = [AttContext.parse(context) for context in encoder.att_context_size_all]
     layers = zip(encoder.layer_att_contexts(), *(encoder.effective_att_contexts(batch) for batch in batches))
@@ -173,7 +162,7 @@ def context_table(encoder: Any, frame_ms: float) -> str:
         ['layer', 'own context', *(f'in {size(batch)}' for batch in batches)],
         *([str(index), *('-' if each is None else size(each) for each in row)] for index, row in enumerate(layers)),
         ['', 'total look-ahead', *(length(field.right) for field in fields)],
-        ['', 'receptive field', *(length(field.frames) for field in fields)],
+        ['', 'receptive field', *(length(*field, 1) for field in fields)],
     ]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return '\n'.join(

@@ -17,14 +17,6 @@ Check = Callable[[AttContext, str], object]  # raises ValueError, beginning with
 
 
 @dataclass(frozen=True)
-class LayerContext:
-    """A layer's context; the encoder has ``layer_att_contexts``, ``plain_layer_contexts`` and ``set_layer_att_context_size``."""
-
-    encoder: Any
-    index: int  # of the layer
-
-
-@dataclass(frozen=True)
 class ContextSchedule:
     """Contexts at some positions (layers, or steps), and what holds in between."""
 
@@ -51,8 +43,8 @@ class ContextSchedule:
         parsed: list[tuple[int, AttContext]] = []
         for index, item in enumerate(_items(anchors, field, f'pairs [{unit}, [left, right]]')):
             where = f'{field}: item {index}, {item!r}'
-            position, context = _parse_anchor(item, where, unit, end)
-            _accept(context, where, check)
+            position = _parse_position(item, where, unit, end)
+            context = parse_pair(item[1], where, check)
             if parsed and position <= parsed[-1][0]:
                 raise ValueError(
                     f"{where}: {unit} {position} follows {unit} {parsed[-1][0]}; they must rise, without repetition"
@@ -112,14 +104,6 @@ def parse_own_context(value: Any, field: str) -> AttContext:
     return AttContext.parse(value, field=field)
 
 
-def _accept(context: AttContext, where: str, check: Check | None) -> None:
-    """Check a context by the caller's check, and warn of one without a past."""
-    if check is not None:
-        check(context, where)
-    if context.left == 0:
-        logging.warning(f"{where}: with a left context of 0 a frame attends to no earlier frame")
-
-
 def _is_anchor(item: Any) -> bool:
     """Whether it is a pair whose second part is a context rather than a number."""
     return is_sequence(item) and len(item) == 2 and not isinstance(item[1], (int, float))
@@ -127,20 +111,18 @@ def _is_anchor(item: Any) -> bool:
 
 def _one_per_layer(value: Any, num_layers: int, field: str, check: Check | None) -> LayerContexts:
     items = _items(value, field, 'contexts [left, right], one per layer, or pairs [layer, [left, right]]')
-    places = [f'{field}: item {index}, {item!r}' for index, item in enumerate(items)]
-    contexts = [None if item is None else _parse_pair(item, where) for item, where in zip(items, places)]
-    if len(contexts) != num_layers:
+    if len(items) != num_layers:
         raise ValueError(
-            f"{field} is {shown(value)}, which has {len(contexts)} contexts, the encoder {num_layers} layers; give one "
+            f"{field} is {shown(value)}, which has {len(items)} contexts, the encoder {num_layers} layers; give one "
             f"context [left, right] per layer, or {ANCHORS}"
         )
     try:
-        for context, where in zip(contexts, places):
-            if context is not None:
-                _accept(context, where, check)
+        return tuple(
+            None if item is None else parse_pair(item, f'{field}: item {index}, {item!r}', check)
+            for index, item in enumerate(items)
+        )
     except ValueError as error:
         raise ValueError(f"{error}. {shown(value)} are contexts, one per layer; a schedule has {ANCHORS}") from error
-    return tuple(contexts)
 
 
 def _items(value: Any, field: str, wanted: str) -> Sequence[Any]:
@@ -149,21 +131,27 @@ def _items(value: Any, field: str, wanted: str) -> Sequence[Any]:
     return value
 
 
-def _parse_anchor(item: Any, where: str, unit: str, end: int | None) -> tuple[int, AttContext]:
+def _parse_position(item: Any, where: str, unit: str, end: int | None) -> int:
     if not is_sequence(item) or len(item) != 2:
         raise ValueError(f"{where}: it must be a pair [{unit}, [left, right]]")
-    position, context = item
+    position = item[0]
     whole = isinstance(position, Integral) and not isinstance(position, bool)
     if not whole or position < 0 or (end is not None and position >= end):
         allowed = '0 or more' if end is None else f'from 0 to {end - 1}'
         raise ValueError(f"{where}: the {unit} is {position!r}; it must be a whole number, {allowed}")
-    return int(position), _parse_pair(context, where, f'in attention frames, as in [{unit}, [40, 0]]')
+    return int(position)
 
 
-def _parse_pair(value: Any, where: str, wanted: str = 'in attention frames') -> AttContext:
-    if isinstance(value, Integral):  # AttContext.parse would take it for a left context; here it may be a slip
-        raise ValueError(f"{where}: {value!r} is no context; give a pair [left, right] {wanted}")
-    return parse_own_context(value, where)
+def parse_pair(value: Any, where: str, check: Check | None = None) -> AttContext:
+    """Read and check a context of a list, where a number alone is a likely slip; warn of one without a past."""
+    if isinstance(value, Integral):
+        raise ValueError(f"{where}: {value!r} is no context; give a pair [left, right] in attention frames")
+    context = parse_own_context(value, where)
+    if check is not None:
+        check(context, where)
+    if context.left == 0:
+        logging.warning(f"{where}: with a left context of 0 a frame attends to no earlier frame")
+    return context
 
 
 def _check_limits_on_both_ends(first: AttContext, second: AttContext, where: str) -> None:

@@ -8,45 +8,29 @@ continues, its global step. So the model repeats the draw when a trainer gives i
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 from torch.utils.data import get_worker_info
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from nemo.collections.asr.parts.att_context.context import AttContext, is_sequence, shown, sums_to_one
+from nemo.collections.asr.parts.att_context.context import AttContext, is_distribution, is_sequence, shown
 from nemo.collections.asr.parts.att_context.policy import ContextPolicy
+from nemo.collections.asr.parts.att_context.schedule import parse_pair
 
 
 def parse_policy(context_options: Any = None, context_probs: Any = None, seed: int = 0) -> ContextPolicy:
     """Read and check the arguments of :func:`create_synced_context_collate`."""
     if not is_sequence(context_options) or not len(context_options):
         raise ValueError(f"context_options is {shown(context_options)}; it must be a list of contexts, and not empty")
-    options = tuple(_parse_option(option, f'context_options: item {at}') for at, option in enumerate(context_options))
+    options = tuple(parse_pair(option, f'context_options: item {at}') for at, option in enumerate(context_options))
     if context_probs is None:
         context_probs = [1 / len(options)] * len(options)
-    _check_probabilities(context_probs, len(options))
-    if isinstance(seed, bool) or not isinstance(seed, Integral):
-        raise ValueError(f"seed is {shown(seed)}; it must be a whole number")
-    return ContextPolicy(options[0], options, tuple(map(float, context_probs)), seed=int(seed))
-
-
-def _parse_option(option: Any, field: str) -> AttContext:
-    if isinstance(option, Integral):  # [160, 0] for [[160, 0]] is a likely slip
-        raise ValueError(f"{field} is {option!r}; it must be a pair [left, right] or a preset, one for each option")
-    return AttContext.parse(option, field)
-
-
-def _check_probabilities(probabilities: Any, number: int) -> None:
-    if not is_sequence(probabilities) or len(probabilities) != number:
+    if not is_distribution(context_probs, len(options)):
         raise ValueError(
-            f"context_probs is {shown(probabilities)}; it must have one number for each of {number} options"
+            f"context_probs is {shown(context_probs)}; it must have a number from 0 to 1 for each of {len(options)} "
+            "options, and they must sum to 1"
         )
-    for index, value in enumerate(probabilities):
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
-            raise ValueError(f"context_probs: item {index} is {shown(value)}; it must be a number from 0 to 1")
-    if not sums_to_one(probabilities):
-        raise ValueError(f"context_probs is {list(probabilities)}; it must sum to 1, not {sum(probabilities)}")
+    return ContextPolicy(options[0], options, tuple(map(float, context_probs)), seed=seed)
 
 
 class SyncedBatch(tuple[Any, ...]):

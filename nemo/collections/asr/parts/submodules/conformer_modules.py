@@ -24,7 +24,7 @@ class ConformerLayer(_up.ConformerLayer):
     def forward(self, x, att_mask=None, *args, **kwargs):
         """Run the layer as NeMo does, with its own mask of :class:`LayerAttentionMasks` where layers differ."""
         if isinstance(att_mask, LayerAttentionMasks):
-            att_mask = att_mask.of(self.self_attn.layer_context.index)
+            att_mask = att_mask.masks[self.self_attn.index]
         if self.recomputes and self.training and torch.is_grad_enabled():
             return checkpoint(super().forward, x, att_mask, *args, use_reentrant=False, **kwargs)
         return super().forward(x, att_mask, *args, **kwargs)

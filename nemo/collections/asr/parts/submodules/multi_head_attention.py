@@ -7,13 +7,14 @@ window.
 
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nemo.collections.asr.parts.att_context.blockwise import AttentionBlocks, BlockwiseMask
-from nemo.collections.asr.parts.att_context.schedule import LayerContext, parse_own_context
+from nemo.collections.asr.parts.att_context.schedule import parse_own_context
 from nemo.utils import avoid_float16_autocast_context
 from nemo_streaming_ssl import upstream
 
@@ -26,8 +27,9 @@ class MultiHeadAttention(_up.MultiHeadAttention):
     Given a :class:`BlockwiseMask` it computes block by block what NeMo computes from the mask [B, T, T].
     """
 
-    layer_context: LayerContext | None = None
-    """Where the encoder keeps this layer's context; None: the attention belongs to no encoder."""
+    encoder: Any = None
+    """The encoder, which keeps the layers' contexts; None: the attention belongs to none."""
+    index = 0  # among the encoder's layers
     _built_for = None  # the context of NeMo's local attention
 
     @property
@@ -36,20 +38,19 @@ class MultiHeadAttention(_up.MultiHeadAttention):
 
         Setting raises ValueError for what is no context, or one that the encoder's attention does not support.
         """
-        if self.layer_context is None or self._built_for is not None:
+        if self.encoder is None or self._built_for is not None:
             return self._built_for
-        own = self.layer_context.encoder.layer_att_contexts()[self.layer_context.index]
+        own = self.encoder.layer_att_contexts()[self.index]
         return None if own is None else own.as_list()
 
     @att_context_size.setter
     def att_context_size(self, value) -> None:
-        if self.layer_context is None:
+        if self.encoder is None:
             self._built_for = value
             return
-        contexts = self.layer_context.encoder.plain_layer_contexts()
-        own = None if value is None else parse_own_context(value, 'self_attention.att_context_size').as_list()
-        contexts[self.layer_context.index] = own
-        self.layer_context.encoder.set_layer_att_context_size(contexts)
+        contexts = list(self.encoder.layer_att_contexts())
+        contexts[self.index] = None if value is None else parse_own_context(value, 'self_attention.att_context_size')
+        self.encoder.set_layer_att_context_size(contexts)
 
     def forward(self, query, key, value, mask, pos_emb=None, cache=None):
         """Attend; arguments and results are NeMo's. The mask may be a :class:`BlockwiseMask`, without a cache.

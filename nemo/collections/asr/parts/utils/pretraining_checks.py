@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from nemo.collections.asr.data.data_checks import check_data
-from nemo.collections.asr.parts.att_context.context import AttContext, sums_to_one
+from nemo.collections.asr.parts.att_context.context import AttContext, is_distribution
 from nemo.collections.asr.parts.att_context.policy import SAMPLER, ContextSampler
 from nemo.collections.asr.parts.objectives.combination import check_objective
 from nemo.collections.asr.parts.utils.config_keys import SECTIONS, Data, Model, check_known
@@ -134,11 +134,7 @@ def check_contexts(encoder_cfg: DictConfig) -> None:
         AttContext.parse(entry, field=field)
         if not isinstance(entry, ListConfig):
             raise ValueError(f"{field} is {entry!r}; NeMo's encoder takes a pair [left, right], or several pairs")
-    if probabilities is not None and not (
-        len(probabilities) == len(entries)
-        and all(isinstance(each, (int, float)) and each >= 0 for each in probabilities)
-        and sums_to_one(probabilities)
-    ):
+    if probabilities is not None and not is_distribution(probabilities, len(entries)):
         raise ValueError(
             f"{probs}; it must be {len(entries)} numbers of 0 or more, one for each context, with the sum 1"
         )

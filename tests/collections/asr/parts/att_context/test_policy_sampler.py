@@ -67,7 +67,7 @@ class TestDraw:
 
     def test_few_names_cover_all(self):
         sampler = ContextSampler.parse(SECTION)
-        names = {sampler.group_label(sampler.draw(0, step)) for step in range(500)}
+        names = {policy(sampler).label(sampler.draw(0, step)) for step in range(500)}
         groups = {'chunk_1', 'chunk_2_to_3', 'chunk_4_to_7', 'chunk_8_to_15', 'chunk_16_to_31'}
         assert names == {'unlimited_unlimited', *groups}
 
@@ -90,12 +90,12 @@ class TestParse:
         with pytest.raises(ValueError, match='^' + KEY.replace('.', r'\.') + message):
             ContextSampler.parse({**SECTION, **change})
 
-    def test_a_style_without_chunks_takes_single_frames(self):
-        assert ContextSampler.parse({**SECTION, 'chunk_size': [1, 1]}, 'regular').draw(0, 0).right in (-1, 0)
-        with pytest.raises(ValueError, match=r'chunk_size is \[1, 25\]; with att_context_style regular .* \[1, 1\]'):
-            ContextSampler.parse(SECTION, 'regular')
-        with pytest.raises(ValueError, match="att_context_style is 'chunked_limited_with_rc'; use chunked_limited"):
-            ContextSampler.parse(SECTION, 'chunked_limited_with_rc')
+    @pytest.mark.parametrize('style', ['regular', 'chunked_limited_with_rc'])
+    def test_a_style_without_chunks_is_refused(self, style):
+        with pytest.raises(
+            ValueError, match=f"att_context_style is '{style}', which has no chunks; use chunked_limited"
+        ):
+            ContextSampler.parse(SECTION, style)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ class TestLayers:
         ],
     )
     def test_the_past_is_rounded_down(self, batch, own, expected):
-        assert policy().within(AttContext(*batch), AttContext(*own), 'here').context == AttContext(*expected)
+        assert policy().within(AttContext(*batch), AttContext(*own), 'here') == AttContext(*expected)
 
     @given(samplers(), st.integers(0, 100), sides, sides)
     def test_a_layer_sees_nothing_beyond_its_batch(self, sampler, step, left, right):
@@ -155,10 +155,10 @@ class TestLayers:
         try:
             found = policy(sampler).within(batch, AttContext(left, right), 'here')
         except ValueError as error:
-            assert str(error).startswith('here: the right context is')
+            assert str(error).startswith('here, with att_context_sampler')
             return
-        whole = Window(batch, 'chunked_limited')
-        assert all(seen(found, frame) <= seen(whole, frame) for frame in FRAMES)
+        narrow, whole = (Window(context, 'chunked_limited') for context in (found, batch))
+        assert all(seen(narrow, frame) <= seen(whole, frame) for frame in FRAMES)
 
     def test_layers_that_differ_leave_something_to_mask_in_every_batch(self):
         """In chunks of 14 the first sees its own chunk alone, and the second the past alone."""
@@ -167,9 +167,10 @@ class TestLayers:
             batch = policy().at(step)
             if batch.right == 0:
                 continue
-            found = tightest_window(policy().within(batch, own, 'here') for own in layers)
+            contexts = [policy().within(batch, own, 'here') for own in layers]
+            found = tightest_window(Window(context, 'chunked_limited') for context in contexts)
             assert found.sees_other_frames, batch
 
     def test_chunks_across_those_of_the_batch_are_refused(self):
-        with pytest.raises(ValueError, match='here: the right context is 3.*those of att_context_sampler'):
+        with pytest.raises(ValueError, match='here, with att_context_sampler.*: the right context is 3'):
             policy().within(AttContext(70, 13), AttContext(40, 3), 'here')

@@ -83,7 +83,7 @@ def test_a_batch_that_cannot_carry_a_context_is_refused(batch):
 
 
 class Model(torch.nn.Module):
-    """Cannot be pickled, and shows itself in many lines."""
+    """Cannot be pickled, and has a representation of many lines."""
 
     def __init__(self):
         super().__init__()
@@ -97,21 +97,20 @@ class Model(torch.nn.Module):
     'arguments, message',
     [
         (([],), r'context_options is \[\]; it must be a list of contexts, and not empty'),
-        (([80, 0],), 'context_options: item 0 is 80; it must be a pair'),
+        (([80, 0],), 'context_options: item 0: 80 is no context; give a pair'),
         (([[80, 0], [-5, 0]],), 'context_options: item 1: the left context is -5'),
         (([[80, 0], 'lowest'],), "context_options: item 1: no preset is called 'lowest'"),
-        (([[80, 0]], [0.5, 0.5]), 'must have one number for each of 1 options'),
-        (([[80, 0], [40, 0]], [1.5, -0.5]), 'context_probs: item 0 is 1.5'),
-        (([[80, 0], [40, 0]], [0.5, '0.5']), "context_probs: item 1 is '0.5'"),
-        (([[80, 0], [40, 0]], [0.5, 0.500002]), 'it must sum to 1'),
-        (([[80, 0]], None, 'seven'), "seed is 'seven'"),
-        ((Model(), Model()), 'context_options is <Model>; it must be a list of contexts'),
+        (([[80, 0]], [0.5, 0.5]), 'must have a number from 0 to 1 for each of 1 options'),
+        (([[80, 0], [40, 0]], [1.5, -0.5]), r'context_probs is \[1.5, -0.5\]; .* from 0 to 1'),
+        (([[80, 0], [40, 0]], [0.5, '0.5']), r"context_probs is \[0.5, '0.5'\]; it must have a number"),
+        (([[80, 0], [40, 0]], [0.5, 0.500002]), 'they must sum to 1'),
+        ((Model(), Model()), r'context_options is Model\(.* \.\.\.; it must be a list of contexts'),
     ],
 )
-def test_errors_name_the_argument_in_one_line_and_print_no_model(arguments, message):
+def test_errors_name_the_argument_in_one_line(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         create_synced_context_collate(list, *arguments)
-    assert '\n' not in str(error.value) and 'Linear' not in str(error.value)
+    assert '\n' not in str(error.value)
 
 
 def test_sums_within_a_millionth_are_one():
