@@ -5,7 +5,7 @@ import os
 import re
 import site
 import sys
-from importlib import import_module, metadata, util
+from importlib import metadata, util
 from typing import NamedTuple
 
 from nemo_streaming_ssl import SWITCH, PatchFinder, patch_tree
@@ -51,28 +51,16 @@ def report_lines() -> list[str]:
     return lines + [_module_line(module) for module in patched_modules()]
 
 
-def require_active(*names: str) -> list[str]:
-    """Check that the patched modules are in use; return the lines of a report.
-
-    Args:
-        names: dotted names of modules of the patch set that must be in use; they are imported if they are not yet.
-            Whatever else of the patch set is already imported is checked too.
+def require_active() -> list[str]:
+    """Check that the patched modules are in use, those that are imported already included.
 
     Returns:
-        The lines of ``report_lines()``, for a log.
+        The lines of :func:`report_lines`, for a log.
 
     Raises:
-        RuntimeError: if the patch set is inactive or NeMo's own module is in use in place of a patched one.
-        ValueError: if the patch set has no module of a given name.
+        RuntimeError: if the patch set is inactive, or a module of NeMo was imported in place of a patched one.
     """
-    unknown = set(names) - {module.name for module in patched_modules()}
-    if unknown:
-        raise ValueError(f"the patch set has no module {', '.join(sorted(unknown))}")
     problem = _why_inactive()
-    if problem is None:
-        for name in names:
-            import_module(name)
-        problem = _why_inactive()
     if problem is not None:
         raise RuntimeError(f"the patched NeMo modules are not in use: {problem}")
     return report_lines()

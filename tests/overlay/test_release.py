@@ -24,8 +24,9 @@ def files(_):
     names = [module.name for module in patched_modules()]
     if find_spec("nemo.collections.asr.inference") is None:  # NeMo before 3.0.0
         names = [name for name in names if ".asr.inference." not in name]
-    require_active(*names)
-    return [os.path.realpath(import_module(name).__file__) for name in names]
+    found = [os.path.realpath(import_module(name).__file__) for name in names]
+    require_active()
+    return found
 
 
 if __name__ == "__main__":
