@@ -10,7 +10,6 @@ window, P distances between a query and the keys it may see.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +121,7 @@ class BlockwiseMask:
 class LayerAttentionMasks:
     """Stands in for the attention mask of a forward pass where layers differ in theirs."""
 
-    masks: Sequence[Any]  # each layer's: [B, T or T of the chunk, T] bool, True = hidden, or a BlockwiseMask
+    masks: list[Any]  # each layer's: [B, T or T of the chunk, T] bool, True = hidden, or a BlockwiseMask
 
     def __getitem__(self, index: Any) -> 'LayerAttentionMasks':
         """Slice every mask, as the encoder does when it has a cache."""

@@ -22,7 +22,6 @@ from nemo_streaming_ssl import upstream
 _up = upstream(globals())
 
 _STATISTICS = ("fixed_mean", "fixed_std")
-_SMALLEST_STD = 1e-5  # added to every standard deviation, as NeMo does, so that constant features stay finite
 # A reload, as of notebooks, finds this project's function there.
 _stock_normalize_batch = getattr(_up.normalize_batch, '__wrapped__', _up.normalize_batch)
 
@@ -107,7 +106,7 @@ def standardize_per_feature(features, lengths):
     centred = torch.where(valid, wide - mean, 0.0)
     # one frame has no variance: stock's 0 / 0, which it replaces by 0 too
     std = (centred.square().sum(dim=2, keepdim=True) / (lengths - 1).clamp(min=1)).sqrt()
-    return (centred / (std + _SMALLEST_STD)).to(features.dtype)
+    return (centred / (std + 1e-5)).to(features.dtype)  # as in NeMo, so that constant features stay finite
 
 
 class FilterbankFeatures(_up.FilterbankFeatures):
