@@ -24,13 +24,13 @@ from tqdm import tqdm
 from nemo.collections.asr.metrics.wer import word_error_rate
 from nemo.collections.asr.models import EncDecCTCModel
 from nemo.collections.asr.parts.preprocessing.segment import AudioSegment
-from nemo.collections.asr.parts.streaming.linear import PRECISIONS
 from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
 from nemo.utils import logging
 
 CASES = [('tiny', 1), ('8 x 256', 1), ('8 x 256', 32), ('17 x 512', 1), ('17 x 512', 8)]
 LEFT, CHUNK_MS, TURN_SECONDS = 40, 80, 0.1
 BYTES = {'float32': 4, 'bfloat16': 2, 'int8': 1}
+PRECISIONS = tuple(BYTES)
 
 
 def arguments(argv=None) -> argparse.Namespace:

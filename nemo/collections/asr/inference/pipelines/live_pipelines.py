@@ -5,7 +5,6 @@ A ``StreamingSession`` turns samples into encoder frames; end of utterance, word
 belongs to its stream: a request that cannot be used gets a :class:`FailedStep`, a stream that lost a piece is closed.
 """
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -16,7 +15,8 @@ from nemo.collections.asr.inference.pipelines.cache_aware_ctc_pipeline import Ca
 from nemo.collections.asr.inference.pipelines.cache_aware_rnnt_pipeline import CacheAwareRNNTPipeline
 from nemo.collections.asr.inference.streaming.framing.request import Frame
 from nemo.collections.asr.parts.streaming.session import StreamingSession
-from nemo.collections.asr.parts.streaming.text import GreedyRNNT, Token
+from nemo.collections.asr.parts.streaming.text import GreedyRNNT
+from nemo.collections.asr.parts.utils.rnnt_utils import Hypothesis
 from nemo.utils import logging
 
 
@@ -43,10 +43,8 @@ class LiveStreams(BasePipeline):
         model, context = asr_model.asr_model, cfg.streaming.att_context_size
         is_ctc = isinstance(self, CacheAwareCTCPipeline)
         self.session = StreamingSession(model, self.num_slots, context, return_log_probs=is_ctc)
-        self._lost: dict[int, str] = {}  # streams whose output is not finite, with the reason
         self._slot_of: dict[int, int] = {}
         self._free = [*range(self.num_slots)]
-        self._frames = [0] * self.num_slots  # that each slot's stream has given out
 
     def init_context_manager(self) -> None:
         """Leave NeMo's caches out: the session has its own."""
@@ -65,14 +63,13 @@ class LiveStreams(BasePipeline):
         slot = self._slot_of.pop(stream_id, None)
         if slot is not None:
             self.session.reset([slot])
-            self._frames[slot] = 0
             self._free.append(slot)
 
     def transcribe_step(self, requests) -> list[TranscribeStepOutput]:
         """Take a piece of some streams; return an output, or a :class:`FailedStep`, for each."""
         usable: dict[int, Frame] = {}  # by stream
         failed: dict[int, FailedStep] = {}  # by place
-        self._lost = {}
+        self._lost: dict[int, str] = {}  # streams whose output is not finite, with the reason
         for index, request in enumerate(requests):
             try:
                 self._admit(request, usable)
@@ -113,29 +110,27 @@ class LiveStreams(BasePipeline):
 
     def transcribe_step_for_frames(self, frames: list[Frame]) -> None:
         """Run the session on unpadded samples of some streams, and update their states and texts."""
-        slots = [self._slot_of[frame.stream_id] for frame in frames]
+        by_slot = {self._slot_of[frame.stream_id]: frame for frame in frames}
         samples = torch.zeros(self.num_slots, max(frame.valid_size for frame in frames))
         lengths, ended = [0] * self.num_slots, [False] * self.num_slots
-        for slot, frame in zip(slots, frames):
+        for slot, frame in by_slot.items():
             samples[slot, : frame.valid_size] = frame.samples[: frame.valid_size]
             lengths[slot], ended[slot] = frame.valid_size, frame.is_last
         output = self.session.step(samples, lengths, ended)
-        self._lost = {
-            frame.stream_id: output.failed[slot] for slot, frame in zip(slots, frames) if slot in output.failed
-        }
+        failed = {slot: reason for slot, reason in output.failed.items() if slot in by_slot}
+        self._lost = {by_slot.pop(slot).stream_id: reason for slot, reason in failed.items()}
         counts, ready = output.lengths.tolist(), []
-        whole = [(frame, slot) for frame, slot in zip(frames, slots) if slot not in output.failed]
-        new = [(frame, slot) for frame, slot in whole if counts[slot] or frame.is_last]
-        for (frame, slot), decoded in zip(new, self._decode(new, counts, output)):
-            self._frames[slot] += counts[slot]
+        new = {slot: frame for slot, frame in by_slot.items() if counts[slot] or frame.is_last}
+        for (slot, frame), decoded in zip(new.items(), self._decode(new, counts, output)):
             state = self.get_state(frame.stream_id)
+            self.tokens_per_frame = counts[slot]  # of this step; NeMo's steps have as many each
             if self.run_greedy_decoder(state, frame, decoded):
                 self.bpe_decoder.decode_bpe_tokens(state)
                 state.cleanup_after_eou()
                 ready.append(state)
         if ready:
             self.text_processor.process(ready)
-        self.update_partial_transcript([frame for frame, _ in whole], self.tokenizer, self.leading_regex_pattern)
+        self.update_partial_transcript([*by_slot.values()], self.tokenizer, self.leading_regex_pattern)
 
 
 def _check_samples(frame: Frame) -> None:
@@ -158,53 +153,33 @@ def _failed(request, error: Exception | str) -> FailedStep:
 class LiveCTCPipeline(LiveStreams, CacheAwareCTCPipeline):
     """NeMo's pipeline of CTC models, and of hybrid ones, over live streams."""
 
-    def _decode(self, new: list[tuple[Frame, int]], counts: list[int], output) -> list[torch.Tensor]:
-        return [output.log_probs[slot, : counts[slot]] for _, slot in new]
-
-    def run_greedy_decoder(self, state, request: Frame, log_probs: torch.Tensor) -> bool:
-        """Decode new frames; returns whether the utterance has ended."""
-        ended = super().run_greedy_decoder(state, request, log_probs)
-        state.increment_global_offset(len(log_probs) - self.tokens_per_frame)  # NeMo counts on as many in each step
-        return ended
+    def _decode(self, new: dict[int, Frame], counts: list[int], output) -> list[torch.Tensor]:
+        return [output.log_probs[slot, : counts[slot]] for slot in new]
 
 
 class LiveRNNTPipeline(LiveStreams, CacheAwareRNNTPipeline):
     """NeMo's pipeline of RNNT models, and of hybrid ones, over live streams."""
 
-    def init_greedy_rnnt_decoder(self) -> None:
-        """Decode as live streams do."""
-        decoding = self.asr_model.asr_model.decoding
-        self.greedy_rnnt_decoder = GreedyRNNT(decoding, decoding.preserve_frame_confidence)
+    def _decode(self, new: dict[int, Frame], counts: list[int], output) -> list[Hypothesis]:
+        """Return the tokens of new frames, with their frames in this step."""
+        found = {slot: Hypothesis(0.0, [], timestamp=[]) for slot in new}
+        if slots := [slot for slot in new if counts[slot]]:
+            decoding = self.asr_model.asr_model.decoding
+            greedy = GreedyRNNT(decoding, decoding.preserve_frame_confidence)
+            states = self.get_states(new[slot].stream_id for slot in slots)
+            memory, first = zip(*((state.get_previous_hypothesis(), state.global_offset) for state in states))
+            decoded = greedy.decode(output.encoded[slots], [counts[slot] for slot in slots], memory, first)
+            for slot, state, tokens, remembered in zip(slots, states, *decoded):
+                state.set_previous_hypothesis(remembered)
+                found[slot].y_sequence = [each.token for each in tokens]
+                found[slot].timestamp = [each.frame - state.global_offset for each in tokens]
+                if decoding.preserve_frame_confidence:
+                    found[slot].non_blank_step_confidence_precomputed = [each.confidence for each in tokens]
+        return [*found.values()]
 
-    def _decode(self, new: list[tuple[Frame, int]], counts: list[int], output) -> list[tuple[list[Token], list[int]]]:
-        """Return the tokens of new frames, and the label of each frame."""
-        decoded: dict[int, tuple[list[Token], list[int]]] = {}
-        slots = [slot for _, slot in new if counts[slot]]
-        if slots:
-            states = self.get_states(frame.stream_id for frame, slot in new if counts[slot])
-            memory, first = (
-                [state.get_previous_hypothesis() for state in states],
-                [self._frames[slot] for slot in slots],
-            )
-            lengths = [counts[slot] for slot in slots]
-            found = self.greedy_rnnt_decoder.decode(output.encoded[slots], lengths, memory, first)
-            for slot, state, tokens, hypothesis in zip(slots, states, *found):
-                state.set_previous_hypothesis(hypothesis)
-                labels = [self.blank_id] * counts[slot]
-                for token in tokens:
-                    labels[token.frame - self._frames[slot]] = token.token
-                decoded[slot] = tokens, labels
-        return [decoded.get(slot, ([], [])) for _, slot in new]
-
-    def run_greedy_decoder(self, state, request: Frame, decoded: tuple[list[Token], list[int]]) -> bool:
+    def run_greedy_decoder(self, state, request: Frame, hypothesis: Hypothesis) -> bool:
         """Add the tokens of new frames; returns whether the utterance has ended."""
-        tokens, labels = decoded
-        state.update_label_buffer(labels)
-        ended, emitted = request.is_last, state.get_label_buffer()
-        if not ended:
-            limit = state.options.stop_history_eou
-            ended, _ = self.endpointer.detect_eou_near_pivot(emitted, len(emitted) - 1, stop_history_eou=limit)
-        confidences = [0.0 if math.isnan(each.confidence) else each.confidence for each in tokens]
-        new = {'tokens': [each.token for each in tokens], 'timesteps': [each.frame for each in tokens]}
-        state.update_state({**new, 'confidences': confidences}, eou_detected=ended)
+        state.set_offset(0)  # NeMo's hypotheses hold earlier tokens, too
+        ended = super().run_greedy_decoder(state, request, hypothesis)
+        state.increment_global_offset(self.tokens_per_frame)
         return ended

@@ -35,12 +35,10 @@ class BatchRunner:
     are a stream's own [R, T or Q] bool; they return what replaces them.
     """
 
-    def __init__(
-        self, mel: StreamingMel, encoder: Any, context: AttContext, batch: int, precision: str, observers: Any
-    ):
+    def __init__(self, mel: StreamingMel, encoder: Any, context: AttContext, batch: int, weights: str, observers: Any):
         check_encoder_can_stream(encoder, context)
         self.mel, self.context, self.observers = mel, context, observers
-        self.weights = weights = PreparedEncoder.of(encoder, precision)
+        self.weights = prepared = PreparedEncoder.of(encoder, weights)
         self.windows, self.style = encoder.effective_windows(context), encoder.att_context_style
         self.factor, self.chunk = encoder.subsampling_factor, Window(context, self.style).chunk
         self.width = encoder.d_model if encoder.out_proj is None else encoder.out_proj.out_features
@@ -54,9 +52,9 @@ class BatchRunner:
         self._whole = Rows(np.ones(batch, bool), self.device)
         self.samples = mel.new_ring(batch, self.unit)
         self.features = RingBuffer(batch, self.factor * (2 * self.block + 3), mel.features, **self.like)
-        self.subsampling = weights.subsampling.new_stage(batch)
+        self.subsampling = prepared.subsampling.new_stage(batch)
         self.layers: list[LayerStage] = []
-        for index, (layer, window, wait) in enumerate(zip(weights.layers, self.windows, waits, strict=True)):
+        for index, (layer, window, wait) in enumerate(zip(prepared.layers, self.windows, waits, strict=True)):
             left = window.context.left
             ring = ring_window(window, GROWTH if left == UNLIMITED else left + self.block + wait, wait, self.device)
             self.layers.append(LayerStage(batch, layer, ring, sum(waits[:index]), self.subsampling.count))
@@ -88,12 +86,11 @@ class BatchRunner:
         """
         samples = samples[:, : int(lengths.max())].to(self.device, non_blocking=True)
         found: list[tuple[torch.Tensor, Rows, np.ndarray]] = []
-        count = max(-(-samples.shape[1] // self.unit), 1)
+        most = samples.shape[1]
         with without_autocast(self.device):
-            for index in range(count):
-                start = index * self.unit
-                some = lengths if count == 1 else np.clip(lengths - start, 0, self.unit)
-                last = ends if index == count - 1 else np.zeros_like(ends)
+            for start in range(0, max(most, 1), self.unit):
+                some = np.clip(lengths - start, 0, self.unit) if most > self.unit else lengths
+                last = ends if most - start <= self.unit else np.zeros_like(ends)
                 if some.any() or last.any():
                     self._take(samples[:, start : start + self.unit], some, last)
                     found += self._push_all(last)
@@ -119,7 +116,7 @@ class BatchRunner:
         self.features.write(rows, found.to(self.like['dtype']), counts)
 
     def _push_all(self, ends: np.ndarray) -> Iterator[tuple[torch.Tensor, Rows, np.ndarray]]:
-        """Push all due frames through the layers; yield the output, its rows and which frames are valid."""
+        """Push all due frames through the layers; yield [R, Q, D], the rows, and which are a stream's own [R, Q]."""
         due: Any = -(-self.features.count // self.factor) // self.chunk * self.chunk - self.subsampling.count
         ending = None
         if ends.any():
@@ -137,10 +134,7 @@ class BatchRunner:
             due[active] -= count
 
     def _push(self, rows: Rows, count: int, ends: list[np.ndarray] | None) -> tuple[torch.Tensor, np.ndarray]:
-        """Push frames of some streams through all layers; ``ends``: each stream's features and frames, [B].
-
-        Returns frames [R, Q, D], and which of them are a stream's own [R, Q].
-        """
+        """Push frames through all layers; ``ends``: each stream's features and frames. See :meth:`_push_all`."""
         first = rows.counts(self.subsampling.count)
         last = None if ends is None else rows.counts(ends[1])
         frames = self._subsample(rows, first, count, ends)

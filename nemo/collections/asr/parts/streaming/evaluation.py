@@ -30,9 +30,8 @@ class StreamMeasures:
     context: list[int]
     seconds: float
     look_ahead_ms: float
-    cache_bytes: int
-    output: StreamingOutput  # the joined steps
-    step_ms: list[float]
+    cache_bytes: int = 0
+    step_ms: list[float] = field(default_factory=list)
     text: str | None = None  # of a recogniser
     word_latency_ms: list[float] = field(default_factory=list)  # audio after a word's last frame until it was final
     surprise: list[float] = field(default_factory=list)  # nats of each token after the settling seconds
@@ -40,35 +39,44 @@ class StreamMeasures:
     token_agreement: float | None = None  # share of frames with the token of the offline forward
 
 
+@torch.no_grad()
 def measure_stream(
     model: Any, samples: np.ndarray, context: Any = None, step_seconds: float = 0.08, **wanted: Any
 ) -> StreamMeasures:
     """Stream and measure samples [N] float32, of the model's rate and full scale 1, in steps of seconds.
 
-    ``wanted`` are arguments of the session: ``weights``, ``return_text``, ``return_surprise``.
+    Audio of up to 300 s is compared with offline. ``wanted`` are arguments of the session: ``weights``, ``return_text``,
+    ``return_surprise``.
     """
     has_tokens = 'encoder_output' in (getattr(getattr(model, 'decoder', None), 'input_types', None) or {})
     session = StreamingSession(model, 1, context, return_tokens=has_tokens, **wanted)
     rate, size = session.sample_rate, max(round(step_seconds * session.sample_rate), 1)
-    outputs, step_ms, latencies = list[Any](), [], []
+    look_ahead_ms = 1000 * session.look_ahead_samples / rate
+    measures, outputs = StreamMeasures(session.att_context.as_list(), len(samples) / rate, look_ahead_ms), list[Any]()
     for start in range(0, len(samples), size):
         piece = torch.from_numpy(samples[start : start + size])[None]
         before = time.perf_counter()
         outputs.append(session.step(piece))
-        step_ms.append(1000 * (time.perf_counter() - before))
+        measures.step_ms.append(1000 * (time.perf_counter() - before))
         received = min(start + size, len(samples)) / rate
         words = outputs[-1].text[0].final_words if session.return_text else []
-        latencies += [1000 * max(received - word.end, 0.0) for word in words]
-    cache_bytes = session.cache_bytes_per_stream
+        measures.word_latency_ms += [1000 * max(received - word.end, 0.0) for word in words]
+    measures.cache_bytes = session.cache_bytes_per_stream
     output: Any = StreamingOutput.concatenate([*outputs, session.finish()])
-    facts = session.att_context.as_list(), len(samples) / rate, 1000 * session.look_ahead_samples / rate, cache_bytes
-    text = session.transcript().text if session.return_text else None
-    measures = StreamMeasures(*facts, output, step_ms, text, latencies)
+    if session.return_text:
+        measures.text = session.transcript().text
     if session.return_surprise:
         normalised = getattr(model, 'target_normalize', None) == 'per_feature'
         settled = round(SETTLING_SECONDS * rate / session.frame_samples) if normalised else 0
         skipped = max(settled - int(output.surprise_start[0]), 0)
-        measures.surprise = output.surprise[0, : int(output.surprise_lengths[0])].tolist()[skipped:]
+        measures.surprise = output.surprise[0, skipped : int(output.surprise_lengths[0])].tolist()
+    if measures.seconds <= LONGEST_OFFLINE:
+        whole = torch.from_numpy(samples)[None].to(output.encoded.device)
+        encoded = encode_offline(model, whole, measures.context)
+        measures.largest_difference = (encoded - output.encoded).abs().max().item()
+        if has_tokens:
+            tokens = decoder_of(model)(encoder_output=encoded).argmax(dim=2)
+            measures.token_agreement = (tokens == output.tokens).float().mean().item()
     return measures
 
 
@@ -80,19 +88,6 @@ def encode_offline(model: Any, samples: torch.Tensor, context: Any) -> torch.Ten
         features, lengths = model.preprocessor(input_signal=samples, length=length)
         encoded, lengths = model.encoder(audio_signal=features, length=lengths)
     return encoded[:, :, : int(lengths[0])]
-
-
-@torch.no_grad()
-def compare_with_offline(model: Any, samples: np.ndarray, measures: StreamMeasures) -> None:
-    """Add the difference of the stream from offline on its samples [N], for audio up to 300 s."""
-    if measures.seconds > LONGEST_OFFLINE:
-        return
-    device = next(model.encoder.parameters()).device
-    encoded = encode_offline(model, torch.from_numpy(samples)[None].to(device), measures.context)
-    measures.largest_difference = (encoded - measures.output.encoded).abs().max().item()
-    if measures.output.tokens is not None:
-        tokens = decoder_of(model)(encoder_output=encoded).argmax(dim=2)
-        measures.token_agreement = (tokens == measures.output.tokens).float().mean().item()
 
 
 def summarize_streams(measures: Sequence[StreamMeasures], texts: Sequence[str | None]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ Shapes: B streams, R of them, Q frames of a push, D the width, H heads, K width 
 """
 
 import copy
-import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ HIDDEN = -10000.0  # a score, as NeMo's; finite, so that a frame without visible
 FEW = 8  # frames up to which the convolution is faster as one sum
 GROWTH = 64  # first number of slots of a ring without a limit
 SHRINKS_AT = 4  # times the slots in use
-_LOCK = threading.Lock()
 
 
 @dataclass(eq=False)
@@ -81,21 +79,18 @@ class LayerStage(Stage):
             state['keys_values'] = state['keys_values'][:, :, : max(state['count'] - self.behind, 0)].clone()
         return state
 
-    def like(self, state: Any) -> dict[str, Any]:
-        """Return what a state must be like to be loaded."""
-        like = super().like(state)
-        if self.window.is_unlimited and isinstance(state, dict) and isinstance(state.get('count'), int):
-            slots = max(state['count'] - self.behind, 0)
-            like['keys_values'] = like['keys_values'][:, :, :1].expand(-1, -1, slots, -1)
+    def like(self) -> dict[str, Any]:
+        """Return what a state must be like to be loaded; a ring without a limit has any number of slots."""
+        like = super().like()
+        if self.window.is_unlimited:
+            like['keys_values'] = like['keys_values'][:, :, :0]
         return like
 
     def load(self, row: int, state: dict[str, Any]) -> None:
         """Replace a row by an exported state, which has been checked."""
         given = state['keys_values']
-        if self.window.is_unlimited:
-            self.reserve(least=given.shape[2])  # other streams may have more frames
-            given = F.pad(given, (0, 0, 0, self.window.slots - given.shape[2]))
-        super().load(row, {**state, 'keys_values': given})
+        self.reserve(least=given.shape[2])  # other streams may have more frames
+        super().load(row, {**state, 'keys_values': F.pad(given, (0, 0, 0, self.window.slots - given.shape[2]))})
 
     def bytes(self) -> int:
         """Return how many bytes its tensors and its table of positions take."""
@@ -139,7 +134,7 @@ class PreparedLayer:
     def positions(self, future: int, past: int) -> PositionTable:
         """Return the table of so many frames after and before; shared, and kept while a session uses it."""
         weight = self.position_weight
-        with _LOCK, torch.inference_mode(False), torch.no_grad(), without_autocast(weight.device):
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(weight.device):
             found = self._tables.get((future, past))
             if found is None:
                 encoding = RelPositionalEncoding(self.width, 0.0)
@@ -225,11 +220,10 @@ def _convolution_norm(convolution: torch.nn.Module) -> Callable[..., Tensor]:
     norm = convolution.batch_norm
     if convolution.norm_type == 'layer_norm':
         return _norm(norm)
-    if convolution.norm_type == 'batch_norm':
-        scale = torch.rsqrt(norm.running_var + norm.eps) * norm.weight.detach()
-        shift = norm.bias.detach() - norm.running_mean * scale
-    else:  # fused with its statistics
-        scale, shift = norm.weight.detach().clone(), norm.bias.detach().clone()
+    scale, shift = norm.weight.detach().clone(), norm.bias.detach().clone()
+    if convolution.norm_type == 'batch_norm':  # another one is fused with its statistics
+        scale = scale * torch.rsqrt(norm.running_var + norm.eps)
+        shift = shift - norm.running_mean * scale
     return lambda frames: torch.addcmul(shift, frames, scale)
 
 

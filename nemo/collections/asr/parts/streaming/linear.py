@@ -99,13 +99,12 @@ class Int8Linear:
 
 
 LINEARS = {'float32': PreparedLinear, 'bfloat16': BFloat16Linear, 'int8': Int8Linear}
-PRECISIONS = tuple(LINEARS)
 
 
 def check_precision(precision: str, weight: torch.Tensor) -> None:
     """Raise ValueError, with the reason, if weights like this one cannot be held in a precision."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"weights is {precision!r}; it must be one of {PRECISIONS}")
+    if precision not in LINEARS:
+        raise ValueError(f"weights is {precision!r}; it must be one of {[*LINEARS]}")
     found = weight.device.type, weight.dtype
     if precision != 'float32' and found != ('cpu', torch.float32):
         raise ValueError(f"weights is {precision!r}, which is for float32 models on a CPU; this one is {found}")

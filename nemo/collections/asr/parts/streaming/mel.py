@@ -66,20 +66,17 @@ class StreamingMel:
             emphasised = samples[:, 1:] - self.featurizer.preemph * samples[:, :-1]
             if inside is not None:  # after a stream's last sample there is nothing to emphasise
                 emphasised.masked_fill_(~inside[:, 1:], 0.0)
-        return self._features_of(self._spectrum(emphasised)).to(self.dtype)
+        return self._features_of(emphasised).to(self.dtype)
 
-    def _spectrum(self, samples: Tensor) -> Tensor:
-        """Return the magnitudes of the windows, to the power of ``mag_power``, [R, T, n_fft // 2 + 1] float32."""
+    def _features_of(self, samples: Tensor) -> Tensor:
+        """Return the features [R, T, F] float32 of the windows of samples [R, W]."""
         featurizer, length = self.featurizer, self.featurizer.win_length
         windows = samples.unfold(1, length, self.hop) * self._window
         padded = torch.constant_pad_nd(windows, (self._left, featurizer.n_fft - length - self._left))
         real, imaginary = torch.view_as_real(torch.fft.rfft(padded)).unbind(-1)
         power = real.square().addcmul_(imaginary, imaginary)
-        return power if featurizer.mag_power == 2.0 else power.pow_(featurizer.mag_power / 2)
-
-    def _features_of(self, spectrum: Tensor) -> Tensor:
-        """Return the features [R, T, F] float32."""
-        featurizer, features = self.featurizer, F.linear(spectrum, self._filters)
+        power = power if featurizer.mag_power == 2.0 else power.pow_(featurizer.mag_power / 2)
+        features = F.linear(power, self._filters)
         if featurizer.log:
             guard = featurizer.log_zero_guard_value_fn(features)
             clamps = featurizer.log_zero_guard_type == 'clamp'

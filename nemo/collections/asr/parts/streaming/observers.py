@@ -39,8 +39,7 @@ class ObservedStream:
     tokens: Tensor | None = None  # [S] or [S, H]
     log_probs: Tensor | None = None  # after ``decoder_offset``, which the loss drops, [A, C] or [A, C, H]
     start: int = 0  # index of the token whose surprise is the next to be known
-    unpredicted: int = 0  # tokens still to come that no frame predicts
-    next_tokens: Tensor | None = None  # [S] or [S, H]
+    next_tokens: Tensor | None = None  # after ``offset`` earlier ones, [S] or [S, H]
     next_log_probs: Tensor | None = None  # at the first horizon, [A, C] or [A, C, H]
 
 
@@ -58,13 +57,13 @@ class LiveMasking:
         self._arguments = window_of_masking(self.masking, tightest_window(model.encoder.effective_windows(context)))
 
     def mask(self, stream: Any, frames: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Take new mask frames [F, M] and tokens; return the encoder's frames, and their masks [1, M]."""
+        """Take new mask frames [F, M] and tokens; return the encoder's frames, and their masks [M]."""
         stream.tokens = _joined(stream.tokens, tokens)
         lengths, received = torch.tensor([[frames.shape[1]], [stream.count]], device=frames.device)  # one copy
         new = dict(input_feats=frames[None], input_lengths=lengths, current_frame=received)
         masked, masks = self.masking(**new, stream=stream.time_line, **self._arguments)
         stream.masks = torch.cat((stream.masks, masks[0, :1].to(stream.masks.dtype)), dim=1)
-        return masked[0], masks[0, :1]
+        return masked[0], masks[0, 0]
 
     def score(self, stream: Any, log_probs: Tensor) -> tuple[Tensor, int]:
         """Take new predictions [A, C] or [A, C, H]; return the summed loss and its number of masked frames."""
@@ -95,37 +94,24 @@ class LiveSurprise:
         if combined != needed:
             key = 'model.quantizer.combine_time_steps'
             raise ValueError(f"return_surprise: {key} is {combined}; it must be {needed}, as of the encoder")
-        try:
-            self.offset = objective.offset(context)
-        except ValueError as error:
-            raise ValueError(f"return_surprise: {error}") from error
-        self.decoders, self.loss = model.next_token_decoders, objective.token_loss
+        self.offset, self.loss = objective.offset(context), objective.token_loss
+        self.decoders = model.next_token_decoders
 
     def predict(self, encoded: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the likeliest next tokens [B, A, K] or [B, A, K, H] of frames [B, D, A], 0 if not ``valid``.
-
-        Besides, the log-probabilities of the first horizon, [B, A, C] or [B, A, C, H].
-        """
+        """Return the likeliest next tokens, 0 if not ``valid``, and the log-probabilities of the first horizon."""
         predictions = [decode_frames(decoder, encoded) for decoder in self.decoders]
         tokens = torch.stack([log_probs.argmax(dim=2) for log_probs in predictions], dim=2)
         return tokens * valid.view(*valid.shape, *[1] * (tokens.dim() - 2)), predictions[0]
 
-    def take_tokens(self, stream: Any, tokens: Tensor) -> None:
-        """Take new tokens [S] or [S, H]."""
-        skipped = min(stream.unpredicted, len(tokens))
-        stream.unpredicted -= skipped
-        stream.next_tokens = _joined(stream.next_tokens, tokens[skipped:])
-
     def score(self, stream: Any, log_probs: Tensor) -> Tensor:
         """Take new predictions [A, C] or [A, C, H]; return nats of all predicted tokens that have come, [S]."""
         log_probs, tokens = _joined(stream.next_log_probs, log_probs), stream.next_tokens
-        ready = 0 if tokens is None else min(len(log_probs), len(tokens))
+        ready = 0 if tokens is None else max(min(len(log_probs), len(tokens) - self.offset), 0)
         stream.next_log_probs = log_probs[ready:].clone()
         if not ready:
             return log_probs.new_zeros(0)
-        stream.next_tokens = tokens[ready:].clone()
-        stream.start += ready
-        return self.loss.of_frames(log_probs[:ready], tokens[:ready], reduction='none')
+        stream.next_tokens, stream.start = tokens[ready:].clone(), stream.start + ready
+        return self.loss.of_frames(log_probs[:ready], tokens[self.offset :][:ready], reduction='none')
 
 
 class Observers(StreamStates):
@@ -147,7 +133,7 @@ class Observers(StreamStates):
         if self.masking is not None:
             stream.time_line, stream.masks = self.masking.masking.new_stream(1, self.device), empty[:1]
         if self.surprise is not None:
-            stream.start = stream.unpredicted = self.surprise.offset
+            stream.start = self.surprise.offset
         return stream
 
     def take(self, frames: Tensor, numbers: np.ndarray, valid: np.ndarray) -> Tensor:
@@ -158,11 +144,11 @@ class Observers(StreamStates):
                 continue
             stream, own = self.streams[row], frames[index, :count].T
             tokens = self.tokens(stream, own)
-            if self.surprise is not None and tokens is not None:
-                self.surprise.take_tokens(stream, tokens)
+            if self.surprise is not None:
+                stream.next_tokens = _joined(stream.next_tokens, tokens)
             if self.masking is not None:
                 masked, mask = self.masking.mask(stream, own, tokens)
-                self._masks[row].append(mask[0])
+                self._masks[row].append(mask)
                 seen[index, :count] = masked.T
         return seen
 

@@ -5,7 +5,6 @@ import hashlib
 import threading
 import weakref
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from nemo.collections.asr.parts.utils.activations import Swish
 from nemo.collections.common.parts.adapter_modules import LinearAdapter
 from nemo.core.classes.mixins.adapter_mixin_strategies import ResidualAddAdapterStrategy
 
-PLAIN = (bool, int, float, str, tuple)
 SAMPLED = 31  # elements of each tensor that are compared
 _LOCK = threading.RLock()
 _PREPARED: 'weakref.WeakKeyDictionary[nn.Module, dict[str, PreparedEncoder]]' = weakref.WeakKeyDictionary()
@@ -39,23 +37,15 @@ METHODS = {name: [getattr(each, name, None) for each in COMPUTED] for name in ('
 ADDED = ResidualAddAdapterStrategy.forward
 
 
-def why_not(encoder: Any, context: AttContext) -> str | None:
-    """Return the first reason why live streams do not compute an encoder's output in a context, or None."""
-    return next(_reasons(encoder, context), None)
-
-
 def check_encoder_can_stream(encoder: Any, context: AttContext) -> None:
     """Raise ValueError, with the reason, if live streams do not compute an encoder's output in a context."""
-    if reason := why_not(encoder, context):
+    if reason := next(reasons_against(encoder, context), None):
         raise ValueError(f"{type(encoder).__name__} cannot be streamed: {reason}")
     encoder.check_att_context_size(context)
 
 
-def _subsampling_of(encoder: Any) -> Any:
-    return getattr(encoder.pre_encode, 'pre_encode', encoder.pre_encode)  # masking after the convolutions wraps it
-
-
-def _reasons(encoder: Any, context: AttContext) -> Iterator[str]:
+def reasons_against(encoder: Any, context: AttContext) -> Iterator[str]:
+    """Yield the reasons why live streams do not compute an encoder's output in a context."""
     if not isinstance(encoder, ConformerEncoder):
         yield 'the encoder must be a ConformerEncoder'
     for key, (value, *allowed) in _settings_with_allowed(encoder).items():
@@ -74,6 +64,10 @@ def _reasons(encoder: Any, context: AttContext) -> Iterator[str]:
     for index, adapter in ((at, each) for at, layer in enumerate(encoder.layers) for each in enabled_adapters(layer)):
         if type(adapter).forward is not LinearAdapter.forward or type(adapter.adapter_strategy).forward is not ADDED:
             yield f'encoder.layers.{index} has a {type(adapter).__name__}; only added linear adapters are computed'
+
+
+def _subsampling_of(encoder: Any) -> Any:
+    return getattr(encoder.pre_encode, 'pre_encode', encoder.pre_encode)  # masking after the convolutions wraps it
 
 
 def _settings_with_allowed(encoder: Any) -> dict[str, tuple[Any, ...]]:
@@ -102,36 +96,15 @@ def _computed_parts(encoder: Any) -> Iterator[tuple[str, nn.Module]]:
             yield f'encoder.{name}'.rstrip('.'), module
 
 
-class _Seen:
-    """An encoder's present modules and tensors, by counts of writes and samples of each tensor."""
-
-    def __init__(self, encoder: nn.Module):
-        parts = _subsampling_of(encoder), encoder.layers, encoder.out_proj
-        modules = [module for part in parts if part is not None for module in part.modules()]
-        owned = [each for module in modules for each in (*module._parameters.values(), *module._buffers.values())]
-        self.tensors = [each for each in owned if each is not None]  # kept, so that no other tensor gets their place
-        self._facts = [(type(module), *_settings_of(module)) for module in modules] + [
-            (None if each.is_inference() else each._version, each.data_ptr(), each.dtype) for each in self.tensors
-        ]
-        with torch.inference_mode(False), torch.no_grad():
-            samples = [each.flatten()[:: max(each.numel() // SAMPLED, 1)].float() for each in self.tensors]
-            self.samples = torch.cat(samples).nan_to_num()
-
-    def equals(self, other: '_Seen') -> bool:
-        """Return whether nothing has changed."""
-        return self._facts == other._facts and torch.equal(self.samples, other.samples)
-
-
-def _settings_of(module: nn.Module) -> list[Any]:
-    plain = [value for name, value in vars(module).items() if name[0] != '_' and isinstance(value, PLAIN)]
-    return plain + (module.get_enabled_adapters() if hasattr(module, 'get_enabled_adapters') else [])
-
-
 class PreparedEncoder:
-    """A copy of the weights of a ``ConformerEncoder``, arranged for live streams; :meth:`of` makes it."""
+    """A copy of the weights of a ``ConformerEncoder``, arranged for live streams; :meth:`of` makes it.
 
-    def __init__(self, encoder: Any, precision: str, seen: _Seen):
-        self._seen = seen
+    ``digest`` identifies the weights in the state of a stream, by their shapes and sampled elements.
+    """
+
+    def __init__(self, encoder: Any, precision: str):
+        self._facts, self._tensors = _facts_of(encoder)  # kept, so that no other tensor gets their place
+        self.digest = self._facts[-1]
         with torch.inference_mode(False), torch.no_grad():
             self.subsampling = IncrementalSubsampling(_subsampling_of(encoder))
             self.layers = [PreparedLayer(layer, precision) for layer in encoder.layers]
@@ -143,13 +116,21 @@ class PreparedEncoder:
     def of(cls, encoder: Any, precision: str = 'float32') -> 'PreparedEncoder':
         """Return the present weights of an encoder that can stream, prepared again if they changed."""
         with _LOCK:
-            prepared, seen = _PREPARED.setdefault(encoder, {}), _Seen(encoder)
-            if precision not in prepared or not prepared[precision]._seen.equals(seen):
-                prepared[precision] = cls(encoder, precision, seen)
+            prepared = _PREPARED.setdefault(encoder, {})
+            if precision not in prepared or prepared[precision]._facts != _facts_of(encoder)[0]:
+                prepared[precision] = cls(encoder, precision)
             return prepared[precision]
 
-    @cached_property
-    def digest(self) -> str:
-        """What identifies the weights in the state of a stream: their shapes and sampled elements."""
-        shapes = str([list(tensor.shape) for tensor in self._seen.tensors]).encode()
-        return hashlib.sha256(shapes + self._seen.samples.cpu().numpy().tobytes()).hexdigest()[:16]
+
+def _facts_of(encoder: Any) -> tuple[list[Any], list[torch.Tensor]]:
+    """Return what changes with an encoder's modules and weights, a digest of samples at last; and the tensors."""
+    parts = _subsampling_of(encoder), encoder.layers, encoder.out_proj
+    modules = [module for part in parts if part is not None for module in part.modules()]
+    owned = [each for module in modules for each in (*module._parameters.values(), *module._buffers.values())]
+    tensors = [each for each in owned if each is not None]
+    facts: list[Any] = [(type(module), getattr(module, 'get_enabled_adapters', list)()) for module in modules]
+    facts += [(None if each.is_inference() else each._version, each.data_ptr(), each.dtype) for each in tensors]
+    with torch.inference_mode(False), torch.no_grad():
+        samples = torch.cat([each.flatten()[:: max(each.numel() // SAMPLED, 1)].float() for each in tensors])
+    shapes = str([list(each.shape) for each in tensors]).encode()
+    return [*facts, hashlib.sha256(shapes + samples.cpu().numpy().tobytes()).hexdigest()[:16]], tensors

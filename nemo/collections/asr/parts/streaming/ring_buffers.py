@@ -9,7 +9,7 @@ Shapes: B streams, R rows of them, N positions, S slots, Q queries.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,13 +84,13 @@ class Stage:
         pairs = ((name, value[row]) for name, value in self.kept())
         return {name: each.clone() if isinstance(each, Tensor) else int(each) for name, each in pairs}
 
-    def like(self, state: Any) -> dict[str, Any]:
+    def like(self) -> dict[str, Any]:
         """Return what a state must be like to be loaded."""
         return {name: 0 if isinstance(value, np.ndarray) else value[0] for name, value in self.kept()}
 
     def check(self, state: Any) -> None:
         """Raise ValueError unless :meth:`load` can take a state."""
-        check_like(state, self.like(state), type(self).__name__)
+        check_like(state, self.like(), type(self).__name__)
 
     def load(self, row: int, state: dict[str, Any]) -> None:
         """Replace a row by an exported state, which has been checked."""
@@ -183,8 +183,8 @@ class RingWindow:
         self.past = self.slots - 1 if self.is_unlimited else context.left + chunk - 1
         self._start = self.slots + self.wait  # from here on a phase comes again
         self._phases = 0 if self.is_unlimited else math.lcm(self.slots, chunk)
-        self._tables: dict[int, Any] = {}
-        self._alike: dict[tuple[int, int], Visible] = {}
+        self._tables = cache(self._compute_tables)
+        self._of_phase = cache(lambda count, first: self._visible(*self.compute(np.array([first]), count)))
 
     def visible(self, first: np.ndarray, count: int, last: np.ndarray | None = None) -> Visible:
         """Return what the queries of a push see: ``count`` frames arrive, the first at position ``first`` [R].
@@ -195,12 +195,7 @@ class RingWindow:
         if last is not None or not self._phases or first.min() < 0 or size > LARGEST_TABLE:
             return self._visible(*self.compute(first[:1] if alike and last is None else first, count, last))
         index = np.where(first < self._start, first, self._start + (first - self._start) % self._phases)
-        if not alike:
-            return self._of_phases(index, count)
-        key = count, int(index[0])
-        if key not in self._alike:
-            self._alike[key] = self._visible(*self.compute(index[:1], count))
-        return self._alike[key]
+        return self._of_phase(count, int(index[0])) if alike else self._of_phases(count, index)
 
     def compute(self, first: np.ndarray, count: int, last: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
         """Return slots [R, Q], ages and hidden [R, Q, S], and began [R, Q, 1]; see :class:`Visible`."""
@@ -214,13 +209,14 @@ class RingWindow:
             hidden |= held >= last[:, None, None]
         return arriving % self.slots, ages, hidden, query >= 0
 
-    def _of_phases(self, index: np.ndarray, count: int) -> Visible:
-        """Return what rows in different phases see, from tables with a row for each phase."""
-        if count not in self._tables:
-            found = self.compute(np.arange(self._start + self._phases), count)
-            facts = found[2].any((1, 2)), ~found[3].all((1, 2))  # hides a slot; has queries before the first frame
-            self._tables[count] = facts, [*map(self._tensor, found)]
-        (hides, begins), tables = self._tables[count]
+    def _compute_tables(self, count: int) -> tuple[np.ndarray, np.ndarray, list[Tensor]]:
+        """Return of each phase whether a slot is hidden, whether a query precedes its stream, and what is seen."""
+        found = self.compute(np.arange(self._start + self._phases), count)
+        return found[2].any((1, 2)), ~found[3].all((1, 2)), [*map(self._tensor, found)]
+
+    def _of_phases(self, count: int, index: np.ndarray) -> Visible:
+        """Return what rows in different phases see."""
+        hides, begins, tables = self._tables(count)
         places = self._tensor(index)
         slots, ages = (table.index_select(0, places) for table in tables[:2])
         hidden = tables[2].index_select(0, places).unsqueeze(1) if hides[index].any() else None

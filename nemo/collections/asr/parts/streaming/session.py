@@ -18,7 +18,7 @@ from nemo.collections.asr.parts.streaming.batch_runner import BatchRunner
 from nemo.collections.asr.parts.streaming.linear import check_precision
 from nemo.collections.asr.parts.streaming.mel import StreamingMel
 from nemo.collections.asr.parts.streaming.observers import Observers
-from nemo.collections.asr.parts.streaming.prepared_weights import why_not
+from nemo.collections.asr.parts.streaming.prepared_weights import reasons_against
 from nemo.collections.asr.parts.streaming.ring_buffers import Stage
 from nemo.collections.asr.parts.streaming.state import VERSION, check_like
 from nemo.collections.asr.parts.streaming.text import (
@@ -83,9 +83,10 @@ class StreamingOutput:
         joined = replace(last, surprise_start=first.surprise_start)
         for counts, names in COUNTED.items():
             sizes = [getattr(output, counts) for output in outputs]
-            for name in names if sizes[0] is not None else ():
-                parts = [getattr(output, name) for output in outputs]
-                setattr(joined, name, None if parts[0] is None else _join(parts, sizes, 2 if name == 'encoded' else 1))
+            for name in names:
+                if getattr(first, name) is not None:
+                    parts = [getattr(output, name) for output in outputs]
+                    setattr(joined, name, _join(parts, sizes, dim=2 if name == 'encoded' else 1))
             setattr(joined, counts, None if sizes[0] is None else sum(sizes))
         if first.text is not None:
             joined.text = [*map(TextUpdate.concatenate, zip(*(output.text for output in outputs)))]
@@ -181,7 +182,7 @@ class StreamingSession:
     @property
     def why_not_fast(self) -> str | None:
         """The first part of the present model that live streams do not compute; None: they compute all."""
-        return why_not(_parts(self._model)[1], self.att_context)
+        return next(reasons_against(_parts(self._model)[1], self.att_context), None)
 
     @property
     def cache_bytes_per_stream(self) -> int:
@@ -268,9 +269,7 @@ class StreamingSession:
 
         ValueError, and no change, if the state is of another model, context or setting, or damaged.
         """
-        row = self._checked_row(row, 'load')
-        self._check_state(state)
-        self._load(row, state)
+        self._load({self._checked_row(row, 'load'): state})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the exported states of all streams."""
@@ -278,15 +277,10 @@ class StreamingSession:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where a session with as many streams was; errors as of :meth:`load`."""
-        streams = state.get('streams') if isinstance(state, dict) else None
-        if not isinstance(streams, list) or len(streams) != self.batch_size:
-            found = f'one of {len(streams)} streams' if isinstance(streams, list) else 'no state of a StreamingSession'
-            raise ValueError(f"load: this is {found}; this session has {self.batch_size}")
-        for stream in streams:
-            self._check_state(stream)
-        self._broken[:] = True
-        for row, stream in enumerate(streams):
-            self._load(row, stream)
+        streams = state.get('streams', []) if isinstance(state, dict) else []
+        if len(streams) != self.batch_size:
+            raise ValueError(f"load: this is a state of {len(streams)} streams; this session has {self.batch_size}")
+        self._load(dict(enumerate(streams)))
 
     def _stages(self) -> list[Any]:
         parts = self._streams, *self._runner.stages, self._observers, self._text
@@ -309,13 +303,16 @@ class StreamingSession:
         for part, of_part in zip(parts, state['stages'], strict=True):
             part.check(of_part)
 
-    def _load(self, row: int, state: dict[str, Any]) -> None:
+    def _load(self, states: dict[int, Any]) -> None:
+        for state in states.values():
+            self._check_state(state)
         self._read_flags(wait=True)
-        self._broken[row] = True
+        self._broken[[*states]] = True
         with torch.inference_mode():
-            for part, of_part in zip(self._stages(), state['stages'], strict=True):
-                part.load(row, of_part)
-        self._broken[row] = False
+            for row, state in states.items():
+                for part, of_part in zip(self._stages(), state['stages'], strict=True):
+                    part.load(row, of_part)
+        self._broken[[*states]] = False
 
     def _checked_row(self, row: Any, what: str) -> int:
         whole = isinstance(row, (int, np.integer)) and not isinstance(row, bool)
@@ -387,18 +384,13 @@ class StreamingSession:
         if self._observers is not None:
             self._observers.finish(output, valid, failed)
         if self._text is not None:
-            output.text = self._text.take(
-                output.encoded, counts.tolist(), self._streams.ended.tolist(), output.log_probs
-            )
+            output.text = self._text.take(output.encoded, counts.tolist(), self.ended, output.log_probs)
         if not self.return_log_probs:
             output.log_probs = None
         return output
 
     def _find_failed(self, encoded: Tensor) -> None:
-        """Find rows whose frames [B, A, D] are not finite; on a GPU the flags are read in a later step.
-
-        With text, which is read anyway, and at the end of all streams they are read at once.
-        """
+        """Find rows whose frames [B, A, D] are not finite; on a GPU, but for text and at the end, a step later."""
         on_cpu = encoded.device.type == 'cpu'
         if not encoded.numel() or (on_cpu and math.isfinite(float(encoded.sum()))):
             return
@@ -419,10 +411,7 @@ class StreamingSession:
 
 def _peak(samples: Tensor) -> float:
     """Return the largest absolute value, NaN if there is any."""
-    if samples.device.type != 'cpu':
-        return float(samples.abs().amax())
-    values = samples.detach().numpy()  # NumPy takes a quarter of the time of torch for so few
-    return max(float(values.max()), -float(values.min()))
+    return float(samples.abs().amax())
 
 
 def _parts(model: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -440,8 +429,8 @@ def _check_eval_mode(*modules: torch.nn.Module) -> None:
 
 def _join(tensors: list[Tensor], lengths: list[Tensor], dim: int) -> Tensor:
     """Join tensors of consecutive steps along ``dim``, leaving out the padding of each stream."""
-    rows = []
-    for row in range(tensors[0].shape[0]):
-        parts = [tensor[row].narrow(dim - 1, 0, int(length[row])) for tensor, length in zip(tensors, lengths)]
-        rows.append(torch.cat(parts, dim=dim - 1).transpose(0, dim - 1))
+    rows = [
+        torch.cat([part[: int(size)] for part, size in zip(parts, sizes)])
+        for parts, sizes in zip(zip(*(tensor.transpose(1, dim) for tensor in tensors)), zip(*lengths))
+    ]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, dim)

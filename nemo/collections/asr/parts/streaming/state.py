@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 
-VERSION = 7  # of what StreamingSession.export and state_dict return
+VERSION = 8  # of what StreamingSession.export and state_dict return
 
 
 class StreamStates:
@@ -23,16 +24,16 @@ class StreamStates:
             self.streams[row] = self.new_stream()
 
     def export(self, row: int) -> Any:
-        """Return a copy of a row: plain containers and tensors."""
-        return to_plain(self.streams[row])
+        """Return a copy of a row: plain containers and tensors, each with a storage of its own."""
+        return apply_to_collection(dataclasses.asdict(self.streams[row]), torch.Tensor, torch.Tensor.clone)
 
     def check(self, state: Any) -> None:
         """Raise ValueError unless :meth:`load` can take a state."""
-        check_like(state, to_plain(self.new_stream()), type(self).__name__)
+        check_like(state, dataclasses.asdict(self.new_stream()), type(self).__name__)
 
     def load(self, row: int, state: Any) -> None:
         """Replace a row by an exported state, which has been checked."""
-        self.streams[row] = from_plain(state, self.new_stream(), self.device)
+        self.streams[row] = _restored(state, self.new_stream(), self.device)
 
     def bytes(self) -> int:
         """Return how many bytes its tensors take."""
@@ -44,7 +45,9 @@ def check_like(found: Any, fresh: Any, where: str) -> None:
 
     Where the fresh one has None there may be any value; a length or dimension that is 0 there may be any.
     """
-    alike = fresh is None or type(found) is type(fresh)
+    if fresh is None:
+        return
+    alike = type(found) is type(fresh)
     if alike and isinstance(fresh, dict):
         alike = found.keys() == fresh.keys()
         for name in fresh if alike else ():
@@ -54,7 +57,7 @@ def check_like(found: Any, fresh: Any, where: str) -> None:
         alike = alike and all(size in (0, given) for size, given in zip(fresh.shape, found.shape, strict=True))
     elif alike and isinstance(fresh, list):
         alike = len(fresh) in (0, len(found))
-    elif alike and fresh is not None:
+    elif alike:
         alike = isinstance(fresh, str) or found >= 0
     if not alike:
         raise ValueError(f"load: {where} is {_described(found)}; it must be like {_described(fresh)}")
@@ -66,25 +69,12 @@ def _described(value: Any) -> str:
     return f'{sorted(value)}' if isinstance(value, dict) else f'{value!r:.80}'
 
 
-def to_plain(value: Any) -> Any:
-    """Return a copy of a state, in which dataclasses are dictionaries."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(to_plain, value))
-    return {name: to_plain(each) for name, each in vars(value).items()} if dataclasses.is_dataclass(value) else value
-
-
-def from_plain(value: Any, fresh: Any, device: torch.device) -> Any:
-    """Return a copy with the dataclasses of a fresh state, and tensors on a device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, copy=True)
-    if isinstance(value, (list, tuple)):
-        return type(value)(from_plain(each, None, device) for each in value)
-    if not isinstance(value, dict):
-        return value
-    fields = {name: from_plain(each, getattr(fresh, name, None), device) for name, each in value.items()}
-    kind: Any = type(fresh) if dataclasses.is_dataclass(fresh) else dict
+def _restored(value: Any, fresh: Any, device: torch.device) -> Any:
+    """Return a copy of an exported value, as the dataclass that a fresh one is, with tensors on a device."""
+    if not dataclasses.is_dataclass(fresh):
+        return apply_to_collection(value, torch.Tensor, lambda tensor: tensor.to(device, copy=True))
+    fields = {name: _restored(each, getattr(fresh, name), device) for name, each in value.items()}
+    kind: Any = type(fresh)
     return kind(**fields)
 
 

@@ -8,6 +8,7 @@ Frames outside of a stream are zero before each convolution, as offline. Channel
 Shapes: R rows (streams), Q encoder frames, T frames of a stage, F its frequencies, C channels, D the encoder's width.
 """
 
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -86,15 +87,10 @@ class IncrementalSubsampling:
         before it counts as zeros. ``left`` [R] int64, where streams end: how many of the features exist; later ones count as
         zeros. A stream without any begins, and has factor - 1 left: those before it.
         """
-        own = [rows.select(cache) for cache in caches]
         size = BLOCK if features.device.type == 'cpu' else max(len(features), 1)
-        parts, last = [], []
-        for start in range(0, len(features), size):
-            part = slice(start, start + size)
-            began, remain = (None if values is None else values[part] for values in (begins, left))
-            frames, rows_of = self._step([cache[part] for cache in own], features[part], began, remain)
-            parts.append(frames)
-            last.append(rows_of)
+        own = zip(*(rows.select(cache).split(size) for cache in caches))
+        began, remain = (repeat(None) if values is None else values.split(size) for values in (begins, left))
+        parts, last = zip(*map(self._step, own, features.split(size), began, remain))
         for cache, new in zip(caches, zip(*last, strict=True), strict=True):
             rows.store(cache, new[0] if len(new) == 1 else torch.cat(new))
         return parts[0] if len(parts) == 1 else torch.cat(parts)

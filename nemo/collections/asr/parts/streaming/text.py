@@ -7,6 +7,7 @@ Shapes: B streams, R rows of them, D the encoder's width, A attention frames, C 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from nemo.collections.asr.parts.utils.rnnt_utils import Hypothesis
 
 NO_CONFIDENCE = float('nan')
 SPACE, WORD_START, CONTINUES = ' ', '▁', '##'  # the marks of characters, of SentencePiece, and of word pieces
+LONGEST_WORD = 64  # tokens after which a word is final, for languages without spaces
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,14 @@ NO_WORD = Word('', 0.0, 0.0)
 
 @dataclass
 class TextUpdate:
-    """What one step adds to the text of a stream."""
+    """What one step adds to the text of a stream: words that became final, and ends of utterances in seconds.
+
+    The partial word can still grow.
+    """
 
     final_words: list[Word]
-    """Words that became final in this step."""
     partial: Word | None = None
-    """The word that can still grow."""
     utterance_ends: list[float] = field(default_factory=list)
-    """In seconds, by the rules of ``TextOptions``."""
 
     @classmethod
     def concatenate(cls, updates: Sequence['TextUpdate']) -> 'TextUpdate':
@@ -57,12 +59,10 @@ class TextUpdate:
 
 @dataclass
 class Transcript:
-    """All that a stream has contained so far."""
+    """All that a stream has contained so far: what NeMo decodes from all tokens, and words, a partial one last."""
 
     text: str
-    """As NeMo decodes all tokens at once."""
     words: list[Word]
-    """The partial word is the last."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,11 @@ class TextOptions:
     """An utterance of this length ends with its present word; None: never."""
     confidence: bool = False
     """Whether words have one, computed as NeMo's ``decoding.confidence_cfg`` is set."""
-    longest_word: int = 64
-    """Tokens after which a word is final, for languages without spaces."""
 
     def __post_init__(self) -> None:
         for name in ('silence_after_nothing', 'silence_after_speech', 'utterance_seconds'):
             if (value := getattr(self, name)) is not None and not 0 < value < float('inf'):
                 raise ValueError(f"TextOptions.{name} is {value!r}; it must be above 0 seconds, or None")
-        if self.longest_word < 1:
-            raise ValueError(f"TextOptions.longest_word is {self.longest_word!r}; it must be 1 token or more")
 
 
 def decoder_of(model: Any) -> torch.nn.Module:
@@ -126,7 +122,7 @@ class GreedyCTC:
         self.start = self.decoder.num_classes_with_blank - 1  # the blank
         self._confidence = decoding.decoding._get_confidence_tensor if confidence else None
 
-    def decode(self, encoded: Any, counts: Any, memory: list[Any], first: list[int], log_probs: Any = None) -> Decoded:
+    def decode(self, encoded: Any, counts: Any, memory: Any, first: Any, log_probs: Any = None) -> Decoded:
         """Decode frames [R, D, A], of which each row has ``counts``, from frame ``first`` of its stream.
 
         Memory is ``start`` at the start of a stream; ``log_probs`` [R, A, C] are there where the decoder has run already.
@@ -156,7 +152,7 @@ class GreedyRNNT:
             key = 'model.decoding.confidence_cfg.preserve_frame_confidence'
             raise ValueError(f"TextOptions.confidence is true, which needs {key}: true; use change_decoding_strategy")
 
-    def decode(self, encoded: Any, counts: Any, memory: list[Any], first: list[int], log_probs: Any = None) -> Decoded:
+    def decode(self, encoded: Any, counts: Any, memory: Any, first: Any, log_probs: Any = None) -> Decoded:
         """Decode new frames; arguments are those of :meth:`GreedyCTC.decode`."""
         lengths = torch.tensor(counts, device=encoded.device)
         earlier = [None if each is None or each.dec_state is None else _continued(each) for each in memory]
@@ -171,11 +167,8 @@ class GreedyRNNT:
         tokens, positions = [int(token) for token in hypothesis.y_sequence], [first + frame for frame in frames]
         if not self._confidence:
             return [*map(Token, tokens, positions)]
-        sure = getattr(hypothesis, 'non_blank_step_confidence_precomputed', None)  # NeMo 3.0.0, without blanks
-        if sure is None:
-            of_frames = hypothesis.frame_confidence
-            sure = [of_frames[frame][index - frames.index(frame)] for index, frame in enumerate(frames)]
-        return [*map(Token, tokens, positions, map(float, sure))]
+        hypothesis.timestamp = frames  # by which NeMo finds confidences
+        return [*map(Token, tokens, positions, map(float, hypothesis.non_blank_frame_confidence))]
 
 
 def _continued(memory: Hypothesis) -> Hypothesis:
@@ -211,9 +204,12 @@ class _Stream:
     open: int = 0  # index of the first token of the word that can still grow
     repeated: int = 1  # frames of the last token, of a CTC path
     start: int = 0  # where the utterance begins
-    silent_from: int = 0  # where the silence after its last token begins
-    has_speech: bool = False
     partial: Word = NO_WORD
+
+    @property
+    def spoken(self) -> int:
+        """Where the last token ends; in an utterance without tokens that is not after its start."""
+        return self.frames[-1] + self.repeated if self.frames else 0
 
 
 class Spelling:
@@ -237,9 +233,7 @@ class Spelling:
 
     def word(self, tokens: list[int], frames: Sequence[int], confidences: Sequence[float]) -> Word:
         """Return the word of tokens, without text if they are blank; confidences may be NaN."""
-        first = 0
-        while self._mark == SPACE and first < len(tokens) and self._piece(tokens[first]) == SPACE:
-            first += 1
+        first = len([*takewhile(lambda token: self._piece(token) == self._mark == SPACE, tokens)])
         text = self.text(tokens[first:]).strip()
         if not text:
             return NO_WORD
@@ -252,7 +246,7 @@ class LiveText(StreamStates):
     """Turns encoder frames into text as they come; ValueError if the model cannot, with the reason."""
 
     def __init__(self, model: Any, batch: int, frame_seconds: float, options: TextOptions, device: Any = 'cpu'):
-        self.options, self.frame_seconds = options, frame_seconds
+        self.frame_seconds = frame_seconds
         self._decoding = greedy_decoding(model, options.confidence)
         self._spelling = Spelling(self._decoding.decoding, frame_seconds)
         self._after_nothing, self._after_speech, self._longest = (
@@ -263,7 +257,7 @@ class LiveText(StreamStates):
         self.kind = f'{type(self._decoding).__name__}, blank {self._decoding.decoding.blank_id}, decoder {shapes}'
         super().__init__(batch, device, lambda: _Stream(self._decoding.start))
 
-    def take(self, encoded: Tensor, lengths: list[int], ended: list[bool], log_probs: Any = None) -> list[TextUpdate]:
+    def take(self, encoded: Tensor, lengths: list[int], ended: Any, log_probs: Any = None) -> list[TextUpdate]:
         """Take new frames [B, D, A], ``lengths`` of each stream, and return what they add to the text of each.
 
         ``log_probs`` are those of the CTC decoder, [B, A, C], where it has run already.
@@ -286,12 +280,6 @@ class LiveText(StreamStates):
         words = [self._word(stream, *pair) for pair in zip(bounds, bounds[1:])]
         return Transcript(self._spelling.text(stream.tokens), [word for word in words if word.text])
 
-    def check(self, state: Any) -> None:
-        """Raise ValueError unless :meth:`load` can take a state."""
-        super().check(state)
-        if not len(state['tokens']) == len(state['frames']) == len(state['confidences']) >= state['open']:
-            raise ValueError("load: LiveText is damaged; tokens, frames and confidences differ in length")
-
     def _advance(self, stream: _Stream, tokens: Sequence[Token], frames: int, ended: bool) -> TextUpdate:
         update = TextUpdate([])
         for token in tokens:
@@ -308,11 +296,11 @@ class LiveText(StreamStates):
 
     def _pass_silence(self, stream: _Stream, until: int, update: TextUpdate) -> None:
         """End the utterances that silence ends before frame ``until``."""
-        while True:
-            limit = self._after_speech if stream.has_speech else self._after_nothing
-            if limit is None or stream.silent_from + limit > until:
+        while limit := self._after_speech if stream.spoken > stream.start else self._after_nothing:
+            end = max(stream.spoken, stream.start) + limit
+            if end > until:
                 return
-            self._close_word(stream, update, stream.silent_from + limit)
+            self._close_word(stream, update, end)
 
     def _add(self, stream: _Stream, token: Token, update: TextUpdate) -> None:
         if token.repeats:  # NeMo aggregates the confidence of a token over its frames
@@ -324,14 +312,13 @@ class LiveText(StreamStates):
                 stream.confidences[-1] = self._spelling.aggregate([before, token.confidence])
         else:
             grown = len(stream.tokens) - stream.open
-            if grown and (grown >= self.options.longest_word or self._spelling.begins_word(token.token)):
+            if grown and (grown >= LONGEST_WORD or self._spelling.begins_word(token.token)):
                 too_long = self._longest is not None and token.frame - stream.start >= self._longest
                 self._close_word(stream, update, token.frame if too_long else None)
             stream.tokens.append(token.token)
             stream.frames.append(token.frame)
             stream.confidences.append(token.confidence)
             stream.repeated = 1
-        stream.has_speech, stream.silent_from = True, token.frame + 1
 
     def _close_word(self, stream: _Stream, update: TextUpdate, utterance_end: int | None = None) -> None:
         """Make the partial word final, and end the utterance at a frame."""
@@ -343,7 +330,7 @@ class LiveText(StreamStates):
         stream.partial = NO_WORD
         if utterance_end is not None:
             update.utterance_ends.append(utterance_end * self.frame_seconds)
-            stream.start, stream.silent_from, stream.has_speech = utterance_end, utterance_end, False
+            stream.start = utterance_end
 
     def _word(self, stream: _Stream, first: int, end: int) -> Word:
         part = slice(first, end)

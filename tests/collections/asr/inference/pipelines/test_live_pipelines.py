@@ -121,7 +121,7 @@ def test_endpointing_looks_at_the_last_frames(saved, audio, kind, decoding, cont
         options = ASRRequestOptions(stop_history_eou=800)  # ten frames, and two more that it leaves
         frame = Frame(samples[start : start + piece], 7, is_first=start == 0, options=options)
         pipeline.transcribe_step([frame])
-        emitted = pipeline._frames[pipeline._slot_of[7]]
+        emitted = pipeline.get_state(7).global_offset
         assert pipeline.get_state(7).get_label_buffer() == ([blank] * 12 + path[:emitted])[-12:]
     assert len(starts) > 5 and emitted > 12 and len(set(path[:emitted])) > 1
 

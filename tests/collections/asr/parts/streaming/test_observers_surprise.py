@@ -169,7 +169,7 @@ def test_what_cannot_be_asked_is_refused_with_the_reason():
         ((plain.preprocessor, plain.encoder), 'and this tuple has no objective'),
         (tiny_model(*NEXT, 'model.quantizer.combine_time_steps=4').eval(), 'combine_time_steps is 4; it must be 8'),
         (tiny_model(*NEXT, '+model.next_token.positions=chunk_end').eval(), 'positions is chunk_end; it must be all'),
-        (tiny_model(*NEXT, 'model.encoder.conv_norm_type=batch_norm').eval(), 'return_surprise: .*conv_norm_type'),
+        (tiny_model(*NEXT, 'model.encoder.conv_norm_type=batch_norm').eval(), 'conv_norm_type'),
     ]:
         with pytest.raises(ValueError, match=reason):
             StreamingSession(model, return_surprise=True)

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from tiny_nest import tiny_model
 from tiny_recogniser import LABELS, tiny_recogniser
 
+from nemo.collections.asr.parts.streaming import text as text_module
 from nemo.collections.asr.parts.streaming.session import StreamingSession
 from nemo.collections.asr.parts.streaming.text import (
     LiveText,
@@ -122,14 +123,15 @@ def test_a_pause_makes_the_last_word_final():
     assert text.transcript(0).words == [Word(word, start * FRAME, end * FRAME) for word, start, end in words]
 
 
-def test_silence_without_speech_and_length_end_utterances():
+def test_silence_without_speech_and_length_end_utterances(monkeypatch):
     _, feed = one_stream(TextOptions(**{**NEVER, 'silence_after_nothing': 3 * FRAME}))
     assert summary(feed('_____')) == ([], None, [3])
     assert summary(feed('__a______')) == ([], 'a', [6])
     _, feed = one_stream(TextOptions(**{**NEVER, 'utterance_seconds': 4 * FRAME}))
     assert summary(feed('a be')) == (['a'], 'be', [])
     assert summary(feed('ne an')) == (['bene'], 'an', [6])  # not within a word
-    _, feed = one_stream(TextOptions(**NEVER, longest_word=3))
+    monkeypatch.setattr(text_module, 'LONGEST_WORD', 3)
+    _, feed = one_stream(TextOptions(**NEVER))
     assert summary(feed('abababa')) == (['aba', 'bab'], 'a', [])
 
 
