@@ -46,7 +46,7 @@ GUARD = 'parts/utils/nonfinite_guard.py', 'gradient_norm'
 CONTEXTS = 'parts/ssl_reports/validation.py'
 BATCH = 'nemo/collections/common/data/utils.py', 'move_data_to_device'
 MASKING, SESSION = 'modules/ssl_modules/masking.py', 'parts/streaming/session.py'
-STREAMING = 'parts/streaming/*', '*'
+STREAMING, PREPARED = ('parts/streaming/*', '*'), 'parts/streaming/prepared_weights.py'
 
 ALLOWED = (
     Allowed('training, masked*', WAIT, *POSITIONS, 2, COUNT),
@@ -66,6 +66,7 @@ ALLOWED = (
     Allowed('live streams', WAIT, SESSION, '_peak', 3, 'samples that lie on the device make it wait'),
     Allowed('live streams', TO_DEVICE, *STREAMING, 28, PLACES),
     Allowed('live streams', TO_HOST, SESSION, '_find_failed', 4, FINITE),
+    Allowed('live streams', TO_HOST, PREPARED, '_facts_of', 1, 'samples that identify the weights, once per session'),
     Allowed('live streams, *', WAIT, *STREAMING, 16, STREAMS),
     Allowed('live streams, *', TO_HOST, *STREAMING, 8, STREAMS),
     Allowed('live streams, *', TO_DEVICE, *STREAMING, 8, STREAMS),

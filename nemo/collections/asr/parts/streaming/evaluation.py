@@ -71,23 +71,21 @@ def measure_stream(
         skipped = max(settled - int(output.surprise_start[0]), 0)
         measures.surprise = output.surprise[0, skipped : int(output.surprise_lengths[0])].tolist()
     if measures.seconds <= LONGEST_OFFLINE:
-        whole = torch.from_numpy(samples)[None].to(output.encoded.device)
-        encoded = encode_offline(model, whole, measures.context)
-        measures.largest_difference = (encoded - output.encoded).abs().max().item()
-        if has_tokens:
-            tokens = decoder_of(model)(encoder_output=encoded).argmax(dim=2)
-            measures.token_agreement = (tokens == output.tokens).float().mean().item()
+        _compare_with_offline(model, torch.from_numpy(samples)[None].to(output.encoded.device), output, measures)
     return measures
 
 
-@torch.no_grad()
-def encode_offline(model: Any, samples: torch.Tensor, context: Any) -> torch.Tensor:
-    """Return the encoder's output [1, D, A] for samples [1, N] at once, in one attention context."""
-    length = torch.tensor([samples.shape[1]], device=samples.device)
-    with model.encoder.using_att_context_size(context):
+def _compare_with_offline(model: Any, samples: torch.Tensor, output: Any, measures: StreamMeasures) -> None:
+    """Add the difference of a stream's joined output from that of the offline forward of samples [1, N]."""
+    with model.encoder.using_att_context_size(measures.context):
+        length = torch.tensor([samples.shape[1]], device=samples.device)
         features, lengths = model.preprocessor(input_signal=samples, length=length)
         encoded, lengths = model.encoder(audio_signal=features, length=lengths)
-    return encoded[:, :, : int(lengths[0])]
+    encoded = encoded[:, :, : int(lengths[0])]
+    measures.largest_difference = (encoded - output.encoded).abs().max().item()
+    if output.tokens is not None:
+        tokens = decoder_of(model)(encoder_output=encoded).argmax(dim=2)
+        measures.token_agreement = (tokens == output.tokens).float().mean().item()
 
 
 def summarize_streams(measures: Sequence[StreamMeasures], texts: Sequence[str | None]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Shapes: N rows, I inputs, O outputs.
 """
 
 import warnings
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ class PreparedLinear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1.0, relu: bool = False):
         self.weight, self.bias = _scaled(weight, bias, scale)
-        self.relu, self._packed, self._packed_from = relu, None, NEVER
+        self.relu, self._packed_from = relu, NEVER
         self._chooses = self.weight.device.type == 'cpu' and self.weight.dtype == torch.float32
         self._is_large = self.weight.numel() >= SMALL
         if self._chooses:
@@ -37,8 +38,8 @@ class PreparedLinear:
         """Return [N, O] for rows [N, I], which have the dtype of the weights: a session switches autocast off."""
         count = rows.shape[0]
         if count >= self._packed_from:
-            packed = self._pack() if self._packed is None else self._packed
-            return torch.ops.mkldnn._linear_pointwise(rows, packed, self.bias, 'relu' if self.relu else 'none', [], '')
+            activation = 'relu' if self.relu else 'none'
+            return torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, activation, [], '')
         if not self._chooses or (count > 1 and not self._is_large):
             outputs = F.linear(rows, self.weight, self.bias)
         elif self.bias is None:
@@ -47,10 +48,10 @@ class PreparedLinear:
             outputs = torch.addmm(self.bias, rows, self._transposed)
         return outputs.relu_() if self.relu else outputs
 
-    def _pack(self) -> torch.Tensor:
+    @cached_property
+    def _packed(self) -> torch.Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), PACKED_FOR)
-        return self._packed
+            return torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), PACKED_FOR)
 
 
 class BFloat16Linear(PreparedLinear):
@@ -59,8 +60,7 @@ class BFloat16Linear(PreparedLinear):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1.0):
         super().__init__((weight * scale).bfloat16(), None if bias is None else (bias * scale).bfloat16())
         if can_pack():
-            self._pack()
-            self._packed_from, self.weight = 0, None  # no other layout is read
+            self._packed_from, self.weight = 0, self._packed  # no other layout is read
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Return [N, O] float32 for rows [N, I] float32."""

@@ -32,8 +32,8 @@ class ObservedStream:
     """The state of one stream. Targets and predictions wait for each other; masking and surprise do not."""
 
     waiting: Tensor  # mask frames that do not make a whole target yet, [F, M]
-    sums: Tensor  # of the frames received, and of their squares, [2, F, 1] float64
-    count: int = 0  # mask frames received
+    sums: Tensor  # of the frames of all targets, and of their squares, [2, F, 1, 1] float64
+    count: int = 0  # of these frames
     time_line: MaskedTimeLine | None = None  # what masking has drawn
     masks: Tensor | None = None  # [1, M]
     tokens: Tensor | None = None  # [S] or [S, H]
@@ -59,7 +59,8 @@ class LiveMasking:
     def mask(self, stream: Any, frames: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
         """Take new mask frames [F, M] and tokens; return the encoder's frames, and their masks [M]."""
         stream.tokens = _joined(stream.tokens, tokens)
-        lengths, received = torch.tensor([[frames.shape[1]], [stream.count]], device=frames.device)  # one copy
+        counts = [[frames.shape[1]], [stream.count + stream.waiting.shape[1]]]
+        lengths, received = torch.tensor(counts, device=frames.device)  # one copy
         new = dict(input_feats=frames[None], input_lengths=lengths, current_frame=received)
         masked, masks = self.masking(**new, stream=stream.time_line, **self._arguments)
         stream.masks = torch.cat((stream.masks, masks[0, :1].to(stream.masks.dtype)), dim=1)
@@ -129,7 +130,7 @@ class Observers(StreamStates):
 
     def _new_stream(self) -> ObservedStream:
         empty = torch.zeros(self._width, 0, device=self.device)
-        stream = ObservedStream(empty, empty.new_zeros(2, self._width, 1, dtype=torch.float64))
+        stream = ObservedStream(empty, empty.new_zeros(2, self._width, 1, 1, dtype=torch.float64))
         if self.masking is not None:
             stream.time_line, stream.masks = self.masking.masking.new_stream(1, self.device), empty[:1]
         if self.surprise is not None:
@@ -154,16 +155,13 @@ class Observers(StreamStates):
 
     def tokens(self, stream: ObservedStream, frames: Tensor) -> Tensor | None:
         """Return the targets [S] or [S, H] that new mask frames [F, M] complete; None if there is none."""
-        first = self._combined - 1 - stream.waiting.shape[1]  # the new frame that completes the first token
-        mean, std = _running_statistics(stream, frames, first, self._combined)
         frames = torch.cat((stream.waiting.to(frames.dtype), frames), dim=1)
         whole = frames.shape[1] // self._combined * self._combined
         stream.waiting, frames = frames[:, whole:].float().clone(), frames[:, :whole]
         if not whole:
             return None
         if self._normalises:
-            mean, std = (each.repeat_interleave(self._combined, dim=1) for each in (mean, std))
-            frames = ((frames.double() - mean) / std).to(frames.dtype)
+            frames = _normalised(stream, frames.unflatten(1, (-1, self._combined))).flatten(1)
         projection = getattr(self._quantizer, 'proj', None)  # of a model in half precision
         frames = frames if projection is None else frames.to(projection.weight.dtype)
         return self._quantizer(input_signal=frames.unsqueeze(0))[1][0]
@@ -191,17 +189,15 @@ class Observers(StreamStates):
             output.surprise, output.surprise_lengths = _pad(surprise)
 
 
-def _running_statistics(stream: ObservedStream, frames: Tensor, first: int, stride: int) -> list[Tensor]:
-    """Add frames to a stream's sums; return mean and deviation from ``first`` on by stride, [F, S]."""
-    frames = frames.double()
-    sums = torch.cat((stream.sums, torch.stack((frames, frames.square()))), dim=2).cumsum(dim=2)[:, :, 1:]
-    stream.sums = sums[:, :, -1:].clone()
-    counts = torch.arange(stream.count + 1, stream.count + 1 + frames.shape[1], device=frames.device)[first::stride]
-    stream.count += frames.shape[1]
-    totals, squares = sums[:, :, first::stride]
-    mean = totals / counts
-    variance = (squares - counts * mean.square()).clamp(min=0) / (counts - 1).clamp(min=1)
-    return [mean, variance.sqrt() + SMALLEST_STD]
+def _normalised(stream: ObservedStream, frames: Tensor) -> Tensor:
+    """Normalise the frames of S targets, [F, S, M], by the statistics of all frames up to the last one of each."""
+    own, (_, targets, size) = frames.double(), frames.shape
+    sums = torch.stack((own, own.square())).sum(dim=3, keepdim=True).cumsum(dim=2) + stream.sums
+    counts = stream.count + size * torch.arange(1, targets + 1, device=frames.device).unsqueeze(1)
+    stream.sums, stream.count = sums[:, :, -1:].clone(), stream.count + size * targets
+    mean = sums[0] / counts
+    variance = (sums[1] - counts * mean.square()).clamp(min=0) / (counts - 1).clamp(min=1)
+    return ((own - mean) / (variance.sqrt() + SMALLEST_STD)).to(frames.dtype)
 
 
 def _joined(earlier: Tensor | None, new: Tensor | None) -> Any:

@@ -95,7 +95,7 @@ class IncrementalSubsampling:
             rows.store(cache, new[0] if len(new) == 1 else torch.cat(new))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _step(self, caches: list[Any], features: Any, begins: Any, left: Any) -> tuple[Tensor, list[Tensor]]:
+    def _step(self, caches: Any, features: Any, begins: Any, left: Any) -> tuple[Tensor, list[Tensor]]:
         frames, ahead, last = features.unsqueeze(-1), self.factor, []
         for stage, cache in zip(self.stages, caches, strict=True):
             frames = torch.cat((cache, frames), dim=1)

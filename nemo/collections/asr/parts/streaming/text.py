@@ -231,15 +231,15 @@ class Spelling:
         """Return whether a token begins a word; a space belongs to the word after it."""
         return self._piece(token).startswith(self._mark) != (self._mark == CONTINUES)
 
-    def word(self, tokens: list[int], frames: Sequence[int], confidences: Sequence[float]) -> Word:
-        """Return the word of tokens, without text if they are blank; confidences may be NaN."""
-        first = len([*takewhile(lambda token: self._piece(token) == self._mark == SPACE, tokens)])
-        text = self.text(tokens[first:]).strip()
+    def word(self, stream: _Stream, first: int, end: int) -> Word:
+        """Return the word of a stream's tokens from ``first`` to ``end``, without text if they are blank."""
+        first += len([*takewhile(lambda token: self._piece(token) == self._mark == SPACE, stream.tokens[first:end])])
+        text = self.text(stream.tokens[first:end]).strip()
         if not text:
             return NO_WORD
-        sure = self.aggregate(confidences[first:])
-        start, end = frames[first] * self.frame_seconds, (frames[-1] + 1) * self.frame_seconds
-        return Word(text, start, end, None if sure != sure else sure)
+        sure = self.aggregate(stream.confidences[first:end])
+        start, stop = stream.frames[first] * self.frame_seconds, (stream.frames[end - 1] + 1) * self.frame_seconds
+        return Word(text, start, stop, None if sure != sure else sure)
 
 
 class LiveText(StreamStates):
@@ -277,7 +277,7 @@ class LiveText(StreamStates):
         """Return all text of a stream so far."""
         stream = self.streams[row]
         bounds = [*stream.words, stream.open, len(stream.tokens)]
-        words = [self._word(stream, *pair) for pair in zip(bounds, bounds[1:])]
+        words = [self._spelling.word(stream, *pair) for pair in zip(bounds, bounds[1:])]
         return Transcript(self._spelling.text(stream.tokens), [word for word in words if word.text])
 
     def _advance(self, stream: _Stream, tokens: Sequence[Token], frames: int, ended: bool) -> TextUpdate:
@@ -290,7 +290,7 @@ class LiveText(StreamStates):
         if ended:
             self._close_word(stream, update)
         elif tokens:
-            stream.partial = self._word(stream, stream.open, len(stream.tokens))
+            stream.partial = self._spelling.word(stream, stream.open, len(stream.tokens))
         update.partial = stream.partial if stream.partial.text else None
         return update
 
@@ -323,7 +323,7 @@ class LiveText(StreamStates):
     def _close_word(self, stream: _Stream, update: TextUpdate, utterance_end: int | None = None) -> None:
         """Make the partial word final, and end the utterance at a frame."""
         if len(stream.tokens) > stream.open:
-            word = self._word(stream, stream.open, len(stream.tokens))
+            word = self._spelling.word(stream, stream.open, len(stream.tokens))
             update.final_words += [word] if word.text else []
             stream.words.append(stream.open)
             stream.open = len(stream.tokens)
@@ -331,7 +331,3 @@ class LiveText(StreamStates):
         if utterance_end is not None:
             update.utterance_ends.append(utterance_end * self.frame_seconds)
             stream.start = utterance_end
-
-    def _word(self, stream: _Stream, first: int, end: int) -> Word:
-        part = slice(first, end)
-        return self._spelling.word(stream.tokens[part], stream.frames[part], stream.confidences[part])

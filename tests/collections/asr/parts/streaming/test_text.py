@@ -229,9 +229,9 @@ def pieces(tmp_path_factory):
 
 def words_of(spelling, tokens, frames):
     """Cut tokens where a word begins, as text does."""
+    stream = text_module._Stream(0, 0, tokens, [*frames], [0.5] * len(tokens))
     starts = [index for index, token in enumerate(tokens) if not index or spelling.begins_word(token)]
-    bounds = [slice(*pair) for pair in zip(starts, [*starts[1:], len(tokens)])]
-    return [spelling.word(tokens[bound], frames[bound], [0.5] * len(tokens[bound])) for bound in bounds]
+    return [spelling.word(stream, *bounds) for bounds in zip(starts, [*starts[1:], len(tokens)])]
 
 
 def test_pieces_that_begin_with_a_mark_begin_words(pieces):
