@@ -162,6 +162,7 @@ class Observers(StreamStates):
             return None
         if self._normalises:
             frames = _normalised(stream, frames.unflatten(1, (-1, self._combined))).flatten(1)
+        stream.count += whole
         projection = getattr(self._quantizer, 'proj', None)  # of a model in half precision
         frames = frames if projection is None else frames.to(projection.weight.dtype)
         return self._quantizer(input_signal=frames.unsqueeze(0))[1][0]
@@ -194,7 +195,7 @@ def _normalised(stream: ObservedStream, frames: Tensor) -> Tensor:
     own, (_, targets, size) = frames.double(), frames.shape
     sums = torch.stack((own, own.square())).sum(dim=3, keepdim=True).cumsum(dim=2) + stream.sums
     counts = stream.count + size * torch.arange(1, targets + 1, device=frames.device).unsqueeze(1)
-    stream.sums, stream.count = sums[:, :, -1:].clone(), stream.count + size * targets
+    stream.sums = sums[:, :, -1:].clone()
     mean = sums[0] / counts
     variance = (sums[1] - counts * mean.square()).clamp(min=0) / (counts - 1).clamp(min=1)
     return ((own - mean) / (variance.sqrt() + SMALLEST_STD)).to(frames.dtype)
