@@ -69,6 +69,15 @@ def warnings(monkeypatch):
     return messages
 
 
+@pytest.fixture
+def left_out(tmp_path, monkeypatch):
+    """The count of the utterances that are left out, from none on."""
+    from nemo.utils.left_out import LEFT_OUT
+
+    monkeypatch.setattr(LEFT_OUT, 'path', str(tmp_path / 'left_out'))
+    return LEFT_OUT
+
+
 @pytest.fixture(scope="session")
 def speech_corpus(tmp_path_factory):
     """A synthetic speech corpus of a minute and a half; the folder with its NeMo manifests."""

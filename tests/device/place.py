@@ -12,7 +12,6 @@ from device.host_traffic import unrecorded
 PRECISIONS = {
     'float32': (torch.float32, None),
     'float16': (torch.float16, None),
-    'bfloat16': (torch.bfloat16, None),
     'autocast float16': (torch.float32, torch.float16),
     'autocast bfloat16': (torch.float32, torch.bfloat16),
 }

@@ -10,17 +10,16 @@ from device.autocast_rules import register_autocast
 from device.host_traffic import recorded
 from device.model_scenarios import MODELS
 from device.module_scenarios import MODULES
-from device.place import PRECISIONS, Place, plain
+from device.place import Place, plain
 from device.trainer_scenarios import TRAINER
 
 SCENARIOS = {**MODULES, **MODELS, **TRAINER}
-OF_MODELS, OF_THE_TRAINER = ('float32', 'float16', 'autocast bfloat16'), ('float32', 'autocast bfloat16')
 TOLERANCE = dict(rtol=1e-3, atol=1e-4)
 
 
 def precisions_of(scenario: str) -> tuple[str, ...]:
     """Return the precisions that a scenario runs in."""
-    return OF_THE_TRAINER if scenario in TRAINER else OF_MODELS if scenario in MODELS else tuple(PRECISIONS)
+    return ('float32', 'autocast bfloat16') if scenario in TRAINER else ('float32', 'float16', 'autocast bfloat16')
 
 
 def run(scenario: str, place: Place) -> dict:

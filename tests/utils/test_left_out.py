@@ -4,21 +4,17 @@
 import multiprocessing
 import tempfile
 
-import pytest
-
-from nemo.utils.left_out import LEFT_OUT, LeftOut
+from nemo.utils.left_out import LeftOut
 
 
-@pytest.mark.parametrize('method', ['fork', 'spawn'])
-def test_counts_of_other_processes_arrive(tmp_path, monkeypatch, method):
-    monkeypatch.setattr(LEFT_OUT, 'path', str(tmp_path / 'left_out'))
-    LEFT_OUT.add('not finite', 'a.wav')
-    LEFT_OUT.add('unreadable', 'b.wav')
-    process = multiprocessing.get_context(method).Process(target=LEFT_OUT.add, args=('unreadable', 'c.wav', 3))
+def test_counts_of_other_processes_arrive(left_out):  # of spawned ones, see test_training_data_mixin.py
+    left_out.add('not finite', 'a.wav')
+    left_out.add('unreadable', 'b.wav')
+    process = multiprocessing.get_context('fork').Process(target=left_out.add, args=('unreadable', 'c.wav', 3))
     process.start()
     process.join()
-    assert LEFT_OUT.reasons() == {'not finite': (1, 'a.wav'), 'unreadable': (4, 'b.wav')}
-    assert LEFT_OUT.total() == 5 and '4 unreadable (first: b.wav)' in LEFT_OUT.summary()
+    assert left_out.reasons() == {'not finite': (1, 'a.wav'), 'unreadable': (4, 'b.wav')}
+    assert left_out.total() == 5 and '4 unreadable (first: b.wav)' in left_out.summary()
 
 
 def test_nothing_is_counted_and_no_file_is_made(tmp_path, monkeypatch):

@@ -12,11 +12,9 @@ from torch.utils.data import DataLoader
 from nemo.collections.asr.data.audio_to_text_lhotse import LhotseSpeechToTextBpeDataset, SilentBatch
 from nemo.collections.asr.data.training_data_mixin import MAX_SKIPPED_IN_A_ROW, LogLeftOut
 from nemo.collections.common.parts.preprocessing.parsers import make_parser
-from nemo.utils.left_out import LEFT_OUT
 
 
-def test_bad_audio_and_channels(tmp_path, monkeypatch):
-    monkeypatch.setattr(LEFT_OUT, 'path', str(tmp_path / 'left_out'))
+def test_bad_audio_and_channels(tmp_path, left_out):
     samples = np.full((16000, 2), 0.25, dtype=np.float32)
     samples[:, 1] = -0.75
     broken = np.where(np.arange(16000) == 5, np.nan, 0.1)
@@ -29,7 +27,7 @@ def test_bad_audio_and_channels(tmp_path, monkeypatch):
     dataset = LhotseSpeechToTextBpeDataset(make_parser(labels=['a', 'b'], name='en'))
     audio = dataset[CutSet.from_cuts([cuts['two'], cuts['gone']])][0]
     assert audio.shape == (1, 16000) and audio.mean().item() == pytest.approx(-0.25)
-    assert LEFT_OUT.total() == 1 and 'gone.wav' in LEFT_OUT.summary()
+    assert left_out.total() == 1 and 'gone.wav' in left_out.summary()
     with pytest.raises(ValueError, match='broken.wav.*NaN'):
         dataset[CutSet.from_cuts([cuts['broken']])]
     dataset.skip_bad_audio = True

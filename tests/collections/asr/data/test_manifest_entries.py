@@ -9,7 +9,6 @@ import pytest
 from nemo.collections.asr.data import ssl_dataset
 from nemo.collections.asr.data.manifest_entries import ManifestEntries
 from nemo.collections.common.parts.preprocessing import collections
-from nemo.utils.left_out import LEFT_OUT
 
 PARSE = ssl_dataset._up._parse_manifest_item
 ROWS = [
@@ -46,11 +45,10 @@ def test_entries_are_nemos_in_another_process_too(manifests, limits):
         ours[len(nemo)]
 
 
-def test_the_first_that_is_left_out_is_named_with_its_manifest(manifests, tmp_path, monkeypatch):
-    monkeypatch.setattr(LEFT_OUT, 'path', str(tmp_path / 'left_out'))
+def test_the_first_that_is_left_out_is_named_with_its_manifest(manifests, tmp_path, left_out):
     (tmp_path / 'good.json').write_text(json.dumps(ROWS[0]))
     ManifestEntries([str(tmp_path / 'good.json'), manifests[1]], PARSE, max_duration=3.0)
-    [reason] = LEFT_OUT.reasons().values()
+    [reason] = left_out.reasons().values()
     assert reason == (1, f'entry 5 of {manifests[1]}: 9.0 s')
 
 

@@ -60,7 +60,9 @@ def sections(folder):
         dict(type='nemo', weight=0.7, **plain),
         dict(type='lhotse_shar', weight=0.3, shar_path=str(folder / 'shar')),
     ]
-    buckets = dict(use_bucketing=True, num_buckets=3, batch_duration=5.0, batch_size=None, bucket_buffer_size=6)
+    buckets = dict(
+        use_bucketing=True, bucket_duration_bins=[1.6, 2.6], batch_duration=5.0, batch_size=None, bucket_buffer_size=6
+    )
     return {
         'manifest': {**lhotse, **plain},
         'cuts': {**lhotse, 'cuts_path': str(folder / 'cuts.jsonl'), 'perturb_speed': True},

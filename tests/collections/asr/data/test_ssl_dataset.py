@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from nemo.collections.asr.data import ssl_dataset
 from nemo.collections.asr.data.training_data_mixin import with_own_options
-from nemo.utils.left_out import LEFT_OUT, OUTSIDE_LIMITS
+from nemo.utils.left_out import OUTSIDE_LIMITS
 
 
 def test_noise_is_read_once_whatever_its_mean(tmp_path, monkeypatch):
@@ -131,8 +131,7 @@ def test_tarred_audio(audio, tmp_path, skip):
 @pytest.mark.parametrize(
     'share, said', [(0.6, 'audio_0.tar is cut off after member'), (1, 'audio_0.tar has no member c')]
 )
-def test_entries_without_a_member_in_their_tar_file(audio, tmp_path, skip, share, said, monkeypatch):
-    monkeypatch.setattr(LEFT_OUT, 'path', str(tmp_path / 'left_out'))
+def test_entries_without_a_member_in_their_tar_file(audio, tmp_path, skip, share, said, left_out):
     tarred = tar(tmp_path, audio, 'a.wav', 'b.wav')
     path = tmp_path / 'audio_0.tar'
     os.truncate(path, int(os.path.getsize(path) * share))
@@ -140,28 +139,26 @@ def test_entries_without_a_member_in_their_tar_file(audio, tmp_path, skip, share
     loader = data_loader(path, skip_bad_audio=skip, max_duration=2.0, **tarred)
     if skip:
         read = sum(len(batch.audio) for batch in loader)
-        assert read + LEFT_OUT.total() == 3 and said in LEFT_OUT.summary()
+        assert read + left_out.total() == 3 and said in left_out.summary()
     else:
         with pytest.raises(ValueError, match=f'bad audio: .*{said}'):
             list(loader)
 
 
-def test_a_tarred_manifest_counts_what_the_limits_leave_out(audio, tmp_path, monkeypatch):
-    monkeypatch.setattr(LEFT_OUT, 'path', str(tmp_path / 'left_out'))
+def test_a_tarred_manifest_counts_what_the_limits_leave_out(audio, tmp_path, left_out):
     rows = [
         {'audio_filepath': f'{name}.wav', 'duration': seconds} for name, seconds in (('a', 1.5), ('b', 3), ('c', 4))
     ]
     (tmp_path / 'm.json').write_text('\n'.join(map(json.dumps, rows)))
     tarred = tar(tmp_path, audio, 'a.wav')
     data_loader(str(tmp_path / 'm.json'), max_duration=2.0, **tarred)
-    assert LEFT_OUT.reasons()[OUTSIDE_LIMITS][0] == 2
+    assert left_out.reasons()[OUTSIDE_LIMITS][0] == 2
     with pytest.raises(ValueError, match='m.json: no entry lasts from .* to max_duration=1.0'):
         data_loader(str(tmp_path / 'm.json'), max_duration=1.0, **tarred)
 
 
 @pytest.mark.parametrize('entry', [{}, {'shard_id': 7}])
-def test_an_entry_that_no_tar_file_has_is_counted_with_the_first(audio, tmp_path, entry, monkeypatch):
-    monkeypatch.setattr(LEFT_OUT, 'path', str(tmp_path / 'left_out'))
+def test_an_entry_that_no_tar_file_has_is_counted_with_the_first(audio, tmp_path, entry, left_out):
     tars = []
     for number, name in enumerate(('a.wav', 'b.wav')):
         tar(tmp_path, audio, name)
@@ -169,20 +166,19 @@ def test_an_entry_that_no_tar_file_has_is_counted_with_the_first(audio, tmp_path
     path = manifest(audio, 'a.wav', 'b.wav', 'c.wav', **entry)
     loader = data_loader(path, skip_bad_audio=True, is_tarred=True, tarred_audio_filepaths=tars)
     assert sum(len(batch.audio) for batch in loader) == 2
-    assert LEFT_OUT.total() == 1 and 'part_0.tar has no member c' in LEFT_OUT.summary()
+    assert left_out.total() == 1 and 'part_0.tar has no member c' in left_out.summary()
 
 
 @pytest.mark.parametrize('reader', ['plain', 'tarred'])
-def test_audio_that_nemo_would_repeat_or_fill_up_is_counted(audio, tmp_path, reader, monkeypatch):
+def test_audio_that_nemo_would_repeat_or_fill_up_is_counted(audio, tmp_path, reader, left_out):
     """Stock pads to a second, so a file without samples is a second of silence."""
-    monkeypatch.setattr(LEFT_OUT, 'path', str(tmp_path / 'left_out'))
     shutil.copy(audio / 'a.wav', tmp_path)
     for name, length in (('none.wav', 0), ('short.wav', 1600)):
         soundfile.write(tmp_path / name, np.full(length, 0.1), 16000)
     names = ['a.wav', 'none.wav', 'short.wav']
     more = tar(tmp_path, tmp_path, *names) if reader == 'tarred' else {}
     [batch] = data_loader(manifest(tmp_path, *names), skip_bad_audio=True, **more)
-    assert batch.skipped == LEFT_OUT.total() == 2 and 'there are no samples in it' in LEFT_OUT.summary()
+    assert batch.skipped == left_out.total() == 2 and 'there are no samples in it' in left_out.summary()
 
 
 @pytest.mark.parametrize('selector, level', [(None, -0.25), ('average', -0.25), (1, -0.75), ([1], -0.75)])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A distributed training on two CPU processes; run by test_ssl_models_contexts.py.
 
-Usage: context_run.py FOLDER, with MASTER_ADDR and MASTER_PORT set. Each case trains 50 steps, then once more from the
-checkpoint of step 25. Leaves FOLDER/RANK.json: the context and the step of each batch, and what the weights add up to.
+Usage: context_run.py FOLDER, with MASTER_ADDR and MASTER_PORT set. Each case trains 16 steps, then once more from the
+checkpoint of step 8. Leaves FOLDER/RANK.json: the context and the step of each batch, and what the weights add up to.
 """
 
 import os
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from nemo.collections.asr.parts.att_context import create_synced_context_collate
 
-STEPS = 50
+STEPS = 16
 SECONDS = [(0.4, 0.3), (0.6, 0.5, 0.3)]  # another batch size and length on each rank
 
 
@@ -45,7 +45,7 @@ def synced_loader():
 
 
 def train(loader, accumulate, ckpt_path=None, callbacks=(), **kwargs):
-    """Train to step 50; returns what the ranks, and a resumed run, must agree in."""
+    """Train; returns what the ranks, and a resumed run, must agree in."""
     model, batches = tiny_model(), StepOfBatch()
     settings = dict(max_epochs=-1, devices=2, strategy=gloo_ddp(), accumulate_grad_batches=accumulate)
     with recording_contexts(model) as record:

@@ -110,9 +110,9 @@ def test_two_processes_train_in_the_same_contexts_before_and_after_a_resume(tmp_
     assert first == second  # contexts of each batch, and the weights afterwards
     for name, accumulate in (('native', 1), ('synced', 2)):
         whole, resumed = first[name]['whole'], first[name]['resumed']
-        assert len(whole['steps']) == 50 * accumulate and len(set(whole['masking'])) >= 3
+        assert len(whole['steps']) == 16 * accumulate and len(set(whole['masking'])) >= 3
         assert [context[0] for context in whole['attention']] == whole['masking']
         contexts = context_of_each_step(whole['steps'], whole['attention'])
-        assert list(contexts) == list(range(50))
+        assert list(contexts) == list(range(16))
         again = context_of_each_step(resumed['steps'], resumed['attention'])
-        assert again == {step: contexts[step] for step in range(25, 50)}
+        assert again == {step: contexts[step] for step in range(8, 16)}

@@ -19,7 +19,7 @@ from nemo.collections.asr.models import EncDecCTCModel
 from nemo.collections.asr.models.ssl_models import EncDecDenoiseMaskedTokenPredModel
 from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
 from nemo.collections.common.data.lhotse.nemo_adapters import NO_MEMBER
-from nemo.utils.left_out import LEFT_OUT, OUTSIDE_LIMITS
+from nemo.utils.left_out import OUTSIDE_LIMITS
 
 EXAMPLES = Path(__file__).resolve().parents[4] / 'examples/asr'
 LAYERS = ['model.encoder.n_layers=2', 'model.encoder.layer_att_context_size=[[0,[10,0]],[1,[20,0]]]']
@@ -248,8 +248,7 @@ def by_command(folder, script, *arguments):
 
 
 @pytest.mark.parametrize('tarred', [False, True])
-def test_what_nemos_own_readers_leave_out_is_counted(script, tmp_path, monkeypatch, tarred):
-    monkeypatch.setattr(LEFT_OUT, 'path', str(tmp_path / 'left_out'))
+def test_what_nemos_own_readers_leave_out_is_counted(script, tmp_path, left_out, tarred):
     rows = [('here', 1.0), ('gone', 1.0), ('long', 9.0), ('unknown', None)]
     lines = (json.dumps({'audio_filepath': f'{name}.wav', 'duration': seconds}) for name, seconds in rows)
     (tmp_path / 'm.json').write_text('\n'.join(lines))
@@ -260,7 +259,7 @@ def test_what_nemos_own_readers_leave_out_is_counted(script, tmp_path, monkeypat
                 archive.addfile(tarfile.TarInfo(f'{name}.wav'))
         section['tarred_audio_filepaths'] = str(tmp_path / 'audio_0.tar')
     script.count_left_out(section)
-    assert {reason: found[0] for reason, found in LEFT_OUT.reasons().items()} == {
+    assert {reason: found[0] for reason, found in left_out.reasons().items()} == {
         OUTSIDE_LIMITS: 1,
         **({NO_MEMBER: 1} if tarred else {}),
     }

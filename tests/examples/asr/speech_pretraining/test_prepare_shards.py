@@ -10,7 +10,6 @@ import soundfile
 from lhotse import CutSet
 
 from nemo.collections.asr.data import shard_writer
-from nemo.utils.left_out import LEFT_OUT
 
 RATE = 16000
 BAD = ('nan.wav', 'junk.wav', 'short.wav', 'none.wav')
@@ -22,9 +21,8 @@ def shards(load_example):
 
 
 @pytest.fixture
-def manifest(tmp_path, monkeypatch):
+def manifest(tmp_path, left_out):
     """Seven utterances, one of them a part of a file, and four bad ones between them."""
-    monkeypatch.setattr(LEFT_OUT, 'path', str(tmp_path / 'left_out'))  # the script prints its summary
     rows = []
     for number in range(7):
         samples = np.random.default_rng(number).normal(0, 0.1, RATE + 1600 * number)

@@ -12,7 +12,7 @@ from tiny_nest import noise_batch
 from nemo.collections.asr.modules.ssl_modules import MultiSpeakerNoiseAugmentation
 from nemo.collections.asr.modules.ssl_modules.augmentation import SegmentDraws
 
-DRAWS = 20000
+DRAWS = 5000
 
 
 def lengths_of_nemo(segments, samples):

@@ -5,6 +5,7 @@ Shapes: B batch, D features, T mask frames, A attention frames (T / factor, roun
 """
 
 import math
+from itertools import cycle
 
 import pytest
 import torch
@@ -402,13 +403,12 @@ CALL_NAMES = ['whole', 'context', 'frame', 'frames', 'unlimited', 'chunks', 'loo
 
 
 class TestDevices:
-    @pytest.mark.parametrize('call', CALLS, ids=CALL_NAMES)
-    @pytest.mark.parametrize('allow_overlap', [True, False])
+    @pytest.mark.parametrize(('call', 'allow_overlap'), zip(CALLS, cycle([True, False])), ids=CALL_NAMES)
     def test_compile(self, call, allow_overlap):
         torch._dynamo.reset()
         module = RandomBlockMasking(3, 0.1, 4, allow_overlap=allow_overlap, subsampling_factor=4)
         compiled = torch.compile(module, fullgraph=True, backend='eager')
-        for frames in (40, 57, 64):  # the second makes the shape dynamic
+        for frames in (40, 57):  # the second makes the shape dynamic
             x, lengths = features(2, 3, frames), torch.tensor([frames, 20])
             torch.manual_seed(0)
             expected = module(x, lengths, **call)

@@ -42,10 +42,8 @@ def test_without_such_a_strategy_nothing_is_sharded(tmp_path):
     model.configure_model()
     assert {type(weight) for weight in model.parameters()} == {torch.nn.Parameter}
     model.save_to(str(tmp_path / 'model.nemo'))
-    assert all(
-        torch.equal(restored_weights(tmp_path / 'model.nemo')[name], weight)
-        for name, weight in model.state_dict().items()
-    )
+    restored = restored_weights(tmp_path / 'model.nemo')
+    assert all(torch.equal(restored[name], weight) for name, weight in model.state_dict().items())
 
 
 def test_dividing_a_layers_work_is_refused_by_name(monkeypatch):

@@ -17,15 +17,10 @@ from lhotse.lazy import LazyManifestIterator
 from nemo.collections.asr.data.ssl_dataset import BadAudioError, LhotseAudioNoiseDataset
 from nemo.collections.common.data.lhotse.nemo_adapters import NO_MEMBER, LazyNeMoIterator, LazyNeMoTarredIterator
 from nemo.collections.common.data.lhotse.sampling import DurationFilter
-from nemo.utils.left_out import LEFT_OUT, OUTSIDE_LIMITS
+from nemo.utils.left_out import OUTSIDE_LIMITS
 
+pytestmark = pytest.mark.usefixtures('left_out')
 RATE = 16000
-
-
-@pytest.fixture(autouse=True)
-def counter(tmp_path, monkeypatch):
-    monkeypatch.setattr(LEFT_OUT, 'path', str(tmp_path / 'left_out'))
-    return LEFT_OUT
 
 
 def ramp(seconds, channels=1):
@@ -73,10 +68,10 @@ def test_a_line_that_is_no_json_is_named_and_a_blank_one_counts_as_nothing(tmp_p
 
 
 @pytest.mark.parametrize('more', [{}, {'offset': 0.5}])
-def test_a_damaged_member_is_counted_or_named(tmp_path, counter, more):
+def test_a_damaged_member_is_counted_or_named(tmp_path, left_out, more):
     contents = [wav(ramp(2)), b'\0' * 5000, wav(ramp(2))]
     found = batch(tarred(tmp_path, contents, **more), skip=True)
-    assert len(found.audio) == 2 and found.skipped == 1 and counter.total() == 1
+    assert len(found.audio) == 2 and found.skipped == 1 and left_out.total() == 1
     with pytest.raises(BadAudioError, match=r'u1.wav \(.*audio_0.tar\)'):
         batch(tarred(tmp_path, contents, **more), skip=False)
 
@@ -84,16 +79,16 @@ def test_a_damaged_member_is_counted_or_named(tmp_path, counter, more):
 @pytest.mark.parametrize(
     'entry', [{'offset': 9.0}, {'offset': 1.5, 'duration': 2.0}, {'duration': 5.0}, {'duration': 0}]
 )
-def test_a_segment_that_a_member_lacks_is_counted_or_named(tmp_path, counter, entry):
+def test_a_segment_that_a_member_lacks_is_counted_or_named(tmp_path, left_out, entry):
     """NeMo's reader takes the whole member for a segment that is not in it."""
     cuts = [*tarred(tmp_path, [wav(ramp(2))]), *tarred(tmp_path, [wav(ramp(2))], **entry)]
     found = batch(cuts, skip=True)
-    assert len(found.audio) == 1 and found.skipped == counter.total() == 1
+    assert len(found.audio) == 1 and found.skipped == left_out.total() == 1
     with pytest.raises(BadAudioError, match=r'u0.wav \(.*audio_0.tar\)'):
         batch(cuts, skip=False)
 
 
-def test_segments_of_a_member_are_told_apart_though_nemo_gives_them_one_id(tmp_path, counter):
+def test_segments_of_a_member_are_told_apart_though_nemo_gives_them_one_id(tmp_path, left_out):
     broken = ramp(3)
     broken[int(1.5 * RATE)] = np.nan
     cuts = list(tarred(tmp_path, [wav(broken)]))
@@ -104,40 +99,40 @@ def test_segments_of_a_member_are_told_apart_though_nemo_gives_them_one_id(tmp_p
     torch.testing.assert_close(
         found.audio[1][: RATE // 2], torch.from_numpy(ramp(3)[2 * RATE : -RATE // 2]), atol=1e-4, rtol=0
     )
-    assert len(found.audio) == 2 and found.skipped == counter.total() == 2
+    assert len(found.audio) == 2 and found.skipped == left_out.total() == 2
     shorter = DurationFilter(0.0, 0.3)
-    assert not any(map(shorter, cuts)) and counter.reasons()[OUTSIDE_LIMITS][0] == 4
+    assert not any(map(shorter, cuts)) and left_out.reasons()[OUTSIDE_LIMITS][0] == 4
 
 
 @pytest.mark.parametrize('offset', [0.0, 0.25])
-def test_samples_that_are_not_finite_stay_so_in_a_segment(tmp_path, counter, offset):
+def test_samples_that_are_not_finite_stay_so_in_a_segment(tmp_path, left_out, offset):
     broken = ramp(2)
     broken[int(0.9 * RATE)] = np.nan
     found = batch(tarred(tmp_path, [wav(ramp(2)), wav(broken)], offset=offset), skip=True)
-    assert len(found.audio) == 1 and counter.total() == 1 and found.audio.abs().max() < 0.6
+    assert len(found.audio) == 1 and left_out.total() == 1 and found.audio.abs().max() < 0.6
     with pytest.raises(BadAudioError, match=r'u1.wav \(.*audio_0.tar\): samples that are NaN'):
         batch(tarred(tmp_path, [wav(ramp(2)), wav(broken)], offset=offset), skip=False)
 
 
 @pytest.mark.parametrize('share', [0.5, 0.0])
-def test_what_follows_the_end_of_a_tar_file_is_counted_or_named(tmp_path, counter, share):
+def test_what_follows_the_end_of_a_tar_file_is_counted_or_named(tmp_path, left_out, share):
     reader = tarred(tmp_path, [wav(ramp(1))] * 6)
     path = tmp_path / 'audio_0.tar'
     os.truncate(path, int(os.path.getsize(path) * share))
     cuts = list(reader)
     assert len(cuts) == (3 if share else 0) + 1  # the first that is missing stands for the others
     if share:
-        assert batch(cuts, skip=True).skipped == counter.total() == 3
+        assert batch(cuts, skip=True).skipped == left_out.total() == 3
     with pytest.raises(BadAudioError, match=rf'u{len(cuts) - 1}.wav \(.*audio_0.tar\): the file has no such member'):
         batch(cuts, skip=False)
 
 
-def test_a_member_that_the_tar_file_lacks_is_counted(tmp_path, counter):
+def test_a_member_that_the_tar_file_lacks_is_counted(tmp_path, left_out):
     reader = tarred(tmp_path, [wav(ramp(1))] * 3)
     with open(tmp_path / 'manifest_0.json', 'a') as lines:
         lines.write(json.dumps({'audio_filepath': 'gone.wav', 'duration': 1.0, 'shard_id': 0}) + '\n')
     reader = LazyNeMoTarredIterator(str(tmp_path / 'manifest_0.json'), str(tmp_path / 'audio_0.tar'))
-    assert batch(reader, skip=True).skipped == 1 and list(counter.reasons()) == [NO_MEMBER]
+    assert batch(reader, skip=True).skipped == 1 and list(left_out.reasons()) == [NO_MEMBER]
 
 
 def test_a_member_that_the_manifest_lacks_is_an_error_that_names_the_key(tmp_path):
@@ -151,7 +146,7 @@ def test_a_member_that_the_manifest_lacks_is_an_error_that_names_the_key(tmp_pat
 
 
 @pytest.mark.parametrize('share', [0.7, 0.0])
-def test_a_shard_that_is_cut_off_is_counted_or_named(tmp_path, counter, share):
+def test_a_shard_that_is_cut_off_is_counted_or_named(tmp_path, left_out, share):
     for number in range(5):
         soundfile.write(tmp_path / f'{number}.wav', ramp(1), RATE)
     cuts = CutSet.from_cuts(Recording.from_file(tmp_path / f'{number}.wav').to_cut() for number in range(5))
@@ -163,7 +158,7 @@ def test_a_shard_that_is_cut_off_is_counted_or_named(tmp_path, counter, share):
     assert 1 <= len(read) < 5
     if share:
         batch(read, skip=True)
-        assert counter.total() == 5 - len(read) + 1
+        assert left_out.total() == 5 - len(read) + 1
     with pytest.raises(BadAudioError, match='bad audio: '):
         batch(read, skip=False)
 
@@ -200,11 +195,11 @@ def test_segments_of_a_file(tmp_path, more):
         {'audio_filepath': 'ok.wav', 'duration': 3.0},
     ],
 )
-def test_a_file_without_the_audio_is_counted_or_named(tmp_path, counter, row):
+def test_a_file_without_the_audio_is_counted_or_named(tmp_path, left_out, row):
     soundfile.write(tmp_path / 'ok.wav', ramp(1), RATE)
     (tmp_path / 'junk.wav').write_bytes(b'no audio')
     manifest(tmp_path, {'audio_filepath': 'ok.wav'}, row)
-    assert batch(LazyNeMoIterator(str(tmp_path / 'm.json')), skip=True).skipped == 1 and counter.total() == 1
+    assert batch(LazyNeMoIterator(str(tmp_path / 'm.json')), skip=True).skipped == 1 and left_out.total() == 1
     with pytest.raises(BadAudioError, match=row['audio_filepath']):
         batch(LazyNeMoIterator(str(tmp_path / 'm.json')), skip=False)
 
