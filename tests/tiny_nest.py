@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A denoising model of the shipped streaming config in a size for tests, data for it, and a training run."""
 
+import functools
+import pickle
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -53,12 +55,18 @@ STOCK_OFFLINE = (
 
 
 def tiny_config(*overrides: str, name: str = 'nest_fast-conformer_streaming_tiny') -> DictConfig:
-    """Compose a shipped config with Hydra, shrink it, and take its data away."""
+    """Return a shipped config, shrunk and without its data."""
+    return pickle.loads(_composed(name, overrides))
+
+
+@functools.cache
+def _composed(name: str, overrides: tuple[str, ...]) -> bytes:
+    """Compose with Hydra, which takes longer than to build the model; once for all who ask for the same."""
     with initialize_config_dir(str(CONFIGS), version_base=None):
         cfg = compose(name, overrides=[*SMALL, *overrides])
     OmegaConf.resolve(cfg)
     del cfg.model.train_ds, cfg.model.validation_ds
-    return cfg
+    return pickle.dumps(cfg)
 
 
 def tiny_model(*overrides: str, cls=EncDecDenoiseMaskedTokenPredModel, seed: int = 0, **kwargs):

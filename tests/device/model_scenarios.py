@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scenarios of whole models: training steps of every objective, validation, live streams."""
 
-import copy
-from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -29,14 +27,11 @@ OBJECTIVES = {
 }
 
 
-config_of = cache(tiny_config)  # composed once for all precisions
-
-
 @unrecorded()
 def model_at(place: Place, *overrides: str):
     """Build a tiny model at a place, with as much of a trainer as a step needs."""
     torch.manual_seed(0)
-    model = place.put(EncDecDenoiseMaskedTokenPredModel(copy.deepcopy(config_of(*PLAIN, *overrides).model)))
+    model = place.put(EncDecDenoiseMaskedTokenPredModel(tiny_config(*PLAIN, *overrides).model))
     plugin = SimpleNamespace(scaler=None)
     trainer = dict(global_step=0, loggers=[], validating=True)
     model._trainer = SimpleNamespace(**trainer, precision_plugin=plugin, state=None)
