@@ -26,13 +26,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
     partial = target.with_name(f'.{target.name}.{os.getpid()}{PARTIAL_SUFFIX}')
     try:
         yield partial
-        _flush_to_disk(partial)
+        with open(partial, 'rb+') as file:
+            os.fsync(file.fileno())
         os.replace(partial, target)
     except OSError as error:
         raise OSError(error.errno, f"could not write {target}: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
-    _flush_to_disk(target.parent)
 
 
 def remove_partial_files(folder: str | Path, pattern: str = '*') -> list[Path]:
@@ -51,16 +51,6 @@ def _is_in_use(partial: Path) -> bool:
     except OSError as error:
         return not isinstance(error, ProcessLookupError)
     return True
-
-
-def _flush_to_disk(path: Path) -> None:
-    if os.name != 'posix' and path.is_dir():  # only POSIX opens folders
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name == 'posix' else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """``torch.save`` with reasons for failures, ``torch.load`` without running code. New in this project."""
 
-import builtins
 import collections
 import typing
 from pathlib import Path
 
 import omegaconf
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
 
-PLAIN = [getattr(builtins, name) for name in ('bool', 'bytes', 'dict', 'float', 'int', 'list', 'set', 'str', 'tuple')]
-PLAIN += [collections.defaultdict, omegaconf.base.ContainerMetadata, omegaconf.base.Metadata]
+PLAIN: list[type] = [bool, bytes, dict, float, int, list, set, str, tuple, collections.defaultdict]
+PLAIN += [omegaconf.base.ContainerMetadata, omegaconf.base.Metadata]
 PLAIN += [found for found in vars(omegaconf).values() if isinstance(found, type) and issubclass(found, omegaconf.Node)]
 READABLE = {f'{found.__module__}.{found.__qualname__}': found for found in PLAIN} | {'typing.Any': typing.Any}
 
@@ -30,24 +27,16 @@ def load(path: str | Path, map_location='cpu'):
     """Load a checkpoint, a file or a folder of sharded weights; ValueError naming it if it cannot be read.
 
     Nothing in a file is run: tensors, plain values and configs are read, and objects of other classes are replaced by
-    placeholders. A folder's index is torch's own pickle.
+    placeholders. A folder's index is torch's own pickle, and the file beside its shards is read as Lightning reads it.
     """
     try:
         if Path(path).is_dir():
-            return _load_folder(Path(path))
+            return _load_distributed_checkpoint(Path(path))
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(READABLE.get(name, _Ignored), name) for name in unknown]):
             return _torch_load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch, pickle and zipfile each have errors of their own
         raise ValueError(f"{path} cannot be read as a checkpoint: {' '.join(str(error).split())[:300]}") from error
-
-
-def _load_folder(folder: Path) -> dict:
-    """Load what Lightning's ``ModelParallelStrategy`` writes: sharded weights, and a file with all else."""
-    checkpoint: dict = {}
-    planner = _EmptyStateDictLoadPlanner()
-    _load_state_dict(checkpoint, storage_reader=FileSystemReader(folder), planner=planner, no_dist=True)
-    return checkpoint | (load(folder / 'meta.pt') if (folder / 'meta.pt').is_file() else {})
 
 
 def save(content, path: str | Path) -> None:
@@ -56,6 +45,6 @@ def save(content, path: str | Path) -> None:
         with open(path, 'wb') as file:
             torch.save(content, file)
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
+        if isinstance(cause := error.__context__, OSError):
+            raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise

@@ -4,16 +4,15 @@
 import difflib
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
 from nemo.utils import logging, torch_files
 
 PLACES = {'init_from_nemo_model': 'path', 'init_from_pretrained_model': 'name', 'init_from_ptl_ckpt': 'path'}
 """The three keys, and the option that names the weights where the value is a mapping of sources."""
-ENDINGS = {'.nemo': 'init_from_nemo_model', '.ckpt': 'init_from_ptl_ckpt'}
 SHAPING_KEYS = (  # of model.encoder; the shapes and names of its tensors follow from them
     *('causal_downsampling', 'conv_norm_type', 'd_model', 'n_layers', 'n_heads', 'feat_in', 'feat_out', 'subsampling'),
     *('subsampling_factor', 'subsampling_conv_channels', 'ff_expansion_factor', 'conv_kernel_size'),
@@ -25,57 +24,47 @@ SHAPING_KEYS = (  # of model.encoder; the shapes and names of its tensors follow
 class Source:
     """Weights of another model: a file, or the name of a pre-trained model.
 
-    A tensor is loaded if its name contains one of ``include`` (None: whatever its name is) and none of ``exclude``.
+    A tensor is loaded if its name contains one of ``include`` and none of ``exclude``.
     """
 
     kind: str  # one of PLACES
     key: str  # in the config
     place: str
-    include: list[str] | None = None
-    exclude: list[str] | None = None
+    include: Sequence[str] = ('',)
+    exclude: Sequence[str] = ()
+
+    def takes(self, name: str) -> bool:
+        """Return whether a tensor is loaded."""
+        return any(part in name for part in self.include) and not any(part in name for part in self.exclude)
 
     def read(self, model, map_location='cpu', strict: bool = True) -> tuple:
         """Return config or None, and state dict, by a ModelPT or its class; ValueError for a broken file."""
-        if self.kind == 'init_from_ptl_ckpt':
-            return self._checkpoint(map_location)
-        restored = self._restored(model, map_location=map_location, strict=strict)
-        return restored.cfg, restored.state_dict()
-
-    def read_config(self, model) -> DictConfig:
-        """Return the model config alone."""
-        is_checkpoint = self.kind == 'init_from_ptl_ckpt'
-        config = self._checkpoint()[0] if is_checkpoint else self._restored(model, return_config=True)
-        if config is None:
-            raise ValueError(f"{self.key}: {self.place} has no model config")
-        return config
-
-    def _restored(self, model, **options):
-        if self.kind == 'init_from_pretrained_model':
-            return model.from_pretrained(self.place, **options)
-        return self._read_file(model.restore_from, **options)
-
-    def _checkpoint(self, map_location='cpu') -> tuple[DictConfig | None, dict]:
-        checkpoint = self._read_file(torch_files.load, map_location=map_location)
+        if self.kind != 'init_from_ptl_ckpt':
+            restored = self._open(model, map_location=map_location, strict=strict)
+            return restored.cfg, restored.state_dict()
+        checkpoint = self._open(model, map_location=map_location)
         if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
             raise ValueError(f"{self.key}: {self.place} has no state_dict; a Lightning checkpoint is needed")
         parameters = checkpoint.get('hyper_parameters') or {}
         return parameters.get('cfg', parameters) or None, checkpoint['state_dict']
 
-    def _read_file(self, read: Callable, **options):
-        path = os.path.expanduser(self.place)
-        form = ENDINGS.get(os.path.splitext(path)[1], self.kind)
+    def read_config(self, model) -> DictConfig:
+        """Return the model config alone."""
+        config = self.read(model)[0] if self.kind == 'init_from_ptl_ckpt' else self._open(model, return_config=True)
+        if config is None:
+            raise ValueError(f"{self.key}: {self.place} has no model config")
+        return config
+
+    def _open(self, model, **options):
+        readers = dict(zip(PLACES, (model.restore_from, model.from_pretrained, torch_files.load)))
         try:
-            if not os.path.exists(path):
-                raise ValueError(f"no file {path}")
-            if form != self.kind:
-                raise ValueError(f"{path} is a file for {form}")
-            return read(path, **options)
+            return readers[self.kind](os.path.expanduser(self.place), **options)
         except (OSError, KeyError, ValueError) as error:
             raise ValueError(f"{self.key}: {error}") from error
 
 
 def sources_of(cfg) -> list[Source]:
-    """Return the sources of ``init_from_*``; ValueError for two keys, unknown options or a missing file."""
+    """Return the sources of ``init_from_*``; ValueError for two keys, unknown options or a missing value."""
     kinds = [kind for kind in cfg if str(kind).startswith('init_from_') and cfg.get(kind) is not None]
     for kind in kinds:
         if kind not in PLACES:
@@ -87,30 +76,26 @@ def sources_of(cfg) -> list[Source]:
     kind, value = kinds[0], cfg[kinds[0]]
     if isinstance(value, str):
         return [Source(kind, kind, value)]
-    if not isinstance(value, (dict, DictConfig)) or not value:
+    if not isinstance(value, Mapping) or not value:
         raise ValueError(f"{kind} is {value!r}; it must be a file or name, or a mapping of sources")
-    return [_source(kind, f'{kind}.{name}', options) for name, options in value.items()]  # type: ignore[str-bytes-safe]
+    return [_source(kind, f'{kind}.{name}', options) for name, options in value.items()]
 
 
 def _source(kind: str, key: str, options) -> Source:
     known = (PLACES[kind], 'include', 'exclude')
-    if not isinstance(options, (dict, DictConfig)):
+    if not isinstance(options, Mapping):
         raise ValueError(f"{key} is {options!r}; it must be a mapping with {', '.join(known)}")
     for option in map(str, options):
         if option not in known:
             raise ValueError(f"{key}.{option} is not known;{_hint(option, known)} {key} takes {', '.join(known)}")
     if not options.get(known[0]):
         raise ValueError(f"{key}.{known[0]} is {options.get(known[0])!r}; it must name the weights")
-    patterns = [_patterns(f'{key}.{option}', options.get(option)) for option in known[1:]]
-    return Source(kind, f'{key}.{known[0]}', str(options[known[0]]), *patterns)
-
-
-def _patterns(key: str, value) -> list[str] | None:
-    patterns = [value] if isinstance(value, str) else value
-    is_list = isinstance(patterns, (list, tuple, ListConfig))
-    if patterns is None or (is_list and all(pattern and isinstance(pattern, str) for pattern in patterns)):
-        return patterns
-    raise ValueError(f"{key} is {value!r}; it must be a list of parts of tensor names")
+    patterns = {option: options[option] for option in known[1:] if options.get(option) is not None}
+    for option, value in patterns.items():
+        patterns[option] = parts = [value] if isinstance(value, str) else value
+        if not isinstance(parts, Sequence) or not all(part and isinstance(part, str) for part in parts):
+            raise ValueError(f"{key}.{option} is {value!r}; it must be a list of parts of tensor names")
+    return Source(kind, f'{key}.{known[0]}', str(options[known[0]]), **patterns)
 
 
 def load_weights(model, source: Source, config, weights: dict) -> set[str]:
@@ -120,7 +105,7 @@ def load_weights(model, source: Source, config, weights: dict) -> set[str]:
         ValueError: if a pattern matches no tensor, or a tensor has another shape in the model.
     """
     _check_patterns(source, weights)
-    chosen = {name: tensor for name, tensor in weights.items() if _is_chosen(name, source)}
+    chosen = {name: tensor for name, tensor in weights.items() if source.takes(name)}
     own = {name: value for name, value in model.state_dict().items() if hasattr(value, 'shape')}
     try:
         missing, unused = model.load_state_dict(chosen, strict=False)
@@ -137,8 +122,7 @@ def load_weights(model, source: Source, config, weights: dict) -> set[str]:
     contexts = _differences(model, config, ['layer_att_context_size'])
     if contexts and 'encoder' in map(_part, loaded):
         logging.warning(f"{source.key}: the weights were trained with other contexts of layers: {contexts}")
-    unused = [name for name in unused if _part(name) == 'encoder']
-    if unused:
+    if unused := [name for name in unused if _part(name) == 'encoder']:
         lacking = f"the model has no place for {len(unused)} encoder tensors of {source.place}, such as {unused[0]}"
         logging.warning(f"{source.key}: {lacking}. {_differences(model, config)}")
     return loaded
@@ -146,7 +130,7 @@ def load_weights(model, source: Source, config, weights: dict) -> set[str]:
 
 def check_encoder_was_loaded(model, sources: list[Source], loaded: set[str]) -> None:
     """Raise ValueError if no tensor of the encoder was loaded; ``include: []`` allows that."""
-    wanted = [source.key for source in sources if source.include != []]
+    wanted = [source.key for source in sources if source.include]
     encoder = [name for name in model.state_dict() if _part(name) == 'encoder']
     if wanted and encoder and not loaded.intersection(encoder):
         raise ValueError(
@@ -157,24 +141,18 @@ def check_encoder_was_loaded(model, sources: list[Source], loaded: set[str]) -> 
 
 def _check_patterns(source: Source, weights: dict) -> None:
     for option in ('include', 'exclude'):
-        for pattern in getattr(source, option) or ():
+        for pattern in getattr(source, option):
             if not any(pattern in name for name in weights):
-                parts = {part for name in weights for part in name.split('.')}
-                tops = ', '.join(sorted({name.partition('.')[0] for name in weights}))
+                hint = _hint(pattern, {part for name in weights for part in name.split('.')})
                 raise ValueError(
-                    f"{source.key.rpartition('.')[0]}.{option}: no tensor of {source.place} contains {pattern!r};"
-                    f"{_hint(pattern, parts)} its modules are {tops}"
+                    f"{source.key.rpartition('.')[0]}.{option}: no tensor of {source.place} contains {pattern!r};{hint} "
+                    f"its modules are {', '.join(sorted({name.partition('.')[0] for name in weights}))}"
                 )
 
 
 def _hint(word: str, known) -> str:
     near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
     return f" did you mean {near[0]}?" if near else ''
-
-
-def _is_chosen(name: str, source: Source) -> bool:
-    included = source.include is None or any(pattern in name for pattern in source.include)
-    return included and not any(pattern in name for pattern in source.exclude or ())
 
 
 def _part(name: str) -> str:
@@ -196,13 +174,11 @@ def _why_shapes_differ(model, source: Source, config, own: dict, chosen: dict) -
     differing = [name for name in chosen if name in own and own[name].shape != chosen[name].shape]
     counts = ', '.join(f'{count} {part}' for part, count in Counter(map(_part, differing)).items())
     shapes = [f"{name} {list(chosen[name].shape)} in the file, {list(own[name].shape)} here" for name in differing[:3]]
-    differences = f"{_differences(model, config)}. " if 'encoder' in counts else ''
-    convert = 'causal_downsampling' in differences or 'conv_norm_type' in differences
-    return (
-        f"{source.key}: {len(differing)} tensors of {source.place} have another shape ({counts}): {'; '.join(shapes)}. "
-        f"{differences}"
-        f"{'convert_to_streaming.py makes a streaming model of an offline one' if convert else 'exclude leaves them out'}"
-    )
+    what = f"{len(differing)} tensors of {source.place} have another shape ({counts}): {'; '.join(shapes)}"
+    settings, advice = _differences(model, config) if 'encoder' in counts else '', 'exclude leaves them out'
+    if 'causal_downsampling' in settings or 'conv_norm_type' in settings:
+        advice = 'convert_to_streaming.py makes a streaming model of an offline one'
+    return f"{source.key}: {what}. {settings and f'{settings}. '}{advice}"
 
 
 def _differences(model, config, keys=SHAPING_KEYS) -> str:

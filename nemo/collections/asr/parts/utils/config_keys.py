@@ -48,9 +48,10 @@ INTEGER = number('a whole number', lambda value: True, (int,))
 PROBABILITY = number('a number from 0 to 1', lambda value: 0 <= value <= 1)
 FLAG = Allowed('true or false', lambda value: isinstance(value, bool))
 ABOVE_0 = number('a number above 0', lambda value: value > 0)
+LOGGED_NUMBERS, BY_LAYER = 'scale#logged-numbers', 'contexts#contexts-by-layer'  # pages
 
 
-def key(default, meaning: str, allowed: Allowed = ANYTHING, **page: str) -> Any:
+def key(default, meaning: str, allowed: Allowed = ANYTHING, page: str = '') -> Any:
     """Declare a key: default (``MISSING``: required; None: null), meaning (Markdown), allowed values.
 
     ``page`` of ``docs/``, with the heading where there is one, stands where it is not the section's.
@@ -58,7 +59,7 @@ def key(default, meaning: str, allowed: Allowed = ANYTHING, **page: str) -> Any:
     if default is None and allowed is not ANYTHING:
         text, test = allowed
         allowed = Allowed(f'null or {text}', lambda value: value is None or test(value))
-    return field(default=default, metadata={'meaning': meaning, 'allowed': allowed, **page})
+    return field(default=default, metadata={'meaning': meaning, 'allowed': allowed} | ({'page': page} if page else {}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,51 +101,32 @@ class Section:
 
 
 class Model(Section, name='model', page='reports#validation-in-every-context', closed=False):
-    objective: str = key(
-        'masked', 'What the encoder predicts.', one_of('masked', 'next_token', 'both'), page='objectives'
-    )
+    objective: str = key('masked', 'What the encoder predicts.', one_of('masked', 'next_token', 'both'), 'objectives')
     target_normalize: str | None = key(
-        None,
-        "Normalisation of the targets' features; `null`: the encoder's.",
-        one_of('NA', 'per_feature'),
-        page='pretraining',
+        None, "Normalisation for the targets; `null`: the encoder's.", one_of('NA', 'per_feature'), 'pretraining'
     )
-    loss_over: str = key(
-        'rank', 'Mean over the tokens of each rank, or of all.', one_of('rank', 'global'), page='scale#logged-numbers'
-    )
-    log_peak_flops: float | None = key(
-        None, 'FLOP/s of a device, such as 9.9e14, for `model_flops_share`.', ABOVE_0, page='scale#logged-numbers'
-    )
-    validate_contexts: object = key(
-        None, 'Contexts to validate in: `all` of the config, the `first`, or a list; `null`: one, as in NeMo.'
-    )
+    loss_over: str = key('rank', 'Mean over the tokens of a rank, or all.', one_of('rank', 'global'), LOGGED_NUMBERS)
+    log_peak_flops: float | None = key(None, 'FLOP/s of a device, for `model_flops_share`.', ABOVE_0, LOGGED_NUMBERS)
+    validate_contexts: object = key(None, 'Contexts to validate in: `all`, the `first`, or a list; `null`: as NeMo.')
     audit_every_n_batches: int | None = key(
-        None, 'Batches from one audit of the masks to the next.', whole_number(1), page='reports#audit-of-the-masking'
+        None, 'Batches from one audit of the masks to the next.', whole_number(1), 'reports#audit-of-the-masking'
     )
-    log_figures: bool | None = key(
-        None, 'Whether validation writes pictures to TensorBoard.', FLAG, page='reports#figures'
-    )
+    log_figures: bool | None = key(None, 'Whether to write pictures to TensorBoard.', FLAG, 'reports#figures')
 
 
 class NextToken(Section, name='model.next_token', page='objectives#which-tokens-are-next'):
     horizons: int = key(4, 'Number of next tokens that each frame predicts.', whole_number(1))
-    positions: str = key(
-        'all', 'Frames that predict: all, or the last `horizons` of each chunk.', one_of('all', 'chunk_end')
-    )
+    positions: str = key('all', 'Frames that predict: all, or the last of a chunk.', one_of('all', 'chunk_end'))
     weight: float = key(1.0, 'Weight of the next-token loss, with `both`.', ABOVE_0)
 
 
 class Preprocessor(Section, name='model.preprocessor', page='pretraining', closed=False):
-    normalize: object = key(
-        'per_feature', "A value of NeMo, or a file of `compute_feature_stats.py`, which a stream needs."
-    )
+    normalize: object = key('per_feature', 'A value of NeMo, or for streams a file of `compute_feature_stats.py`.')
 
 
 class ValidationMasks(Section, name='model.validation_masks', page='reports#validation-in-every-context'):
     seed: int = key(0, 'Seed of the masks of validation; they are the same each time.', whole_number(0))
-    left_context: int | None = key(
-        None, 'Left context of these masks, in frames; `null`: the smallest validated.', whole_number(-1)
-    )
+    left_context: int | None = key(None, 'Their left context; `null`: the smallest one validated.', whole_number(-1))
 
 
 class Probe(Section, name='model.probe', page='reports#frozen-probe'):
@@ -152,15 +134,11 @@ class Probe(Section, name='model.probe', page='reports#frozen-probe'):
     test_manifest: str = key(MISSING, 'Manifest of other utterances to test the probe on.')
     every_n_validations: int = key(1, 'Validations from one probe to the next.', whole_number(1))
     steps: int = key(300, 'Training steps of a probe.', whole_number(1))
-    labels: str = key(
-        'text', 'What it recognises: characters of `text`, or the phones in `phones`.', one_of('text', 'phones')
-    )
+    labels: str = key('text', 'What to recognise: characters of `text`, or `phones`.', one_of('text', 'phones'))
 
 
 class Data(Section, name='model.train_ds', page='faults', closed=False):
-    skip_bad_audio: bool = key(
-        False, 'Whether to leave bad audio out, or to end the run. Also in `validation_ds` and `test_ds`.'
-    )
+    skip_bad_audio: bool = key(False, 'Whether to leave bad audio out, or to end the run; in each data section.')
 
 
 class SyncedContexts(
@@ -177,12 +155,8 @@ class Resumable(Section, name='model.train_ds.resumable', page='faults#exact-res
 
 class Masking(Section, name='model.masking', page='contexts#what-is-masked-in-each-context', closed=False):
     causal: bool = key(False, 'Whether masks keep a frame at the start visible if the left context is unlimited.')
-    left_context_size: int = key(
-        -1, 'Upper limit in attention frames on the left context that masks use; -1: no limit.'
-    )
-    follow_context: bool = key(
-        True, "Whether masks use the context; `false`: stock's masks, `causal` and `left_context_size` are ignored."
-    )
+    left_context_size: int = key(-1, 'Largest left context that masks use, in attention frames; -1: no limit.')
+    follow_context: bool = key(True, "Whether masks use the context and the settings above; `false`: stock's masks.")
     subsampling_factor: int = key(1, 'Mask frames in one attention frame; the model sets it.')
 
 
@@ -195,40 +169,28 @@ class Encoder(Section, name='model.encoder', page='contexts', closed=False):
     att_context_seed: int = key(0, 'Seed of the draw of the context; the draw depends on it and the step only.')
     att_context_shared: bool = key(True, 'Whether all ranks draw the same context in a step.', FLAG)
     layer_att_context_size: object = key(
-        None,
-        '`[[first layer, [left, right]], ...]`, a list with one for each layer, or a mapping.',
-        page='contexts#contexts-by-layer',
+        None, 'A list with a context for each layer, `[[first layer, context], ...]`, or a mapping.', page=BY_LAYER
     )
     activation_checkpointing: str = key(
-        'none',
-        'Layers to recompute in the backward pass: `none`, `layers` (all), `every_2`.',
-        page='scale#what-a-step-takes',
+        'none', 'Layers to recompute: `none`, `layers` (all), `every_2`.', page='scale#what-a-step-takes'
     )
-    blockwise_attention: str = key(
-        'auto', 'Whether attention runs block by block: `auto`, `on`, `off`.', page='blockwise'
-    )
+    blockwise_attention: str = key('auto', 'Whether attention runs in blocks: `auto`, `on`, `off`.', page='blockwise')
 
 
 class ContextSampler(Section, name='model.encoder.att_context_sampler', page='contexts#dynamic-chunks'):
     full_prob: float = key(MISSING, 'Probability that a batch has the context `[-1, -1]`.', PROBABILITY)
     chunk_size: list = key(MISSING, 'Smallest and largest chunk.', bounds(1, 'attention frames'))
-    left_chunks: list | None = key(
-        None, 'Smallest and largest limited left context; needs `left_limited_prob`.', bounds(0, 'chunks')
-    )
-    left_limited_prob: float = key(
-        0.0, 'Probability that the left context of a batch with chunks is limited.', PROBABILITY
-    )
+    left_chunks: list | None = key(None, 'Smallest and largest limited left context.', bounds(0, 'chunks'))
+    left_limited_prob: float = key(0.0, 'Probability that a batch of chunks has a limited left context.', PROBABILITY)
 
 
-class LayerContexts(Section, name='model.encoder.layer_att_context_size', page='contexts#contexts-by-layer'):
+class LayerContexts(Section, name='model.encoder.layer_att_context_size', page=BY_LAYER):
     anchors: list = key(MISSING, 'In the mapping: `[[first layer, [left, right]], ...]`.')
     interpolate: str = key('step', 'In the mapping: contexts between anchors, `step` or `linear`.')
 
 
 class Loss(Section, name='model.loss', page='patches#where-results-differ-from-stocks-on-purpose', closed=False):
-    decoder_offset: int = key(
-        0, 'Token i is predicted from decoder frame i + `decoder_offset`; set 1 with causal subsampling.'
-    )
+    decoder_offset: int = key(0, 'Token i is predicted from decoder frame i plus this; 1 with causal subsampling.')
 
 
 class Curriculum(Section, name='curriculum', page='contexts#curriculum'):

@@ -3,13 +3,14 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.strategies.model_parallel import _METADATA_FILENAME
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry, model_parallel
 from torch import distributed
 from torch.distributed.checkpoint import save
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
@@ -18,36 +19,31 @@ from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 
 
 class PendingSaves(AsyncFinalizableCheckpointIO):
-    """Saves that are being written, in order; NeMo requires this type for ``async_save``."""
+    """Saves that are being written, in order, by connected ranks; NeMo requires this type for ``async_save``."""
 
     def __init__(self) -> None:
         _WrappingCheckpointIO.__init__(self, TorchCheckpointIO())  # the queue of NeMo's class needs megatron-core
         self.pending: list[tuple[Future, Callable[[], None]]] = []
         self.thread = ThreadPoolExecutor(1)
+        self.writers = distributed.new_group(backend='gloo')  # for the writing threads of all ranks
+        self.askers = distributed.new_group(backend='gloo')  # to find out whether all have written
 
-    def connect(self) -> None:
-        """Make groups of their own: one for the writing threads, one to find out whether all have written."""
-        self.writers, self.askers = (distributed.new_group(backend='gloo') for _ in range(2))
-
-    def begin(self, state: dict, folder: Path, finalize: Callable[[], None]) -> None:
+    def begin(self, finalize: Callable[[], None], state: dict, folder: Path) -> None:
         """Copy a state to memory, and write it to a folder after those that are pending."""
         state = BlockingAsyncStager().stage(state)
         written = self.thread.submit(save, state, checkpoint_id=folder, process_group=self.writers)
         self.pending.append((written, finalize))
 
-    def maybe_finalize_save_checkpoint(self, blocking: bool = False) -> bool:
-        """Finalize what all ranks have written, or with ``blocking`` all saves; return whether there was one.
+    def maybe_finalize_save_checkpoint(self, blocking: bool = False) -> None:
+        """Finalize what all ranks have written, or with ``blocking`` all saves.
 
         Raises:
             CheckpointException: of a save that failed on any rank, naming the rank and the cause.
         """
-        finalized = False
         while self.pending and (blocking or self._is_first_written()):
             written, finalize = self.pending.pop(0)
             written.result()
             finalize()
-            finalized = True
-        return finalized
 
     def _is_first_written(self) -> bool:
         done = torch.tensor(float(self.pending[0][0].done()))
@@ -67,33 +63,21 @@ class FullyShardStrategy(ModelParallelStrategy):
     """
 
     def __init__(self, **settings) -> None:
-        super().__init__(**settings, tensor_parallel_size=1)
-        self.saves = self.checkpoint_io = PendingSaves()
+        super().__init__(**settings, tensor_parallel_size=1, save_distributed_checkpoint=True)
 
     def setup_environment(self) -> None:
         """Connect the ranks."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
-        self.saves.connect()
+        self.saves = self.checkpoint_io = PendingSaves()
 
     def save_checkpoint(self, checkpoint, filepath, storage_options=None) -> None:
         """Begin to save; without ``async_save``, save at once."""
         if storage_options is None:
             return super().save_checkpoint(checkpoint, filepath)
-        folder = Path(self.broadcast(filepath))
-        folder.mkdir(parents=True, exist_ok=True)
-        optimizers = enumerate(checkpoint.pop('optimizer_states', []))
-        state = {'state_dict': checkpoint.pop('state_dict'), **{f'optimizer_{i}': state for i, state in optimizers}}
-        partial = folder / f'{_METADATA_FILENAME}.partial'
-        if self.is_global_zero:
-            torch.save(checkpoint, partial)
-
-        def finalize() -> None:
-            if self.is_global_zero:
-                partial.rename(folder / _METADATA_FILENAME)
-            storage_options['finalize_fn']()
-
-        self.saves.begin(state, folder, finalize)
+        begin = partial(self.saves.begin, storage_options['finalize_fn'])  # which removes NeMo's mark `-unfinished`
+        with mock.patch.object(model_parallel, '_distributed_checkpoint_save', begin):  # no method writes the shards
+            super().save_checkpoint(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path):
         """Load a checkpoint, after all pending saves."""

@@ -25,7 +25,6 @@ from nemo.collections.common.data.lhotse.nemo_adapters import JsonLines, parsed
 from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths as expanded
 from nemo.utils import logging
 from nemo.utils.atomic_files import replacing
-from nemo.utils.data_utils import is_datastore_path
 
 SHARED_FROM = 10_000_000  # bytes; a manifest of this size is read in a fifth of a second
 
@@ -53,7 +52,7 @@ class Line(NamedTuple):
 
 def is_remote(path: str) -> bool:
     """Whether a path is not one of this machine: of a data store, a URL, or a command to read from."""
-    return is_datastore_path(path) or '://' in path or path.startswith('pipe:')
+    return '://' in path or path.startswith('pipe:')
 
 
 def paths_in(value) -> list[str]:
@@ -71,12 +70,11 @@ def read_entries(pattern: str | Path, needed: tuple[str, ...] = ()) -> Iterator[
     ValueError names manifest and line, if a manifest cannot be read, has no entries, or a line is no entry.
     """
     for path in expanded(os.path.expanduser(pattern)):
-        line, lines = None, JsonLines(path)
+        number, lines = 0, JsonLines(path)
         lines.needed = needed
         for number, entry in lines.numbered():
-            line = Line(path, number, entry)
-            yield line
-        if line is None:
+            yield Line(path, number, entry)
+        if not number:
             raise ValueError(f"manifest {path} has no entries")
 
 
@@ -144,9 +142,7 @@ class ManifestIndex:
         """Return the text of an entry; ValueError if the file was changed since it was read."""
         with open(self.path, 'rb') as file:  # processes would share the place in a file that stays open
             if _stamp(os.fstat(file.fileno())) != self._stamp:
-                raise ValueError(
-                    f"{self.path} was changed while it is in use; write a changed manifest under a new name"
-                )
+                raise ValueError(f"{self.path} was changed while it is in use; write it under a new name")
             file.seek(int(self.starts[index]))
             return file.readline().decode().strip()
 

@@ -23,7 +23,7 @@ NOT_FINITE = 'samples that are NaN or infinite'
 
 def on_this_rank() -> str:
     """Return `` on rank 1`` or the like, for messages, in data workers too; '' for a single process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():
         ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     else:  # in a worker: what torchrun and Lightning leave in the environment
         ranks, rank = int(os.environ.get('WORLD_SIZE', 1)), os.environ.get('RANK', '0')
@@ -75,7 +75,7 @@ class NonFiniteGuard:
         names = getattr(batch, 'sample_id', None) or range(len(invalid))
         what = f"utterance {', '.join(str(names[row]) for row in rows)} of a batch{on_this_rank()}"
         why = f"samples that are NaN, infinite or beyond {LARGEST_SAMPLE:g}"
-        if not self._skips_nonfinite():
+        if not self.cfg.get('skip_nan_grad'):
             raise ValueError(f"{what} has {why}; with model.skip_nan_grad: true it would be dropped")
         if self._batch_is_invalid and not self.training:
             raise ValueError(f"{what} has {why}, and the batch no valid utterance")
@@ -104,12 +104,11 @@ class NonFiniteGuard:
         logs = {'gradient_norm': self._gradient_norm}
         if self._logs_skipped():
             logs['skipped_steps'] = self._skipped_steps  # of all ranks alike; the utterances are summed over ranks
-        for name, value in cpu_scalars(logs).items():
-            self.log(name, value)
+        self.log_dict(cpu_scalars(logs))
 
     def _skip_step(self, optimizer) -> None:
         where = f"the gradients of step {self.trainer.global_step} are not all finite"
-        if not self._skips_nonfinite():
+        if not self.cfg.get('skip_nan_grad'):
             raise FloatingPointError(
                 f"{where}; the weights are as before it. With model.skip_nan_grad: true the step would be skipped"
             )
@@ -129,11 +128,8 @@ class NonFiniteGuard:
             gradients = [weight.grad for weight in parameters_of(optimizer) if weight.grad is not None]
             torch._foreach_mul_(gradients, gradient_clip_val / (self._gradient_norm + 1e-6))  # as clip_grad_norm_
 
-    def _skips_nonfinite(self) -> bool:
-        return bool(self.cfg.get('skip_nan_grad', False))
-
     def _logs_skipped(self) -> bool:
-        return self._skips_nonfinite() or bool((self.cfg.get('train_ds') or {}).get('skip_bad_audio'))
+        return bool(self.cfg.get('skip_nan_grad') or (self.cfg.get('train_ds') or {}).get('skip_bad_audio'))
 
 
 def parameters_of(optimizer) -> list[torch.nn.Parameter]:

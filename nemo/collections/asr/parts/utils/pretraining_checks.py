@@ -2,7 +2,8 @@
 """Check a config before training, so that a mistake ends in one clear error. New in this project."""
 
 import inspect
-from typing import Any
+import re
+from collections.abc import Collection
 
 import lightning.pytorch as pl
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -12,6 +13,7 @@ from nemo.collections.asr.parts.att_context.context import AttContext, is_distri
 from nemo.collections.asr.parts.att_context.policy import SAMPLER, ContextSampler
 from nemo.collections.asr.parts.objectives.combination import check_objective
 from nemo.collections.asr.parts.utils.config_keys import SECTIONS, Data, Model, check_known
+from nemo.core.connectors.initial_weights import PLACES
 from nemo.utils.exp_manager import CallbackParams, ExpManagerConfig
 from nemo.utils.model_utils import import_class_by_path
 
@@ -26,10 +28,14 @@ DATA_KEYS = (
     *('manifest_filepath', 'noise_manifest', 'batch_size', 'num_workers', 'min_duration', 'max_duration', 'shuffle'),
     *('synced_contexts', 'resumable', *Data.keys()),
 )
-TOP_LEVEL_KEYS = (
-    *('name', 'seed', 'model', 'trainer', 'exp_manager', 'curriculum'),
-    *('init_from_nemo_model', 'init_from_pretrained_model', 'init_from_ptl_ckpt'),
-)
+Keys = tuple[Collection[str] | None, float | None]
+"""Of a section: the known ones, None for any; and if others may stand beside them, how much like one of them is too much."""
+KNOWN: dict[str, Keys] = {
+    '': (('name', 'seed', 'model', 'trainer', 'exp_manager', 'curriculum', *PLACES), 0.85),
+    'model': (MODEL_KEYS, 0.85),
+    'model.train_ds': (DATA_KEYS, 0.9),  # NeMo has many more here, some of them much alike
+    **{section.name: (section.keys(), None) for section in SECTIONS if section.closed},
+}
 TAKEN_BY = {
     'trainer': pl.Trainer,
     'exp_manager': ExpManagerConfig,
@@ -39,8 +45,7 @@ TAKEN_BY = {
 
 def check_pretraining_config(cfg: DictConfig) -> None:
     """Check a config with a ``model`` section; ValueError names key, value and what is allowed."""
-    missing = OmegaConf.missing_keys(cfg)
-    if missing:
+    if missing := OmegaConf.missing_keys(cfg):
         raise ValueError(f"the config gives no value for {', '.join(sorted(missing))}")
     if not isinstance(cfg.get('model'), DictConfig):
         raise ValueError("the config has no section model")
@@ -59,46 +64,33 @@ def check_pretraining_config(cfg: DictConfig) -> None:
 
 def check_averaging(cfg: DictConfig) -> None:
     """Refuse averaged weights with sharded ones: NeMo's callback keeps whole tensors."""
-    strategy = OmegaConf.select(cfg, 'trainer.strategy')
-    strategy = str(strategy.get('_target_', '') if isinstance(strategy, DictConfig) else strategy).lower()
-    if OmegaConf.select(cfg, 'exp_manager.ema.enable') and any(
-        name in strategy for name in ('modelparallel', 'fsdp', 'fully_shard')
-    ):
+    strategy = str(OmegaConf.select(cfg, 'trainer.strategy'))
+    is_sharded = any(name in strategy.lower() for name in ('modelparallel', 'fsdp', 'fully_shard'))
+    if is_sharded and OmegaConf.select(cfg, 'exp_manager.ema.enable'):
         raise ValueError(f"exp_manager.ema.enable is true with trainer.strategy {strategy}; set one of them")
 
 
-def check_known_keys(cfg: DictConfig) -> None:
+def check_known_keys(section: DictConfig, name: str = '') -> None:
     """Check that no key is misspelt; ValueError naming the unknown key and the nearest known one.
 
     Sections of this project, of the trainer, of NeMo's experiment manager and of parts with a ``_target_`` have no others.
     """
-    check_known('', cfg, TOP_LEVEL_KEYS, likeness=0.85)
-    check_known('model', cfg.model, MODEL_KEYS, likeness=0.85)
-    for name in DATA_SECTIONS:
-        if isinstance(cfg.model.get(name), DictConfig):  # NeMo has many more keys here, some of them much alike
-            check_known(f'model.{name}', cfg.model[name], DATA_KEYS, likeness=0.9)
-    _check_parts('model', cfg.model)
-    taken: dict[str, Any] = {section.name: section.keys() for section in SECTIONS if section.closed}
-    taken |= {name.replace('train_ds', data): keys for name, keys in taken.items() for data in DATA_SECTIONS}
-    taken |= {name: _constructor_arguments(target) for name, target in TAKEN_BY.items()}
-    for name, keys in taken.items():
-        section = OmegaConf.select(cfg, name)
-        if isinstance(section, DictConfig):
-            check_known(name, section, keys)
-
-
-def _check_parts(name: str, section: DictConfig) -> None:
-    """Check the arguments of each part with a ``_target_``."""
-    if '_target_' in section:
-        try:
-            taken = _constructor_arguments(import_class_by_path(section._target_))
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"{name}._target_ is {section._target_!r}, which cannot be imported: {error}") from error
-        if taken is not None:
-            check_known(name, [key for key in map(str, section) if not key.startswith('_')], taken)
+    known, likeness = _known_keys(section, name)
+    if known is not None:
+        check_known(name, [key for key in map(str, section) if not key.startswith('_')], known, likeness)
     for key in map(str, section):
         if isinstance(section.get(key), DictConfig):
-            _check_parts(f'{name}.{key}', section[key])
+            check_known_keys(section[key], f'{name}.{key}' if name else key)
+
+
+def _known_keys(section: DictConfig, name: str) -> Keys:
+    if '_target_' in section:
+        try:
+            return _constructor_arguments(import_class_by_path(section._target_)), None
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"{name}._target_ is {section._target_!r}, which cannot be imported: {error}") from error
+    known = KNOWN.get(re.sub('(validation|test)_ds', 'train_ds', name))
+    return known or (_constructor_arguments(TAKEN_BY.get(name)), None)
 
 
 def _constructor_arguments(target) -> set[str] | None:
@@ -136,7 +128,7 @@ def check_contexts(encoder_cfg: DictConfig) -> None:
             raise ValueError(f"{field} is {entry!r}; NeMo's encoder takes a pair [left, right], or several pairs")
     if probabilities is not None and not is_distribution(probabilities, len(entries)):
         raise ValueError(
-            f"{probs}; it must be {len(entries)} numbers of 0 or more, one for each context, with the sum 1"
+            f"{probs}; it must be {len(entries)} numbers from 0 to 1, one for each context, with the sum 1"
         )
 
 
