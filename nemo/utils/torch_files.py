@@ -45,6 +45,6 @@ def save(content, path: str | Path) -> None:
         with open(path, 'wb') as file:
             torch.save(content, file)
     except RuntimeError as error:
-        if isinstance(cause := error.__context__, OSError):
-            raise OSError(cause.errno, cause.strerror, str(path)) from None
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
         raise

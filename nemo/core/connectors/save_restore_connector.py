@@ -27,7 +27,10 @@ class SaveRestoreConnector(_up.SaveRestoreConnector):
         encoder: Any = getattr(model, 'encoder', None)
         if hasattr(encoder, 'write_layer_contexts_to') and 'encoder' in model.cfg:  # those set at run time
             encoder.write_layer_contexts_to(model.cfg.encoder)
-        return super().save_to(model, save_path)
+        try:
+            return super().save_to(model, save_path)
+        except OSError as error:
+            raise OSError(error.errno, f"could not save {save_path}: {error.strerror or error}") from error
 
     @staticmethod
     def _save_state_dict_to_disk(state_dict, filepath):

@@ -113,10 +113,7 @@ def check_contexts(encoder_cfg: DictConfig) -> None:
     if sampler is not None:
         ContextSampler.parse(sampler, style)
         if probabilities is not None:
-            raise ValueError(
-                f"{probs}, but {SAMPLER} draws the contexts of training and those of att_context_size are for "
-                "validation and inference; leave one of the two null"
-            )
+            raise ValueError(f"{probs}, but {SAMPLER} draws the contexts of training; leave one of the two null")
     if sizes is None or style == 'chunked_limited_with_rc':
         return
     several = isinstance(sizes, ListConfig) and len(sizes) > 0 and isinstance(sizes[0], ListConfig)
