@@ -21,21 +21,21 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo.collections.asr import models
-from nemo.collections.asr.data.data_checks import check_data
+from nemo.collections.asr.data.audio_files import entries_within
+from nemo.collections.asr.data.data_checks import characters_of, check_data, report_unknown_characters
 from nemo.collections.asr.data.ssl_dataset import file_id, files_in, set_skip_bad_audio
 from nemo.collections.asr.data.training_data_mixin import LogLeftOut
-from nemo.collections.asr.data.transcripts import characters_known_by, characters_of, report_unknown_characters
 from nemo.collections.asr.parts.att_context.receptive_field import context_table
 from nemo.collections.asr.parts.ssl_reports.figures import attention_frame_ms
 from nemo.collections.asr.parts.streaming.session import StreamingSession
-from nemo.collections.asr.parts.utils.manifest_index import expanded, is_remote, local_entries, paths_in
+from nemo.collections.asr.parts.utils.manifest_index import expanded, is_remote, paths_in
 from nemo.collections.asr.parts.utils.pretraining_checks import check_contexts, check_known_keys
 from nemo.collections.common.data.lhotse.nemo_adapters import NO_MEMBER
 from nemo.core.classes.modelPT import ModelPT
 from nemo.core.config import hydra_runner
 from nemo.core.connectors.initial_weights import PLACES, sources_of
 from nemo.utils import logging
-from nemo.utils.left_out import LEFT_OUT, OUTSIDE_LIMITS
+from nemo.utils.left_out import LEFT_OUT
 
 DATA_SECTIONS = ('train_ds', 'validation_ds', 'test_ds')
 TAKEN_OVER = ('preprocessor', 'encoder')  # sections of the pre-trained model's config
@@ -123,7 +123,7 @@ def build(cfg: DictConfig):
             set_skipping(key, data.get('skip_bad_audio'), loaders)
             if not data.get('use_lhotse'):  # which counts while it reads
                 count_left_out(data)
-            report_unknown_characters(key, data, characters_known_by(model))
+            report_unknown_characters(key, data, model)
     model.eval()
     StreamingSession(model)  # raises, with the reason, if the model could not be streamed
     model.train()
@@ -152,17 +152,11 @@ def set_skipping(key: str, skip, loaders) -> None:
 
 def count_left_out(section: DictConfig) -> None:
     """Count what NeMo's own readers of manifests leave out: for its duration, or as no tar file has it."""
-    least, most = section.get('min_duration') or 0.0, section.get('max_duration') or float('inf')
     tars = [tar for path in paths_in(section.get('tarred_audio_filepaths')) for tar in expanded(path)]
     found = set().union(*map(files_in, tars)) if tars and not any(map(is_remote, tars)) else None
-    left_out: dict[str, list[str]] = {OUTSIDE_LIMITS: [], NO_MEMBER: []}
-    for line in local_entries(section.get('manifest_filepath')):
-        if not least <= (line.entry.get('duration') or least) <= most:
-            left_out[OUTSIDE_LIMITS].append(f"{line.place}: {line.entry['duration']} s")
-        elif found is not None and file_id(str(line.audio)).partition('-sub')[0] not in found:
-            left_out[NO_MEMBER].append(f"{line.place}: {line.audio}")
-    for reason, entries in left_out.items():
-        LEFT_OUT.add(reason, ''.join(entries[:1]), len(entries))
+    for line in entries_within(*map(section.get, ('manifest_filepath', 'min_duration', 'max_duration'))):
+        if found is not None and file_id(str(line.audio)).partition('-sub')[0] not in found:
+            LEFT_OUT.add(NO_MEMBER, f"{line.place}: {line.audio}")
 
 
 @hydra_runner(config_path="../conf/ssl/finetune", config_name="streaming_ctc")

@@ -2,14 +2,16 @@
 """Read audio files as mono samples; errors name the file and the fault. New in this project."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import librosa
 import numpy as np
 import soundfile
 
-from nemo.collections.asr.parts.utils.manifest_index import read_entries
+from nemo.collections.asr.parts.utils.manifest_index import Line, local_entries, read_entries
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
+from nemo.utils.left_out import LEFT_OUT, OUTSIDE_LIMITS
 
 UNKNOWN_LENGTH = 0x7FFFF000  # bytes: headers of piped wav files claim this much or more
 
@@ -17,8 +19,7 @@ UNKNOWN_LENGTH = 0x7FFFF000  # bytes: headers of piped wav files claim this much
 def read_audio(path: Path, rate: int, offset: float = 0.0, duration: float | None = None) -> np.ndarray:
     """Read a file, or ``duration`` s from ``offset`` on, at ``rate``: mono float32 [N], full scale 1.
 
-    Raises:
-        ValueError: naming the file, if it is missing, empty, truncated, no audio, or has non-finite samples.
+    ValueError names the file, if it is missing, empty, truncated, no audio, or has non-finite samples.
     """
     if not path.is_file() or not path.stat().st_size:
         raise ValueError(f'{path}: {"the file is empty" if path.is_file() else "there is no such file"}')
@@ -26,9 +27,8 @@ def read_audio(path: Path, rate: int, offset: float = 0.0, duration: float | Non
         with soundfile.SoundFile(str(path)) as audio:
             _check_complete(audio)
             audio.seek(min(int(offset * audio.samplerate), audio.frames))
-            wanted = audio.frames - audio.tell()
-            if duration is not None:
-                wanted = min(wanted, int(duration * audio.samplerate))
+            left = audio.frames - audio.tell()
+            wanted = left if duration is None else min(left, int(duration * audio.samplerate))
             samples, own_rate = audio.read(wanted, dtype='float32', always_2d=True), audio.samplerate
     except (soundfile.LibsndfileError, ValueError) as error:
         raise ValueError(f'{path}: cannot be read as audio: {error}') from None
@@ -50,11 +50,7 @@ def _check_complete(audio: soundfile.SoundFile) -> None:
 
 
 def audio_entries(files: list[Path], manifest: Path | str | None, must_exist: bool = False) -> list[dict]:
-    """Return an entry for each audio file, or those of manifests, with absolute paths.
-
-    Raises:
-        ValueError: naming manifest and line, if it is no manifest, or an audio file that must exist does not.
-    """
+    """Return an entry for each audio file, or those of manifests, with absolute paths; ValueError names a bad line."""
     if manifest is None:
         return [{'audio_filepath': str(path)} for path in files]
     entries = []
@@ -64,6 +60,18 @@ def audio_entries(files: list[Path], manifest: Path | str | None, must_exist: bo
         if must_exist and not (isinstance(path, str) and Path(path).is_file()):
             raise ValueError(f'{line.place}: there is no audio file {line.audio}')
     return entries
+
+
+def entries_within(manifests, shortest: float | None = None, longest: float | None = None) -> Iterator[Line]:
+    """Yield the entries of local manifests that have no duration or one within the limits, in s; count the others."""
+    others, first = 0, ''
+    for line in local_entries(manifests):
+        seconds = line.entry.get('duration')
+        if seconds is None or (shortest or 0.0) <= seconds <= (np.inf if longest is None else longest):
+            yield line
+        else:
+            others, first = others + 1, first or f'{line.place}: {seconds} s'
+    LEFT_OUT.add(OUTSIDE_LIMITS, first, others)
 
 
 def read_entry(entry: dict, rate: int) -> np.ndarray:

@@ -19,7 +19,6 @@ class LhotseSpeechToTextBpeDataset(ChecksCuts, _up.LhotseSpeechToTextBpeDataset)
     """NeMo's lhotse dataset of recognisers."""
 
     def __getitem__(self, cuts):
-        """Return NeMo's batch."""
         try:
             return super().__getitem__(cuts)
         except NothingLeftError:

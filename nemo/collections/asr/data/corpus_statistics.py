@@ -8,7 +8,6 @@ Shapes: N vectors, D features, T feature frames, S targets (T // combine_time_st
 (combine_time_steps * D), C components.
 """
 
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +23,6 @@ from nemo.utils.atomic_files import replacing
 
 # of NeMo's NEST configs; the rest are the class's defaults
 DEFAULT_PREPROCESSOR = {
-    "_target_": "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor",
     "sample_rate": 16000,
     "window_size": 0.025,
     "window_stride": 0.01,
@@ -33,64 +31,43 @@ DEFAULT_PREPROCESSOR = {
 }
 # what must not touch the statistics: noise, normalisation, padding
 NEUTRAL = {"normalize": "NA", "dither": 0.0, "pad_to": 0, "nb_augmentation_prob": 0.0}
-# Utterances whose targets are summed up at once, whatever --workers is: a sum has V * V numbers, 3 MB for NEST.
+# Utterances whose targets a worker sums up, whatever --workers is: a sum has V * V numbers, 3 MB for NEST.
 UTTERANCES_AT_ONCE = 16
 
 
-@dataclass
-class Moments:
+class Moments(NamedTuple):
     """Count, mean and centred second moments of vectors, features or targets."""
 
     count: int = 0
     mean: Any = 0.0  # float64 [V]
-    squares: Any = 0.0  # float64, the sum of squared deviations from the mean [V], or of their outer products [V, V]
+    squares: Any = 0.0  # float64 [V, V], the sum of the outer products of deviations from the mean
     seconds: float = 0.0  # of audio
     short: int = 0  # utterances without a vector
 
     @classmethod
-    def of(cls, vectors, outer: bool = False, **audio) -> 'Moments':
+    def of(cls, vectors: np.ndarray, **audio) -> 'Moments':
         """Return the moments of the columns of an array [V, N]."""
-        vectors = np.asarray(vectors, dtype=np.float64)
-        if vectors.shape[1] == 0:
-            return cls(**audio)
-        mean = vectors.mean(axis=1)
-        deviations = torch.from_numpy(vectors - mean[:, None])
-        squares = deviations @ deviations.T if outer else deviations.square().sum(dim=1)
-        return cls(vectors.shape[1], mean, squares.numpy(), **audio)
+        values = torch.from_numpy(vectors).double()
+        mean = values.sum(dim=1) / max(values.shape[1], 1)
+        deviations = values - mean[:, None]
+        return cls(values.shape[1], mean.numpy(), (deviations @ deviations.T).numpy(), **audio)
 
     def merged(self, other: 'Moments') -> 'Moments':
         """Return the moments of these vectors and the other's together."""
-        count, audio = self.count + other.count, (self.seconds + other.seconds, self.short + other.short)
-        if self.count == 0 or other.count == 0:
-            return Moments(count, self.mean + other.mean, self.squares + other.squares, *audio)
-        delta = other.mean - self.mean
-        between = np.outer(delta, delta) if np.ndim(self.squares) == 2 else delta**2
-        squares = self.squares + other.squares + between * (self.count * other.count / count)
-        return Moments(count, self.mean + delta * (other.count / count), squares, *audio)
+        count, delta = self.count + other.count, other.mean - self.mean
+        share = other.count / max(count, 1)
+        squares = self.squares + other.squares + np.outer(delta, delta) * (self.count * share)
+        audio = self.seconds + other.seconds, self.short + other.short
+        return Moments(count, self.mean + delta * share, squares, *audio)
 
     def statistics(self) -> dict[str, list[float]]:
         """Return ``fixed_mean`` and ``fixed_std``; ValueError if a feature cannot be normalised by them."""
         if self.count < 2:
             raise ValueError(f"the audio has {self.count} feature frames; statistics need at least 2")
-        std = np.sqrt(self.squares / (self.count - 1))
+        std = np.sqrt(np.diagonal(self.squares) / (self.count - 1))
         statistics = {"fixed_mean": self.mean.tolist(), "fixed_std": std.tolist()}
         check_fixed_statistics(statistics, name="the statistics of this audio cannot normalise:")
         return statistics
-
-    def components(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the principal components [C, V], their eigenvalues and shares of the variance [C].
-
-        The largest number of an eigenvector is positive, for its sign means nothing. Too few values or targets are a ValueError.
-        """
-        if self.count <= number:
-            raise ValueError(f"--components {number} needs {number + 1} targets or more; the audio has {self.count}")
-        if len(self.mean) < number:
-            raise ValueError(f"--components is {number}; a target has {len(self.mean)} values, and no more components")
-        covariance = self.squares / (self.count - 1)
-        values, vectors = np.linalg.eigh(covariance)
-        values, vectors = values[::-1][:number], vectors.T[::-1][:number]
-        largest = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=1)[:, None], axis=1)
-        return vectors * np.sign(largest), values, values / np.trace(covariance)
 
 
 class TargetSettings(NamedTuple):
@@ -114,7 +91,8 @@ class GroupStatistics(torch.utils.data.Dataset):
 
     def __init__(self, utterances: list[dict], preprocessor, settings: TargetSettings | None = None):
         self.utterances, self.settings = utterances, settings
-        config = OmegaConf.create({**preprocessor, **NEUTRAL})
+        default = {"_target_": "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor"}
+        config = OmegaConf.create({**default, **preprocessor, **NEUTRAL})
         self.rate = config.get("sample_rate", 16000)
         try:
             self.preprocessor = AudioToMelSpectrogramPreprocessor.from_config_dict(config).eval()
@@ -125,7 +103,7 @@ class GroupStatistics(torch.utils.data.Dataset):
         return -(-len(self.utterances) // UTTERANCES_AT_ONCE)
 
     def __getitem__(self, index: int):
-        moments, targets = Moments(), []
+        moments = targets = Moments()
         for utterance in self.utterances[index * UTTERANCES_AT_ONCE :][:UTTERANCES_AT_ONCE]:
             try:
                 samples = torch.from_numpy(read_entry(utterance, self.rate))
@@ -135,42 +113,49 @@ class GroupStatistics(torch.utils.data.Dataset):
             features = features[0, :, : lengths[0]].numpy()
             moments = moments.merged(Moments.of(features, seconds=len(samples) / self.rate))
             if self.settings is not None:
-                targets.append(self.settings.targets_of(features))
-        if not targets:
-            return moments, Moments()
-        short = sum(len(each) == 0 for each in targets)
-        return moments, Moments.of(np.concatenate(targets).T, outer=True, short=short)
+                found = self.settings.targets_of(features)
+                targets = targets.merged(Moments.of(found.T, short=not len(found)))
+        return moments, targets
 
 
 def corpus_statistics(utterances: list[dict], preprocessor, settings=None, workers=0) -> tuple[Moments, Moments]:
     """Return the moments of all valid frames of entries with absolute paths, and of the targets.
 
-    Without ``settings`` the targets have no moments. With 0 workers this process reads the audio.
-
-    Raises:
-        ValueError: naming the audio that cannot be read; for ``NA`` if the statistics cannot normalise.
+    Without ``settings`` the targets have no moments. With 0 workers this process reads the audio. ValueError names the audio that
+    cannot be read, or, for ``NA``, the feature that the statistics cannot normalise.
     """
-    groups, moments, targets = GroupStatistics(utterances, preprocessor, settings), Moments(), Moments()
-    unit = f" x {UTTERANCES_AT_ONCE} utterances"
+    moments = targets = Moments()
+    groups, unit = GroupStatistics(utterances, preprocessor, settings), f" x {UTTERANCES_AT_ONCE} utterances"
     for of_features, of_targets in tqdm(in_order(groups, workers), total=len(groups), unit=unit):
         moments, targets = moments.merged(of_features), targets.merged(of_targets)
     if settings is not None and settings.target_normalize == "NA" and targets.count:
         scale = np.tile(1 / np.asarray(moments.statistics()["fixed_std"]), settings.combine_time_steps)
-        targets = replace(targets, mean=targets.mean * scale, squares=targets.squares * np.outer(scale, scale))
+        targets = targets._replace(mean=targets.mean * scale, squares=targets.squares * np.outer(scale, scale))
     return moments, targets
 
 
 def write_projection(path, targets: Moments, settings: TargetSettings, number: int) -> float:
-    """Write principal components to an .npz file, atomically; return their share of the variance."""
-    components, eigenvalues, shares = targets.components(number)
+    """Write the first principal components to an .npz file, atomically; return their share of the variance.
+
+    The largest number of a component is positive, for its sign means nothing. Too few values or targets are a ValueError.
+    """
+    if targets.count <= number:
+        raise ValueError(f"--components {number} needs {number + 1} targets or more; the audio has {targets.count}")
+    if len(targets.mean) < number:
+        raise ValueError(f"--components is {number}; a target has {len(targets.mean)} values, and no more components")
+    covariance = targets.squares / (targets.count - 1)
+    values, vectors = np.linalg.eigh(covariance)
+    values, vectors = values[::-1][:number], vectors.T[::-1][:number]
+    largest = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=1)[:, None], axis=1)
+    shares = values / np.trace(covariance)
     arrays = {
-        "components": components,
-        "eigenvalues": eigenvalues,
+        "components": vectors * np.sign(largest),  # [C, V]
+        "eigenvalues": values,
         "variance_share": shares,
         "count": targets.count,
         "normalization": settings.target_normalize,
         "combine_time_steps": settings.combine_time_steps,
-        "features": components.shape[1] // settings.combine_time_steps,
+        "features": len(targets.mean) // settings.combine_time_steps,
     }
     with replacing(path) as partial, open(partial, "wb") as file:
         np.savez(file, **arrays)

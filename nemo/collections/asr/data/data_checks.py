@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check before training that the data can be read, with the code that reads it. New in this project."""
+"""Check before training that audio can be read, by the code that reads it, and texts be written. New in this project."""
 
 import itertools
 import tarfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,25 +18,20 @@ from nemo.collections.asr.parts.utils.manifest_index import Line, expanded, inde
 from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
 from nemo.collections.common.data.lhotse.dataloader import make_structured_with_schema_warnings
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
+from nemo.utils import logging
 from nemo.utils.left_out import LEFT_OUT
 
-FIRST = 100  # entries of a plain manifest whose audio is looked for
 SOURCES = ('manifest_filepath', 'shar_path', 'cuts_path', 'input_cfg')
 
 
 def check_data(name: str, data_cfg: DictConfig) -> None:
     """Check a data section: open every local source, and look at its first and its last entry.
 
-    Sources elsewhere (``s3://``, ``ais://``, ``pipe:``) are left to their reader.
-
-    Raises:
-        ValueError: naming the key, the file, and what is wrong with it.
+    Sources elsewhere (``s3://``, ``ais://``, ``pipe:``) are left to their reader. ValueError names the key, the file and the fault.
     """
     use_lhotse, is_tarred, resumable = (data_cfg.get(key) for key in ('use_lhotse', 'is_tarred', 'resumable'))
-    with _naming(f'{name}.noise_manifest'):
-        for path in paths_in(data_cfg.get('noise_manifest')):
-            check = _check_shards if Path(expanduser(path)).is_dir() else _check_entries
-            check(path)
+    check_noise = lambda path: (_check_shards if Path(expanduser(path)).is_dir() else _check_entries)(path)
+    _check_paths(f'{name}.noise_manifest', data_cfg.get('noise_manifest'), check_noise)
     if not any(data_cfg.get(key) for key in SOURCES[: None if use_lhotse else 1]):
         raise ValueError(
             f"{name}.manifest_filepath is {data_cfg.get('manifest_filepath')!r}; it must name a manifest"
@@ -53,10 +48,8 @@ def check_data(name: str, data_cfg: DictConfig) -> None:
         config = make_structured_with_schema_warnings(config)
         config.force_finite = True
         least, most = config.min_duration or 0.0, float('inf') if config.max_duration is None else config.max_duration
-        read = lambda: read_cutset_from_config(config)[0]
-        kept = lambda: (cut for cut in read() if least <= getattr(cut, 'duration', least) <= most)
         with _naming(name):
-            _check_first('the data', kept, f', from min_duration = {least} to max_duration = {most} seconds,')
+            _check_first('the data', lambda: read_cutset_from_config(config)[0], least, most)
     LEFT_OUT.clear()  # what the check came upon is counted when it is read
 
 
@@ -73,13 +66,9 @@ def sources_in(data_cfg) -> Iterator[tuple[str, dict]]:
 
 
 def check_manifest(path: str, key: str, min_duration: float | None = None, max_duration: float | None = None) -> int:
-    """Check that a plain manifest can be read and has utterances within the limits, in seconds.
+    """Return how many utterances of a plain manifest are within the limits, in seconds; 0 if it is elsewhere.
 
-    Returns:
-        The number of utterances that are kept; 0 for a manifest in a data store, which is left to its reader.
-
-    Raises:
-        ValueError: naming the key, if it is missing, malformed, empty, wholly dropped, or names missing audio.
+    ValueError names the key, if the manifest is missing, malformed, empty, wholly dropped, or names missing audio.
     """
     if is_remote(path):
         return 0
@@ -87,7 +76,7 @@ def check_manifest(path: str, key: str, min_duration: float | None = None, max_d
         if path.endswith('.gz') or len(expanded(path)) > 1:
             raise ValueError(f"{path} is compressed or a pattern, which needs use_lhotse: true")
         [file] = _local_files(path)
-        for line in itertools.islice(read_entries(file), FIRST):
+        for line in itertools.islice(read_entries(file), 100):
             _check_audio(line)
         index = index_of(file)
         kept = int(index.lasting(min_duration, max_duration).sum())
@@ -107,26 +96,30 @@ def _naming(key: str) -> Iterator[None]:
         raise ValueError(f"{key}: {error}") from error
 
 
+def _check_paths(key: str, value, check: Callable) -> bool:
+    """Check the paths in the value of a key; return whether one is elsewhere."""
+    paths = paths_in(value)
+    for path in paths:
+        with _naming(key):
+            check(path)
+    return any(map(is_remote, paths))
+
+
 def _check_source(prefix: str, source) -> bool:
     """Check what one section names; return whether it is elsewhere."""
-    tars, manifests = paths_in(source.get('tarred_audio_filepaths')), paths_in(source.get('manifest_filepath'))
-    shards = source.get('shar_path')
-    shards = [] if isinstance(shards, (dict, DictConfig)) else paths_in(shards)
+    tars, shards = source.get('tarred_audio_filepaths'), source.get('shar_path')
     needed: tuple[str, ...] = () if tars else ('audio_filepath', 'duration')
     check_entries = partial(_check_entries, needed=needed, with_audio=not tars)
-    for key, check, paths in (
-        ('manifest_filepath', check_entries, manifests),
-        ('tarred_audio_filepaths', _check_tar, tars),
-        ('shar_path', _check_shards, shards),
-    ):
-        with _naming(f'{prefix}{key}'):
-            for path in paths:
-                check(path)
-    return any(map(is_remote, (*tars, *manifests, *shards)))
+    remote = [
+        _check_paths(f'{prefix}manifest_filepath', source.get('manifest_filepath'), check_entries),
+        _check_paths(f'{prefix}tarred_audio_filepaths', tars, _check_tar),
+        _check_paths(f'{prefix}shar_path', None if isinstance(shards, (dict, DictConfig)) else shards, _check_shards),
+    ]
+    return any(remote)
 
 
 def _local_files(pattern: str) -> list[str]:
-    files = [] if is_remote(pattern) else [expanduser(path) for path in expanded(pattern)]
+    files = [] if is_remote(pattern) else expanded(pattern)
     for path in files:
         if not Path(path).is_file():
             raise ValueError(f"no file {path}")
@@ -144,10 +137,8 @@ def _check_entries(pattern: str, needed: tuple[str, ...] = (), with_audio: bool 
 
 def _check_tar(pattern: str) -> None:
     for path in _local_files(pattern):
-        try:
-            tarfile.open(path).close()
-        except tarfile.ReadError as error:
-            raise ValueError(f"{path} is no tar file: {error}") from error
+        if not tarfile.is_tarfile(path):
+            raise ValueError(f"{path} is no tar file")
 
 
 def _check_shards(folder: str) -> None:
@@ -159,16 +150,52 @@ def _check_shards(folder: str) -> None:
     _check_first(folder, lambda: CutSet.from_shar(in_dir=expanduser(folder)))
 
 
-def _check_first(what: str, open_cuts: Callable, limits: str = '') -> None:
+def _check_first(what: str, open_cuts: Callable, least: float = 0.0, most: float = float('inf')) -> None:
     try:
-        first = next(iter(open_cuts()), None)
+        first = next((cut for cut in open_cuts() if least <= getattr(cut, 'duration', least) <= most), None)
     except Exception as error:  # each reader has errors of its own
         raise ValueError(f"lhotse cannot read {what}: {type(error).__name__}: {error}") from error
     if first is None:
-        raise ValueError(f"{what}{limits} has no entries")
+        raise ValueError(f"{what}, from min_duration = {least} to max_duration = {most} seconds, has no entries")
 
 
 def _check_audio(line: Line) -> None:
     for file in [line.audio] if isinstance(line.audio, str) else line.audio:
         if not is_remote(file) and not Path(get_full_path(file, manifest_file=line.manifest)).is_file():
             raise ValueError(f"{line.place}: no audio file {file}")
+
+
+def texts_of(section) -> Iterator[str]:
+    """Yield the texts of a data section's local manifests; ValueError names a line without text."""
+    for _, source in sources_in(section):
+        for pattern in itertools.filterfalse(is_remote, paths_in(source.get('manifest_filepath'))):
+            for line in read_entries(pattern):
+                if not isinstance(line.entry.get('text'), str):
+                    raise ValueError(f"{line.place} has no text")
+                yield line.entry['text']
+
+
+def characters_of(section) -> list[str]:
+    """Return the characters of all texts of a data section, sorted; raise ValueError if there are none."""
+    found = set().union(*texts_of(section))
+    if not found:
+        raise ValueError("the manifests have no texts; set model.labels")
+    return sorted(found)
+
+
+def report_unknown_characters(key: str, section, model) -> dict[str, int]:
+    """Log which characters of a section's texts a recogniser's labels or word pieces lack, and how often each occurs."""
+    if model.cfg.get('tokenizer') is None:
+        is_known = set(model.cfg.labels).__contains__
+    else:
+        pieces = model.tokenizer
+        is_known = lambda character: character.isspace() or pieces.unk_id not in pieces.text_to_ids(character)
+    counts = Counter(itertools.chain.from_iterable(texts_of(section))).most_common()
+    unknown = {character: count for character, count in counts if not is_known(character)}
+    if unknown:
+        named = ', '.join(f'{character!r} {count}' for character, count in unknown.items())
+        logging.warning(
+            f"{key}: the texts have characters that the model's labels lack: {named}. They are left out of the references, so "
+            "error rates are those of other words."
+        )
+    return unknown

@@ -4,7 +4,7 @@
 NeMo makes a Python object of each entry, and looks for its file: a million take 45 s, and a copy in each worker.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from os.path import expanduser
 
 import numpy as np
@@ -21,21 +21,10 @@ collections.AudioTextEntity = collections.AudioText.OUTPUT_TYPE  # pickle looks 
 class ManifestEntries(Sequence):
     """What NeMo's collections give, without text: arguments and items are those of ``ASRAudioText``.
 
-    Utterances without a duration, in seconds, stay.
-
-    Raises:
-        ValueError: naming file and line, if a line is no JSON object or has a duration that is not a number.
+    Utterances without a duration, in seconds, stay. ValueError names file and line, if a line is no entry.
     """
 
-    def __init__(
-        self,
-        manifests_files: str | list[str],
-        parse_func: Callable[[str, str], dict],
-        min_duration: float | None = None,
-        max_duration: float | None = None,
-        max_number: int | None = None,
-        **unused,
-    ):
+    def __init__(self, manifests_files, parse_func, min_duration=None, max_duration=None, max_number=None, **unused):
         self.parse, self.manifests = parse_func, [expanduser(path) for path in paths_in(manifests_files)]
         self.indices = [index_of(DataStoreObject(manifest).get()) for manifest in self.manifests]
         durations = np.concatenate([index.durations for index in self.indices])

@@ -1,25 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Resumable batches of lhotse data: manifests, tarred manifests, Shar, mixtures, buckets. New here.
 
-The shards of each source are divided among readers, the workers of all ranks. A reader reads segments: as many cuts as the
-sampler's buffer holds, which NeMo's sampler makes batches of, until nothing is left. All draws of a segment are seeded with its
-first position. So a place is where each source was when the segment began, and how many of its batches are used. To resume, a
-reader opens the open shards, and makes these batches again without loading audio.
+The shards of each source are divided among readers, the workers of all ranks. A reader reads segments, as many cuts as the
+sampler's buffer holds, until nothing is left; all draws of a segment are seeded with its first position. So a place is where each
+source was when the segment began, and how many of its batches are used: these are made again on resume, without loading audio.
 """
 
 import copy
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from lhotse import CutSet
-from lhotse.lazy import LazyInfiniteApproximateMultiplexer, LazyIteratorChain, LazyManifestIterator
+from lhotse.lazy import LazyInfiniteApproximateMultiplexer, LazyManifestIterator
 from lhotse.serialization import deserialize_item
 from lhotse.shar.readers.lazy import LazySharIterator
-from omegaconf import OmegaConf, open_dict
+from omegaconf import open_dict
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from nemo.collections.asr.data.resumable_loader import ResumableLoader, derive_seed, seed_generators
@@ -32,32 +31,23 @@ REFUSED = {
     'force_map_dataset': 'each rank then reads the cuts of all ranks',
     'multi_config': 'input_cfg mixes sources, too',
     'max_open_streams': 'a reader opens one shard of each source',
-}
-REFUSED_TARRED = {  # beside use_lhotse: true
-    'is_concat': 'tarred manifests are read through lhotse; mix them with use_lhotse: true and input_cfg',
-    'augmentor': 'tarred manifests are read through lhotse; set use_lhotse: true and its augmentations',
+    'is_concat': 'lhotse reads the data; mix manifests with use_lhotse: true and input_cfg',
+    'augmentor': 'lhotse reads the data; set use_lhotse: true and its augmentations',
 }
 READERS = LazySharIterator, LazyNeMoTarredIterator, LazyNeMoIterator, LazyManifestIterator
 
 
 def resumable_config(config, options, ranks: int):
-    """Return a copy of a data section for a loader that :func:`make_resumable_cuts` takes.
-
-    Raises:
-        ValueError: naming the setting that cannot be resumed, the reason, and what to set.
-    """
-    seed = Resumable.parse(options, 'train_ds.resumable').seed
-    config = copy.deepcopy(config if OmegaConf.is_config(config) else OmegaConf.create(config))
-    use_lhotse = config.get('use_lhotse', False)
-    for key, reason in (REFUSED if use_lhotse else REFUSED | REFUSED_TARRED).items():
+    """Return a copy of a data section for :class:`ResumableCutLoader`; ValueError names what cannot be resumed."""
+    seed, config = Resumable.parse(options, 'train_ds.resumable').seed, copy.deepcopy(config)
+    for key, reason in REFUSED.items():
         if config.get(key):
             raise ValueError(f"train_ds.{key} is {config[key]}; train_ds.resumable needs it unset: {reason}")
     with open_dict(config):
-        if not use_lhotse:
-            removed = {key: config.pop(key, None) for key in ('is_tarred', 'tarred_shard_strategy', 'shuffle_n')}
+        if not config.get('use_lhotse', False):
             config.update(use_lhotse=True, force_finite=ranks == 1)
-            if removed['shuffle_n'] and config.get('shuffle', False):
-                config.shuffle_buffer_size = removed['shuffle_n']
+            if config.get('shuffle_n') and config.get('shuffle', False):
+                config.shuffle_buffer_size = config.shuffle_n
         if config.get('force_finite', False) and ranks > 1:
             raise ValueError(
                 f"train_ds.force_finite is true on {ranks} ranks; they have different numbers of batches, so it must be "
@@ -68,23 +58,6 @@ def resumable_config(config, options, ranks: int):
             if not isinstance(config.get(key), int):
                 config[key] = derive_seed(seed, key) % 2**31
     return config
-
-
-def make_resumable_cuts(loader: DataLoader, config, options, rank: int, ranks: int) -> 'ResumableCutLoader':
-    """Return a resumable loader of the data of NeMo's loader for a ``config`` of :func:`resumable_config`."""
-    buffer = config.get('bucket_buffer_size' if config.get('use_bucketing', False) else 'shuffle_buffer_size')
-    data = ResumableCuts(
-        loader.dataset.dataset,
-        loader.dataset.sampler,
-        seed=Resumable.parse(options, 'train_ds.resumable').seed,
-        rank=rank,
-        readers=ranks * max(1, loader.num_workers),
-        segment=buffer or 10000,
-        finite=config.get('force_finite', False),
-    )
-    kept = {name: getattr(loader, name) for name in ('num_workers', 'pin_memory', 'worker_init_fn')}
-    collate = partial(_collate_batch, loader.collate_fn)
-    return ResumableCutLoader(data, seed=data.seed, batch_size=None, collate_fn=collate, **kept)
 
 
 @dataclass(eq=False)
@@ -121,7 +94,10 @@ class CutStream:
         number, first, done, offset = self.position
         empty = not (done or offset)
         while True:
-            for shard, part in self._order(number)[first:][self.reader :: self.readers][done:]:
+            order = list(itertools.product(range(len(self.open_shard)), range(self.parts)))
+            if self.shuffled:
+                random.Random(derive_seed(self.seed, number)).shuffle(order)
+            for shard, part in order[first:][self.reader :: self.readers][done:]:
                 window = part + offset * self.parts, None, self.parts  # of the shard's cuts
                 for cut in self.open_shard[shard](number, window):
                     offset, empty = offset + 1, False
@@ -133,29 +109,25 @@ class CutStream:
                 return
             number, first, done = number + 1, 0, 0
 
-    def _order(self, number: int) -> list[tuple[int, int]]:
-        order = list(itertools.product(range(len(self.open_shard)), range(self.parts)))
-        if self.shuffled:
-            random.Random(derive_seed(self.seed, number)).shuffle(order)
-        return order
-
 
 class ResumableCuts(IterableDataset):
     """Batches of a reader's cuts, each with its place: reader, the segment's positions, next batch in it.
 
-    Streams take the place of the sources in NeMo's sampler. ``readers`` are those of all ranks; a segment is so many cuts.
+    Streams take the place of the sources in NeMo's sampler.
     """
 
-    def __init__(self, dataset, sampler, *, seed: int, rank: int, readers: int, segment: int, finite: bool):
-        self.dataset, self.sampler, self.seed, self.rank = dataset, sampler, seed, rank
-        self.readers, self.segment = readers, segment
+    def __init__(self, loader: DataLoader, config, seed: int, rank: int, ranks: int):
+        self.dataset, self.sampler, self.seed, self.rank = loader.dataset.dataset, loader.dataset.sampler, seed, rank
+        self.readers = ranks * max(1, loader.num_workers)
+        buffer = 'bucket_buffer_size' if config.get('use_bucketing', False) else 'shuffle_buffer_size'
+        self.segment = config.get(buffer) or 10000  # cuts
         streams: dict[int, CutStream] = {}
 
         def stream_of(source) -> CutStream:
-            own_seed = derive_seed(seed, 'shards', len(streams))
-            return streams.setdefault(id(source), CutStream(*_shards_of(source), own_seed, readers, finite))
+            own = derive_seed(seed, 'shards', len(streams)), self.readers, config.get('force_finite', False)
+            return streams.setdefault(id(source), CutStream(*_shards_of(source), *own))
 
-        _replace_sources(sampler, stream_of)
+        _replace_sources(self.sampler, stream_of)
         self.streams = list(streams.values())
         self.begin = [(0, 0)] * len(streams)  # pass and first shard of each source
         self.places: dict[int, tuple] = {}  # of the readers of this rank: the segment's positions, batches used
@@ -163,7 +135,7 @@ class ResumableCuts(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple | None]:
         info = get_worker_info()
-        reader, workers = (info.id, info.num_workers) if info else (0, 1)
+        reader, workers = (info.id, info.num_workers) if info else (0, 1)  # lhotse draws by the worker's number, too
         if reader < self.first_reader:
             yield None  # the batch comes from the next worker
         start = tuple((*begin, 0, 0) for begin in self.begin)
@@ -197,9 +169,14 @@ class ResumableCuts(IterableDataset):
 
 
 class ResumableCutLoader(ResumableLoader):
-    """Resumable batches of cuts; made by :func:`make_resumable_cuts`."""
+    """Resumable batches of the data of NeMo's loader for a ``config`` of :func:`resumable_config`."""
 
-    _pass_has_ended = False
+    def __init__(self, loader: DataLoader, config, options, rank: int, ranks: int):
+        data = ResumableCuts(loader, config, Resumable.parse(options, 'train_ds.resumable').seed, rank, ranks)
+        kept = {name: getattr(loader, name) for name in ('num_workers', 'pin_memory', 'worker_init_fn')}
+        collate = partial(_collate_batch, loader.collate_fn)
+        super().__init__(data, seed=data.seed, batch_size=None, collate_fn=collate, **kept)
+        self._pass_has_ended = False
 
     def state_dict(self) -> dict:
         """Return the places of the readers of all ranks; every rank calls it."""
@@ -271,34 +248,27 @@ def _next_shard(state: dict, index: int, parts: int) -> tuple[int, int]:
 
 def _shards_of(source) -> tuple[list[Callable], bool]:
     """Return functions of a pass and a window that open a source's shards, and whether they are shuffled."""
-    shuffled = bool(getattr(source, 'shuffle_shards', False))
+    shards: list[dict] = [{}]  # what a copy of the source differs in
     if isinstance(source, LazySharIterator):
-        pairs = [{'shards': [files], 'cut_map_fns': [call]} for files, call in zip(source.shards, source.cut_map_fns)]
-        return [partial(_open_shard, source, pair) for pair in pairs], shuffled
-    if isinstance(source, LazyNeMoTarredIterator):
+        shards = [{'shards': [files], 'cut_map_fns': [call]} for files, call in zip(source.shards, source.cut_map_fns)]
+    elif isinstance(source, LazyNeMoTarredIterator):
         shards = [{'shard_id_to_manifest': {shard: source.shard_id_to_manifest[shard]}} for shard in source.shard_ids]
-        return [partial(_open_shard, source, shard) for shard in shards], shuffled
-    if isinstance(source, LazyNeMoIterator):
-        files = source.source.iterators if isinstance(source.source, LazyIteratorChain) else [source.source]
-        return [partial(_open_manifest, source, file) for file in files], shuffled
-    return [partial(_open_cuts, source)], shuffled
+    elif isinstance(source, LazyNeMoIterator):
+        shards = [{'source': file} for file in getattr(source.source, 'iterators', [source.source])]
+    return [partial(_open_shard, source, shard) for shard in shards], bool(getattr(source, 'shuffle_shards', False))
 
 
 def _open_shard(source, attributes: dict, number: int, window: tuple) -> Iterator:
-    one = copy.copy(source)
-    vars(one).update(attributes, epoch=number, split_for_dataloading=False)
-    return itertools.islice(one, *window)
-
-
-def _open_manifest(source, file: Iterable[dict], number: int, window: tuple) -> Iterator:
-    lines = (line for line in file if not line.get('_skipme', False))  # a cut opens the audio of its line
-    return _open_shard(source, {'source': itertools.islice(lines, *window)}, number, (None,))
-
-
-def _open_cuts(source, number: int, window: tuple) -> Iterator:
+    if isinstance(source, list):
+        return itertools.islice(source, *window)
     if isinstance(source, LazyManifestIterator):
         return map(deserialize_item, itertools.islice(source.source, *window))
-    return itertools.islice(source, *window)
+    one = copy.copy(source)
+    vars(one).update(attributes, epoch=number, split_for_dataloading=False)
+    if isinstance(source, LazyNeMoIterator):  # a cut opens the audio of its line
+        lines = (line for line in one.source if not line.get('_skipme', False))
+        one.source, window = itertools.islice(lines, *window), (None,)
+    return itertools.islice(one, *window)
 
 
 def _children(node) -> list[tuple]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A data loader that resumes in the middle of an epoch, exactly. New in this project.
+"""A data loader that resumes in the middle of an epoch, exactly; ``resumable_cuts.py`` has one for lhotse. New in this project.
 
 The order of the utterances, and all that is drawn for a batch (noise, masks, dropout), is a pure function of (seed, epoch, batch),
-with any number of workers and ranks. ``resumable_cuts.py`` has the same for data that lhotse reads.
+with any number of workers and ranks.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
 from nemo.collections.asr.parts.utils.config_keys import Resumable
 from nemo.utils import logging
@@ -40,10 +40,7 @@ class ResumableLoader(DataLoader):
 
     def __iter__(self) -> Iterator:
         self._ahead.clear()
-        return self._given(self._placed_batches())
-
-    def _given(self, placed) -> Iterator:
-        for place, batch in placed:
+        for place, batch in self._placed_batches():
             self._ahead.append(place)
             self._seed_step(place)
             yield batch
@@ -102,22 +99,14 @@ class ResumableDataLoader(ResumableLoader):
     def _placed_batches(self) -> Iterator[tuple]:
         self._used_before, self._to_skip, self._used = self._to_skip, 0, 0
         epoch = self.dataset.epoch = self.sampler.epoch  # before the workers take their copies
-        share = self._share(epoch)[self._used_before // self.ranks :]
-        self._rest = BatchSampler(share, self.batch_size, self.drop_last)
+        rank, seed = getattr(self.sampler, 'rank', 0), derive_seed(self.seed, 'order', epoch)
+        share = np.array([*DistributedSampler(self.dataset, self.ranks, rank, self.shuffled, seed)])
+        self._rest = BatchSampler(share[self._used_before // self.ranks :], self.batch_size, self.drop_last)
         places = zip(itertools.repeat(epoch), itertools.count(self.position + 1))
         return zip(places, DataLoader.__iter__(self))
 
     def _use(self, place: tuple) -> None:
         self._used += 1
-
-    def _share(self, epoch: int) -> np.ndarray:
-        """Return the utterances of this rank in the order of an epoch; all ranks have equally many."""
-        indices = np.arange(len(self.dataset))
-        if self.shuffled:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, 'order', epoch))
-            indices = torch.randperm(len(self.dataset), generator=generator).numpy()
-        missing = -len(indices) % self.ranks
-        return np.resize(indices, len(indices) + missing)[getattr(self.sampler, 'rank', 0) :: self.ranks]
 
     def __len__(self) -> int:
         return len(super()._index_sampler)  # of the whole epoch, as Lightning counts
@@ -127,7 +116,7 @@ class ResumableDataLoader(ResumableLoader):
         return super()._index_sampler if self._rest is None else self._rest
 
 
-class SeededItems(Dataset):
+class SeededItems:
     """A dataset that seeds the generators for each batch; a loader's workers fetch whole batches."""
 
     def __init__(self, dataset, seed: int):
@@ -141,7 +130,7 @@ class SeededItems(Dataset):
         return [self.dataset[index] for index in indices]
 
 
-class EpochSampler(SequentialSampler):
+class EpochSampler(torch.utils.data.SequentialSampler):
     """Holds the epoch where Lightning has no distributed sampler; the order is the loader's."""
 
     epoch = 0

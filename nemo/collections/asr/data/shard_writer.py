@@ -2,11 +2,9 @@
 """Pack utterances into shards with lhotse's writer, in several processes. New in this project."""
 
 import hashlib
-import itertools
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,13 +13,14 @@ from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 from lhotse.shar import SharWriter
 from tqdm import tqdm
 
+from nemo.collections.asr.data.audio_files import entries_within
 from nemo.collections.asr.data.loader_workers import in_order
-from nemo.collections.asr.data.ssl_dataset import LEAST_SHARE_OF_DURATION, BadAudioError
-from nemo.collections.asr.parts.utils.manifest_index import Line, read_entries
-from nemo.collections.asr.parts.utils.nonfinite_guard import NOT_FINITE, samples_are_valid
+from nemo.collections.asr.data.ssl_dataset import BadAudioError
+from nemo.collections.asr.parts.utils.manifest_index import Line
+from nemo.collections.asr.parts.utils.nonfinite_guard import fault_of
+from nemo.collections.common.data.lhotse.nemo_adapters import holds
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
 from nemo.utils.atomic_files import write_text
-from nemo.utils.left_out import LEFT_OUT, OUTSIDE_LIMITS
 
 TOLERANCE = 0.02  # seconds that a duration may differ by when it is read back; codecs pad
 TAKEN = ('audio_filepath', 'audio_filename', 'duration', 'offset', 'text', 'speaker', 'lang')  # have places in a cut
@@ -53,21 +52,6 @@ class Plan:
                     f"--output {folder} has shards with {name} {found.get(name)}, not {value}; take another folder, or remove it"
                 )
 
-    def lines(self) -> list[Line]:
-        """Return the manifests' entries within the limits, in order or shuffled; ValueError if none is left."""
-        lines = []
-        for line in itertools.chain.from_iterable(map(read_entries, self.manifests)):
-            seconds = line.entry.get('duration') or self.min_duration
-            if self.min_duration <= seconds <= self.max_duration:
-                lines.append(line)
-            else:
-                LEFT_OUT.add(OUTSIDE_LIMITS, f'{line.place}: {seconds} s')
-        if not lines:
-            raise ValueError(f"--manifest: nothing is left of {', '.join(self.manifests)}")
-        if self.shuffle is not None:
-            random.Random(self.shuffle).shuffle(lines)
-        return lines
-
 
 def cut_of(line: Line, number: int, sample_rate: int | None) -> MonoCut:
     """Return an entry's cut, named by file and number; BadAudioError for what a shard must not have."""
@@ -76,18 +60,13 @@ def cut_of(line: Line, number: int, sample_rate: int | None) -> MonoCut:
     name = f'{Path(path).stem}-{number}'
     recording = Recording.from_file(path, recording_id=name)
     offset, duration = entry.get('offset') or 0.0, entry.get('duration')
+    if not holds(recording, offset, duration):
+        raise BadAudioError(f"it lasts {recording.duration:.2f} s, in the manifest {duration} s from {offset} s on")
     left = recording.duration - offset
-    if left <= 0:
-        raise BadAudioError(f"it lasts {recording.duration:.2f} s, and the utterance begins at {offset}")
-    if left < LEAST_SHARE_OF_DURATION * (duration or 0.0):
-        raise BadAudioError(f"it lasts {left:.2f} s, in the manifest {duration:.2f}")
-    cut = recording.to_cut()
-    if offset or (duration or left) < left:
-        cut = cut.truncate(offset=offset, duration=min(duration or left, left))
+    cut = recording.to_cut().truncate(offset=offset, duration=min(duration or left, left))
     cut = cut.resample(sample_rate or cut.sampling_rate).with_id(name)
-    samples = torch.from_numpy(cut.load_audio())
-    if not samples.numel() or not samples_are_valid(samples):
-        raise BadAudioError(f"it has {NOT_FINITE}" if samples.numel() else "it is empty")
+    if fault := fault_of(torch.from_numpy(cut.load_audio())):
+        raise BadAudioError(fault)
     fields = {'text': entry.get('text'), 'speaker': entry.get('speaker'), 'language': entry.get('lang')}
     cut.supervisions = [SupervisionSegment(name, name, start=0.0, duration=cut.duration, **fields)]
     cut.custom = {key: value for key, value in entry.items() if key not in TAKEN} or None
@@ -99,7 +78,12 @@ class ShardMaker(torch.utils.data.Dataset):
 
     def __init__(self, output: Path, plan: Plan, stop: bool):
         self.shards, self.reports = output / '.shar', output / '.reports'
-        self.plan, self.stop, self.lines = plan, stop, plan.lines()
+        self.plan, self.stop = plan, stop
+        self.lines = list(entries_within(plan.manifests, plan.min_duration, plan.max_duration))
+        if not self.lines:
+            raise ValueError(f"--manifest: nothing is left of {', '.join(plan.manifests)}")
+        if plan.shuffle is not None:
+            random.Random(plan.shuffle).shuffle(self.lines)
         for folder in (self.shards, self.reports):
             folder.mkdir(exist_ok=True)
 
@@ -118,30 +102,27 @@ class ShardMaker(torch.utils.data.Dataset):
     def _write(self, number: int) -> dict:
         """Write a shard, read it back, and return its report."""
         durations: dict[str, float] = {}
-        bad: list[dict] = []
+        bad, first = [], number * self.plan.shard_size
         fields = {'recording': self.plan.format}
         with SharWriter(self.shards, fields, shard_size=None, shard_suffix=f'.{number:06d}') as writer:
-            for cut in self._valid_cuts(number * self.plan.shard_size, bad):
-                writer.write(cut)
-                durations[cut.id] = cut.duration
+            for place, line in enumerate(self.lines[first : first + self.plan.shard_size], start=first):
+                try:
+                    cut = cut_of(line, place, self.plan.sample_rate)
+                except Exception as error:  # soundfile, lhotse and its backends each have their own
+                    reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+                    if self.stop:
+                        raise BadAudioError(f"{line.place}: {line.audio}: {reason}") from None
+                    bad.append({'manifest': line.manifest, 'line': line.number, 'reason': reason, 'file': line.audio})
+                else:
+                    writer.write(cut)
+                    durations[cut.id] = cut.duration
         files = sorted(self.shards.glob(f'*.{number:06d}.*'))
         if durations:
             check_written(self.shards, number, durations)
-        else:
-            while files:
-                files.pop().unlink()
+        while not durations and files:
+            files.pop().unlink()
         sums = {path.name: digest_of(path) for path in files}
         return {'utterances': len(durations), 'seconds': sum(durations.values()), 'bad': bad, 'files': sums}
-
-    def _valid_cuts(self, first: int, bad: list[dict]) -> Iterator[MonoCut]:
-        for place, line in enumerate(self.lines[first : first + self.plan.shard_size], start=first):
-            try:
-                yield cut_of(line, place, self.plan.sample_rate)
-            except Exception as error:  # soundfile, lhotse and its backends each have their own
-                reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
-                if self.stop:
-                    raise BadAudioError(f"{line.place}: {line.audio}: {reason}") from None
-                bad.append({'manifest': line.manifest, 'line': line.number, 'reason': reason, 'file': line.audio})
 
 
 def check_written(folder: Path, number: int, durations: dict[str, float]) -> None:
@@ -166,8 +147,7 @@ def digest_of(path: Path) -> str:
 def pack(plan: Plan, output: Path, stop: bool = False, workers: int = 1) -> None:
     """Pack the utterances of a plan into ``output/shar`` in processes, or continue an interrupted call.
 
-    Raises:
-        ValueError: if the folder is one of another plan, all audio is bad, or bad audio is an error (``stop``).
+    ValueError if the folder is one of another plan, all audio is bad, or bad audio is an error (``stop``).
     """
     plan.claim(output)
     if not (output / 'shar').exists():

@@ -7,7 +7,6 @@ Several channels are mixed down, or ``channel_selector`` selects one.
 """
 
 import io
-import itertools
 import os
 import re
 import tarfile
@@ -23,45 +22,45 @@ import soundfile
 import torch
 import webdataset
 from lhotse import CutSet
+from torch.nn.utils.rnn import pad_sequence
 
-from nemo.collections.asr.data.audio_files import audio_entries
+from nemo.collections.asr.data.audio_files import audio_entries, entries_within
 from nemo.collections.asr.data.manifest_entries import ManifestEntries
-from nemo.collections.asr.parts.utils.manifest_index import expanded, is_remote, local_entries, paths_in
+from nemo.collections.asr.parts.utils.manifest_index import expanded, is_remote, paths_in
 from nemo.collections.asr.parts.utils.nonfinite_guard import NOT_FINITE, fault_of, on_this_rank, samples_are_valid
 from nemo.collections.common.data.lhotse.nemo_adapters import CUT_OFF, LEAST_SHARE_OF_DURATION, NO_MEMBER, STANDS_FOR
 from nemo.collections.common.parts.preprocessing import collections
 from nemo.utils import logging
-from nemo.utils.left_out import LEFT_OUT, OUTSIDE_LIMITS
+from nemo.utils.left_out import LEFT_OUT
 from nemo_streaming_ssl import upstream
 
 _up = upstream(globals())
 
 SILENCE = 16000  # samples
-SHORTER = 'shorter than in the manifest'
-UNREADABLE = 'unreadable'
 MISSING = 'the file has no such member, or ends before it'
 SKIPPED = 'an utterance that is left out'  # stands for it until the batch is collated
 
 
 class BadAudioError(ValueError):
-    """An utterance that cannot be trained on; ``reason`` is what it is counted under."""
+    """Utterances that cannot be trained on: what they are counted under, and how many they are."""
 
-    def __init__(self, message: str, reason: str = UNREADABLE):
+    def __init__(self, message: str, reason: str = 'unreadable', count: int = 1):
         super().__init__(message)
-        self.reason = reason
+        self.reason, self.count = reason, count
 
 
 class NothingLeftError(BadAudioError):
     """A batch whose utterances are all left out."""
 
 
-def leave_out(bad: BadAudioError, skip: bool | None, count: int = 1) -> None:
+def leave_out(bad: BadAudioError, skip: bool | None) -> None:
     """Log and count utterances that are skipped; raise BadAudioError if they are not to be."""
     if not skip:
         message = f"bad audio{on_this_rank()}: {bad}; with train_ds.skip_bad_audio: true it would be skipped"
         raise BadAudioError(message) from bad
-    logging.warning(f"Skipped bad audio{on_this_rank()}: {bad}{f' and {count - 1} others' if count > 1 else ''}")
-    LEFT_OUT.add(bad.reason, str(bad), count)
+    others = f' and {bad.count - 1} others' if bad.count > 1 else ''
+    logging.warning(f"Skipped bad audio{on_this_rank()}: {bad}{others}")
+    LEFT_OUT.add(bad.reason, str(bad), bad.count)
 
 
 @dataclass
@@ -87,9 +86,6 @@ class _LeavesOut:
 
     skip_bad_audio = False
 
-    def __getstate__(self):
-        return {**self.__dict__, 'counter': LEFT_OUT}  # spawned workers take the counter along
-
     def _collate_fn(self, batch) -> AudioNoiseBatch:
         kept = [item for item in batch if item is not SKIPPED]
         if not kept:
@@ -102,21 +98,16 @@ class _LeavesOut:
         """Return the item that a function loads, checked, or what stands for it; ``entry`` is of the manifest."""
         try:
             item = load()
-            self._check_duration(item, entry, file)
+            found, expected = item.audio.samples_read / self.featurizer.sample_rate, entry.duration or 0.0
+            if found < LEAST_SHARE_OF_DURATION * expected and not self.trim:  # decoders and NeMo's padding hide it
+                message = f"{file} lasts {found:.2f} s, in the manifest {expected:.2f}"
+                if self.skip_bad_audio:
+                    raise BadAudioError(message, 'shorter than in the manifest')
+                logging.warning(f"Audio may be cut off: {message}")
             return item
         except Exception as error:  # soundfile, librosa and sox each have their own
             leave_out(_bad_file(file, error), self.skip_bad_audio)
             return SKIPPED
-
-    def _check_duration(self, item, entry, file: str) -> None:
-        """Find files that were cut off: decoders read them without an error, and NeMo pads them."""
-        found = item.audio.samples_read / self.featurizer.sample_rate
-        expected = 0.0 if self.trim or entry.duration is None else entry.duration
-        if found < LEAST_SHARE_OF_DURATION * expected:
-            message = f"{file} lasts {found:.2f} s, in the manifest {expected:.2f}"
-            if self.skip_bad_audio:
-                raise BadAudioError(message, SHORTER)
-            logging.warning(f"Audio may be cut off: {message}")
 
 
 class AudioNoiseDataset(_LeavesOut, _up.AudioNoiseDataset):
@@ -125,9 +116,9 @@ class AudioNoiseDataset(_LeavesOut, _up.AudioNoiseDataset):
     def __init__(self, *args, **kwargs):
         with mock.patch.object(collections, 'ASRAudioText', ManifestEntries):  # NeMo's reads all entries
             super().__init__(*args, **kwargs)
+        self.counter = LEFT_OUT  # spawned workers take it along
 
     def __getitem__(self, index):
-        """Return an utterance with its noise, or ``SKIPPED``; BadAudioError if it is bad and skipping is off."""
         entry, load = self.manifest_processor.collection[index], super().__getitem__
         return self._item_or_skipped(lambda: load(index), entry, entry.audio_file)
 
@@ -140,25 +131,17 @@ class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
     def __init__(self, *, audio_tar_filepaths, manifest_filepath, min_duration=None, max_duration=None, **kwargs):
         kwargs |= {'min_duration': min_duration, 'max_duration': max_duration}
         super().__init__(audio_tar_filepaths=audio_tar_filepaths, manifest_filepath=manifest_filepath, **kwargs)
+        self.counter = LEFT_OUT
         stages = self._dataset.pipeline
         names = [getattr(getattr(stage, 'f', None), '__name__', '') for stage in stages]
         stages[names.index('tarfile_samples')] = self._members
         if not self.manifest_processor.collection:
             raise ValueError(f"{manifest_filepath}: no entry lasts from {min_duration=} to {max_duration=} seconds")
         self._files_of_shards = defaultdict(set)
-        for line in local_entries(manifest_filepath):
-            self._expect(line, line.entry.get('duration'), min_duration, max_duration)
-        self._expect_strays([tar for path in paths_in(audio_tar_filepaths) for tar in expanded(path)])
-
-    def _expect(self, line, duration: float | None, shortest: float | None, longest: float | None) -> None:
-        """Note the file of an entry by its ``shard_id``, or count one that NeMo leaves out for its duration."""
-        if duration is not None and not (shortest or 0) <= duration <= (np.inf if longest is None else longest):
-            LEFT_OUT.add(OUTSIDE_LIMITS, f'{line.place}: {duration} s')
-        else:
+        for line in entries_within(manifest_filepath, min_duration, max_duration):
             self._files_of_shards[line.entry.get('shard_id')].add(file_id(line.audio).partition('-sub')[0])
-
-    def _expect_strays(self, tars: list[str]) -> None:
-        """Expect the files of entries without the number of a tar file, which no tar file has, in the first."""
+        # a file of an entry without the number of a tar file is expected in the first, if none has it
+        tars = [tar for path in paths_in(audio_tar_filepaths) for tar in expanded(path)]
         unknown = self._files_of_shards.keys() - set(map(_shard_id, tars))
         strays = set().union(*map(self._files_of_shards.pop, unknown))
         if strays and not any(map(is_remote, tars)):
@@ -174,11 +157,11 @@ class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
                 seen.add(file_id(last))
                 yield member
             missing = self._files_of_shards[_shard_id(self.tar)] - seen
-            bad = BadAudioError(f"{self.tar} has no member {min(missing, default='')}", NO_MEMBER)
+            why, reason = f"has no member {min(missing, default='')}", NO_MEMBER
             if errors:
-                bad = BadAudioError(f"{self.tar} is cut off after member {last}: {errors[0]}", CUT_OFF)
+                why, reason = f"is cut off after member {last}: {errors[0]}", CUT_OFF
             if errors or missing:
-                leave_out(bad, self.skip_bad_audio, max(1, len(missing)))
+                leave_out(BadAudioError(f"{self.tar} {why}", reason, max(1, len(missing))), self.skip_bad_audio)
 
     def _build_sample(self, tup):
         _, name, offset_id = tup
@@ -213,45 +196,30 @@ class ChecksCuts:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._load_audio, self.load_audio = self.load_audio, self._load_checked_audio
-        self._load_audio.mono_downmix = True
+        self._fetch = getattr(self.load_audio, 'ais_batch_loader', None) or iter  # of AIStore: in one request
+        self.load_audio = self._load_checked_audio
         self.counter = LEFT_OUT  # spawned workers take it along
 
     def _load_checked_audio(self, cuts):
         """Return the audio, lengths and cuts that are readable and finite; NothingLeftError if none are."""
-        self.skipped = 0
-        found = self._readable(cuts)
-        left, read = list(cuts), []  # lhotse pads what it returns, and segments of a file may share its id
-        for cut in [] if found is None else found[2]:
-            read.append(left.pop(next(place for place, own in enumerate(left) if own.id == cut.id)))
-        if left:
-            skip = self.skip_bad_audio is not False if found else self.skip_bad_audio
-            named = (cut for cut in cuts if cut.id == left[0].id)
-            why, reason = next(filter(None, map(_why_unreadable, named)), (UNREADABLE, UNREADABLE))
-            self._leave_out(left, why, reason, skip, nothing_left=found is None)
-        audios, lengths, kept = found
-        if samples_are_valid(audios):
-            return found
-        valid = torch.tensor([samples_are_valid(audio) for audio in audios])
-        bad = list(itertools.compress(read, ~valid))
-        self._leave_out(bad, NOT_FINITE, NOT_FINITE, self.skip_bad_audio, nothing_left=not valid.any())
-        return audios[valid], lengths[valid], CutSet.from_cuts(itertools.compress(kept, valid))
-
-    def _readable(self, cuts):
-        """Return what lhotse does of the cuts that can be read; None if there is none."""
-        try:
-            return self._load_audio(cuts)
-        except Exception:  # of a cut without audio, or lhotse's for a batch of which nothing can be read
-            readable = CutSet.from_cuts(cut for cut in cuts if _why_unreadable(cut) is None)
-            return self._load_audio(readable) if len(readable) else None
-
-    def _leave_out(self, cuts: list, why: str, reason: str, skip: bool | None, nothing_left: bool) -> None:
-        bad = BadAudioError(f'{_name_of_cut(cuts[0])}: {why}', reason)
-        count = sum(_stands_for(cut)[1] for cut in cuts)
-        leave_out(bad, skip, count)
-        self.skipped += count
-        if nothing_left:
-            raise NothingLeftError(f"each utterance of a batch{on_this_rank()} is bad: {bad}")
+        self.skipped, audios, read, bad = 0, [], [], None
+        for cut in self._fetch(cuts):
+            try:
+                audio = torch.from_numpy(cut.load_audio()).mean(dim=0)
+                if not samples_are_valid(audio):
+                    raise BadAudioError(NOT_FINITE, NOT_FINITE)
+            except Exception as error:  # of lhotse and its decoders, or of a cut without audio
+                bad = _bad_cut(cut, error)
+                leave_out(bad, self.skip_bad_audio or (self.skip_bad_audio is None and bad.reason != NOT_FINITE))
+                self.skipped += bad.count
+            else:
+                audios.append(audio)
+                read.append(cut)
+        if not read:
+            kind = NothingLeftError if self.skip_bad_audio else BadAudioError
+            raise kind(f"each utterance of a batch{on_this_rank()} is bad: {bad}")
+        lengths = torch.tensor([len(audio) for audio in audios], dtype=torch.int32)
+        return pad_sequence(audios, batch_first=True), lengths, CutSet.from_cuts(read)
 
 
 class LhotseAudioNoiseDataset(ChecksCuts, _up.LhotseAudioNoiseDataset):
@@ -274,37 +242,22 @@ class LhotseAudioNoiseDataset(ChecksCuts, _up.LhotseAudioNoiseDataset):
         return batch
 
 
-def _why_unreadable(cut) -> tuple[str, str] | None:
-    """Return why a cut's audio cannot be loaded, which lhotse only logs, and the reason; None if it can."""
-    source = cut.recording.sources[0] if cut.has_recording and cut.recording.sources else None
-    if source is None or source.type == 'shar' or cut.has_custom(STANDS_FOR):
-        return MISSING, _stands_for(cut)[0]
-    try:
-        cut.load_audio()
-    except Exception as error:  # of lhotse and its decoders
-        cause = str(error).partition('[extra info]')[0]  # lhotse adds the manifests of cut and recording
-        return ' '.join(f'{type(error).__name__}: {cause}'.split()), UNREADABLE
-    return None
-
-
-def _stands_for(cut) -> tuple[str, int]:
-    return (getattr(cut, 'custom', None) or {}).get(STANDS_FOR, (CUT_OFF, 1))
-
-
-def _name_of_cut(cut) -> str:
-    """Return the id of a cut, with the file, the tar file or the shard that it comes from."""
+def _bad_cut(cut, error: Exception) -> BadAudioError:
+    """Name a cut and the file, tar file or shard that it comes from, why it cannot be read, and what it stands for."""
     custom = getattr(cut, 'custom', None) or {}
-    sources = cut.recording.sources if cut.has_recording else None
-    source = custom.get('tar_origin') or custom.get('shard_origin') or (sources and sources[0].source)
-    return f'{cut.id} ({source})' if isinstance(source, (str, os.PathLike)) and str(source) else cut.id
+    source = next(iter(getattr(getattr(cut, 'recording', None), 'sources', ())), None)
+    origin = custom.get('tar_origin') or custom.get('shard_origin') or getattr(source, 'source', None)
+    name = f'{cut.id} ({origin})' if isinstance(origin, (str, os.PathLike)) and str(origin) else cut.id
+    if isinstance(error, BadAudioError):
+        return BadAudioError(f'{name}: {error}', error.reason)
+    if not cut.has_recording or getattr(source, 'type', None) == 'shar' or STANDS_FOR in custom:
+        return BadAudioError(f'{name}: {MISSING}', *custom.get(STANDS_FOR, [CUT_OFF]))
+    cause = str(error).partition('[extra info]')[0]  # lhotse adds the manifests of cut and recording
+    return BadAudioError(' '.join(f'{name}: {type(error).__name__}: {cause}'.split()))
 
 
 def load_noise_manifest(noise_manifest) -> list[dict]:
-    """Read noise manifests, compressed or not, and folders of shards, which are kept in memory.
-
-    Raises:
-        ValueError: naming a folder without shards, or a manifest that is none.
-    """
+    """Read noise manifests and folders of shards, which are kept in memory; ValueError names what is neither."""
     entries = []
     for name in map(os.path.expanduser, paths_in(noise_manifest)):
         if os.path.isdir(name):
@@ -351,7 +304,7 @@ def load_noise_audio(sample, sample_rate, max_audio_len=None, **kwargs):
 
 
 def pad_audio(audio, *args):
-    """Return what NeMo's function does, with ``samples_read``: NeMo repeats short audio."""
+    """Return what NeMo's function does, which may repeat short audio, with ``samples_read``."""
     padded = _pad_audio(audio, *args)
     padded.samples_read = len(audio)
     return padded
@@ -390,14 +343,10 @@ def _bad_file(file, error: Exception) -> BadAudioError:
     return BadAudioError(' '.join(f'{file}: {type(error).__name__}: {error}'.split()))
 
 
-def _sum(values):
-    return values.any() if isinstance(values, np.ndarray) else sum(values)
-
-
 _load_noise_audio, _load_noise_manifest, _pad_audio = _up.load_noise_audio, _up.load_noise_manifest, _up.pad_audio
 # NeMo's functions find these in their own module's globals. The last one replaces a built-in: NeMo tests whether noise is
 # silent with Python's sum over a NumPy array, 15 ms for 16 s of audio, and takes other noise until the sum is above 0.
 _up.AudioNoiseBatch, _up.AudioNoiseDataset = AudioNoiseBatch, AudioNoiseDataset
 _up.TarredAudioNoiseDataset, _up.load_noise_audio = TarredAudioNoiseDataset, load_noise_audio
 _up.load_noise_manifest, _up.pad_audio, _up.AudioSegment = load_noise_manifest, pad_audio, MonoSegment
-_up.sum = _sum
+_up.sum = lambda values: values.any() if isinstance(values, np.ndarray) else sum(values)

@@ -4,17 +4,14 @@
 # mypy: disable-error-code="misc"
 
 import copy
-from contextlib import nullcontext
-from functools import cached_property
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from omegaconf import OmegaConf, open_dict
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import IterableDataset, RandomSampler, SequentialSampler
 
 from nemo.collections.asr.data.loader_workers import end_workers_with_their_parent
-from nemo.collections.asr.data.resumable_cuts import make_resumable_cuts, resumable_config
+from nemo.collections.asr.data.resumable_cuts import ResumableCutLoader, resumable_config
 from nemo.collections.asr.data.resumable_loader import ResumableDataLoader, ResumableLoader, make_resumable
 from nemo.collections.asr.data.ssl_dataset import parts_of, set_skip_bad_audio
 from nemo.collections.asr.parts.att_context.synced_collate import create_synced_context_collate
@@ -24,34 +21,16 @@ from nemo.collections.asr.parts.utils.nonfinite_guard import MAX_SKIPPED_IN_A_RO
 from nemo.utils import logging
 from nemo.utils.left_out import LEFT_OUT
 
-LOADER_KEYS = ('synced_contexts', 'skip_bad_audio', 'resumable')  # which NeMo's data loaders lack
-AUGMENTORS = ('augmentor', 'batch_augmentor')  # NeMo's loaders fail where one is null
-
-
-def take_own_options(config) -> tuple[Any, dict]:
-    """Return a copy of a data section that NeMo's loaders take, and the own options."""
-    config, own = copy.deepcopy(config), {}
-    with open_dict(config) if OmegaConf.is_config(config) else nullcontext():
-        for key in LOADER_KEYS:
-            if (value := config.pop(key, None)) is not None:
-                own[key] = value
-        for key in AUGMENTORS:
-            if config.get(key) is None:
-                config.pop(key, None)
-    return config, own
-
 
 def with_own_options(loader, synced_contexts=None, skip_bad_audio=None, resumable=None, channel_selector=None):
     """Apply a data section's options to its loader; ValueError naming one that it does not support."""
     if skip_bad_audio is not None:
         set_skip_bad_audio(loader.dataset, skip_bad_audio)
-    for part in parts_of(getattr(loader, 'dataset', None)):
-        if channel_selector is not None and hasattr(part, 'featurizer'):  # NeMo's tarred datasets take none
+    for part in parts_of(loader.dataset if channel_selector is not None else None):
+        if hasattr(part, 'featurizer'):  # NeMo's tarred datasets take none
             part.featurizer.channel_selector = channel_selector
     if synced_contexts is not None:
         SyncedContexts.parse(synced_contexts, 'synced_contexts')
-        if not isinstance(loader, DataLoader):
-            raise ValueError(f"synced_contexts needs a torch data loader; {type(loader).__name__} is none")
         loader.collate_fn = create_synced_context_collate(loader.collate_fn, **synced_contexts)
     return loader if resumable is None else make_resumable(loader, resumable)
 
@@ -100,35 +79,31 @@ def warn_of_undivided_data(trainer) -> None:
 
 
 class TrainingDataMixin:
-    """Mixin for the SSL models, before NeMo's class.
+    """Mixin for the SSL models, before NeMo's class: their loaders, and the share of time without a batch."""
 
-    Logs ``data_wait_share``: of the time from one step to the next, the share in which there was no batch.
-    """
-
-    _share_waited: float | None = None
-
-    @cached_property
-    def _data_wait(self) -> DataWait:
-        return DataWait()
+    _data_wait = DataWait()  # until training starts
+    _waiting_for_data: dict[str, float] = {}  # what a step logs of the wait before it
 
     def configure_callbacks(self) -> list:
         """Add the log of what is left out."""
         return [*super().configure_callbacks(), LogLeftOut()]
 
     def _setup_dataloader_from_config(self, config):
-        if config is None:
-            return super()._setup_dataloader_from_config(config)
-        reads_cuts, selector = config.get('use_lhotse') or config.get('is_tarred'), config.get('channel_selector')
-        config, own = take_own_options(config)
-        options = own.pop('resumable', None) if reads_cuts else None
+        config = copy.deepcopy(config if OmegaConf.is_config(config) else OmegaConf.create(config))
+        with open_dict(config):
+            own = {key: config.pop(key, None) for key in ('synced_contexts', 'skip_bad_audio', 'resumable')}
+            for key in ('augmentor', 'batch_augmentor'):  # NeMo's loaders fail where one is null
+                if config.get(key) is None:
+                    config.pop(key, None)
+        options = own.pop('resumable') if config.get('use_lhotse') or config.get('is_tarred') else None
         if options is not None:
             config = resumable_config(config, options, self.world_size)
         loader = super()._setup_dataloader_from_config(config)
         if loader is None:
             return None
-        loader = with_own_options(loader, channel_selector=selector, **own)
+        loader = with_own_options(loader, channel_selector=config.get('channel_selector'), **own)
         if options is not None:
-            loader = make_resumable_cuts(loader, config, options, self.global_rank, self.world_size)
+            loader = ResumableCutLoader(loader, config, options, self.global_rank, self.world_size)
         end_workers_with_their_parent(loader)
         return loader
 
@@ -150,7 +125,7 @@ class TrainingDataMixin:
         """Count the batches of a resumed epoch as the data loader does; the ranks may be others than before."""
         super().on_train_start()
         warn_of_undivided_data(self.trainer)
-        self._data_wait.pause()
+        self._data_wait = DataWait()
         loader = self._resumable_loader()
         if isinstance(loader, ResumableDataLoader):
             progress, place = self.trainer.fit_loop.epoch_loop.batch_progress.current, loader.position
@@ -163,7 +138,8 @@ class TrainingDataMixin:
         loader = self._resumable_loader()
         if loader is not None:
             loader.start_step()
-        self._share_waited = self._data_wait.step_starts()
+        share = self._data_wait.step_starts()
+        self._waiting_for_data = {} if share is None else {NAME: share}
         return super().on_train_batch_start(batch, batch_idx, unused)
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int, unused: int = 0) -> None:
@@ -175,10 +151,6 @@ class TrainingDataMixin:
         """Leave validation out of the wait."""
         super().on_validation_start()
         self._data_wait.pause()
-
-    def _waiting_for_data(self) -> dict[str, float]:
-        """Return what a step logs of the wait before it."""
-        return {} if self._share_waited is None else {NAME: self._share_waited}
 
     def _resumable_loader(self) -> ResumableLoader | None:
         loader = getattr(self._trainer, 'train_dataloader', None)

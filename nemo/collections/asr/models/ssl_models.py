@@ -57,7 +57,7 @@ class SpeechEncDecSelfSupervisedModel(
                 output['log'][f'train_loss/ctx_{label}'] = output['loss'].detach()
         output['loss'] = self.loss_of_valid(output['loss'])
         if 'log' in output:
-            output['log'].update(self._waiting_for_data())
+            output['log'].update(self._waiting_for_data)
             output['log'] = cpu_scalars(output['log'])
             self.add_step(output['log'])
         return output

@@ -20,9 +20,7 @@ class EMA(_up.EMA):
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint) -> None:
         """Load the averages, which are beside the checkpoint."""
-        with mock.patch.object(
-            torch, 'load', lambda path, map_location='cpu', **_: torch_files.load(path, map_location)
-        ):
+        with mock.patch.object(torch, 'load', lambda path, **_: torch_files.load(path)):
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
         for state in checkpoint['optimizer_states']:
             if isinstance(state, dict) and 'ema' in state:

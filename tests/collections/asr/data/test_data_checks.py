@@ -10,8 +10,10 @@ import pytest
 import soundfile
 from lhotse import CutSet, Recording
 from omegaconf import OmegaConf
+from tiny_recogniser import tiny_recogniser
+from word_pieces import make_tokenizer
 
-from nemo.collections.asr.data.data_checks import check_data
+from nemo.collections.asr.data.data_checks import characters_of, check_data, report_unknown_characters
 
 LIMITS = {'min_duration': 1.0, 'max_duration': 16.0}
 
@@ -190,3 +192,46 @@ def test_folders_without_shards_or_cuts(speech, tmp_path, key):
             (tmp_path / name).touch()
         with pytest.raises(ValueError, match=f'model.train_ds.{key}: .*({message})'):
             check(speech, **data)
+
+
+@pytest.fixture
+def transcripts(tmp_path):
+    """Two manifests, the second compressed."""
+    rows = [[{'text': 'ban'}, {'text': 'bean eb'}], [{'text': "nabe's"}, {'text': 'Bébé'}]]
+    texts = [
+        ''.join(json.dumps({'audio_filepath': 'a.wav', 'duration': 1.0, **row}) + '\n' for row in each)
+        for each in rows
+    ]
+    (tmp_path / 'first.json').write_text(texts[0])
+    (tmp_path / 'second.json.gz').write_bytes(gzip.compress(texts[1].encode()))
+    return tmp_path
+
+
+def test_the_characters_of_every_manifest_are_found(transcripts):
+    section = {'manifest_filepath': f'{transcripts}/first.json,{transcripts}/second.json.gz'}
+    assert ''.join(characters_of(section)) == " 'Babensé"
+    group = {'input_cfg': [{'type': 'nemo', 'manifest_filepath': f'{transcripts}/first.json'}]}
+    assert ''.join(characters_of(group)) == ' aben'
+
+
+def test_unknown_characters_are_counted_and_named(transcripts, warnings):
+    section = {'manifest_filepath': [f'{transcripts}/second.json.gz']}
+    unknown = report_unknown_characters('model.validation_ds', section, tiny_recogniser('ctc'))
+    assert unknown == {"'": 1, 's': 1, 'B': 1, 'é': 2}
+    assert len(warnings) == 1 and warnings[0].startswith('model.validation_ds: ') and "'é' 2" in warnings[0]
+    assert not report_unknown_characters(
+        'x', {'manifest_filepath': f'{transcripts}/first.json'}, tiny_recogniser('ctc')
+    )
+    assert len(warnings) == 1
+
+
+def test_a_tokenizer_is_asked_for_its_pieces(transcripts, tmp_path, warnings):
+    model = tiny_recogniser('ctc', tokenizer=make_tokenizer(tmp_path))
+    section = {'manifest_filepath': f'{transcripts}/second.json.gz'}
+    assert report_unknown_characters('model.test_ds', section, model)['é'] == 2
+
+
+def test_a_missing_text_is_named(tmp_path):
+    (tmp_path / 'm.json').write_text('{"audio_filepath": "a.wav", "duration": 1}\n')
+    with pytest.raises(ValueError, match='m.json, line 1 has no text'):
+        characters_of({'manifest_filepath': str(tmp_path / 'm.json')})

@@ -8,6 +8,7 @@ whose audio cannot be loaded. Headers of files are read, so segments and channel
 import os
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,15 +34,13 @@ _up = upstream(globals())
 LEAST_SHARE_OF_DURATION = 0.5  # of the duration in the manifest; a shorter file is most likely cut off
 CUT_OFF = 'missing in a tar file that is cut off'
 NO_MEMBER = 'without a member in their tar file'
-STANDS_FOR = 'stands_for'
-"""Key of a cut's custom values: why utterances have no audio, and how many the cut stands for."""
+STANDS_FOR = 'stands_for'  # key of a cut's custom values: why utterances have no audio, and how many it stands for
 
 
 class JsonLines(_up.LazyJsonlIterator):
     """lhotse's reader of lines; blank lines count as nothing, and a line that is no JSON object is named."""
 
-    needed: tuple[str, ...] = ()
-    """Keys that each entry must have."""
+    needed: tuple[str, ...] = ()  # keys that each entry must have
 
     def __iter__(self) -> Iterator[dict]:
         return (entry for _, entry in self.numbered())
@@ -78,11 +77,16 @@ def parsed(line: bytes | str, path: str, number: int, needed: tuple[str, ...] = 
     return entry
 
 
+def expand_sharded_filepaths(paths) -> list[str]:
+    """Return the paths that NeMo's function does; each may begin with a tilde."""
+    return [os.path.expanduser(path) for path in _expand(paths)]
+
+
 class SharIterator(lazy_shar.LazySharIterator):
     """lhotse's reader of shards; the folder may begin with a tilde."""
 
     def __init__(self, fields=None, in_dir=None, **options):
-        super().__init__(fields, _expanded(in_dir), **options)
+        super().__init__(fields, in_dir and os.path.expanduser(in_dir), **options)
 
 
 class LazyNeMoIterator(_up.LazyNeMoIterator):
@@ -100,20 +104,15 @@ class LazyNeMoIterator(_up.LazyNeMoIterator):
         return super()._create_cut(audio_path, offset, duration, sampling_rate)
 
     def _create_recording(self, audio_path, duration, sampling_rate=None):
-        try:
-            recording = None if sampling_rate and is_datastore_path(audio_path) else Recording.from_file(audio_path)
-        except Exception:  # of soundfile, of lhotse; raised again where the audio is loaded
-            recording = None
-        if recording is not None and _holds(recording, self._offset, self._end - self._offset):
-            return recording
+        with suppress(Exception):  # of soundfile, of lhotse; raised again where the audio is loaded
+            if not sampling_rate or not is_datastore_path(audio_path):
+                recording = Recording.from_file(audio_path)
+                if holds(recording, self._offset, self._end - self._offset):
+                    return recording
         return super()._create_recording(audio_path, self._end, sampling_rate or 16000)
 
 
-def _expanded(path):
-    return os.path.expanduser(path) if isinstance(path, (str, Path)) else path
-
-
-def _holds(recording: Recording, offset: float, duration: float | None) -> bool:
+def holds(recording: Recording, offset: float, duration: float | None) -> bool:
     """Whether a recording has the segment of an entry, of which the end may be missing."""
     left = recording.duration - offset
     return left > 0 and left >= LEAST_SHARE_OF_DURATION * (duration or 0.0)
@@ -121,9 +120,6 @@ def _holds(recording: Recording, offset: float, duration: float | None) -> bool:
 
 class LazyNeMoTarredIterator(_up.LazyNeMoTarredIterator):
     """NeMo's reader of tarred manifests; every entry of a manifest is in its tar file, or is counted."""
-
-    def __init__(self, manifest_path, tar_paths, *args, **kwargs):
-        super().__init__(_expanded(manifest_path), _expanded(tar_paths), *args, **kwargs)
 
     def _iter_sequential(self, tar_path, shard_manifest, *args):
         names, reason, why = set(), NO_MEMBER, f'{tar_path} has no such member'
@@ -147,12 +143,10 @@ class LazyNeMoTarredIterator(_up.LazyNeMoTarredIterator):
 def make_cut_with_subset_inmemory_recording(recording: Recording, offset: float = 0.0, duration: float | None = None):
     """Return NeMo's cut; with undecodable or too short audio, a cut that cannot be loaded."""
     offset = offset or 0.0
-    if _holds(recording, offset, duration):
+    if holds(recording, offset, duration):
         left = recording.duration - offset
-        try:
+        with suppress(Exception):  # of any decoder
             return _make_cut(recording, offset=offset, duration=left if duration is None else min(duration, left))
-        except Exception:  # of any decoder
-            pass
     longer = offset + max(duration or 0.0, 1.0) + recording.duration
     samples = compute_num_samples(longer, recording.sampling_rate)
     claim = fastcopy(recording, num_samples=samples, duration=longer)
@@ -171,10 +165,9 @@ class _NonFiniteBackend(LibsndfileBackend):
 
 def _header(file: BytesIO):
     """Return what ``soundfile.info`` does, or a header of one sample where there is none."""
-    try:
+    with suppress(Exception):  # of libsndfile
         return sound_files.info(file)
-    except Exception:  # of libsndfile
-        return SimpleNamespace(samplerate=16000, channels=1, frames=1, duration=1 / 16000)
+    return SimpleNamespace(samplerate=16000, channels=1, frames=1, duration=1 / 16000)
 
 
 class WholeTarIterator(TarIterator):
@@ -189,23 +182,20 @@ class WholeTarIterator(TarIterator):
         except Exception as error:  # of tarfile, and of lhotse where a pair of members is incomplete
             reason = str(error)
         logging.warning(f"{self.source} is cut off after {read} recordings: {reason}")
-        LEFT_OUT.add(CUT_OFF, f'{self.source}: {reason}', _cuts_beside(self.source) - read - 1)
+        number = Path(self.source).name.partition('.')[2].removesuffix('.tar')
+        manifests = Path(self.source).parent.glob(f'cuts.{number}.jsonl*')  # none, if the shard is elsewhere
+        cuts = sum(sum(1 for _ in lazy_shar.LazyJsonlIterator(manifest)) for manifest in manifests)
+        LEFT_OUT.add(CUT_OFF, f'{self.source}: {reason}', cuts - read - 1)
         yield None, None  # reached only if there is one more cut
-
-
-def _cuts_beside(tar_path) -> int:
-    """Return how many cuts a local shard has, 0 if that is not known."""
-    number = Path(tar_path).name.partition('.')[2].removesuffix('.tar')
-    manifests = Path(tar_path).parent.glob(f'cuts.{number}.jsonl*')
-    return sum(sum(1 for _ in lazy_shar.LazyJsonlIterator(manifest)) for manifest in manifests)
 
 
 # NeMo's and lhotse's functions look these up in their own modules.
 _make_cut = _up.make_cut_with_subset_inmemory_recording
-_make_cut = getattr(_make_cut, '__wrapped__', _make_cut)
+_make_cut, _expand = getattr(_make_cut, '__wrapped__', _make_cut), _up.expand_sharded_filepaths
 make_cut_with_subset_inmemory_recording.__wrapped__ = _make_cut
 _up.LazyNeMoIterator, _up.LazyNeMoTarredIterator = LazyNeMoIterator, LazyNeMoTarredIterator
 _up.make_cut_with_subset_inmemory_recording = make_cut_with_subset_inmemory_recording
+_up.expand_sharded_filepaths = expand_sharded_filepaths
 _up.LibsndfileBackend, _up.soundfile = _NonFiniteBackend, SimpleNamespace(info=_header)
 _up.LazyJsonlIterator = lhotse.lazy.LazyJsonlIterator = JsonLines
 lazy_shar.TarIterator, lhotse.shar.LazySharIterator = WholeTarIterator, SharIterator
