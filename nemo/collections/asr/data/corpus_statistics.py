@@ -8,6 +8,7 @@ Shapes: N vectors, D features, T feature frames, S targets (T // combine_time_st
 (combine_time_steps * D), C components.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +36,8 @@ NEUTRAL = {"normalize": "NA", "dither": 0.0, "pad_to": 0, "nb_augmentation_prob"
 UTTERANCES_AT_ONCE = 16
 
 
-class Moments(NamedTuple):
+@dataclass(frozen=True)
+class Moments:
     """Count, mean and centred second moments of vectors, features or targets."""
 
     count: int = 0
@@ -55,10 +57,11 @@ class Moments(NamedTuple):
     def merged(self, other: 'Moments') -> 'Moments':
         """Return the moments of these vectors and the other's together."""
         count, delta = self.count + other.count, other.mean - self.mean
-        share = other.count / max(count, 1)
-        squares = self.squares + other.squares + np.outer(delta, delta) * (self.count * share)
-        audio = self.seconds + other.seconds, self.short + other.short
-        return Moments(count, self.mean + delta * share, squares, *audio)
+        part = other.count / max(count, 1)
+        squares = self.squares + other.squares + np.outer(delta, delta) * (self.count * part)
+        return Moments(
+            count, self.mean + delta * part, squares, self.seconds + other.seconds, self.short + other.short
+        )
 
     def statistics(self) -> dict[str, list[float]]:
         """Return ``fixed_mean`` and ``fixed_std``; ValueError if a feature cannot be normalised by them."""
@@ -130,7 +133,7 @@ def corpus_statistics(utterances: list[dict], preprocessor, settings=None, worke
         moments, targets = moments.merged(of_features), targets.merged(of_targets)
     if settings is not None and settings.target_normalize == "NA" and targets.count:
         scale = np.tile(1 / np.asarray(moments.statistics()["fixed_std"]), settings.combine_time_steps)
-        targets = targets._replace(mean=targets.mean * scale, squares=targets.squares * np.outer(scale, scale))
+        targets = replace(targets, mean=targets.mean * scale, squares=targets.squares * np.outer(scale, scale))
     return moments, targets
 
 

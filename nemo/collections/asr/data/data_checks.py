@@ -194,8 +194,5 @@ def report_unknown_characters(key: str, section, model) -> dict[str, int]:
     unknown = {character: count for character, count in counts if not is_known(character)}
     if unknown:
         named = ', '.join(f'{character!r} {count}' for character, count in unknown.items())
-        logging.warning(
-            f"{key}: the texts have characters that the model's labels lack: {named}. They are left out of the references, so "
-            "error rates are those of other words."
-        )
+        logging.warning(f"{key}: the model's labels lack {named}; without them the references have other words")
     return unknown

@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader
 def end_workers_with_their_parent(loader) -> None:
     """Let the workers of a torch data loader end when the process that iterates over it has ended.
 
-    torch's workers look for that process only between messages. Cuts with the audio of shards are larger than a pipe: a worker
-    whose process is killed within such a message would wait forever.
+    torch's workers look for it only between messages. Cuts with audio are larger than a pipe: within one they would wait forever.
     """
     if isinstance(loader, DataLoader):
         loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)

@@ -48,9 +48,7 @@ class Plan:
         found = json.loads(path.read_text())
         for name, value in asdict(self).items():
             if found.get(name) != value:
-                raise ValueError(
-                    f"--output {folder} has shards with {name} {found.get(name)}, not {value}; take another folder, or remove it"
-                )
+                raise ValueError(f"--output {folder} has {name} {found.get(name)}, not {value}; take another folder")
 
 
 def cut_of(line: Line, number: int, sample_rate: int | None) -> MonoCut:
@@ -102,7 +100,8 @@ class ShardMaker(torch.utils.data.Dataset):
     def _write(self, number: int) -> dict:
         """Write a shard, read it back, and return its report."""
         durations: dict[str, float] = {}
-        bad, first = [], number * self.plan.shard_size
+        bad: list[dict] = []
+        first = number * self.plan.shard_size
         fields = {'recording': self.plan.format}
         with SharWriter(self.shards, fields, shard_size=None, shard_suffix=f'.{number:06d}') as writer:
             for place, line in enumerate(self.lines[first : first + self.plan.shard_size], start=first):

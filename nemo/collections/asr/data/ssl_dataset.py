@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``ssl_dataset.py``: bad audio is an error that names it, or is left out and counted.
 
-``skip_bad_audio``: absent or false, an utterance that cannot be read or has non-finite samples ends the epoch, from a data worker
-as well; true, it is left out of its batch. Silence takes the place of a batch of which nothing is left, see ``NonFiniteGuard``.
-Several channels are mixed down, or ``channel_selector`` selects one.
+``skip_bad_audio``: absent or false, an utterance that cannot be read or has non-finite samples ends the epoch; true, it is left out
+of its batch, and silence takes the place of an empty one. Channels are mixed down, or ``channel_selector`` selects one.
 """
 
 import io

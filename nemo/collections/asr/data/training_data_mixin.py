@@ -126,7 +126,7 @@ class TrainingDataMixin:
         super().on_train_start()
         warn_of_undivided_data(self.trainer)
         self._data_wait = DataWait()
-        loader = self._resumable_loader()
+        loader = self.trainer.train_dataloader
         if isinstance(loader, ResumableDataLoader):
             progress, place = self.trainer.fit_loop.epoch_loop.batch_progress.current, loader.position
             if progress.completed not in (0, place):
@@ -135,8 +135,8 @@ class TrainingDataMixin:
 
     def on_train_batch_start(self, batch, batch_idx: int, unused: int = 0):
         """Seed what the step draws, where the data are resumable, and take the time."""
-        loader = self._resumable_loader()
-        if loader is not None:
+        loader = getattr(self._trainer, 'train_dataloader', None)
+        if isinstance(loader, ResumableLoader):
             loader.start_step()
         share = self._data_wait.step_starts()
         self._waiting_for_data = {} if share is None else {NAME: share}
@@ -151,7 +151,3 @@ class TrainingDataMixin:
         """Leave validation out of the wait."""
         super().on_validation_start()
         self._data_wait.pause()
-
-    def _resumable_loader(self) -> ResumableLoader | None:
-        loader = getattr(self._trainer, 'train_dataloader', None)
-        return loader if isinstance(loader, ResumableLoader) else None

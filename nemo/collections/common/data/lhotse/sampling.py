@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patch of NeMo's ``sampling.py``: what the limits on the duration leave out is counted."""
 
-from lhotse.cut import Cut
-
 from nemo.utils.left_out import LEFT_OUT, OUTSIDE_LIMITS
 from nemo_streaming_ssl import upstream
 
@@ -21,6 +19,5 @@ class DurationFilter(_up.DurationFilter):
         key = (example.id, str(getattr(example, 'custom', None)), self.d_min, self.d_max)  # segments may share an id
         if key not in self.counted:
             self.counted.add(key)
-            duration = f': {example.duration} s' if isinstance(example, Cut) else ''
-            LEFT_OUT.add(OUTSIDE_LIMITS, f'{example.id}{duration}')
+            LEFT_OUT.add(OUTSIDE_LIMITS, f"{example.id}: {getattr(example, 'duration', '?')} s")
         return False
