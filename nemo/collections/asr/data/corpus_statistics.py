@@ -30,10 +30,8 @@ DEFAULT_PREPROCESSOR = {
     "features": 80,
     "n_fft": 512,
 }
-# what must not touch the statistics: noise, normalisation, padding
-NEUTRAL = {"normalize": "NA", "dither": 0.0, "pad_to": 0, "nb_augmentation_prob": 0.0}
-# Utterances whose targets a worker sums up, whatever --workers is: a sum has V * V numbers, 3 MB for NEST.
-UTTERANCES_AT_ONCE = 16
+NEUTRAL = {"normalize": "NA", "dither": 0.0, "pad_to": 0, "nb_augmentation_prob": 0.0}  # these must not change them
+UTTERANCES_AT_ONCE = 16  # in an item, whatever --workers is: its second moments are V * V numbers, 3 MB for NEST
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,7 @@ def check_manifest(path: str, key: str, min_duration: float | None = None, max_d
         kept = int(index.lasting(min_duration, max_duration).sum())
         if not kept:
             raise ValueError(
-                f"none of the {len(index)} entries of {path} lasts from min_duration = {min_duration} to "
-                f"max_duration = {max_duration} seconds"
+                f"none of the {len(index)} entries of {path} lasts from {min_duration=} to {max_duration=} s"
             )
     return kept
 

@@ -40,10 +40,13 @@ class ResumableLoader(DataLoader):
 
     def __iter__(self) -> Iterator:
         self._ahead.clear()
-        for place, batch in self._placed_batches():
-            self._ahead.append(place)
-            self._seed_step(place)
-            yield batch
+        return map(self._give, self._placed_batches())  # begins here: Lightning sets the epoch afterwards
+
+    def _give(self, placed: tuple):
+        place, batch = placed
+        self._ahead.append(place)
+        self._seed_step(place)
+        return batch
 
     def _count_used(self) -> None:
         while self._ahead and not self._has_steps:

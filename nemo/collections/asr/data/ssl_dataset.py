@@ -36,7 +36,6 @@ from nemo_streaming_ssl import upstream
 _up = upstream(globals())
 
 SILENCE = 16000  # samples
-MISSING = 'the file has no such member, or ends before it'
 SKIPPED = 'an utterance that is left out'  # stands for it until the batch is collated
 
 
@@ -250,7 +249,8 @@ def _bad_cut(cut, error: Exception) -> BadAudioError:
     if isinstance(error, BadAudioError):
         return BadAudioError(f'{name}: {error}', error.reason)
     if not cut.has_recording or getattr(source, 'type', None) == 'shar' or STANDS_FOR in custom:
-        return BadAudioError(f'{name}: {MISSING}', *custom.get(STANDS_FOR, [CUT_OFF]))
+        why = 'the file has no such member, or ends before it'
+        return BadAudioError(f'{name}: {why}', *custom.get(STANDS_FOR, [CUT_OFF]))
     cause = str(error).partition('[extra info]')[0]  # lhotse adds the manifests of cut and recording
     return BadAudioError(' '.join(f'{name}: {type(error).__name__}: {cause}'.split()))
 
