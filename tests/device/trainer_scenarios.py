@@ -57,7 +57,6 @@ def run_of_the_trainer(place: Place, *overrides: str) -> list:
 
 
 TRAINER = {
-    'run of the trainer': run_of_the_trainer,
     'run of the trainer, both objectives': lambda place: run_of_the_trainer(place, '+model.objective=both'),
     'run of the trainer, bad gradients skipped': lambda place: run_of_the_trainer(place, 'model.skip_nan_grad=true'),
 }
