@@ -64,14 +64,14 @@ def make_batch(masked, frames=20, lengths=None):
 
 @SAME
 @NON_MASKED
-def test_no_negative_is_padding_in_1000_draws(same_utterance, non_masked):
+def test_no_negative_is_padding(same_utterance, non_masked):
     # As many masked frames in each row as stock asks for, padding included: 4 + 8 and 10 + 2.
     batch = make_batch([range(4), range(10)], lengths=[12, 18])
     loss = make_loss(same_utterance=same_utterance, non_masked=non_masked)
-    for _ in range(1000):
+    for _ in range(200):
         loss(**batch)
     assert not any((negatives == MARK).any() for negatives in loss.drawn)
-    assert len(loss.drawn) == 1000 and loss.drawn[0].shape == (5, 14, CHANNELS)
+    assert len(loss.drawn) == 200 and loss.drawn[0].shape == (5, 14, CHANNELS)
 
     stock = make_loss(StockLoss, same_utterance=same_utterance, non_masked=non_masked)
     for _ in range(20):
