@@ -8,6 +8,7 @@ continues, its global step. So the model repeats the draw when a trainer gives i
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 from torch.utils.data import get_worker_info
@@ -30,7 +31,9 @@ def parse_policy(context_options: Any = None, context_probs: Any = None, seed: i
             f"context_probs is {shown(context_probs)}; it must have a number from 0 to 1 for each of {len(options)} "
             "options, and they must sum to 1"
         )
-    return ContextPolicy(options[0], options, tuple(map(float, context_probs)), seed=seed)
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise ValueError(f"seed is {shown(seed)}; it must be a whole number")
+    return ContextPolicy(options[0], options, tuple(map(float, context_probs)), seed=int(seed))
 
 
 class SyncedBatch(tuple[Any, ...]):

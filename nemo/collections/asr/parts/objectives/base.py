@@ -114,10 +114,8 @@ class Objective:
         """
         self.frame_losses = losses.detach(), predicted, utterances
         count, ranks, model = predicted.sum(), torch.distributed, self.model
-        loss, of_all_ranks = (
-            losses.sum() / count.clamp(min=1),
-            model.training and model.cfg.get('loss_over') == 'global',
-        )
+        loss = losses.sum() / count.clamp(min=1)
+        of_all_ranks = model.training and model.cfg.get('loss_over') == 'global'
         if not (of_all_ranks and ranks.is_available() and ranks.is_initialized()):
             return loss
         total = count.float()  # a copy

@@ -86,6 +86,13 @@ class LayerStage(Stage):
             like['keys_values'] = like['keys_values'][:, :, :0]
         return like
 
+    def check(self, state: Any) -> None:
+        """Raise ValueError unless :meth:`load` can take a state."""
+        super().check(state)
+        slots, frames = state['keys_values'].shape[2], max(state['count'] - self.behind, 0)
+        if self.window.is_unlimited and slots != frames:
+            raise ValueError(f"load: LayerStage is damaged; it has the keys of {slots} frames, and {frames} have come")
+
     def load(self, row: int, state: dict[str, Any]) -> None:
         """Replace a row by an exported state, which has been checked."""
         given = state['keys_values']

@@ -280,6 +280,12 @@ class LiveText(StreamStates):
         words = [self._spelling.word(stream, *pair) for pair in zip(bounds, bounds[1:])]
         return Transcript(self._spelling.text(stream.tokens), [word for word in words if word.text])
 
+    def check(self, state: Any) -> None:
+        """Raise ValueError unless :meth:`load` can take a state."""
+        super().check(state)
+        if not len(state['tokens']) == len(state['frames']) == len(state['confidences']) >= state['open']:
+            raise ValueError("load: LiveText is damaged; tokens, frames and confidences differ in length")
+
     def _advance(self, stream: _Stream, tokens: Sequence[Token], frames: int, ended: bool) -> TextUpdate:
         update = TextUpdate([])
         for token in tokens:

@@ -104,6 +104,7 @@ class Model(torch.nn.Module):
         (([[80, 0], [40, 0]], [1.5, -0.5]), r'context_probs is \[1.5, -0.5\]; .* from 0 to 1'),
         (([[80, 0], [40, 0]], [0.5, '0.5']), r"context_probs is \[0.5, '0.5'\]; it must have a number"),
         (([[80, 0], [40, 0]], [0.5, 0.500002]), 'they must sum to 1'),
+        (([[80, 0]], None, 'seven'), "seed is 'seven'"),
         ((Model(), Model()), r'context_options is Model\(.* \.\.\.; it must be a list of contexts'),
     ],
 )

@@ -235,6 +235,21 @@ def test_text_of_another_decoder_is_refused():
         StreamingSession(model, 1, [4, 0], return_text=True).load(0, rnnt.export(0))
 
 
+def test_a_state_whose_parts_disagree_is_refused():
+    text = StreamingSession(tiny_recogniser('ctc'), 1, [4, 0], return_text=True)
+    text.step(noise(1, 9000))
+    unlimited = StreamingSession(model_of('regular'), 1, [-1, 0])
+    unlimited.step(noise(1, 9000))
+    for session, part, key, longer, reason in [
+        (text, -1, 'tokens', lambda tokens: [*tokens, 1], 'tokens, frames and confidences differ'),
+        (unlimited, -1, 'count', lambda count: count + 1, 'keys of 7 frames, and 8 have come'),
+    ]:
+        state = session.export(0)
+        state['stages'][part][key] = longer(state['stages'][part][key])
+        with pytest.raises(ValueError, match=reason):
+            session.load(0, state)
+
+
 def same(mine, theirs) -> bool:
     """Whether two states of a stage are the same, bit for bit."""
     tensors = [name for name, value in mine.items() if isinstance(value, torch.Tensor)]
