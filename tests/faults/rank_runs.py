@@ -42,7 +42,6 @@ RUNS = {
     'async-killed': {'strategy': 'fully_shard', 'max_steps': 6, 'fault': 'writing'},
     'plain-rest': {'go_on': 'plain-half'},
     'sharded-rest': {'strategy': SHARDED, 'go_on': 'sharded-half'},
-    'sharded-from-folder': {'strategy': SHARDED, 'go_on': 'folder-half'},
     'sharded-from-async': {'strategy': SHARDED, 'go_on': 'async-half'},
     'sharded-from-killed': {'strategy': SHARDED, 'go_on': 'async-killed'},
     'alone': {'go_on': 'plain-half', 'ranks': 1},
@@ -134,6 +133,7 @@ def train(name: str, folder: Path, corpus: Path, rank: int) -> None:
     fitter = managed_trainer(
         folder / name,
         max_steps=run.get('max_steps', 4),
+        val_check_interval=2 if 'max_steps' in run else 4,  # each is followed by checkpoints
         devices=run.get('ranks', 2),
         strategy=resolve_trainer_cfg(OmegaConf.create({'strategy': run.get('strategy', 'ddp')}))['strategy'],
         accumulate_grad_batches=run.get('accumulate_grad_batches', 1),

@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).resolve().with_name('rank_runs.py')
 LONGEST = 60  # seconds within which all ranks end, whatever happens to one
 BAD = 'bad.wav'
 HALVES = ['plain-half', 'sharded-half', 'folder-half', 'async-half']
-RESTS = ['plain-rest', 'sharded-rest', 'sharded-from-folder', 'sharded-from-async', 'alone', 'alone-from-folder']
+RESTS = ['plain-rest', 'sharded-rest', 'sharded-from-async', 'alone', 'alone-from-folder']
 SKIPPED = ['unreadable-skipped', 'samples-skipped', 'gradients-skipped']
 
 
@@ -105,7 +105,6 @@ def test_sharded_ranks_learn_what_replicated_ones_do(runs):
     [
         ('plain', 'plain-half', 'plain-rest'),
         ('sharded', 'sharded-half', 'sharded-rest'),
-        ('sharded', 'folder-half', 'sharded-from-folder'),
         ('sharded', 'async-half', 'sharded-from-async'),
     ],
 )
