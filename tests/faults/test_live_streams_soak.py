@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""64 live streams that start, end, fail, move and reset at random equal offline, in bounded memory.
+"""64 live streams that start, end, fail, move and reset at random for 20,000 steps equal offline, in bounded memory.
 
-As a script it does so in a process of its own, and prints what was found as JSON. Where CI tries new examples, each night, it
-does 20,000 steps.
+As a script it does so in a process of its own, and prints what was found as JSON.
 """
 
 import ctypes
 import gc
 import json
-import os
 import random
 import sys
 from pathlib import Path
@@ -23,8 +21,7 @@ from tiny_nest import tiny_model
 
 from nemo.collections.asr.parts.streaming.session import StreamingSession
 
-STEPS = 20000 if os.environ.get('RANDOM_EXAMPLES') else 5000
-STREAMS, CONTEXT, RATE = 64, [4, 0], 1000
+STEPS, STREAMS, CONTEXT, RATE = 20000, 64, [4, 0], 1000
 ENCODER = 'n_layers=1', 'd_model=8', 'subsampling_conv_channels=4', 'subsampling_factor=2'
 FEATURES = 'sample_rate=1000', 'window_size=0.04', 'window_stride=0.04', 'n_fft=64', 'features=8'
 OTHERS = 'quantizer.combine_time_steps=2', 'sample_rate=1000', 'num_classes=8'
@@ -126,7 +123,7 @@ def test_streams_stay_exact_and_memory_stays_where_it_was():
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found['largest'] < 1e-4
-    assert min(found['ended'], found['failed'], found['moved'], found['reset']) > STEPS // 200, found
+    assert min(found['ended'], found['failed'], found['moved'], found['reset']) > 100, found
     (middle, cache_middle), (end, cache_end) = found['memory']
     assert end < middle * 1.02 + 4e6 and cache_end == cache_middle, found
 
