@@ -290,9 +290,10 @@ class EncDecDenoiseMaskedTokenPredModel(EncDecMaskedTokenPredModel, _up.EncDecDe
     @property
     def input_types(self):
         """Return the definitions of the inputs; stock's lack some of the names that its forward takes."""
-        signals = 'processed_noise_signal', 'processed_noisy_input_signal'
-        lacking = [*signals, *(f'{signal}_length' for signal in signals)]
-        return {**super().input_types, **dict.fromkeys(lacking, NeuralType(optional=True))}
+        types = super().input_types
+        for name in ('processed_noise_signal', 'processed_noisy_input_signal'):
+            types.update({name: types['processed_signal'], f'{name}_length': types['processed_signal_length']})
+        return types
 
     @typecheck()
     def forward(

@@ -104,14 +104,17 @@ def test_features_and_samples_exclude_each_other():
     with pytest.raises(ValueError, match='either input_signal'):
         model(noisy_input_signal=batch.noisy_audio, noisy_input_signal_length=batch.noisy_audio_len)
     features, lengths = model.preprocessor(input_signal=batch.audio, length=batch.audio_len)
-    of_features = model(
+    of_features = dict(
         processed_signal=features,
         processed_signal_length=lengths,
         processed_noisy_input_signal=features,
         processed_noisy_input_signal_length=lengths,
     )
     arguments = {**forward_arguments(model, batch), 'noisy_input_signal': batch.audio}
-    torch.testing.assert_close(of_features[0], model(**arguments)[0])
+    torch.testing.assert_close(model(**of_features)[0], model(**arguments)[0])
+    for name in ('processed_signal', 'processed_noisy_input_signal'):
+        with pytest.raises(TypeError, match=f'shape mismatch occured for {name} '):
+            model(**{**of_features, name: features[0]})
 
 
 def test_a_masking_module_without_contexts_still_masks(monkeypatch, warnings):

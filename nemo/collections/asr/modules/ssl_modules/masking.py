@@ -220,8 +220,9 @@ class RandomBlockMasking(_up.RandomBlockMasking):
 
     def draw_on(self, stream: MaskedTimeLine, frames: int, window: Window) -> torch.Tensor:
         """Return the masks of new frames of streams, [B, N] bool, and draw more where they are not drawn yet."""
-        if not window.has_chunks and window.context.left != 0:
-            window = Window(AttContext(window.context.left, 0))  # the look-ahead may be after the end of the stream
+        left = window.in_whole_chunks().context.left
+        if left != 0:
+            window = Window(AttContext(left, 0))  # the look-ahead may be after the end of the stream
         drawn = math.ceil(STREAM_FRAMES / window.chunk) * window.chunk * self.subsampling_factor
         lengths = torch.full((len(stream.coming),), drawn, device=stream.coming.device)
         while stream.coming.shape[1] < frames:

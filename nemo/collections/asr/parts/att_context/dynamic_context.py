@@ -34,7 +34,7 @@ class Processed:
 def sync_masking_to_attention(model: Any) -> int:
     """Return the masking's left context, in attention frames, -1 = unlimited; it is the encoder's."""
     _check_takes_context(model)
-    masking = model.mask_processor
+    masking: Any = getattr(model, 'mask_processor', None)
     if not hasattr(masking, 'left_context_size'):
         raise ValueError(f"the masking of {type(model).__name__}, {type(masking).__name__}, takes no context")
     return masking.left_context_size

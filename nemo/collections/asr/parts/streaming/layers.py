@@ -10,6 +10,7 @@ Shapes: B streams, R of them, Q frames of a push, D the width, H heads, K width 
 """
 
 import copy
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ HIDDEN = -10000.0  # a score, as NeMo's; finite, so that a frame without visible
 FEW = 8  # frames up to which the convolution is faster as one sum
 GROWTH = 64  # first number of slots of a ring without a limit
 SHRINKS_AT = 4  # times the slots in use
+_LOCK = threading.Lock()
 
 
 @dataclass(eq=False)
@@ -141,7 +143,7 @@ class PreparedLayer:
     def positions(self, future: int, past: int) -> PositionTable:
         """Return the table of so many frames after and before; shared, and kept while a session uses it."""
         weight = self.position_weight
-        with torch.inference_mode(False), torch.no_grad(), without_autocast(weight.device):
+        with _LOCK, torch.inference_mode(False), torch.no_grad(), without_autocast(weight.device):
             found = self._tables.get((future, past))
             if found is None:
                 encoding = RelPositionalEncoding(self.width, 0.0)

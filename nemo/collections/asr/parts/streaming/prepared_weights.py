@@ -24,6 +24,7 @@ from nemo.collections.asr.parts.utils.activations import Swish
 from nemo.collections.common.parts.adapter_modules import LinearAdapter
 from nemo.core.classes.mixins.adapter_mixin_strategies import ResidualAddAdapterStrategy
 
+PLAIN = (bool, int, float, str, tuple)
 SAMPLED = 31  # elements of each tensor that are compared
 _LOCK = threading.RLock()
 _PREPARED: 'weakref.WeakKeyDictionary[nn.Module, dict[str, PreparedEncoder]]' = weakref.WeakKeyDictionary()
@@ -129,6 +130,7 @@ def _facts_of(encoder: Any) -> tuple[list[Any], list[torch.Tensor]]:
     owned = [each for module in modules for each in (*module._parameters.values(), *module._buffers.values())]
     tensors = [each for each in owned if each is not None]
     facts: list[Any] = [(type(module), getattr(module, 'get_enabled_adapters', list)()) for module in modules]
+    facts += [[value for value in vars(module).values() if isinstance(value, PLAIN)] for module in modules]
     facts += [(None if each.is_inference() else each._version, each.data_ptr(), each.dtype) for each in tensors]
     with torch.inference_mode(False), torch.no_grad():
         samples = torch.cat([each.flatten()[:: max(each.numel() // SAMPLED, 1)].float() for each in tensors])

@@ -371,6 +371,15 @@ class TestStreams:
         assert (share > MASKED).sum() > 100
         assert not no_visible_frame(share, Window(AttContext(*context), style)).any()
 
+    @pytest.mark.parametrize(
+        'context, style', [((4, 2), 'regular'), ((8, 3), 'chunked_limited'), ((-1, 3), 'chunked_limited')]
+    )
+    def test_each_masked_frame_has_a_visible_one_wherever_the_stream_ends(self, arguments, context, style):
+        module = RandomBlockMasking(1, *arguments, causal=True, subsampling_factor=8)
+        share = masked_share_per_frame(streamed(module, context, style, streams=64).unsqueeze(1), 8)
+        for end in range(1, 60):
+            assert not no_visible_frame(share[:, :end], Window(AttContext(*context), style)).any()
+
     @pytest.mark.parametrize('context', [(5, 0), (10, 0), (20, 0), (70, 0), (-1, 0)])
     def test_a_stream_is_masked_as_much_as_a_whole_utterance(self, arguments, context):
         module = RandomBlockMasking(1, *arguments, causal=True, subsampling_factor=8)

@@ -72,6 +72,9 @@ def test_models_without_contexts_are_refused():
     model.mask_processor = torch.nn.Identity()
     with pytest.raises(ValueError, match='Identity, takes no context'):
         sync_masking_to_attention(model)
+    del model.mask_processor
+    with pytest.raises(ValueError, match='NoneType, takes no context'):
+        sync_masking_to_attention(model)
 
 
 def test_the_wrapper_is_the_model_in_all_else():

@@ -3,6 +3,7 @@
 
 import gc
 import re
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +16,7 @@ from tiny_nest import POST_CONV, tiny_config, tiny_model
 
 from nemo.collections.asr.modules import ConformerEncoder
 from nemo.collections.asr.parts.att_context.context import AttContext
-from nemo.collections.asr.parts.streaming import prepared_weights
+from nemo.collections.asr.parts.streaming import layers, prepared_weights
 from nemo.collections.asr.parts.streaming.prepared_weights import check_encoder_can_stream
 from nemo.collections.asr.parts.streaming.session import StreamingSession
 from nemo.collections.common.parts.adapter_modules import LinearAdapterConfig
@@ -60,11 +61,15 @@ def exchange(model):
     model.encoder.layers[1].feed_forward1.linear2 = torch.nn.Linear(64, 16)
 
 
+def set_plain(model):
+    model.encoder.layers[0].fc_factor = 1.5
+
+
 def add_adapter(model):
     with_adapter(model.encoder, LinearAdapterConfig(in_features=16, dim=4))
 
 
-@pytest.mark.parametrize('change', [write, replace, move, write_unseen, exchange, add_adapter])
+@pytest.mark.parametrize('change', [write, replace, move, write_unseen, exchange, set_plain, add_adapter])
 def test_weights_are_taken_when_a_session_is_made_and_reset(model, change):
     session, whole = (StreamingSession(model, 1, CONTEXT) for _ in range(2))
     samples = noise(1, 9000)
@@ -156,10 +161,17 @@ def test_threads_that_start_at_once_prepare_them_once(model, monkeypatch):
         made.append(self)
         prepare(self, *args)
 
+    def extend(self, *args):
+        time.sleep(0.01)  # other threads get here
+        extend_pe(self, *args)
+
+    extend_pe = layers.RelPositionalEncoding.extend_pe
+    monkeypatch.setattr(layers.RelPositionalEncoding, 'extend_pe', extend)
     monkeypatch.setattr(prepared_weights.PreparedEncoder, '__init__', count)
     with ThreadPoolExecutor(8) as threads:
-        list(threads.map(lambda _: StreamingSession(model, 1, CONTEXT), range(8)))
+        sessions = list(threads.map(lambda _: StreamingSession(model, 1, CONTEXT), range(8)))
     assert len(made) == 1
+    assert len({session._runner.layers[0].table for session in sessions}) == 1
 
 
 def test_they_go_with_their_encoder():

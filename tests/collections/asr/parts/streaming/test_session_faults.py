@@ -286,6 +286,9 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
             session.load(0, given)
     with pytest.raises(ValueError, match='of 2 streams; this session has 1'):
         session.load_state_dict(StreamingSession(model, 2, [4, 0]).state_dict())
+    for given in (None, {'streams': None}):
+        with pytest.raises(ValueError, match='of 0 streams; this session has 1'):
+            session.load_state_dict(given)
     outputs += [session.step(samples[:, 4000:]), session.finish()]
     check_row(model, [4, 0], samples, frames_of(outputs, 0))
 
