@@ -141,7 +141,7 @@ def check_encoder_was_loaded(model, sources: list[Source], loaded: set[str]) -> 
 
 def _check_patterns(source: Source, weights: dict) -> None:
     for option in ('include', 'exclude'):
-        for pattern in getattr(source, option):
+        for pattern in filter(None, getattr(source, option)):
             if not any(pattern in name for name in weights):
                 hint = _hint(pattern, {part for name in weights for part in name.split('.')})
                 raise ValueError(

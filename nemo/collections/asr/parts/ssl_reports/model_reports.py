@@ -103,6 +103,8 @@ class ModelReports:
 class ReportsMixin(LightningModule):
     """Mixin for a model with ``reports``, before NeMo's class: reduces, logs and draws what they gathered."""
 
+    _validation_losses: tuple[torch.Tensor, ...] = ()  # of the manifests of one validation; their names may be alike
+
     def configure_callbacks(self) -> list:
         """Add the probe of ``model.probe``, if the config has one."""
         probe = self.cfg.get('probe')
@@ -131,10 +133,11 @@ class ReportsMixin(LightningModule):
         """Reduce the results over the ranks, and log them as NeMo does."""
         if self.reports.validation is not None:
             self.reports.validation.finish(self, 'val')
+        self._validation_losses = ()
         logged = super().on_validation_epoch_end(*args, **kwargs)
-        losses = [loss for name, loss in (logged or {}).items() if name.endswith('_val_loss')]
-        if len(losses) > 1:  # NeMo's val_loss is that of the first manifest
-            self.log('val_loss_mean', torch.stack(losses).mean().to(self.device), sync_dist=True)
+        if len(self._validation_losses) > 1:  # NeMo's val_loss is that of the first manifest
+            mean = torch.stack(self._validation_losses).mean()
+            self.log('val_loss_mean', mean.to(self.device), sync_dist=True)
         return logged
 
     def on_test_epoch_end(self, *args, **kwargs):
@@ -152,7 +155,9 @@ class ReportsMixin(LightningModule):
 
     def multi_validation_epoch_end(self, outputs: list, dataloader_idx: int = 0):
         """Return the results in contexts, else NeMo's ``val_loss`` and the means of the other metrics."""
-        return self._summary('val', super().multi_validation_epoch_end, outputs, dataloader_idx)
+        metrics = self._summary('val', super().multi_validation_epoch_end, outputs, dataloader_idx)
+        self._validation_losses += (metrics['val_loss'],) if metrics else ()
+        return metrics
 
     def multi_test_epoch_end(self, outputs: list, dataloader_idx: int = 0):
         """Return the results in contexts, else NeMo's ``test_loss`` and the means of the other metrics."""

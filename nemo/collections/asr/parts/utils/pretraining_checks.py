@@ -73,7 +73,8 @@ def check_averaging(cfg: DictConfig) -> None:
 def check_known_keys(section: DictConfig, name: str = '') -> None:
     """Check that no key is misspelt; ValueError naming the unknown key and the nearest known one.
 
-    Sections of this project, of the trainer, of NeMo's experiment manager and of parts with a ``_target_`` have no others.
+    Sections of this project, of the trainer, of NeMo's experiment manager and of a model's parts with a ``_target_`` have no
+    others.
     """
     known, likeness = _known_keys(section, name)
     if known is not None:
@@ -84,7 +85,7 @@ def check_known_keys(section: DictConfig, name: str = '') -> None:
 
 
 def _known_keys(section: DictConfig, name: str) -> Keys:
-    if '_target_' in section:
+    if '_target_' in section and name.startswith('model.'):  # strategies and profilers pass others on
         try:
             return _constructor_arguments(import_class_by_path(section._target_)), None
         except (ImportError, AttributeError, ValueError) as error:

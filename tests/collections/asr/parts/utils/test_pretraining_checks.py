@@ -110,6 +110,11 @@ class TestKeys:
         OmegaConf.update(cfg, key, 1, force_add=True)
         assert_error(cfg, key, hint)
 
+    def test_a_strategy_may_pass_settings_on(self, cfg):
+        strategy = {'_target_': 'lightning.pytorch.strategies.DDPStrategy', 'gradient_as_bucket_view': True}
+        OmegaConf.update(cfg, 'trainer.strategy', strategy, force_add=True)
+        check_pretraining_config(cfg)
+
     def test_a_missing_section(self, cfg):
         cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
         del cfg.model.quantizer
