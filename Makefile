@@ -124,7 +124,7 @@ docs: docs/tutorial.ipynb $(DOCS_STAMP) ## build the site, docs/_build/html; the
 	$(DOCS_VENV)/bin/python .ci/check_site.py $(SITE)/html $(SITE)/linkcheck
 
 clean: ## remove the environments and what builds and tests leave
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .coverage coverage.xml $(SITE) docs/api docs/public_api.md docs/tutorial.ipynb
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .coverage* coverage.xml $(SITE) docs/api docs/public_api.md docs/tutorial.ipynb
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A mark stands beside the environment from the first step to the last: a half-made one is cleared, never repaired.
