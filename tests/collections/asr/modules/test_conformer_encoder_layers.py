@@ -137,6 +137,14 @@ class TestWhatIsRefused:
             encoder.set_layer_att_context_size(layers)
         assert encoder.layer_att_contexts() == (None,) * 4
 
+    def test_a_bad_context_of_an_attribute_is_named_as_it_was_given(self):
+        attention = (
+            tiny_encoder(att_context_size=[8, 0], layer_att_context_size=[[0, [4, 0]]]).layers[1].self_attention
+        )
+        with pytest.raises(ValueError, match=r'item 1, \[4, 9\]: the right context is 9, .*\[\[4, 0\], \[4, 9\], '):
+            attention.att_context_size = [4, 9]
+        assert attention.att_context_size == [4, 0]
+
     def test_local_attention_cannot_follow(self):
         encoder = tiny_encoder(self_attention_model='rel_pos_local_attn', att_context_size=[4, 4])
         for narrow in (

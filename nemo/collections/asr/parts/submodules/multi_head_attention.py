@@ -48,8 +48,9 @@ class MultiHeadAttention(_up.MultiHeadAttention):
         if self.encoder is None:
             self._built_for = value
             return
-        contexts = list(self.encoder.layer_att_contexts())
-        contexts[self.index] = None if value is None else parse_own_context(value, 'self_attention.att_context_size')
+        contexts = [own and own.as_list() for own in self.encoder.layer_att_contexts()]
+        own = None if value is None else parse_own_context(value, 'self_attention.att_context_size')
+        contexts[self.index] = own and own.as_list()
         self.encoder.set_layer_att_context_size(contexts)
 
     def forward(self, query, key, value, mask, pos_emb=None, cache=None):

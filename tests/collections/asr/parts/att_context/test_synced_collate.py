@@ -4,6 +4,7 @@ import pickle
 import weakref
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -117,6 +118,7 @@ def test_errors_name_the_argument_in_one_line(arguments, message):
 def test_sums_within_a_millionth_are_one():
     create_synced_context_collate(list, [[80, 0], [40, 0]], [0.5, 0.5000005])
     create_synced_context_collate(list, [[left, 0] for left in range(10)], [0.1] * 10)
+    create_synced_context_collate(list, [[80, 0], [40, 0]], list(np.float32([0.5, 0.5])))
 
 
 @pytest.mark.parametrize(
