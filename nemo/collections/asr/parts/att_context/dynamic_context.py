@@ -108,6 +108,8 @@ class EnhancedDynamicContextModel(DynamicContextModel):
 
     def process(self, audio: torch.Tensor, lengths: torch.Tensor) -> Processed:
         """Run a model that predicts tokens on samples [B, N]: no masking, dropout, dither or gradients."""
+        if 'apply_mask' not in self.model.input_types:
+            raise ValueError(f"process needs a model that predicts tokens; {type(self.model).__name__} does not")
         modes, made = {module: module.training for module in self.model.modules()}, []
         hook = self.model.encoder.register_forward_hook(lambda encoder, given, output: made.append(output[0]))
         self.model.eval()

@@ -11,6 +11,7 @@ from tiny_nest import POSITIONS, noise_batch, signals, tiny_model
 from nemo.collections.asr.models.ssl_models import (
     EncDecDenoiseMaskedTokenPredModel,
     EncDecMaskedTokenPredModel,
+    SpeechEncDecSelfSupervisedModel,
 )
 from nemo.collections.asr.parts.att_context import (
     PRESETS,
@@ -75,6 +76,9 @@ def test_models_without_contexts_are_refused():
     del model.mask_processor
     with pytest.raises(ValueError, match='NoneType, takes no context'):
         sync_masking_to_attention(model)
+    contrastive = EnhancedDynamicContextModel(tiny_model(cls=SpeechEncDecSelfSupervisedModel))
+    with pytest.raises(ValueError, match='SpeechEncDecSelfSupervisedModel does not'):
+        contrastive.process(torch.zeros(1, 1600), torch.tensor([1600]))
 
 
 def test_the_wrapper_is_the_model_in_all_else():
