@@ -28,7 +28,7 @@ from nemo.collections.asr.data.training_data_mixin import LogLeftOut
 from nemo.collections.asr.parts.att_context.receptive_field import context_table
 from nemo.collections.asr.parts.ssl_reports.figures import attention_frame_ms
 from nemo.collections.asr.parts.streaming.session import StreamingSession
-from nemo.collections.asr.parts.utils.manifest_index import expanded, is_remote, paths_in
+from nemo.collections.asr.parts.utils.manifest_index import expanded, is_remote, local_entries, paths_in
 from nemo.collections.asr.parts.utils.pretraining_checks import check_contexts, check_known_keys
 from nemo.collections.common.data.lhotse.nemo_adapters import NO_MEMBER
 from nemo.core.classes.modelPT import ModelPT
@@ -154,7 +154,8 @@ def count_left_out(section: DictConfig) -> None:
     """Count what NeMo's own readers of manifests leave out: for its duration, or as no tar file has it."""
     tars = [tar for path in paths_in(section.get('tarred_audio_filepaths')) for tar in expanded(path)]
     found = set().union(*map(files_in, tars)) if tars and not any(map(is_remote, tars)) else None
-    for line in entries_within(*map(section.get, ('manifest_filepath', 'min_duration', 'max_duration'))):
+    lines, limits = local_entries(section.get('manifest_filepath')), map(section.get, ('min_duration', 'max_duration'))
+    for line in entries_within(lines, *limits):
         if found is not None and file_id(str(line.audio)).partition('-sub')[0] not in found:
             LEFT_OUT.add(NO_MEMBER, f"{line.place}: {line.audio}")
 

@@ -2,14 +2,14 @@
 """Read audio files as mono samples; errors name the file and the fault. New in this project."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import librosa
 import numpy as np
 import soundfile
 
-from nemo.collections.asr.parts.utils.manifest_index import Line, local_entries, read_entries
+from nemo.collections.asr.parts.utils.manifest_index import Line, read_entries
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
 from nemo.utils.left_out import LEFT_OUT, OUTSIDE_LIMITS
 
@@ -62,10 +62,10 @@ def audio_entries(files: list[Path], manifest: Path | str | None, must_exist: bo
     return entries
 
 
-def entries_within(manifests, shortest: float | None = None, longest: float | None = None) -> Iterator[Line]:
-    """Yield the entries of local manifests that have no duration or one within the limits, in s; count the others."""
+def entries_within(lines: Iterable[Line], shortest: float | None, longest: float | None) -> Iterator[Line]:
+    """Yield the entries that have no duration or one within the limits, in seconds; count the others."""
     others, first = 0, ''
-    for line in local_entries(manifests):
+    for line in lines:
         seconds = line.entry.get('duration')
         if seconds is None or (shortest or 0.0) <= seconds <= (np.inf if longest is None else longest):
             yield line

@@ -2,6 +2,7 @@
 """Pack utterances into shards with lhotse's writer, in several processes. New in this project."""
 
 import hashlib
+import itertools
 import json
 import random
 import shutil
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from nemo.collections.asr.data.audio_files import entries_within
 from nemo.collections.asr.data.loader_workers import in_order
 from nemo.collections.asr.data.ssl_dataset import BadAudioError
-from nemo.collections.asr.parts.utils.manifest_index import Line
+from nemo.collections.asr.parts.utils.manifest_index import Line, read_entries
 from nemo.collections.asr.parts.utils.nonfinite_guard import fault_of
 from nemo.collections.common.data.lhotse.nemo_adapters import holds
 from nemo.collections.common.parts.preprocessing.manifest import get_full_path
@@ -77,7 +78,8 @@ class ShardMaker(torch.utils.data.Dataset):
     def __init__(self, output: Path, plan: Plan, stop: bool):
         self.shards, self.reports = output / '.shar', output / '.reports'
         self.plan, self.stop = plan, stop
-        self.lines = list(entries_within(plan.manifests, plan.min_duration, plan.max_duration))
+        lines = itertools.chain.from_iterable(map(read_entries, plan.manifests))
+        self.lines = list(entries_within(lines, plan.min_duration, plan.max_duration))
         if not self.lines:
             raise ValueError(f"--manifest: nothing is left of {', '.join(plan.manifests)}")
         if plan.shuffle is not None:

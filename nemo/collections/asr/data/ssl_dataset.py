@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nemo.collections.asr.data.audio_files import audio_entries, entries_within
 from nemo.collections.asr.data.manifest_entries import ManifestEntries
-from nemo.collections.asr.parts.utils.manifest_index import expanded, is_remote, paths_in
+from nemo.collections.asr.parts.utils.manifest_index import expanded, is_remote, local_entries, paths_in
 from nemo.collections.asr.parts.utils.nonfinite_guard import NOT_FINITE, fault_of, on_this_rank, samples_are_valid
 from nemo.collections.common.data.lhotse.nemo_adapters import CUT_OFF, LEAST_SHARE_OF_DURATION, NO_MEMBER, STANDS_FOR
 from nemo.collections.common.parts.preprocessing import collections
@@ -136,7 +136,7 @@ class TarredAudioNoiseDataset(_LeavesOut, _up.TarredAudioNoiseDataset):
         if not self.manifest_processor.collection:
             raise ValueError(f"{manifest_filepath}: no entry lasts from {min_duration=} to {max_duration=} seconds")
         self._files_of_shards = defaultdict(set)
-        for line in entries_within(manifest_filepath, min_duration, max_duration):
+        for line in entries_within(local_entries(manifest_filepath), min_duration, max_duration):
             self._files_of_shards[line.entry.get('shard_id')].add(file_id(line.audio).partition('-sub')[0])
         # a file of an entry without the number of a tar file is expected in the first, if none has it
         tars = [tar for path in paths_in(audio_tar_filepaths) for tar in expanded(path)]

@@ -56,9 +56,9 @@ def cuts_of(out):
 def test_a_pattern_names_several_manifests(shards, manifest, out, monkeypatch, capsys):
     entry = manifest.read_text().splitlines()[0]
     for number in range(2):
-        (manifest.parent / f'm_{number}.json').write_text(f'{entry}\n')
+        (manifest.parent / f'm,{number}.json').write_text(f'{entry}\n')
     monkeypatch.setenv('HOME', str(manifest.parent))
-    assert shards.main(['--manifest', '~/m_{0..1}.json', '--output', str(out)]) == 0
+    assert shards.main(['--manifest', '~/m,{0..1}.json', '--output', str(out)]) == 0
     assert capsys.readouterr().out.startswith('2 utterances')
 
 
