@@ -19,6 +19,7 @@ class AttContextMixin(LightningModule):
 
         Raises:
             ValueError: if it is no context, or the encoder does not support it.
+            AttributeError: if the encoder has no contexts.
         """
         self.encoder.set_att_context_size(context)
 
