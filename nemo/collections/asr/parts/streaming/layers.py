@@ -238,11 +238,12 @@ def _convolution_norm(convolution: torch.nn.Module) -> Callable[..., Tensor]:
 
 def _store(kept: Tensor, new: Tensor, rows: Rows, slots: Tensor) -> Tensor:
     """Write keys and values [R, Q, 2, H, K] to slots of ``kept``; return the rows', [R, 2, H, S, K]."""
-    if rows.is_whole and slots.dim() == 1:
+    if rows.index is None and slots.dim() == 1:
+        if rows.computes_idle:
+            new[rows.idle] = kept[rows.idle[:, None], :, :, slots]
         return kept.index_copy_(3, slots, new.permute(0, 2, 3, 1, 4))
     if rows.computes_idle:
-        new = new.index_select(0, rows.moving)
-        slots = slots if slots.dim() == 1 else slots.index_select(0, rows.moving)
+        new, slots = (each.index_select(0, rows.moving) for each in (new, slots))
     kept[rows.moving[:, None], :, :, slots] = new
     return rows.select(kept)
 

@@ -36,7 +36,7 @@ class Rows:
         self.numbers, self.valid = np.arange(len(active)), active
         self.moving = torch.from_numpy(moving).to(device, non_blocking=True)
         if self.computes_idle:
-            self._moves = torch.from_numpy(active).to(device, non_blocking=True)
+            self.idle = torch.from_numpy(np.flatnonzero(~active)).to(device, non_blocking=True)
         elif not self.is_whole:
             self.numbers, self.valid, self.index = moving, np.ones(len(moving), bool), self.moving
 
@@ -51,13 +51,15 @@ class Rows:
         return kept if self.index is None else kept.index_select(0, self.index)
 
     def store(self, kept: Tensor, new: Tensor) -> None:
-        """Replace the rows of a tensor [B, ...] by new ones [R, ...]."""
-        if self.is_whole:
-            kept.copy_(new)
-        elif self.index is not None:
+        """Replace the rows of a tensor [B, ...] by new ones [R, ...], of which idle rows are overwritten."""
+        if self.index is not None:
             kept.index_copy_(0, self.index, new)
-        else:
-            kept.copy_(torch.where(self._moves.view(-1, *[1] * (kept.dim() - 1)), new, kept))
+            return
+        if (
+            self.computes_idle
+        ):  # an idle row is copied to itself: few are, and an interrupted step leaves them as they were
+            new.index_copy_(0, self.idle, kept.index_select(0, self.idle))
+        kept.copy_(new)
 
 
 class Stage:
