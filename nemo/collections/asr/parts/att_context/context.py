@@ -105,7 +105,7 @@ def tightest(*sides: int) -> int:
 
 def is_distribution(value: Any, number: int) -> bool:
     """Return whether it is a list of so many probabilities, with the sum 1 but for rounding."""
-    in_range = is_sequence(value) and all(isinstance(each, Real) and 0 <= each <= 1 for each in value)
+    in_range = is_sequence(value) and all(isinstance(each, Real) and 0 <= float(each) <= 1 for each in value)
     return in_range and len(value) == number and abs(sum(value) - 1) <= 1e-6
 
 

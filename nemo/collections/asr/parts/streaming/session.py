@@ -277,7 +277,7 @@ class StreamingSession:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where a session with as many streams was; errors as of :meth:`load`."""
-        streams = state.get('streams') if isinstance(state, dict) else None
+        streams: Any = state.get('streams') if isinstance(state, dict) else None
         count = len(streams) if isinstance(streams, list) else 0
         if count != self.batch_size:
             raise ValueError(f"load: this is a state of {count} streams; this session has {self.batch_size}")
