@@ -84,8 +84,11 @@ class AttContextMixin(LightningModule):
         return attach_context(moved, context, draw)
 
     def _one_context(self, batch=None) -> AbstractContextManager[AttContext | None]:
-        """Make one context active, if none is: that of a training step's batch, by the global step, or the encoder's."""
-        if not self._encoder_has_context():
+        """Make one context active: that of a training step's batch, by the global step, or in training the encoder's.
+
+        Inference without a batch of a step sets none, so that threads can share a model.
+        """
+        if not self._encoder_has_context() or (batch is None and not self.encoder.training):
             return nullcontext()
         of_step = () if batch is None else (getattr(batch, 'att_context', None), self.trainer.global_step)
         return self.encoder.using_att_context_size(self.encoder.att_context_of_batch(*of_step))

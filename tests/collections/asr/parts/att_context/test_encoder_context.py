@@ -86,10 +86,20 @@ def test_a_block_in_which_no_frame_sees_another_is_refused_in_training():
         model(**signals(noise_batch()), apply_mask=True)
 
 
-def test_threads_that_share_an_encoder_in_inference_leave_no_context_behind():
+def shared_encoder():
     encoder = tiny_encoder(att_context_size=[[4, 0], [8, 0]]).eval()
+    return encoder, lambda: encoder(audio_signal=torch.randn(1, 8, 80), length=torch.tensor([80]))
+
+
+def shared_model():
+    model = tiny_model('model.encoder.att_context_size=[[4,0],[8,0]]').eval()
+    return model.encoder, lambda: model(**signals(noise_batch()))
+
+
+@pytest.mark.parametrize('shared', [shared_encoder, shared_model])
+def test_threads_that_share_an_encoder_in_inference_leave_no_context_behind(shared):
+    encoder, run = shared()
     entered, second_is_in, calls = threading.Event(), threading.Event(), []
-    arguments = dict(audio_signal=torch.randn(1, 8, 80), length=torch.tensor([80]))
 
     def interleave(*_):  # the first thread leaves while the second is inside
         calls.append(len(calls))
@@ -101,7 +111,7 @@ def test_threads_that_share_an_encoder_in_inference_leave_no_context_behind():
             first.join(9)
 
     encoder.pre_encode.register_forward_pre_hook(interleave)
-    first, second = (threading.Thread(target=lambda: encoder(**arguments)) for _ in range(2))
+    first, second = (threading.Thread(target=run) for _ in range(2))
     first.start()
     entered.wait(9)
     second.start()
