@@ -104,7 +104,7 @@ class GroupStatistics(torch.utils.data.Dataset):
         return -(-len(self.utterances) // UTTERANCES_AT_ONCE)
 
     def __getitem__(self, index: int):
-        moments = targets = Moments()
+        moments, targets = Moments(), []
         for utterance in self.utterances[index * UTTERANCES_AT_ONCE :][:UTTERANCES_AT_ONCE]:
             try:
                 samples = torch.from_numpy(read_entry(utterance, self.rate))
@@ -114,9 +114,11 @@ class GroupStatistics(torch.utils.data.Dataset):
             features = features[0, :, : lengths[0]].numpy()
             moments = moments.merged(Moments.of(features, seconds=len(samples) / self.rate))
             if self.settings is not None:
-                found = self.settings.targets_of(features)
-                targets = targets.merged(Moments.of(found.T, short=not len(found)))
-        return moments, targets
+                targets.append(self.settings.targets_of(features))
+        if not targets:
+            return moments, Moments()
+        short = sum(len(each) == 0 for each in targets)
+        return moments, Moments.of(np.concatenate(targets).T, short=short)
 
 
 def corpus_statistics(utterances: list[dict], preprocessor, settings=None, workers=0) -> tuple[Moments, Moments]:

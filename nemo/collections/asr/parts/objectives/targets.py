@@ -29,10 +29,8 @@ class Targets:
                 "be 1, for the quantizer sees features after subsampling"
             )
         normalized = 'per_feature' in (self.normalize, model.cfg.preprocessor.get('normalize'))
-        given, needed = (
-            'per_feature' if normalized else 'NA',
-            getattr(model.quantizer, 'projection_normalization', None),
-        )
+        given = 'per_feature' if normalized else 'NA'
+        needed = getattr(model.quantizer, 'projection_normalization', None)
         if needed not in (None, given):
             raise ValueError(
                 f"model.target_normalize is {given!r}; model.quantizer.projection_file was computed from features "

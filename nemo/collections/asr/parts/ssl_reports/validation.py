@@ -206,6 +206,7 @@ class ContextValidation:
 
     def _add(self, loader: int, name: str, total: torch.Tensor, weight) -> None:
         """Add to a mean the sum of values times their weights, and of the weights: tensors or numbers."""
-        sums = self._sums.setdefault((loader, name), torch.zeros(2, dtype=torch.float64, device=total.device))
-        sums[0] += total
-        sums[1] += weight
+        if (loader, name) not in self._sums:
+            self._sums[loader, name] = torch.zeros(2, dtype=torch.float64, device=total.device)
+        self._sums[loader, name][0] += total
+        self._sums[loader, name][1] += weight

@@ -23,7 +23,7 @@ NOT_FINITE = 'samples that are NaN or infinite'
 
 def on_this_rank() -> str:
     """Return `` on rank 1`` or the like, for messages, in data workers too; '' for a single process."""
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     else:  # in a worker: what torchrun and Lightning leave in the environment
         ranks, rank = int(os.environ.get('WORLD_SIZE', 1)), os.environ.get('RANK', '0')
