@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -37,19 +38,28 @@ class MaskedTimeLine:
 class _Region:
     """The mask frames that a call may mask; counts are int32 [B, 1]."""
 
-    index: torch.Tensor  # [1, T]
+    index: torch.Tensor  # [T]
     first: torch.Tensor  # of the available range
     end: torch.Tensor  # the frame after its last
     available: torch.Tensor  # its length, frames that are kept visible included
+    short: torch.Tensor  # [B, 1] bool: too short for a block
     allowed: torch.Tensor  # [B, T] bool: available, and not kept visible
+    rank: torch.Tensor  # [B, T]: number of allowed frames up to this one
     free: torch.Tensor  # number of allowed frames
     limit: torch.Tensor  # most frames that may be masked
     keeps: bool  # whether any frame is kept visible
 
     @property
     def makes_up(self) -> torch.Tensor:
-        """By how much more to mask so that the share stays, [B, 1] float64."""
-        return self.available.double() / self.free.clamp(min=1)
+        """By how much more to mask so that the share stays, [B, 1] float32."""
+        return self.available / self.free.clamp(min=1)
+
+
+class _Changes(NamedTuple):
+    """Where blocks begin and end."""
+
+    place: torch.Tensor  # mask frames [B, N]; those after the last count as its end
+    count: torch.Tensor  # of blocks that begin there, less those that end, [B, N] int8
 
 
 class RandomBlockMasking(_up.RandomBlockMasking):
@@ -201,10 +211,11 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         if self.mask_prob == 0 or frames == 0:
             return torch.zeros_like(region.allowed)
         overlap = self.allow_overlap if overlap is None else overlap
-        masked = self._overlapping_blocks(region) if overlap else self._separate_blocks(region)
-        short = self.block_size >= region.available.float() * self.max_mask_ratio
-        masked = torch.where(short, self._one_short_block(region), region.allowed & masked)
-        masked = _thin_out(masked, region.limit)
+        if overlap:
+            masked = self._overlapping_blocks(region) | _cover(frames, self._one_short_block(region))
+        else:
+            masked = _cover(frames, self._separate_blocks(region), self._one_short_block(region))
+        masked = _thin_out(region.allowed & masked, region.limit)
         return masked if region.keeps else self._leave_a_frame(masked, region)
 
     def _fill(self, feats: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,7 +245,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
     def _region(self, lengths: torch.Tensor, frames: int, received, left: int, kept: Window | None) -> _Region:
         """Return what may be masked of lengths [B], or of the frames received, within a left context."""
         factor, device = self.subsampling_factor, lengths.device
-        index = torch.arange(frames, dtype=torch.int32, device=device).unsqueeze(0)
+        index = torch.arange(frames, dtype=torch.int32, device=device)
         end = lengths.to(torch.int32).clamp(max=frames).view(-1, 1)
         first = torch.zeros_like(end)
         if isinstance(received, int):
@@ -244,21 +255,26 @@ class RandomBlockMasking(_up.RandomBlockMasking):
             received = received.to(device, torch.int32).view(-1, 1)
             end = torch.minimum(received, end)
             first = (received - left * factor).clamp(min=0) if left >= 0 else first
-        allowed = (index >= first) & (index < end)
+        allowed, available = index < end, end
+        if received is not None:
+            allowed &= index >= first
+            available = (end - first).clamp(min=0)
         if kept is not None:
-            attention_frames = torch.arange(math.ceil(frames / factor), dtype=torch.int32, device=device).unsqueeze(0)
+            attention_frames = torch.arange(math.ceil(frames / factor), dtype=torch.int32, device=device)
             ends = end.div(factor, rounding_mode='floor')
             visible = kept_visible_frames(kept, attention_frames, ends, _uniform(end.shape, device))
-            allowed &= ~visible.repeat_interleave(factor, dim=1)[:, :frames]
-        free = allowed.sum(dim=1, keepdim=True, dtype=torch.int32)
-        available = (end - first).clamp(min=0)
-        limit = torch.minimum((available.float() * self.max_mask_ratio).int() + self.block_size, free)
-        return _Region(index, first, end, available, allowed, free, limit, kept is not None)
+            allowed &= (~visible).repeat_interleave(factor, dim=1)[:, :frames]
+        rank = allowed.cumsum(dim=1, dtype=torch.int32)
+        most = available.float() * self.max_mask_ratio
+        limit = torch.minimum(most.int() + self.block_size, rank[:, -1:])
+        short = self.block_size >= most
+        return _Region(index, first, end, available, short, allowed, rank, rank[:, -1:], limit, kept is not None)
 
     def _overlapping_blocks(self, region: _Region) -> torch.Tensor:
         """Let every frame start a block with equal probability; returns the frames of blocks, [B, T] bool."""
         block = self.block_size
         starts = (region.available - block).clamp(min=0)  # the first so many frames may start one, as in stock
+        starts = starts.masked_fill(region.short, 0)
         probability = self._start_probability(region, starts)
         is_start = _uniform(region.allowed.shape, region.allowed.device) < probability
         is_start &= (region.index >= region.first) & (region.index < region.first + starts)
@@ -279,14 +295,14 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         reach = torch.log1p(-share) / math.log(missed)
         return -torch.expm1(torch.log1p(-(share * region.makes_up).clamp(max=1)) / reach)
 
-    def _separate_blocks(self, region: _Region) -> torch.Tensor:
-        """Fill random slots of a grid of blocks at a random offset; return the frames of blocks, [B, T] bool."""
+    def _separate_blocks(self, region: _Region) -> _Changes:
+        """Fill random slots of a grid of blocks at a random offset."""
         frames, device, shape = region.allowed.shape[1], region.end.device, region.end.shape
-        blocks, block = self._number_and_size(region.available)
-        slots = region.available // block
+        blocks, block, slots = self._number_and_size(region.available)
+        blocks = blocks.masked_fill(region.short, 0)
         if region.keeps:
             blocks = torch.minimum((blocks * region.makes_up + _uniform(shape, device)).int(), slots)
-        slots = torch.where(blocks < slots, slots - 1, slots).clamp(min=0)  # stock leaves a slot for the offset
+        slots = torch.maximum(blocks, slots - 1)  # stock leaves a slot for the offset
         room = torch.minimum(block, region.available - slots * block + 1)
         offset = region.first + (_uniform(shape, device) * room).int()
 
@@ -294,30 +310,30 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         most_blocks = math.ceil(frames * self.mask_prob / self.block_size)
         most_slots = min(frames, max(frames // self.block_size, 2 * (most_blocks + 1)))
         score = _uniform((shape[0], most_slots), device)
-        score = score.masked_fill(torch.arange(most_slots, device=device) >= slots, 2.0)
-        chosen = score.argsort(dim=1).argsort(dim=1) < blocks
+        slot = torch.arange(most_slots + 1, dtype=torch.int32, device=device)
+        score = score.masked_fill(slot[:-1] >= slots, 2.0)
+        chosen = torch.nn.functional.pad(score.argsort(dim=1).argsort(dim=1) < blocks, (1, 1)).char()
+        return _Changes(offset + slot * block, chosen.diff(dim=1))
 
-        slot = (region.index - offset).div(block, rounding_mode='floor')
-        inside = (slot >= 0) & (slot < slots)
-        return inside & chosen.gather(1, slot.clamp(min=0, max=most_slots - 1).long())
-
-    def _number_and_size(self, available: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stock's number and size of blocks for so many frames, [B, 1] each."""
+    def _number_and_size(self, available: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Stock's number and size of blocks for so many frames, and how many have room there, [B, 1] each."""
         blocks = torch.ceil(available.float() * self.mask_prob / self.block_size).int()
-        too_long = (blocks + 1) * self.block_size > available
-        block = torch.where(too_long, available // (blocks + 1), self.block_size).clamp(min=1)
-        return torch.minimum(blocks, (available // block - 1).clamp(min=0)), block
+        block = (available // (blocks + 1)).clamp(min=1, max=self.block_size)
+        slots = available // block
+        return torch.minimum(blocks, (slots - 1).clamp(min=0)), block, slots
 
-    def _one_short_block(self, region: _Region) -> torch.Tensor:
-        """Return a block of 8 frames on one attention frame, stock 2.5.3's for a short utterance; [B, T]."""
-        factor = self.subsampling_factor
+    def _one_short_block(self, region: _Region) -> _Changes:
+        """Choose 8 frames of short utterances, as stock 2.5.3, and on one attention frame if it has as many."""
+        factor, rank = self.subsampling_factor, region.rank
         length = region.limit.clamp(max=max(SHORT_BLOCK, factor))
-        in_frame = _per_attention_frame(region.allowed, factor)
-        before = in_frame.cumsum(dim=1, dtype=torch.int32) - in_frame
-        score = _uniform(in_frame.shape, in_frame.device) + (in_frame == factor).int()
-        score = (score + (before + length <= region.free)).masked_fill(in_frame == 0, -1.0)
-        rank = region.allowed.cumsum(dim=1, dtype=torch.int32) - before.gather(1, score.argmax(dim=1, keepdim=True))
-        return region.allowed & (rank > 0) & (rank <= length)
+        after = torch.cat((rank[:, factor - 1 : -1 : factor], rank[:, -1:]), dim=1)  # at the attention frames' ends
+        before = torch.nn.functional.pad(after[:, :-1], (1, 0))
+        # Whole attention frames come before others, and those that are followed by enough frames before both.
+        score = _uniform(after.shape, after.device) + (after - before) + (before + length <= region.free)
+        first = before.gather(1, score.argmax(dim=1, keepdim=True))
+        ends = torch.searchsorted(rank, torch.cat((first, first + length), dim=1), right=True)
+        begins = region.short.char()
+        return _Changes(ends, torch.cat((begins, -begins), dim=1))
 
     def _leave_a_frame(self, masked: torch.Tensor, region: _Region) -> torch.Tensor:
         """Unmask a random attention frame where two or more are all there is and none is visible; [B, T] bool."""
@@ -391,13 +407,22 @@ def _per_attention_frame(mask: torch.Tensor, factor: int) -> torch.Tensor:
     return padded.unflatten(1, (-1, factor)).sum(dim=2, dtype=torch.int32)
 
 
+def _cover(frames: int, *blocks: _Changes) -> torch.Tensor:
+    """Return which of so many frames lie in blocks that do not overlap, [B, T] bool."""
+    place, count = (torch.cat(part, dim=1) for part in zip(*blocks))
+    line = torch.zeros(len(place), frames + 1, dtype=torch.int8, device=place.device)
+    line.scatter_add_(1, place.clamp(max=frames), count)
+    return line[:, :frames].cumsum(dim=1, dtype=torch.int8).bool()
+
+
 def _thin_out(masked: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
     """Keep at most ``limit`` [B, 1] masked frames of [B, T], from a random one on, around the end."""
     count = masked.cumsum(dim=1, dtype=torch.int32)
     total = count[:, -1:]
     start = (_uniform(total.shape, total.device) * total).int()
-    around = start + limit >= total
-    end = torch.where(around, torch.minimum(start + limit - total, start), start + limit)
+    end = start + torch.minimum(limit, total)
+    around = end >= total
+    end = torch.where(around, end - total, end)
     return masked & ((count > start) ^ (count > end) ^ around)
 
 

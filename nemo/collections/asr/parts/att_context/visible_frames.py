@@ -52,7 +52,7 @@ def kept_visible_frames(window: Window, index: torch.Tensor, ends: torch.Tensor,
     utterance that cuts a window off.
 
     Args:
-        index: the frames' positions in the utterances, [1, A] or [B, A].
+        index: the frames' positions in the utterances, [A].
         ends: attention frames of each utterance, [B, 1].
         phase: from 0 to 1, exclusive, [B, 1] float: where the first kept frame is.
     """
@@ -66,7 +66,9 @@ def kept_visible_frames(window: Window, index: torch.Tensor, ends: torch.Tensor,
         return index == ends - 1 - _scaled(phase, torch.minimum(ends, torch.full_like(ends, left + 1)))
     period = left + 1 + right
     first = _scaled(phase, period)
-    kept = (index - first) % period == 0
+    kept = index % period == first
+    if right == 0:
+        return kept | (index == 0)
     begins_late = first > (ends - 1).clamp(max=right)
     ends_early = torch.where(first < ends, (ends - 1 - first) % period, ends - 1) > left
     return kept | (begins_late & (index == 0)) | (ends_early & (index == ends - 1))
