@@ -70,7 +70,7 @@ class BFloat16Linear(PreparedLinear):
 class Int8Linear:
     """The same in int8 by torch's operators, with weights scaled by output; float32 weights on a CPU.
 
-    They take one range for all rows. So each row is mapped to [-1, 1] by its own, and a row of 1 and -1 fixes the common one.
+    They take one range for all rows. So each row is mapped to [0, 1] by its own, and this is the common one.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1.0):
@@ -82,20 +82,14 @@ class Int8Linear:
             quantised = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
             self.packed = torch.ops.quantized.linear_prepack(quantised, None)
             self.sums = quantised.dequantize().sum(dim=1)
-        self._range = torch.ones(weight.shape[1])
-        self._range[0] = -1.0
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Return [N, O] for rows [N, I]."""
-        low, high = rows.aminmax(dim=1, keepdim=True)
-        middle, half = (low + high) * 0.5, ((high - low) * 0.5).clamp_(min=torch.finfo(torch.float32).tiny)
-        mapped = torch.empty(len(rows) + 1, rows.shape[1])
-        torch.sub(rows, middle, out=mapped[:-1])
-        mapped[:-1].div_(half).clamp_(-1.0, 1.0).nan_to_num_(0.0)  # a non-finite row stays so by its range
-        mapped[-1] = self._range
-        outputs = torch.ops.quantized.linear_dynamic(mapped, self.packed, True)[:-1]
-        outputs = outputs.mul_(half).addcmul_(middle, self.sums)
-        return outputs if self.bias is None else outputs.add_(self.bias)
+        low, high = rows.amin(dim=1, keepdim=True), rows.amax(dim=1, keepdim=True)
+        span = (high - low).clamp_(min=torch.finfo(torch.float32).tiny)
+        mapped = (rows - low).div_(span).nan_to_num_(0.0)  # a non-finite row stays so by its range
+        shift = low * self.sums if self.bias is None else torch.addcmul(self.bias, low, self.sums)
+        return shift.addcmul_(torch.ops.quantized.linear_dynamic(mapped, self.packed, True), span)
 
 
 LINEARS = {'float32': PreparedLinear, 'bfloat16': BFloat16Linear, 'int8': Int8Linear}
