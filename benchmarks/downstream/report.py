@@ -22,6 +22,12 @@ HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / 'docs/evidence.md'
 BEGIN, END = '<!-- figures: written by benchmarks/downstream/report.py -->', '<!-- end of the figures -->'
 BETTER, WORSE, UNDECIDED, OPEN = 'better', 'worse', 'not shown', 'open'
+EARLIER = {  # arms of the earlier rounds
+    'scratch': 'from scratch',
+    'stock': "stock's masks",
+    'synchronised': 'following masks',
+    'next_token': 'next tokens',
+}
 DRAWN = ('stock-40', 'following-40', 'next', 'both')  # whose loss is drawn by distance
 COLOURS = {
     'stock': '#d1495b', 'following': '#00798c', 'next': '#edae49', 'both': '#7b5ea7', 'offline': '#66a182', '': '#555555'
@@ -132,10 +138,9 @@ def rates_table(results: Results) -> str:
     rows = []
     for name in ARMS:
         if any(own == name for _, own in results.judged()):
-            rows.append(
-                [ARMS[name].what, f'`{name}`', *(cell for kind in KINDS for cell in _rates(results, kind, name))]
-            )
-    return markdown(['encoder', 'arm', *heads], rows)
+            cells = [cell for kind in KINDS for cell in _rates(results, kind, name)]
+            rows.append([f'{ARMS[name].what} (`{name}`)', *cells])
+    return markdown(['encoder (arm)', *heads], rows)
 
 
 def _rates(results: Results, kind: str, name: str) -> list[str]:
@@ -166,28 +171,42 @@ def differences(results: Results) -> str:
     return markdown(['arms', *(head for kind in KINDS for head in (kind, 'verdict'))], rows) if rows else ''
 
 
+def by_seed(results: Results) -> str:
+    """Lay out the rate of each seed, in the first context of each kind."""
+    texts = []
+    for kind in KINDS:
+        arms = [name for own, name in results.judged() if own == kind and name != FEATURES]
+        context = KINDS[kind].judged[0]
+        rates = {name: results.counts(kind, name, context, results.seeds(kind, name)) for name in arms}
+        listed = [
+            f"`{name}` {', '.join(f'{rate:.1f}' for rate in 100 * found.sum(axis=1) / results.phones.sum())}"
+            for name, found in rates.items()
+        ]
+        texts += [f"{kind} `{list(context)}`: {'; '.join(listed)}."] if listed else []
+    return '\n'.join(f'- {text}' for text in texts)
+
+
 def noise(results: Results) -> list[str]:
     """Return the sentences about the instrument's noise and about the order of one run's checkpoints."""
     deviation, lines = results.probe_deviation(), []
     if deviation is not None:
-        lines.append(f'- Deviation over probe seeds: {deviation:.2f} points.')
+        lines.append(f'- Standard deviation over probe seeds: {deviation:.2f} points.')
     for kind, name in results.judged():
         seed = results.seeds(kind, name)[0]
         steps = sorted({key[3] for key in results.errors if key[:3] == (kind, name, seed) and key[5] == 0})
         if len(steps) > 1:
-            context = label_of(KINDS[kind].judged[0])
-            rates = [f'{results.rate_of((kind, name, seed, step, context, 0)):.1f}' for step in steps]
-            lines.append(
-                f"- {kind}, `{name}`, seed {seed}, after {steps} steps in `[{context}]`: {', '.join(rates)} %."
-            )
+            context = KINDS[kind].judged[0]
+            rates = [f'{results.rate_of((kind, name, seed, step, label_of(context), 0)):.1f}' for step in steps]
+            after = f"after {', '.join(map(str, steps))} steps"
+            lines.append(f"- {kind} `{list(context)}`, `{name}`, seed {seed}, {after}: {', '.join(rates)} %.")
     return lines
 
 
 def missing(results: Results) -> str:
-    """Return which encoders have no result."""
+    """Return how many runs are done."""
     total = sum(1 if name == FEATURES else 2 * len(SEEDS) for name in RUNNABLE)
     done = sum(len(results.seeds(kind, name)) for kind, name in results.judged() if name in RUNNABLE)
-    return f'{done} of {total} encoders have run.'
+    return f'{done} of {total} runs are done.'
 
 
 def earlier(folder: Path) -> str:
@@ -195,13 +214,13 @@ def earlier(folder: Path) -> str:
     rows = [row for row in rows_of(folder / 'earlier_rounds.csv.gz') if row['round'] == 'sizes 3']
     phones = next(sum(map(int, row['errors'].split())) for row in rows if row['arm'] == '(phones)')
     texts = []
-    for arm in ('scratch', 'stock', 'synchronised', 'next_token'):
+    for arm, what in EARLIER.items():
         own = [row for row in rows if (row['arm'], row['minutes'], row['context']) == (arm, '60', '10 0')]
         rates = [
             100 * sum(map(int, row['errors'].split())) / phones for row in sorted(own, key=lambda row: row['seed'])
         ]
-        texts.append(f"`{arm}` {', '.join(f'{rate:.0f}' for rate in rates)}")
-    return f"Phone errors in % by seed, `[10, 0]`, 60 minutes: {'; '.join(texts)}."
+        texts.append(f"{what} {', '.join(f'{rate:.0f}' for rate in rates)}")
+    return f"Phone error rates in % by seed, `[10, 0]`: {'; '.join(texts)}."
 
 
 def figures(results: Results) -> str:
@@ -214,7 +233,12 @@ def figures(results: Results) -> str:
             rates_table(results),
         ]
         compared, noises = differences(results), '\n'.join(noise(results))
-        parts += ['Differences in points, in the two contexts of each kind:', compared] if compared else []
+        parts += (
+            ['Differences in points, in the two contexts of each kind (open: seeds are missing):', compared]
+            if compared
+            else []
+        )
+        parts += ['By seed:', by_seed(results)]
         parts += ['Noise of the instrument:', noises] if noises else []
         parts.append('![Phone error rate of each encoder, by kind of contexts](pictures/evidence_rates.png)')
     if rows_of(results.folder / 'distance.csv'):

@@ -154,12 +154,15 @@ def run_cell(cell: Cell, speech: Speech, recipe: Recipe, settings: ProbeSettings
     with locked(options.work / f'{cell.label}.lock', wait=False) as free:
         if not free:
             return
-        folder, judge = options.work / cell.label, Judge(speech, settings, options.results / 'probe.csv')
-        folder.mkdir(parents=True, exist_ok=True)
+        folder, probes = options.work / cell.label, options.results / 'probe.csv'
+        judge, is_trained = Judge(speech, settings, probes), (folder / 'log.json').exists()
         if cell.arm == FEATURES:
             judge.judge(cell, None, 0, range(1))
             return
-        if not (folder / 'log.json').exists():
+        if not is_trained and not is_missing(cell, probes):
+            return  # it ran on another machine
+        if not is_trained:
+            folder.mkdir(parents=True, exist_ok=True)
             log = pretrain(cell.arm, cell.kind, cell.seed, speech, recipe, folder)
             append(options.results / 'pretraining.csv', TRAININGS, training_rows(cell, log))
             write_text(folder / 'log.json', json.dumps(log))

@@ -25,7 +25,7 @@ def test_rates_and_differences_by_hand(report, tmp_path):
     assert results.seeds('causal', 'next', 'random') == [0, 1]
     assert results.rate('causal', 'next', (5, 0)).value == pytest.approx(16 / 40)
     assert results.difference('causal', 'next', 'random', (-1, 0)).value == pytest.approx(-18 / 40)
-    assert report.missing(results) == '4 of 91 encoders have run.'
+    assert report.missing(results) == '4 of 91 runs are done.'
 
 
 def test_an_arm_is_better_only_with_all_seeds_and_beyond_the_noise_of_probes(report, tmp_path):

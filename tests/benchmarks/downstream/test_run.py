@@ -48,5 +48,8 @@ def test_quick_runs_all_of_it_once(run, manifests, tmp_path, capsys):
     assert judged == ends | earlier | {('mel', '0', '5 0', '0')} and len(judged) == len(rows) - 2
     sizes = {path.name: path.stat().st_size for path in (tmp_path / 'results').glob('*.csv')}
     assert set(sizes) == {'probe.csv', 'pretraining.csv', 'distance.csv', 'finetuning.csv'}
-    assert run.main(words) == 0  # all of it is there
-    assert sizes == {path.name: path.stat().st_size for path in (tmp_path / 'results').glob('*.csv')}
+    for work in ('work', 'of another machine'):  # all of it is there
+        words[3] = str(tmp_path / work)
+        assert run.main(words) == 0
+        assert sizes == {path.name: path.stat().st_size for path in (tmp_path / 'results').glob('*.csv')}
+    assert not list((tmp_path / work).glob('*/*.pt'))
