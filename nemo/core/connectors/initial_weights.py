@@ -13,6 +13,7 @@ from nemo.utils import logging, torch_files
 
 PLACES = {'init_from_nemo_model': 'path', 'init_from_pretrained_model': 'name', 'init_from_ptl_ckpt': 'path'}
 """The three keys, and the option that names the weights where the value is a mapping of sources."""
+FILES_OF = {'.nemo': 'init_from_nemo_model', '.ckpt': 'init_from_ptl_ckpt'}
 SHAPING_KEYS = (  # of model.encoder; the shapes and names of its tensors follow from them
     *('causal_downsampling', 'conv_norm_type', 'd_model', 'n_layers', 'n_heads', 'feat_in', 'feat_out', 'subsampling'),
     *('subsampling_factor', 'subsampling_conv_channels', 'ff_expansion_factor', 'conv_kernel_size'),
@@ -56,6 +57,9 @@ class Source:
         return config
 
     def _open(self, model, **options):
+        right = FILES_OF.get(os.path.splitext(self.place)[1], self.kind)
+        if right != self.kind:
+            raise ValueError(f"{self.key} is {self.place}; for such a file set {right}")
         readers = dict(zip(PLACES, (model.restore_from, model.from_pretrained, torch_files.load)))
         try:
             return readers[self.kind](os.path.expanduser(self.place), **options)

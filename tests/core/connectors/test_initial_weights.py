@@ -105,7 +105,8 @@ def test_what_would_load_less_than_is_meant_is_an_error(files, options, message)
         ({'init_from_ptl_ckpt': {}}, 'init_from_ptl_ckpt is {}'),
         ({'init_from_nemo': 'a.nemo'}, 'init_from_nemo is not known; did you mean init_from_nemo_model'),
         ({'init_from_ptl_ckpt': {'mine': 'a.ckpt'}}, 'init_from_ptl_ckpt.mine is'),
-        ({'init_from_ptl_ckpt': 'NEMO'}, 'init_from_ptl_ckpt: .*first.nemo cannot be read as a checkpoint'),
+        ({'init_from_ptl_ckpt': 'NEMO'}, 'init_from_ptl_ckpt is .*first.nemo; .* init_from_nemo_model'),
+        ({'init_from_nemo_model': {'mine': {'path': 'a.ckpt'}}}, 'mine.path is a.ckpt; .* init_from_ptl_ckpt'),
     ],
 )
 def test_a_config_that_cannot_be_meant_is_an_error(files, cfg, message):
