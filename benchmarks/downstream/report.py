@@ -83,6 +83,11 @@ class Results:
         """Return the errors of an arm in a context, by the first probe seed, [S, U]."""
         return np.array([self.errors[kind, name, s, self.last(kind, name, s), label_of(context), 0] for s in seeds])
 
+    def rates(self, kind: str, name: str, context) -> np.ndarray:
+        """Return the error rate of each seed of an arm, in %, [S]."""
+        counts = self.counts(kind, name, context, self.seeds(kind, name))
+        return 100 * counts.sum(axis=1) / self.phones.sum()
+
     def rate(self, kind: str, name: str, context) -> Estimate:
         """Return the error rate of an arm."""
         return estimate(self.counts(kind, name, context, self.seeds(kind, name)), self.phones)
@@ -177,11 +182,8 @@ def by_seed(results: Results) -> str:
     for kind in KINDS:
         arms = [name for own, name in results.judged() if own == kind and name != FEATURES]
         context = KINDS[kind].judged[0]
-        rates = {name: results.counts(kind, name, context, results.seeds(kind, name)) for name in arms}
-        listed = [
-            f"`{name}` {', '.join(f'{rate:.1f}' for rate in 100 * found.sum(axis=1) / results.phones.sum())}"
-            for name, found in rates.items()
-        ]
+        rates = {name: [f'{rate:.1f}' for rate in results.rates(kind, name, context)] for name in arms}
+        listed = [f"`{name}` {', '.join(found)}" for name, found in rates.items()]
         texts += [f"{kind} `{list(context)}`: {'; '.join(listed)}."] if listed else []
     return '\n'.join(f'- {text}' for text in texts)
 
@@ -233,11 +235,8 @@ def figures(results: Results) -> str:
             rates_table(results),
         ]
         compared, noises = differences(results), '\n'.join(noise(results))
-        parts += (
-            ['Differences in points, in the two contexts of each kind (open: seeds are missing):', compared]
-            if compared
-            else []
-        )
+        title = 'Differences in points, in the two contexts of each kind (open: seeds are missing):'
+        parts += [title, compared] if compared else []
         parts += ['By seed:', by_seed(results)]
         parts += ['Noise of the instrument:', noises] if noises else []
         parts.append('![Phone error rate of each encoder, by kind of contexts](pictures/evidence_rates.png)')
@@ -288,7 +287,7 @@ def _draw_arm(axis, results: Results, kind: str, name: str, place: int) -> None:
     for context, shift, fill in zip(KINDS[kind].judged, (0.13, -0.13), (colour(name), 'white')):
         if seeds and not (name == FEATURES and shift < 0):
             found = results.rate(kind, name, context)
-            rates = 100 * results.counts(kind, name, context, seeds).sum(axis=1) / results.phones.sum()
+            rates = results.rates(kind, name, context)
             axis.plot([100 * found.low, 100 * found.high], [place + shift] * 2, lw=1.5, color=colour(name))
             axis.plot(rates, [place + shift] * len(rates), 'o', ms=4, color=colour(name), markerfacecolor=fill)
 

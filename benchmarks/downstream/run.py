@@ -159,9 +159,9 @@ def run_cell(cell: Cell, speech: Speech, recipe: Recipe, settings: ProbeSettings
         if cell.arm == FEATURES:
             judge.judge(cell, None, 0, range(1))
             return
-        if not is_trained and not is_missing(cell, probes):
-            return  # it ran on another machine
         if not is_trained:
+            if not is_missing(cell, probes):
+                return  # it ran on another machine
             folder.mkdir(parents=True, exist_ok=True)
             log = pretrain(cell.arm, cell.kind, cell.seed, speech, recipe, folder)
             append(options.results / 'pretraining.csv', TRAININGS, training_rows(cell, log))

@@ -57,14 +57,13 @@ class Source:
         return config
 
     def _open(self, model, **options):
-        right = FILES_OF.get(os.path.splitext(self.place)[1], self.kind)
-        if right != self.kind:
-            raise ValueError(f"{self.key} is {self.place}; for such a file set {right}")
         readers = dict(zip(PLACES, (model.restore_from, model.from_pretrained, torch_files.load)))
         try:
             return readers[self.kind](os.path.expanduser(self.place), **options)
         except (OSError, KeyError, ValueError) as error:
-            raise ValueError(f"{self.key}: {error}") from error
+            right = FILES_OF.get(os.path.splitext(self.place)[1], self.kind)
+            hint = '' if right == self.kind else f'; for such a file set {right}'
+            raise ValueError(f"{self.key}: {error}{hint}") from error
 
 
 def sources_of(cfg) -> list[Source]:

@@ -105,12 +105,17 @@ def test_what_would_load_less_than_is_meant_is_an_error(files, options, message)
         ({'init_from_ptl_ckpt': {}}, 'init_from_ptl_ckpt is {}'),
         ({'init_from_nemo': 'a.nemo'}, 'init_from_nemo is not known; did you mean init_from_nemo_model'),
         ({'init_from_ptl_ckpt': {'mine': 'a.ckpt'}}, 'init_from_ptl_ckpt.mine is'),
-        ({'init_from_ptl_ckpt': 'NEMO'}, 'init_from_ptl_ckpt is .*first.nemo; .* init_from_nemo_model'),
-        ({'init_from_nemo_model': {'mine': {'path': 'a.ckpt'}}}, 'mine.path is a.ckpt; .* init_from_ptl_ckpt'),
+        ({'init_from_ptl_ckpt': 'NEMO'}, 'init_from_ptl_ckpt: .*first.nemo cannot be read as a checkpoint'),
+        ({'init_from_ptl_ckpt': 'NEMO'}, '; for such a file set init_from_nemo_model'),
+        (
+            {'init_from_nemo_model': 'CKPT'},
+            'init_from_nemo_model: .*first.ckpt.*; for such a file set init_from_ptl_ckpt',
+        ),
     ],
 )
 def test_a_config_that_cannot_be_meant_is_an_error(files, cfg, message):
-    cfg = {key: str(files['init_from_nemo_model']) if value == 'NEMO' else value for key, value in cfg.items()}
+    named = {'NEMO': str(files['init_from_nemo_model']), 'CKPT': str(files['init_from_ptl_ckpt'])}
+    cfg = {key: named.get(value, value) if isinstance(value, str) else value for key, value in cfg.items()}
     with pytest.raises(ValueError, match=message):
         load(tiny_model(), **cfg)
 

@@ -45,9 +45,13 @@ class _Region:
     short: torch.Tensor  # [B, 1] bool: too short for a block
     allowed: torch.Tensor  # [B, T] bool: available, and not kept visible
     rank: torch.Tensor  # [B, T]: number of allowed frames up to this one
-    free: torch.Tensor  # number of allowed frames
     limit: torch.Tensor  # most frames that may be masked
     keeps: bool  # whether any frame is kept visible
+
+    @property
+    def free(self) -> torch.Tensor:
+        """Number of allowed frames."""
+        return self.rank[:, -1:]
 
     @property
     def makes_up(self) -> torch.Tensor:
@@ -268,7 +272,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         most = available.float() * self.max_mask_ratio
         limit = torch.minimum(most.int() + self.block_size, rank[:, -1:])
         short = self.block_size >= most
-        return _Region(index, first, end, available, short, allowed, rank, rank[:, -1:], limit, kept is not None)
+        return _Region(index, first, end, available, short, allowed, rank, limit, kept is not None)
 
     def _overlapping_blocks(self, region: _Region) -> torch.Tensor:
         """Let every frame start a block with equal probability; returns the frames of blocks, [B, T] bool."""

@@ -67,7 +67,7 @@ def kept_visible_frames(window: Window, index: torch.Tensor, ends: torch.Tensor,
     period = left + 1 + right
     first = _scaled(phase, period)
     kept = index % period == first
-    if right == 0:
+    if right == 0:  # an utterance cuts windows off at its start only
         return kept | (index == 0)
     begins_late = first > (ends - 1).clamp(max=right)
     ends_early = torch.where(first < ends, (ends - 1 - first) % period, ends - 1) > left

@@ -55,9 +55,7 @@ class Rows:
         if self.index is not None:
             kept.index_copy_(0, self.index, new)
             return
-        if (
-            self.computes_idle
-        ):  # an idle row is copied to itself: few are, and an interrupted step leaves them as they were
+        if self.computes_idle:  # few rows are idle, and an interrupted step leaves them as they were
             new.index_copy_(0, self.idle, kept.index_select(0, self.idle))
         kept.copy_(new)
 
