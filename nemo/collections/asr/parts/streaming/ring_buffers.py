@@ -50,10 +50,16 @@ class Rows:
         """Return the rows [R, ...] of a tensor [B, ...]."""
         return kept if self.index is None else kept.index_select(0, self.index)
 
+    def borrow(self, kept: Tensor) -> Tensor:
+        """Return the rows [R, ...] of a tensor [B, ...], to change in place and give to :meth:`store`."""
+        return kept.clone() if self.computes_idle else self.select(kept)
+
     def store(self, kept: Tensor, new: Tensor) -> None:
         """Replace the rows of a tensor [B, ...] by new ones [R, ...], of which idle rows are overwritten."""
         if self.index is not None:
             kept.index_copy_(0, self.index, new)
+            return
+        if new is kept:  # borrowed, and all rows move on
             return
         if self.computes_idle:  # few rows are idle, and an interrupted step leaves them as they were
             new.index_copy_(0, self.idle, kept.index_select(0, self.idle))

@@ -88,15 +88,16 @@ class IncrementalSubsampling:
         zeros. A stream without any begins, and has factor - 1 left: those before it.
         """
         size = BLOCK if features.device.type == 'cpu' else max(len(features), 1)
-        own = zip(*(rows.select(cache).split(size) for cache in caches))
+        own = [rows.borrow(cache) for cache in caches]
+        split = zip(*(cache.split(size) for cache in own))
         began, remain = (repeat(None) if values is None else values.split(size) for values in (begins, left))
-        parts, last = zip(*map(self._step, own, features.split(size), began, remain))
-        for cache, new in zip(caches, zip(*last, strict=True), strict=True):
-            rows.store(cache, new[0] if len(new) == 1 else torch.cat(new))
+        parts = [*map(self._step, split, features.split(size), began, remain)]
+        for cache, new in zip(caches, own, strict=True):
+            rows.store(cache, new)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _step(self, caches: Any, features: Any, begins: Any, left: Any) -> tuple[Tensor, list[Tensor]]:
-        frames, ahead, last = features.unsqueeze(-1), self.factor, []
+    def _step(self, caches: Any, features: Any, begins: Any, left: Any) -> Tensor:
+        frames, ahead = features.unsqueeze(-1), self.factor
         for stage, cache in zip(self.stages, caches, strict=True):
             frames = torch.cat((cache, frames), dim=1)
             if begins is not None:
@@ -105,10 +106,10 @@ class IncrementalSubsampling:
                 behind = torch.arange(frames.shape[1], device=left.device) > left[:, None]
                 frames.masked_fill_(behind[:, :, None, None], 0.0)
                 left = torch.div(left + 1, STRIDE, rounding_mode='floor')
-            last.append(frames[:, -1:])
+            cache.copy_(frames[:, -1:])
             frames = stage(frames)
             ahead //= STRIDE
-        return self.out(frames.flatten(2).flatten(0, 1)).view(len(frames), frames.shape[1], -1), last
+        return self.out(frames.flatten(2).flatten(0, 1)).view(len(frames), frames.shape[1], -1)
 
 
 def _patches(frames: Tensor) -> Tensor:
