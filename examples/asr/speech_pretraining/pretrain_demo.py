@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 
@@ -243,7 +244,9 @@ def run(options: argparse.Namespace) -> None:
     folder = run_folder(options, data)
     encoder = pretrain(options, data, folder)
     if options.recogniser_steps and all(entry.get('text') for entry in entries_of(data['train'])):
-        compare(fine_tune_all(options, data, folder, encoder), data, folder)
+        models = fine_tune_all(options, data, folder, encoder)
+        with open(folder / 'comparison.log', 'w') as log, redirect_stderr(log):  # what NeMo warns of
+            compare(models, data, folder)
     else:
         console.print('== No recogniser: --recogniser-steps is 0, or the manifest has entries without text')
     console.print(f"""\
