@@ -32,6 +32,7 @@ from nemo_streaming_ssl import upstream
 _up = upstream(globals())
 
 LEAST_SHARE_OF_DURATION = 0.5  # of the duration in the manifest; a shorter file is most likely cut off
+UNKNOWN_DURATION = 100000  # seconds, what NeMo's transcribe() writes for every file
 CUT_OFF = 'missing in a tar file that is cut off'
 NO_MEMBER = 'without a member in their tar file'
 STANDS_FOR = 'stands_for'  # key of a cut's custom values: why utterances have no audio, and how many it stands for
@@ -114,8 +115,8 @@ class LazyNeMoIterator(_up.LazyNeMoIterator):
 
 def holds(recording: Recording, offset: float, duration: float | None) -> bool:
     """Whether a recording has the segment of an entry, of which the end may be missing."""
-    left = recording.duration - offset
-    return left > 0 and left >= LEAST_SHARE_OF_DURATION * (duration or 0.0)
+    left, expected = recording.duration - offset, duration or 0.0
+    return left > 0 and (expected >= UNKNOWN_DURATION or left >= LEAST_SHARE_OF_DURATION * expected)
 
 
 class LazyNeMoTarredIterator(_up.LazyNeMoTarredIterator):

@@ -13,6 +13,9 @@ import soundfile
 import torch
 from lhotse import CutSet, Recording
 from lhotse.lazy import LazyManifestIterator
+from omegaconf import open_dict
+from tiny_recogniser import tiny_recogniser
+from word_pieces import make_tokenizer
 
 from nemo.collections.asr.data.ssl_dataset import BadAudioError, LhotseAudioNoiseDataset
 from nemo.collections.common.data.lhotse.nemo_adapters import NO_MEMBER, LazyNeMoIterator, LazyNeMoTarredIterator
@@ -49,6 +52,19 @@ def batch(cuts, skip):
     dataset = LhotseAudioNoiseDataset()
     dataset.skip_bad_audio = skip
     return dataset[CutSet.from_cuts(cuts).to_eager()]
+
+
+def test_nemos_transcribe_reads_files_whose_duration_it_does_not_know(tmp_path):
+    paths, samples = [], [ramp(1.0), ramp(1.6)]
+    for number, each in enumerate(samples):
+        paths.append(str(tmp_path / f'{number}.wav'))
+        soundfile.write(paths[-1], each, RATE, subtype='FLOAT')
+    model = tiny_recogniser('ctc', tokenizer=make_tokenizer(tmp_path))
+    with open_dict(model.cfg):
+        model.cfg.validation_ds = {}  # NeMo asks it for settings
+    of_files, of_samples = (model.transcribe(audio, batch_size=2, verbose=False) for audio in (paths, samples))
+    assert [found.text for found in of_files] == [found.text for found in of_samples]
+    assert all(found.text for found in of_files)
 
 
 def test_a_line_that_is_no_json_is_named_and_a_blank_one_counts_as_nothing(tmp_path):
