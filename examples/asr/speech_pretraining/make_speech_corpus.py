@@ -31,16 +31,17 @@ from tqdm import tqdm
 
 SAMPLE_RATE = 16000  # Hz
 SHORTEST, LONGEST = 2.0, 9.0  # seconds of an utterance
-RECIPE = 4  # raise it when this script's output changes, so that corpora on disk are replaced
+RECIPE = 5  # raise it when this script's output changes, so that corpora on disk are replaced
 PATIENCE = 120  # seconds to wait for one utterance
 SETTINGS = "corpus.json"  # written last: it marks a complete corpus
 SPLITS = ("train", "validation", "test", "noise")
 
-# eSpeak's voices, with variants (formants, pitch, roughness); a held-out voice is in one split only. They speak slowly:
-# a recogniser by CTC writes no more than one character in 80 ms.
+# eSpeak's voices, with variants (formants, pitch, roughness); a held-out voice is in one split only. They speak slowly and pause
+# between words: CTC writes no more than one character in 80 ms, and a causal encoder has to write later than it hears.
 VOICES = ("en-us+m3", "en-us+f2", "en-gb-x-rp+m7", "en-gb-x-rp+f4")
 HELD_OUT_VOICES = {"validation": ("en-us+f5",), "test": ("en-us+m5",)}
 RATES = (80, 90)  # words per minute
+WORD_GAP = 10  # in eSpeak's unit
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Synthesiser:
     """eSpeak NG by ctypes: text in, float64 samples at 16 kHz out. One per process: not thread-safe."""
 
     _RETRIEVAL_SYNCHRONOUS, _DO_NOT_EXIT, _UTF8, _CHARACTERS = 2, 0x8000, 1, 1
-    _RATE, _PITCH, _RANGE = 1, 3, 4  # espeak_PARAMETER
+    _RATE, _PITCH, _RANGE, _WORD_GAP = 1, 3, 4, 7  # espeak_PARAMETER
 
     def __init__(self):
         import espeakng_loader  # here, because main() reports its absence once
@@ -136,6 +137,7 @@ class Synthesiser:
             raise ValueError(f"this eSpeak NG has no voice {speaker.voice}")
         self.espeak.espeak_ng_SetRandSeed(ctypes.c_long(seed))
         settings = {self._RATE: speaker.rate, self._PITCH: speaker.pitch, self._RANGE: speaker.pitch_range}
+        settings[self._WORD_GAP] = WORD_GAP
         for parameter, value in settings.items():
             self.espeak.espeak_SetParameter(parameter, value, 0)
 
