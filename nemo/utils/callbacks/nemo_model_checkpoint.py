@@ -75,11 +75,12 @@ class NeMoModelCheckpoint(_up.NeMoModelCheckpoint):
 
 
 def _newer_last_checkpoint(path: Path) -> Path | None:
-    """Return the newest whole last checkpoint beside a last one, if it is another.
+    """Return the newest whole last checkpoint of the same run beside a last one, if it is another.
 
     torch's files are zip archives, whose table of contents comes last: one that has it is whole.
     """
     others = path.parent.glob('*last.ckpt') if path.name.endswith('last.ckpt') else ()
-    whole = [other for other in others if other.is_file() and zipfile.is_zipfile(other)]
+    of_run = [other for other in others if other.name.partition('--')[0] == path.name.partition('--')[0]]
+    whole = [other for other in of_run if other.is_file() and zipfile.is_zipfile(other)]
     newest = max(whole, key=lambda other: (other.stat().st_mtime_ns, other.name), default=path)
     return None if newest == path else newest

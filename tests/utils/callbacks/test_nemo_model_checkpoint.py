@@ -25,9 +25,10 @@ def test_of_two_last_checkpoints_the_newer_counts(tmp_path):
     old = save(tmp_path / 'm--epoch=1-last.ckpt', 2, 1000)
     new = save(tmp_path / 'm--epoch=0-last.ckpt', 4, 2000)
     best = save(tmp_path / 'm--epoch=0.ckpt', 2, 500)
-    assert _filter_out_unfinished_checkpoints([old, new, best]) == [new, best]
+    of_another_run = save(tmp_path / 'n--epoch=0-last.ckpt', 2, 500)
+    assert _filter_out_unfinished_checkpoints([old, new, best, of_another_run]) == [new, best, of_another_run]
     NeMoModelCheckpoint._remove_unfinished_checkpoints(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([new, best])
+    assert sorted(tmp_path.iterdir()) == sorted([new, best, of_another_run])
 
 
 def test_a_whole_checkpoint_counts_in_spite_of_its_mark(tmp_path):
@@ -39,7 +40,7 @@ def test_a_whole_checkpoint_counts_in_spite_of_its_mark(tmp_path):
 
 
 def test_half_a_checkpoint_does_not_count(tmp_path):
-    old, half = save(tmp_path / 'm-a-last.ckpt', 2, 1000), tmp_path / 'm-b-last.ckpt'
+    old, half = save(tmp_path / 'm--a-last.ckpt', 2, 1000), tmp_path / 'm--b-last.ckpt'
     half.write_bytes(old.read_bytes()[:-100])
     mark(half)
     assert _filter_out_unfinished_checkpoints([old, half]) == [old]
