@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from nemo.collections.common.data.lhotse.nemo_adapters import JsonLines, parsed
+from nemo.collections.common.data.lhotse.nemo_adapters import ManifestLines, parsed
 from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths as expanded
 from nemo.utils import logging
 from nemo.utils.atomic_files import replacing
@@ -70,7 +70,7 @@ def read_entries(pattern: str | Path, needed: tuple[str, ...] = ()) -> Iterator[
     ValueError names manifest and line, if a manifest cannot be read, has no entries, or a line is no entry.
     """
     for path in expanded(os.path.expanduser(pattern)):
-        number, lines = 0, JsonLines(path)
+        number, lines = 0, ManifestLines(path)
         lines.needed = needed
         for number, entry in lines.numbered():
             yield Line(path, number, entry)

@@ -39,9 +39,10 @@ STANDS_FOR = 'stands_for'  # key of a cut's custom values: why utterances have n
 
 
 class JsonLines(_up.LazyJsonlIterator):
-    """lhotse's reader of lines; blank lines count as nothing, and a line that is no JSON object is named."""
+    """lhotse's reader of lines; blank lines count as nothing, and a line that is no JSON is named."""
 
-    needed: tuple[str, ...] = ()  # keys that each entry must have
+    needed: tuple[str, ...] | None = None  # keys that each entry must have; None: these are no entries of NeMo's
+    nullable: tuple[str, ...] = ()  # those of them that may be null
 
     def __iter__(self) -> Iterator[dict]:
         return (entry for _, entry in self.numbered())
@@ -52,21 +53,33 @@ class JsonLines(_up.LazyJsonlIterator):
             with open_best(self.path, 'r') as lines:
                 for number, line in enumerate(lines, 1):
                     if not line.isspace():
-                        yield number, parsed(line, self.path, number, self.needed)
+                        yield number, parsed(line, self.path, number, self.needed, self.nullable)
         except (OSError, EOFError, UnicodeDecodeError) as error:
             raise ValueError(f"manifest {self.path} cannot be read: {error}") from error
 
 
-def parsed(line: bytes | str, path: str, number: int, needed: tuple[str, ...] = ()) -> dict:
+class ManifestLines(JsonLines):
+    """The reader of NeMo's manifests: an entry is an object, and its times are valid."""
+
+    needed: tuple[str, ...] | None = ()
+
+
+def parsed(
+    line: bytes | str, path: str, number: int, needed: tuple[str, ...] | None = (), nullable: tuple[str, ...] = ()
+) -> dict:
     """Return the entry of a line; ValueError names path and line if the line, a key or a time is invalid."""
     where = f"{path}, line {number}"
     try:
         entry = decode_json_line(line if isinstance(line, str) else line.decode())
     except ValueError as error:
         raise ValueError(f"{where} is no JSON: {error}") from error
+    if needed is None:
+        return entry
     if not isinstance(entry, dict):
         raise ValueError(f"{where} is no JSON object")
-    lacking = [key for key in needed if entry.get(key) is None]
+    if nullable and entry.get('_skipme'):  # NeMo's reader leaves it out
+        return entry
+    lacking = [key for key in needed if entry.get(key) is None and not (key in nullable and key in entry)]
     if lacking:
         raise ValueError(f"{where} has no {' and no '.join(lacking)}")
     for key, least in (('duration', -np.inf), ('offset', 0.0)):
@@ -94,23 +107,26 @@ class LazyNeMoIterator(_up.LazyNeMoIterator):
     """NeMo's reader of manifests; a file whose header cannot be read makes a cut that cannot be loaded."""
 
     def __init__(self, path, *args, **kwargs):
-        if not isinstance(path, (str, Path)):  # [path], or [path, weight], which NeMo takes for tarred manifests only
-            path = path[0]
-        super().__init__(os.path.expanduser(path), *args, **kwargs)
+        paths = [path] if isinstance(path, (str, Path)) else [*path]
+        if isinstance(paths[-1], (int, float)):  # [path, weight], which NeMo takes for tarred manifests only
+            paths.pop()
+        paths = [*map(os.path.expanduser, paths)]
+        super().__init__(paths if len(paths) > 1 else paths[0], *args, **kwargs)
         for source in getattr(self.source, 'iterators', [self.source]):
-            source.needed = 'audio_filepath', 'duration'
+            source.needed, source.nullable = ('audio_filepath', 'duration'), ('duration',)  # null: as in the file
 
     def _create_cut(self, audio_path, offset, duration, sampling_rate=None):
-        self._offset, self._end = offset or 0.0, (offset or 0.0) + duration
+        self._offset, self._duration = offset or 0.0, duration
         return super()._create_cut(audio_path, offset, duration, sampling_rate)
 
     def _create_recording(self, audio_path, duration, sampling_rate=None):
         with suppress(Exception):  # of soundfile, of lhotse; raised again where the audio is loaded
             if not sampling_rate or not is_datastore_path(audio_path):
                 recording = Recording.from_file(audio_path)
-                if holds(recording, self._offset, self._end - self._offset):
+                if holds(recording, self._offset, self._duration):
                     return recording
-        return super()._create_recording(audio_path, self._end, sampling_rate or 16000)
+        end = self._offset + (1.0 if self._duration is None else self._duration)
+        return super()._create_recording(audio_path, end, sampling_rate or 16000)
 
 
 def holds(recording: Recording, offset: float, duration: float | None) -> bool:
@@ -198,5 +214,5 @@ _up.LazyNeMoIterator, _up.LazyNeMoTarredIterator = LazyNeMoIterator, LazyNeMoTar
 _up.make_cut_with_subset_inmemory_recording = make_cut_with_subset_inmemory_recording
 _up.expand_sharded_filepaths = expand_sharded_filepaths
 _up.LibsndfileBackend, _up.soundfile = _NonFiniteBackend, SimpleNamespace(info=_header)
-_up.LazyJsonlIterator = lhotse.lazy.LazyJsonlIterator = JsonLines
+_up.LazyJsonlIterator, lhotse.lazy.LazyJsonlIterator = ManifestLines, JsonLines
 lazy_shar.TarIterator, lhotse.shar.LazySharIterator = WholeTarIterator, SharIterator

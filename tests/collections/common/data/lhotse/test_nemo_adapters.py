@@ -6,13 +6,14 @@ import io
 import json
 import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 from lhotse import CutSet, Recording
-from lhotse.lazy import LazyManifestIterator
+from lhotse.lazy import LazyJsonlIterator, LazyManifestIterator
 from omegaconf import open_dict
 from tiny_recogniser import tiny_recogniser
 from word_pieces import make_tokenizer
@@ -81,6 +82,18 @@ def test_a_line_that_is_no_json_is_named_and_a_blank_one_counts_as_nothing(tmp_p
         path.write_text(f'{entry}\n{line}\n{entry}\n')
         with pytest.raises(ValueError, match=f'm.json, line 2 {why}'):
             list(LazyNeMoIterator(str(path)))
+
+
+def test_what_nemo_reads_is_read(tmp_path):
+    paths = [str(tmp_path / name) for name in ('a.json', 'b.json')]
+    soundfile.write(tmp_path / 'a.wav', ramp(1.5), RATE)
+    for path in paths:
+        entries = [{'audio_filepath': str(tmp_path / 'a.wav'), 'duration': None}, {'_skipme': True}]
+        Path(path).write_text(''.join(json.dumps(entry) + '\n' for entry in entries))
+    assert [cut.duration for cut in LazyNeMoIterator(paths)] == [1.5, 1.5]
+    assert [cut.duration for cut in LazyNeMoIterator([paths[0], 0.3])] == [1.5]
+    Path(paths[0]).write_text('{"duration": "01:02"}\n\n[1, 2]\n')  # a user's own lines
+    assert list(LazyJsonlIterator(paths[0])) == [{'duration': '01:02'}, [1, 2]]
 
 
 @pytest.mark.parametrize('more', [{}, {'offset': 0.5}])
