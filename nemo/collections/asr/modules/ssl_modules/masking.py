@@ -111,6 +111,7 @@ class RandomBlockMasking(_up.RandomBlockMasking):
         _check('left_context_size', left_context_size, left_context_size >= -1, '-1 (unlimited) or more')
         _check('subsampling_factor', subsampling_factor, subsampling_factor >= 1, '1 or more')
         _check('follow_context', follow_context, isinstance(follow_context, bool), 'true or false')
+        self.block_size = int(block_size)  # 20.0, as of arithmetic in a config
         self.causal, self.follow_context = causal, follow_context
         self.left_context_size = left_context_size
         self.subsampling_factor = subsampling_factor

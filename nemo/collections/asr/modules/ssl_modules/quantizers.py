@@ -106,7 +106,7 @@ class RandomProjectionVectorQuantizer(_up.RandomProjectionVectorQuantizer):
         """Return the index of the nearest of codes [C, K] for each frame [N, K]; [N] int64."""
         on_cpu = frames.device.type == 'cpu'
         chunk = max(1, (SCORES_AT_A_TIME_ON_CPU if on_cpu else SCORES_AT_A_TIME) // codes.shape[0])
-        norms = codes.t().contiguous().norm(dim=0)
+        norms = codes.norm(dim=1)  # rounded as NeMo's
         bias = torch.zeros_like(norms) if self.dist_fn == 'cosine' else norms.square() / -2
         tokens = torch.cat([torch.addmm(bias, part, codes.t()).argmax(dim=1) for part in frames.split(chunk)])
         if self.dist_fn == 'cosine':

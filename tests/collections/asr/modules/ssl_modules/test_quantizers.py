@@ -55,6 +55,13 @@ def test_tokens_and_codes_are_nemos(seed, batch, targets, combine, books, time_a
     assert_same(patched, stock, features.transpose(1, 2).contiguous() if time_ahead else features)
 
 
+@pytest.mark.parametrize('classes, width', [(8192, 16), (512, 8), (64, 16)])
+def test_silence_has_nemos_token(classes, width):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        assert_same(*build_pair(num_classes=classes, code_dim=width), torch.zeros(1, 6, 20))
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('dist_fn', ['l2', 'cosine'])
 def test_both_distances_in_both_dtypes(dist_fn, dtype):
