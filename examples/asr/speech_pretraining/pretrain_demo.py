@@ -28,7 +28,7 @@ from script_tools import require_patches
 
 HERE = Path(__file__).resolve().parent
 CONFIG = 'nest_next_token_demo'
-RECOGNISER_STEPS = 700
+RECOGNISER_STEPS = 550
 ARMS = {'pre-trained': '[preprocessor,encoder]', 'from scratch': '[]'}  # what the .nemo gives to each
 STEP = re.compile(r'Epoch (\d+):.*?(\d+)/(\d+) \[')  # Lightning's progress bar, in the log of a stage
 

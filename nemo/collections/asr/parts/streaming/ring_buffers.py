@@ -58,12 +58,10 @@ class Rows:
         """Replace the rows of a tensor [B, ...] by new ones [R, ...], of which idle rows are overwritten."""
         if self.index is not None:
             kept.index_copy_(0, self.index, new)
-            return
-        if new is kept:  # borrowed, and all rows move on
-            return
-        if self.computes_idle:  # few rows are idle, and an interrupted step leaves them as they were
-            new.index_copy_(0, self.idle, kept.index_select(0, self.idle))
-        kept.copy_(new)
+        elif new is not kept:  # as it is where all rows move on and were borrowed
+            if self.computes_idle:  # few rows are idle, and an interrupted step leaves them as they were
+                new.index_copy_(0, self.idle, kept.index_select(0, self.idle))
+            kept.copy_(new)
 
 
 class Stage:

@@ -64,9 +64,7 @@ class ManifestLines(JsonLines):
     needed: tuple[str, ...] | None = ()
 
 
-def parsed(
-    line: bytes | str, path: str, number: int, needed: tuple[str, ...] | None = (), nullable: tuple[str, ...] = ()
-) -> dict:
+def parsed(line: bytes | str, path: str, number: int, needed: tuple[str, ...] | None = (), nullable=()) -> dict:
     """Return the entry of a line; ValueError names path and line if the line, a key or a time is invalid."""
     where = f"{path}, line {number}"
     try:
