@@ -5,7 +5,7 @@
 
 The eSpeak NG synthesiser of the PyPI package ``espeakng-loader`` reads sentences of a small English grammar with four
 voices (numbers, dates, commands: ``corpus_sentences.py``). DIR gets 16 kHz mono wav files and four NeMo manifests with
-relative paths. ``train_manifest.json`` has ``--minutes`` of speech. ``validation_manifest.json`` and
+relative paths. ``train_manifest.json`` has ``--minutes`` of speech, without its pauses. ``validation_manifest.json`` and
 ``test_manifest.json`` have a tenth of that each, with sentences that are in no other split, a fifth of them in a voice
 that train does not have. ``noise_manifest.json`` has noise. The same settings give the same bytes. A complete corpus is
 used again; an interrupted one, or one of other settings, is replaced.
@@ -30,7 +30,7 @@ from script_tools import report_error, require_patches
 from tqdm import tqdm
 
 SAMPLE_RATE = 16000  # Hz
-SHORTEST, LONGEST = 2.0, 9.0  # seconds of an utterance
+SHORTEST, LONGEST = 2.0, 9.0  # seconds of an utterance of several sentences
 RECIPE = 5  # raise it when this script's output changes, so that corpora on disk are replaced
 PATIENCE = 120  # seconds to wait for one utterance
 SETTINGS = "corpus.json"  # written last: it marks a complete corpus
@@ -300,7 +300,7 @@ def make_corpus(folder, minutes=30.0, seed=0, workers=None, progress=True):
 
     Args:
         folder: where to; it is made if need be.
-        minutes: about how much train speech; validation and test get a tenth of it each, at least 20 seconds.
+        minutes: about how much train speech, without the third that pauses add; validation and test get a tenth of it each, at least 20 seconds.
         seed: of everything random.
         workers: processes; None: one per CPU core.
         progress: whether to show a progress bar.
@@ -345,7 +345,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="folder of the corpus")
     parser.add_argument(
-        "--minutes", type=float, default=30.0, help="approximate length of the train speech (default: 30)"
+        "--minutes", type=float, default=30.0, help="approximate length of the train speech, without its pauses (default: 30)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of sentences and voices (default: 0)")
     parser.add_argument("--workers", type=int, help="processes (default: one per CPU core)")

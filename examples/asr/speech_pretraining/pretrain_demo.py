@@ -97,7 +97,7 @@ def steps_done(log: Path) -> dict:
 def corpus(output: Path) -> dict[str, Path]:
     """Make the synthetic corpus, or use the one that is complete; returns its manifests by split."""
     folder = (output / 'speech_corpus').resolve()
-    title = 'Making 30 minutes of synthetic speech'
+    title = 'Making 40 minutes of synthetic speech'
     run_stage(title, output / 'corpus.log', 'make_speech_corpus.py', '--output', folder)
     return {split: folder / f'{split}_manifest.json' for split in ('train', 'validation', 'test', 'noise')}
 
