@@ -345,7 +345,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="folder of the corpus")
     parser.add_argument(
-        "--minutes", type=float, default=30.0, help="approximate length of the train speech, without its pauses (default: 30)"
+        "--minutes", type=float, default=30.0, help="minutes of train speech, without its pauses (default: 30)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of sentences and voices (default: 0)")
     parser.add_argument("--workers", type=int, help="processes (default: one per CPU core)")
