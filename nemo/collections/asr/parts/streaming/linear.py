@@ -9,6 +9,7 @@ Shapes: N rows, I inputs, O outputs.
 
 import warnings
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ SMALL = 2**16  # weights below which nothing is faster than F.linear for a few r
 NEVER = 2**62
 WORTH_PACKING = 2**20  # multiplications for which packed weights are the faster ones
 PACKED_FOR = 16  # rows that oneDNN packs for; it takes any number
+POINTWISE: Any = getattr(getattr(torch.ops.mkldnn, '_linear_pointwise', None), 'default', None)  # found once
 
 
 class PreparedLinear:
@@ -38,8 +40,7 @@ class PreparedLinear:
         """Return [N, O] for rows [N, I], which have the dtype of the weights: a session switches autocast off."""
         count = rows.shape[0]
         if count >= self._packed_from:
-            activation = 'relu' if self.relu else 'none'
-            return torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, activation, [], '')
+            return POINTWISE(rows, self._packed, self.bias, 'relu' if self.relu else 'none', [], '')
         if not self._chooses or (count > 1 and not self._is_large):
             outputs = F.linear(rows, self.weight, self.bias)
         elif self.bias is None:
