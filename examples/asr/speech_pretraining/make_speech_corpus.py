@@ -300,7 +300,8 @@ def make_corpus(folder, minutes=30.0, seed=0, workers=None, progress=True):
 
     Args:
         folder: where to; it is made if need be.
-        minutes: about how much train speech, without the third that pauses add; validation and test get a tenth of it each, at least 20 seconds.
+        minutes: about how much train speech, without the third that pauses add; validation and test get a tenth of it
+            each, at least 20 seconds.
         seed: of everything random.
         workers: processes; None: one per CPU core.
         progress: whether to show a progress bar.

@@ -83,7 +83,7 @@ class TestSyncedContextsInTheConfig:
     @pytest.mark.integration
     @pytest.mark.parametrize('lhotse', [True, False])
     def test_training_on_speech_files(self, lhotse, speech_corpus, warnings):
-        model = tiny_model('model.encoder.blockwise_attention=false')  # blocks need no mask that could be recorded
+        model = tiny_model('model.encoder.blockwise_attention=off')  # blocks need no mask that could be recorded
         extra = dict(use_lhotse=True, num_workers=2, use_bucketing=False, seed=0) if lhotse else {}
         model.setup_training_data(data_config(speech_corpus, **extra))
         assert isinstance(model._train_dl, DataLoader)
