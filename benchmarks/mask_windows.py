@@ -27,7 +27,7 @@ from nemo.utils.atomic_files import replacing
 
 FACTOR, FRAMES_PER_SECOND = 8, 100
 UTTERANCES = 300
-ROWS = {'stock: regardless of the context': UNLIMITED, 'this project: within the context': None}
+ROWS = {'stock NeMo': UNLIMITED, 'this project': None}
 COLOURS = {
     'visible': '#d9d9d9',
     'masked, visible frame in its window': '#4c78a8',
@@ -111,7 +111,7 @@ def figure(rows: dict[str, Frames], left: int):
             fontsize=9,
         )
         axis.spines[:].set_visible(False)
-    axes[-1].set_xlabel(f'attention frames of 80 ms; the box is the window of frame {shown}', fontsize=9)
+    axes[-1].set_xlabel(f'attention frames of 80 ms; the box is the window of frame {shown} in context [{left}, 0]', fontsize=9)
     handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
     drawing.legend(handles=handles, ncols=3, loc='outside lower center', fontsize=8, frameon=False)
     return drawing

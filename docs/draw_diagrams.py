@@ -111,7 +111,7 @@ def batch():
     ):
         box.draw(axes)
     arrow(axes, loader, model, 'batch')
-    arrow(axes, model, encoder_owner, 'policy.at(step)')
+    arrow(axes, encoder_owner, model, 'context')
     arrow(axes, loader, preprocessor)
     arrow(axes, preprocessor, masking, 'noisy')
     arrow(axes, preprocessor, quantizer, 'clean')
@@ -121,7 +121,7 @@ def batch():
     arrow(axes, layers, encoder, dashed=True)
     arrow(axes, quantizer, objective, 'targets')
     arrow(axes, encoder, objective, 'encoded')
-    arrow(axes, objective, reports, 'record of the batch')
+    arrow(axes, objective, reports, 'BatchRecord')
     return made
 
 
