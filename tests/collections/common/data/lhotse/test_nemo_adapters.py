@@ -8,12 +8,13 @@ import os
 import tarfile
 from pathlib import Path
 
+import lhotse
 import numpy as np
 import pytest
 import soundfile
 import torch
 from lhotse import CutSet, Recording
-from lhotse.lazy import LazyJsonlIterator, LazyManifestIterator
+from lhotse.lazy import LazyManifestIterator
 from omegaconf import open_dict
 from tiny_recogniser import tiny_recogniser
 from word_pieces import make_tokenizer
@@ -93,7 +94,7 @@ def test_what_nemo_reads_is_read(tmp_path):
     assert [cut.duration for cut in LazyNeMoIterator(paths)] == [1.5, 1.5]
     assert [cut.duration for cut in LazyNeMoIterator([paths[0], 0.3])] == [1.5]
     Path(paths[0]).write_text('{"duration": "01:02"}\n\n[1, 2]\n')  # a user's own lines
-    assert list(LazyJsonlIterator(paths[0])) == [{'duration': '01:02'}, [1, 2]]
+    assert list(lhotse.lazy.LazyJsonlIterator(paths[0])) == [{'duration': '01:02'}, [1, 2]]
 
 
 @pytest.mark.parametrize('more', [{}, {'offset': 0.5}])
@@ -162,6 +163,7 @@ def test_a_member_that_the_tar_file_lacks_is_counted(tmp_path, left_out):
         lines.write(json.dumps({'audio_filepath': 'gone.wav', 'duration': 1.0, 'shard_id': 0}) + '\n')
     reader = LazyNeMoTarredIterator(str(tmp_path / 'manifest_0.json'), str(tmp_path / 'audio_0.tar'))
     assert batch(reader, skip=True).skipped == 1 and list(left_out.reasons()) == [NO_MEMBER]
+    assert batch([*reader][-1:], skip=None).is_silence  # NeMo has no such batch
 
 
 def test_a_member_that_the_manifest_lacks_is_an_error_that_names_the_key(tmp_path):
