@@ -111,7 +111,9 @@ def figure(rows: dict[str, Frames], left: int):
             fontsize=9,
         )
         axis.spines[:].set_visible(False)
-    axes[-1].set_xlabel(f'attention frames of 80 ms; the box is the window of frame {shown} in context [{left}, 0]', fontsize=9)
+    axes[-1].set_xlabel(
+        f'attention frames of 80 ms; the box is the window of frame {shown} in context [{left}, 0]', fontsize=9
+    )
     handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
     drawing.legend(handles=handles, ncols=3, loc='outside lower center', fontsize=8, frameon=False)
     return drawing

@@ -204,6 +204,18 @@ def noise(results: Results) -> list[str]:
     return lines
 
 
+def tunings(results: Results) -> list[str]:
+    """Return the error rates of encoders that were fine-tuned to convergence, with the steps that this took."""
+    texts: dict[tuple, list[str]] = {}
+    for row in rows_of(results.folder / 'finetuning.csv'):
+        rate = 100 * sum(map(int, row['errors'].split())) / results.phones.sum()
+        found = f"`{row['arm']}` (seed {row['seed']}) {rate:.1f} after {row['step']} steps"
+        texts.setdefault((row['kind'], row['context']), []).append(found)
+    return [
+        f"- {kind} `[{context.replace(' ', ', ')}]`: {'; '.join(found)}." for (kind, context), found in texts.items()
+    ]
+
+
 def missing(results: Results) -> str:
     """Return how many runs are done."""
     total = sum(1 if name == FEATURES else 2 * len(SEEDS) for name in RUNNABLE)
@@ -239,6 +251,8 @@ def figures(results: Results) -> str:
         parts += [title, compared] if compared else []
         parts += ['By seed:', by_seed(results)]
         parts += ['Noise of the instrument:', noises] if noises else []
+        tuned = '\n'.join(tunings(results))
+        parts += ['Phone error rates in % after fine-tuning to convergence:', tuned] if tuned else []
         parts.append('![Phone error rate of each encoder, by kind of contexts](pictures/evidence_rates.png)')
     if rows_of(results.folder / 'distance.csv'):
         parts.append('![Loss by distance from the last visible frame](pictures/evidence_distance.png)')
