@@ -70,6 +70,6 @@ def test_the_table_of_patches_has_every_patched_module_and_no_other():
 
 @pytest.mark.parametrize('page', ['README.md', 'docs/index.md'])
 def test_the_range_of_nemo_is_that_of_the_metadata(page):
-    (first, last) = re.search(r'`nemo_toolkit` ([\d.]+) \.\.\. ([\d.]+)x', (ROOT / page).read_text()).groups()
+    (first, last) = re.search(r'`nemo_toolkit` ([\d.]+) to ([\d.]+)x', (ROOT / page).read_text()).groups()
     begin, beyond = supported_range()
     assert first == begin and tuple(map(int, last.strip('.').split('.'))) < tuple(map(int, beyond.split('.')))

@@ -26,7 +26,7 @@ STEPS, STREAMS, CONTEXT, RATE = 20000, 64, [4, 0], 1000
 ENCODER = 'n_layers=1', 'd_model=8', 'subsampling_conv_channels=4', 'subsampling_factor=2'
 FEATURES = 'sample_rate=1000', 'window_size=0.04', 'window_stride=0.04', 'n_fft=64', 'features=8'
 OTHERS = 'quantizer.combine_time_steps=2', 'sample_rate=1000', 'num_classes=8'
-CHECKED = 100  # streams that are compared with offline at once
+CHECKED, AT_ONCE = 400, 50  # streams that are compared with offline, so many of like length in a batch
 
 
 class Soak:
@@ -86,14 +86,17 @@ class Soak:
 
     def check(self) -> None:
         """Compare the streams that are over with offline."""
-        lengths = [stream['total'] for stream in self.done]
-        samples = [torch.from_numpy(self.recording[stream['start'] :][: stream['total']]) for stream in self.done]
-        samples = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
-        _, _, encoded, counts, _ = offline(self.model, samples, lengths, CONTEXT)
-        for stream, whole, count in zip(self.done, encoded, counts.tolist(), strict=True):
-            frames = np.concatenate(stream['frames'], axis=1)
-            assert frames.shape[1] == count
-            self.found['largest'] = max(self.found['largest'], np.abs(frames - whole[:, :count].numpy()).max().item())
+        self.done.sort(key=lambda stream: stream['total'])
+        for first in range(0, len(self.done), AT_ONCE):
+            streams = self.done[first : first + AT_ONCE]
+            lengths = [stream['total'] for stream in streams]
+            samples = [torch.from_numpy(self.recording[stream['start'] :][: stream['total']]) for stream in streams]
+            samples = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
+            _, _, encoded, counts, _ = offline(self.model, samples, lengths, CONTEXT)
+            for stream, whole, count in zip(streams, encoded.numpy(), counts.tolist(), strict=True):
+                frames = np.concatenate(stream['frames'], axis=1)
+                assert frames.shape[1] == count
+                self.found['largest'] = max(self.found['largest'], np.abs(frames - whole[:, :count]).max().item())
         self.done = []
 
     def memory(self) -> tuple[int, int]:
