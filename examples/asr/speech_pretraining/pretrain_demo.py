@@ -243,12 +243,13 @@ def run(options: argparse.Namespace) -> None:
         data = corpus(options.output)
     folder = run_folder(options, data)
     encoder = pretrain(options, data, folder)
-    if options.recogniser_steps and all(entry.get('text') for entry in entries_of(data['train'])):
+    entries = [entry for split in ('train', 'validation') for entry in entries_of(data[split])]
+    if options.recogniser_steps and all(entry.get('text') for entry in entries):
         models = fine_tune_all(options, data, folder, encoder)
         with open(folder / 'comparison.log', 'w') as log, redirect_stderr(log):  # what NeMo warns of
             compare(models, data, folder)
     else:
-        console.print('== No recogniser: --recogniser-steps is 0, or the manifest has entries without text')
+        console.print('== No recogniser: --recogniser-steps is 0, or a manifest has entries without text')
     console.print(f"""\
 == Next, with your own data (docs/getting_started.md has each step):
    1. python {HERE / 'compute_feature_stats.py'} --manifest train.json --output stats.yaml
