@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The step of the build that adds the patch set and the start-up files; the metadata are in pyproject.toml."""
+"""The build step that adds the patch set and the start-up files; pyproject.toml has the metadata."""
 
 import os
 import shutil

@@ -19,7 +19,7 @@ TIMEOUT = 300  # seconds
 
 
 def run_pip_audit(constraints: Path) -> tuple[list, str]:
-    """Return pip-audit's entry for each package; and, if it could not say anything, its last words instead."""
+    """Return pip-audit's entry for each package, or its last words if it gave none."""
     command = [sys.executable, '-m', 'pip_audit', '--requirement', str(constraints), '--no-deps', '--disable-pip']
     command += ['--vulnerability-service', 'pypi', '--format', 'json', '--progress-spinner', 'off']
     try:

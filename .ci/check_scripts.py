@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile every Python file, and run each script of examples/ and benchmarks/ with --help; `make lint` runs it.
+"""Compile every Python file, and run each script of examples/ and benchmarks/ with --help.
 
     python .ci/check_scripts.py [FOLDER ...]
 

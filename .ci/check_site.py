@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check the built site: every public name has a place in it, and the links that lead elsewhere lead somewhere.
+"""Check the built site: it documents every public name, and its links lead somewhere.
 
 python .ci/check_site.py docs/_build/html docs/_build/linkcheck
 """
@@ -17,7 +17,7 @@ NO_NETWORK = ('Max retries exceeded', 'Failed to resolve', 'Connection refused',
 
 
 def public_names(path: Path, module: str) -> list[str]:
-    """Return the full names of a file's public classes and functions, and of the public methods in these classes."""
+    """Return the full names of a file's public classes, functions and methods."""
     tree = ast.parse(path.read_text(encoding='utf-8'))
     found = []
     for node in tree.body:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first minutes on a GPU: its tests and benchmarks, and one report of them; `make gpu-check` runs it.
+"""Run the tests and benchmarks that need a GPU, and write one report; `make gpu-check` runs it.
 
     python .ci/gpu_check.py [--output gpu-report.md] [--quick]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""List the licence of every pinned package, as its own metadata states it; `make release` writes it beside the wheel.
+"""List the licence of every pinned package by its own metadata; `make release` runs it.
 
 python .ci/licences.py requirements/constraints-3.0.0.txt
 """
@@ -22,7 +22,7 @@ def pins(path: Path) -> dict[str, str]:
 
 
 def licence_of(name: str) -> str:
-    """Return the licence of an installed package's metadata: its licence expression, else classifiers, else free text."""
+    """Return the licence in a package's metadata: its licence expression, else classifiers, else free text."""
     distribution = metadata.distribution(name)
     about = distribution.metadata
     classifiers = [line.split('::')[-1].strip() for line in about.get_all('Classifier') or [] if 'License ::' in line]

@@ -220,7 +220,7 @@ def title(options: argparse.Namespace) -> str:
 
 
 def rule(options: argparse.Namespace) -> list[dict]:
-    """Measure the attention module at lengths around where blocks begin to win, for each kind of attention."""
+    """Measure each kind of attention at lengths around where blocks begin to be faster."""
     kinds = [(positions, sdpa) for positions in (True, False) for sdpa in (False, True)]
     lefts = [int(left) for left in options.contexts if left != HIERARCHICAL]
     rows = []
@@ -241,7 +241,7 @@ def rule(options: argparse.Namespace) -> list[dict]:
 
 
 def rule_table(rows: list[dict]) -> str:
-    """Return frames and stock's time over that of blocks, a row for each context; in bold where auto takes blocks."""
+    """Return frames and speed-up of blocks, a row for each context; bold where auto takes blocks."""
     header = ' | '.join(f'{windows:g} windows' for windows in WINDOWS)
     lines = [f'| attention | left context | {header} |', '| --- | --- |' + ' --- |' * len(WINDOWS)]
     for start in range(0, len(rows), len(WINDOWS)):

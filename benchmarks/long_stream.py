@@ -167,7 +167,7 @@ def alone(session: StreamingSession, minute: torch.Tensor, chunk: int, chunks: i
 
 
 def old_beside_new(old: StreamingSession, new: StreamingSession, minute: torch.Tensor) -> dict:
-    """Time two sessions in turns for a minute, after a minute of the new one: a busy machine hits both alike."""
+    """Time two sessions in turns for a minute, which begins when the new one is a minute old."""
     chunk = old.frame_samples * (old.att_context.right + 1)
     new.step(minute)
     times = [

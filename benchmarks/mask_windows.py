@@ -70,7 +70,7 @@ def draw_masks(left: int, seconds: float, seed: int) -> dict[str, Frames]:
 
 
 def mean_shares(left: int, seconds: float) -> dict[str, tuple[float, float]]:
-    """Return the shares of masked frames without a visible frame in window and stack, over utterances of other seeds."""
+    """Return the shares of masked frames without a visible frame in window and stack, over utterances."""
     drawn = [draw_masks(left, seconds, seed) for seed in range(UTTERANCES)]
     shares = {}
     for row in ROWS:
@@ -80,7 +80,7 @@ def mean_shares(left: int, seconds: float) -> dict[str, tuple[float, float]]:
 
 
 def figure(rows: dict[str, Frames], left: int):
-    """Draw the rows, and over each the window of the frame that has no visible frame in its window under stock masks.
+    """Draw the rows, and the window of a frame that has no visible frame in it under stock masks.
 
     Args:
         rows: of :func:`draw_masks`.

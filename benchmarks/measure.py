@@ -47,7 +47,7 @@ class Ratio(NamedTuple):
 
 
 class Quick(argparse.Action):
-    """The option ``--quick``: sets other options to one small case of seconds, to see that a benchmark runs."""
+    """The option ``--quick``: sets the other options to one small case of seconds."""
 
     def __init__(self, option_strings, dest, small: Mapping = MappingProxyType({}), **settings):
         super().__init__(option_strings, dest, nargs=0, default=False, help='one small case, to see that it runs')
@@ -59,7 +59,7 @@ class Quick(argparse.Action):
 
 
 def timed(run: Callable[[], object], at_least: float = 0.0) -> Seconds:
-    """Return the seconds that a run takes, until the device has finished; the medians of as many as take so long.
+    """Return the seconds of a run until the device has finished: medians of runs that are as long.
 
     One run of a few milliseconds is not enough: threads of the process that ran before may still be spinning.
     """

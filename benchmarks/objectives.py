@@ -56,7 +56,7 @@ def paths(manifests) -> str:
 
 
 def prepare(options: argparse.Namespace) -> tuple[Path, Path]:
-    """Compute the statistics of the training speech and the principal components of its frames, unless there."""
+    """Compute the statistics and the principal components of the training speech, unless they exist."""
     statistics, components = options.output / 'feature_stats.yaml', options.output / 'components.npz'
     if not (statistics.exists() and components.exists()):
         options.output.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def train(options: argparse.Namespace, objective: str, targets: str, files) -> P
 
 
 def evaluate(options: argparse.Namespace, model: Path) -> dict[str, dict]:
-    """Evaluate an arm on each validation manifest, unless that was done; returns what evaluate_contexts.py wrote."""
+    """Evaluate an arm on each validation manifest, once; return what evaluate_contexts.py wrote."""
     results = {}
     for manifest in options.validation:
         found = model.with_name(f'{manifest.stem}.json')
@@ -126,7 +126,7 @@ def parts_of(results: list[dict]) -> list[str]:
 
 
 def table(results: list[dict]) -> str:
-    """Lay out how far below the unigram entropy of its tokens each part came, from the worst context to the best."""
+    """Lay out how far below the unigram entropy each part came, from the worst context to the best."""
     parts = parts_of(results)
     rows = [
         '| speech | objective | targets | codebook perplexity | unigram entropy | ' + ' | '.join(parts) + ' |',

@@ -118,7 +118,7 @@ def bound_ms(model, case: Case, rates: dict) -> float:
 
 
 def profile(run: SessionStream) -> dict[str, float]:
-    """Return which share of a session's time each part takes, by Python's profiler, which makes Python itself slower."""
+    """Return the share of a session's time that each part takes, by Python's profiler."""
     import cProfile
     import pstats
 

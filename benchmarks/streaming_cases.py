@@ -38,7 +38,7 @@ def model_of_size(size: str) -> EncDecDenoiseMaskedTokenPredModel:
 
 
 class NemoStream:
-    """NeMo's cache-aware streaming of one encoder, on features computed beforehand; all streams are in step.
+    """NeMo's cache-aware streaming of one encoder, on ready-made features, with all streams in step.
 
     Args:
         model: the model.

@@ -44,7 +44,7 @@ def arguments(argv=None) -> argparse.Namespace:
 
 
 def make_model(options: argparse.Namespace) -> EncDecDenoiseMaskedTokenPredModel:
-    """Return a model of a streaming config in another size, a context of its own in each third of its layers."""
+    """Return a model of a streaming config in another size, with a context for each third of its layers."""
     thirds = [[index * options.layers // 3, [left, 0]] for index, left in enumerate((40, 120, 320))]
     overrides = [f'model.encoder.n_layers={options.layers}', f'model.encoder.d_model={options.d_model}']
     with initialize_config_dir(str(CONFIGS), version_base=None):

@@ -118,7 +118,7 @@ def speed_up(result: dict, stock: str) -> Ratio:
 
 
 def bound(result: dict, machine: dict) -> float:
-    """Return the seconds below which this machine cannot go: its operations and bytes at the measured rates."""
+    """Return the least seconds on this machine: operations and bytes at the measured rates."""
     operations = result['operations'] / machine['operations_per_second']
     return max(operations, result['bytes'] / machine['bytes_per_second'])
 

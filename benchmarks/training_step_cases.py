@@ -49,7 +49,7 @@ def device_of(case: dict) -> str:
 
 
 def masking(case: dict) -> Run:
-    """Mask a batch of features; the patched module within a left context of 40 attention frames, as in training."""
+    """Mask a batch of features; the patched module does so within a left context of 40 attention frames."""
     from nemo.collections.asr.modules import RandomBlockMasking
 
     kind = dict(mask_prob=0.01, block_size=40) if case['overlap'] else dict(mask_prob=0.5, block_size=48)

@@ -62,7 +62,7 @@ PUBLIC = ('att_context', 'objectives', 'streaming')
 
 
 def _public_api(folder: Path, package: str) -> list[str]:
-    """Return the table of what a package exports, Markdown: each name, and the first line of its docstring."""
+    """Return a Markdown table of what a package exports: each name and the first line of its docstring."""
     tree = ast.parse((folder / '__init__.py').read_text(encoding='utf-8'))
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
     origins = {alias.name: node.module for node in imports for alias in node.names}

@@ -126,7 +126,7 @@ def batch():
 
 
 def styles(frames: int = 12, right: int = 3, left: int = 4):
-    """Draw which frames each frame attends to, in ``regular`` and ``chunked_limited`` with the same context."""
+    """Draw which frames each frame attends to, in both styles with the same context."""
     made, both = pyplot.subplots(1, 2, figsize=(9.4, 4.4), layout='constrained')
     query, key = numpy.indices((frames, frames))
     chunk = right + 1

@@ -102,7 +102,7 @@ COMPARED = (
 
 
 def overrides(name: str, kind: str, recipe) -> list[str]:
-    """Return the overrides of the tiny streaming config that make an arm, in the sizes of a ``pretrain.Recipe``."""
+    """Return the overrides of the tiny streaming config for an arm, in the sizes of a recipe."""
     arm, contexts = ARMS[name], KINDS[kind]
     made = [
         f'model.encoder.n_layers={recipe.layers}',

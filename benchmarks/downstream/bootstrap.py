@@ -42,7 +42,7 @@ def estimate(
     confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> Estimate:
-    """Return the error rate of errors [S, U], or the difference of two rates if these are differences of errors.
+    """Return the error rate of errors [S, U], or a difference of rates for differences of errors.
 
     Args:
         errors: of each seed in each utterance.

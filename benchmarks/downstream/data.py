@@ -65,7 +65,7 @@ def by_speaker(utterances: Iterable[Utterance]) -> dict[str, list[Utterance]]:
 
 
 def joined(utterances: Iterable[Utterance], seconds: float) -> list[Utterance]:
-    """Join utterances of one speaker, in order, until each result has so many seconds; what is left over joins the last."""
+    """Join a speaker's utterances in order to results of so many seconds; the last one gets the rest."""
     found = []
     for speaker, own in by_speaker(utterances).items():
         groups, length = [[]], 0.0
@@ -180,7 +180,7 @@ class Speech:
         return cls({role: [Utterance(*parts) for parts in found] for role, found in saved.items()}, **sizes)
 
     def batch(self, features: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalise features [D, T] by the statistics of the pre-training speech; return [B, D, T] and lengths [B]."""
+        """Normalise features [D, T] by the pre-training statistics; return [B, D, T] and lengths [B]."""
         lengths = torch.tensor([each.shape[1] for each in features])
         padded = torch.zeros(len(features), features[0].shape[0], int(lengths.max()))
         for row, each in zip(padded, features):

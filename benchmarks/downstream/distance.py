@@ -29,7 +29,7 @@ class Distance(NamedTuple):
 
 
 def distances(visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return how far the nearest visible frame is on the left and on the right of each frame, [B, A] int64 each.
+    """Return the distance of each frame to the nearest visible frame on either side, [B, A] int64 each.
 
     Args:
         visible: [B, A] bool.
@@ -68,7 +68,7 @@ def masked_losses(model, record) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 @torch.no_grad()
 def loss_by_distance(model, batches: Iterable[tuple], context, draws: int = 4) -> dict[Distance, tuple[int, float]]:
-    """Return the loss positions of each distance, and the mean nats that their loss is below the unigram entropy.
+    """Return the number of loss positions at each distance, and their mean nats below the unigram entropy.
 
     Args:
         model: in eval mode.
@@ -95,7 +95,7 @@ def loss_by_distance(model, batches: Iterable[tuple], context, draws: int = 4) -
 
 
 def _below_unigram(found: dict[Distance, list], part: str) -> dict[Distance, tuple[int, float]]:
-    """Return the frames of each distance of a part, and their mean of the unigram's nats minus the model's."""
+    """Return the number of frames at each distance, and their mean nats below those of the unigram."""
     own = {distance: rows for distance, rows in found.items() if distance.part == part and rows}
     tokens = torch.tensor([token for rows in own.values() for _, token in rows], dtype=torch.int64)
     if not len(tokens):

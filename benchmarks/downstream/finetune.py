@@ -54,14 +54,14 @@ def errors_of(recogniser: Recogniser, speech: Speech, utterances: list, context)
 
 
 def converged(steps: int, best: int, every: int = EVERY) -> bool:
-    """Whether the best error rate was reached before the last fifth of the steps; at least ten looks are taken."""
+    """Whether the best error rate lies before the last fifth of the steps, after at least ten looks."""
     return steps >= 10 * every and best < 0.8 * steps
 
 
 def fine_tune(
     encoder, width: int, speech: Speech, kind: str, seed: int, every: int = EVERY, most: int = MOST
 ) -> tuple[int, dict[tuple, list[int]]]:
-    """Fine-tune until it has converged; return the best step and, of its weights, the test errors in each context.
+    """Fine-tune until convergence; return the best step, and the test errors of its weights by context.
 
     Args:
         encoder: is changed.

@@ -60,7 +60,7 @@ class Recipe:
 
 
 def build(name: str, kind: str, seed: int, recipe: Recipe) -> EncDecMaskedTokenPredModel:
-    """Build the model of an arm; encoders of a seed begin with the same weights, and all models have one quantizer."""
+    """Build the model of an arm; a seed sets the first weights, and all models share one quantizer."""
     arm = ARMS[name]
     with initialize_config_dir(str(EXAMPLES / 'conf/ssl/nest'), version_base=None):
         made = overrides(name, kind, recipe)
@@ -78,7 +78,7 @@ def build(name: str, kind: str, seed: int, recipe: Recipe) -> EncDecMaskedTokenP
 
 @torch.no_grad()
 def measured_masks(model, kind: str, frames: int, number: int = 16) -> tuple[float, float]:
-    """Return the masked share of the feature frames, and the mean run of masked attention frames, over the contexts."""
+    """Return the masked share of feature frames and the mean masked run, over the contexts."""
     masked, runs, positions = 0.0, 0, 0
     state = torch.get_rng_state()
     for index, context in enumerate(KINDS[kind].contexts):
@@ -95,7 +95,7 @@ def measured_masks(model, kind: str, frames: int, number: int = 16) -> tuple[flo
 
 
 def calibrate_masks(model, kind: str, frames: int, block: int) -> tuple[float, float]:
-    """Set the block size, and the ``mask_prob`` at which ``MASKED_SHARE`` is masked; return :func:`measured_masks`."""
+    """Set block size and ``mask_prob`` so that ``MASKED_SHARE`` is masked; return :func:`measured_masks`."""
     masking, low, high = model.mask_processor, 1e-4, 0.3
     masking.block_size = block
     for _ in range(12):
@@ -171,7 +171,7 @@ def converted(model, kind: str):
 
 
 def pretrain(name: str, kind: str, seed: int, speech: Speech, recipe: Recipe, folder: Path) -> dict:
-    """Train an arm, or go on where it was; leaves ``encoder-STEP.pt`` in the folder and returns what was logged.
+    """Train an arm, or continue it; write ``encoder-STEP.pt`` files and return what was logged.
 
     Batches, contexts, masks and dropout of a step are functions of seed and step, so an interrupted run loses nothing.
     """

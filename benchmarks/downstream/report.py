@@ -73,7 +73,7 @@ class Results:
         return sorted(set.intersection(*found))
 
     def last(self, kind: str, name: str, seed: int) -> int | None:
-        """Return the last judged step of an encoder, where probe 0 has run in all judged contexts; None: it has not."""
+        """Return the last step at which probe 0 judged an encoder in all judged contexts, or None."""
         wanted = KINDS[kind].judged[: 1 if name == FEATURES else None]
         keys = [key for key in self.errors if key[:3] == (kind, name, seed) and key[5] == 0]
         steps = [step for step in {key[3] for key in keys} if sum(key[3] == step for key in keys) == len(wanted)]
@@ -103,7 +103,7 @@ class Results:
         return 100 * self.errors[key].sum() / self.phones.sum()
 
     def probe_deviation(self) -> float | None:
-        """Return the deviation of the error rate over probe seeds, in points, pooled over encoders; None: not yet known."""
+        """Return the deviation of the error rate over probe seeds, in points, or None if it is not yet known."""
         groups = {}
         for key in self.errors:
             groups.setdefault(key[:5], []).append(self.rate_of(key))
@@ -205,7 +205,7 @@ def noise(results: Results) -> list[str]:
 
 
 def tunings(results: Results) -> list[str]:
-    """Return the error rates of encoders that were fine-tuned to convergence, with the steps that this took."""
+    """Return the error rates after fine-tuning to convergence, with the steps that this took."""
     texts: dict[tuple, list[str]] = {}
     for row in rows_of(results.folder / 'finetuning.csv'):
         rate = 100 * sum(map(int, row['errors'].split())) / results.phones.sum()
@@ -272,7 +272,7 @@ def with_figures(page: str, made: str) -> str:
 
 
 def draw_rates(results: Results, path: Path) -> None:
-    """Draw the error rate of each arm, an axis for each kind of contexts: which encoder makes fewer errors?"""
+    """Draw the error rate of each arm, on an axis for each kind of contexts."""
     from matplotlib.figure import Figure
 
     kinds = [kind for kind in KINDS if any(own == kind for own, _ in results.judged())]
@@ -307,7 +307,7 @@ def _draw_arm(axis, results: Results, kind: str, name: str, place: int) -> None:
 
 
 def draw_distances(folder: Path, path: Path, kind: str = 'causal', farthest: int = 7) -> None:
-    """Draw nats below the unigram entropy by distance from the last visible frame: how far is a token predictable?"""
+    """Draw nats below the unigram entropy by the distance from the last visible frame."""
     from matplotlib.figure import Figure
 
     context = label_of(KINDS[kind].judged[0])

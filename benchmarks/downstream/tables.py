@@ -18,7 +18,7 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def append(path: Path, columns: tuple, rows: list[tuple]) -> None:
-    """Append rows to a CSV file, which gets its head first; columns that a row lacks at its end stay empty."""
+    """Append rows to a CSV file, with a head if it is new; missing last columns stay empty."""
     with locked(path.with_suffix('.lock'), wait=True):
         new = not path.exists()
         with open(path, 'a', newline='') as file:
@@ -29,7 +29,7 @@ def append(path: Path, columns: tuple, rows: list[tuple]) -> None:
 
 @contextmanager
 def locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Hold a lock on a file while the block runs; False where another process holds it and ``wait`` is false."""
+    """Hold a lock on a file in the block; False if another process holds it and ``wait`` is false."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'w') as file:
         try:

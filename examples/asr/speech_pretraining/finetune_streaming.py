@@ -105,7 +105,7 @@ def name_tokens(model: DictConfig) -> None:
 
 
 def build(cfg: DictConfig):
-    """Make trainer and model, in the experiment's folder; ValueError if one cannot work, or the model cannot stream."""
+    """Make trainer and model in the experiment's folder; ValueError if one cannot work or stream."""
     trainer = make_trainer(cfg, LogLeftOut())
     try:
         model = model_class(cfg.model)(cfg=cfg.model, trainer=trainer)
@@ -142,7 +142,7 @@ def model_class(cfg: DictConfig) -> type:
 
 
 def set_skipping(key: str, skip, loaders) -> None:
-    """Set ``skip_bad_audio`` of a data section, which NeMo's models do not read; ValueError if its data cannot."""
+    """Set ``skip_bad_audio`` of a data section for NeMo's models; ValueError if its data cannot skip."""
     for loader in [] if skip is None else loaders if isinstance(loaders, list) else [loaders]:
         try:
             set_skip_bad_audio(loader.dataset, skip)

@@ -50,7 +50,7 @@ def _check_complete(audio: soundfile.SoundFile) -> None:
 
 
 def audio_entries(files: list[Path], manifest: Path | str | None, must_exist: bool = False) -> list[dict]:
-    """Return an entry for each audio file, or those of manifests, with absolute paths; ValueError names a bad line."""
+    """Return entries, with absolute paths, of audio files or of manifests; ValueError names a bad line."""
     if manifest is None:
         return [{'audio_filepath': str(path)} for path in files]
     entries = []

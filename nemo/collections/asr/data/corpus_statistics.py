@@ -138,7 +138,7 @@ def corpus_statistics(utterances: list[dict], preprocessor, settings=None, worke
 
 
 def write_projection(path, targets: Moments, settings: TargetSettings, number: int) -> float:
-    """Write the first principal components to an .npz file, atomically; return their share of the variance.
+    """Write the first principal components to an .npz file; return their share of the variance.
 
     The largest number of a component is positive, for its sign means nothing. Too few values or targets are a ValueError.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check before training that audio can be read, by the code that reads it, and texts be written. New in this project."""
+"""Check before training that audio can be read and texts be written. New in this project."""
 
 import itertools
 import tarfile
@@ -66,7 +66,7 @@ def sources_in(data_cfg) -> Iterator[tuple[str, dict]]:
 
 
 def check_manifest(path: str, key: str, min_duration: float | None = None, max_duration: float | None = None) -> int:
-    """Return how many utterances of a plain manifest are within the limits, in seconds; 0 if it is elsewhere.
+    """Return how many utterances of a local manifest are within the limits, in seconds; else 0.
 
     ValueError names the key, if the manifest is missing, malformed, empty, wholly dropped, or names missing audio.
     """
@@ -183,7 +183,7 @@ def characters_of(section) -> list[str]:
 
 
 def report_unknown_characters(key: str, section, model) -> dict[str, int]:
-    """Log which characters of a section's texts a recogniser's labels or word pieces lack, and how often each occurs."""
+    """Log the characters of a section's texts that a recogniser cannot write, and how often each occurs."""
     if model.cfg.get('tokenizer') is None:
         is_known = set(model.cfg.labels).__contains__
     else:

@@ -38,7 +38,7 @@ READERS = LazySharIterator, LazyNeMoTarredIterator, LazyNeMoIterator, LazyManife
 
 
 def resumable_config(config, options, ranks: int):
-    """Return a copy of a data section for :class:`ResumableCutLoader`; ValueError names what cannot be resumed."""
+    """Return a data section for :class:`ResumableCutLoader`; ValueError names what cannot be resumed."""
     seed, config = Resumable.parse(options, 'train_ds.resumable').seed, copy.deepcopy(config)
     for key, reason in REFUSED.items():
         if config.get(key):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A data loader that resumes in the middle of an epoch, exactly; ``resumable_cuts.py`` has one for lhotse. New in this project.
+"""A data loader that resumes exactly in the middle of an epoch. New in this project.
 
 The order of the utterances, and all that is drawn for a batch (noise, masks, dropout), is a pure function of (seed, epoch, batch),
 with any number of workers and ranks.

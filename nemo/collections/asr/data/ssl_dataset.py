@@ -241,7 +241,7 @@ class LhotseAudioNoiseDataset(ChecksCuts, _up.LhotseAudioNoiseDataset):
 
 
 def _bad_cut(cut, error: Exception) -> BadAudioError:
-    """Name a cut and the file, tar file or shard that it comes from, why it cannot be read, and what it stands for."""
+    """Name a cut and the file it comes from, why it cannot be read, and what it stands for."""
     custom = getattr(cut, 'custom', None) or {}
     source = next(iter(getattr(getattr(cut, 'recording', None), 'sources', ())), None)
     origin = custom.get('tar_origin') or custom.get('shard_origin') or getattr(source, 'source', None)
@@ -256,7 +256,7 @@ def _bad_cut(cut, error: Exception) -> BadAudioError:
 
 
 def load_noise_manifest(noise_manifest) -> list[dict]:
-    """Read noise manifests and folders of shards, which are kept in memory; ValueError names what is neither."""
+    """Read noise manifests and folders of shards into memory; ValueError names what is neither."""
     entries = []
     for name in map(os.path.expanduser, paths_in(noise_manifest)):
         if os.path.isdir(name):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs of next-token prediction (NEST-RQ, https://arxiv.org/abs/2409.08680); the loss of a pair is in ``mlm.py``.
+"""Pairs of next-token prediction (NEST-RQ, https://arxiv.org/abs/2409.08680).
 
 Shapes: B batch, T encoder frames, S target frames, F frames in common, K horizons, H codebooks.
 """

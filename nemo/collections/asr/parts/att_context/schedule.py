@@ -143,7 +143,7 @@ def _parse_position(item: Any, where: str, unit: str, end: int | None) -> int:
 
 
 def parse_pair(value: Any, where: str, check: Check | None = None) -> AttContext:
-    """Read and check a context of a list, where a number alone is a likely slip; warn of one without a past."""
+    """Read and check a context of a list; warn if it has no past, and refuse a number alone."""
     if isinstance(value, Integral):
         raise ValueError(f"{where}: {value!r} is no context; give a pair [left, right] in attention frames")
     context = parse_own_context(value, where)

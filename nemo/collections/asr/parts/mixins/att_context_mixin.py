@@ -84,7 +84,7 @@ class AttContextMixin(LightningModule):
         return attach_context(moved, context, draw)
 
     def _one_context(self, batch=None) -> AbstractContextManager[AttContext | None]:
-        """Make one context active: that of a training step's batch, by the global step, or in training the encoder's.
+        """Make one context active: the batch's, the one of the global step, or one that the encoder draws.
 
         Inference without a batch of a step sets none, so that threads can share a model.
         """

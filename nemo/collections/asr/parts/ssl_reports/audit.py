@@ -83,7 +83,7 @@ def windows_of(encoder) -> dict[str, Window]:
 
 
 def audit_pass(record: BatchRecord, encoder, layers: bool = False) -> MaskAudit:
-    """Audit a forward pass in its context: ``window`` and ``stack``; with ``layers`` all of :func:`windows_of`."""
+    """Audit a forward pass in its context: ``window`` and ``stack``, or all of :func:`windows_of`."""
     known = {'window': tightest_window_of(encoder), 'stack': stack_window(encoder)}
     windows = windows_of(encoder) if layers else {}
     windows.update((name, window) for name, window in known.items() if window is not None)

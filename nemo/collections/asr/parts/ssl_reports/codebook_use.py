@@ -15,7 +15,7 @@ COLLAPSED_TOP_SHARE = 0.5  # of the frames
 
 
 class CodebookUse:
-    """Counts the tokens of the latest blocks of batches of a rank; a block of ``math.inf`` batches never ends.
+    """Counts the tokens of the latest blocks of a rank's batches; ``math.inf`` batches never end.
 
     At the end of each block it warns if the targets have collapsed; nothing else synchronises host and device.
     """

@@ -95,7 +95,7 @@ def evaluate(model, batches: Iterable, contexts: Sequence, seed: int = 0, window
 def ratio_of_sums(
     numerator: np.ndarray, denominator: np.ndarray, resamples: int, confidence: float, seed: int
 ) -> tuple[float, float, float]:
-    """Return a mean per frame, from sums and numbers of frames by utterance [U], and its interval's bounds.
+    """Return a mean per frame with its interval, from sums and numbers of frames by utterance [U].
 
     The interval is a percentile bootstrap over utterances, each with all its frames: frames of an utterance are alike,
     so an interval over frames would be too narrow. NaN for fewer than two utterances.

@@ -83,7 +83,7 @@ class ModelReports:
         return {f'audit/{name}': value for name, value in logs.items()}
 
     def draw(self, model, record: BatchRecord | None) -> None:
-        """Put pictures of the first utterance of a validation, within the context of the pass, into TensorBoard."""
+        """Put pictures of a validation's first utterance, in the context of the pass, into TensorBoard."""
         trainer = model._trainer
         if not self.log_figures or record is None or trainer is None or not trainer.validating:
             return

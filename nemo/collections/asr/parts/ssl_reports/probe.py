@@ -194,7 +194,7 @@ class ValidationProbe(Callback):
 
 
 def _read(key: str, path, labels: str) -> tuple[list[dict], list[list[str]]]:
-    """Return the entries of a manifest, with their audio's paths, and their transcripts; ValueError names the key."""
+    """Return a manifest's entries and their transcripts; ValueError names the key."""
     try:
         entries = audio_entries([], path, must_exist=True)
     except ValueError as error:

@@ -116,7 +116,7 @@ class BatchRunner:
         self.features.write(rows, found.to(self.like['dtype']), counts)
 
     def _push_all(self, ends: np.ndarray) -> Iterator[tuple[torch.Tensor, Rows, np.ndarray]]:
-        """Push all due frames through the layers; yield [R, Q, D], the rows, and which are a stream's own [R, Q]."""
+        """Push all due frames through the layers; yield [R, Q, D], the rows, and which frames are real [R, Q]."""
         due: Any = -(-self.features.count // self.factor) // self.chunk * self.chunk - self.subsampling.count
         ending = None
         if ends.any():

@@ -99,7 +99,7 @@ class LiveSurprise:
         self.decoders = model.next_token_decoders
 
     def predict(self, encoded: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the likeliest next tokens, 0 if not ``valid``, and the log-probabilities of the first horizon."""
+        """Return the most likely next tokens, 0 if not ``valid``, and log-probabilities at horizon 0."""
         predictions = [decode_frames(decoder, encoded) for decoder in self.decoders]
         tokens = torch.stack([log_probs.argmax(dim=2) for log_probs in predictions], dim=2)
         return tokens * valid.view(*valid.shape, *[1] * (tokens.dim() - 2)), predictions[0]
@@ -191,7 +191,7 @@ class Observers(StreamStates):
 
 
 def _normalised(stream: ObservedStream, frames: Tensor) -> Tensor:
-    """Normalise the frames of S targets, [F, S, M], by the statistics of all frames up to the last one of each."""
+    """Normalise the frames of S targets, [F, S, M], by the statistics of all frames up to each target."""
     own, (_, targets, size) = frames.double(), frames.shape
     sums = torch.stack((own, own.square())).sum(dim=3, keepdim=True).cumsum(dim=2) + stream.sums
     counts = stream.count + size * torch.arange(1, targets + 1, device=frames.device).unsqueeze(1)

@@ -124,7 +124,7 @@ class PreparedEncoder:
 
 
 def _facts_of(encoder: Any) -> tuple[list[Any], list[torch.Tensor]]:
-    """Return what changes with an encoder's modules and weights, a digest of samples at last; and the tensors."""
+    """Return what changes with modules and weights, with a digest of samples at last, and the tensors."""
     parts = _subsampling_of(encoder), encoder.layers, encoder.out_proj
     modules = [module for part in parts if part is not None for module in part.modules()]
     owned = [each for module in modules for each in (*module._parameters.values(), *module._buffers.values())]

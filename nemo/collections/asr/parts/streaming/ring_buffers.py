@@ -214,7 +214,7 @@ class RingWindow:
         return arriving % self.slots, ages, hidden, query >= 0
 
     def _compute_tables(self, count: int) -> tuple[Any, Any, list[Tensor]]:
-        """Return of each phase whether a slot is hidden, whether a query precedes its stream, and what is seen."""
+        """Return for each phase the hidden slots, the queries before the stream, and the visible keys."""
         found = self.compute(np.arange(self._start + self._phases), count)
         return found[2].any((1, 2)), ~found[3].all((1, 2)), [*map(self._tensor, found)]
 

@@ -391,7 +391,7 @@ class StreamingSession:
         return output
 
     def _find_failed(self, encoded: Tensor) -> None:
-        """Find rows whose frames [B, A, D] are not finite; on a GPU, but for text and at the end, a step later."""
+        """Find rows whose frames [B, A, D] are not finite; on a GPU mostly one step later."""
         on_cpu = encoded.device.type == 'cpu'
         if not encoded.numel() or (on_cpu and math.isfinite(float(encoded.sum()))):
             return

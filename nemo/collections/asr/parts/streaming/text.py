@@ -41,7 +41,7 @@ NO_WORD = Word('', 0.0, 0.0)
 
 @dataclass
 class TextUpdate:
-    """What one step adds to the text of a stream: words that became final, and ends of utterances in seconds.
+    """What a step adds to the text of a stream: final words, and ends of utterances in seconds.
 
     The partial word can still grow.
     """
@@ -59,7 +59,7 @@ class TextUpdate:
 
 @dataclass
 class Transcript:
-    """All that a stream has contained so far: what NeMo decodes from all tokens, and words, a partial one last."""
+    """All text of a stream so far: what NeMo decodes from its tokens, and its words."""
 
     text: str
     words: list[Word]

@@ -19,7 +19,7 @@ from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 
 
 class PendingSaves(AsyncFinalizableCheckpointIO):
-    """Saves that are being written, in order, by connected ranks; NeMo requires this type for ``async_save``."""
+    """Saves in progress, in order, by connected ranks; NeMo requires this type for ``async_save``."""
 
     def __init__(self) -> None:
         _WrappingCheckpointIO.__init__(self, TorchCheckpointIO())  # the queue of NeMo's class needs megatron-core

@@ -79,7 +79,7 @@ def read_entries(pattern: str | Path, needed: tuple[str, ...] = ()) -> Iterator[
 
 
 def local_entries(value) -> Iterator[Line]:
-    """Read the manifests of this machine in a value, see :func:`paths_in`; others are left to their reader."""
+    """Read the local manifests among :func:`paths_in` a value; others are left to their reader."""
     for path in paths_in(value):
         if not is_remote(path):
             yield from read_entries(path)
