@@ -205,15 +205,16 @@ def noise(results: Results) -> list[str]:
 
 
 def tunings(results: Results) -> list[str]:
-    """Return the error rates after fine-tuning to convergence, with the steps that this took."""
-    texts: dict[tuple, list[str]] = {}
-    for row in rows_of(results.folder / 'finetuning.csv'):
-        rate = 100 * sum(map(int, row['errors'].split())) / results.phones.sum()
-        found = f"`{row['arm']}` (seed {row['seed']}) {rate:.1f} after {row['step']} steps"
-        texts.setdefault((row['kind'], row['context']), []).append(found)
-    return [
-        f"- {kind} `[{context.replace(' ', ', ')}]`: {'; '.join(found)}." for (kind, context), found in texts.items()
-    ]
+    """Return the error rates after fine-tuning to convergence, in the first context, with the steps that this took."""
+    rows, lines = rows_of(results.folder / 'finetuning.csv'), []
+    for kind in KINDS:
+        context, found = KINDS[kind].judged[0], []
+        for row in rows:
+            if (row['kind'], row['context']) == (kind, label_of(context)):
+                rate = 100 * sum(map(int, row['errors'].split())) / results.phones.sum()
+                found.append(f"`{row['arm']}` {rate:.1f} after {row['step']} steps (seed {row['seed']})")
+        lines += [f"- {kind} `{list(context)}`: {'; '.join(found)}."] if found else []
+    return lines
 
 
 def missing(results: Results) -> str:

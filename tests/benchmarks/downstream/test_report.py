@@ -47,7 +47,7 @@ def test_what_fine_tuning_gave_is_listed_with_its_steps(report, tmp_path):
     write(tmp_path, [])
     (tmp_path / 'finetuning.csv').write_text('kind,arm,seed,step,context,errors\ncausal,next,0,750,5 0,2 4\n')
     (line,) = report.tunings(report.Results(tmp_path))
-    assert '[5, 0]' in line and '`next` (seed 0) 30.0 after 750 steps' in line
+    assert '[5, 0]' in line and '`next` 30.0 after 750 steps (seed 0)' in line
 
 
 def test_the_committed_page_has_the_figures_of_the_committed_results(report):
