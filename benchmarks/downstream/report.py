@@ -28,6 +28,7 @@ EARLIER = {  # arms of the earlier rounds
     'synchronised': 'following masks',
     'next_token': 'next tokens',
 }
+LAST = slice(-5, None), slice(-10, -5)  # of the losses, which are means of 100 steps
 DRAWN = ('stock-40', 'following-40', 'next', 'both')  # whose loss is drawn by distance
 COLOURS = {
     'stock': '#d1495b', 'following': '#00798c', 'next': '#edae49', 'both': '#7b5ea7', 'offline': '#66a182', '': '#555555'
@@ -176,16 +177,16 @@ def differences(results: Results) -> str:
     return markdown(['arms', *(head for kind in KINDS for head in (kind, 'verdict'))], rows) if rows else ''
 
 
-def by_seed(results: Results) -> str:
-    """Lay out the rate of each seed, in the first context of each kind."""
+def by_seed(results: Results) -> list[str]:
+    """Return the rate of each seed, in the first context of each kind."""
     texts = []
     for kind in KINDS:
         arms = [name for own, name in results.judged() if own == kind and name != FEATURES]
         context = KINDS[kind].judged[0]
         rates = {name: [f'{rate:.1f}' for rate in results.rates(kind, name, context)] for name in arms}
         listed = [f"`{name}` {', '.join(found)}" for name, found in rates.items()]
-        texts += [f"{kind} `{list(context)}`: {'; '.join(listed)}."] if listed else []
-    return '\n'.join(f'- {text}' for text in texts)
+        texts += [f"- Seeds, {kind} `{list(context)}`: {'; '.join(listed)}."] if listed else []
+    return texts
 
 
 def noise(results: Results) -> list[str]:
@@ -200,8 +201,31 @@ def noise(results: Results) -> list[str]:
             context = KINDS[kind].judged[0]
             rates = [f'{results.rate_of((kind, name, seed, step, label_of(context), 0)):.1f}' for step in steps]
             after = f"after {', '.join(map(str, steps))} steps"
-            lines.append(f"- {kind} `{list(context)}`, `{name}`, seed {seed}, {after}: {', '.join(rates)} %.")
+            lines.append(
+                f"- Checkpoints, {kind} `{list(context)}`, `{name}`, seed {seed}, {after}: {', '.join(rates)} %."
+            )
     return lines
+
+
+def last_losses(results: Results) -> list[str]:
+    """Return how much the training loss of each arm still fell at the end, mean over its seeds."""
+    losses: dict[tuple, dict[int, float]] = {}
+    for row in rows_of(results.folder / 'pretraining.csv'):
+        losses.setdefault((row['kind'], row['arm'], row['seed']), {})[int(row['step'])] = float(row['train_loss'])
+    texts = []
+    for kind in KINDS:
+        found: dict[str, list[float]] = {}
+        for (own, name, _), curve in losses.items():
+            if own == kind and name in RUNNABLE and name != 'supervised':
+                last, before = (np.mean([curve[step] for step in sorted(curve)[part]]) for part in LAST)
+                found.setdefault(name, []).append(last - before)
+        listed = [f'`{name}` {np.mean(changes):+.2f}' for name, changes in found.items()]
+        texts += (
+            [f"- Training loss, last 500 steps minus the 500 before, nats, {kind}: {', '.join(listed)}."]
+            if listed
+            else []
+        )
+    return texts
 
 
 def tunings(results: Results) -> list[str]:
@@ -213,7 +237,7 @@ def tunings(results: Results) -> list[str]:
             if (row['kind'], row['context']) == (kind, label_of(context)):
                 rate = 100 * sum(map(int, row['errors'].split())) / results.phones.sum()
                 found.append(f"`{row['arm']}` {rate:.1f} after {row['step']} steps (seed {row['seed']})")
-        lines += [f"- {kind} `{list(context)}`: {'; '.join(found)}."] if found else []
+        lines += [f"- Fine-tuned to convergence, {kind} `{list(context)}`: {'; '.join(found)}."] if found else []
     return lines
 
 
@@ -247,13 +271,14 @@ def figures(results: Results) -> str:
             f'intervals of {CONFIDENCE:.0%}.',
             rates_table(results),
         ]
-        compared, noises = differences(results), '\n'.join(noise(results))
+        compared = differences(results)
         title = 'Differences in points, in the two contexts of each kind (open: seeds are missing):'
         parts += [title, compared] if compared else []
-        parts += ['By seed:', by_seed(results)]
-        parts += ['Noise of the instrument:', noises] if noises else []
-        tuned = '\n'.join(tunings(results))
-        parts += ['Phone error rates in % after fine-tuning to convergence:', tuned] if tuned else []
+        details = [*by_seed(results), *noise(results), *last_losses(results), *tunings(results)]
+        parts += [
+            'Each seed, the noise of the instrument, the end of pre-training, and fine-tuning:',
+            '\n'.join(details),
+        ]
         parts.append('![Phone error rate of each encoder, by kind of contexts](pictures/evidence_rates.png)')
     if rows_of(results.folder / 'distance.csv'):
         parts.append('![Loss by distance from the last visible frame](pictures/evidence_distance.png)')

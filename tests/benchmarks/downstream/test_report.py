@@ -4,6 +4,8 @@
 import numpy as np
 import pytest
 
+STEPS = range(100, 1100, 100)
+
 
 @pytest.fixture(scope='module')
 def report(load):
@@ -41,6 +43,16 @@ def test_an_arm_is_better_only_with_all_seeds_and_beyond_the_noise_of_probes(rep
     assert report.Results(tmp_path).verdict('causal', 'next', 'random') == 'not shown'
     write(tmp_path, [*rows[:-1], ('next', 0, 1, '2 4')])
     assert report.Results(tmp_path).verdict('causal', 'next', 'random') == 'open'
+
+
+def test_how_much_a_loss_still_falls_is_the_mean_over_seeds(report, tmp_path):
+    write(tmp_path, [])
+    rows = [f'causal,next,{seed},{step},{4 - step * fall},' for seed, fall in ((0, 1e-4), (1, 3e-4)) for step in STEPS]
+    (tmp_path / 'pretraining.csv').write_text(
+        '\n'.join(['kind,arm,seed,step,train_loss,validation_loss', *rows]) + '\n'
+    )
+    (line,) = report.last_losses(report.Results(tmp_path))
+    assert '`next` -0.10' in line  # 500 steps apart
 
 
 def test_what_fine_tuning_gave_is_listed_with_its_steps(report, tmp_path):
