@@ -213,8 +213,9 @@ class ChecksCuts:
             else:
                 audios.append(audio)
                 read.append(cut)
+        if not read and not (self.skip_bad_audio or bad.reason in (CUT_OFF, NO_MEMBER)):  # NeMo has no batch of these
+            leave_out(bad, skip=False)
         if not read:
-            leave_out(bad, self.skip_bad_audio or bad.reason in (CUT_OFF, NO_MEMBER))  # NeMo never has such a batch
             raise NothingLeftError(f"each utterance of a batch{on_this_rank()} is bad: {bad}")
         lengths = torch.tensor([len(audio) for audio in audios], dtype=torch.int32)
         return pad_sequence(audios, batch_first=True), lengths, CutSet.from_cuts(read)
