@@ -28,7 +28,6 @@ EARLIER = {  # arms of the earlier rounds
     'synchronised': 'following masks',
     'next_token': 'next tokens',
 }
-LAST = slice(-5, None), slice(-10, -5)  # of the losses, which are means of 100 steps
 DRAWN = ('stock-40', 'following-40', 'next', 'both')  # whose loss is drawn by distance
 COLOURS = {
     'stock': '#d1495b', 'following': '#00798c', 'next': '#edae49', 'both': '#7b5ea7', 'offline': '#66a182', '': '#555555'
@@ -209,36 +208,40 @@ def noise(results: Results) -> list[str]:
 
 def last_losses(results: Results) -> list[str]:
     """Return how much the training loss of each arm still fell at the end, mean over its seeds."""
-    losses: dict[tuple, dict[int, float]] = {}
+    curves: dict[tuple, list[float]] = {}
     for row in rows_of(results.folder / 'pretraining.csv'):
-        losses.setdefault((row['kind'], row['arm'], row['seed']), {})[int(row['step'])] = float(row['train_loss'])
-    texts = []
-    for kind in KINDS:
-        found: dict[str, list[float]] = {}
-        for (own, name, _), curve in losses.items():
-            if own == kind and name in RUNNABLE and name != 'supervised':
-                last, before = (np.mean([curve[step] for step in sorted(curve)[part]]) for part in LAST)
-                found.setdefault(name, []).append(last - before)
-        listed = [f'`{name}` {np.mean(changes):+.2f}' for name, changes in found.items()]
-        texts += (
-            [f"- Training loss, last 500 steps minus the 500 before, nats, {kind}: {', '.join(listed)}."]
-            if listed
-            else []
-        )
-    return texts
+        curves.setdefault((row['kind'], row['arm'], row['seed']), []).append(float(row['train_loss']))
+    changes: dict[str, dict[str, list[float]]] = {kind: {} for kind in KINDS}
+    for (kind, name, _), curve in curves.items():
+        if name in RUNNABLE and ARMS[name].objective != 'ctc':
+            change = np.mean(curve[-5:]) - np.mean(curve[-10:-5])  # each is the mean of 100 steps
+            changes[kind].setdefault(name, []).append(change)
+    return [
+        f'- Training loss, last 500 steps minus the 500 before, nats, {kind}: '
+        + ', '.join(f'`{name}` {np.mean(found):+.2f}' for name, found in arms.items())
+        + '.'
+        for kind, arms in changes.items()
+        if arms
+    ]
 
 
 def tunings(results: Results) -> list[str]:
     """Return the error rates after fine-tuning to convergence, in the first context, with the steps that this took."""
     rows, lines = rows_of(results.folder / 'finetuning.csv'), []
     for kind in KINDS:
-        context, found = KINDS[kind].judged[0], []
-        for row in rows:
-            if (row['kind'], row['context']) == (kind, label_of(context)):
-                rate = 100 * sum(map(int, row['errors'].split())) / results.phones.sum()
-                found.append(f"`{row['arm']}` {rate:.1f} after {row['step']} steps (seed {row['seed']})")
+        context = KINDS[kind].judged[0]
+        found = [
+            f"`{row['arm']}` {rate_in(row, results.phones.sum()):.1f} after {row['step']} steps (seed {row['seed']})"
+            for row in rows
+            if (row['kind'], row['context']) == (kind, label_of(context))
+        ]
         lines += [f"- Fine-tuned to convergence, {kind} `{list(context)}`: {'; '.join(found)}."] if found else []
     return lines
+
+
+def rate_in(row: dict, phones: int) -> float:
+    """Return the error rate of a row of errors per utterance, in %."""
+    return 100 * sum(map(int, row['errors'].split())) / phones
 
 
 def missing(results: Results) -> str:
@@ -255,9 +258,7 @@ def earlier(folder: Path) -> str:
     texts = []
     for arm, what in EARLIER.items():
         own = [row for row in rows if (row['arm'], row['minutes'], row['context']) == (arm, '60', '10 0')]
-        rates = [
-            100 * sum(map(int, row['errors'].split())) / phones for row in sorted(own, key=lambda row: row['seed'])
-        ]
+        rates = [rate_in(row, phones) for row in sorted(own, key=lambda row: row['seed'])]
         texts.append(f"{what} {', '.join(f'{rate:.0f}' for rate in rates)}")
     return f"Phone error rates in % by seed, `[10, 0]`: {'; '.join(texts)}."
 
