@@ -119,6 +119,7 @@ def managed_trainer(folder: Path, async_save: bool = False, **settings) -> pl.Tr
     cfg, folder = tiny_config().exp_manager, str(folder / 'experiment')
     with open_dict(cfg):
         cfg.update(explicit_log_dir=folder, create_tensorboard_logger=False, exp_dir=None, name=None)
+        cfg.seconds_to_sleep = 0.5  # of other ranks, while the first makes its folders
         cfg.checkpoint_callback_params.async_save = async_save
     exp_manager(made, cfg)
     return made

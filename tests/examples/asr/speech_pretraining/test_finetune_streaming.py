@@ -66,6 +66,7 @@ def settings(kind, pretrained, corpus, *overrides):
         *(f'model.{section}.manifest_filepath={corpus}/{name}_manifest.json' for section, name in data.items()),
         *(f'++model.{section}.{key}' for section in data for key in loader),
         'model.train_ds.max_duration=3.5',
+        '++model.validation_ds.max_duration=4.5',
         'trainer.accelerator=cpu',
         'trainer.devices=1',
         'trainer.max_steps=3',

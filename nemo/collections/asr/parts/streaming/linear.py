@@ -86,9 +86,9 @@ class Int8Linear:
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Return [N, O] for rows [N, I]."""
-        low, high = rows.amin(dim=1, keepdim=True), rows.amax(dim=1, keepdim=True)
-        span = (high - low).clamp_(min=torch.finfo(torch.float32).tiny)
-        mapped = (rows - low).div_(span).nan_to_num_(0.0)  # a non-finite row stays so by its range
+        low = rows.amin(dim=1, keepdim=True)
+        span = rows.amax(dim=1, keepdim=True).sub_(low)
+        mapped = (rows - low).div_(span).nan_to_num_(0.0)  # of a constant row; a non-finite one stays so by its range
         shift = low * self.sums if self.bias is None else torch.addcmul(self.bias, low, self.sums)
         return shift.addcmul_(torch.ops.quantized.linear_dynamic(mapped, self.packed, True), span)
 

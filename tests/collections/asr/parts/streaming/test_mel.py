@@ -83,7 +83,7 @@ class Streams:
 @given(
     st.sampled_from(SETTINGS),
     st.lists(st.integers(0, 4000), min_size=1, max_size=5),
-    st.lists(st.integers(3, AT_ONCE), min_size=1, max_size=6),
+    st.lists(st.integers(3, AT_ONCE), min_size=1, max_size=12),
     st.booleans(),
     st.integers(1, 9),
 )
@@ -94,10 +94,9 @@ def test_any_pieces_in_any_phases_give_the_features_of_the_whole(chosen, lengths
         samples = noise(len(lengths), max(max(lengths), 1), seed=seed)
         expected, counts = module(input_signal=samples, length=torch.tensor(lengths))
         streams.reset()
-        step = 0
+        pieces = iter(sizes)
         while (streams.ring.count < totals).any():
-            streams.feed(samples, totals, sizes[step % len(sizes)], staggered, at_most)
-            step += 1
+            streams.feed(samples, totals, next(pieces, AT_ONCE), staggered, at_most)
         assert streams.frames.tolist() == counts.tolist()
         for found, whole, count in zip(streams.found, expected, counts):
             if count:
