@@ -78,27 +78,29 @@ ARMS = {
     'next-long': Arm('next tokens, twice the steps', 'next_token', longer=2),
 }
 RUNNABLE = [name for name, arm in ARMS.items() if not arm.refined]
-# First minus second, where below 0 is better for the first; what each decides.
-COMPARED = (
-    ('stock-40', 'random'),
-    ('following-40', 'random'),
-    ('next', 'random'),
-    ('following-40', 'stock-40'),
-    ('following-40', 'stock-short'),
-    ('following-16', 'stock-16'),
-    ('following-8', 'stock-8'),
-    ('following-16', 'following-40'),
-    ('following-8', 'following-40'),
-    ('next', 'following-40'),
-    ('next', 'stock-40'),
-    ('both', 'next'),
-    ('both', 'following-40'),
-    ('offline', 'following-40'),
-    ('following-refined', 'following-40'),
-    ('next-refined', 'next'),
-    ('following-40-long', 'stock-40-long'),
-    ('next-long', 'following-40-long'),
-)
+# First minus second, where below 0 is better for the first, by the questions of the protocol.
+COMPARED = {
+    'Does pre-training help?': (('stock-40', 'random'), ('following-40', 'random'), ('next', 'random')),
+    'Do masks that follow the context help?': (
+        ('following-40', 'stock-40'),
+        ('following-40', 'stock-short'),
+        ('following-16', 'stock-16'),
+        ('following-8', 'stock-8'),
+    ),
+    'Are shorter blocks better?': (('following-16', 'following-40'), ('following-8', 'following-40')),
+    'Are next tokens better than masked ones, or both together?': (
+        ('next', 'following-40'),
+        ('next', 'stock-40'),
+        ('both', 'next'),
+        ('both', 'following-40'),
+    ),
+    'Is an encoder trained offline and then converted better?': (('offline', 'following-40'),),
+    'Do refined targets help?': (('following-refined', 'following-40'), ('next-refined', 'next')),
+    'Does twice the training change the order?': (
+        ('following-40-long', 'stock-40-long'),
+        ('next-long', 'following-40-long'),
+    ),
+}
 
 
 def overrides(name: str, kind: str, recipe) -> list[str]:

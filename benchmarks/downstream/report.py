@@ -159,21 +159,22 @@ def _rates(results: Results, kind: str, name: str) -> list[str]:
     return cells + ['the same'] * (2 - len(cells))
 
 
-def differences(results: Results) -> str:
-    """Lay out the comparisons that have a seed; empty where there is none."""
-    rows = []
-    for first, second in COMPARED:
-        seeds = {kind: results.seeds(kind, first, second) for kind in KINDS}
-        cells = []
-        for kind in KINDS:
-            found = [results.difference(kind, first, second, each) for each in KINDS[kind].judged if seeds[kind]]
-            cells += [
-                '; '.join(percent(each, '+') for each in found),
-                results.verdict(kind, first, second) if found else '',
-            ]
-        if any(cells):
-            rows.append([f'`{first}` minus `{second}`', *cells])
-    return markdown(['arms', *(head for kind in KINDS for head in (kind, 'verdict'))], rows) if rows else ''
+def differences(results: Results) -> list[str]:
+    """Return the differences of the pairs that have a seed, by question, each with its verdict."""
+    lines = []
+    for question, pairs in COMPARED.items():
+        found = [(pair, kind) for pair in pairs for kind in KINDS if results.seeds(kind, *pair)]
+        lines += [f'- **{question}**'] if found else []
+        for pair in dict.fromkeys(pair for pair, _ in found):
+            kinds = [_difference(results, kind, *pair) for own, kind in found if own == pair]
+            lines.append(f"  - `{pair[0]}` minus `{pair[1]}`: {'; '.join(kinds)}.")
+    return lines
+
+
+def _difference(results: Results, kind: str, first: str, second: str) -> str:
+    """Return the differences of two arms in the two contexts of a kind, and the verdict."""
+    found = [results.difference(kind, first, second, context) for context in KINDS[kind].judged]
+    return f"{kind} {' and '.join(percent(each, '+') for each in found)}, **{results.verdict(kind, first, second)}**"
 
 
 def by_seed(results: Results) -> list[str]:
@@ -272,9 +273,9 @@ def figures(results: Results) -> str:
             f'intervals of {CONFIDENCE:.0%}.',
             rates_table(results),
         ]
+        title = 'Differences in points, in the first and the last context of each kind (open: seeds are missing):'
         compared = differences(results)
-        title = 'Differences in points, in the two contexts of each kind (open: seeds are missing):'
-        parts += [title, compared] if compared else []
+        parts += [title, '\n'.join(compared)] if compared else []
         details = [*by_seed(results), *noise(results), *last_losses(results), *tunings(results)]
         parts += [
             'Each seed, the noise of the instrument, the end of pre-training, and fine-tuning:',
