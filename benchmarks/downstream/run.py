@@ -160,11 +160,12 @@ def run_cell(cell: Cell, speech: Speech, recipe: Recipe, settings: ProbeSettings
             judge.judge(cell, None, 0, range(1))
             return
         if not is_trained:
-            if not is_missing(cell, probes):
+            if len({row['context'] for row in own_rows(cell, probes)}) == len(KINDS[cell.kind].judged):
                 return  # it ran on another machine
             folder.mkdir(parents=True, exist_ok=True)
             log = pretrain(cell.arm, cell.kind, cell.seed, speech, recipe, folder)
-            append(options.results / 'pretraining.csv', TRAININGS, training_rows(cell, log))
+            if not own_rows(cell, options.results / 'pretraining.csv'):
+                append(options.results / 'pretraining.csv', TRAININGS, training_rows(cell, log))
             write_text(folder / 'log.json', json.dumps(log))
         steps = sorted(int(path.stem.split('-')[1]) for path in folder.glob('encoder-*.pt'))
         encoder = build('random', cell.kind, cell.seed, recipe).encoder
@@ -176,16 +177,16 @@ def run_cell(cell: Cell, speech: Speech, recipe: Recipe, settings: ProbeSettings
             write_tuning(cell, encoder, speech, recipe, options)
 
 
-def is_missing(cell: Cell, path: Path) -> bool:
-    """Whether a CSV file has no row of a cell."""
-    return not any((row['kind'], row['arm'], row['seed']) == tuple(map(str, cell[:3])) for row in rows_of(path))
+def own_rows(cell: Cell, path: Path) -> list[dict]:
+    """Return the rows of a CSV file that are of a cell."""
+    return [row for row in rows_of(path) if (row['kind'], row['arm'], row['seed']) == tuple(map(str, cell[:3]))]
 
 
 def write_distances(cell: Cell, speech: Speech, recipe: Recipe, folder: Path, path: Path) -> None:
     """Write the loss by distance of a model that predicts tokens in these contexts, unless it is there."""
     arm = ARMS[cell.arm]
     predicts = arm.objective not in (None, 'ctc') and not arm.offline
-    if not (predicts and (folder / 'final.pt').exists() and is_missing(cell, path)):
+    if not (predicts and (folder / 'final.pt').exists()) or own_rows(cell, path):
         return
     model = build(cell.arm, cell.kind, cell.seed, recipe).eval()
     set_masks(model, cell.arm, cell.kind, cell.seed, recipe)
@@ -201,7 +202,7 @@ def write_distances(cell: Cell, speech: Speech, recipe: Recipe, folder: Path, pa
 def write_tuning(cell: Cell, encoder, speech: Speech, recipe: Recipe, options: argparse.Namespace) -> None:
     """Write what fine-tuning an encoder to convergence gave, unless it is there."""
     path, looks = options.results / 'finetuning.csv', dict(every=2, most=4) if options.quick else {}
-    if is_missing(cell, path):
+    if not own_rows(cell, path):
         step, errors = fine_tune(encoder, recipe.width, speech, cell.kind, cell.seed, **looks)
         rows = [(*cell[:3], step, label_of(context), label_of(counts)) for context, counts in errors.items()]
         append(path, TUNINGS, rows)

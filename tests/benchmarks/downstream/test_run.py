@@ -53,3 +53,15 @@ def test_quick_runs_all_of_it_once(run, manifests, tmp_path, capsys):
         assert run.main(words) == 0
         assert sizes == {path.name: path.stat().st_size for path in (tmp_path / 'results').glob('*.csv')}
     assert not list((tmp_path / work).glob('*/*.pt'))
+
+    def half(lines):
+        return [line for line in lines if ',-1 0,' not in line]
+
+    probes = tmp_path / 'results/probe.csv'
+    whole = probes.read_text().splitlines()
+    probes.write_text('\n'.join(half(whole)) + '\n')  # the other machine was lost before it had judged this context
+    words[3] = str(tmp_path / 'a third')
+    assert run.main(words) == 0
+    assert sorted(half(probes.read_text().splitlines())) == sorted(half(whole))
+    assert len(probes.read_text().splitlines()) == len(whole)
+    assert sizes['pretraining.csv'] == (tmp_path / 'results/pretraining.csv').stat().st_size
