@@ -95,6 +95,8 @@ class TrainingDataMixin:
             for key in ('augmentor', 'batch_augmentor'):  # NeMo's loaders fail where one is null
                 if config.get(key) is None:
                     config.pop(key, None)
+        if getattr(self._trainer, 'overfit_batches', 0):  # Lightning repeats batches only of a loader that it knows
+            own['resumable'] = None
         options = own.pop('resumable') if config.get('use_lhotse') or config.get('is_tarred') else None
         if options is not None:
             config = resumable_config(config, options, self.world_size)
@@ -129,7 +131,7 @@ class TrainingDataMixin:
         loader = self.trainer.train_dataloader
         if isinstance(loader, ResumableDataLoader):
             progress, place = self.trainer.fit_loop.epoch_loop.batch_progress.current, loader.position
-            if progress.completed not in (0, place):
+            if progress.completed != place:  # Lightning counts a batch after the callbacks that save
                 logging.info(f"Continuing with batch {place} of {len(loader)} of the epoch, on {loader.ranks} ranks.")
                 progress.ready = progress.started = progress.processed = progress.completed = place
 

@@ -6,6 +6,7 @@ One attention context per batch, known before the encoder runs; each layer atten
 
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from omegaconf import open_dict
@@ -97,11 +98,7 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
         return self._layer_contexts
 
     def effective_att_contexts(self, att_context_size=None) -> tuple[AttContext, ...]:
-        """What each layer attends to in a batch's context (None: the present one), within its own context.
-
-        Raises:
-            ValueError: if no context of the encoder's style is that intersection.
-        """
+        """What each layer attends to in a batch's context (None: the present one); ValueError if its own cuts chunks."""
         batch = self.parse_att_context_size(self.att_context_size if att_context_size is None else att_context_size)
         where = 'encoder.layers[{}].self_attention.att_context_size is {}'
         return tuple(
@@ -189,6 +186,9 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
             )
         with self._assigning_default():
             super().change_attention_model(self_attention_model, *args, **kwargs)
+        if len(self.att_context_size_all) == 1 or self.self_attention_model == 'rel_pos_local_attn':
+            self.att_context_size_all = [list(self.att_context_size)]
+            self.att_context_policy = replace(self.att_context_policy, options=(), probabilities=(), sampler=None)
         self._connect_layers()
         if self._has_layer_contexts():  # sets what the new modules drop from their cache, too
             self.setup_streaming_params(**self._streaming_arguments)

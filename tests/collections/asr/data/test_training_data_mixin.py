@@ -11,7 +11,8 @@ import pytest
 import soundfile
 from fresh_process import run_python
 from lhotse import CutSet, Recording
-from omegaconf import OmegaConf
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+from omegaconf import OmegaConf, open_dict
 from tiny_nest import batches, tiny_config, tiny_model, trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -80,6 +81,33 @@ def test_a_spawned_worker_loads_and_counts_where_posix_modules_are_missing(speec
     done = run_python(tmp_path / 'script.py', *data, PYTHONPATH=paths)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1].startswith('loaded [4, 4, 4] 2 utterances were left out')
+
+
+def batches_of(speech, folder=None, ckpt_path=None, **settings):
+    """Train six steps; returns what each step got."""
+    seen = []
+    record = LambdaCallback(
+        on_train_batch_start=lambda run, model, batch, index: seen.append(float(batch.audio.sum()))
+    )
+    saves = [ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename='{step}')] if folder else []
+    run = trainer(6, callbacks=[record, *saves], enable_checkpointing=bool(folder), **settings)
+    cfg = tiny_config('model.validate_contexts=null').model
+    section = {'manifest_filepath': str(speech / 'm.json'), 'sample_rate': 16000, 'batch_size': 1, 'shuffle': True}
+    with open_dict(cfg):
+        cfg.train_ds = {**section, 'num_workers': 0, 'resumable': {'seed': 0}}
+    run.fit(EncDecDenoiseMaskedTokenPredModel(cfg, run), ckpt_path=ckpt_path)
+    return seen
+
+
+def test_an_epoch_that_is_resumed_after_any_of_its_batches_has_the_others(speech, tmp_path):
+    whole = batches_of(speech, tmp_path, limit_train_batches=3)
+    for step in (1, 3, 4, 5):
+        rest = batches_of(speech, ckpt_path=tmp_path / f'step={step}.ckpt', limit_train_batches=3)
+        assert rest == whole[step:], step
+
+
+def test_a_batch_to_overfit_is_the_same_in_each_epoch(speech):
+    assert len({*batches_of(speech, overfit_batches=1)}) == 1
 
 
 @pytest.mark.parametrize('sampler, warned', [(None, True), ('divided', False)])

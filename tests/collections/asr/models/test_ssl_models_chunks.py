@@ -88,6 +88,16 @@ class TestWithLayersAndCurriculum:
             assert right == expected and left in (0, 3, 4, 5) and left % (right + 1) == 0
         assert found[8:] == [tuple(context) for context in drawn[8:]]
 
+    def test_a_linear_curriculum_keeps_whole_chunks_of_a_context_without_limits(self):
+        contexts = 'model.encoder.att_context_size=[[40,0],[-1,-1]]'
+        model = tiny_model('model.encoder.att_context_style=chunked_limited', contexts, 'model.validate_contexts=null')
+        curriculum = AttContextCurriculum(start=[40, 3], end=[160, 15], warmup_steps=100)
+        run = fit(model, batches(12), max_steps=12, callbacks=[curriculum])
+        found = [run.logger.column(f'att_context_{side}') for side in ('left', 'right')]
+        assert {right for right in found[1]} == {0, 3, 4} and all(
+            left % (right + 1) == 0 for left, right in zip(*found)
+        )
+
 
 class TestChecks:
     def test_probabilities_of_the_list_would_be_passed_over(self):

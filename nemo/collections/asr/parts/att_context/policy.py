@@ -142,11 +142,11 @@ class ContextPolicy:
         return context in self.options or (self.sampler is not None and self.sampler.covers(context))
 
     def narrowed(self, context: AttContext, limit: AttContext | None = None, where: str = CEILING) -> AttContext:
-        """Return a context within a limit, by default the ceiling; with a sampler in whole chunks."""
-        limit = self.ceiling if limit is None else limit
+        """Return a context within a limit; by default the ceiling, and then, or with a sampler, in whole chunks."""
+        rounds, limit = self.sampler is not None or limit is None, self.ceiling if limit is None else limit
         if limit is None:
             return context
-        if self.sampler is not None:
+        if rounds:
             return Window(context.intersect(limit), self.style).in_whole_chunks().context
         return Window(context, self.style).intersect(limit, where).context
 

@@ -49,11 +49,16 @@ class AttContextMixin(LightningModule):
             raise ValueError(f"current_frame is given, but {type(masking).__name__} does not take it")
         return {**arguments, 'current_frame': current_frame}
 
+    def trained_contexts(self) -> list:
+        """Return the contexts of the encoder's config and of ``train_ds.synced_contexts``, or the override alone."""
+        synced = (self.cfg.get('train_ds') or {}).get('synced_contexts') or {}
+        contexts = [*self.encoder.att_context_size_all, *(synced.get('context_options') or ())]
+        return contexts if self.att_context_override is None else [self.att_context_override]
+
     def check_frames_see_others(self) -> None:
-        """Raise ValueError naming a context of the policy in which no layer sees another frame."""
+        """Raise ValueError naming a context of training in which no layer sees another frame."""
         if self._encoder_has_context():
-            override = self.att_context_override
-            for context in self.encoder.att_context_size_all if override is None else [override]:
+            for context in self.trained_contexts():
                 with self.encoder.using_att_context_size(context):
                     self._check_frames_see_others()
 

@@ -21,11 +21,7 @@ class ShardedTrainingMixin(LightningModule):
     """
 
     def configure_model(self) -> None:
-        """Shard the weights, if the strategy does, before optimizers are made.
-
-        Raises:
-            ValueError: if layers are to be sharded, too (``tensor_parallel_size``).
-        """
+        """Shard the weights, if the strategy does; ValueError if it shards layers, too (``tensor_parallel_size``)."""
         super().configure_model()
         mesh = self.device_mesh
         if mesh is None or self._is_sharded():

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 from lightning.pytorch import LightningModule
-from omegaconf import ListConfig
+from omegaconf import ListConfig, OmegaConf
 from torch.distributed.tensor import DTensor
 
 from nemo.collections.asr.parts.utils.nonfinite_guard import parameters_of
@@ -91,7 +91,7 @@ class TrainingNumbersMixin(LightningModule):
         if self._encoder_has_context():
             numbers.add('flops', self.flops_of_step(record, predicted))
         names = self._sources
-        if names and found and getattr(batch, 'sources', None):
+        if names and found and set(getattr(batch, 'sources', None) or ['']) <= {*names}:
             losses, counts, utterances = found[0]
             index = _to(torch.tensor([names.index(source) for source in batch.sources]), losses.device)[utterances]
             empty = losses.new_zeros(len(names))
@@ -183,7 +183,7 @@ class TrainingNumbersMixin(LightningModule):
 def _sources_of(input_cfg) -> set[str]:
     """Return the tags ``source`` of a mixture and of its groups."""
     if not isinstance(input_cfg, (list, ListConfig)):
-        return set()
+        return set() if input_cfg is None else _sources_of(OmegaConf.load(os.path.expanduser(input_cfg)))
     own = {item.tags.source for item in input_cfg if 'source' in (item.get('tags') or {})}
     return own.union(*(_sources_of(item.get('input_cfg')) for item in input_cfg))
 

@@ -78,11 +78,7 @@ class Objectives(dict[Objective, float]):
 
 
 def check_objective(model_cfg: Mapping[str, Any]) -> tuple[str, NextToken]:
-    """Return the objective of a model's config, and the options of next tokens.
-
-    Raises:
-        ValueError: naming the key, its value and what is allowed.
-    """
+    """Return the objective of a model's config, and the options of next tokens; ValueError naming the key."""
     objective, options = Model.parse(model_cfg).objective, NextToken.parse(model_cfg.get('next_token'))
     if objective == 'masked':
         if model_cfg.get('next_token') is not None:

@@ -112,10 +112,8 @@ class NextTokens(base.Objective):
                 f"model.encoder.att_context_sampler.full_prob is {sampler.full_prob}; with model.objective "
                 f"{model.objective} it must be 0: where the receptive field is the utterance there is no next token"
             )
-        synced = (model.cfg.get('train_ds') or {}).get('synced_contexts') or {}
-        trained = [*encoder.att_context_size_all, *(synced.get('context_options') or ())]
         validation = model.reports.validation
-        for context in [*(trained if override is None else [override]), *(validation.contexts if validation else ())]:
+        for context in [*model.trained_contexts(), *(validation.contexts if validation else ())]:
             with encoder.using_att_context_size(context):
                 self.offset()
 

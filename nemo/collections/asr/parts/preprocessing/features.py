@@ -29,10 +29,8 @@ _stock_normalize_batch = getattr(_up.normalize_batch, '__wrapped__', _up.normali
 def normalize_batch(x, seq_len, normalize_type):
     """Normalise features [B, D, T] of any floating dtype; arguments and results are NeMo's.
 
-    A mapping with ``fixed_mean`` and ``fixed_std``, D numbers each, works for any batch size, and does not use ``seq_len``.
-
-    Raises:
-        ValueError: if the mapping does not fit, see :func:`check_fixed_statistics`.
+    A mapping with ``fixed_mean`` and ``fixed_std``, D numbers each, works for any batch size, and does not use ``seq_len``;
+    ValueError if it does not fit.
     """
     if not isinstance(normalize_type, Mapping):
         return _stock_normalize_batch(x, seq_len, normalize_type)
@@ -110,10 +108,15 @@ def standardize_per_feature(features, lengths):
 
 
 class FilterbankFeatures(_up.FilterbankFeatures):
-    """NeMo's mel features; ValueError at construction if fixed statistics do not fit the features."""
+    """NeMo's mel features; ValueError at construction if fixed statistics are a file or do not fit."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if isinstance(self.normalize, str) and '.' in self.normalize:  # which NeMo takes for no normalisation
+            raise ValueError(
+                f"preprocessor.normalize is {self.normalize!r}, the name of a file; pretrain.py reads a .yaml file, other "
+                "scripts must set it to load_fixed_statistics(file)"
+            )
         if isinstance(self.normalize, Mapping):
             self.normalize = check_fixed_statistics(self.normalize, features=self.nfilt * self.frame_splicing)
 

@@ -116,10 +116,7 @@ def learning_curves(curves: Mapping[str, Curve]) -> Figure:
 
     Each part of an objective has a panel. ``curves`` are (step, value) pairs by metric name, ``val_loss/ctx_40_0`` and
     ``val_loss/ctx_40_0/next_0``, ``val_accuracy/...``, ``train_loss/...``, ``att_context_ceiling_left``; others are
-    ignored.
-
-    Raises:
-        ValueError: if there is none of any context.
+    ignored. ValueError if there is none of any context.
     """
     found = [match.groups('') for match in map(CURVE.fullmatch, curves) if match]
     if not found:
@@ -168,10 +165,7 @@ def _smooth(curve: Curve) -> np.ndarray:
 def read_curves(path) -> dict[str, Curve]:
     """Return the curves of a training run by metric; of equal steps those of the later run.
 
-    The path is an event file of TensorBoard, or a folder with some of them somewhere in it.
-
-    Raises:
-        ValueError: naming the path, if there is none.
+    The path is an event file of TensorBoard, or a folder with some in it, at any depth; ValueError if there is none.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -106,8 +106,8 @@ class ReportsMixin(LightningModule):
     _validation_losses: tuple[torch.Tensor, ...] = ()  # of the manifests of one validation; their names may be alike
 
     def configure_callbacks(self) -> list:
-        """Add the probe of ``model.probe``, if the config has one."""
-        probe = self.cfg.get('probe')
+        """Add the probe of ``model.probe``, if the config has one; a test needs none of its data."""
+        probe = None if self._trainer is not None and self._trainer.testing else self.cfg.get('probe')
         return [*super().configure_callbacks(), *([ValidationProbe(probe)] if probe else [])]
 
     def _add_whole_interval(self, numbers) -> None:

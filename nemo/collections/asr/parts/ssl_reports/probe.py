@@ -91,7 +91,7 @@ def fit_probe(
     The random generators of the caller stay as they were.
     """
     device, (_, layers, width) = outputs[0].device, outputs[0].shape
-    with isolate_rng(), torch.enable_grad():
+    with isolate_rng(), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(settings.seed)
         probe = LayerProbe(layers, width, classes, settings.hidden).to(device)
         optimizer = torch.optim.Adam(probe.parameters(), lr=settings.learning_rate)

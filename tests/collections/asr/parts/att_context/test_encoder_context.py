@@ -7,10 +7,10 @@ import threading
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from spies import recording_contexts
 from tiny_encoder import tiny_encoder
-from tiny_nest import POSITIONS, PRESETS, batches, fit, noise_batch, signals, tiny_model
+from tiny_nest import POSITIONS, PRESETS, batches, fit, noise_batch, signals, tiny_model, trainer
 
 from nemo.collections.asr.parts.att_context import AttContext
 
@@ -45,6 +45,30 @@ class TestOverride:
         model.change_attention_model('rel_pos', [20, 0])
         assert model.encoder.att_context_size == [20, 0] and model.att_context_override is None
         assert len({model.encoder.train().draw_att_context_size(step) for step in range(12)}) > 1
+
+    @pytest.mark.parametrize('contexts', ['[[-1,-1]]', '[[40,0],[20,0]]'])
+    def test_local_attention_trains_in_its_own_context(self, contexts):
+        model = tiny_model(f'model.encoder.att_context_size={contexts}')
+        model.change_attention_model('rel_pos_local_attn', [8, 8])
+        run = fit(model, batches(2), 2)
+        assert run.logger.column('att_context_left') == run.logger.column('att_context_right') == [8, 8]
+
+    def test_a_single_context_that_is_exchanged_is_the_one_to_validate(self):
+        model = tiny_model('model.encoder.att_context_size=[40,0]')
+        model.change_attention_model('rel_pos', [20, 0])
+        run = trainer(1)
+        model.set_trainer(run)
+        run.fit(model, batches(1), batches(1))
+        assert [name for name in run.callback_metrics if name.startswith('val_loss/ctx')] == ['val_loss/ctx_20_0']
+
+    @pytest.mark.parametrize('objective', ['masked', 'next_token'])
+    def test_contexts_that_come_with_the_batches_are_checked_before_the_first(self, objective):
+        model = tiny_model('model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[28,6]',
+                           f'+model.objective={objective}')  # fmt: skip
+        with open_dict(model.cfg):
+            model.cfg.train_ds = {'synced_contexts': {'context_options': [[28, 6], [30, 6]]}}
+        with pytest.raises(ValueError, match='left context is 30'):
+            fit(model, batches(1), 1)
 
     def test_an_override_set_inside_a_block_holds_after_it(self):
         encoder = tiny_model(PRESETS).encoder

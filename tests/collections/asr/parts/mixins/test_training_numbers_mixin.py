@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 from ranks import run_on_two_ranks
 from tiny_nest import RecordingLogger, noise_batch, tiny_model, trainer
 
@@ -25,19 +25,20 @@ class Fixed(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         batch = noise_batch(LENGTHS[index], seed=index)
-        batch.sources = ['books', 'phone'] if index != 1 else ['phone', 'phone']
+        batch.sources = [{1: 'phone', 3: 'of no group'}.get(index, 'books'), 'phone']
         return batch
 
 
 @pytest.fixture(scope='module')
-def run():
+def run(tmp_path_factory):
     """A model that trained four steps, its logger, and the updates that it made."""
     fitter = trainer(4, log_every_n_steps=2)
     fitter.logger = RecordingLogger()
     model = tiny_model('model.log_peak_flops=1e9')
-    mixture = [{'tags': {'source': name}} for name in ('phone', 'books')]
+    mixture = tmp_path_factory.mktemp('mixture') / 'mixture.yaml'
+    OmegaConf.save([{'tags': {'source': name}} for name in ('phone', 'books')], mixture)
     with open_dict(model.cfg):
-        model.cfg.update(train_ds={'input_cfg': mixture}, skip_nan_grad=True)
+        model.cfg.update(train_ds={'input_cfg': str(mixture)}, skip_nan_grad=True)
     model._skipped_utterances = 3
     weights = []
     take = model.on_before_optimizer_step

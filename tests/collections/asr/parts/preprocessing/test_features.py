@@ -97,6 +97,11 @@ def test_refuses_statistics(statistics, message):
             normalize_batch(features(2, 2, 3), torch.tensor([3, 3]), kind)
 
 
+def test_a_file_of_statistics_is_not_taken_for_no_normalisation():
+    with pytest.raises(ValueError, match="preprocessor.normalize is 'stats.yaml'.*load_fixed_statistics"):
+        preprocessor('stats.yaml')
+
+
 def test_a_reload_finds_stocks_function():
     before, stocks = dict(vars(patched)), dict(vars(patched._up))
     try:

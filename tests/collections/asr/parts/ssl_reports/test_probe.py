@@ -3,6 +3,7 @@
 
 import json
 import math
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -135,6 +136,16 @@ def test_training_is_the_same_with_and_without_a_probe(manifests):
         losses.append(run.logger.column('train_loss'))
         assert [0 < rate for rate in run.logger.column('probe/error_rate/ctx_4_0')] == [True] * (len(losses) == 1)
     assert losses[0] == losses[1]
+
+
+def test_a_validation_alone_probes_and_a_test_needs_none_of_its_data(manifests):
+    model, run = probing_model(manifests, 'model.probe.every_n_validations=1'), trainer(1)
+    model.set_trainer(run)
+    run.validate(model, batches(1), verbose=False)  # in inference mode
+    assert run.callback_metrics['probe/error_rate/ctx_4_0'] > 0
+    for path in manifests.values():
+        Path(path).unlink()
+    run.test(model, batches(1), verbose=False)
 
 
 def test_characters_of_the_test_alone_count_as_errors(manifests):
