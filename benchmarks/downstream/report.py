@@ -191,20 +191,16 @@ def by_seed(results: Results) -> list[str]:
 
 def noise(results: Results) -> list[str]:
     """Return the sentences about the instrument's noise and about the order of one run's checkpoints."""
-    deviation, lines = results.probe_deviation(), []
-    if deviation is not None:
-        lines.append(f'- Standard deviation over probe seeds: {deviation:.2f} points.')
+    deviation, runs = results.probe_deviation(), []
     for kind, name in results.judged():
-        seed = results.seeds(kind, name)[0]
+        seed, context = results.seeds(kind, name)[0], KINDS[kind].judged[0]
         steps = sorted({key[3] for key in results.errors if key[:3] == (kind, name, seed) and key[5] == 0})
         if len(steps) > 1:
-            context = KINDS[kind].judged[0]
             rates = [f'{results.rate_of((kind, name, seed, step, label_of(context), 0)):.1f}' for step in steps]
-            after = f"after {', '.join(map(str, steps))} steps"
-            lines.append(
-                f"- Checkpoints, {kind} `{list(context)}`, `{name}`, seed {seed}, {after}: {', '.join(rates)} %."
-            )
-    return lines
+            after = f"after {', '.join(map(str, steps))} steps {', '.join(rates)} %"
+            runs.append(f'{kind} `{list(context)}`, `{name}`, seed {seed}, {after}')
+    lines = [] if deviation is None else [f'- Standard deviation over probe seeds: {deviation:.2f} points.']
+    return lines + ([f"- Checkpoints: {'; '.join(runs)}."] if runs else [])
 
 
 def last_losses(results: Results) -> list[str]:
@@ -217,18 +213,17 @@ def last_losses(results: Results) -> list[str]:
         if name in RUNNABLE and ARMS[name].objective != 'ctc':
             change = np.mean(curve[-5:]) - np.mean(curve[-10:-5])  # each is the mean of 100 steps
             changes[kind].setdefault(name, []).append(change)
-    return [
-        f'- Training loss, last 500 steps minus the 500 before, nats, {kind}: '
-        + ', '.join(f'`{name}` {np.mean(found):+.2f}' for name, found in arms.items())
-        + '.'
+    texts = [
+        f'{kind} ' + ', '.join(f'`{name}` {np.mean(found):+.2f}' for name, found in arms.items())
         for kind, arms in changes.items()
         if arms
     ]
+    return [f"- Training loss, last 500 steps minus the 500 before, nats: {'; '.join(texts)}."] if texts else []
 
 
 def tunings(results: Results) -> list[str]:
     """Return the error rates after fine-tuning to convergence, in the first context, with the steps that this took."""
-    rows, lines = rows_of(results.folder / 'finetuning.csv'), []
+    rows, texts = rows_of(results.folder / 'finetuning.csv'), []
     for kind in KINDS:
         context = KINDS[kind].judged[0]
         found = [
@@ -236,8 +231,8 @@ def tunings(results: Results) -> list[str]:
             for row in rows
             if (row['kind'], row['context']) == (kind, label_of(context))
         ]
-        lines += [f"- Fine-tuned to convergence, {kind} `{list(context)}`: {'; '.join(found)}."] if found else []
-    return lines
+        texts += [f"{kind} `{list(context)}`: {', '.join(found)}"] if found else []
+    return [f"- Fine-tuned to convergence, {'; '.join(texts)}."] if texts else []
 
 
 def rate_in(row: dict, phones: int) -> float:
@@ -266,10 +261,10 @@ def earlier(folder: Path) -> str:
 
 def figures(results: Results) -> str:
     """Return all that is computed, as Markdown."""
-    parts = [missing(results)]
+    parts = []
     if results.errors:
-        parts += [
-            f'Phone error rates in %, {len(results.phones)} test utterances, {results.phones.sum()} phones; in brackets '
+        parts = [
+            f'{missing(results)} Phone error rates in %, {len(results.phones)} test utterances, {results.phones.sum()} phones; in brackets '
             f'intervals of {CONFIDENCE:.0%}.',
             rates_table(results),
         ]
