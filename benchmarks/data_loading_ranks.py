@@ -45,7 +45,9 @@ def write_corpus(folder: Path, shards: int, utterances: int) -> None:
 
 def loader(data: dict, rank: int = 0, ranks: int = 1, buffer: int = 100):
     """Return the loader of a rank, made by the patched model's own code without a model."""
-    model = object.__new__(type('Model', (EncDecDenoiseMaskedTokenPredModel,), {'global_rank': rank}))
+    model = object.__new__(
+        type('Model', (EncDecDenoiseMaskedTokenPredModel,), {'global_rank': rank, '_trainer': None})
+    )
     model.__dict__.update(world_size=ranks, _cfg=OmegaConf.create({'sample_rate': RATE}))
     section = {'use_lhotse': True, 'sample_rate': RATE, 'batch_size': 20, 'shuffle': True, 'num_workers': 0, **data}
     section |= {'shuffle_buffer_size': buffer, 'resumable': {'seed': 0}, 'noise_manifest': None}

@@ -28,8 +28,9 @@ class TestDraw:
         assert {replace(POLICY, ceiling=CEILING).at(step) for step in range(20)} == {CEILING}
         assert replace(POLICY, ceiling=AttContext(-1, -1)).at(0) == POLICY.at(0)
         policy = ContextPolicy(AttContext(8, 3), style='chunked_limited', ceiling=AttContext(6, 3))
-        with pytest.raises(ValueError, match='^encoder.att_context_ceiling: the left context is 6; .* multiple of'):
-            policy.at(0)
+        assert policy.at(0) == AttContext(4, 3)  # in whole chunks; a curriculum's items are checked before training
+        with pytest.raises(ValueError, match='^item 0: the left context is 6; .* multiple of'):
+            policy.narrowed(policy.default, policy.ceiling, 'item 0')
 
 
 @pytest.mark.parametrize('training', [True, False])
