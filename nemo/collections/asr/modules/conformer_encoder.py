@@ -186,9 +186,10 @@ class ConformerEncoder(EncoderContext, _up.ConformerEncoder):
             )
         with self._assigning_default():
             super().change_attention_model(self_attention_model, *args, **kwargs)
-        if len(self.att_context_size_all) == 1 or self.self_attention_model == 'rel_pos_local_attn':
-            self.att_context_size_all = [list(self.att_context_size)]
-            self.att_context_policy = replace(self.att_context_policy, options=(), probabilities=(), sampler=None)
+        is_local, policy = self.self_attention_model == 'rel_pos_local_attn', self.att_context_policy
+        if is_local or len(self.att_context_size_all) == 1:
+            self.att_context_size_all, sampler = [policy.default.as_list()], None if is_local else policy.sampler
+            self.att_context_policy = replace(policy, options=(policy.default,), probabilities=(1.0,), sampler=sampler)
         self._connect_layers()
         if self._has_layer_contexts():  # sets what the new modules drop from their cache, too
             self.setup_streaming_params(**self._streaming_arguments)

@@ -61,6 +61,18 @@ class TestOverride:
         run.fit(model, batches(1), batches(1))
         assert [name for name in run.callback_metrics if name.startswith('val_loss/ctx')] == ['val_loss/ctx_20_0']
 
+    def test_a_sampler_is_kept_where_the_new_attention_can_have_its_contexts(self):
+        model = tiny_model(
+            'model.encoder.att_context_style=chunked_limited',
+            'model.encoder.att_context_size=[8,1]',
+            '+model.encoder.att_context_sampler={full_prob: 0.5, chunk_size: [1, 2], left_chunks: [2, 3], left_limited_prob: 0.5}',
+        )
+        sampler = model.encoder.att_context_policy.sampler
+        model.change_attention_model('rel_pos', [6, 1])
+        assert model.encoder.att_context_policy.sampler == sampler and sampler is not None
+        model.change_attention_model('rel_pos_local_attn', [8, 8])
+        assert model.encoder.att_context_policy.sampler is None
+
     @pytest.mark.parametrize('objective', ['masked', 'next_token'])
     def test_contexts_that_come_with_the_batches_are_checked_before_the_first(self, objective):
         model = tiny_model('model.encoder.att_context_style=chunked_limited', 'model.encoder.att_context_size=[28,6]',
