@@ -58,22 +58,24 @@ STOCK_OFFLINE = (
 
 def tiny_config(*overrides: str, name: str = 'nest_fast-conformer_streaming_tiny') -> DictConfig:
     """Return a shipped config, shrunk and without its data."""
-    cfg = pickle.loads(_composed(name, overrides))
-    OmegaConf.resolve(cfg)
-    del cfg.model.train_ds, cfg.model.validation_ds
-    return cfg
+    return pickle.loads(_overridden(name, overrides))
 
 
 @functools.cache
-def _composed(name: str, overrides: tuple[str, ...]) -> bytes:
-    """Apply overrides as Hydra does, to a config that it composed before: that takes longer than to build the model."""
-    if overrides:
-        cfg = pickle.loads(_composed(name, ()))
-        ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides([*overrides]), cfg)
-    else:
-        with initialize_config_dir(str(CONFIGS), version_base=None):
-            cfg = compose(name, overrides=SMALL)
+def _overridden(name: str, overrides: tuple[str, ...]) -> bytes:
+    """Apply overrides as Hydra does, to a config that it composed before; once for all who ask for the same."""
+    cfg = pickle.loads(_composed(name))
+    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides([*overrides]), cfg)
+    OmegaConf.resolve(cfg)
+    del cfg.model.train_ds, cfg.model.validation_ds
     return pickle.dumps(cfg)
+
+
+@functools.cache
+def _composed(name: str) -> bytes:
+    """Compose with Hydra, which takes longer than to build the model."""
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        return pickle.dumps(compose(name, overrides=SMALL))
 
 
 def tiny_model(*overrides: str, cls=EncDecDenoiseMaskedTokenPredModel, seed: int = 0, **kwargs):

@@ -163,11 +163,11 @@ def differences(results: Results) -> list[str]:
     """Return the differences of the pairs that have a seed, by question, each with its verdict."""
     lines = []
     for question, pairs in COMPARED.items():
-        found = [(pair, kind) for pair in pairs for kind in KINDS if results.seeds(kind, *pair)]
-        lines += [f'- **{question}**'] if found else []
-        for pair in dict.fromkeys(pair for pair, _ in found):
-            kinds = [_difference(results, kind, *pair) for own, kind in found if own == pair]
-            lines.append(f"  - `{pair[0]}` minus `{pair[1]}`: {'; '.join(kinds)}.")
+        answers = []
+        for first, second in pairs:
+            kinds = [_difference(results, kind, first, second) for kind in KINDS if results.seeds(kind, first, second)]
+            answers += [f"  - `{first}` minus `{second}`: {'; '.join(kinds)}."] if kinds else []
+        lines += [f'- **{question}**', *answers] if answers else []
     return lines
 
 
@@ -264,8 +264,8 @@ def figures(results: Results) -> str:
     parts = []
     if results.errors:
         parts = [
-            f'{missing(results)} Phone error rates in %, {len(results.phones)} test utterances, {results.phones.sum()} phones; in brackets '
-            f'intervals of {CONFIDENCE:.0%}.',
+            f'{missing(results)} Phone error rates in %, {len(results.phones)} test utterances, '
+            f'{results.phones.sum()} phones; in brackets intervals of {CONFIDENCE:.0%}.',
             rates_table(results),
         ]
         title = 'Differences in points, in the first and the last context of each kind (open: seeds are missing):'
