@@ -23,11 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo.collections.asr.modules.ssl_modules.quantizers import without_autocast
-from nemo.collections.asr.parts.streaming.linear import LINEARS
+from nemo.collections.asr.parts.streaming.linear import linear_in
 from nemo.collections.asr.parts.streaming.ring_buffers import RingWindow, Rows, Stage, Visible, ring_window
 from nemo.collections.asr.parts.submodules.multi_head_attention import RelPositionalEncoding
 
-HIDDEN = -10000.0  # a score, as NeMo's; finite, so that a frame without visible slots is not NaN
 FEW = 8  # frames up to which the convolution is faster as one sum
 GROWTH = 64  # first number of slots of a ring without a limit
 SHRINKS_AT = 4  # times the slots in use
@@ -36,7 +35,7 @@ _LOCK = threading.Lock()
 
 @dataclass(eq=False)
 class PositionTable:
-    """Scores of a layer's queries for relative positions, from the farthest future to the farthest past."""
+    """Scores of a layer's queries for relative positions, from the farthest future to the farthest past, and hidden ones."""
 
     keys: Tensor  # [H, K, P]
     shared: Tensor  # scores that all queries share, [H, 1, P]
@@ -52,7 +51,8 @@ class LayerStage(Stage):
         like = dict(dtype=layer.taps.dtype, device=layer.taps.device)
         self.layer, self.window, self.behind, self.count = layer, window, behind, count
         self.table = layer.positions(window.future, window.past)
-        self.keys_values = torch.zeros(batch, 2, layer.heads, window.slots, layer.head_width, **like)
+        keys_values = torch.zeros(2, batch, layer.heads, window.slots, layer.head_width, **like)
+        self.keys_values = keys_values.transpose(0, 1)  # in memory apart, else each product over B copies them
         self.convolution = torch.zeros(batch, len(layer.taps) - 1, layer.width, **like)
         self.waiting, self.queries = (torch.zeros(batch, window.wait, layer.width, **like) for _ in range(2))
 
@@ -64,7 +64,7 @@ class LayerStage(Stage):
         slots = max(1 << (needed - 1).bit_length(), GROWTH)
         if slots == now:
             return
-        keys_values = F.pad(self.keys_values, (0, 0, 0, slots - now))  # also shortens
+        keys_values = F.pad(self.keys_values.transpose(0, 1), (0, 0, 0, slots - now)).transpose(0, 1)  # also shortens
         window = ring_window(self.window.window, slots, self.window.wait, self.window.device)
         table = self.layer.positions(window.future, window.past)
         self.keys_values, self.window, self.table = keys_values, window, table  # all of them or, interrupted, none
@@ -118,22 +118,22 @@ class PreparedLayer:
         self.norm_out, self.convolution_norm = _norm(layer.norm_out), _convolution_norm(convolution)
 
         def linear(module: torch.nn.Module, scale: float = 1.0) -> Callable[..., Tensor]:
-            return LINEARS[precision](module.weight, module.bias, scale)
+            return linear_in(precision, module.weight, module.bias, scale)
 
         def feed_forward(half: torch.nn.Module) -> Callable[..., Tensor]:
             inner, outer = linear(half.linear1), linear(half.linear2, layer.fc_factor)
             return lambda frames: outer(F.silu(inner(frames), inplace=True))
 
         self.first, self.second = feed_forward(layer.feed_forward1), feed_forward(layer.feed_forward2)
-        parts = (attention.linear_q, scale), (attention.linear_k, 1.0), (attention.linear_v, 1.0)
-        weight = torch.cat([part.weight.detach() * by for part, by in parts])
-        has_bias = attention.linear_q.bias is not None
-        bias = torch.cat([part.bias.detach() * by for part, by in parts]) if has_bias else None
-        self.projections = LINEARS[precision](weight, bias)  # in one product
+        parts = attention.linear_q, attention.linear_k, attention.linear_v
+        query, *others = (part.weight.detach() for part in parts)
+        bias_u, bias_v = attention.pos_bias_u.detach(), attention.pos_bias_v.detach()  # one is added to queries here
+        query_bias, *biases = (0.0 * bias_u.flatten() if part.bias is None else part.bias.detach() for part in parts)
+        bias = torch.cat(((query_bias + bias_u.flatten()) * scale, *biases))
+        self.projections = linear_in(precision, torch.cat((query * scale, *others)), bias)  # in one product
         self.out = linear(attention.linear_out)
         self.position_weight = attention.linear_pos.weight.detach().clone()
-        self.bias_u = (attention.pos_bias_u.detach() * scale).flatten()
-        self.bias_v = (attention.pos_bias_v.detach() * scale).view(self.heads, 1, self.head_width)
+        self.bias_difference = ((bias_v - bias_u) * scale).view(self.heads, 1, self.head_width)
         self.pointwise1, self.pointwise2 = linear(convolution.pointwise_conv1), linear(convolution.pointwise_conv2)
         self.taps = depthwise.weight.detach()[:, 0].t().clone(memory_format=torch.contiguous_format)  # [kernel, D]
         self.tap_bias = torch.zeros_like(self.taps[0]) if depthwise.bias is None else depthwise.bias.detach().clone()
@@ -150,8 +150,10 @@ class PreparedLayer:
                 encoding.extend_pe(max(future, past) + 1, weight.device, weight.dtype)
                 centre = encoding.pe.shape[1] // 2  # the embedding of distance 0; greater distances are before it
                 keys = F.linear(encoding.pe[0, centre - past : centre + future + 1].flip(0), weight)
-                keys = keys.view(-1, self.heads, self.head_width).permute(1, 2, 0).contiguous()
-                found = self._tables[future, past] = PositionTable(keys, torch.bmm(self.bias_v, keys))
+                keys = keys.view(-1, self.heads, self.head_width).permute(1, 2, 0)
+                # finite, so that a frame without visible slots is not NaN
+                shared = F.pad(torch.bmm(self.bias_difference, keys), (0, 1), value=torch.finfo(keys.dtype).min / 2)
+                found = self._tables[future, past] = PositionTable(F.pad(keys, (0, 1)), shared)
             return found
 
     def step(self, stage: LayerStage, frames: Tensor, rows: Rows, visible: Visible) -> Tensor:
@@ -176,9 +178,9 @@ class PreparedLayer:
             frames = frames + adapter(frames)
         return frames
 
-    def _attend(self, query: Tensor, keys_values: Tensor, visible: Visible, positions: PositionTable) -> Tensor:
-        """Return the attention's output of scaled queries, both [R * Q, D]."""
-        rows, ages = keys_values.shape[0], visible.ages
+    def _attend(self, query: Tensor, keys_values: list[Tensor], visible: Visible, positions: PositionTable) -> Tensor:
+        """Return the attention's output of scaled queries with their bias, both [R * Q, D]."""
+        (keys, values), ages, rows = keys_values, visible.ages, len(keys_values[0])
         count = query.shape[0] // rows
         by_heads = query.view(rows * count, self.heads, self.head_width).transpose(0, 1)
         by_position = torch.baddbmm(positions.shared, by_heads, positions.keys).view(self.heads, rows, count, -1)
@@ -186,15 +188,13 @@ class PreparedLayer:
             by_slot = by_position.index_select(3, ages[0]).transpose(0, 1)  # [R, H, Q, S]
         else:
             by_slot = by_position.gather(3, ages.expand(self.heads, rows, count, -1)).transpose(0, 1)
-        query = (query + self.bias_u).view(rows, count, self.heads, self.head_width).transpose(1, 2)  # [R, H, Q, K]
-        keys, values = keys_values.unbind(1)
         if rows == 1:  # in fewer calls
-            scores = torch.baddbmm(by_slot[0], query[0], keys[0].transpose(1, 2)).unsqueeze(0)
+            scores = torch.baddbmm(by_slot[0], by_heads, keys[0].transpose(1, 2))
+            attended = torch.bmm(torch.softmax(scores, -1), values[0]).unsqueeze(0)
         else:
+            query = query.view(rows, count, self.heads, self.head_width).transpose(1, 2)  # [R, H, Q, K]
             scores = torch.matmul(query, keys.transpose(2, 3)).add_(by_slot)
-        if visible.hidden is not None:
-            scores.masked_fill_(visible.hidden, HIDDEN)
-        attended = torch.matmul(torch.softmax(scores, -1), values)
+            attended = torch.matmul(torch.softmax(scores, -1), values)
         return self.out(attended.transpose(1, 2).reshape(-1, self.width))
 
     def _convolve(self, kept: Tensor, frames: Tensor, shape: Any, rows: Rows, began: Tensor | None) -> Tensor:
@@ -236,16 +236,17 @@ def _convolution_norm(convolution: torch.nn.Module) -> Callable[..., Tensor]:
     return lambda frames: torch.addcmul(shift, frames, scale)
 
 
-def _store(kept: Tensor, new: Tensor, rows: Rows, slots: Tensor) -> Tensor:
-    """Write keys and values [R, Q, 2, H, K] to slots of ``kept``; return the rows', [R, 2, H, S, K]."""
+def _store(kept: Tensor, new: Tensor, rows: Rows, slots: Tensor) -> list[Tensor]:
+    """Write keys and values [R, Q, 2, H, K] to slots of ``kept``; return the rows', [R, H, S, K] each."""
     if rows.index is None and slots.dim() == 1:
         if rows.computes_idle:
             new[rows.idle] = kept[rows.idle[:, None], :, :, slots]
-        return kept.index_copy_(3, slots, new.permute(0, 2, 3, 1, 4))
-    if rows.computes_idle:
-        new, slots = (each.index_select(0, rows.moving) for each in (new, slots))
-    kept[rows.moving[:, None], :, :, slots] = new
-    return rows.select(kept)
+        kept.index_copy_(3, slots, new.permute(0, 2, 3, 1, 4))
+    else:
+        if rows.computes_idle:
+            new, slots = (each.index_select(0, rows.moving) for each in (new, slots))
+        kept[rows.moving[:, None], :, :, slots] = new
+    return [rows.select(each) for each in kept.unbind(1)]
 
 
 def _exchange(waiting: Tensor, new: Tensor, rows: Rows) -> Tensor:

@@ -8,6 +8,7 @@ Shapes: N rows, I inputs, O outputs.
 """
 
 import warnings
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +20,7 @@ SMALL = 2**16  # weights below which nothing is faster than F.linear for a few r
 NEVER = 2**62
 WORTH_PACKING = 2**20  # multiplications for which packed weights are the faster ones
 PACKED_FOR = 16  # rows that oneDNN packs for; it takes any number
+STEPS = 63  # of int8 inputs on each side of 0: x86 sums two products in 16 bits
 POINTWISE: Any = getattr(getattr(torch.ops.mkldnn, '_linear_pointwise', None), 'default', None)  # found once
 
 
@@ -71,29 +73,39 @@ class BFloat16Linear(PreparedLinear):
 class Int8Linear:
     """The same in int8 by torch's operators, with weights scaled by output; float32 weights on a CPU.
 
-    They take one range for all rows. So each row is mapped to [0, 1] by its own, and this is the common one.
+    They take one range for all rows. So each row is divided by its own largest value, and the range is -1 to 1.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1.0):
-        weight, self.bias = _scaled(weight, bias, scale)
+        weight, bias = _scaled(weight, bias, scale)
+        self.bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
         largest = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
         scales, zeros = (largest / 127).double(), torch.zeros(len(weight), dtype=torch.long)
         with warnings.catch_warnings():  # torch announces that a later release will not have these
             warnings.simplefilter('ignore')
             quantised = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-            self.packed = torch.ops.quantized.linear_prepack(quantised, None)
-            self.sums = quantised.dequantize().sum(dim=1)
+            self._packed = torch.ops.quantized.linear_prepack(quantised, None)
+        self._in_range, self._ends = None, torch.tensor([[-1.0], [1.0]]).expand(2, weight.shape[1])
+        if torch.backends.quantized.engine in ('x86', 'fbgemm'):  # called without torch's search for fake arguments
+            self._in_range = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default._op
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Return [N, O] for rows [N, I]."""
-        low = rows.amin(dim=1, keepdim=True)
-        span = rows.amax(dim=1, keepdim=True).sub_(low)
-        mapped = (rows - low).div_(span).nan_to_num_(0.0)  # of a constant row; a non-finite one stays so by its range
-        shift = low * self.sums if self.bias is None else torch.addcmul(self.bias, low, self.sums)
-        return shift.addcmul_(torch.ops.quantized.linear_dynamic(mapped, self.packed, True), span)
+        largest = rows.abs().amax(dim=1, keepdim=True)
+        inputs = rows / largest  # NaN in a row of zeros, whose outputs are 0 times any number
+        if self._in_range is not None:
+            return torch.addcmul(self.bias, self._in_range(inputs, 1 / STEPS, STEPS + 1, self._packed), largest)
+        inputs = torch.cat((inputs.nan_to_num_(0.0), self._ends))  # other engines find the range
+        outputs = torch.ops.quantized.linear_dynamic(inputs, self._packed, True)[: len(rows)]
+        return torch.addcmul(self.bias, outputs, largest)
 
 
 LINEARS = {'float32': PreparedLinear, 'bfloat16': BFloat16Linear, 'int8': Int8Linear}
+
+
+def linear_in(precision: str, weight: torch.Tensor, *bias_and_scale: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a linear layer in one of ``LINEARS``; small weights stay as they are, which is faster."""
+    return LINEARS[precision if weight.numel() >= SMALL else 'float32'](weight, *bias_and_scale)
 
 
 def check_precision(precision: str, weight: torch.Tensor) -> None:

@@ -107,7 +107,7 @@ class PreparedEncoder:
         self._facts, self._tensors = _facts_of(encoder)  # kept, so that no other tensor gets their place
         self.digest = self._facts[-1]
         with torch.inference_mode(False), torch.no_grad():
-            self.subsampling = IncrementalSubsampling(_subsampling_of(encoder))
+            self.subsampling = IncrementalSubsampling(_subsampling_of(encoder), precision)
             self.layers = [PreparedLayer(layer, precision) for layer in encoder.layers]
             out, scale = encoder.out_proj, encoder.pos_enc.xscale
             self.out = None if out is None else PreparedLinear(out.weight, out.bias)

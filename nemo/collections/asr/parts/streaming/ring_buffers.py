@@ -163,9 +163,8 @@ class Visible(NamedTuple):
     """What the queries of a push see of a ring; dimension R is 1 or left out if all rows are alike."""
 
     slots: Tensor  # where the frames that arrive are written, [R, Q]
-    ages: Tensor  # row of the table of positions for each query and slot, [R, Q, S] int64
-    hidden: Tensor | None  # slots that are not seen, True is hidden, [R, 1, Q, S]; None: all are seen
-    began: Tensor | None  # whether a query is a frame of its stream, [R, Q, 1] bool; None: all are
+    ages: Tensor  # column of the table of positions for each query and slot, [R, Q, S] int64; hidden: the last
+    began: Tensor | None = None  # whether a query is a frame of its stream, [R, Q, 1] bool; None: all are
 
 
 @dataclass(eq=False)
@@ -199,37 +198,32 @@ class RingWindow:
         if last is not None or not self._phases or first.min() < 0 or size > LARGEST_TABLE:
             return self._visible(*self.compute(first[:1] if alike and last is None else first, count, last))
         index = np.where(first < self._start, first, self._start + (first - self._start) % self._phases)
-        return self._of_phase(count, int(index[0])) if alike else self._of_phases(count, index)
+        if alike:
+            return self._of_phase(count, int(index[0]))
+        begins, tables = self._tables(count)
+        places = self._tensor(index)
+        return Visible(*(table.index_select(0, places) for table in tables[: 3 if begins[index].any() else 2]))
 
     def compute(self, first: np.ndarray, count: int, last: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
-        """Return slots [R, Q], ages and hidden [R, Q, S], and began [R, Q, 1]; see :class:`Visible`."""
+        """Return slots [R, Q], ages [R, Q, S] and began [R, Q, 1]; see :class:`Visible`."""
         arriving = first[:, None] + np.arange(count)
         newest = arriving[:, -1:, None]
         held = newest - (newest - np.arange(self.slots)) % self.slots  # position in each slot
         query = arriving[:, :, None] - self.wait
-        ages = np.clip(query - held, -self.future, self.past) + self.future
         hidden = ~self.window.sees(np.maximum(query, 0), held) | (held < 0)
         if last is not None:
             hidden |= held >= last[:, None, None]
-        return arriving % self.slots, ages, hidden, query >= 0
+        ages = np.where(hidden, self.past + 1, np.clip(query - held, -self.future, self.past)) + self.future
+        return arriving % self.slots, ages, query >= 0
 
-    def _compute_tables(self, count: int) -> tuple[Any, Any, list[Tensor]]:
-        """Return for each phase the hidden slots, the queries before the stream, and the visible keys."""
+    def _compute_tables(self, count: int) -> tuple[Any, list[Tensor]]:
+        """Return for each phase whether queries are before the stream, and what they see."""
         found = self.compute(np.arange(self._start + self._phases), count)
-        return found[2].any((1, 2)), ~found[3].all((1, 2)), [*map(self._tensor, found)]
+        return ~found[2].all((1, 2)), [*map(self._tensor, found)]
 
-    def _of_phases(self, count: int, index: np.ndarray) -> Visible:
-        """Return what rows in different phases see."""
-        hides, begins, tables = self._tables(count)
-        places = self._tensor(index)
-        slots, ages = (table.index_select(0, places) for table in tables[:2])
-        hidden = tables[2].index_select(0, places).unsqueeze(1) if hides[index].any() else None
-        return Visible(slots, ages, hidden, tables[3].index_select(0, places) if begins[index].any() else None)
-
-    def _visible(self, slots: np.ndarray, ages: np.ndarray, hidden: np.ndarray, began: np.ndarray) -> Visible:
-        slots, ages = (self._tensor(values[0] if len(values) == 1 else values) for values in (slots, ages))
-        of_hidden = self._tensor(hidden).unsqueeze(1) if hidden.any() else None
-        return Visible(slots, ages, of_hidden, None if began.all() else self._tensor(began))
+    def _visible(self, slots: np.ndarray, ages: np.ndarray, began: np.ndarray) -> Visible:
+        slots, ages = (values[0] if len(values) == 1 else values for values in (slots, ages))
+        return Visible(self._tensor(slots), self._tensor(ages), None if began.all() else self._tensor(began))
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.device, non_blocking=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 
-VERSION = 8  # of what StreamingSession.export and state_dict return
+VERSION = 9  # of what StreamingSession.export and state_dict return
 
 
 class StreamStates:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nemo.collections.asr.parts.streaming.linear import PreparedLinear
+from nemo.collections.asr.parts.streaming.linear import PreparedLinear, linear_in
 from nemo.collections.asr.parts.streaming.ring_buffers import Rows, Stage
 
 KERNEL, STRIDE = 3, 2
@@ -56,9 +56,9 @@ class _Convolution:
 
 
 class IncrementalSubsampling:
-    """A causal ``ConvSubsampling`` (``dw_striding``, ``striding``) by frame, with a copy of its weights."""
+    """A causal ``ConvSubsampling`` (``dw_striding``, ``striding``) by frame, with a copy of its weights, the last in one of ``LINEARS``."""
 
-    def __init__(self, subsampling: nn.Module):
+    def __init__(self, subsampling: nn.Module, precision: str = 'float32'):
         self.stages, pending = list[_Convolution](), list[nn.Module]()
         for layer in subsampling.conv:
             pending.append(layer)
@@ -69,7 +69,7 @@ class IncrementalSubsampling:
         weight = subsampling.out.weight.detach()
         # ours have frequency before channel
         by_frequency = weight.view(len(weight), self.stages[-1].channels, -1).transpose(1, 2)
-        self.out = PreparedLinear(by_frequency.flatten(1), subsampling.out.bias)
+        self.out = linear_in(precision, by_frequency.flatten(1), subsampling.out.bias)
         self.dtype, self.device = weight.dtype, weight.device
 
     def new_stage(self, batch: int) -> Stage:

@@ -69,14 +69,10 @@ class Transcript:
 class TextOptions:
     """How text is made. An utterance's end makes its last word final, and does not change the transcript."""
 
-    silence_after_nothing: float | None = 2.4
-    """Seconds without a token that end an utterance that has none; None: never."""
-    silence_after_speech: float | None = 1.2
-    """Seconds without a token that end an utterance that has some; None: never."""
-    utterance_seconds: float | None = 20.0
-    """An utterance of this length ends with its present word; None: never."""
-    confidence: bool = False
-    """Whether words have one, computed as NeMo's ``decoding.confidence_cfg`` is set."""
+    silence_after_nothing: float | None = 2.4  # seconds that end an utterance without a token; None: never
+    silence_after_speech: float | None = 1.2  # seconds after a token that end an utterance; None: never
+    utterance_seconds: float | None = 20.0  # a longer utterance ends with its present word; None: never
+    confidence: bool = False  # whether words have one, computed as NeMo's ``decoding.confidence_cfg`` is set
 
     def __post_init__(self) -> None:
         for name in ('silence_after_nothing', 'silence_after_speech', 'utterance_seconds'):

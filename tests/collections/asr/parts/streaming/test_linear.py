@@ -52,3 +52,21 @@ def test_smaller_weights_come_near(precision, tolerance, packs, monkeypatch):
         found = LINEARS[precision](layer.weight, layer.bias)(inputs)
         assert found.dtype == torch.float32
         assert 0 < (found - layer(inputs)).norm() / layer(inputs).norm() < tolerance
+
+
+@pytest.mark.parametrize('engine', torch.backends.quantized.supported_engines)
+@pytest.mark.parametrize('bias', [True, False])
+def test_an_int8_row_has_a_range_of_its_own_with_any_engine(engine, bias, monkeypatch):
+    monkeypatch.setattr(torch.backends.quantized, 'engine', engine)
+    torch.manual_seed(0)
+    sizes = torch.tensor([[1e-4], [1.0], [1e4], [0.0], [1.0]])
+    layer, inputs = torch.nn.Linear(64, 48, bias=bias), torch.randn(5, 64) * sizes
+    inputs[4, 7] = torch.inf
+    with torch.inference_mode():
+        int8, exact = LINEARS['int8'](layer.weight, layer.bias), layer(inputs)
+        found = int8(inputs)
+        alone = torch.cat([int8(row[None]) for row in inputs[:3]])
+        torch.testing.assert_close(found[:3], alone, rtol=0 if engine in ('x86', 'fbgemm') else 1e-4, atol=0)
+        without = 0.0 if layer.bias is None else layer.bias
+        assert ((found - exact)[:3].norm(dim=1) < 0.03 * (exact - without)[:3].norm(dim=1)).all()
+        assert torch.equal(found[3], exact[3]) and not found[4].isfinite().any()
