@@ -24,6 +24,7 @@ from tqdm import tqdm
 from nemo.collections.asr.metrics.wer import word_error_rate
 from nemo.collections.asr.models import EncDecCTCModel
 from nemo.collections.asr.parts.preprocessing.segment import AudioSegment
+from nemo.collections.asr.parts.streaming import linear
 from nemo.collections.asr.parts.streaming.session import StreamingOutput, StreamingSession
 from nemo.utils import logging
 
@@ -60,14 +61,18 @@ def speed(size: str, streams: int, turns: int) -> str:
     cpu = {name: [seconds.cpu for seconds in each] for name, each in found.items()}
     cells = [f"{1000 * statistics.median(cpu['float32']):.2f}"]
     cells += [f"{ratio(cpu['float32'], cpu[name]).median:.2f} x" for name in PRECISIONS[1:]]
-    linear = sum(
-        module.weight.numel()
-        for layer in model.encoder.layers
-        for module in layer.modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv1d)) and getattr(module, 'groups', 1) == 1
-    )
-    cells += [' / '.join(f'{linear * BYTES[name] / 1e6:.1f}' for name in PRECISIONS)]
+    cells += [' / '.join(f'{megabytes(model.encoder, name):.1f}' for name in PRECISIONS)]
     return f"| {size} | {streams} | {' | '.join(cells)} |"
+
+
+def megabytes(encoder, precision: str) -> float:
+    """Return the size of the linear layers' weights; small ones stay float32, and those of positions."""
+    total = 0
+    for name, module in encoder.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv1d)) and getattr(module, 'groups', 1) == 1:
+            stays = module.weight.numel() < linear.SMALL or name.endswith('linear_pos')
+            total += module.weight.numel() * BYTES['float32' if stays else precision]
+    return total / 1e6
 
 
 @torch.inference_mode()
@@ -80,7 +85,8 @@ def recognise(model, samples: torch.Tensor, weights: str) -> torch.Tensor:
 
 
 def agreement(model_path: Path, manifest: Path) -> list[str]:
-    """Recognise a manifest in each precision; returns the rows of the table."""
+    """Recognise a manifest in each precision, small layers too; returns the rows of the table."""
+    linear.SMALL = 0
     model = EncDecCTCModel.restore_from(str(model_path), map_location='cpu').eval()
     model.preprocessor.featurizer.dither = 0.0
     entries = [json.loads(line) for line in manifest.read_text(encoding='utf-8').splitlines() if line.strip()]
