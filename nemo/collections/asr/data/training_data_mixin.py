@@ -47,9 +47,7 @@ class LogLeftOut(pl.Callback):
         """Note whether something is left of the batch."""
         self._silent_in_a_row = self._silent_in_a_row + 1 if getattr(batch, 'is_silence', False) else 0
         if self._silent_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise ValueError(
-                f"nothing is left of the last {self._silent_in_a_row} batches{on_this_rank()}; the log names why"
-            )
+            raise ValueError(f"nothing is left of {MAX_SKIPPED_IN_A_ROW} batches{on_this_rank()}; the log names why")
 
     def on_before_backward(self, trainer, pl_module, loss) -> None:
         """Let silence add no gradient."""
@@ -73,9 +71,7 @@ def warn_of_undivided_data(trainer) -> None:
     """Warn if all ranks read the same utterances of a plain manifest."""
     sampler = getattr(trainer.train_dataloader, 'sampler', None)
     if trainer.world_size > 1 and isinstance(sampler, (RandomSampler, SequentialSampler)):  # not one that divides
-        logging.warning(
-            "trainer.use_distributed_sampler is false, so all ranks train on the same batches of the manifest; set it to true"
-        )
+        logging.warning("trainer.use_distributed_sampler is false, so all ranks have the same batches; set it to true")
 
 
 class TrainingDataMixin:
@@ -111,17 +107,24 @@ class TrainingDataMixin:
 
     def setup_training_data(self, train_data_config) -> None:
         """Make the training loader; ValueError if the number of batches is not limited."""
+        hint = "the number of batches of an epoch, or set model.train_ds.resumable"
+        self._set_up(super().setup_training_data, train_data_config, '_train_dl', 'limit_train_batches', hint)
+
+    def setup_validation_data(self, val_data_config) -> None:
+        """Make a validation loader; ValueError if the number of batches is not limited."""
+        setup = super().setup_validation_data
+        self._set_up(setup, val_data_config, '_validation_dl', 'limit_val_batches', "the number of batches")
+
+    def _set_up(self, setup, config, name: str, key: str, hint: str) -> None:
         try:
-            super().setup_training_data(train_data_config)
+            setup(config)
         except TypeError as error:
-            if isinstance(self._train_dl, ResumableLoader):
+            if isinstance(getattr(self, name), ResumableLoader):
                 return  # the data have no end, and need no limit
-            if not isinstance(getattr(self._train_dl, 'dataset', None), IterableDataset):
+            if not isinstance(getattr(getattr(self, name), 'dataset', None), IterableDataset):
                 raise
-            raise ValueError(
-                f"trainer.limit_train_batches is {self._trainer.limit_train_batches}, and these data have no length; set it "
-                "to the number of batches of an epoch, or set model.train_ds.resumable"
-            ) from error
+            found = f"trainer.{key} is {getattr(self._trainer, key)}, and these data have no length"
+            raise ValueError(f"{found}; set it to {hint}") from error
 
     def on_train_start(self) -> None:
         """Count the batches of a resumed epoch as the data loader does; the ranks may be others than before."""

@@ -125,12 +125,14 @@ def test_an_augmentor_that_is_null_is_none(speech):
     assert [len(batch.audio) for batch in model._train_dl] == [4]
 
 
-def test_data_without_a_length_need_a_limit(speech):
+@pytest.mark.parametrize('name, key', [('train_ds', 'train'), ('validation_ds', 'val')])
+def test_data_without_a_length_need_a_limit(speech, name, key):
     cfg = tiny_config(name='nest_fast-conformer_streaming_lhotse_tiny')
     section = {'use_lhotse': True, 'manifest_filepath': str(speech / 'm.json'), 'sample_rate': 16000, 'batch_size': 2}
     OmegaConf.set_struct(cfg, False)
-    cfg.model.train_ds = {**section, 'shuffle': True, 'num_workers': 0, 'force_iterable_dataset': True}
-    with pytest.raises(ValueError, match='trainer.limit_train_batches is 1.0'):
+    cfg.model.train_ds, cfg.model.validation_ds = None, None
+    cfg.model[name] = {**section, 'shuffle': True, 'num_workers': 0, 'force_iterable_dataset': True}
+    with pytest.raises(ValueError, match=f'trainer.limit_{key}_batches is 1.0'):
         EncDecDenoiseMaskedTokenPredModel(cfg.model, trainer(1))
 
 
