@@ -112,11 +112,11 @@ class FilterbankFeatures(_up.FilterbankFeatures):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if isinstance(self.normalize, str) and '.' in self.normalize:  # which NeMo takes for no normalisation
-            raise ValueError(
-                f"preprocessor.normalize is {self.normalize!r}, the name of a file; pretrain.py reads a .yaml file, other "
-                "scripts must set it to load_fixed_statistics(file)"
-            )
+        if isinstance(self.normalize, str) and self.normalize not in ('per_feature', 'all_features', 'NA', 'none'):
+            found = f"preprocessor.normalize is {self.normalize!r}, which NeMo takes for no normalisation"
+            if '.' in self.normalize:
+                raise ValueError(f"{found}; pretrain.py reads a .yaml file, others need load_fixed_statistics(file)")
+            logging.warning(f"{found}; its values are per_feature, all_features and NA")
         if isinstance(self.normalize, Mapping):
             self.normalize = check_fixed_statistics(self.normalize, features=self.nfilt * self.frame_splicing)
 

@@ -102,6 +102,14 @@ def test_a_file_of_statistics_is_not_taken_for_no_normalisation():
         preprocessor('stats.yaml')
 
 
+@pytest.mark.parametrize(
+    'normalize, warned', [('per_feautre', True), ('per_feature', False), ('NA', False), (None, False)]
+)
+def test_a_word_that_nemo_does_not_know_is_a_warning(normalize, warned, warnings):
+    preprocessor(normalize)
+    assert any(f'{normalize!r}, which NeMo takes for no' in message for message in warnings) == warned
+
+
 def test_a_reload_finds_stocks_function():
     before, stocks = dict(vars(patched)), dict(vars(patched._up))
     try:
