@@ -4,6 +4,7 @@
 import importlib
 import os
 import sys
+import weakref
 
 import fresh_process
 import pytest
@@ -67,6 +68,15 @@ def warnings(monkeypatch):
     messages = []
     monkeypatch.setattr(logging, 'warning', lambda message, *args, **kwargs: messages.append(message))
     return messages
+
+
+@pytest.fixture
+def no_small_weights(monkeypatch):
+    """Give small layers of live streams the precision that a session asks for, too."""
+    from nemo.collections.asr.parts.streaming import linear, prepared_weights
+
+    monkeypatch.setattr(linear, 'SMALL', 0)
+    monkeypatch.setattr(prepared_weights, '_PREPARED', weakref.WeakKeyDictionary())  # those of other tests
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ SMALL = 2**16  # weights below which nothing is faster than F.linear for a few r
 NEVER = 2**62
 WORTH_PACKING = 2**20  # multiplications for which packed weights are the faster ones
 PACKED_FOR = 16  # rows that oneDNN packs for; it takes any number
-STEPS = 63  # of int8 inputs on each side of 0: x86 sums two products in 16 bits
 POINTWISE: Any = getattr(getattr(torch.ops.mkldnn, '_linear_pointwise', None), 'default', None)  # found once
 
 
@@ -85,19 +84,20 @@ class Int8Linear:
             warnings.simplefilter('ignore')
             quantised = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
             self._packed = torch.ops.quantized.linear_prepack(quantised, None)
-        self._in_range, self._ends = None, torch.tensor([[-1.0], [1.0]]).expand(2, weight.shape[1])
+        self._range, self._ends = None, weight.new_tensor([[-1.0], [1.0]]).expand(2, weight.shape[1])
         if torch.backends.quantized.engine in ('x86', 'fbgemm'):  # called without torch's search for fake arguments
             self._in_range = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default._op
+            steps = 127 if torch.cpu.get_capabilities().get('avx512_vnni') else 63  # else sums of two have 16 bits
+            self._range = 1 / steps, steps + 1, self._packed
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Return [N, O] for rows [N, I]."""
         largest = rows.abs().amax(dim=1, keepdim=True)
         inputs = rows / largest  # NaN in a row of zeros, whose outputs are 0 times any number
-        if self._in_range is not None:
-            return torch.addcmul(self.bias, self._in_range(inputs, 1 / STEPS, STEPS + 1, self._packed), largest)
+        if self._range is not None:
+            return torch.addcmul(self.bias, self._in_range(inputs, *self._range), largest)
         inputs = torch.cat((inputs.nan_to_num_(0.0), self._ends))  # other engines find the range
-        outputs = torch.ops.quantized.linear_dynamic(inputs, self._packed, True)[: len(rows)]
-        return torch.addcmul(self.bias, outputs, largest)
+        return torch.addcmul(self.bias, torch.ops.quantized.linear_dynamic(inputs, self._packed, True)[:-2], largest)
 
 
 LINEARS = {'float32': PreparedLinear, 'bfloat16': BFloat16Linear, 'int8': Int8Linear}

@@ -5,7 +5,6 @@ from live_streams import noise
 from tiny_nest import tiny_model
 from tiny_recogniser import tiny_recogniser
 
-from nemo.collections.asr.parts.streaming import linear
 from nemo.collections.asr.parts.streaming.evaluation import (
     StreamMeasures,
     measure_stream,
@@ -30,13 +29,12 @@ def test_a_stream_of_next_tokens_equals_offline_and_has_a_surprise():
     assert len(settled.surprise) - len(found.surprise) == 25  # two seconds, where targets are normalised
 
 
-def test_a_recogniser_has_text_and_latencies(monkeypatch):
+def test_a_recogniser_has_text_and_latencies(no_small_weights):
     model, samples = tiny_recogniser('ctc'), noise(1, 2 * RATE)[0].numpy()
     found = measure_stream(model, samples, [10, 0], return_text=True)
     summary = summarize_streams([found], [found.text])
     assert len(found.text) > 3 and summary['wer'] == summary['cer'] == 0.0
     assert 0 < summary['word_latency_ms_p50'] <= summary['word_latency_ms_p95']
-    monkeypatch.setattr(linear, 'SMALL', 0)  # else these layers stay float32
     other = measure_stream(model, samples, [10, 0], weights='int8')
     assert 1e-3 < other.largest_difference < 1
 

@@ -10,7 +10,6 @@ from live_streams import CASES, RAGGED, THREE_LAYERS, model_of, noise, offline, 
 from tiny_nest import tiny_model
 from tiny_recogniser import tiny_recogniser
 
-from nemo.collections.asr.parts.streaming import linear
 from nemo.collections.asr.parts.streaming.session import StreamingSession
 
 RATE = 16000
@@ -199,8 +198,7 @@ def test_half_precision_streams(dtype, tolerance):
 
 
 @pytest.mark.parametrize('weights, near', [('bfloat16', 0.03), ('int8', 0.1)])
-def test_smaller_weights_give_nearly_the_same(weights, near, monkeypatch):
-    monkeypatch.setattr(linear, 'SMALL', 0)  # else these layers stay float32
+def test_smaller_weights_give_nearly_the_same(weights, near, no_small_weights):
     model, samples = model_of('regular'), noise(2, 20000)
     whole, small = (
         stream(StreamingSession(model, 2, [4, 0], weights=each), samples, [20000, 9000], [1280])

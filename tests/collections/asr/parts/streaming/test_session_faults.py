@@ -9,7 +9,6 @@ from live_streams import calls_of, check_row, model_of, noise
 from tiny_nest import tiny_model
 from tiny_recogniser import tiny_recogniser
 
-from nemo.collections.asr.parts.streaming import linear
 from nemo.collections.asr.parts.streaming import session as session_module
 from nemo.collections.asr.parts.streaming.session import StreamingSession
 
@@ -91,8 +90,7 @@ def test_a_failed_stream_does_not_count_in_the_loss():
 
 
 @pytest.mark.parametrize('neighbour', [1e-3, 1.0, 7.0])
-def test_int8_streams_do_not_depend_on_their_neighbours(neighbour, monkeypatch):
-    monkeypatch.setattr(linear, 'SMALL', 0)  # else these layers stay float32
+def test_int8_streams_do_not_depend_on_their_neighbours(neighbour, no_small_weights):
     model, samples = model_of('regular'), noise(1, 12000)
     outputs = []
     for other in (noise(1, 12000, seed=1), noise(1, 12000, seed=2) * neighbour):
