@@ -49,8 +49,10 @@ def resumable_config(config, options, ranks: int):
             if config.get('shuffle_n') and config.get('shuffle', False):
                 config.shuffle_buffer_size = config.shuffle_n
         if config.get('force_finite', False) and ranks > 1:
-            found = f"train_ds.force_finite is true on {ranks} ranks, which have different numbers of batches"
-            raise ValueError(f"{found}; set it to false, and end epochs with trainer.limit_train_batches")
+            raise ValueError(
+                f"train_ds.force_finite is true on {ranks} ranks; they have different numbers of batches, so it must be "
+                "false: end epochs with trainer.limit_train_batches, and the run with trainer.max_steps"
+            )
         config.update(force_iterable_dataset=True, concurrent_bucketing=False)
         for key in ('seed', 'shard_seed'):
             if not isinstance(config.get(key), int):

@@ -45,9 +45,9 @@ class LogLeftOut(pl.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         """Note whether something is left of the batch."""
-        self._silent_in_a_row = self._silent_in_a_row + 1 if getattr(batch, 'is_silence', False) else 0
-        if self._silent_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise ValueError(f"nothing is left of {MAX_SKIPPED_IN_A_ROW} batches{on_this_rank()}; the log names why")
+        self._silent_in_a_row = count = self._silent_in_a_row + 1 if getattr(batch, 'is_silence', False) else 0
+        if count >= MAX_SKIPPED_IN_A_ROW:
+            raise ValueError(f"nothing is left of the last {count} batches{on_this_rank()}; the log names why")
 
     def on_before_backward(self, trainer, pl_module, loss) -> None:
         """Let silence add no gradient."""
@@ -107,15 +107,14 @@ class TrainingDataMixin:
 
     def setup_training_data(self, train_data_config) -> None:
         """Make the training loader; ValueError if the number of batches is not limited."""
-        hint = "the number of batches of an epoch, or set model.train_ds.resumable"
+        hint = " of an epoch, or set model.train_ds.resumable"
         self._set_up(super().setup_training_data, train_data_config, '_train_dl', 'limit_train_batches', hint)
 
     def setup_validation_data(self, val_data_config) -> None:
         """Make a validation loader; ValueError if the number of batches is not limited."""
-        setup = super().setup_validation_data
-        self._set_up(setup, val_data_config, '_validation_dl', 'limit_val_batches', "the number of batches")
+        self._set_up(super().setup_validation_data, val_data_config, '_validation_dl', 'limit_val_batches')
 
-    def _set_up(self, setup, config, name: str, key: str, hint: str) -> None:
+    def _set_up(self, setup, config, name: str, key: str, hint: str = '') -> None:
         try:
             setup(config)
         except TypeError as error:
@@ -124,7 +123,7 @@ class TrainingDataMixin:
             if not isinstance(getattr(getattr(self, name), 'dataset', None), IterableDataset):
                 raise
             found = f"trainer.{key} is {getattr(self._trainer, key)}, and these data have no length"
-            raise ValueError(f"{found}; set it to {hint}") from error
+            raise ValueError(f"{found}; set it to the number of batches{hint}") from error
 
     def on_train_start(self) -> None:
         """Count the batches of a resumed epoch as the data loader does; the ranks may be others than before."""

@@ -70,7 +70,7 @@ def fit(batches, validation=()):
 def test_a_batch_of_which_nothing_is_left_adds_no_gradient():
     silence, speech = SilentBatch([torch.zeros(1)]), [torch.ones(1)]
     assert fit([speech, silence, silence, speech]) == -2
-    with pytest.raises(ValueError, match=f'nothing is left of {MAX_SKIPPED_IN_A_ROW} batches'):
+    with pytest.raises(ValueError, match=f'nothing is left of the last {MAX_SKIPPED_IN_A_ROW} batches'):
         fit([silence] * MAX_SKIPPED_IN_A_ROW)
     with pytest.raises(ValueError, match='each utterance of a batch is bad'):
         fit([speech], [silence])

@@ -234,7 +234,7 @@ def test_a_batch_that_is_fetched_ahead_of_the_step_is_not_lost(corpus):
         ('mixed', {'max_open_streams': 2}, 'train_ds.max_open_streams is 2'),
         ('native tarred', {'is_concat': True}, 'train_ds.is_concat is True; .*use_lhotse: true'),
         ('shar', {'resumable': {'seed': 'x'}}, "train_ds.resumable.seed is 'x'"),
-        ('shar', {'force_finite': True, 'ranks': 2}, 'train_ds.force_finite is true on 2 ranks.*limit_train'),
+        ('shar', {'force_finite': True, 'ranks': 2}, 'train_ds.force_finite is true on 2 ranks; .*limit_train'),
     ],
 )
 def test_refuses_what_cannot_be_exact(corpus, name, more, message):

@@ -85,7 +85,8 @@ class BatchRunner:
         Returns the frames that they complete [B, A, D], 0 behind a stream's own, and how many these are [B].
         """
         samples = samples[:, : int(lengths.max())].to(self.device, non_blocking=True)
-        found, most = list[Any](), samples.shape[1]
+        found: list[tuple[torch.Tensor, Rows, np.ndarray]] = []
+        most = samples.shape[1]
         with without_autocast(self.device):
             for start in range(0, max(most, 1), self.unit):
                 some = np.clip(lengths - start, 0, self.unit) if most > self.unit else lengths

@@ -127,9 +127,9 @@ class PreparedLayer:
         self.first, self.second = feed_forward(layer.feed_forward1), feed_forward(layer.feed_forward2)
         parts = attention.linear_q, attention.linear_k, attention.linear_v
         query, *others = (part.weight.detach() for part in parts)
-        bias_u, bias_v = attention.pos_bias_u.detach(), attention.pos_bias_v.detach()  # one is added to queries here
-        query_bias, *biases = (0.0 * bias_u.flatten() if part.bias is None else part.bias.detach() for part in parts)
-        bias = torch.cat(((query_bias + bias_u.flatten()) * scale, *biases))
+        bias_u, bias_v = (each.detach().flatten() for each in (attention.pos_bias_u, attention.pos_bias_v))
+        query_bias, *biases = (torch.zeros_like(bias_u) if part.bias is None else part.bias.detach() for part in parts)
+        bias = torch.cat(((query_bias + bias_u) * scale, *biases))  # positions get the difference to the other
         self.projections = linear_in(precision, torch.cat((query * scale, *others)), bias)  # in one product
         self.out = linear(attention.linear_out)
         self.position_weight = attention.linear_pos.weight.detach().clone()

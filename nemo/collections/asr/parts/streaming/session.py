@@ -150,9 +150,8 @@ class StreamingSession:
         self._model, self._warned = model, False
         self._build()
         if sample_rate not in (None, self.sample_rate):
-            raise ValueError(
-                f"sample_rate is {sample_rate}; the model takes {self.sample_rate} Hz: resample the samples"
-            )
+            found = f"sample_rate is {sample_rate}; the model takes {self.sample_rate} Hz"
+            raise ValueError(f"{found}: resample the samples")
 
     def _build(self) -> None:
         """Take the model as it is now, and start all streams."""
@@ -324,9 +323,8 @@ class StreamingSession:
 
     def _check_whole(self, rows: np.ndarray, what: str) -> None:
         for row in np.flatnonzero(rows & self._broken):
-            raise ValueError(
-                f"{what}: stream {row} is broken by an error in an earlier step; reset({row}) restarts it"
-            )
+            found = f"stream {row} is broken by an error in an earlier step"
+            raise ValueError(f"{what}: {found}; reset({row}) restarts it")
 
     def _checked_arguments(self, samples: Any, lengths: Any, ended: Any) -> tuple[Tensor, np.ndarray, np.ndarray]:
         """Return the arguments of a step as float32, int64 and bool."""

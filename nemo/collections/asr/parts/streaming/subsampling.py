@@ -56,7 +56,7 @@ class _Convolution:
 
 
 class IncrementalSubsampling:
-    """A causal ``ConvSubsampling`` (``dw_striding``, ``striding``) by frame, with a copy of its weights, the last in one of ``LINEARS``."""
+    """A causal ``ConvSubsampling`` (``dw_striding``, ``striding``) by frame, with a copy of its weights, ``out`` in a precision."""
 
     def __init__(self, subsampling: nn.Module, precision: str = 'float32'):
         self.stages, pending = list[_Convolution](), list[nn.Module]()

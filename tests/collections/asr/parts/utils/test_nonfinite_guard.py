@@ -82,7 +82,7 @@ def test_what_the_data_loader_left_out_is_counted_and_where_it_left_nothing_the_
     assert gradients[1] == 0 < min(gradients[0], gradients[2]) and is_finite(model)
     assert run.logger.column('skipped_utterances') == [1, 3, 3]
     monkeypatch.setattr(training_data_mixin, 'MAX_SKIPPED_IN_A_ROW', 2)
-    with pytest.raises(ValueError, match='nothing is left of 2 batches'):
+    with pytest.raises(ValueError, match='the last 2 batches'):
         fit(model, loader(silent_batch(1), silent_batch(1), noise_batch()), max_steps=3)
 
 
